@@ -1,0 +1,65 @@
+# `make train` and `make test` work from a bare clone with Python 3.11+, pip and make alone.
+# The first of them sets up .venv; later ones use it until pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= examples/tiny_lm.yaml
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE = $(wildcard lightning_fastmoe tests examples benchmarks)
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup train test lint types unit format clean distclean
+
+help:
+	@echo 'make train      train the tiny language model of examples/ (CONFIG=$(CONFIG))'
+	@echo 'make test       lint, types and unit'
+	@echo 'make lint       ruff check, ruff format --check'
+	@echo 'make types      mypy'
+	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests)'
+	@echo 'make format     let ruff mend what it can'
+	@echo 'make clean      remove caches and build products; distclean also removes $(VENV)'
+	@echo 'PYTHON=python3.12 picks the interpreter of a new $(VENV).'
+
+setup: $(STAMP)
+
+# torch comes first and on its own: deepspeed is a source distribution whose setup.py looks for it, so
+# what follows is built outside of pip's isolation and finds torch, setuptools and wheel in place.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or \
+	    sys.exit("lightning-fastmoe needs Python 3.11 or newer; PYTHON=$(PYTHON) is %d.%d" % v[:2])'
+	@echo 'Setting up $(VENV); this happens once and takes a minute or two.'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch setuptools wheel
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# $(BIN) goes on PATH for ninja, which torch and deepspeed call by name.
+train: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lightning-fastmoe fit --config $(CONFIG) $(TRAIN_ARGS)
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache lightning_logs
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

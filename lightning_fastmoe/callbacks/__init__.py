@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from lightning_fastmoe.callbacks.expert_load import ExpertLoadMonitor
+
+__all__ = ["ExpertLoadMonitor"]

@@ -1,0 +1,22 @@
+"""Which rank holds which expert, and moving tokens to it."""
+
+from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
+from lightning_fastmoe.distributed.mesh import (
+    EDP_DIM,
+    EP_DIM,
+    ExpertMesh,
+    make_expert_mesh,
+    resolve_expert_parallel_size,
+)
+from lightning_fastmoe.distributed.spread import ExpertSpreader
+
+__all__ = [
+    "EDP_DIM",
+    "EP_DIM",
+    "AllToAllDispatcher",
+    "ExpertGroup",
+    "ExpertMesh",
+    "ExpertSpreader",
+    "make_expert_mesh",
+    "resolve_expert_parallel_size",
+]

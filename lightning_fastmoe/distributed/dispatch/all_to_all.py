@@ -1,0 +1,107 @@
+"""Tokens to the ranks that own their experts and back, by ``all_to_all_single``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
+from lightning_fastmoe.nn.router import Routing
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to other ranks; the gradient takes the same way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+@dataclass(frozen=True)
+class AllToAllHandle:
+    """What a dispatch must remember for its combine.
+
+    Attributes:
+        weights: (T, K).
+        sent: order of this rank's (token, slot) pairs by global expert.
+        arrived: order of the received rows, from rank-major to expert-major: with 2 ranks and 2
+            local experts, (r0,e0) (r0,e1) (r1,e0) (r1,e1) -> (r0,e0) (r1,e0) (r0,e1) (r1,e1).
+        send: rows to each rank.
+        receive: rows from each rank.
+    """
+
+    weights: Tensor
+    sent: ops.ExpertOrder
+    arrived: ops.ExpertOrder
+    send: list[int]
+    receive: list[int]
+
+
+class AllToAllDispatcher:
+    """Experts are split over the group in contiguous blocks of ``num_experts / R``.
+
+    Local rows are ordered by (expert, source rank, token, slot): the order that one process with
+    all tokens would see, so sums have the same order too.
+
+    Args:
+        group: the expert parallel group, shared by all layers of a model.
+        num_experts: E of the layer.
+    """
+
+    def __init__(self, group: ExpertGroup, num_experts: int) -> None:
+        self.group = group
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // group.size
+        group.slots = max(group.slots, num_experts)
+
+    def dispatch(
+        self, x: Tensor, routing: Routing, layer: str
+    ) -> tuple[Tensor, Tensor, AllToAllHandle]:
+        """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`.
+
+        Raises:
+            ExchangeError: on all ranks of the group, if they disagree.
+        """
+        group, local = self.group, self.num_local_experts
+        top_k = routing.expert_ids.shape[1]
+        sent = ops.order_by_expert(routing.expert_ids, self.num_experts)
+        table = group.exchange_counts(sent.tokens_per_expert, x.shape[1], layer)
+        send = table[group.rank].view(group.size, local).sum(dim=1).tolist()
+        block = table[:, group.rank * local : (group.rank + 1) * local]  # (R, e): what arrives here
+        receive = block.sum(dim=1).tolist()
+        rows = ops.permute(x, sent.order, sent.inverse, top_k)
+        received: Tensor = _AllToAll.apply(rows, send, receive, group.group)
+        arrived = self._expert_major(block, sum(receive), x.device)
+        by_expert = ops.permute(received, arrived.order, arrived.inverse)
+        handle = AllToAllHandle(routing.weights, sent, arrived, send, receive)
+        return by_expert, arrived.tokens_per_expert, handle
+
+    def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
+        """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
+        rank_major = ops.permute(y, handle.arrived.inverse, handle.arrived.order)
+        back: Tensor = _AllToAll.apply(rank_major, handle.receive, handle.send, self.group.group)
+        return ops.unpermute(back, handle.weights, handle.sent.order, handle.sent.inverse)
+
+    def _expert_major(self, block: Tensor, rows: int, device: torch.device) -> ops.ExpertOrder:
+        experts = torch.arange(self.num_local_experts, device=device).repeat(self.group.size)
+        repeats = block.reshape(-1).to(device)
+        ids = torch.repeat_interleave(experts, repeats, output_size=rows)
+        return ops.order_by_expert(ids, self.num_local_experts)

@@ -1,0 +1,105 @@
+"""Who sends how many tokens to which expert: exchanged, checked, then trusted.
+
+Every rank of the expert parallel group gets every rank's counts, so all of them see the same table
+and come to the same verdict: on an error all raise alike and none waits for tokens that never come.
+(`all_to_all_single` itself returns without an error when the two sides disagree about a size.)
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.errors import ExchangeError
+
+_MAGIC = 0x4D6F45  # "MoE"
+_HEADER = 6  # magic, layer, sequence number, row width, total, checksum
+
+
+class ExpertGroup:
+    """The expert parallel group as dispatchers see it; one object for all layers of a model.
+
+    Attributes:
+        group: the process group, R ranks.
+        rank: this rank's place in it.
+        size: R.
+        slots: the largest ``num_experts`` of the model. All count vectors have this length, so ranks
+            that have come to different layers still understand each other well enough to say so.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.slots = 0
+        self._sequence = 0
+
+    def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor:
+        """Gathers ``tokens_per_expert`` of all ranks of the group.
+
+        Args:
+            counts: (E,) int64, this rank's tokens for each expert of the whole layer.
+            width: D, the elements of one row.
+            layer: the layer's name.
+
+        Returns:
+            (R, E) int64 on the CPU. The only host sync of an exchange.
+
+        Raises:
+            ExchangeError: on every rank of the group, if the ranks are not in the same exchange of
+                the same layer, or if counts arrive damaged.
+        """
+        self._sequence += 1
+        vector = pack_counts(counts, self.slots, self._sequence, width, layer)
+        table = vector.new_empty((self.size, vector.numel()))
+        dist.all_gather(list(table.unbind()), vector, group=self.group)
+        return unpack_counts(table.cpu(), counts.numel(), layer)
+
+
+def pack_counts(counts: Tensor, slots: int, sequence: int, width: int, layer: str) -> Tensor:
+    """The vector that a rank sends: header, then counts padded to ``slots``; int64."""
+    body = torch.nn.functional.pad(counts, (0, slots - counts.numel()))
+    head = torch.tensor(
+        [_MAGIC, zlib.crc32(layer.encode()), sequence, width], dtype=torch.int64
+    ).to(counts.device, non_blocking=True)
+    return torch.cat([head, body.sum().reshape(1), _checksum(body), body])
+
+
+def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
+    """Checks the gathered ``table (R, 6 + slots)`` and returns the counts ``(R, E)``."""
+    head, body = table[:, :_HEADER], table[:, _HEADER:]
+    for rank in range(table.shape[0]):
+        magic, layer_hash, sequence, width, total, checksum = head[rank].tolist()
+        counts = body[rank]
+        damaged = (
+            magic != _MAGIC
+            or bool((counts < 0).any())
+            or int(counts.sum()) != total
+            or int(_checksum(counts)) != checksum
+            or bool(counts[num_experts:].any())
+        )
+        ours = layer_hash == zlib.crc32(layer.encode())
+        if damaged and ours:
+            raise ExchangeError(
+                f"{layer}: the token counts of rank {rank} of the expert parallel group arrived"
+                f" damaged (sum {int(counts.sum())}, declared {total}, smallest"
+                f" {int(counts.min())}). No tokens were exchanged. This points to faulty memory or"
+                " network: restart from the last checkpoint, and check that node."
+            )
+        if [layer_hash, sequence, width] != head[0, 1:4].tolist() or not ours:
+            raise ExchangeError(
+                f"{layer}: the ranks of the expert parallel group are in different exchanges"
+                f" (rank 0 in number {int(head[0, 2])}, rank {rank} in number {sequence}, same"
+                f" layer: {layer_hash == int(head[0, 1])}). Every rank must run the same MoE layers"
+                " in the same order in each step; make the forward pass independent of the data."
+            )
+    return body[:, :num_experts]
+
+
+def _checksum(counts: Tensor) -> Tensor:
+    """A position-dependent sum, so that swapped counts are found; shape (1,)."""
+    weights = torch.arange(1, counts.numel() + 1, device=counts.device, dtype=counts.dtype)
+    return (counts * (2 * weights + 1)).sum().reshape(1)

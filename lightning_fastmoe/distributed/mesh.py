@@ -1,0 +1,122 @@
+"""The expert parallel x expert data parallel groups of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_fastmoe.errors import TopologyError
+
+EDP_DIM, EP_DIM = "expert_data_parallel", "expert_parallel"
+
+
+@dataclass(frozen=True)
+class ExpertMesh:
+    """All ranks as a row-major grid ``(expert_data_parallel, expert_parallel)``.
+
+    Ranks of one expert parallel (EP) group are neighbours, so the exchange of tokens stays inside a
+    node where it can: with world 4 and EP 2 the EP groups are {0, 1} and {2, 3}, and the expert
+    data parallel (EDP) groups, whose ranks hold the same experts, are {0, 2} and {1, 3}.
+    """
+
+    device_mesh: DeviceMesh
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup:
+        """The ranks that together hold all experts once."""
+        return self.device_mesh.get_group(EP_DIM)
+
+    @property
+    def edp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same experts as this one."""
+        return self.device_mesh.get_group(EDP_DIM)
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks over which experts are split."""
+        return self.device_mesh.size(1)
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's place in its EP group: it holds experts ``[ep_rank * e, (ep_rank + 1) * e)``."""
+        return self.device_mesh.get_local_rank(EP_DIM)
+
+    @property
+    def edp_size(self) -> int:
+        """Replicas of each expert."""
+        return self.device_mesh.size(0)
+
+    def local_experts(self, num_experts: int) -> range:
+        """The global ids of this rank's experts of a layer with ``num_experts``."""
+        each = num_experts // self.ep_size
+        return range(self.ep_rank * each, (self.ep_rank + 1) * each)
+
+
+def make_expert_mesh(expert_parallel_size: int, device_type: str) -> ExpertMesh:
+    """Creates the groups; every rank of the world calls this at the same point.
+
+    Raises:
+        TopologyError: if the size does not divide the world.
+    """
+    world = dist.get_world_size()
+    check_expert_parallel_size(expert_parallel_size, world, {})
+    shape = (world // expert_parallel_size, expert_parallel_size)
+    return ExpertMesh(init_device_mesh(device_type, shape, mesh_dim_names=(EDP_DIM, EP_DIM)))
+
+
+def check_expert_parallel_size(size: int, world: int, num_experts: Mapping[str, int]) -> None:
+    """Refuses a size that does not divide the world or some layer's experts.
+
+    Args:
+        size: expert_parallel_size.
+        world: number of ranks.
+        num_experts: layer name -> its ``num_experts``.
+
+    Raises:
+        TopologyError: naming the value, the rule and the sizes that would do.
+    """
+    if size < 1 or world % size:
+        raise TopologyError(
+            f"expert_parallel_size={size} does not divide the world of {world} rank(s). Choose one"
+            f" of {_divisors(world)}, or 'auto'."
+        )
+    for name, experts in num_experts.items():
+        if experts % size:
+            fitting = _divisors(math.gcd(world, *num_experts.values()))
+            raise TopologyError(
+                f"expert_parallel_size={size} does not divide num_experts={experts} of layer"
+                f" {name!r}: each rank must hold equally many experts. Choose one of {fitting}, or"
+                " 'auto'."
+            )
+
+
+def resolve_expert_parallel_size(
+    size: int | Literal["auto"], world: int, ranks_per_node: int, num_experts: Mapping[str, int]
+) -> int:
+    """Turns "auto" into the largest size that divides all ``num_experts`` and the world, in a node.
+
+    Args:
+        size: an explicit size, checked and returned as it is, or "auto".
+        world: number of ranks.
+        ranks_per_node: upper bound for "auto".
+        num_experts: layer name -> its ``num_experts``.
+
+    Raises:
+        TopologyError: if an explicit size does not fit.
+    """
+    if size != "auto":
+        check_expert_parallel_size(size, world, num_experts)
+        return size
+    if not num_experts:
+        return 1
+    common = math.gcd(world, *num_experts.values())
+    return max(d for d in _divisors(common) if d <= ranks_per_node)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,72 @@
+"""Spreading the experts of a model over the ranks of a mesh."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
+from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
+from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.placement import Placement
+
+
+class ExpertSpreader:
+    """Gives the layers of one model their slices of experts and their dispatchers.
+
+    A layer with ``dispatcher="local"`` is left alone: all its experts stay on every rank, and train
+    data parallel like a dense layer.
+
+    Args:
+        mesh: the groups of the run.
+    """
+
+    def __init__(self, mesh: ExpertMesh) -> None:
+        self.mesh = mesh
+        self.group = ExpertGroup(mesh.ep_group) if mesh.ep_size > 1 else None
+
+    def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
+        """Where a layer with ``num_experts`` puts its experts; None if all stay here.
+
+        Raises:
+            TopologyError: if the experts can't be divided equally.
+        """
+        if self.group is None:
+            return None
+        world = self.mesh.ep_size * self.mesh.edp_size
+        check_expert_parallel_size(self.mesh.ep_size, world, {name: num_experts})
+        experts = self.mesh.local_experts(num_experts)
+        return Placement(experts.start, len(experts), self._attach)
+
+    def spread(self, module: nn.Module) -> None:
+        """Cuts every layer of ``module`` that still holds all experts down to this rank's slice.
+
+        Raises:
+            TopologyError: if a layer's experts can't be divided, or were divided in another way.
+        """
+        for name, layer in moe_layers(module):
+            layer.layer_name = name or type(layer).__name__
+            placement = self.placement(layer.num_experts, layer.layer_name)
+            if placement is None or layer.dispatcher_name == "local":
+                if layer.is_spread:
+                    raise self._spread_otherwise(layer)
+                continue
+            if not layer.is_spread:
+                layer.experts.keep(placement.first_expert, placement.num_local_experts)
+            here = (layer.experts.first_expert, layer.experts.num_local_experts)
+            if here != (placement.first_expert, placement.num_local_experts):
+                raise self._spread_otherwise(layer)
+            self._attach(layer)
+
+    def _attach(self, layer: MoE) -> None:
+        assert self.group is not None
+        layer.dispatcher = AllToAllDispatcher(self.group, layer.num_experts)
+
+    def _spread_otherwise(self, layer: MoE) -> TopologyError:
+        return TopologyError(
+            f"Layer {layer.layer_name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
+            f" experts from an earlier run; that does not fit expert_parallel_size="
+            f"{self.mesh.ep_size}. Build the model anew, or keep the same expert_parallel_size."
+        )
+
+

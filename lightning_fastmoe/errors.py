@@ -1,0 +1,52 @@
+"""Every exception that the package raises on purpose.
+
+Each message names the value that was found, the rule that it breaks and the way to mend it. All
+derive from :class:`FastMoEError`; each also derives from the built-in exception that callers would
+expect (``ValueError``, ``RuntimeError``, ...), so that generic handlers keep working.
+"""
+
+from __future__ import annotations
+
+
+class FastMoEError(Exception):
+    """Base class of all errors raised by lightning_fastmoe."""
+
+
+class ConfigError(FastMoEError, ValueError):
+    """An argument or a combination of arguments is not supported."""
+
+
+class ShapeError(FastMoEError, ValueError):
+    """A tensor does not have the shape or dtype that the operation needs."""
+
+
+class TopologyError(FastMoEError, ValueError):
+    """Experts, ranks and groups do not fit together."""
+
+
+class UnmanagedExpertsError(FastMoEError, RuntimeError):
+    """Experts are spread over ranks, but nothing here knows how to train them."""
+
+
+class ExchangeError(FastMoEError, RuntimeError):
+    """The ranks of an expert parallel group disagree about an exchange of tokens."""
+
+
+class NonFiniteError(FastMoEError, FloatingPointError):
+    """NaN or Inf reached a router."""
+
+
+class ParameterGroupError(FastMoEError, ValueError):
+    """An optimizer's parameter groups would train a parameter wrongly."""
+
+
+class CheckpointError(FastMoEError, RuntimeError):
+    """A checkpoint can't be written, or doesn't fit the run that loads it."""
+
+
+class DataError(FastMoEError, ValueError):
+    """A data source is missing, empty, or can't be divided over the ranks."""
+
+
+class ForeignObjectError(FastMoEError, TypeError):
+    """An object of another library stands where one of pytorch_lightning is needed."""

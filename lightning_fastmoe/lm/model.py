@@ -1,0 +1,319 @@
+"""A decoder-only transformer over bytes whose feed-forward layers are mixtures of experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import MoE
+
+VOCAB_SIZE = 256
+"""One token per byte value."""
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, drawn from N(0, ``init_std``)."""
+
+    def __init__(self, in_features: int, out_features: int, init_std: float) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        nn.init.normal_(self.weight, std=init_std)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors drawn from N(0, ``init_std``)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        nn.init.normal_(self.weight, std=init_std)
+
+
+def rotary_table(seq_len: int, head_dim: int, device: torch.device) -> Tensor:
+    """Angles of rotary position embedding (Su et al. 2021), as cosines and sines.
+
+    Computed in fp32 at each forward pass: as a buffer it would be cast to bf16 together with the
+    weights, and bf16 can't tell position 1000 from 1001.
+
+    Returns:
+        fp32, shape (2, seq_len, head_dim / 2).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    positions = torch.arange(seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, 10_000.0**-exponents)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its position's angle.
+
+    Args:
+        x: Queries or keys, (..., seq_len, head_dim).
+        table: From :func:`rotary_table`.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    cos, sin = table
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, d_model: int, num_heads: int, init_std: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(d_model, 3 * d_model, init_std)
+        self.query_norm = nn.RMSNorm(d_model // num_heads)
+        self.key_norm = nn.RMSNorm(d_model // num_heads)
+        self.out = Linear(d_model, d_model, init_std)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """Mix (batch, seq_len, d_model) over positions."""
+        batch, seq_len, d_model = x.shape
+        heads = self.qkv(x).view(batch, seq_len, 3, self.num_heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        query = rotate(self.query_norm(query), table)
+        key = rotate(self.key_norm(key), table)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, seq_len, d_model))
+
+
+class Block(nn.Module):
+    """One layer: attention, then a mixture of experts, each normalised first and added to x."""
+
+    def __init__(self, d_model: int, num_heads: int, moe: MoE, init_std: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention = Attention(d_model, num_heads, init_std)
+        self.moe_norm = nn.RMSNorm(d_model)
+        self.moe = moe
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """Transform (batch, seq_len, d_model)."""
+        x = x + self.attention(self.attention_norm(x), table)
+        return x + self.moe(self.moe_norm(x))
+
+
+class MoETransformer(nn.Module):
+    """The network: byte embedding, ``num_layers`` blocks, and a readout of the next byte."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_layers: int,
+        num_heads: int,
+        d_ffn: int,
+        num_experts: int,
+        top_k: int,
+        load_balancing: float,
+        z_loss: float,
+        init_std: float,
+    ) -> None:
+        super().__init__()
+        self.head_dim = d_model // num_heads
+        self.embedding = Embedding(VOCAB_SIZE, d_model, init_std)
+        self.blocks = nn.ModuleList(
+            Block(
+                d_model,
+                num_heads,
+                MoE(
+                    d_model,
+                    d_ffn,
+                    num_experts,
+                    top_k,
+                    load_balancing=load_balancing,
+                    z_loss=z_loss,
+                    init_std=init_std,
+                ),
+                init_std,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(d_model)
+        # Not tied to the embedding: a weight shared by two modules complicates ZeRO stage 3, and
+        # 256 rows cost next to nothing.
+        self.readout = Linear(d_model, VOCAB_SIZE, init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Predict each next byte.
+
+        Args:
+            tokens: Bytes in any integer dtype, (batch, seq_len).
+
+        Returns:
+            Logits, (batch, seq_len, 256).
+        """
+        table = rotary_table(tokens.shape[1], self.head_dim, tokens.device)
+        x = self.embedding(tokens.long())
+        for block in self.blocks:
+            x = block(x, table)
+        logits: Tensor = self.readout(self.norm(x))
+        return logits
+
+
+class MoELanguageModel(LightningModule):
+    """A byte-level language model with mixture-of-experts layers, and how it is trained.
+
+    Args:
+        d_model: Width of the residual stream.
+        num_layers: Number of blocks, each attention + mixture of experts.
+        num_heads: Attention heads; `d_model` must be an even multiple of it.
+        d_ffn: Inner width of one expert.
+        num_experts: Experts per layer, over all processes.
+        top_k: Experts that each byte visits.
+        load_balancing: Weight of the loss that evens out the experts' load.
+        z_loss: Weight of the loss that keeps the router's logits small.
+        lr: Peak learning rate.
+        min_lr_ratio: The learning rate ends at this share of `lr`.
+        warmup_steps: Steps over which the learning rate rises from 0; a cosine follows.
+        weight_decay: AdamW's decay of matrices (not of embeddings and norms).
+        betas: AdamW's averaging of the gradient and of its square.
+        init_std: Standard deviation of the initial weights.
+
+    Raises:
+        ConfigError: `d_model` isn't an even multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        d_ffn: int = 256,
+        num_experts: int = 8,
+        top_k: int = 2,
+        load_balancing: float = 0.01,
+        z_loss: float = 0.001,
+        lr: float = 1e-3,
+        min_lr_ratio: float = 0.1,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if d_model % (2 * num_heads):
+            raise ConfigError(
+                f"model.d_model is {d_model} and model.num_heads is {num_heads}; d_model must be a "
+                "multiple of 2 * num_heads, because rotary positions turn pairs of each head's "
+                "dimensions. Change either."
+            )
+        self.save_hyperparameters()
+        self.lr = lr
+        self.min_lr_ratio = min_lr_ratio
+        self.warmup_steps = warmup_steps
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self._shape = {
+            "d_model": d_model,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "d_ffn": d_ffn,
+            "num_experts": num_experts,
+            "top_k": top_k,
+        }
+        self._scales = {"load_balancing": load_balancing, "z_loss": z_loss, "init_std": init_std}
+        self.network: MoETransformer | None = None
+
+    @override
+    def configure_model(self) -> None:
+        # Built here rather than in the constructor: by now the strategy knows the ranks, so that
+        # each one creates its own experts only. Lightning may call this more than once.
+        if self.network is None:
+            self.network = MoETransformer(**self._shape, **self._scales)
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Predict each next byte: (batch, seq_len) to logits (batch, seq_len, 256)."""
+        if self.network is None:
+            raise ConfigError(
+                "The network isn't built yet. A Trainer builds it; outside of one, call "
+                "configure_model() first."
+            )
+        logits: Tensor = self.network(tokens)
+        return logits
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self._nats_per_byte(batch).mean()
+        self.log("train_loss", loss)
+        self.log("train_bpb", loss / math.log(2), prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._log_evaluation("val", batch)
+
+    @override
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._log_evaluation("test", batch)
+
+    @override
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Bits per byte of each window, (batch,)."""
+        return self._nats_per_byte(batch).mean(dim=-1) / math.log(2)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, betas=self.betas)
+        schedule = LambdaLR(optimizer, self._lr_ratio)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices decay; embeddings and norms don't.
+
+        Told apart by module, not by number of dimensions: ZeRO stage 3 flattens its parameters.
+        """
+        decay: list[nn.Parameter] = []
+        no_decay: list[nn.Parameter] = []
+        for module in self.modules():
+            exempt = isinstance(module, nn.RMSNorm | nn.Embedding)
+            for name, parameter in module.named_parameters(recurse=False):
+                (no_decay if exempt or name.endswith("bias") else decay).append(parameter)
+        return [
+            {"name": "decay", "params": decay, "weight_decay": self.weight_decay},
+            {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+        ]
+
+    def _lr_ratio(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to ``min_lr_ratio`` at the last step."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        total = self._total_steps()
+        if total is None:
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine
+
+    def _total_steps(self) -> int | None:
+        """Optimizer steps of the whole run, or ``None`` if it has no end."""
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        steps = self.trainer.estimated_stepping_batches
+        return int(steps) if math.isfinite(steps) else None
+
+    def _nats_per_byte(self, windows: Tensor) -> Tensor:
+        """Cross-entropy of each byte but the first: (batch, seq_len + 1) to (batch, seq_len)."""
+        logits = self(windows[:, :-1]).float()
+        targets = windows[:, 1:].long()
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+    def _log_evaluation(self, stage: str, batch: Tensor) -> None:
+        loss = self._nats_per_byte(batch).mean()
+        metrics = {f"{stage}_loss": loss, f"{stage}_bpb": loss / math.log(2)}
+        self.log_dict(metrics, batch_size=len(batch), sync_dist=True, prog_bar=False)

@@ -1,0 +1,116 @@
+"""Loss terms that act without being added to the loss.
+
+A term is tied to the layer's output: when the output's gradient passes through, the term's own
+gradient starts with the factor that the training loop applied to the loss (1 / accumulation steps,
+the fp16 loss scale). ``LossScale.of`` learns that factor from autograd itself: it is the gradient
+that reaches the user's loss. So the result equals a term added by hand, whatever the loop does.
+The idea of a term that rides on an activation is Megatron-LM's; reading the factor from the graph
+is ours.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LossScale:
+    """The factor between the loss that the user returned and the one that is differentiated.
+
+    Unless a loss is watched the factor is 1, which is right for a plain ``loss.backward()``.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def _store(self, grad: Tensor) -> None:
+        self.value = grad.detach()
+
+    def watch(self, loss: Tensor) -> None:
+        """A backward pass through ``loss``, scaled in any way later on, sets the factor.
+
+        Of several watched tensors the one nearest to the layers counts: its hook runs last.
+        """
+        loss.register_hook(self._store)
+
+    @contextmanager
+    def of(self, loss: Tensor) -> Iterator[None]:
+        """Watches ``loss``; the factor that a backward pass sets inside is forgotten at the end."""
+        self.watch(loss)
+        try:
+            yield
+        finally:
+            self.value = None
+
+
+class AttachedLoss:
+    """The terms of one forward pass of one layer, alive as long as that pass's graph.
+
+    Attributes:
+        terms: name -> coefficient * term, with graph.
+        taken: True once the user has asked for the terms; they then act no more by themselves.
+        spent: True once a backward pass has gone through.
+    """
+
+    def __init__(self, terms: dict[str, Tensor], scale: LossScale) -> None:
+        self.terms = terms
+        self.scale = scale
+        self.taken = False
+        self.spent = False
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, total: Tensor, attached: AttachedLoss) -> Tensor:
+        ctx.attached = attached
+        ctx.total_like = (total.dtype, total.device)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        attached: AttachedLoss = ctx.attached
+        attached.spent = True
+        if attached.taken:
+            return grad, None, None
+        dtype, device = ctx.total_like
+        if attached.scale.value is None:
+            return grad, torch.ones((), dtype=dtype, device=device), None
+        return grad, attached.scale.value.to(device=device, dtype=dtype).reshape(()), None
+
+
+def attach(y: Tensor, attached: AttachedLoss) -> Tensor:
+    """Returns ``y``; its backward pass also starts that of the attached terms."""
+    total = torch.stack(list(attached.terms.values())).sum()
+    return _Attach.apply(y, total, attached)  # type: ignore[no-any-return]
+
+
+class AttachedLosses:
+    """A layer's attached losses that may still be differentiated, oldest first."""
+
+    def __init__(self) -> None:
+        self._alive: list[weakref.ref[AttachedLoss]] = []
+
+    def append(self, attached: AttachedLoss) -> None:
+        """Remembers ``attached`` for as long as its graph lives."""
+        self._alive = [ref for ref in self._alive if ref() is not None]
+        self._alive.append(weakref.ref(attached))
+
+    def take(self) -> list[AttachedLoss]:
+        """All that have neither been taken nor differentiated yet, now marked as taken."""
+        alive = [a for ref in self._alive if (a := ref()) is not None]
+        found = [a for a in alive if not (a.taken or a.spent)]
+        for attached in found:
+            attached.taken = True
+        self._alive.clear()
+        return found
+
+
+def is_recomputing() -> bool:
+    """True inside a backward pass: activation checkpointing is replaying a forward pass there."""
+    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]

@@ -1,0 +1,124 @@
+"""Stacked expert weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.nn.init import init_experts_
+
+
+class Experts(nn.Module):
+    """The routed FFNs of one layer that live on this rank, stacked along the first dimension.
+
+    The layout is that of Hugging Face transformers 5 (``Qwen3MoeExperts`` and its kin), so weights
+    go across by plain copies.
+
+    Parameters:
+        up_proj: (e, 2F, D) for gated activations, the gate's F rows first; else (e, F, D).
+        down_proj: (e, D, F).
+        up_bias: (e, 2F) or (e, F), only with ``bias=True``.
+        down_bias: (e, D), only with ``bias=True``.
+
+    Args:
+        d_model: D.
+        d_ffn: F, the inner width of one expert.
+        num_experts: E of the whole model.
+        first_expert: global id of the first local expert.
+        num_local_experts: e.
+        layer_seed: seeds each expert together with its global id.
+        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`.
+        bias: whether both projections have biases (initially zero).
+        init_std: see :func:`~lightning_fastmoe.nn.init.init_experts_`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ffn: int,
+        num_experts: int,
+        *,
+        first_expert: int,
+        num_local_experts: int,
+        layer_seed: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_ffn, self.num_experts = d_model, d_ffn, num_experts
+        self.first_expert, self.num_local_experts = first_expert, num_local_experts
+        self.layer_seed, self.activation, self.init_std = layer_seed, activation, init_std
+        up_rows = (2 if ops.is_gated(activation) else 1) * d_ffn
+        e = num_local_experts
+        self.up_proj = nn.Parameter(torch.empty(e, up_rows, d_model))
+        self.down_proj = nn.Parameter(torch.empty(e, d_model, d_ffn))
+        self.up_bias = nn.Parameter(torch.empty(e, up_rows)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(e, d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial values of the local experts, by their global ids; does nothing on meta."""
+        if self.up_proj.is_meta:
+            return
+        for name, fan_in in (("up_proj", self.d_model), ("down_proj", self.d_ffn)):
+            init_experts_(
+                getattr(self, name),
+                name=name,
+                layer_seed=self.layer_seed,
+                first_expert=self.first_expert,
+                fan_in=fan_in,
+                std=self.init_std,
+            )
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    @torch.no_grad()
+    def keep(self, first_expert: int, num_local_experts: int) -> None:
+        """Drops all experts but ``[first_expert, first_expert + num_local_experts)`` (global ids).
+
+        Parameters are replaced by copies of their slices, so that the memory of the rest is freed.
+        """
+        start = first_expert - self.first_expert
+        for name, parameter in self.named_parameters():
+            kept = parameter[start : start + num_local_experts].detach().clone()
+            setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        self.first_expert, self.num_local_experts = first_expert, num_local_experts
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """``x (N, D)`` grouped by local expert, ``tokens_per_expert (e,)`` -> (N, D)."""
+        weights = [
+            None if p is None else p.to(x.dtype)
+            for p in (self.up_proj, self.down_proj, self.up_bias, self.down_bias)
+        ]
+        up, down, up_bias, down_bias = weights
+        assert up is not None and down is not None
+        return ops.grouped_mlp(
+            x, tokens_per_expert, up, down, self.activation, up_bias, down_bias
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""
+        for name in self._local_names():
+            value = state_dict.get(prefix + name)
+            whole = isinstance(value, Tensor) and value.shape[:1] == (self.num_experts,)
+            if whole and self.num_local_experts != self.num_experts:
+                first = self.first_expert
+                state_dict[prefix + name] = value[first : first + self.num_local_experts]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _local_names(self) -> Iterator[str]:
+        return (name for name, _ in self.named_parameters(recurse=False))
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``print(model)``."""
+        last = self.first_expert + self.num_local_experts - 1
+        return (
+            f"d_model={self.d_model}, d_ffn={self.d_ffn}, activation={self.activation},"
+            f" experts {self.first_expert}..{last} of {self.num_experts}"
+        )

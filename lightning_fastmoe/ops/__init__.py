@@ -1,0 +1,19 @@
+"""The arithmetic of one MoE layer on one device. Imports torch only."""
+
+from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
+from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
+from lightning_fastmoe.ops.permute import permute, unpermute
+from lightning_fastmoe.ops.routing import ExpertOrder, order_by_expert, top_k
+
+__all__ = [
+    "ACTIVATIONS",
+    "ExpertOrder",
+    "apply_activation",
+    "grouped_linear",
+    "grouped_mlp",
+    "is_gated",
+    "order_by_expert",
+    "permute",
+    "top_k",
+    "unpermute",
+]

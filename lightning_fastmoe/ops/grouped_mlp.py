@@ -1,0 +1,108 @@
+"""All experts of one rank: grouped GEMM, activation, grouped GEMM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_fastmoe.ops.activation import apply_activation
+
+_ALIGNMENT_BYTES = 16  # F.grouped_mm refuses row strides that are not multiples of this
+
+
+class _Contiguous(torch.autograd.Function):
+    """Identity whose gradient is contiguous: grouped_mm refuses expanded (stride-0) gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+def grouped_mm_applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``F.grouped_mm`` serves these operands as one kernel, without a host sync.
+
+    On CUDA that is bf16 on compute capability 9.0 and above; on the CPU fp32 and bf16. Both sides
+    of each product need rows of whole 16-byte units, in forward and backward alike.
+
+    Args:
+        x: (N, D).
+        weight: (E, M, D).
+    """
+    itemsize = x.element_size()
+    if any((n * itemsize) % _ALIGNMENT_BYTES for n in weight.shape[1:]):
+        return False
+    if x.device.type == "cuda":
+        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """``x[rows of e] @ weight[e].T`` for every expert e.
+
+    Args:
+        x: (N, D), rows grouped by expert; N is the sum of the counts.
+        weight: (E, M, D).
+        tokens_per_expert: (E,) int64, zeros allowed.
+
+    Returns:
+        (N, M). An expert without tokens gets a gradient of zeros.
+    """
+    if x.shape[0] and grouped_mm_applies(x, weight):
+        offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
+        out = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets)
+        return _Contiguous.apply(out)  # type: ignore[no-any-return]
+    return grouped_linear_loop(x, weight, tokens_per_expert)
+
+
+def grouped_linear_loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """:func:`grouped_linear` as one product per expert; reads the counts on the host."""
+    chunks = x.split(tokens_per_expert.tolist())
+    # unbind's gradient stacks one slice per expert, zeros for the empty ones.
+    return torch.cat([c @ w.T for c, w in zip(chunks, weight.unbind(0), strict=True)])
+
+
+def _row_bias(bias: Tensor, tokens_per_expert: Tensor, rows: int) -> Tensor:
+    """(E, M) -> (N, M), without scattering in the backward: one product with a 0/1 matrix."""
+    ends = torch.cumsum(tokens_per_expert, 0)
+    expert = torch.searchsorted(ends, torch.arange(rows, device=bias.device), right=True)
+    one_hot = expert.unsqueeze(1) == torch.arange(bias.shape[0], device=bias.device)
+    return one_hot.to(bias.dtype) @ bias
+
+
+def grouped_mlp(
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The FFN of every expert on its own rows.
+
+    Args:
+        x: (N, D), rows grouped by expert.
+        tokens_per_expert: (E,) int64 with sum N.
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D).
+        down: (E, D, F).
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        up_bias: (E, 2F) or (E, F).
+        down_bias: (E, D).
+
+    Returns:
+        (N, D) in the dtype of ``x``.
+    """
+    h = grouped_linear(x, up, tokens_per_expert)
+    if up_bias is not None:
+        h = h + _row_bias(up_bias, tokens_per_expert, x.shape[0])
+    y = grouped_linear(apply_activation(h, activation), down, tokens_per_expert)
+    if down_bias is not None:
+        y = y + _row_bias(down_bias, tokens_per_expert, x.shape[0])
+    return y

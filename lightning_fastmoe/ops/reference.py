@@ -1,0 +1,119 @@
+"""Slow, obvious definitions of one MoE layer: the oracle of the tests, the formulas of the docs.
+
+Nothing here is vectorised over experts and nothing is fast. Every function works in the dtype of
+its input (the tests use fp64) and is differentiable by plain autograd.
+Shapes: T tokens, D d_model, F d_ffn, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.ops.activation import GATED
+
+
+def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, weights and expert ids of softmax top-k routing, one token at a time.
+
+    Ties go to the lower expert id.
+
+    Args:
+        logits: (T, E).
+        top_k: experts per token.
+        normalize: divide the chosen scores by their sum.
+
+    Returns:
+        ``scores (T, E)``, ``weights (T, K)``, ``expert_ids (T, K)``.
+    """
+    num_tokens, num_experts = logits.shape
+    scores = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
+    expert_ids = torch.zeros(num_tokens, top_k, dtype=torch.long)
+    for t in range(num_tokens):
+        row = scores[t].tolist()
+        ranked = sorted(range(num_experts), key=lambda e, row=row: (-row[e], e))
+        expert_ids[t] = torch.tensor(ranked[:top_k])
+    weights = torch.gather(scores, 1, expert_ids)
+    if normalize:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return scores, weights, expert_ids
+
+
+def activation(h: Tensor, name: str) -> Tensor:
+    """The activation of one expert; gated ones split their input into (gate, up) halves."""
+    plain = {
+        "silu": lambda z: z / (1 + torch.exp(-z)),
+        "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)),
+        "relu": lambda z: torch.where(z > 0, z, torch.zeros_like(z)),
+    }
+    if name not in GATED:
+        return plain[name](h)
+    gate, up = h.chunk(2, dim=-1)
+    return plain[GATED[name]](gate) * up
+
+
+def expert_ffn(
+    x: Tensor, up: Tensor, down: Tensor, name: str, up_bias: Tensor | None, down_bias: Tensor | None
+) -> Tensor:
+    """One expert: ``down @ act(up @ x + b) + c`` for ``x (n, D)``, ``up (F' , D)``, ``down (D, F)``."""
+    h = x @ up.T
+    if up_bias is not None:
+        h = h + up_bias
+    y = activation(h, name) @ down.T
+    return y if down_bias is None else y + down_bias
+
+
+def moe(
+    x: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    up: Tensor,
+    down: Tensor,
+    name: str = "swiglu",
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """A dropless MoE layer, one (token, slot) pair at a time: ``y[t] = sum_k w[t,k] f_e(x[t])``.
+
+    Args:
+        x: (T, D) tokens.
+        weights: (T, K) combine weights.
+        expert_ids: (T, K) chosen experts.
+        up: (E, 2F, D) for gated activations, else (E, F, D).
+        down: (E, D, F).
+        name: the activation.
+        up_bias: (E, 2F) or (E, F), or None.
+        down_bias: (E, D) or None.
+
+    Returns:
+        (T, D).
+    """
+    rows = []
+    for t in range(x.shape[0]):
+        total = torch.zeros_like(x[t])
+        for k in range(expert_ids.shape[1]):
+            e = int(expert_ids[t, k])
+            ub = None if up_bias is None else up_bias[e]
+            db = None if down_bias is None else down_bias[e]
+            total = total + weights[t, k] * expert_ffn(x[t : t + 1], up[e], down[e], name, ub, db)[0]
+        rows.append(total)
+    return torch.stack(rows) if rows else x.clone()
+
+
+def load_balancing_loss(scores: Tensor, expert_ids: Tensor) -> Tensor:
+    """``E * sum_e f_e P_e`` (Switch Transformer, eq. 4-6; GShard), 1 for a uniform router.
+
+    ``f_e`` is the share of (token, slot) pairs that go to expert e, ``P_e`` its mean score.
+    """
+    num_tokens, num_experts = scores.shape
+    top_k = expert_ids.shape[1]
+    total = scores.new_zeros(())
+    for e in range(num_experts):
+        f = float((expert_ids == e).sum()) / (num_tokens * top_k)
+        total = total + f * scores[:, e].mean()
+    return num_experts * total
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """``mean_t (log sum_e exp logits[t, e])^2`` (ST-MoE, eq. 5)."""
+    return torch.log(torch.exp(logits).sum(dim=1)).pow(2).mean()

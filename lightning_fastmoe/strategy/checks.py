@@ -1,0 +1,71 @@
+"""Refusals at set-up: each names the value, the rule and the fix, before any rank waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
+
+from lightning_fastmoe.errors import ConfigError, ForeignObjectError
+
+_FOREIGN = ("lightning.pytorch", "lightning.fabric")
+_POLICIES = ("raise", "skip", "ignore")
+
+
+def check_arguments(expert_parallel_size: Any, nonfinite: Any) -> None:
+    """Checks the arguments that DeepSpeedStrategy does not know.
+
+    Raises:
+        ConfigError: if one is of the wrong type or unknown.
+    """
+    is_size = isinstance(expert_parallel_size, int) and not isinstance(expert_parallel_size, bool)
+    if expert_parallel_size != "auto" and not (is_size and expert_parallel_size >= 1):
+        raise ConfigError(
+            f"expert_parallel_size={expert_parallel_size!r} is invalid: it must be 'auto' or an"
+            " integer of at least 1."
+        )
+    if nonfinite not in _POLICIES:
+        raise ConfigError(
+            f"nonfinite={nonfinite!r} is unknown. It must be one of: {', '.join(_POLICIES)}."
+        )
+
+
+def check_objects(owner: str, objects: Iterable[Any]) -> None:
+    """Refuses objects of the ``lightning`` package, whose classes are other classes than ours.
+
+    Raises:
+        ForeignObjectError: naming the object and what to import instead.
+    """
+    for item in objects:
+        for base in type(item).__mro__:
+            if base.__module__.startswith(_FOREIGN):
+                raise ForeignObjectError(
+                    f"{owner} got a {type(item).__name__}, which is a {base.__module__}."
+                    f"{base.__name__}. The packages 'lightning' and 'pytorch_lightning' do not mix:"
+                    f" import from pytorch_lightning (or lightning_fabric) instead, in the whole"
+                    " program."
+                )
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuses what the Trainer was told but can't do right.
+
+    Raises:
+        ConfigError: for gradient clipping by value, or fp16 on the CPU.
+        ForeignObjectError: for callbacks, loggers and data modules of the ``lightning`` package.
+    """
+    check_objects("The Trainer", [*trainer.callbacks, *trainer.loggers, trainer.datamodule, module])
+    if trainer.gradient_clip_algorithm == "value":
+        raise ConfigError(
+            "gradient_clip_algorithm='value' is not supported: gradients are partitioned over ranks"
+            " and DeepSpeed clips by norm only. Use gradient_clip_algorithm='norm'."
+        )
+    plugin = trainer.strategy.precision_plugin
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and isinstance(plugin, DeepSpeedPrecision) and plugin.precision.startswith("16"):
+        raise ConfigError(
+            f"precision={plugin.precision!r} is not supported on the CPU. Use '32-true',"
+            " 'bf16-mixed' or 'bf16-true'."
+        )

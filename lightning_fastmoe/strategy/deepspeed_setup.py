@@ -1,0 +1,79 @@
+"""What DeepSpeed must be told before anything else happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_fastmoe.errors import ConfigError
+
+if not torch.cuda.is_available():
+    # Saves DeepSpeed's guess, and its warning about the guess. Must precede its first import.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def select_accelerator(device: torch.device) -> None:
+    """Makes DeepSpeed compute on ``device.type``, also on a machine that has something faster."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if device.type == "cpu":
+        if get_accelerator().device_name() != "cpu":
+            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+            set_accelerator(CPU_Accelerator())
+        # A shared-memory all-reduce for inference that would be compiled on first use (40 s, needs
+        # a C++ compiler). Training never calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+_REFUSED_SECTIONS = {
+    "optimizer": "create the optimizer in configure_optimizers()",
+    "scheduler": "create the scheduler in configure_optimizers()",
+    "expert_parallel": "it is DeepSpeed's own expert parallelism; use expert_parallel_size instead",
+    "tensor_parallel": "experts can't be combined with tensor parallelism",
+    "use_data_before_expert_parallel": "neighbouring ranks form an expert parallel group",
+    "sequence_parallel_size": "experts can't be combined with sequence parallelism",
+    "zenflow": "experts can't be combined with ZenFlow",
+}
+_REQUIRED_ZERO = {"reduce_scatter": True, "contiguous_gradients": True}
+_REFUSED_ZERO = {
+    "zero_quantized_gradients": False,
+    "zero_quantized_weights": False,
+    "zero_hpz_partition_size": 1,
+    "zenflow": None,
+}
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Refuses what would train experts wrongly, or what was never checked to train them right.
+
+    Raises:
+        ConfigError: naming the option, the rule and the fix.
+    """
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"stage={stage} is not supported: it must be 1, 2 or 3. DeepSpeed's stage 0 leaves the"
+            " experts' gradients out of the clipping norm with a client optimizer (DeepSpeed #8475,"
+            " #8613). Stage 1 computes the same with less memory."
+        )
+    for name, reason in _REFUSED_SECTIONS.items():
+        if config.get(name):
+            raise ConfigError(f"The DeepSpeed config sets {name!r}, which is refused: {reason}.")
+    for name, value in _REQUIRED_ZERO.items():
+        if zero.get(name, value) != value:
+            raise ConfigError(
+                f"{name}={zero[name]} is refused: experts need {name}={value}, as DeepSpeed's other"
+                " paths do not reduce their gradients over the right ranks. Drop the option."
+            )
+    for name, value in _REFUSED_ZERO.items():
+        if zero.get(name, value) != value:
+            raise ConfigError(
+                f"zero_optimization.{name}={zero[name]} is refused: it ignores that experts and"
+                " dense parameters have different data parallel groups. Drop the option."
+            )

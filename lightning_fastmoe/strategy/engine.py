@@ -1,0 +1,189 @@
+"""DeepSpeed's engine, taught about experts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from lightning_fastmoe.errors import ConfigError, NonFiniteError
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.attached_loss import LossScale
+from lightning_fastmoe.strategy.param_groups import UserParamGroups, name_groups_apart
+
+NonFinitePolicy = Literal["raise", "skip", "ignore"]
+
+
+@dataclass
+class ExpertState:
+    """What the engine knows about experts.
+
+    Attributes:
+        layers: name -> MoE layer, spread or not.
+        loss_scale: shared by all layers.
+        nonfinite: what to do when NaN or Inf reaches a router.
+        user_groups: the optimizer's groups as schedulers see them; None without an optimizer.
+    """
+
+    layers: dict[str, MoE] = field(default_factory=dict)
+    loss_scale: LossScale = field(default_factory=LossScale)
+    nonfinite: NonFinitePolicy = "raise"
+    user_groups: UserParamGroups | None = None
+
+    @property
+    def spread_layers(self) -> list[MoE]:
+        """The layers whose experts are split over ranks."""
+        return [layer for layer in self.layers.values() if layer.is_spread]
+
+    @property
+    def optimizes_spread_experts(self) -> bool:
+        """Whether some parameter group holds spread experts."""
+        groups = self.user_groups._real.param_groups if self.user_groups else []
+        return any(group.get("moe") for group in groups)
+
+
+class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
+    """``DeepSpeedEngine`` for models with this package's MoE layers.
+
+    The base class recognises experts by its own layer classes alone. Without its ``has_moe_layers``
+    flag, ZeRO 3 trains foreign experts wrongly without a word.
+
+    Args:
+        expert_state: the layers and how to treat them.
+        kwargs: as for the base class.
+    """
+
+    def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
+        self.expert_state = expert_state
+        self._awaits_step = False
+        super().__init__(**kwargs)
+        if self.basic_optimizer is not None:
+            name_groups_apart(self.basic_optimizer)
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        state = self.expert_state
+        stage_3 = self.zero_optimization_partition_weights()
+        self.has_moe_layers = bool(state.spread_layers) and (
+            stage_3 or state.optimizes_spread_experts
+        )
+        self.num_experts = [layer.num_experts for layer in state.spread_layers]
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        # The base class looks for its own layers. What it refuses besides is refused by
+        # `check_deepspeed_config`, before anything is built.
+        if self.sequence_parallel_size != 1:
+            raise ConfigError(
+                f"sequence_parallel_size={self.sequence_parallel_size} can't be combined with"
+                " experts under ZeRO 3. Set it to 1."
+            )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, but the loss is not divided by the accumulation steps again.
+
+        Lightning has divided it already; DeepSpeed would do it a second time. The attached loss
+        terms learn from ``loss`` how it is scaled from here on.
+        """
+        if self._awaits_step:
+            raise ConfigError(
+                "backward() was called twice before a step: DeepSpeed would keep the last gradient"
+                " only. Use Trainer(accumulate_grad_batches=...) with automatic optimization, or add"
+                " the losses and call backward once."
+            )
+        self._awaits_step = bool(self.is_gradient_accumulation_boundary())
+        kwargs["scale_wrt_gas"] = False
+        with self.expert_state.loss_scale.of(loss):
+            return super().backward(loss, *args, **kwargs)
+
+    def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        state = self.expert_state
+        self._awaits_step = False
+        if state.user_groups is not None:
+            state.user_groups.push()
+        bad = self._nonfinite_layers()
+        if bad and state.nonfinite == "raise":
+            raise NonFiniteError(
+                f"NaN or Inf reached the router of {', '.join(bad)} on at least one rank; step"
+                f" {self.global_steps} was not taken and no weight has changed. Lower the learning"
+                " rate or look for the bad batch; FastMoEStrategy(nonfinite='skip') skips such"
+                " steps on all ranks, 'ignore' lets them pass."
+            )
+        if bad:
+            with self._overflowing_step():
+                super()._take_model_step(lr_kwargs)
+        else:
+            super()._take_model_step(lr_kwargs)
+
+    def _nonfinite_layers(self) -> list[str]:
+        """The layers that saw NaN or Inf on any rank since the last step; alike on all ranks."""
+        state = self.expert_state
+        if state.nonfinite == "ignore" or not state.layers:
+            return []
+        flags = torch.stack([_take_flag(layer, self.device) for layer in state.layers.values()])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [name for name, bad in zip(state.layers, flags.tolist(), strict=True) if bad]
+
+    @contextmanager
+    def _overflowing_step(self) -> Iterator[None]:
+        """Inside, the ZeRO optimizer takes its way out of an fp16 overflow: it drops the step."""
+        optimizer = self.optimizer
+
+        def overflow(**_: Any) -> bool:
+            optimizer.overflow = True
+            return True
+
+        name = (
+            "_overflow_check_and_loss_scale_update"
+            if self.zero_optimization_partition_weights()
+            else "check_overflow"
+        )
+        checked = getattr(optimizer, "check_grad_overflow", None)
+        optimizer.check_grad_overflow = True
+        setattr(optimizer, name, overflow)
+        try:
+            yield
+        finally:
+            delattr(optimizer, name)
+            optimizer.check_grad_overflow = checked
+
+
+def _take_flag(layer: MoE, device: torch.device) -> Tensor:
+    flag, layer.nonfinite = layer.nonfinite, None
+    if flag is None:
+        return torch.zeros((), dtype=torch.int32, device=device)
+    return flag.to(device=device, dtype=torch.int32)
+
+
+def make_engine(
+    *,
+    model: nn.Module,
+    config: dict[str, Any],
+    device_rank: int,
+    expert_state: ExpertState,
+    optimizer: Any = None,
+    lr_scheduler: Any = None,
+) -> FastMoEEngine:
+    """What ``deepspeed.initialize`` does, for our engine class, which it can't be told to use."""
+    config_class = DeepSpeedConfig(config, None, mesh_device=None)
+    parameters = [p for p in model.parameters() if p.requires_grad] if optimizer else []
+    engine = FastMoEEngine(
+        expert_state=expert_state,
+        args=argparse.Namespace(device_rank=device_rank),
+        model=model,
+        optimizer=optimizer,
+        model_parameters=parameters,
+        lr_scheduler=lr_scheduler,
+        dist_init_required=False,
+        config=config,
+        config_class=config_class,
+    )
+    engine._configure_python_gc()
+    return engine

@@ -1,0 +1,66 @@
+"""Telling DeepSpeed which parameters are experts: tags on parameters, groups of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_fastmoe.distributed import ExpertMesh
+from lightning_fastmoe.errors import ParameterGroupError
+from lightning_fastmoe.nn import MoE
+
+
+def group_name(mesh: ExpertMesh) -> str:
+    """DeepSpeed's name of the expert data parallel group; it parses the size out of it."""
+    return f"ep_size_{mesh.ep_size}"
+
+
+def tag_experts(layers: Iterable[MoE], mesh: ExpertMesh) -> None:
+    """Marks the parameters of spread experts for DeepSpeed.
+
+    ``allreduce=False`` and ``group_name`` serve ZeRO 1 and 2; the ``ds_zero_*`` tags ZeRO 3, which
+    then partitions the parameter over the expert data parallel group and averages its gradient over
+    all ranks.
+    """
+    for layer in layers:
+        if layer.is_spread:
+            for parameter in layer.experts.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = group_name(mesh)  # type: ignore[attr-defined]
+                parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+                parameter.ds_zero_partition_group_name = group_name(mesh)  # type: ignore[attr-defined]
+
+
+def is_tagged(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed will treat the parameter as an expert."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
+    """Every parameter that claims to be an expert must belong to one of our spread layers.
+
+    Raises:
+        ParameterGroupError: naming the parameter.
+    """
+    ours = {id(p) for layer in layers if layer.is_spread for p in layer.experts.parameters()}
+    for name, parameter in module.named_parameters():
+        if is_tagged(parameter) and id(parameter) not in ours:
+            raise ParameterGroupError(
+                f"Parameter {name!r} has allreduce=False, so its gradient would not be averaged over"
+                " all ranks, but it belongs to no MoE layer of this package. DeepSpeed's own MoE"
+                " can't be mixed in; for other parameters remove the attribute."
+            )
+
+
+def register_groups(mesh: ExpertMesh) -> None:
+    """Gives DeepSpeed the mesh's groups, so that it does not create its own beside them."""
+    from deepspeed.utils import groups
+
+    name = group_name(mesh)
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group
+    ranks = mesh.device_mesh.mesh
+    row, column = divmod(int(mesh.device_mesh.get_rank()), mesh.ep_size)
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = ranks[row].tolist()
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks[:, column].tolist()

@@ -1,0 +1,383 @@
+"""FastMoEStrategy: expert parallelism beside DeepSpeed ZeRO data parallelism, for Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.seed import reset_seed
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
+from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
+from pytorch_lightning.strategies.deepspeed import remove_module_hooks
+from pytorch_lightning.utilities.types import LRSchedulerConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_fastmoe.checkpoint import rank_local
+from lightning_fastmoe.distributed import (
+    ExpertMesh,
+    ExpertSpreader,
+    make_expert_mesh,
+    resolve_expert_parallel_size,
+)
+from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
+from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.strategy.checks import check_arguments, check_objects, check_trainer
+from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
+from lightning_fastmoe.strategy.engine import (
+    ExpertState,
+    FastMoEEngine,
+    NonFinitePolicy,
+    make_engine,
+)
+from lightning_fastmoe.strategy.experts import (
+    check_tags,
+    group_name,
+    register_groups,
+    tag_experts,
+)
+from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
+from lightning_fastmoe.strategy.uneven import UnevenData
+
+
+class FastMoEStrategy(DeepSpeedStrategy):
+    """Trains mixture-of-experts models: experts split over ranks, the rest by DeepSpeed ZeRO.
+
+    Every ``MoE`` layer of the model has its experts divided over ``expert_parallel_size``
+    neighbouring ranks; replicas of an expert (if the world is larger) are ZeRO-partitioned among
+    themselves, all other parameters over the whole world. The result equals training on one
+    process: an expert's gradient is that of the loss averaged over the global batch.
+
+    Runs on CUDA (NCCL) and on the CPU (gloo).
+
+    Args:
+        expert_parallel_size: ranks over which the experts of each layer are split. It must divide
+            the world and every layer's ``num_experts``. "auto" is the largest such size that fits
+            into a node.
+        stage: ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters.
+        nonfinite: what happens when NaN or Inf reaches a router on any rank in a training step:
+            "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
+            "ignore" does not look.
+        kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
+
+    Raises:
+        ConfigError: if an option is unknown or would train experts wrongly.
+    """
+
+    strategy_name = "fastmoe"
+
+    def __init__(
+        self,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        stage: int = 2,
+        nonfinite: NonFinitePolicy = "raise",
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(expert_parallel_size, nonfinite)
+        check_objects("FastMoEStrategy", kwargs.values())
+        super().__init__(stage=stage, **kwargs)
+        assert isinstance(self.config, dict)
+        # DeepSpeed demands its own CPU Adam for offloading unless told that any optimizer will do.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        check_deepspeed_config(self.config)
+        self.expert_parallel_size = expert_parallel_size
+        self._nonfinite = nonfinite
+        self._spreader: ExpertSpreader | None = None
+        self._expert_state = ExpertState(nonfinite=nonfinite)
+        self._uneven = UnevenData(self)
+
+    # ---------------------------------------------------------------- set-up of ranks and groups
+
+    @override
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CUDAAccelerator | CPUAccelerator):
+            raise ConfigError(
+                f"accelerator={type(self.accelerator).__name__} is not supported: FastMoEStrategy"
+                " runs on 'cuda' (NCCL) and 'cpu' (gloo)."
+            )
+        # Past DeepSpeedStrategy's own method, which refuses the CPU.
+        DDPStrategy.setup_environment(self)
+
+    @override
+    def setup_distributed(self) -> None:
+        select_accelerator(self.root_device)
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+        else:
+            # What the base class does, less its check of CUDA device indices.
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+            assert isinstance(self.config, dict)
+            self.config["zero_optimization"]["overlap_comm"] = False  # there are no streams
+        if self.expert_parallel_size != "auto":
+            self._mesh_for({})
+
+    def _mesh_for(self, num_experts: Mapping[str, int]) -> ExpertSpreader:
+        """The groups of the run, made when first needed: "auto" must see a layer before."""
+        if self._spreader is None:
+            size = resolve_expert_parallel_size(
+                self.expert_parallel_size, self.world_size, self.num_processes, num_experts
+            )
+            mesh = make_expert_mesh(size, self.root_device.type)
+            register_groups(mesh)
+            self._spreader = ExpertSpreader(mesh)
+            if self.lightning_module is not None:
+                self.lightning_module._device_mesh = mesh.device_mesh
+        return self._spreader
+
+    @property
+    def expert_mesh(self) -> ExpertMesh:
+        """The expert parallel and expert data parallel groups.
+
+        Raises:
+            UnmanagedExpertsError: before they exist.
+        """
+        if self._spreader is None:
+            raise UnmanagedExpertsError(
+                "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
+                " expert_parallel_size='auto' when the first MoE layer is known."
+            )
+        return self._spreader.mesh
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The ranks as ``(expert_data_parallel, expert_parallel)``; also ``module.device_mesh``."""
+        return self.expert_mesh.device_mesh
+
+    # ------------------------------------------------------------------------ set-up of the model
+
+    @override
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around ``configure_model``: MoE layers create only this rank's experts."""
+        self._init_config_if_needed()
+        if self._spreader is not None and self.lightning_module is not None:
+            self.lightning_module._device_mesh = self.device_mesh
+
+        def rule(num_experts: int) -> Placement | None:
+            return self._mesh_for({"being built": num_experts}).placement(num_experts)
+
+        # DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense
+        # parameters are partitioned when the engine is built.
+        with expert_placement(rule):
+            yield
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        check_trainer(trainer, self.lightning_module)
+        self._init_config_if_needed()
+        assert isinstance(self.config, dict)
+        check_deepspeed_config(self.config)
+        self._setup_experts(self.lightning_module)
+        super().setup(trainer)
+
+    def _setup_experts(self, module: nn.Module) -> None:
+        state = self._expert_state
+        state.layers = dict(moe_layers(module))
+        spreader = self._mesh_for({name: m.num_experts for name, m in state.layers.items()})
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = spreader.mesh.device_mesh
+        spreader.spread(module)
+        tag_experts(state.layers.values(), spreader.mesh)
+        check_tags(module, state.layers.values())
+        for layer in state.layers.values():
+            layer.managed = True
+            layer.loss_scale = state.loss_scale
+            layer.nonfinite_policy = "ignore" if self._nonfinite == "ignore" else "collect"
+
+    @override
+    def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
+        assert self.lightning_module is not None
+        optimizers, schedulers = _init_optimizers_and_lr_schedulers(self.lightning_module)
+        if len(optimizers) != 1 or len(schedulers) > 1:
+            raise ConfigError(
+                f"configure_optimizers returned {len(optimizers)} optimizer(s) and"
+                f" {len(schedulers)} scheduler(s); FastMoEStrategy takes exactly one optimizer and at"
+                " most one scheduler. Put all parameters into groups of one optimizer, and chain"
+                " schedulers with torch.optim.lr_scheduler.SequentialLR."
+            )
+        return optimizers[0], schedulers[0] if schedulers else None
+
+    @override
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[FastMoEEngine, Any]:
+        assert isinstance(self.config, dict)
+        assert optimizer is not None
+        names = {id(p): name for name, p in model.named_parameters()}
+        user = split_expert_groups(optimizer, names, group_name(self.expert_mesh))
+        if lr_scheduler is not None:
+            rebind_scheduler(lr_scheduler, optimizer, user)
+        self._expert_state.user_groups = user
+        engine = make_engine(
+            model=model,
+            config=self.config,
+            device_rank=self._device_rank,
+            expert_state=self._expert_state,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
+        return engine, engine.optimizer
+
+    @override
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        assert isinstance(self.config, dict)
+        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
+        if self.zero_stage_3:
+            keys = ("fp16", "bf16", "zero_optimization", "zero_allow_untested_optimizer")
+            config.update({key: self.config[key] for key in keys if key in self.config})
+        else:
+            # Without an optimizer DeepSpeed would build a mixed-precision optimizer all the same,
+            # which knows no experts; all that is wanted of it is the cast.
+            dtype = self.precision_plugin._desired_dtype  # type: ignore[attr-defined]
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+        remove_module_hooks(model)
+        self._expert_state.user_groups = None
+        self.model = make_engine(
+            model=model,
+            config=config,
+            device_rank=self._device_rank,
+            expert_state=self._expert_state,
+        )
+
+    @property
+    def _device_rank(self) -> int:
+        index = self.root_device.index
+        return self.local_rank if index is None else index
+
+    # ------------------------------------------------------------------------------------ training
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        # Lightning decides when to step, and tells the engine. Left to count by itself, DeepSpeed
+        # drifts out of step with Lightning when an epoch is no multiple of the accumulation.
+        return False
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing to block: the engine reduces as its stage needs, and steps at boundaries alone."""
+        yield
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.fit_loop
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
+        output = super().training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            # Lightning will divide this loss by the accumulation steps.
+            self._expert_state.loss_scale.watch(loss)
+        return output
+
+    # ------------------------------------------------------------- ranks with different numbers of
+    #                                                                                      batches
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return self._uneven.wrap(dataloader)
+
+    @override
+    def on_validation_start(self) -> None:
+        self._uneven.fill_up("validation_step")
+
+    @override
+    def on_test_start(self) -> None:
+        self._uneven.fill_up("test_step")
+
+    @override
+    def on_predict_start(self) -> None:
+        self._uneven.fill_up("predict_step")
+
+    # --------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Empty: weights are written by each rank in :meth:`save_checkpoint`, not through Lightning."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Empty: as for the weights."""
+        return {}
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise ConfigError(
+                "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
+                " files into a directory. Drop the argument."
+            )
+        rank_local.save(
+            self.broadcast(filepath),
+            engine=self.deepspeed_engine,
+            topology=self._topology(),
+            client_state=checkpoint,
+            user_groups=self._expert_state.user_groups,
+        )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return rank_local.load(
+            self.broadcast(checkpoint_path),
+            engine=self.deepspeed_engine,
+            topology=self._topology(),
+            training=bool(self.lightning_module.trainer.training),
+            strict=self.lightning_module.strict_loading,
+            weights_only=weights_only,
+            user_groups=self._expert_state.user_groups,
+        )
+
+    def _topology(self) -> rank_local.Topology:
+        assert isinstance(self.config, dict)
+        return rank_local.Topology(
+            world_size=self.world_size,
+            expert_parallel_size=self.expert_mesh.ep_size,
+            stage=self.config["zero_optimization"]["stage"],
+            precision=str(self.precision_plugin.precision),
+            num_experts={n: layer.num_experts for n, layer in self._expert_state.layers.items()},
+        )
+
+    # ------------------------------------------------------------------------------------ teardown
+
+    @override
+    def teardown(self) -> None:
+        for layer in self._expert_state.layers.values():
+            layer.managed = False
+            layer.nonfinite_policy = "raise"
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers "fastmoe" and its variants for ``Trainer(strategy=...)``."""
+        variants: dict[str, dict[str, Any]] = {
+            "": {},
+            "_stage_1": {"stage": 1},
+            "_stage_2": {"stage": 2},
+            "_stage_3": {"stage": 3},
+            "_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+            "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        }
+        for suffix, arguments in variants.items():
+            name = cls.strategy_name + suffix
+            if name not in strategy_registry:
+                strategy_registry.register(
+                    name, cls, description=f"Expert parallelism, ZeRO: {arguments}", **arguments
+                )

@@ -1,0 +1,177 @@
+"""Optimizer groups: DeepSpeed wants experts apart, users and schedulers want theirs as written.
+
+The user's optimizer goes to DeepSpeed with every group split into a dense part and an expert part.
+Schedulers, and monitors through them, keep working on a stand-in that has the groups as the user
+wrote them; what they write there (learning rate, momentum, ...) is pushed to the split groups
+before each step. So any scheduler works, whatever it keeps per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_fastmoe.errors import ConfigError, ParameterGroupError
+from lightning_fastmoe.strategy.experts import is_tagged
+
+_NOT_PUSHED = ("params", "name", "moe")
+
+
+class UserParamGroups(Optimizer):
+    """Stands where a scheduler expects the optimizer; holds the groups as the user wrote them.
+
+    It never steps. It compares equal to the optimizer that it stands for, so that tools which list
+    optimizers and schedulers' optimizers (LearningRateMonitor) see one, not two.
+    """
+
+    def __new__(cls, optimizer: Optimizer) -> UserParamGroups:
+        """An instance of a subclass named like the optimizer's: monitors show the class name."""
+        return object.__new__(type(type(optimizer).__name__, (cls,), {}))
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # Not super().__init__(): that would add hooks and validate groups a second time.
+        self._real = optimizer
+        self.defaults = optimizer.defaults
+        self.param_groups = [dict(group) for group in optimizer.param_groups]
+        self.state = optimizer.state
+        self._sources: list[int] = []
+        self._pushed: list[dict[str, Any]] = []
+        # Schedulers warn when they step before an optimizer that they watch; DeepSpeed's engine
+        # steps, not this object.
+        self._opt_called = True
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._real
+
+    def __hash__(self) -> int:
+        return id(self._real)
+
+    def __repr__(self) -> str:
+        return f"UserParamGroups of {self._real!r}"
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Never called: the engine steps.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "optimizer.step() was called on the parameter groups that schedulers see. Under"
+            " FastMoEStrategy the engine steps; call it through self.optimizers() instead."
+        )
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def split_from(self, sources: list[int]) -> None:
+        """Notes that the real optimizer's group j was split from our group ``sources[j]``."""
+        self._sources = sources
+        self._pushed = [self._hyperparameters(i) for i in sources]
+
+    def push(self) -> None:
+        """Writes what changed here since the last push into the real optimizer's groups.
+
+        What did not change here is left alone, so a value that the user set on
+        ``trainer.optimizers`` directly stands.
+        """
+        for j, source in enumerate(self._sources):
+            now, before = self._hyperparameters(source), self._pushed[j]
+            for key, value in now.items():
+                if key not in before or before[key] is not value and before[key] != value:
+                    self._real.param_groups[j][key] = value
+            self._pushed[j] = now
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """The groups without their parameters, for a checkpoint."""
+        return [self._hyperparameters(i) for i in range(len(self.param_groups))]
+
+    def load_hyperparameters(self, groups: list[dict[str, Any]]) -> None:
+        """Restores :meth:`hyperparameters`; the real optimizer has restored its own."""
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update(saved)
+        self._pushed = [self._hyperparameters(i) for i in self._sources]
+
+    def _hyperparameters(self, index: int) -> dict[str, Any]:
+        return {k: v for k, v in self.param_groups[index].items() if k not in _NOT_PUSHED}
+
+
+def split_expert_groups(
+    optimizer: Optimizer, names: Mapping[int, str], expert_group: str
+) -> UserParamGroups:
+    """Splits each group of ``optimizer`` in place into a dense and an expert group.
+
+    Args:
+        optimizer: fresh, as ``configure_optimizers`` returned it.
+        names: ``id(parameter)`` -> name, of the whole model.
+        expert_group: DeepSpeed's name of the expert data parallel group.
+
+    Returns:
+        The groups as they were, for schedulers.
+
+    Raises:
+        ParameterGroupError: if a parameter is in two groups, or is not part of the model.
+    """
+    _check_membership(optimizer, names)
+    user = UserParamGroups(optimizer)
+    groups: list[dict[str, Any]] = []
+    sources: list[int] = []
+    for i, group in enumerate(optimizer.param_groups):
+        parameters = group["params"]
+        dense = [p for p in parameters if not is_tagged(p)]
+        experts = [p for p in parameters if is_tagged(p)]
+        label = group.get("name", f"group_{i}")
+        if dense:
+            groups.append({**group, "params": dense, "name": label})
+            sources.append(i)
+        if experts:
+            groups.append({**group, "params": experts, "name": expert_group, "moe": True})
+            sources.append(i)
+    optimizer.param_groups[:] = groups
+    user.split_from(sources)
+    return user
+
+
+def name_groups_apart(optimizer: Optimizer) -> None:
+    """Gives expert groups unique names, once DeepSpeed has looked their process group up.
+
+    Several share DeepSpeed's name, and LearningRateMonitor refuses duplicates.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        if group.get("moe"):
+            group["name"] = f"experts_{i}"
+
+
+def rebind_scheduler(scheduler: Any, optimizer: Optimizer, stand_in: Optimizer) -> None:
+    """Points a scheduler, and those inside it (SequentialLR, ChainedScheduler), at the stand-in."""
+    for key, value in vars(scheduler).items():
+        if value is optimizer:
+            setattr(scheduler, key, stand_in)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if isinstance(item, LRScheduler):
+                    rebind_scheduler(item, optimizer, stand_in)
+
+
+def _check_membership(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _check_parameter(parameter, names, seen)
+            seen.add(id(parameter))
+
+
+def _check_parameter(parameter: nn.Parameter, names: Mapping[int, str], seen: set[int]) -> None:
+    if id(parameter) in seen:
+        raise ParameterGroupError(
+            f"Parameter {names.get(id(parameter), '?')!r} is in two groups of the optimizer, so it"
+            " would be updated twice. Put it into one."
+        )
+    if id(parameter) not in names:
+        raise ParameterGroupError(
+            f"The optimizer holds a parameter of shape {tuple(parameter.shape)} that is not part of"
+            " the model. Create the optimizer in configure_optimizers() from self.parameters(), after"
+            " the experts were spread."
+        )

@@ -1,0 +1,169 @@
+"""Imports point one way, and files stay short.
+
+    errors <- ops <- nn <- distributed <- checkpoint <- strategy <- callbacks, cli, metrics, lm
+
+An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
+constant string given to ``import_module``.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_fastmoe"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+FILES = sorted(ROOT.rglob("*.py"))
+MAX_LINES = 400
+
+LEVELS = {
+    "errors": 0,
+    "ops": 1,
+    "nn": 2,
+    "distributed": 3,
+    "checkpoint": 4,
+    "strategy": 5,
+    "callbacks": 6,
+    "cli": 6,
+    "lm": 6,
+    "metrics": 6,
+    "testing": 6,
+}
+"""A component may import those of lower levels, and its own level."""
+
+INIT = "__init__"
+"""The package's own __init__.py: what users import. It may import everything but ``testing``."""
+
+LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning"}
+MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "cli", "lm", INIT}
+MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint"}
+
+
+def component_of(path: str) -> str:
+    """``ops`` for ``ops/routing.py``, ``cli`` for ``cli.py``, ``__init__`` for ``__init__.py``."""
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imported_modules(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import in ``source``, the text of PACKAGE/``path``.
+
+    ``from a import b`` yields ``a.b``: b may be a module, and the first parts decide anyway.
+    """
+    parents = [PACKAGE, *path.split("/")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                for alias in names:
+                    yield node.lineno, alias.name
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = parents[: len(parents) - level + 1] if level else []
+                base = [*base, *([module] if module else [])]
+                for alias in names:
+                    yield node.lineno, ".".join([*base, alias.name])
+            case ast.Call(
+                func=ast.Name(id="import_module" | "__import__")
+                | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node.lineno, name
+
+
+def rule_broken_by(component: str, module: str) -> str | None:
+    """The rule that ``component`` breaks by importing ``module``, None if it breaks none."""
+    top, *rest = module.split(".")
+    if top != PACKAGE:
+        if top in LIGHTNING and component not in MAY_IMPORT_LIGHTNING:
+            return f"only {', '.join(sorted(MAY_IMPORT_LIGHTNING))} may import Lightning"
+        if top == "deepspeed" and component not in MAY_IMPORT_DEEPSPEED:
+            return f"only {', '.join(sorted(MAY_IMPORT_DEEPSPEED))} may import deepspeed"
+        if component == "ops" and top != "torch" and top not in sys.stdlib_module_names:
+            return "ops imports torch and the standard library only"
+        return None
+    target = rest[0] if rest else INIT
+    if target == "testing" and component != "testing":
+        return "testing is for tests"
+    if component == INIT:
+        return None
+    if target not in LEVELS:
+        return "inside the package, import from its components, not from the package itself"
+    if LEVELS[target] > LEVELS[component]:
+        return f"{component} may not import {target}: imports point the other way"
+    return None
+
+
+def violations(path: str, source: str) -> list[str]:
+    """One line for each rule broken by ``source``, the text of PACKAGE/``path``."""
+    component = component_of(path)
+    if component != INIT and component not in LEVELS:
+        return [f"{path}: {component} has no place in LEVELS; give it one"]
+    found = [
+        f"{path}:{line}: {module}: {rule}"
+        for line, module in imported_modules(path, source)
+        if (rule := rule_broken_by(component, module))
+    ]
+    if (length := len(source.splitlines())) > MAX_LINES:
+        found.append(f"{path}: {length} lines, more than {MAX_LINES}; split it")
+    return found
+
+
+def test_the_package_is_where_the_test_looks():
+    assert ROOT / "__init__.py" in FILES
+    assert len({component_of(file.relative_to(ROOT).as_posix()) for file in FILES}) > 5
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_file_keeps_the_rules(file: Path):
+    assert violations(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        pytest.param("ops/a.py", "from lightning_fastmoe.nn.moe import MoE", id="upward"),
+        pytest.param("ops/a.py", "import lightning_fastmoe.nn", id="upward-plain"),
+        pytest.param("ops/a.py", "from ..nn import MoE", id="upward-relative"),
+        pytest.param("nn/router/a.py", "from ...strategy import x", id="upward-relative-deep"),
+        pytest.param("nn/a.py", "from lightning_fastmoe import distributed", id="from-package"),
+        pytest.param("nn/a.py", "from lightning_fastmoe import MoE", id="name-of-package"),
+        pytest.param("cli.py", "from . import FastMoEStrategy", id="name-of-package-relative"),
+        pytest.param("errors.py", "from lightning_fastmoe.ops import top_k", id="errors"),
+        pytest.param("strategy/a.py", "import lightning_fastmoe.callbacks.a", id="callbacks"),
+        pytest.param("nn/a.py", "def f():\n    from ..checkpoint import save", id="in-function"),
+        pytest.param("ops/a.py", "import numpy as np", id="ops-third-party"),
+        pytest.param("ops/a.py", "import importlib\nimportlib.import_module('einops')", id="late"),
+        pytest.param("nn/a.py", "import pytorch_lightning as pl", id="nn-lightning"),
+        pytest.param("metrics.py", "from lightning_fabric import Fabric", id="metrics-fabric"),
+        pytest.param("distributed/a.py", "from deepspeed import comm", id="distributed-deepspeed"),
+        pytest.param("callbacks/a.py", "import deepspeed", id="callbacks-deepspeed"),
+        pytest.param("strategy/a.py", "from ..testing import spawn", id="testing"),
+        pytest.param("__init__.py", "import lightning_fastmoe.testing", id="testing-in-init"),
+        pytest.param("utils.py", "import torch", id="component-without-place"),
+        pytest.param("ops/a.py", "x = 1\n" * (MAX_LINES + 1), id="long-file"),
+    ],
+)
+def test_checker_flags(path: str, source: str):
+    assert len(violations(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        pytest.param("ops/a.py", "import math\nimport torch", id="ops"),
+        pytest.param(
+            "ops/a.py", "from ..errors import ShapeError\nfrom .b import c", id="downward"
+        ),
+        pytest.param("nn/router/__init__.py", "from . import losses", id="own-component"),
+        pytest.param("cli.py", "import pytorch_lightning\nfrom .lm import LM", id="own-level"),
+        pytest.param("strategy/a.py", "import deepspeed, lightning_fabric", id="strategy"),
+        pytest.param("checkpoint/a.py", "from deepspeed.runtime import zero", id="checkpoint"),
+        pytest.param("testing/a.py", "from lightning_fastmoe.strategy import x", id="testing"),
+        pytest.param("__init__.py", "from lightning_fastmoe.cli import main", id="init"),
+        pytest.param("ops/a.py", "x = 1\n" * MAX_LINES, id="longest-file"),
+    ],
+)
+def test_checker_lets_pass(path: str, source: str):
+    assert violations(path, source) == []
