@@ -58,7 +58,7 @@ format: $(STAMP)
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache lightning_logs
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

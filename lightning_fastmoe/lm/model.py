@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn import MoE, moe_layers
 
 VOCAB_SIZE = 256
 """One token per byte value."""
@@ -122,6 +123,7 @@ class MoETransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = d_model // num_heads
+        self.top_k = top_k
         self.embedding = Embedding(VOCAB_SIZE, d_model, init_std)
         self.blocks = nn.ModuleList(
             Block(
@@ -160,6 +162,22 @@ class MoETransformer(nn.Module):
             x = block(x, table)
         logits: Tensor = self.readout(self.norm(x))
         return logits
+
+
+def _describe(network: MoETransformer) -> str:
+    """One line about the network's size, over all ranks."""
+    total = active = sum(parameter.numel() for parameter in network.parameters())
+    for _, layer in moe_layers(network):
+        held = sum(parameter.numel() for parameter in layer.experts.parameters())
+        per_expert = held // layer.num_local_experts
+        total += layer.num_experts * per_expert - held
+        active += network.top_k * per_expert - held
+    layers = [layer for _, layer in moe_layers(network)]
+    return (
+        f"Model: {total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M used per byte; "
+        f"{len(layers)} layers of {layers[0].num_experts} experts, "
+        f"{layers[0].num_local_experts} of them on each rank."
+    )
 
 
 class MoELanguageModel(LightningModule):
@@ -232,6 +250,7 @@ class MoELanguageModel(LightningModule):
         # each one creates its own experts only. Lightning may call this more than once.
         if self.network is None:
             self.network = MoETransformer(**self._shape, **self._scales)
+            rank_zero_info(_describe(self.network))
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:
@@ -247,17 +266,16 @@ class MoELanguageModel(LightningModule):
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._nats_per_byte(batch).mean()
-        self.log("train_loss", loss)
-        self.log("train_bpb", loss / math.log(2), prog_bar=True)
+        self._log_loss("train", loss.detach(), batch)
         return loss
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._log_evaluation("val", batch)
+        self._log_loss("val", self._nats_per_byte(batch).mean(), batch)
 
     @override
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._log_evaluation("test", batch)
+        self._log_loss("test", self._nats_per_byte(batch).mean(), batch)
 
     @override
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -313,7 +331,7 @@ class MoELanguageModel(LightningModule):
         targets = windows[:, 1:].long()
         return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
-    def _log_evaluation(self, stage: str, batch: Tensor) -> None:
-        loss = self._nats_per_byte(batch).mean()
-        metrics = {f"{stage}_loss": loss, f"{stage}_bpb": loss / math.log(2)}
-        self.log_dict(metrics, batch_size=len(batch), sync_dist=True, prog_bar=False)
+    def _log_loss(self, stage: str, loss: Tensor, batch: Tensor) -> None:
+        options: dict[str, Any] = {"sync_dist": True, "batch_size": len(batch)}
+        self.log(f"{stage}_loss", loss, **options)
+        self.log(f"{stage}_bpb", loss / math.log(2), prog_bar=True, **options)

@@ -106,5 +106,7 @@ class SampleText(Callback):
                 device=pl_module.device,
             )
         pl_module.train(was_training)
-        text = self.prompt + continuation.decode(errors="replace").replace("\0", "")
-        pl_module.print(f"\nSample (temperature {self.temperature}):\n{text}\n")
+        if trainer.is_global_zero:
+            text = self.prompt + continuation.decode(errors="replace").replace("\0", "")
+            # Not through the progress bar, which by now may be closed and would drop it.
+            print(f"\nSample (temperature {self.temperature}):\n{text}\n", flush=True)

@@ -195,6 +195,12 @@ class FastMoEStrategy(DeepSpeedStrategy):
             layer.nonfinite_policy = "ignore" if self._nonfinite == "ignore" else "collect"
 
     @override
+    def _auto_select_batch_size(self) -> int:
+        # DeepSpeed wants it for its own throughput log. The base class builds the user's data
+        # loader a second time to find out, and fails on loaders without a batch sampler.
+        return 1
+
+    @override
     def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
         assert self.lightning_module is not None
         optimizers, schedulers = _init_optimizers_and_lr_schedulers(self.lightning_module)

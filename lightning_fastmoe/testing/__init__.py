@@ -1,0 +1,5 @@
+"""Helpers for tests of code that runs on several ranks; for this package's tests and for users'."""
+
+from lightning_fastmoe.testing.ranks import RankError, RankPool, free_port
+
+__all__ = ["RankError", "RankPool", "free_port"]

@@ -1,0 +1,186 @@
+"""Functions run on several gloo ranks, in worker processes that are started once and reused.
+
+Starting a process and importing torch, Lightning and DeepSpeed takes seconds; a case takes a
+fraction of one. So a pool keeps its workers and gives each case fresh process groups on a free
+port. A case that hangs or kills a worker costs the pool its workers and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+class RankError(RuntimeError):
+    """A rank raised, died, or did not finish in time.
+
+    Attributes:
+        errors: rank -> (exception type name, message); empty after a time-out.
+    """
+
+    def __init__(self, message: str, errors: dict[int, tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, from the operating system."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class RankPool:
+    """Worker processes on this machine: a set of its own for each number of ranks.
+
+    A worker never sees two world sizes, as no real process does: DeepSpeed remembers the first.
+
+    Args:
+        threads: torch's threads per worker.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._sets: dict[int, list[tuple[Any, Connection]]] = {}
+
+    def run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+    ) -> list[Any]:
+        """Runs ``function(*args)`` on ranks ``0 .. world_size - 1``.
+
+        Args:
+            function: importable by name; what it returns must be picklable.
+            world_size: number of ranks.
+            args: picklable, alike on all ranks.
+            timeout: seconds; then all workers are killed.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RankError: if a rank raises, dies or is late.
+        """
+        workers = self._start(world_size)
+        port = free_port()
+        for rank, (_, connection) in enumerate(workers):
+            connection.send((function, args, rank, world_size, port))
+        results: dict[int, Any] = {}
+        errors: dict[int, tuple[str, str]] = {}
+        deadline = time.monotonic() + timeout
+        pending = {connection: rank for rank, (_, connection) in enumerate(workers)}
+        detail = ""
+        grace: float | None = None
+        while pending:
+            limit = deadline if grace is None else min(deadline, grace)
+            ready = wait(list(pending), timeout=max(0.0, limit - time.monotonic()))
+            if not ready:
+                late = sorted(pending.values())
+                self._kill(world_size)
+                raise RankError(
+                    f"ranks {late} did not finish in time; failed: {errors}\n{detail}", errors
+                )
+            for connection in ready:
+                rank = pending.pop(connection)  # type: ignore[index]
+                try:
+                    ok, value = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, ("ProcessDied", "the worker died", "")
+                if ok:
+                    results[rank] = value
+                else:
+                    errors[rank] = value[:2]
+                    # Peers of a failed rank may wait for it for ever.
+                    grace = time.monotonic() + 20.0
+                    detail = value[2]
+        if errors:
+            if any(kind == "ProcessDied" for kind, _ in errors.values()):
+                self._kill(world_size)
+            raise RankError(f"ranks {sorted(errors)} failed: {errors}\n{detail}", errors)
+        return [results[rank] for rank in range(world_size)]
+
+    def _start(self, world_size: int) -> list[tuple[Any, Connection]]:
+        if world_size not in self._sets:
+            context = mp.get_context("spawn")
+            workers = []
+            for _ in range(world_size):
+                parent, child = context.Pipe()
+                process = context.Process(target=_work, args=(child, self.threads), daemon=True)
+                process.start()
+                child.close()
+                workers.append((process, parent))
+            self._sets[world_size] = workers
+        return self._sets[world_size]
+
+    def _kill(self, world_size: int) -> None:
+        workers = self._sets.pop(world_size, [])
+        for process, connection in workers:
+            connection.close()
+            process.kill()
+        for process, _ in workers:
+            process.join()
+
+    def close(self) -> None:
+        """Kills all workers; the next case starts new ones."""
+        for world_size in list(self._sets):
+            self._kill(world_size)
+
+
+def _work(connection: Connection, threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            function, args, rank, world_size, port = connection.recv()
+        except EOFError:
+            return
+        try:
+            _enter(rank, world_size, port)
+            outcome: tuple[bool, Any] = (True, function(*args))
+        except BaseException as error:  # noqa: BLE001  reported to the parent, whatever it is
+            text = traceback.format_exc()
+            outcome = (False, (type(error).__name__, str(error), text))
+        finally:
+            _leave()
+        connection.send(outcome)
+
+
+def _enter(rank: int, world_size: int, port: int) -> None:
+    """The environment that torchrun gives to a process; Lightning recognises it."""
+    local = str(world_size)
+    os.environ.update(
+        {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": local,
+            "LOCAL_WORLD_SIZE": local,
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": f"pool-{port}",
+        }
+    )
+
+
+def _leave() -> None:
+    """Drops the process groups, and DeepSpeed's module-level memory of them."""
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        for name, value in vars(groups).items():
+            if name.isupper() and name.startswith("_") and "GROUP" in name:
+                setattr(groups, name, {} if isinstance(value, dict) else None)
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None:
+        comm.cdb = None

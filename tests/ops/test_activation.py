@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.ops import ACTIVATIONS, apply_activation, is_gated, reference
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_equals_reference(name, rows):
+    torch.manual_seed(0)
+    h = torch.randn(rows, 10, dtype=torch.float64) * 3
+    got = apply_activation(h, name)
+    assert got.shape == (rows, 5 if is_gated(name) else 10)
+    torch.testing.assert_close(got, reference.activation(h, name), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradcheck(name):
+    torch.manual_seed(0)
+    h = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: apply_activation(z, name), h)
+
+
+def test_the_gate_is_the_first_half():
+    h = torch.tensor([[-1.0, 2.0, 10.0, 100.0]])
+    assert apply_activation(h, "reglu").tolist() == [[0.0, 200.0]]
+
+
+def test_three_are_gated():
+    assert [name for name in ACTIVATIONS if is_gated(name)] == ["swiglu", "geglu", "reglu"]
+
+
+@pytest.mark.parametrize("call", [is_gated, lambda name: apply_activation(torch.ones(1, 2), name)])
+def test_unknown_name_lists_the_known(call):
+    with pytest.raises(ConfigError, match="'tanh'.*swiglu, geglu, reglu, silu, gelu, relu"):
+        call("tanh")

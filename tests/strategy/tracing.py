@@ -1,0 +1,109 @@
+"""Running a case under FastMoEStrategy on this rank, and collecting what it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from strategy.models import Case, Net, Trace
+from torch import Tensor
+
+from lightning_fastmoe import FastMoEStrategy
+from lightning_fastmoe.nn import moe_layers
+
+
+def run_case(case: Case) -> Trace:
+    """Trains ``case`` on this rank; the traces of all ranks are alike but for the losses."""
+    pl.seed_everything(7, verbose=False)
+    module = Net(case)
+    tracer = Tracer()
+    trainer = make_trainer(case, callbacks=[tracer])
+    trainer.fit(module)
+    trace = tracer.trace
+    trace.losses = global_losses(module, case)
+    return trace
+
+
+def make_trainer(case: Case, **kwargs: Any) -> pl.Trainer:
+    """A quiet Trainer for ``case``; batches are dealt out by the module itself."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": case.world,
+        "strategy": FastMoEStrategy(case.ep, stage=case.stage, **case.extra),
+        "precision": case.precision,
+        "max_steps": case.steps,
+        "accumulate_grad_batches": case.accumulate,
+        "gradient_clip_val": case.clip,
+        "use_distributed_sampler": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**{**defaults, **kwargs})
+
+
+class Tracer(pl.Callback):
+    """Notes gradients of the first step, and norm and weights after each."""
+
+    def __init__(self) -> None:
+        self.trace = Trace()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if not self.trace.gradients:
+            self.trace.gradients = whole_gradients(pl_module.net)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == len(self.trace.weights):
+            return
+        self.trace.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
+        self.trace.weights.append(whole_weights(pl_module.net))
+
+
+def global_losses(module: Net, case: Case) -> list[float]:
+    """The mean loss of each optimizer step over ranks and micro-batches."""
+    own = torch.tensor(module.batch_losses, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(own)
+    return (own / case.world).view(-1, case.accumulate).mean(dim=1).tolist()
+
+
+def whole_weights(net: torch.nn.Module) -> dict[str, Tensor]:
+    """Every parameter whole: gathered from ZeRO 3 partitions and over expert ranks."""
+    import deepspeed
+
+    own = {}
+    for name, parameter in net.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                own[name] = parameter.detach().clone()
+        else:
+            own[name] = parameter.detach().clone()
+    return over_expert_ranks(net, own)
+
+
+def whole_gradients(net: torch.nn.Module) -> dict[str, Tensor]:
+    """Every gradient whole, as the optimizer will see it before clipping."""
+    from deepspeed.utils import safe_get_full_grad
+
+    own = {name: safe_get_full_grad(p).detach().clone() for name, p in net.named_parameters()}
+    return over_expert_ranks(net, own)
+
+
+def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenates the experts of all ranks of the expert parallel group, by global id."""
+    spread = {
+        f"{layer_name}.experts.{name}": layer
+        for layer_name, layer in moe_layers(net)
+        for name, _ in layer.experts.named_parameters()
+        if layer.is_spread
+    }
+    whole = dict(own)
+    for name, layer in spread.items():
+        group = layer.dispatcher.group  # type: ignore[attr-defined]
+        parts = [torch.empty_like(own[name]) for _ in range(group.size)]
+        dist.all_gather(parts, own[name].contiguous(), group=group.group)
+        whole[name] = torch.cat(parts)
+    return whole
