@@ -5,9 +5,9 @@ Importing the package registers ``strategy="fastmoe"`` and its variants with Lig
 
 from pytorch_lightning.strategies import StrategyRegistry
 
+from lightning_fastmoe.callbacks import ExpertLoadMonitor
 from lightning_fastmoe.nn import MoE, moe_losses
 from lightning_fastmoe.strategy import FastMoEStrategy
-from lightning_fastmoe.callbacks import ExpertLoadMonitor  # isort: skip
 
 __version__ = "0.1.0"
 

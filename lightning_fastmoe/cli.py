@@ -1,7 +1,7 @@
-"""The command ``lightning-fastmoe``: train, validate, test and sample the example language model.
+"""The command ``lightning-fastmoe``: train and evaluate the example language model.
 
-``lightning-fastmoe fit --config examples/tiny_lm.yaml`` runs a configuration file; every value in it
-can be overridden (``--model.num_experts 16``), and ``lightning-fastmoe fit --help`` lists them all.
+``lightning-fastmoe fit --config examples/tiny_lm.yaml`` runs a configuration file. Every value in
+it can be overridden (``--model.num_experts 16``); ``lightning-fastmoe fit --help`` lists them all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning import seed_everything
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -75,13 +74,6 @@ class FastMoECLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         resolve_auto(config.trainer, config.auto, torch.cuda.is_available())
-
-    @override
-    def _set_seed(self) -> None:
-        super()._set_seed()
-        # The seed of a repeatable run is in its configuration, and so in the run's folder.
-        config = self.config[self.subcommand]
-        config.seed_everything = seed_everything(config.seed_everything, workers=True)
 
 
 def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:
@@ -143,6 +135,7 @@ def main(args: Sequence[str] | None = None) -> int:
             ByteCorpus,
             # A resumed run writes into the folder of the first.
             save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
             auto_configure_optimizers=False,
             args=None if args is None else list(args),
         )
@@ -155,7 +148,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _report(message: str) -> int:
     rank = os.environ.get("LOCAL_RANK", "0")
-    print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
+    print(
+        f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr
+    )
     return _USAGE_ERROR
 
 

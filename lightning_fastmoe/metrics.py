@@ -47,14 +47,14 @@ class ExpertLoad(Metric):
         row[-1] += torch.special.entr(routing.scores).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Per layer: ``max_load``, ``min_load`` (load ratios), ``load_cv``, ``dead_experts``, ``entropy``."""
+        """Per layer: ``max_load``, ``min_load``, ``load_cv``, ``dead_experts``, ``entropy``."""
         return self.summarize(self.packed)
 
     def summarize(self, packed: Tensor) -> dict[str, Tensor]:
         """The values of :meth:`compute` from a state that was summed over ranks.
 
-        Load ratios are an expert's load over the mean load: 1 is balanced, 0 is dead. ``load_cv`` is
-        the standard deviation of the load ratios. ``entropy`` is the mean entropy of a token's
+        Load ratios are an expert's load over the mean load: 1 is balanced, 0 is dead. ``load_cv``
+        is the standard deviation of the load ratios. ``entropy`` is the mean entropy of a token's
         scores in nats, at most ``log E``. A layer that saw no token is left out.
         """
         values: dict[str, Tensor] = {}

@@ -19,10 +19,10 @@ from lightning_fastmoe.nn import MoE, Routing, moe_layers
 class ExpertLoadMonitor(pl.Callback):
     """Logs how evenly each MoE layer uses its experts, over all ranks and micro-batches.
 
-    Per layer, over the steps since the last logging step: ``max_load`` and ``min_load`` (an expert's
-    load over the mean load: 1 is balanced, 0 is dead), ``load_cv`` (coefficient of variation),
-    ``dead_experts`` and the router's ``entropy`` (nats per token), besides the values of the
-    balancing losses on this rank. To the progress bar: the largest load ratio and the number of
+    Per layer, over the steps since the last logging step: ``max_load`` and ``min_load`` (an
+    expert's load over the mean load: 1 is balanced, 0 is dead), ``load_cv`` (coefficient of
+    variation), ``dead_experts`` and the router's ``entropy`` (nats per token), besides the values
+    of the balancing losses on this rank. To the progress bar: the largest load ratio and the number of
     dead experts over all layers. One all-reduce per logging step, whatever the number of layers.
 
     Args:
@@ -69,7 +69,7 @@ class ExpertLoadMonitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
         if not self._layers or step == self._logged_step or step % max(every, 1):
             return

@@ -124,8 +124,8 @@ def load(
     if training:
         if state["optimizer"] is None:
             raise CheckpointError(
-                f"{directory} was saved with weights only, so training can't resume from it. Load it"
-                " for validation, testing or prediction, or resume from a full checkpoint."
+                f"{directory} was saved with weights only, so training can't resume from it. Load"
+                " it for validation, testing or prediction, or resume from a full checkpoint."
             )
         zero.load_optimizer(state["optimizer"])
         for name in _COUNTERS:
@@ -157,11 +157,13 @@ def check_topology(directory: Path, topology: Topology) -> None:
     version = saved.pop("format", None)
     if version != FORMAT:
         raise CheckpointError(
-            f"{directory} has format {version}; this version reads format {FORMAT}. Load it with the"
-            " version that wrote it."
+            f"{directory} has format {version}; this version reads format {FORMAT}. Load it with"
+            " the version that wrote it."
         )
     now = asdict(topology)
-    differences = [f"{k}: saved {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]]
+    differences = [
+        f"{k}: saved {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]
+    ]
     if differences:
         raise CheckpointError(
             f"{directory} was saved on another topology ({'; '.join(differences)}), and its files"

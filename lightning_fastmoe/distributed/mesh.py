@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_fastmoe.errors import TopologyError
 
@@ -43,7 +44,7 @@ class ExpertMesh:
 
     @property
     def ep_rank(self) -> int:
-        """This rank's place in its EP group: it holds experts ``[ep_rank * e, (ep_rank + 1) * e)``."""
+        """This rank's place in its EP group; it holds the experts from ``ep_rank * e`` on."""
         return self.device_mesh.get_local_rank(EP_DIM)
 
     @property
@@ -65,8 +66,27 @@ def make_expert_mesh(expert_parallel_size: int, device_type: str) -> ExpertMesh:
     """
     world = dist.get_world_size()
     check_expert_parallel_size(expert_parallel_size, world, {})
-    shape = (world // expert_parallel_size, expert_parallel_size)
-    return ExpertMesh(init_device_mesh(device_type, shape, mesh_dim_names=(EDP_DIM, EP_DIM)))
+    grid = torch.arange(world).view(-1, expert_parallel_size)
+    groups = [_own_group(grid.T.tolist()), _own_group(grid.tolist())]
+    return ExpertMesh(
+        DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=(EDP_DIM, EP_DIM))
+    )
+
+
+def _own_group(partition: list[list[int]]) -> dist.ProcessGroup:
+    """Creates the groups of a partition of the world; returns the one that this rank is in.
+
+    Not left to ``init_device_mesh``, which splits the world's group and so needs a back end that
+    can do that.
+    """
+    rank = dist.get_rank()
+    own: dist.ProcessGroup | None = None
+    for ranks in partition:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = group
+    assert own is not None
+    return own
 
 
 def check_expert_parallel_size(size: int, world: int, num_experts: Mapping[str, int]) -> None:
@@ -103,7 +123,7 @@ def resolve_expert_parallel_size(
     Args:
         size: an explicit size, checked and returned as it is, or "auto".
         world: number of ranks.
-        ranks_per_node: upper bound for "auto".
+        ranks_per_node: "auto" keeps each group inside a node.
         num_experts: layer name -> its ``num_experts``.
 
     Raises:
@@ -114,8 +134,8 @@ def resolve_expert_parallel_size(
         return size
     if not num_experts:
         return 1
-    common = math.gcd(world, *num_experts.values())
-    return max(d for d in _divisors(common) if d <= ranks_per_node)
+    # Dividing the node too, or a group of neighbours could lie in two nodes.
+    return math.gcd(world, ranks_per_node, *num_experts.values())
 
 
 def _divisors(n: int) -> list[int]:

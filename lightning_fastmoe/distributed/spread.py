@@ -68,5 +68,3 @@ class ExpertSpreader:
             f" experts from an earlier run; that does not fit expert_parallel_size="
             f"{self.mesh.ep_size}. Build the model anew, or keep the same expert_parallel_size."
         )
-
-

@@ -8,10 +8,10 @@ names and sizes alone: every rank, every run and every resumed run sees the same
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -25,7 +25,8 @@ FILE_SEPARATOR = 0
 """The byte that stands between two files. It doesn't occur in text, so it marks "a file begins"."""
 
 _CACHE_FOLDERS = frozenset({"__pycache__", "node_modules"})
-_STDLIB_SKIPPED = frozenset({"dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"})
+_TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
+_INSTALLED_FOLDERS = frozenset({"dist-packages", "site-packages"})
 
 
 def find_files(path: str | Path | None = None) -> tuple[Path, list[Path]]:
@@ -45,30 +46,32 @@ def find_files(path: str | Path | None = None) -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_path("stdlib")) if path is None else Path(path).expanduser()
     if not root.exists():
         raise DataError(
-            f"data.path {str(path)!r} does not exist (looked at {root.resolve()}). It must be a file "
-            "or a folder of text. Correct the path, or leave it out to train on the Python standard "
-            "library's source files."
+            f"data.path {str(path)!r} does not exist (looked at {root.resolve()}). It must be a"
+            " file or a folder of text. Correct the path, or leave it out to train on the Python"
+            " standard library's source files."
         )
     if root.is_file():
         files, root = [root], root.parent
     else:
         pattern, skipped = "*", _CACHE_FOLDERS
         if path is None:
-            pattern, skipped = "*.py", _CACHE_FOLDERS | _STDLIB_SKIPPED
+            pattern, skipped = "*.py", _CACHE_FOLDERS | _TEST_FOLDERS | _INSTALLED_FOLDERS
         files = []
         for file in root.rglob(pattern):
             parts = file.relative_to(root).parts
             hidden = any(part.startswith(".") for part in parts)
             if not hidden and skipped.isdisjoint(parts) and file.is_file():
                 files.append(file)
-    files = sorted((file for file in files if _holds_text(file)), key=lambda file: _name(file, root))
+    files = sorted(
+        (file for file in files if _holds_text(file)), key=lambda file: _name(file, root)
+    )
     if not files:
         raise DataError(
-            f"data.path {str(path or root)!r} holds no text. The corpus needs at least one readable "
-            "file that isn't empty or binary. Point data.path at a file or folder with text, or leave "
-            "it out to train on the Python standard library's source files."
+            f"data.path {str(path or root)!r} holds no text. The corpus needs at least one readable"
+            " file that is neither empty nor binary. Point data.path at a file or folder with text,"
+            " or leave it out to train on the Python standard library's source files."
         )
-    return root, files
+    return root, sorted(files, key=lambda file: _name(file, root))
 
 
 def split_files(
@@ -140,30 +143,70 @@ class ByteWindows(Dataset[Tensor]):
         return self.text[start : start + self.seq_len + 1]
 
 
-class ResumableSampler(DistributedSampler[Tensor]):
-    """A distributed sampler that a resumed run enters at the batch where the last one stopped.
+class ResumableLoader(DataLoader[Tensor]):
+    """Shuffled training batches of one rank, entered by a resumed run where the last one stopped.
 
-    Lightning restores its count of batches but starts the sampler over: without this, a resumed
-    epoch repeats its first batches and never reaches its last ones.
+    Lightning restores its count of batches, but would start the data over: the resumed epoch would
+    repeat its first batches and never reach its last ones. The position is kept in samples over all
+    ranks, so it also holds on another number of ranks.
 
     Args:
-        data: Where the trainer is found, when iteration begins.
-        dataset: What to sample from.
+        dataset: What to train on.
+        batch_size: Windows per batch and rank.
         num_replicas: World size.
         rank: This process.
-        seed: The same on all ranks.
+        seed: Of the order; the same on all ranks.
+        num_workers: Processes that load data.
     """
 
     def __init__(
-        self, data: ByteCorpus, dataset: ByteWindows, num_replicas: int, rank: int, seed: int
+        self,
+        dataset: ByteWindows,
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+        seed: int,
+        num_workers: int,
     ) -> None:
-        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
-        self._data = data
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=_SkippingSampler(dataset, num_replicas, rank, seed=seed, drop_last=True),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            drop_last=True,
+        )
+        self._global_batch = batch_size * num_replicas
+        self._done = 0
+        self._resume_at = 0
+
+    @override
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        assert isinstance(self.sampler, _SkippingSampler)
+        assert self.batch_size is not None
+        self._done, self._resume_at = self._resume_at, 0
+        self.sampler.skip = self._done * self.batch_size
+        for batch in super().__iter__():
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch, for a checkpoint."""
+        return {"samples": self._done % len(self) * self._global_batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next pass at the position of :meth:`state_dict`; later ones are complete."""
+        self._resume_at = state_dict["samples"] // self._global_batch % len(self)
+
+
+class _SkippingSampler(DistributedSampler[int]):
+    """Leaves out the first ``skip`` samples of this rank."""
+
+    skip = 0
 
     @override
     def __iter__(self) -> Iterator[int]:
-        indices = list(super().__iter__())
-        return iter(indices[self._data.batches_done() * self._data.batch_size :])
+        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 class ByteCorpus(LightningDataModule):
@@ -242,9 +285,14 @@ class ByteCorpus(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Tensor]:
-        dataset = self._windows(self._train_text)
-        sampler = ResumableSampler(self, dataset, self._world_size, self._rank, self.seed)
-        return self._loader(dataset, sampler=sampler, drop_last=True)
+        return ResumableLoader(
+            self._windows(self._train_text),
+            self.batch_size,
+            num_replicas=self._world_size,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
 
     @override
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -258,28 +306,18 @@ class ByteCorpus(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Tensor]:
         return self._evaluation_loader(None)
 
-    def batches_done(self) -> int:
-        """Batches of the current epoch that this process has trained on, in earlier runs too."""
-        if self.trainer is None:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
     def _evaluation_loader(self, max_windows: int | None) -> DataLoader[Tensor]:
-        return self._loader(self._windows(self._val_text, max_windows))
+        return DataLoader(
+            self._windows(self._val_text, max_windows),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
 
     def _windows(self, text: Tensor | None, max_windows: int | None = None) -> ByteWindows:
         if text is None:
             raise DataError("The corpus isn't read yet: call setup() before asking for loaders.")
         return ByteWindows(text, self.seq_len, max_windows)
-
-    def _loader(self, dataset: ByteWindows, **options: Any) -> DataLoader[Tensor]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **options,
-        )
 
     def _check_size(self, split: str, text: Tensor, windows: int) -> None:
         needed = windows * self.seq_len + 1
@@ -293,10 +331,6 @@ class ByteCorpus(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
 
 
 def _name(file: Path, root: Path) -> str:

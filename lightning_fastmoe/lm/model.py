@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.rank_zero import rank_zero_info
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -87,7 +87,8 @@ class Attention(nn.Module):
         query = rotate(self.query_norm(query), table)
         key = rotate(self.key_norm(key), table)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, seq_len, d_model))
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, seq_len, d_model))
+        return out
 
 
 class Block(nn.Module):
@@ -103,7 +104,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """Transform (batch, seq_len, d_model)."""
         x = x + self.attention(self.attention_norm(x), table)
-        return x + self.moe(self.moe_norm(x))
+        out: Tensor = x + self.moe(self.moe_norm(x))
+        return out
 
 
 class MoETransformer(nn.Module):
@@ -233,15 +235,17 @@ class MoELanguageModel(LightningModule):
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.betas = betas
-        self._shape = {
+        self._arguments: dict[str, Any] = {
             "d_model": d_model,
             "num_layers": num_layers,
             "num_heads": num_heads,
             "d_ffn": d_ffn,
             "num_experts": num_experts,
             "top_k": top_k,
+            "load_balancing": load_balancing,
+            "z_loss": z_loss,
+            "init_std": init_std,
         }
-        self._scales = {"load_balancing": load_balancing, "z_loss": z_loss, "init_std": init_std}
         self.network: MoETransformer | None = None
 
     @override
@@ -249,7 +253,7 @@ class MoELanguageModel(LightningModule):
         # Built here rather than in the constructor: by now the strategy knows the ranks, so that
         # each one creates its own experts only. Lightning may call this more than once.
         if self.network is None:
-            self.network = MoETransformer(**self._shape, **self._scales)
+            self.network = MoETransformer(**self._arguments)
             rank_zero_info(_describe(self.network))
 
     @override

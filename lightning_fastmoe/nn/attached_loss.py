@@ -96,6 +96,10 @@ class AttachedLosses:
     def __init__(self) -> None:
         self._alive: list[weakref.ref[AttachedLoss]] = []
 
+    def __reduce__(self) -> tuple[type[AttachedLosses], tuple[()]]:
+        """A copy, or an unpickled layer, has made no pass of its own yet."""
+        return AttachedLosses, ()
+
     def append(self, attached: AttachedLoss) -> None:
         """Remembers ``attached`` for as long as its graph lives."""
         self._alive = [ref for ref in self._alive if ref() is not None]
@@ -113,4 +117,4 @@ class AttachedLosses:
 
 def is_recomputing() -> bool:
     """True inside a backward pass: activation checkpointing is replaying a forward pass there."""
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
+    return bool(torch._C._current_graph_task_id() != -1)

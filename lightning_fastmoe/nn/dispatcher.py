@@ -11,7 +11,7 @@ from lightning_fastmoe import ops
 from lightning_fastmoe.nn.router.base import Routing
 
 DISPATCHERS = ("auto", "local", "all_to_all")
-"""Names that ``MoE(dispatcher=...)`` takes. "auto" is "local" until experts are spread over ranks."""
+"""Names that ``MoE(dispatcher=...)`` takes. "auto" is "local" until experts are spread."""
 
 
 class Dispatcher(Protocol):

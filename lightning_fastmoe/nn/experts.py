@@ -97,17 +97,17 @@ class Experts(nn.Module):
             for p in (self.up_proj, self.down_proj, self.up_bias, self.down_bias)
         ]
         up, down, up_bias, down_bias = weights
-        assert up is not None and down is not None
-        return ops.grouped_mlp(
-            x, tokens_per_expert, up, down, self.activation, up_bias, down_bias
-        )
+        assert up is not None
+        assert down is not None
+        return ops.grouped_mlp(x, tokens_per_expert, up, down, self.activation, up_bias, down_bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""
         for name in self._local_names():
             value = state_dict.get(prefix + name)
-            whole = isinstance(value, Tensor) and value.shape[:1] == (self.num_experts,)
-            if whole and self.num_local_experts != self.num_experts:
+            if not isinstance(value, Tensor) or self.num_local_experts == self.num_experts:
+                continue
+            if value.shape[:1] == (self.num_experts,):
                 first = self.first_expert
                 state_dict[prefix + name] = value[first : first + self.num_local_experts]
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""Initial weights by (seed, layer, global expert id): one seed, one model, on any number of ranks."""
+"""Initial weights by (seed, layer, global expert id): one seed, one model, on any topology."""
 
 from __future__ import annotations
 

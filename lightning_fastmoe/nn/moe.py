@@ -49,7 +49,7 @@ class MoE(nn.Module):
         d_model: width of a token, D.
         d_ffn: inner width of one expert, F.
         num_experts: experts of the whole model, E (not per rank).
-        top_k: experts per token, K.
+        top_k: experts per token, K; a router module of your own has its own.
         activation: "swiglu", "geglu", "reglu" (gated: two up projections), "gelu", "relu", "silu".
         bias: biases in both projections of each expert.
         router: "softmax", or a module called as ``router(x (T, D)) -> Routing``.
@@ -89,16 +89,15 @@ class MoE(nn.Module):
         _check_coefficients(load_balancing=load_balancing, z_loss=z_loss)
         if dispatcher not in DISPATCHERS:
             raise ConfigError(
-                f"dispatcher={dispatcher!r} is unknown. It must be one of: {', '.join(DISPATCHERS)}."
+                f"dispatcher={dispatcher!r} is unknown. It must be one of:"
+                f" {', '.join(DISPATCHERS)}."
             )
         self.d_model, self.d_ffn, self.num_experts = d_model, d_ffn, num_experts
         self.loss_coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
         self.dispatcher_name = dispatcher
         self.layer_name = "MoE"
         layer_seed = draw_layer_seed()
-        self.router = _make_router(
-            router, d_model, num_experts, top_k, normalize_weights, init_std
-        )
+        self.router = _make_router(router, d_model, num_experts, top_k, normalize_weights, init_std)
         placement = None if dispatcher == "local" else current_placement(num_experts)
         self.experts = Experts(
             d_model,
@@ -142,7 +141,7 @@ class MoE(nn.Module):
 
     # The layer is opaque to torch.compile: its kernels are its own, and the exchange between ranks
     # reads counts on the host. The model around it is compiled as usual.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer to each token.
 
@@ -230,10 +229,10 @@ class MoE(nn.Module):
             )
         if self.is_spread and not self.managed:
             raise UnmanagedExpertsError(
-                f"{self.layer_name} holds {self.num_local_experts} of {self.num_experts} experts, but"
-                " the strategy that runs it knows nothing of experts: their gradients would be wrong"
-                " and other experts unreachable. Use FastMoEStrategy, or build the model anew to"
-                " train all experts on each rank."
+                f"{self.layer_name} holds {self.num_local_experts} of {self.num_experts} experts,"
+                " but the strategy that runs it knows nothing of experts: their gradients would be"
+                " wrong and other experts unreachable. Use FastMoEStrategy, or build the model anew"
+                " to train all experts on each rank."
             )
 
     def extra_repr(self) -> str:
@@ -261,8 +260,8 @@ def moe_losses(module: nn.Module) -> dict[str, Tensor]:
         and all forward passes since the last call whose graphs are alive. Empty if there is none.
 
     Raises:
-        ConfigError: after a forward pass inside a re-entrant activation checkpoint, whose terms have
-            no graph yet.
+        ConfigError: after a forward pass inside a re-entrant activation checkpoint, whose terms
+            have no graph yet.
     """
     totals: dict[str, Tensor] = {}
     for name, layer in moe_layers(module):
@@ -287,6 +286,16 @@ def _make_router(
     init_std: float | None,
 ) -> nn.Module:
     if isinstance(router, nn.Module):
+        if getattr(router, "num_experts", num_experts) != num_experts:
+            raise ConfigError(
+                f"The router chooses among {router.num_experts} experts, but the layer has"
+                f" num_experts={num_experts}. Give both the same number."
+            )
+        if normalize_weights is not None:
+            raise ConfigError(
+                "normalize_weights is an option of the built-in routers, but router= is a module of"
+                " its own. Drop the argument; the module decides."
+            )
         return router
     if router not in ROUTERS:
         raise ConfigError(

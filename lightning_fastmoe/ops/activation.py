@@ -32,7 +32,7 @@ def is_gated(name: str) -> bool:
 
 
 def apply_activation(h: Tensor, name: str) -> Tensor:
-    """``h (N, 2F) -> (N, F)`` for gated names (gate first, as in transformers), else elementwise."""
+    """``h (N, 2F) -> (N, F)`` for gated names (gate half first), else elementwise."""
     if is_gated(name):
         gate, up = h.chunk(2, dim=-1)
         return _PLAIN[GATED[name]](gate) * up

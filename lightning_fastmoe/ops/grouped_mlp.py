@@ -56,6 +56,8 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
     """
     if x.shape[0] and grouped_mm_applies(x, weight):
         offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
+        if weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES:
+            weight = weight.clone()  # a view into one of ZeRO's flat buffers, at an odd place
         out = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets)
         return _Contiguous.apply(out)  # type: ignore[no-any-return]
     return grouped_linear_loop(x, weight, tokens_per_expert)
@@ -68,12 +70,27 @@ def grouped_linear_loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) ->
     return torch.cat([c @ w.T for c, w in zip(chunks, weight.unbind(0), strict=True)])
 
 
+class _RowBias(torch.autograd.Function):
+    """Each row's bias; the gradient is a product with a 0/1 matrix, which needs no scattering."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, expert: Tensor) -> Tensor:
+        ctx.save_for_backward(expert)
+        ctx.num_experts = bias.shape[0]
+        return bias.index_select(0, expert)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (expert,) = ctx.saved_tensors
+        experts = torch.arange(ctx.num_experts, device=expert.device)
+        return (experts.unsqueeze(1) == expert).to(grads[0].dtype) @ grads[0], None
+
+
 def _row_bias(bias: Tensor, tokens_per_expert: Tensor, rows: int) -> Tensor:
-    """(E, M) -> (N, M), without scattering in the backward: one product with a 0/1 matrix."""
+    """(E, M) -> (N, M): the bias of the expert that each row belongs to."""
     ends = torch.cumsum(tokens_per_expert, 0)
     expert = torch.searchsorted(ends, torch.arange(rows, device=bias.device), right=True)
-    one_hot = expert.unsqueeze(1) == torch.arange(bias.shape[0], device=bias.device)
-    return one_hot.to(bias.dtype) @ bias
+    return _RowBias.apply(bias, expert)  # type: ignore[no-any-return]
 
 
 def grouped_mlp(

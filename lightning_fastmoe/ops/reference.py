@@ -26,13 +26,12 @@ def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, 
     Returns:
         ``scores (T, E)``, ``weights (T, K)``, ``expert_ids (T, K)``.
     """
-    num_tokens, num_experts = logits.shape
+    num_tokens = logits.shape[0]
     scores = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
     expert_ids = torch.zeros(num_tokens, top_k, dtype=torch.long)
     for t in range(num_tokens):
-        row = scores[t].tolist()
-        ranked = sorted(range(num_experts), key=lambda e, row=row: (-row[e], e))
-        expert_ids[t] = torch.tensor(ranked[:top_k])
+        ranked = sorted((-score, e) for e, score in enumerate(scores[t].tolist()))
+        expert_ids[t] = torch.tensor([e for _, e in ranked[:top_k]])
     weights = torch.gather(scores, 1, expert_ids)
     if normalize:
         weights = weights / weights.sum(dim=1, keepdim=True)
@@ -41,21 +40,20 @@ def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, 
 
 def activation(h: Tensor, name: str) -> Tensor:
     """The activation of one expert; gated ones split their input into (gate, up) halves."""
-    plain = {
-        "silu": lambda z: z / (1 + torch.exp(-z)),
-        "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)),
-        "relu": lambda z: torch.where(z > 0, z, torch.zeros_like(z)),
-    }
-    if name not in GATED:
-        return plain[name](h)
-    gate, up = h.chunk(2, dim=-1)
-    return plain[GATED[name]](gate) * up
+    if name in GATED:
+        gate, up = h.chunk(2, dim=-1)
+        return activation(gate, GATED[name]) * up
+    if name == "silu":
+        return h / (1 + torch.exp(-h))
+    if name == "gelu":
+        return 0.5 * h * (1 + torch.erf(h / 2**0.5))
+    return torch.where(h > 0, h, torch.zeros_like(h))
 
 
 def expert_ffn(
     x: Tensor, up: Tensor, down: Tensor, name: str, up_bias: Tensor | None, down_bias: Tensor | None
 ) -> Tensor:
-    """One expert: ``down @ act(up @ x + b) + c`` for ``x (n, D)``, ``up (F' , D)``, ``down (D, F)``."""
+    """One expert on ``x (n, D)``: ``down @ act(up @ x + up_bias) + down_bias``."""
     h = x @ up.T
     if up_bias is not None:
         h = h + up_bias
@@ -95,7 +93,9 @@ def moe(
             e = int(expert_ids[t, k])
             ub = None if up_bias is None else up_bias[e]
             db = None if down_bias is None else down_bias[e]
-            total = total + weights[t, k] * expert_ffn(x[t : t + 1], up[e], down[e], name, ub, db)[0]
+            total = (
+                total + weights[t, k] * expert_ffn(x[t : t + 1], up[e], down[e], name, ub, db)[0]
+            )
         rows.append(total)
     return torch.stack(rows) if rows else x.clone()
 

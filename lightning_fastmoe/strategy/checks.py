@@ -56,7 +56,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         ConfigError: for gradient clipping by value, or fp16 on the CPU.
         ForeignObjectError: for callbacks, loggers and data modules of the ``lightning`` package.
     """
-    check_objects("The Trainer", [*trainer.callbacks, *trainer.loggers, trainer.datamodule, module])
+    parts: Any = trainer  # its attributes are set by connectors, which mypy does not see
+    objects = [*parts.callbacks, *parts.loggers, parts.datamodule, module]
+    check_objects("The Trainer", objects)
     if trainer.gradient_clip_algorithm == "value":
         raise ConfigError(
             "gradient_clip_algorithm='value' is not supported: gradients are partitioned over ranks"

@@ -71,8 +71,8 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
                 f"{name}={zero[name]} is refused: experts need {name}={value}, as DeepSpeed's other"
                 " paths do not reduce their gradients over the right ranks. Drop the option."
             )
-    for name, value in _REFUSED_ZERO.items():
-        if zero.get(name, value) != value:
+    for name, neutral in _REFUSED_ZERO.items():
+        if zero.get(name, neutral) != neutral:
             raise ConfigError(
                 f"zero_optimization.{name}={zero[name]} is refused: it ignores that experts and"
                 " dense parameters have different data parallel groups. Drop the option."

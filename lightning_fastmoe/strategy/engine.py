@@ -95,8 +95,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self._awaits_step:
             raise ConfigError(
                 "backward() was called twice before a step: DeepSpeed would keep the last gradient"
-                " only. Use Trainer(accumulate_grad_batches=...) with automatic optimization, or add"
-                " the losses and call backward once."
+                " only. Use Trainer(accumulate_grad_batches=...) with automatic optimization, or"
+                " add the losses and call backward once."
             )
         self._awaits_step = bool(self.is_gradient_accumulation_boundary())
         kwargs["scale_wrt_gas"] = False

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
@@ -207,8 +206,8 @@ class FastMoEStrategy(DeepSpeedStrategy):
         if len(optimizers) != 1 or len(schedulers) > 1:
             raise ConfigError(
                 f"configure_optimizers returned {len(optimizers)} optimizer(s) and"
-                f" {len(schedulers)} scheduler(s); FastMoEStrategy takes exactly one optimizer and at"
-                " most one scheduler. Put all parameters into groups of one optimizer, and chain"
+                f" {len(schedulers)} scheduler(s); FastMoEStrategy takes exactly one optimizer and"
+                " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
                 " schedulers with torch.optim.lr_scheduler.SequentialLR."
             )
         return optimizers[0], schedulers[0] if schedulers else None
@@ -274,7 +273,7 @@ class FastMoEStrategy(DeepSpeedStrategy):
     @override
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Nothing to block: the engine reduces as its stage needs, and steps at boundaries alone."""
+        """Nothing to block: the engine reduces as its stage needs, and steps when told."""
         yield
 
     @override
@@ -298,21 +297,21 @@ class FastMoEStrategy(DeepSpeedStrategy):
 
     @override
     def on_validation_start(self) -> None:
-        self._uneven.fill_up("validation_step")
+        self._uneven.plan_extra_steps()
 
     @override
     def on_test_start(self) -> None:
-        self._uneven.fill_up("test_step")
+        self._uneven.plan_extra_steps()
 
     @override
     def on_predict_start(self) -> None:
-        self._uneven.fill_up("predict_step")
+        self._uneven.plan_extra_steps()
 
     # --------------------------------------------------------------------------------- checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Empty: weights are written by each rank in :meth:`save_checkpoint`, not through Lightning."""
+        """Empty: each rank writes its weights in :meth:`save_checkpoint`."""
         return {}
 
     @override
@@ -338,7 +337,9 @@ class FastMoEStrategy(DeepSpeedStrategy):
         )
 
     @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         assert self.lightning_module is not None
         return rank_local.load(
             self.broadcast(checkpoint_path),

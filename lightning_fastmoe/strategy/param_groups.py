@@ -171,7 +171,7 @@ def _check_parameter(parameter: nn.Parameter, names: Mapping[int, str], seen: se
         )
     if id(parameter) not in names:
         raise ParameterGroupError(
-            f"The optimizer holds a parameter of shape {tuple(parameter.shape)} that is not part of"
-            " the model. Create the optimizer in configure_optimizers() from self.parameters(), after"
-            " the experts were spread."
+            f"The optimizer holds a parameter of shape {tuple(parameter.shape)} that is not part"
+            " of the model. Create the optimizer in configure_optimizers() from self.parameters():"
+            " before, the experts were not spread yet."
         )

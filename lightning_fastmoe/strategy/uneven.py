@@ -5,6 +5,9 @@ Every forward pass exchanges tokens between ranks, so all ranks must run equally
 - fit stops together: an epoch has as many steps as the rank with the fewest batches;
 - validation, testing and prediction count each sample once: a rank with fewer batches runs extra
   steps for the sake of the others on a batch of its own, and nothing of them is kept.
+
+The extra steps for a loader lie between its first and its last own step, so that what Lightning and
+torchmetrics reduce at the end of each loader is reduced at the same point on all ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from pytorch_lightning.overrides.distributed import (
     UnrepeatedDistributedSamplerWrapper,
 )
 from pytorch_lightning.trainer import call
+from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultCollection
 from pytorch_lightning.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler
-from torchmetrics import Metric
 
 from lightning_fastmoe.errors import DataError
+from lightning_fastmoe.strategy.untouched import untouched
 
 if TYPE_CHECKING:
     from lightning_fastmoe.strategy.fastmoe import FastMoEStrategy
@@ -84,48 +88,49 @@ class UnevenData:
         """Which ranks have another batch."""
         return [bool(flag) for flag in self._gather(int(has_batch))]
 
-    def fill_up(self, step: str) -> None:
-        """Runs this rank's extra evaluation steps for loaders of known length, before its own.
+    def plan_extra_steps(self) -> None:
+        """Before an evaluation: finds how many extra steps each loader of known length needs here.
 
-        Args:
-            step: "validation_step", "test_step" or "predict_step".
+        Raises:
+            DataError: on all ranks, if they are needed beside a loader of unknown length.
         """
         if self.strategy.world_size == 1:
             return
         loop = self._evaluation_loop()
         own = [_NO_LENGTH if math.isinf(n) else int(n) for n in loop.max_batches]
         table = self._gather_lists(own)
-        for index, loader in enumerate(loop._combined_loader.flattened):
-            if isinstance(loader, UnsizedLoader):
+        loaders = loop._combined_loader.flattened
+        unsized = any(isinstance(loader, UnsizedLoader) for loader in loaders)
+        for index, loader in enumerate(loaders):
+            if not isinstance(loader, SizedLoader):
                 continue
-            missing = max(row[index] for row in table) - own[index]
-            if missing:
-                batch = self._first_batch(loader)
-                for _ in range(missing):
-                    self.extra_step(step, batch, index)
+            lengths = [row[index] for row in table]
+            loader.extra_steps = max(lengths) - own[index]
+            if unsized and min(lengths) != max(lengths):
+                # Lightning then fetches ahead of the steps, across the ends of loaders.
+                raise DataError(
+                    f"Evaluation loader {index} has {lengths} batches on the ranks, beside a loader"
+                    " of unknown length. Give the ranks equally many batches, or evaluate the two"
+                    " loaders one after the other."
+                )
 
     @torch.no_grad()
-    def extra_step(self, step: str, batch: Any, dataloader_idx: int) -> None:
+    def extra_step(self, loader: object, batch: Any) -> None:
         """Runs an evaluation step for the other ranks' sake and forgets all that it did."""
         trainer, module = self._trainer, self.strategy.lightning_module
         loop = self._evaluation_loop()
+        step = self._evaluation_step_name()
+        loaders = loop._combined_loader.flattened
+        index = next(i for i, item in enumerate(loaders) if item is loader)
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-        batch = call._call_strategy_hook(
-            trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx
-        )
-        several = len(loop._combined_loader.flattened) > 1
-        kwargs = loop._build_kwargs(batch, 0, dataloader_idx if several else None)
-        arguments = (
-            tuple(kwargs.values())
-            if step == "predict_step"
-            else loop._build_step_args_from_hook_kwargs(kwargs, step)
-        )
-        with _nothing_logged(module, self.strategy), _metrics_untouched(module):
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=index)
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=index)
+        kwargs = loop._build_kwargs(batch, 0, index if len(loaders) > 1 else None)
+        arguments = loop._build_step_args_from_hook_kwargs(kwargs, step)
+        with _nothing_logged(trainer, loop, batch, kwargs.get("dataloader_idx")), untouched(module):
             call._call_strategy_hook(trainer, step, *arguments)
 
-    def evaluation_step_name(self) -> str:
-        """The step that the running evaluation calls."""
+    def _evaluation_step_name(self) -> str:
         if self._trainer.predicting:
             return "predict_step"
         return "test_step" if self._trainer.testing else "validation_step"
@@ -140,19 +145,14 @@ class UnevenData:
         else:
             limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
             if trainer.sanity_checking:
-                limit = min(limit if isinstance(limit, int) else math.inf, trainer.num_sanity_val_steps)
+                limit = min(
+                    limit if isinstance(limit, int) else math.inf, trainer.num_sanity_val_steps
+                )
         return limit if isinstance(limit, int) else math.inf
 
     def _evaluation_loop(self) -> Any:
         trainer = self._trainer
         return trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
-
-    def _first_batch(self, loader: Any) -> Any:
-        state = torch.get_rng_state()  # a loader's iterator draws a base seed
-        try:
-            return next(iter(loader))
-        finally:
-            torch.set_rng_state(state)
 
     def _gather(self, value: int) -> list[int]:
         return [row[0] for row in self._gather_lists([value])]
@@ -182,12 +182,16 @@ class SizedLoader(_Loader):
 
     Lightning's sampler repeats samples to give all ranks equally many; in evaluation that would
     count them twice, so there the loader reads each sample once.
+
+    Attributes:
+        extra_steps: evaluation steps to run here for the other ranks' sake.
     """
 
     def __init__(self, loader: Any, uneven: UnevenData, shortest: int) -> None:
         super().__init__(loader, uneven)
         self._shortest = shortest
         self._once: Any = None
+        self.extra_steps = 0
 
     def __len__(self) -> int:
         return self._shortest if self._uneven.trains_on(self) else len(self._each_once())
@@ -195,7 +199,14 @@ class SizedLoader(_Loader):
     def __iter__(self) -> Iterator[Any]:
         if self._uneven.trains_on(self):
             return itertools.islice(self._loader, self._shortest)
-        return iter(self._each_once())
+        return self._evaluate()
+
+    def _evaluate(self) -> Iterator[Any]:
+        for i, batch in enumerate(self._each_once()):
+            if i == 0:
+                for _ in range(self.extra_steps):
+                    self._uneven.extra_step(self, batch)
+            yield batch
 
     def _each_once(self) -> Any:
         if self._once is None:
@@ -217,18 +228,18 @@ class UnsizedLoader(_Loader):
         while seen < limit:
             batch, exhausted = (None, True) if exhausted else _next(iterator)
             flags = uneven.agree(not exhausted)
+            if seen == 0 and any(flags) and not all(flags):
+                raise DataError(
+                    f"Rank {flags.index(False)} has no batch, but other ranks have some. Every rank"
+                    " needs at least one batch: use fewer ranks or more data."
+                )
             if not any(flags) or (training and not all(flags)):
                 return
-            if not exhausted:
+            if exhausted:
+                uneven.extra_step(self, last)
+            else:
                 last = batch
                 yield batch
-            elif seen == 0:
-                raise DataError(
-                    "This rank's data has no batch, but another rank's has. Every rank needs at"
-                    " least one batch: use fewer ranks or more data."
-                )
-            else:
-                uneven.extra_step(uneven.evaluation_step_name(), last, 0)
             seen += 1
 
 
@@ -280,32 +291,16 @@ def _without_padding(loader: DataLoader[Any]) -> Any:
 
 
 @contextmanager
-def _nothing_logged(module: Any, strategy: FastMoEStrategy) -> Iterator[None]:
-    """Inside, ``self.log`` keeps nothing, but joins the reductions that other ranks wait in."""
-
-    def log(
-        name: str, value: Any, on_step: bool | None = None, sync_dist: bool = False, **kwargs: Any
-    ) -> None:
-        if on_step and sync_dist and not isinstance(value, Metric):
-            tensor = torch.as_tensor(value, device=strategy.root_device, dtype=torch.float32)
-            strategy.reduce(tensor, reduce_op=kwargs.get("reduce_fx", "mean"))
-
-    module.__dict__["log"] = log
+def _nothing_logged(
+    trainer: Any, loop: Any, batch: Any, dataloader_idx: int | None
+) -> Iterator[None]:
+    """Inside, ``self.log`` works as ever, joins other ranks' reductions, and is then forgotten."""
+    kept, connector = loop._results, trainer._logger_connector
+    current = connector._current_fx
+    if kept is not None:
+        loop._results = _ResultCollection(training=False)
+        loop._results.batch, loop._results.dataloader_idx = batch, dataloader_idx
     try:
         yield
     finally:
-        del module.__dict__["log"]
-
-
-@contextmanager
-def _metrics_untouched(module: torch.nn.Module) -> Iterator[None]:
-    """Restores the state of every torchmetrics metric at the end."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    saved = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in metrics]
-    try:
-        yield
-    finally:
-        for metric, state, count, computed in saved:
-            for key, value in state.items():
-                setattr(metric, key, value)
-            metric._update_count, metric._computed = count, computed
+        loop._results, connector._current_fx = kept, current

@@ -54,7 +54,12 @@ class RankPool:
         self._sets: dict[int, list[tuple[Any, Connection]]] = {}
 
     def run(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout: float = 120.0,
+        ranks_per_node: int | None = None,
     ) -> list[Any]:
         """Runs ``function(*args)`` on ranks ``0 .. world_size - 1``.
 
@@ -63,6 +68,7 @@ class RankPool:
             world_size: number of ranks.
             args: picklable, alike on all ranks.
             timeout: seconds; then all workers are killed.
+            ranks_per_node: what the ranks are told; None puts all on one node.
 
         Returns:
             What each rank returned.
@@ -72,17 +78,18 @@ class RankPool:
         """
         workers = self._start(world_size)
         port = free_port()
-        for rank, (_, connection) in enumerate(workers):
-            connection.send((function, args, rank, world_size, port))
+        for rank, (_, pipe) in enumerate(workers):
+            place = (rank, world_size, ranks_per_node or world_size, port)
+            pipe.send((function, args, place))
         results: dict[int, Any] = {}
         errors: dict[int, tuple[str, str]] = {}
         deadline = time.monotonic() + timeout
-        pending = {connection: rank for rank, (_, connection) in enumerate(workers)}
+        pending: dict[Any, int] = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
         detail = ""
         grace: float | None = None
         while pending:
             limit = deadline if grace is None else min(deadline, grace)
-            ready = wait(list(pending), timeout=max(0.0, limit - time.monotonic()))
+            ready: list[Any] = wait(list(pending), timeout=max(0.0, limit - time.monotonic()))
             if not ready:
                 late = sorted(pending.values())
                 self._kill(world_size)
@@ -90,9 +97,9 @@ class RankPool:
                     f"ranks {late} did not finish in time; failed: {errors}\n{detail}", errors
                 )
             for connection in ready:
-                rank = pending.pop(connection)  # type: ignore[index]
+                rank = pending.pop(connection)
                 try:
-                    ok, value = connection.recv()  # type: ignore[union-attr]
+                    ok, value = connection.recv()
                 except EOFError:
                     ok, value = False, ("ProcessDied", "the worker died", "")
                 if ok:
@@ -140,11 +147,11 @@ def _work(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     while True:
         try:
-            function, args, rank, world_size, port = connection.recv()
+            function, args, place = connection.recv()
         except EOFError:
             return
         try:
-            _enter(rank, world_size, port)
+            _enter(*place)
             outcome: tuple[bool, Any] = (True, function(*args))
         except BaseException as error:  # noqa: BLE001  reported to the parent, whatever it is
             text = traceback.format_exc()
@@ -154,18 +161,18 @@ def _work(connection: Connection, threads: int) -> None:
         connection.send(outcome)
 
 
-def _enter(rank: int, world_size: int, port: int) -> None:
+def _enter(rank: int, world_size: int, ranks_per_node: int, port: int) -> None:
     """The environment that torchrun gives to a process; Lightning recognises it."""
-    local = str(world_size)
+    node, local_rank = divmod(rank, ranks_per_node)
     os.environ.update(
         {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": local,
-            "LOCAL_WORLD_SIZE": local,
-            "GROUP_RANK": "0",
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
+            "GROUP_RANK": str(node),
             "TORCHELASTIC_RUN_ID": f"pool-{port}",
         }
     )
@@ -183,4 +190,4 @@ def _leave() -> None:
                 setattr(groups, name, {} if isinstance(value, dict) else None)
     comm = sys.modules.get("deepspeed.comm.comm")
     if comm is not None:
-        comm.cdb = None
+        vars(comm)["cdb"] = None

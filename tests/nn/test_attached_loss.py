@@ -1,4 +1,4 @@
-"""Terms that act by themselves equal terms that are added by hand, from the reference's formulas."""
+"""Terms that act by themselves equal terms added by hand, from the reference's formulas."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Model(nn.Module):
         return self.second(torch.tanh(self.dense(self.first(x))) + x)
 
     def terms(self):
-        """Coefficient times term of the last pass, from plain formulas with a graph of their own."""
+        """Coefficient times term of the last pass, by plain formulas and a graph of their own."""
         balance, z = 0.0, 0.0
         for router, x in self.routed:
             logits = x @ router.weight.T
@@ -134,9 +134,15 @@ def test_without_a_watch_the_factor_is_one_again():
 
 def test_of_forgets_the_factor_even_after_an_error():
     scale, loss = LossScale(), torch.ones((), requires_grad=True) * 2
-    with pytest.raises(ZeroDivisionError), scale.of(loss):
-        (loss * 8).backward()
-        raise ZeroDivisionError
+
+    def fail():
+        with scale.of(loss):
+            (loss * 8).backward()
+            assert scale.value.item() == 8
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert scale.value is None
 
 

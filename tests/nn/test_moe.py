@@ -13,7 +13,7 @@ from lightning_fastmoe.errors import (
     ShapeError,
     UnmanagedExpertsError,
 )
-from lightning_fastmoe.nn import MoE, SoftmaxTopKRouter, moe_layers
+from lightning_fastmoe.nn import MoE, SoftmaxTopKRouter, moe_layers, moe_losses
 from lightning_fastmoe.ops import ACTIVATIONS, reference
 
 
@@ -301,11 +301,14 @@ def pickled(module):
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("used", [False, True])
-def test_layers_can_be_copied_and_pickled(clone, used):
+@pytest.mark.parametrize("state", ["new", "used", "in use"])
+def test_layers_can_be_copied_and_pickled(clone, state):
     layer, x = make(load_balancing=0.1), torch.randn(7, 5)
-    if used:
-        layer(x).sum().backward()
-    layer.zero_grad()
+    y = None if state == "new" else layer(x)
+    if state == "used":
+        y.sum().backward()
+        layer.zero_grad()
     other = clone(layer)
+    assert moe_losses(other) == {}  # the graph belongs to the original
+    assert bool(moe_losses(layer)) is (state == "in use")
     assert torch.equal(other(x), layer(x))

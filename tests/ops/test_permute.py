@@ -90,6 +90,17 @@ def test_half_precision_sums_are_accumulated_in_fp32(dtype):
     assert torch.equal(dx, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_are_rounded_once(dtype):
+    order = make(200, 8, 8)
+    rows, weights = torch.rand(1600, 3).to(dtype), torch.rand(200, 8)
+    out = unpermute(rows, weights, order.order, order.inverse).double()
+    exact = unpermute(rows.double(), weights.double(), order.order, order.inverse)
+    # All terms are positive, so half a unit in the last place is all that rounding may cost.
+    assert ((out - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact).all()
+    assert not torch.equal(out, exact)
+
+
 def test_weights_stay_fp32_beside_half_rows():
     order = make(5, 3, 2)
     y = torch.randn(10, 4).bfloat16().requires_grad_()

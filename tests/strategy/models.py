@@ -31,6 +31,9 @@ class Case:
     steps: int = 3
     tokens: int = 5
     samples_per_batch: int = 2
+    accelerator: str = "cpu"
+    nodes: int = 1
+    shared_gpu: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -22,16 +22,21 @@ def run_case(case: Case) -> Trace:
     trainer = make_trainer(case, callbacks=[tracer])
     trainer.fit(module)
     trace = tracer.trace
-    trace.losses = global_losses(module, case)
+    trace.losses = global_losses(module, case, trainer.strategy.root_device)
+    trace.gradients = {name: g.cpu() for name, g in trace.gradients.items()}
+    trace.weights = [{name: w.cpu() for name, w in step.items()} for step in trace.weights]
     return trace
 
 
 def make_trainer(case: Case, **kwargs: Any) -> pl.Trainer:
     """A quiet Trainer for ``case``; batches are dealt out by the module itself."""
     defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": case.world,
-        "strategy": FastMoEStrategy(case.ep, stage=case.stage, **case.extra),
+        "accelerator": case.accelerator,
+        "devices": case.world // case.nodes,
+        "num_nodes": case.nodes,
+        "strategy": (SharedGPU if case.shared_gpu else FastMoEStrategy)(
+            case.ep, stage=case.stage, **case.extra
+        ),
         "precision": case.precision,
         "max_steps": case.steps,
         "accumulate_grad_batches": case.accumulate,
@@ -43,6 +48,15 @@ def make_trainer(case: Case, **kwargs: Any) -> pl.Trainer:
         "enable_model_summary": False,
     }
     return pl.Trainer(**{**defaults, **kwargs})
+
+
+class SharedGPU(FastMoEStrategy):
+    """Several ranks on one GPU. NCCL refuses that; gloo does it, once told not to split groups."""
+
+    def _init_deepspeed_distributed(self) -> None:
+        self._process_group_backend = "gloo"
+        super()._init_deepspeed_distributed()
+        dist.distributed_c10d._get_default_group().bound_device_id = None
 
 
 class Tracer(pl.Callback):
@@ -62,21 +76,27 @@ class Tracer(pl.Callback):
         self.trace.weights.append(whole_weights(pl_module.net))
 
 
-def global_losses(module: Net, case: Case) -> list[float]:
+def global_losses(module: Net, case: Case, device: torch.device) -> list[float]:
     """The mean loss of each optimizer step over ranks and micro-batches."""
-    own = torch.tensor(module.batch_losses, dtype=torch.float64)
+    own = torch.tensor(module.batch_losses, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(own)
     return (own / case.world).view(-1, case.accumulate).mean(dim=1).tolist()
 
 
 def whole_weights(net: torch.nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole: gathered from ZeRO 3 partitions and over expert ranks."""
+    """Every parameter whole: gathered from ZeRO 3 partitions and over expert ranks.
+
+    In mixed precision the fp32 master weights: bf16 copies are too coarse to show a step.
+    """
     import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
     own = {}
     for name, parameter in net.named_parameters():
-        if hasattr(parameter, "ds_id"):
+        if parameter.dtype != torch.float32:
+            own[name] = safe_get_full_fp32_param(parameter).detach().clone()
+        elif hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter]):
                 own[name] = parameter.detach().clone()
         else:

@@ -26,8 +26,9 @@ class ExpertGroup:
         group: the process group, R ranks.
         rank: this rank's place in it.
         size: R.
-        slots: the largest ``num_experts`` of the model. All count vectors have this length, so ranks
-            that have come to different layers still understand each other well enough to say so.
+        slots: the largest ``num_experts`` of the model. All count vectors have this length, so
+            ranks that have come to different layers still understand each other well enough to say
+            so.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -89,17 +90,23 @@ def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
                 f" {int(counts.min())}). No tokens were exchanged. This points to faulty memory or"
                 " network: restart from the last checkpoint, and check that node."
             )
-        if [layer_hash, sequence, width] != head[0, 1:4].tolist() or not ours:
+        if [layer_hash, sequence, width] != head[0, 1:4].tolist():
             raise ExchangeError(
                 f"{layer}: the ranks of the expert parallel group are in different exchanges"
                 f" (rank 0 in number {int(head[0, 2])}, rank {rank} in number {sequence}, same"
                 f" layer: {layer_hash == int(head[0, 1])}). Every rank must run the same MoE layers"
                 " in the same order in each step; make the forward pass independent of the data."
             )
+    if int(head[0, 1]) != zlib.crc32(layer.encode()):
+        raise ExchangeError(
+            f"{layer}: the whole expert parallel group, this rank's own entry included, arrived as"
+            " being in another layer. This points to faulty memory or network: restart from the"
+            " last checkpoint, and check that node."
+        )
     return body[:, :num_experts]
 
 
 def _checksum(counts: Tensor) -> Tensor:
-    """A position-dependent sum, so that swapped counts are found; shape (1,)."""
-    weights = torch.arange(1, counts.numel() + 1, device=counts.device, dtype=counts.dtype)
-    return (counts * (2 * weights + 1)).sum().reshape(1)
+    """A sum with a scattered weight per position, so that moved counts are found; shape (1,)."""
+    position = torch.arange(1, counts.numel() + 1, device=counts.device, dtype=counts.dtype)
+    return (counts * (position * 2654435761 % 2147483647)).sum().reshape(1)

@@ -39,9 +39,9 @@ class SoftmaxTopKRouter(nn.Module):
         init_std: float | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
             raise ConfigError(
-                f"top_k={top_k} is out of range: a token goes to at least 1 and at most"
+                f"top_k={top_k!r} is out of range: a token goes to at least 1 and at most"
                 f" num_experts={num_experts} experts. Choose top_k in [1, {num_experts}]."
             )
         if top_k == 1 and normalize_weights:

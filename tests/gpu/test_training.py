@@ -1,0 +1,95 @@
+"""Training on GPUs against one plain process on the CPU.
+
+Two ranks need two GPUs for NCCL. With one GPU they share it through gloo, which exchanges the same
+tensors by another transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from strategy.models import Case, Trace, reference
+from strategy.tracing import run_case
+
+from lightning_fastmoe.testing import RankPool
+
+TWO_GPUS = torch.cuda.device_count() >= 2
+
+
+@pytest.fixture(scope="module")
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_same(actual: Trace, expected: Trace, start: dict[str, torch.Tensor], tol: float) -> None:
+    """Losses, norms, gradients, and how far each weight has moved, relative to ``tol``."""
+    for i, (a, e) in enumerate(zip(actual.losses, expected.losses, strict=True)):
+        assert abs(a - e) <= tol * abs(e), f"loss of step {i}: {a} != {e}"
+    for i, (a, e) in enumerate(zip(actual.norms, expected.norms, strict=True)):
+        assert abs(a - e) <= tol * abs(e), f"norm of step {i}: {a} != {e}"
+    for name, gradient in expected.gradients.items():
+        error = relative(actual.gradients[name], gradient)
+        assert error <= tol, f"gradient of {name}: {error:.2e}"
+    for name, weight in expected.weights[-1].items():
+        error = relative(actual.weights[-1][name], weight)
+        assert error <= tol, f"{name} after the last step: {error:.2e}"
+        moved = relative(weight, start[name]) if float(start[name].norm()) else 1.0
+        assert moved > 3 * error, f"{name} moved {moved:.2e}, off by {error:.2e}"
+
+
+def start_weights(case: Case) -> dict[str, torch.Tensor]:
+    import pytorch_lightning as pl
+    from strategy.models import build_net
+
+    pl.seed_everything(7, verbose=False)
+    return {n: p.detach() for n, p in build_net(case.num_experts, (0, 0)).named_parameters()}
+
+
+def base(precision: str, stage: int, accumulate: int) -> Case:
+    return Case(
+        stage=stage,
+        accumulate=accumulate,
+        precision=precision,
+        accelerator="cuda",
+        in_configure_model=False,
+        extra={"overlap_comm": True},
+    )
+
+
+# bf16-mixed rounds weights, activations and gradients to 8 bits of mantissa: 2^-9 each, some tens
+# of roundings in a row. A wrong scale by a factor of two would show as 0.5.
+TOLERANCES = {"32-true": 2e-5, "bf16-mixed": 4e-2}
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCES))
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_gpu(stage: int, accumulate: int, precision: str, rank_pool: RankPool) -> None:
+    case = base(precision, stage, accumulate)
+    expected = reference(case)
+    (trace,) = rank_pool.run(run_case, 1, case)
+    assert_same(trace, expected, start_weights(case), TOLERANCES[precision])
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCES))
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks(stage: int, ep: int, precision: str, rank_pool: RankPool) -> None:
+    case = replace(base(precision, stage, 2), world=2, ep=ep)
+    per_node = None
+    if not TWO_GPUS:
+        # Two nodes of one GPU each, as far as the ranks know; both have the same one.
+        case = replace(case, nodes=2, shared_gpu=True)
+        per_node = 1
+    expected = reference(case)
+    for trace in rank_pool.run(run_case, 2, case, ranks_per_node=per_node):
+        assert_same(trace, expected, start_weights(case), TOLERANCES[precision])

@@ -1,0 +1,46 @@
+"""Two torchrun launchers on loopback, one process each, train one model between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from strategy.models import Case, reference
+
+from lightning_fastmoe.testing import free_port
+
+
+def test_two_nodes_train_like_one_process(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("two_nodes.py")
+    target = tmp_path / "rank0.json"
+    port = free_port()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    launch += ["--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    launch += ["--local-addr", "127.0.0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [*launch, str(program), str(target)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    found = json.loads(target.read_text())
+    expected = reference(Case(world=2))
+    assert found["node"] == 2
+    assert found["losses"] == pytest.approx(expected.losses, rel=1e-6)
+    assert found["norms"] == pytest.approx(expected.norms, rel=1e-6)

@@ -1,0 +1,112 @@
+"""Each private name of DeepSpeed and Lightning that the package relies on is still there.
+
+The version ranges in pyproject.toml are tight for this reason; when one is widened, this test says
+what to look at first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+
+NAMES = [
+    # the engine subclass
+    "deepspeed.runtime.engine:DeepSpeedEngine._configure_distributed_model",
+    "deepspeed.runtime.engine:DeepSpeedEngine._validate_zero3_moe_compatibility",
+    "deepspeed.runtime.engine:DeepSpeedEngine._resolve_zero3_param_placement",
+    "deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",
+    "deepspeed.runtime.engine:DeepSpeedEngine._configure_python_gc",
+    "deepspeed.runtime.engine:DeepSpeedEngine.set_gradient_accumulation_boundary",
+    "deepspeed.runtime.engine:DeepSpeedEngine.is_gradient_accumulation_boundary",
+    "deepspeed.runtime.engine:DeepSpeedEngine.zero_optimization_partition_weights",
+    # groups that the mesh is registered as
+    "deepspeed.utils.groups:_EXPERT_PARALLEL_GROUP",
+    "deepspeed.utils.groups:_EXPERT_PARALLEL_GROUP_RANKS",
+    "deepspeed.utils.groups:_EXPERT_DATA_PARALLEL_GROUP",
+    "deepspeed.utils.groups:_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+    "deepspeed.ops:__compatible_ops__",
+    # skipping a step
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.check_overflow",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
+    "_overflow_check_and_loss_scale_update",
+    # checkpoints
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._link_all_hp_params",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._wait_for_offload_copies",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._set_fp32_optimizer_param_groups",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._clear_fp32_optimizer_param_groups",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
+    "_reassign_or_swap_out_partitioned_parameters",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_prologue",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue",
+    # Lightning
+    "pytorch_lightning.core.optimizer:_init_optimizers_and_lr_schedulers",
+    "pytorch_lightning.core.module:LightningModule.device_mesh",
+    "pytorch_lightning.strategies.deepspeed:remove_module_hooks",
+    "pytorch_lightning.strategies:DeepSpeedStrategy._init_deepspeed_distributed",
+    "pytorch_lightning.strategies:DeepSpeedStrategy._init_optimizers",
+    "pytorch_lightning.strategies:DeepSpeedStrategy._setup_model_and_optimizer",
+    "pytorch_lightning.strategies:DeepSpeedStrategy._initialize_deepspeed_inference",
+    "pytorch_lightning.strategies:DeepSpeedStrategy._auto_select_batch_size",
+    "pytorch_lightning.strategies:DeepSpeedStrategy._init_config_if_needed",
+    "pytorch_lightning.loops.fit_loop:_FitLoop._should_accumulate",
+    "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop._build_kwargs",
+    "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop._build_step_args_from_hook_kwargs",
+    "pytorch_lightning.loops.prediction_loop:_PredictionLoop._build_kwargs",
+    "pytorch_lightning.trainer.call:_call_strategy_hook",
+    "pytorch_lightning.utilities.data:_update_dataloader",
+    "pytorch_lightning.overrides.distributed:UnrepeatedDistributedSamplerWrapper",
+    # torch
+    "torch._C:_current_graph_task_id",
+]
+
+SOURCES = {
+    # What the engine is told through parameters, and through its optimizer's groups.
+    "deepspeed.runtime.engine:DeepSpeedEngine._resolve_zero3_param_placement": [
+        "ds_zero_placement_family",
+        "autoep_expert",
+        "ds_zero_partition_group_name",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._configure_moe_settings": [
+        "self.expert_dp_process_group[group['name']]"
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.average_tensor": [
+        "self.expert_dp_process_group[param.group_name]",
+        "tensor.div_(dist.get_world_size(group=self.dp_process_group)",
+    ],
+    # Lightning divides the loss, so the engine must not.
+    "pytorch_lightning.loops.optimization.automatic:_AutomaticOptimization._training_step": [
+        "trainer.accumulate_grad_batches"
+    ],
+    "deepspeed.runtime.engine:DeepSpeedEngine": [
+        "loss = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss"
+    ],
+}
+
+
+def find(path: str) -> Any:
+    module, _, attributes = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for attribute in attributes.split("."):
+        found = getattr(found, attribute)
+    return found
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_name_exists(path: str) -> None:
+    assert find(path) is not None
+
+
+@pytest.mark.parametrize("path", list(SOURCES))
+def test_source_still_says(path: str) -> None:
+    source = inspect.getsource(find(path))
+    for text in SOURCES[path]:
+        assert text in source
+
+
+def test_a_missing_name_is_noticed() -> None:
+    with pytest.raises(AttributeError):
+        find("deepspeed.utils.groups:_NO_SUCH_GROUP")
