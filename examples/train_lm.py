@@ -21,7 +21,7 @@ def main() -> None:
     """Train a byte-level mixture-of-experts language model and print what it writes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--path", help="a text file or a folder of them")
-    parser.add_argument("--max_steps", type=int, default=600)
+    parser.add_argument("--max_steps", type=int, default=450)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
 

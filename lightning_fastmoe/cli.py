@@ -18,7 +18,6 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-import lightning_fastmoe  # noqa: F401  registers the strategies' names
 from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.lm import ByteCorpus, MoELanguageModel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,8 +14,15 @@ _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 _POLICIES = ("raise", "skip", "ignore")
 
 
-def check_arguments(expert_parallel_size: Any, nonfinite: Any) -> None:
-    """Checks the arguments that DeepSpeedStrategy does not know.
+_REFUSED_ARGUMENTS = {
+    "load_full_weights": "a single file of weights can't be loaded into spread experts yet",
+    "remote_device": "parameters are made on the rank's own device, then partitioned;"
+    " offload_parameters=True moves them to the host",
+}
+
+
+def check_arguments(expert_parallel_size: Any, nonfinite: Any, others: Mapping[str, Any]) -> None:
+    """Checks our own arguments, and refuses those of DeepSpeedStrategy that would have no effect.
 
     Raises:
         ConfigError: if one is of the wrong type or unknown.
@@ -30,6 +37,9 @@ def check_arguments(expert_parallel_size: Any, nonfinite: Any) -> None:
         raise ConfigError(
             f"nonfinite={nonfinite!r} is unknown. It must be one of: {', '.join(_POLICIES)}."
         )
+    for name, reason in _REFUSED_ARGUMENTS.items():
+        if others.get(name):
+            raise ConfigError(f"{name}={others[name]!r} is refused: {reason}. Drop the argument.")
 
 
 def check_objects(owner: str, objects: Iterable[Any]) -> None:

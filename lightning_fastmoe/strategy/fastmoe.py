@@ -79,7 +79,7 @@ class FastMoEStrategy(DeepSpeedStrategy):
         nonfinite: NonFinitePolicy = "raise",
         **kwargs: Any,
     ) -> None:
-        check_arguments(expert_parallel_size, nonfinite)
+        check_arguments(expert_parallel_size, nonfinite, kwargs)
         check_objects("FastMoEStrategy", kwargs.values())
         super().__init__(stage=stage, **kwargs)
         assert isinstance(self.config, dict)
@@ -297,15 +297,15 @@ class FastMoEStrategy(DeepSpeedStrategy):
 
     @override
     def on_validation_start(self) -> None:
-        self._uneven.plan_extra_steps()
+        self._uneven.fill_up("validation_step")
 
     @override
     def on_test_start(self) -> None:
-        self._uneven.plan_extra_steps()
+        self._uneven.fill_up("test_step")
 
     @override
     def on_predict_start(self) -> None:
-        self._uneven.plan_extra_steps()
+        self._uneven.fill_up("predict_step")
 
     # --------------------------------------------------------------------------------- checkpoints
 

@@ -49,6 +49,7 @@ class UnevenData:
 
     def __init__(self, strategy: FastMoEStrategy) -> None:
         self.strategy = strategy
+        self._step = ""
 
     @property
     def _trainer(self) -> Any:
@@ -88,30 +89,36 @@ class UnevenData:
         """Which ranks have another batch."""
         return [bool(flag) for flag in self._gather(int(has_batch))]
 
-    def plan_extra_steps(self) -> None:
+    def fill_up(self, step: str) -> None:
         """Before an evaluation: finds how many extra steps each loader of known length needs here.
+
+        Args:
+            step: "validation_step", "test_step" or "predict_step".
 
         Raises:
             DataError: on all ranks, if they are needed beside a loader of unknown length.
         """
         if self.strategy.world_size == 1:
             return
+        self._step = step
         loop = self._evaluation_loop()
         own = [_NO_LENGTH if math.isinf(n) else int(n) for n in loop.max_batches]
         table = self._gather_lists(own)
         loaders = loop._combined_loader.flattened
-        unsized = any(isinstance(loader, UnsizedLoader) for loader in loaders)
+        # With these Lightning fetches ahead of the steps, or several batches for one step.
+        ahead = loop._combined_loader._mode != "sequential" or any(
+            isinstance(loader, UnsizedLoader) for loader in loaders
+        )
         for index, loader in enumerate(loaders):
             if not isinstance(loader, SizedLoader):
                 continue
             lengths = [row[index] for row in table]
             loader.extra_steps = max(lengths) - own[index]
-            if unsized and min(lengths) != max(lengths):
-                # Lightning then fetches ahead of the steps, across the ends of loaders.
+            if ahead and min(lengths) != max(lengths):
                 raise DataError(
                     f"Evaluation loader {index} has {lengths} batches on the ranks, beside a loader"
-                    " of unknown length. Give the ranks equally many batches, or evaluate the two"
-                    " loaders one after the other."
+                    " of unknown length or in a CombinedLoader that is not sequential. Give the"
+                    " ranks equally many batches, or evaluate the loaders one after the other."
                 )
 
     @torch.no_grad()
@@ -119,21 +126,15 @@ class UnevenData:
         """Runs an evaluation step for the other ranks' sake and forgets all that it did."""
         trainer, module = self._trainer, self.strategy.lightning_module
         loop = self._evaluation_loop()
-        step = self._evaluation_step_name()
         loaders = loop._combined_loader.flattened
         index = next(i for i, item in enumerate(loaders) if item is loader)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=index)
         batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=index)
         kwargs = loop._build_kwargs(batch, 0, index if len(loaders) > 1 else None)
-        arguments = loop._build_step_args_from_hook_kwargs(kwargs, step)
+        arguments = loop._build_step_args_from_hook_kwargs(kwargs, self._step)
         with _nothing_logged(trainer, loop, batch, kwargs.get("dataloader_idx")), untouched(module):
-            call._call_strategy_hook(trainer, step, *arguments)
-
-    def _evaluation_step_name(self) -> str:
-        if self._trainer.predicting:
-            return "predict_step"
-        return "test_step" if self._trainer.testing else "validation_step"
+            call._call_strategy_hook(trainer, self._step, *arguments)
 
     def batch_limit(self, loader: object) -> float:
         """The number of batches at which the running loop stops by itself."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from strategy.models import Case, Trace, reference
-from strategy.tracing import run_case
+from strategy.tracing import exchange_with_itself, run_case
 
 from lightning_fastmoe.testing import RankPool
 
@@ -68,6 +68,7 @@ def base(precision: str, stage: int, accumulate: int) -> Case:
 # bf16-mixed rounds weights, activations and gradients to 8 bits of mantissa: 2^-9 each, some tens
 # of roundings in a row. A wrong scale by a factor of two would show as 0.5.
 TOLERANCES = {"32-true": 2e-5, "bf16-mixed": 4e-2}
+OTHERS = {"16-mixed": 1e-2, "bf16-true": 4e-2}
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCES))
@@ -93,3 +94,31 @@ def test_two_ranks(stage: int, ep: int, precision: str, rank_pool: RankPool) -> 
     expected = reference(case)
     for trace in rank_pool.run(run_case, 2, case, ranks_per_node=per_node):
         assert_same(trace, expected, start_weights(case), TOLERANCES[precision])
+
+
+@pytest.mark.parametrize("precision", list(OTHERS))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_other_precisions(stage: int, precision: str, rank_pool: RankPool) -> None:
+    """With fp16 the attached terms must follow the loss scale (2^8: nothing overflows)."""
+    case = base(precision, stage, 2)
+    # Terms as large as the loss itself: a wrong scale could not hide.
+    case = replace(case, coefficients=(1.0, 0.3), extra={"initial_scale_power": 8})
+    expected = reference(case)
+    (trace,) = rank_pool.run(run_case, 1, case)
+    assert_same(trace, expected, start_weights(case), OTHERS[precision])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload(stage: int, rank_pool: RankPool) -> None:
+    extra = {"offload_optimizer": True, "offload_parameters": stage == 3}
+    case = replace(base("32-true", stage, 2), extra=extra)
+    expected = reference(case)
+    (trace,) = rank_pool.run(run_case, 1, case)
+    assert_same(trace, expected, start_weights(case), TOLERANCES["32-true"])
+
+
+def test_nccl_exchange_with_itself(rank_pool: RankPool) -> None:
+    """The exchange over NCCL with the only rank there is, against the local dispatcher, bitwise."""
+    (pairs,) = rank_pool.run(exchange_with_itself, 1)
+    for name, (exchanged, local) in pairs.items():
+        assert torch.equal(exchanged, local), name

@@ -34,6 +34,8 @@ class Case:
     accelerator: str = "cpu"
     nodes: int = 1
     shared_gpu: bool = False
+    batches_per_epoch: int = 0
+    epochs: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +110,14 @@ class Trace:
     weights: list[dict[str, Tensor]] = field(default_factory=list)
 
 
+def optimizer_steps(case: Case) -> list[Tensor]:
+    """(micro-batches, world, ...) of each optimizer step: an epoch's last may be short."""
+    if not case.batches_per_epoch:
+        return list(make_batches(case))
+    epoch = make_batches(case).flatten(0, 1)[: case.batches_per_epoch]
+    return [*epoch.split(case.accumulate)] * case.epochs
+
+
 def reference(case: Case) -> Trace:
     """One process, plain PyTorch, terms added by hand, the global batch in one go."""
     pl.seed_everything(7, verbose=False)
@@ -115,14 +125,16 @@ def reference(case: Case) -> Trace:
     optimizer = make_optimizer(net)
     scheduler = make_scheduler(optimizer)
     trace = Trace()
-    for step in make_batches(case):
+    for step in optimizer_steps(case):
         optimizer.zero_grad()
         chunks = [b for micro in step for b in micro]
         mean = 0.0
         for chunk in chunks:
             loss = loss_of(net, chunk)
             mean += loss.item() / len(chunks)
-            ((loss + sum(moe_losses(net).values())) / len(chunks)).backward()
+            # As Lightning does, also where an epoch ends before `accumulate` is reached.
+            share = 1 / (case.world * case.accumulate)
+            ((loss + sum(moe_losses(net).values())) * share).backward()
         if not trace.gradients:
             trace.gradients = {
                 n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None
@@ -176,4 +188,6 @@ class Net(pl.LightningModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         rank = self.trainer.global_rank
         batches = make_batches(self.case)[:, :, rank].flatten(0, 1)
+        if self.case.batches_per_epoch:
+            batches = batches[: self.case.batches_per_epoch]
         return DataLoader(RankBatches(batches), batch_size=None)

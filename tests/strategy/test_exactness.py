@@ -63,3 +63,13 @@ def test_training_equals_one_process(case: Case, rank_pool) -> None:
     assert max(expected.norms) > case.clip, "the case must really clip"
     for trace in rank_pool.run(run_case, case.world, case):
         assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_epoch_that_is_no_multiple_of_the_accumulation(stage: int, rank_pool) -> None:
+    """The last, short group of micro-batches is stepped on; nothing spills into the next epoch."""
+    case = Case(world=2, ep=2, stage=stage, accumulate=2, batches_per_epoch=3, epochs=2)
+    expected = reference(case)
+    assert len(expected.weights) == 4
+    for trace in rank_pool.run(run_case, case.world, case):
+        assert_same(trace, expected)

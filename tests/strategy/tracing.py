@@ -38,7 +38,8 @@ def make_trainer(case: Case, **kwargs: Any) -> pl.Trainer:
             case.ep, stage=case.stage, **case.extra
         ),
         "precision": case.precision,
-        "max_steps": case.steps,
+        "max_steps": -1 if case.batches_per_epoch else case.steps,
+        "max_epochs": case.epochs,
         "accumulate_grad_batches": case.accumulate,
         "gradient_clip_val": case.clip,
         "use_distributed_sampler": False,
@@ -67,7 +68,9 @@ class Tracer(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if not self.trace.gradients:
-            self.trace.gradients = whole_gradients(pl_module.net)
+            scale = trainer.strategy.deepspeed_engine.optimizer.loss_scale
+            gradients = whole_gradients(pl_module.net)
+            self.trace.gradients = {name: g.float() / scale for name, g in gradients.items()}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.global_step == len(self.trace.weights):
@@ -81,7 +84,8 @@ def global_losses(module: Net, case: Case, device: torch.device) -> list[float]:
     own = torch.tensor(module.batch_losses, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(own)
-    return (own / case.world).view(-1, case.accumulate).mean(dim=1).tolist()
+    epochs = (own / case.world).view(case.epochs, -1)
+    return [float(s.mean()) for epoch in epochs for s in epoch.split(case.accumulate)]
 
 
 def whole_weights(net: torch.nn.Module) -> dict[str, Tensor]:
@@ -127,3 +131,26 @@ def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str,
         dist.all_gather(parts, own[name].contiguous(), group=group.group)
         whole[name] = torch.cat(parts)
     return whole
+
+
+def exchange_with_itself() -> dict[str, tuple[Tensor, Tensor]]:
+    """A layer's outputs and gradients by NCCL in a group of one, and by the local dispatcher."""
+    from lightning_fastmoe import MoE
+    from lightning_fastmoe.distributed import AllToAllDispatcher, ExpertGroup
+    from lightning_fastmoe.nn import LocalDispatcher
+
+    dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
+    pl.seed_everything(1, verbose=False)
+    layer = MoE(32, 48, 8, 2).to("cuda", torch.bfloat16)
+    x = torch.randn(77, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(x)
+    group = dist.group.WORLD
+    assert group is not None
+    results = []
+    for dispatcher in (AllToAllDispatcher(ExpertGroup(group), 8), LocalDispatcher(8)):
+        layer.dispatcher = dispatcher
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], upstream)])
+    names = ["output", "input", *(name for name, _ in layer.named_parameters())]
+    exchanged, local = ([t.detach().cpu() for t in result] for result in results)
+    return dict(zip(names, zip(exchanged, local, strict=True), strict=True))
