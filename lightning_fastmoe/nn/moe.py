@@ -42,8 +42,10 @@ class MoE(nn.Module):
     parallel group; the numbers stay the same.
 
     The load-balancing loss and the z-loss act by themselves: their gradients join the backward pass
-    of the layer's output, scaled as if the terms had been added to the loss. Add nothing. To add
-    them by hand instead, call :func:`moe_losses`.
+    of the layer's output. Under FastMoEStrategy they are scaled exactly as if the terms had been
+    added to the loss in ``training_step``; in plain PyTorch as if they had been added to the tensor
+    on which ``backward()`` is called. If you divide that by accumulation steps or scale it for fp16
+    yourself, add the terms by hand with :func:`moe_losses`; what it returns acts no more by itself.
 
     Args:
         d_model: width of a token, D.

@@ -6,8 +6,9 @@ Every forward pass exchanges tokens between ranks, so all ranks must run equally
 - validation, testing and prediction count each sample once: a rank with fewer batches runs extra
   steps for the sake of the others on a batch of its own, and nothing of them is kept.
 
-The extra steps for a loader lie between its first and its last own step, so that what Lightning and
-torchmetrics reduce at the end of each loader is reduced at the same point on all ranks.
+A loader's extra steps run when Lightning asks for the batch after this rank's last. By then its own
+steps are done, and what Lightning and torchmetrics reduce at the end of a loader is yet to come, so
+that all ranks go through the same steps and reductions in the same order.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class UnevenData:
                 " more data."
             )
         if min(lengths) != max(lengths) or _pads(dataloader):
-            return SizedLoader(dataloader, self, min(lengths))
+            return SizedLoader(dataloader, self, lengths)
         return dataloader
 
     def trains_on(self, loader: object) -> bool:
@@ -90,36 +91,28 @@ class UnevenData:
         return [bool(flag) for flag in self._gather(int(has_batch))]
 
     def fill_up(self, step: str) -> None:
-        """Before an evaluation: finds how many extra steps each loader of known length needs here.
+        """At the start of an evaluation: checks that extra steps can be put where they belong.
 
         Args:
             step: "validation_step", "test_step" or "predict_step".
 
         Raises:
-            DataError: on all ranks, if they are needed beside a loader of unknown length.
+            DataError: on all ranks, if they can't.
         """
-        if self.strategy.world_size == 1:
-            return
         self._step = step
-        loop = self._evaluation_loop()
-        own = [_NO_LENGTH if math.isinf(n) else int(n) for n in loop.max_batches]
-        table = self._gather_lists(own)
-        loaders = loop._combined_loader.flattened
-        # With these Lightning fetches ahead of the steps, or several batches for one step.
-        ahead = loop._combined_loader._mode != "sequential" or any(
-            isinstance(loader, UnsizedLoader) for loader in loaders
-        )
-        for index, loader in enumerate(loaders):
-            if not isinstance(loader, SizedLoader):
-                continue
-            lengths = [row[index] for row in table]
-            loader.extra_steps = max(lengths) - own[index]
-            if ahead and min(lengths) != max(lengths):
-                raise DataError(
-                    f"Evaluation loader {index} has {lengths} batches on the ranks, beside a loader"
-                    " of unknown length or in a CombinedLoader that is not sequential. Give the"
-                    " ranks equally many batches, or evaluate the loaders one after the other."
-                )
+        combined = self._evaluation_loop()._combined_loader
+        loaders = combined.flattened
+        wrapped = [loader for loader in loaders if isinstance(loader, _Loader)]
+        if wrapped and combined._mode != "sequential":
+            raise DataError(
+                "Evaluation loaders whose lengths differ between ranks, or are not known, can't be"
+                f" combined by CombinedLoader(mode={combined._mode!r}). Use mode='sequential'."
+            )
+        if any(isinstance(loader, UnsizedLoader) for loader in wrapped):
+            # Lightning then fetches one batch ahead, also across the end of a loader.
+            for loader in loaders[1:]:
+                if isinstance(loader, SizedLoader):
+                    check_second_batch(self._gather(loader.own_length()))
 
     @torch.no_grad()
     def extra_step(self, loader: object, batch: Any) -> None:
@@ -127,7 +120,7 @@ class UnevenData:
         trainer, module = self._trainer, self.strategy.lightning_module
         loop = self._evaluation_loop()
         loaders = loop._combined_loader.flattened
-        index = next(i for i, item in enumerate(loaders) if item is loader)
+        index = self.index_of(loader)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=index)
         batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=index)
@@ -136,20 +129,17 @@ class UnevenData:
         with _nothing_logged(trainer, loop, batch, kwargs.get("dataloader_idx")), untouched(module):
             call._call_strategy_hook(trainer, self._step, *arguments)
 
+    def index_of(self, loader: object) -> int:
+        """The place of ``loader`` among the loaders of the running evaluation."""
+        loaders = self._evaluation_loop()._combined_loader.flattened
+        return next(i for i, item in enumerate(loaders) if item is loader)
+
     def batch_limit(self, loader: object) -> float:
-        """The number of batches at which the running loop stops by itself."""
-        trainer = self._trainer
+        """The number of batches at which the running loop stops by itself, alike on all ranks."""
         if self.trains_on(loader):
-            limit = trainer.limit_train_batches
-        elif trainer.predicting:
-            limit = trainer.limit_predict_batches
-        else:
-            limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-            if trainer.sanity_checking:
-                limit = min(
-                    limit if isinstance(limit, int) else math.inf, trainer.num_sanity_val_steps
-                )
-        return limit if isinstance(limit, int) else math.inf
+            limit = self._trainer.limit_train_batches
+            return limit if isinstance(limit, int) else math.inf
+        return float(self._evaluation_loop().max_batches[self.index_of(loader)])
 
     def _evaluation_loop(self) -> Any:
         trainer = self._trainer
@@ -181,33 +171,42 @@ class _Loader:
 class SizedLoader(_Loader):
     """A loader of known length: cut to the shortest rank's in training, whole in evaluation.
 
+    In evaluation all ranks report the longest rank's length, so that Lightning's limits are alike.
+
     Lightning's sampler repeats samples to give all ranks equally many; in evaluation that would
     count them twice, so there the loader reads each sample once.
 
-    Attributes:
-        extra_steps: evaluation steps to run here for the other ranks' sake.
+    Args:
+        loader: the loader itself.
+        uneven: who keeps the ranks in step.
+        lengths: of the loaders of all ranks.
     """
 
-    def __init__(self, loader: Any, uneven: UnevenData, shortest: int) -> None:
+    def __init__(self, loader: Any, uneven: UnevenData, lengths: list[int]) -> None:
         super().__init__(loader, uneven)
-        self._shortest = shortest
+        self._shortest, self._longest = min(lengths), max(lengths)
         self._once: Any = None
-        self.extra_steps = 0
 
     def __len__(self) -> int:
-        return self._shortest if self._uneven.trains_on(self) else len(self._each_once())
+        return self._shortest if self._uneven.trains_on(self) else self._longest
+
+    def own_length(self) -> int:
+        """The number of batches of this rank in evaluation."""
+        return len(self._each_once())
 
     def __iter__(self) -> Iterator[Any]:
         if self._uneven.trains_on(self):
             return itertools.islice(self._loader, self._shortest)
-        return self._evaluate()
+        return self._evaluate(self._uneven.batch_limit(self))
 
-    def _evaluate(self) -> Iterator[Any]:
-        for i, batch in enumerate(self._each_once()):
-            if i == 0:
-                for _ in range(self.extra_steps):
-                    self._uneven.extra_step(self, batch)
+    def _evaluate(self, limit: float) -> Iterator[Any]:
+        batch: Any = None
+        seen = 0
+        for batch in itertools.islice(self._each_once(), int(limit)):  # noqa: B007  used below
+            seen += 1
             yield batch
+        for _ in range(seen, int(limit)):
+            self._uneven.extra_step(self, batch)
 
     def _each_once(self) -> Any:
         if self._once is None:
@@ -236,12 +235,31 @@ class UnsizedLoader(_Loader):
                 )
             if not any(flags) or (training and not all(flags)):
                 return
+            if seen == 1 and not training and uneven.index_of(self) > 0:
+                check_second_batch([1 + flag for flag in flags])
             if exhausted:
                 uneven.extra_step(self, last)
             else:
                 last = batch
                 yield batch
             seen += 1
+
+
+def check_second_batch(lengths: list[int]) -> None:
+    """Where Lightning fetches ahead, a rank's second batch is due before its first step.
+
+    Args:
+        lengths: each rank's number of batches in a loader that is not the first one.
+
+    Raises:
+        DataError: if one rank has a single batch and another has more.
+    """
+    if min(lengths) == 1 < max(lengths):
+        raise DataError(
+            f"Rank {lengths.index(1)} has a single batch in an evaluation loader, but other ranks"
+            " have more, and it follows or is a loader of unknown length. Give every rank at least"
+            " two batches there, or make it the first loader."
+        )
 
 
 def _next(iterator: Iterator[Any]) -> tuple[Any, bool]:
@@ -270,13 +288,15 @@ def _without_padding(loader: DataLoader[Any]) -> Any:
     """The same loader, each sample once; the ranks' lengths then differ by up to one sample.
 
     Raises:
-        DataError: if there are fewer samples than ranks.
+        DataError: if some rank would have no batch.
     """
     padded: Any = loader.sampler
-    if len(padded.dataset) < padded.num_replicas:
+    samples, ranks = len(padded.dataset), padded.num_replicas
+    needed = (loader.batch_size or 1) if loader.drop_last else 1
+    if samples // ranks < needed:
         raise DataError(
-            f"The evaluation data has {len(padded.dataset)} sample(s) for {padded.num_replicas}"
-            " ranks. Every rank needs at least one: use fewer ranks or more data."
+            f"The evaluation data has {samples} sample(s) for {ranks} ranks. Every rank needs at"
+            f" least {needed} (one batch): use fewer ranks, a smaller batch size, or more data."
         )
     arguments = {
         "num_replicas": padded.num_replicas,

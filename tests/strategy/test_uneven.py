@@ -135,7 +135,8 @@ def test_the_samples_of_lightnings_own_sampler_count_once(rank_pool, function, s
 
 
 LENGTHS = [[[0, 1, 2, 3, 4], [10, 11]]]
-TWO = [[[0, 1, 2, 3], [10, 11]], [[20], [30, 31, 32]]]
+TWO = [[[0, 1, 2, 3], [10]], [[20], [30, 31, 32]]]
+LATER = [TWO[0], [[20, 21], [30, 31, 32]]]
 
 
 @pytest.mark.parametrize("on_step", [False, True])
@@ -146,10 +147,12 @@ TWO = [[[0, 1, 2, 3], [10, 11]], [[20], [30, 31, 32]]]
         (["stream"], LENGTHS),
         (["one-way"], LENGTHS),
         (["sized", "sized"], TWO),
-        (["stream", "stream"], TWO),
-        (["stream", "sized"], [TWO[0], [[20, 21], [30, 31]]]),
+        (["sized", "sized"], TWO[::-1]),
+        (["stream", "stream"], LATER),
+        (["stream", "sized"], LATER),
+        (["sized", "stream"], LATER),
     ],
-    ids=["sized", "stream", "one-way", "two-sized", "two-streams", "stream-and-sized"],
+    ids=["sized", "stream", "one-way", "sized2", "sized2-turned", "stream2", "mixed", "mixed2"],
 )
 @pytest.mark.parametrize("stage", [2, 3])
 def test_each_sample_counts_once(rank_pool, stage, kinds, numbers, on_step):
@@ -200,11 +203,12 @@ def test_a_rank_without_a_batch_is_refused_on_all_ranks(rank_pool, function, sta
         assert "Rank 1 has no batch" in message
 
 
-def test_uneven_beside_unsized_is_refused_on_all_ranks(rank_pool):
-    errors = rank_pool.run(runs.failing_beside_stream, 2, TWO)
+@pytest.mark.parametrize("kinds", [["stream", "stream"], ["stream", "sized"]])
+def test_a_single_batch_in_a_later_loader_is_refused_on_all_ranks(rank_pool, kinds):
+    errors = rank_pool.run(runs.failing_evaluation, 2, kinds, TWO)
     for name, message in errors:
         assert name == "DataError"
-        assert "[4, 2]" in message
+        assert "Rank 0 has a single batch" in message
 
 
 def test_fewer_samples_than_ranks_are_refused_on_all_ranks(rank_pool):
@@ -212,6 +216,7 @@ def test_fewer_samples_than_ranks_are_refused_on_all_ranks(rank_pool):
     for name, message in errors:
         assert name == "DataError"
         assert "3 sample(s) for 4 ranks" in message
+        assert "at least 1 (one batch)" in message
 
 
 @pytest.mark.parametrize(("stage", "skipped"), [(2, 0), (2, 1), (3, 0), (3, 1)])

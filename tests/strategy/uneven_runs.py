@@ -316,10 +316,10 @@ def rank_dependent(stage: int, skipped: int) -> tuple[str, str]:
     return "nothing", ""
 
 
-def failing_beside_stream(numbers: list[list[list[int]]]) -> tuple[str, str]:
-    """The error of an uneven loader of known length beside one of unknown length."""
+def failing_evaluation(kinds: list[str], numbers: list[list[list[int]]]) -> tuple[str, str]:
+    """The error of validating on loaders ``numbers[loader][rank]``."""
     try:
-        evaluate("validate", 2, ["sized", "stream"], numbers, False, {})
+        evaluate("validate", 2, kinds, numbers, True, {})
     except FastMoEError as error:
         return type(error).__name__, str(error)
     return "nothing", ""
