@@ -22,8 +22,8 @@ class ExpertLoadMonitor(pl.Callback):
     Per layer, over the steps since the last logging step: ``max_load`` and ``min_load`` (an
     expert's load over the mean load: 1 is balanced, 0 is dead), ``load_cv`` (coefficient of
     variation), ``dead_experts`` and the router's ``entropy`` (nats per token), besides the values
-    of the balancing losses on this rank. To the progress bar: the largest load ratio and the number of
-    dead experts over all layers. One all-reduce per logging step, whatever the number of layers.
+    of the balancing losses on this rank. To the progress bar: the largest load ratio and the number
+    of dead experts over all layers. One all-reduce per logging step, whatever the number of layers.
 
     Args:
         every_n_steps: optimizer steps between two logs; None follows ``log_every_n_steps``.

@@ -41,7 +41,13 @@ class Topology:
 
 
 def save(
-    path: Any, *, engine: Any, topology: Topology, client_state: dict[str, Any], user_groups: Any
+    path: Any,
+    *,
+    engine: Any,
+    topology: Topology,
+    client_state: dict[str, Any],
+    user_groups: Any,
+    exclude_frozen: bool = False,
 ) -> None:
     """Writes a checkpoint; every rank calls this.
 
@@ -51,8 +57,11 @@ def save(
         topology: of this run.
         client_state: Lightning's checkpoint dictionary; weights and optimizer states are left out.
         user_groups: the optimizer's groups as schedulers see them, or None.
+        exclude_frozen: leave out parameters that are not trained; they must be there on loading.
     """
     directory = _local_path(path)
+    if user_groups is not None:
+        user_groups.push()  # what a scheduler has set for the next step belongs to the state
     rank = dist.get_rank()
     if rank == 0:
         if directory.is_file():
@@ -65,17 +74,21 @@ def save(
     with_optimizer = "optimizer_states" in client_state
     zero = zero_state_of(engine)
     ep_rank, is_first_replica = divmod_rank(rank, topology)
+    frozen = _frozen(engine.module) if exclude_frozen else set()
     if not zero.partitions_parameters and is_first_replica:
-        torch.save(engine.module.state_dict(), directory / f"model_ep_{ep_rank:05d}.pt")
+        weights = {k: v for k, v in engine.module.state_dict().items() if k not in frozen}
+        torch.save(weights, directory / f"model_ep_{ep_rank:05d}.pt")
     torch.save(
-        _rank_state(engine, zero, with_optimizer, user_groups), directory / f"rank_{rank:05d}.pt"
+        _rank_state(engine, zero, with_optimizer, user_groups, frozen),
+        directory / f"rank_{rank:05d}.pt",
     )
     if rank == 0:
         client = {k: v for k, v in client_state.items() if k not in _NOT_CLIENT}
         torch.save(client, directory / "client.pt")
     dist.barrier()
     if rank == 0:
-        text = json.dumps({"format": FORMAT, **asdict(topology)}, indent=1)
+        about = {"format": FORMAT, "without": sorted(frozen), **asdict(topology)}
+        text = json.dumps(about, indent=1)
         (directory / "topology.json").write_text(text)
     dist.barrier()
 
@@ -110,16 +123,18 @@ def load(
             another topology.
     """
     directory = _local_path(path)
-    check_topology(directory, topology)
+    without = check_topology(directory, topology)
     rank = dist.get_rank()
     zero = zero_state_of(engine)
     ep_rank, _ = divmod_rank(rank, topology)
     state = _read(directory / f"rank_{rank:05d}.pt", weights_only=True)
     if zero.partitions_parameters:
-        zero.load_parameters(state["parameters"], strict)
+        zero.load_parameters(state["parameters"], strict, without)
         _load_buffers(engine.module, state["buffers"], strict)
     else:
         weights = _read(directory / f"model_ep_{ep_rank:05d}.pt", weights_only=True)
+        own = engine.module.state_dict()
+        weights.update({name: own[name] for name in without if name in own})
         engine.module.load_state_dict(weights, strict=strict)
     if training:
         if state["optimizer"] is None:
@@ -140,8 +155,11 @@ def load(
     return client
 
 
-def check_topology(directory: Path, topology: Topology) -> None:
+def check_topology(directory: Path, topology: Topology) -> list[str]:
     """Refuses a directory whose checkpoint does not fit this run.
+
+    Returns:
+        The frozen parameters that it was saved without.
 
     Raises:
         CheckpointError: naming every difference.
@@ -170,6 +188,7 @@ def check_topology(directory: Path, topology: Topology) -> None:
             " fit that one only. Resume with the same number of ranks, expert_parallel_size, stage,"
             " precision and model."
         )
+    return list(saved.get("without", []))
 
 
 def divmod_rank(rank: int, topology: Topology) -> tuple[int, bool]:
@@ -179,17 +198,21 @@ def divmod_rank(rank: int, topology: Topology) -> tuple[int, bool]:
 
 
 def _rank_state(
-    engine: Any, zero: ZeroState, with_optimizer: bool, user_groups: Any
+    engine: Any, zero: ZeroState, with_optimizer: bool, user_groups: Any, frozen: set[str]
 ) -> dict[str, Any]:
     state: dict[str, Any] = {"optimizer": None, "user_groups": None}
     state["counters"] = {name: getattr(engine, name) for name in _COUNTERS}
     if zero.partitions_parameters:
-        state["parameters"] = zero.parameters()
+        state["parameters"] = {n: p for n, p in zero.parameters().items() if n not in frozen}
         state["buffers"] = dict(_buffers(engine.module))
     if with_optimizer:
         state["optimizer"] = zero.optimizer()
         state["user_groups"] = user_groups.hyperparameters() if user_groups is not None else None
     return state
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if not p.requires_grad}
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -20,8 +20,8 @@ class ZeroState(Protocol):
         """ZeRO 3: name -> this rank's partition."""
         ...
 
-    def load_parameters(self, saved: dict[str, Tensor], strict: bool) -> None:
-        """Restores :meth:`parameters`."""
+    def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
+        """Restores :meth:`parameters`; those in ``without`` were not saved and stay as they are."""
         ...
 
     def optimizer(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class _Zero12:
     def parameters(self) -> dict[str, Tensor]:
         return {}
 
-    def load_parameters(self, saved: dict[str, Tensor], strict: bool) -> None:
+    def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
         raise NotImplementedError("ZeRO 1 and 2 load whole parameters through the module")
 
     def optimizer(self) -> dict[str, Any]:
@@ -81,9 +81,9 @@ class _Zero3:
     def parameters(self) -> dict[str, Tensor]:
         return {n: p.ds_tensor.detach().clone() for n, p in self.engine.module.named_parameters()}
 
-    def load_parameters(self, saved: dict[str, Tensor], strict: bool) -> None:
+    def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
         own = dict(self.engine.module.named_parameters())
-        if strict and (missing := own.keys() ^ saved.keys()):
+        if strict and (missing := (own.keys() ^ saved.keys()) - set(without)):
             raise CheckpointError(
                 f"Parameters {sorted(missing)} are in only one of checkpoint and model. Set"
                 " strict_loading=False on the LightningModule to load what matches."

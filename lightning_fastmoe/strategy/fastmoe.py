@@ -334,6 +334,7 @@ class FastMoEStrategy(DeepSpeedStrategy):
             topology=self._topology(),
             client_state=checkpoint,
             user_groups=self._expert_state.user_groups,
+            exclude_frozen=self.exclude_frozen_parameters,
         )
 
     @override
