@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -25,6 +26,7 @@ TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
 """Set to 1 to see where an error was raised."""
 
 _USAGE_ERROR = 2
+_INTERRUPTED = 130
 
 _CHATTER = (
     "GPU available:",
@@ -121,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 after an error that the user can mend.
+        The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C.
     """
     silence_upstream()
     try:
@@ -142,14 +144,19 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         return _report(str(error))
+    except KeyboardInterrupt:
+        # While training Lightning handles it; this is for the seconds before.
+        return _INTERRUPTED
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # or NCCL warns at exit
     return 0
 
 
 def _report(message: str) -> int:
     rank = os.environ.get("LOCAL_RANK", "0")
-    print(
-        f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr
-    )
+    who = "error" if rank == "0" else f"error (rank {rank})"
+    sys.stderr.write(f"{who}: {message}\n")  # in one piece: the ranks share the screen
     return _USAGE_ERROR
 
 

@@ -71,7 +71,7 @@ class ExpertLoadMonitor(pl.Callback):
     ) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
-        if not self._layers or step == self._logged_step or step % max(every, 1):
+        if not (self._layers and every) or step == self._logged_step or step % every:
             return
         self._logged_step = step
         self._log(trainer, self._collect())
@@ -91,8 +91,10 @@ class ExpertLoadMonitor(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
         numbers = {f"{self.prefix}/{k}": float(v) for k, v in values.items()}
+        # Lightning's own training metrics of this step go under the same number.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+            logger.log_metrics(numbers, step=step)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
         largest = [v for k, v in numbers.items() if k.endswith("/max_load")]
         dead = [v for k, v in numbers.items() if k.endswith("/dead_experts")]

@@ -10,9 +10,13 @@ Loading on other ranks, another ``expert_parallel_size`` or another ZeRO stage r
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from lightning_fastmoe.errors import CheckpointError
 FORMAT = 1
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _NOT_CLIENT = ("state_dict", "optimizer_states")
+_OWN_FILE = re.compile(r"topology\.json|client\.pt|(model_ep|rank)_\d{5}\.pt")
 
 
 @dataclass(frozen=True)
@@ -58,39 +63,36 @@ def save(
         client_state: Lightning's checkpoint dictionary; weights and optimizer states are left out.
         user_groups: the optimizer's groups as schedulers see them, or None.
         exclude_frozen: leave out parameters that are not trained; they must be there on loading.
+
+    Raises:
+        CheckpointError: on all ranks, if one can't write, or if the directory holds other files.
     """
     directory = _local_path(path)
     if user_groups is not None:
         user_groups.push()  # what a scheduler has set for the next step belongs to the state
     rank = dist.get_rank()
-    if rank == 0:
-        if directory.is_file():
-            directory.unlink()
-        elif directory.exists():
-            (directory / "topology.json").unlink(missing_ok=True)
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
-    dist.barrier()
-    with_optimizer = "optimizer_states" in client_state
-    zero = zero_state_of(engine)
-    ep_rank, is_first_replica = divmod_rank(rank, topology)
     frozen = _frozen(engine.module) if exclude_frozen else set()
-    if not zero.partitions_parameters and is_first_replica:
-        weights = {k: v for k, v in engine.module.state_dict().items() if k not in frozen}
-        torch.save(weights, directory / f"model_ep_{ep_rank:05d}.pt")
-    torch.save(
-        _rank_state(engine, zero, with_optimizer, user_groups, frozen),
-        directory / f"rank_{rank:05d}.pt",
-    )
-    if rank == 0:
-        client = {k: v for k, v in client_state.items() if k not in _NOT_CLIENT}
-        torch.save(client, directory / "client.pt")
-    dist.barrier()
-    if rank == 0:
-        about = {"format": FORMAT, "without": sorted(frozen), **asdict(topology)}
-        text = json.dumps(about, indent=1)
-        (directory / "topology.json").write_text(text)
-    dist.barrier()
+    with _together(directory):
+        if rank == 0:
+            _make_room(directory)
+    with _together(directory):
+        zero = zero_state_of(engine)
+        ep_rank, is_first_replica = divmod_rank(rank, topology)
+        if not zero.partitions_parameters and is_first_replica:
+            weights = {k: v for k, v in engine.module.state_dict().items() if k not in frozen}
+            torch.save(weights, directory / f"model_ep_{ep_rank:05d}.pt")
+        # After validation the engine has no optimizer, but Lightning asks for its state.
+        with_optimizer = "optimizer_states" in client_state and engine.basic_optimizer is not None
+        state = _rank_state(engine, zero, with_optimizer, user_groups, frozen)
+        torch.save(state, directory / f"rank_{rank:05d}.pt")
+        if rank == 0:
+            client = {k: v for k, v in client_state.items() if k not in _NOT_CLIENT}
+            torch.save(client, directory / "client.pt")
+    with _together(directory):
+        if rank == 0:
+            about = {"format": FORMAT, "without": sorted(frozen), **asdict(topology)}
+            text = json.dumps(about, indent=1)
+            (directory / "topology.json").write_text(text)
 
 
 def load(
@@ -119,40 +121,89 @@ def load(
         Lightning's checkpoint dictionary.
 
     Raises:
-        CheckpointError: if the directory is no complete checkpoint of this package, or was taken on
-            another topology.
+        CheckpointError: on all ranks, if the directory is no complete checkpoint of this package,
+            was taken on another topology, or does not fit the model.
     """
     directory = _local_path(path)
-    without = check_topology(directory, topology)
     rank = dist.get_rank()
-    zero = zero_state_of(engine)
-    ep_rank, _ = divmod_rank(rank, topology)
-    state = _read(directory / f"rank_{rank:05d}.pt", weights_only=True)
-    if zero.partitions_parameters:
-        zero.load_parameters(state["parameters"], strict, without)
-        _load_buffers(engine.module, state["buffers"], strict)
-    else:
-        weights = _read(directory / f"model_ep_{ep_rank:05d}.pt", weights_only=True)
-        own = engine.module.state_dict()
-        weights.update({name: own[name] for name in without if name in own})
-        engine.module.load_state_dict(weights, strict=strict)
-    if training:
-        if state["optimizer"] is None:
+    with _together(directory):
+        without = check_topology(directory, topology)
+        state, weights, client = _read_all(directory, rank, topology, weights_only)
+        if training and state["optimizer"] is None:
             raise CheckpointError(
                 f"{directory} was saved with weights only, so training can't resume from it. Load"
                 " it for validation, testing or prediction, or resume from a full checkpoint."
             )
-        zero.load_optimizer(state["optimizer"])
-        for name in _COUNTERS:
-            setattr(engine, name, state["counters"][name])
-        if user_groups is not None:
-            user_groups.load_hyperparameters(state["user_groups"])
-    client: dict[str, Any] = _read(
-        directory / "client.pt", weights_only=True if weights_only is None else weights_only
-    )
+        zero = zero_state_of(engine)
+        if training:
+            _check_layout(directory, state["layout"], zero.layout(_names(engine.module)))
+    with _together(directory):
+        if zero.partitions_parameters:
+            zero.load_parameters(state["parameters"], strict, without)
+            _load_buffers(engine.module, state["buffers"], strict)
+        else:
+            own = engine.module.state_dict()
+            weights.update({name: own[name] for name in without if name in own})
+            engine.module.load_state_dict(weights, strict=strict)
+        if training:
+            zero.load_optimizer(state["optimizer"])
+            for name in _COUNTERS:
+                setattr(engine, name, state["counters"][name])
+            if user_groups is not None:
+                user_groups.load_hyperparameters(state["user_groups"])
     client.setdefault("state_dict", {})
-    dist.barrier()
     return client
+
+
+def _read_all(
+    directory: Path, rank: int, topology: Topology, weights_only: bool | None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(this rank's state, its weights (ZeRO 1 and 2), Lightning's state)."""
+    state = _read(directory / f"rank_{rank:05d}.pt", weights_only=True)
+    weights = {}
+    if topology.stage != 3:
+        ep_rank, _ = divmod_rank(rank, topology)
+        weights = _read(directory / f"model_ep_{ep_rank:05d}.pt", weights_only=True)
+    only = True if weights_only is None else weights_only
+    return state, weights, _read(directory / "client.pt", weights_only=only)
+
+
+def _make_room(directory: Path) -> None:
+    """An empty directory, in the place of a file or a checkpoint, complete or not."""
+    if directory.is_file():
+        directory.unlink()
+    elif directory.exists():
+        others = [f.name for f in directory.iterdir() if not _OWN_FILE.fullmatch(f.name)]
+        if others:
+            raise CheckpointError(
+                f"{directory} holds other files than a checkpoint's ({others[0]!r}, ...), which"
+                " saving would delete. Choose another path."
+            )
+        (directory / "topology.json").unlink(missing_ok=True)
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+@contextmanager
+def _together(directory: Path) -> Iterator[None]:
+    """What fails on one rank inside fails on all at the end; otherwise the others would wait."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        own = error
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if own is None else str(own))
+    if isinstance(own, CheckpointError):
+        raise own
+    failed = {rank: message for rank, message in enumerate(messages) if message is not None}
+    if failed:
+        rank, message = next(iter(failed.items()))
+        raise CheckpointError(
+            f"{directory}: {len(failed)} rank(s) failed; rank {rank}: {message} If a checkpoint was"
+            " being read, it does not fit this model and optimizer, or is damaged: choose another."
+            " If it was being written, it is incomplete, and loading will refuse it."
+        ) from own
 
 
 def check_topology(directory: Path, topology: Topology) -> list[str]:
@@ -206,9 +257,27 @@ def _rank_state(
         state["parameters"] = {n: p for n, p in zero.parameters().items() if n not in frozen}
         state["buffers"] = dict(_buffers(engine.module))
     if with_optimizer:
+        state["layout"] = zero.layout(_names(engine.module))
         state["optimizer"] = zero.optimizer()
         state["user_groups"] = user_groups.hyperparameters() if user_groups is not None else None
     return state
+
+
+def _check_layout(directory: Path, saved: list[Any], own: list[Any]) -> None:
+    """Optimizer state is flat: what lies where must be the same, or it would go to others."""
+    if saved == own:
+        return
+    pairs = itertools.zip_longest(itertools.chain(*saved), itertools.chain(*own))
+    before, now = next(((a, b) for a, b in pairs if a != b), ("other groups", "these"))
+    raise CheckpointError(
+        f"{directory} holds its optimizer state in another order: saved {before}, now {now}. The"
+        " model's parameters must be defined in the same order, and be in the same groups of the"
+        " optimizer, with the same sub_group_size, as in the run that saved."
+    )
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in module.named_parameters()}
 
 
 def _frozen(module: nn.Module) -> set[str]:
@@ -246,5 +315,9 @@ def _read(file: Path, *, weights_only: bool) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} holds objects that are not plain data, or is damaged: {error} If you trust its"
-            " origin, pass weights_only=False to the Trainer's method."
+            " origin, allow their classes with torch.serialization.add_safe_globals([...]) before"
+            " loading. (Trainer.fit(weights_only=False) does not reach this strategy in Lightning"
+            " 2.6.)"
         ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error} Choose another checkpoint.") from error

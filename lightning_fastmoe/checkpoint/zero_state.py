@@ -24,6 +24,14 @@ class ZeroState(Protocol):
         """Restores :meth:`parameters`; those in ``without`` were not saved and stay as they are."""
         ...
 
+    def layout(self, names: dict[int, str]) -> list[list[list[Any]]]:
+        """Name and shape of each parameter, in the order of each flat group of this rank.
+
+        Args:
+            names: ``id(parameter)`` -> name.
+        """
+        ...
+
     def optimizer(self) -> dict[str, Any]:
         """fp32 master weights, the inner optimizer's state and the loss scaler's."""
         ...
@@ -51,6 +59,9 @@ class _Zero12:
 
     def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
         raise NotImplementedError("ZeRO 1 and 2 load whole parameters through the module")
+
+    def layout(self, names: dict[int, str]) -> list[list[list[Any]]]:
+        return [[[names[id(p)], *p.shape] for p in group] for group in self.zero.bit16_groups]
 
     def optimizer(self) -> dict[str, Any]:
         self.zero._wait_for_offload_copies()
@@ -93,6 +104,9 @@ class _Zero3:
             if parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()
             parameter.ds_tensor.copy_(saved[name])
+
+    def layout(self, names: dict[int, str]) -> list[list[list[Any]]]:
+        return [[[names[id(p)], *p.ds_shape] for p in group] for group in self.zero.fp16_groups]
 
     def optimizer(self) -> dict[str, Any]:
         self.zero._set_fp32_optimizer_param_groups()

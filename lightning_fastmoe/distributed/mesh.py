@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -58,8 +59,15 @@ class ExpertMesh:
         return range(self.ep_rank * each, (self.ep_rank + 1) * each)
 
 
-def make_expert_mesh(expert_parallel_size: int, device_type: str) -> ExpertMesh:
+def make_expert_mesh(
+    expert_parallel_size: int, device_type: str, timeout: timedelta | None = None
+) -> ExpertMesh:
     """Creates the groups; every rank of the world calls this at the same point.
+
+    Args:
+        expert_parallel_size: ranks over which experts are split.
+        device_type: "cpu" or "cuda".
+        timeout: of a collective in these groups; None is torch's default.
 
     Raises:
         TopologyError: if the size does not divide the world.
@@ -67,13 +75,13 @@ def make_expert_mesh(expert_parallel_size: int, device_type: str) -> ExpertMesh:
     world = dist.get_world_size()
     check_expert_parallel_size(expert_parallel_size, world, {})
     grid = torch.arange(world).view(-1, expert_parallel_size)
-    groups = [_own_group(grid.T.tolist()), _own_group(grid.tolist())]
+    groups = [_own_group(grid.T.tolist(), timeout), _own_group(grid.tolist(), timeout)]
     return ExpertMesh(
         DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=(EDP_DIM, EP_DIM))
     )
 
 
-def _own_group(partition: list[list[int]]) -> dist.ProcessGroup:
+def _own_group(partition: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
     """Creates the groups of a partition of the world; returns the one that this rank is in.
 
     Not left to ``init_device_mesh``, which splits the world's group and so needs a back end that
@@ -82,7 +90,7 @@ def _own_group(partition: list[list[int]]) -> dist.ProcessGroup:
     rank = dist.get_rank()
     own: dist.ProcessGroup | None = None
     for ranks in partition:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if rank in ranks:
             own = group
     assert own is not None

@@ -46,8 +46,9 @@ class ExpertSpreader:
         """
         for name, layer in moe_layers(module):
             layer.layer_name = name or type(layer).__name__
-            placement = self.placement(layer.num_experts, layer.layer_name)
-            if placement is None or layer.dispatcher_name == "local":
+            local = layer.dispatcher_name == "local"
+            placement = None if local else self.placement(layer.num_experts, layer.layer_name)
+            if placement is None:
                 if layer.is_spread:
                     raise self._spread_otherwise(layer)
                 continue

@@ -156,7 +156,8 @@ class MoE(nn.Module):
         Raises:
             ShapeError: if the last dimension is not ``d_model`` or the dtype is not floating.
             UnmanagedExpertsError: if the experts are spread over ranks and no strategy trains them.
-            NonFiniteError: if NaN or Inf reaches the router (see ``nonfinite_policy``).
+            NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
+                would stall the device, FastMoEStrategy checks once a step.
         """
         if x.shape[-1:] != (self.d_model,) or not x.is_floating_point():
             raise ShapeError(

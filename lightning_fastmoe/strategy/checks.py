@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
 
@@ -63,7 +65,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuses what the Trainer was told but can't do right.
 
     Raises:
-        ConfigError: for gradient clipping by value, or fp16 on the CPU.
+        ConfigError: for gradient clipping by value or by hand, weight averaging, fp16 on the CPU.
         ForeignObjectError: for callbacks, loggers and data modules of the ``lightning`` package.
     """
     parts: Any = trainer  # its attributes are set by connectors, which mypy does not see
@@ -74,6 +76,17 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "gradient_clip_algorithm='value' is not supported: gradients are partitioned over ranks"
             " and DeepSpeed clips by norm only. Use gradient_clip_algorithm='norm'."
         )
+    if is_overridden("configure_gradient_clipping", module, pl.LightningModule):
+        raise ConfigError(
+            f"{type(module).__name__} overrides configure_gradient_clipping, which would not clip:"
+            " DeepSpeed clips inside its step. Use Trainer(gradient_clip_val=...)."
+        )
+    for callback in parts.callbacks:
+        if isinstance(callback, WeightAveraging):
+            raise ConfigError(
+                f"{type(callback).__name__} averages copies of whole models, but parameters are"
+                " split over ranks here. Drop the callback."
+            )
     plugin = trainer.strategy.precision_plugin
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and isinstance(plugin, DeepSpeedPrecision) and plugin.precision.startswith("16"):

@@ -28,6 +28,10 @@ def select_accelerator(device: torch.device) -> None:
         # A shared-memory all-reduce for inference that would be compiled on first use (40 s, needs
         # a C++ compiler). Training never calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    elif device.type == "cuda" and get_accelerator().device_name() != "cuda":
+        from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+        set_accelerator(CUDA_Accelerator())  # an earlier Trainer ran on the CPU
 
 
 _REFUSED_SECTIONS = {
@@ -38,6 +42,9 @@ _REFUSED_SECTIONS = {
     "use_data_before_expert_parallel": "neighbouring ranks form an expert parallel group",
     "sequence_parallel_size": "experts can't be combined with sequence parallelism",
     "zenflow": "experts can't be combined with ZenFlow",
+    "data_types": "its gradient accumulation types select optimizers that know no experts",
+    "torch_autocast": "its gradient scaler is not part of checkpoints; use Trainer(precision=...)",
+    "amp": "use Trainer(precision=...)",
 }
 _REQUIRED_ZERO = {"reduce_scatter": True, "contiguous_gradients": True}
 _REFUSED_ZERO = {
@@ -45,6 +52,7 @@ _REFUSED_ZERO = {
     "zero_quantized_weights": False,
     "zero_hpz_partition_size": 1,
     "zenflow": None,
+    "round_robin_gradients": False,
 }
 
 
@@ -71,9 +79,16 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
                 f"{name}={zero[name]} is refused: experts need {name}={value}, as DeepSpeed's other"
                 " paths do not reduce their gradients over the right ranks. Drop the option."
             )
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise ConfigError(
+                f"zero_optimization.{name}.device='nvme' is refused: what lies on NVMe is not part"
+                " of checkpoints. Use device 'cpu'."
+            )
     for name, neutral in _REFUSED_ZERO.items():
         if zero.get(name, neutral) != neutral:
             raise ConfigError(
-                f"zero_optimization.{name}={zero[name]} is refused: it ignores that experts and"
-                " dense parameters have different data parallel groups. Drop the option."
+                f"zero_optimization.{name}={zero[name]} is refused: it was never checked with"
+                " experts, which have other data parallel groups than dense parameters. Drop the"
+                " option."
             )

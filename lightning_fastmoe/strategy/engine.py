@@ -6,18 +6,29 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError, NonFiniteError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
 from lightning_fastmoe.strategy.param_groups import UserParamGroups, name_groups_apart
+
+_KNOWN_OPTIMIZERS = (
+    NoneType,  # inference, stages 1 and 2
+    DeepSpeedZeRoOffload,  # inference, stage 3
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+)
 
 NonFinitePolicy = Literal["raise", "skip", "ignore"]
 
@@ -46,8 +57,7 @@ class ExpertState:
     @property
     def optimizes_spread_experts(self) -> bool:
         """Whether some parameter group holds spread experts."""
-        groups = self.user_groups._real.param_groups if self.user_groups else []
-        return any(group.get("moe") for group in groups)
+        return self.user_groups is not None and self.user_groups.has_experts
 
 
 class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -67,6 +77,12 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         super().__init__(**kwargs)
         if self.basic_optimizer is not None:
             name_groups_apart(self.basic_optimizer)
+        if type(self.optimizer) not in _KNOWN_OPTIMIZERS:
+            raise ConfigError(
+                f"The DeepSpeed config leads to {type(self.optimizer).__name__}, which was never"
+                " checked to train experts. Drop the options that ask for it (data_types,"
+                " super_offload, ...)."
+            )
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)

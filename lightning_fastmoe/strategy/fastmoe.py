@@ -45,6 +45,8 @@ from lightning_fastmoe.strategy.experts import (
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
 from lightning_fastmoe.strategy.uneven import UnevenData
 
+_ENGINE = "_fastmoe_engine"
+
 
 class FastMoEStrategy(DeepSpeedStrategy):
     """Trains mixture-of-experts models: experts split over ranks, the rest by DeepSpeed ZeRO.
@@ -125,7 +127,7 @@ class FastMoEStrategy(DeepSpeedStrategy):
             size = resolve_expert_parallel_size(
                 self.expert_parallel_size, self.world_size, self.num_processes, num_experts
             )
-            mesh = make_expert_mesh(size, self.root_device.type)
+            mesh = make_expert_mesh(size, self.root_device.type, self._timeout)
             register_groups(mesh)
             self._spreader = ExpertSpreader(mesh)
             if self.lightning_module is not None:
@@ -176,13 +178,29 @@ class FastMoEStrategy(DeepSpeedStrategy):
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
         check_deepspeed_config(self.config)
+        self._destroy_earlier_engine(self.lightning_module)
         self._setup_experts(self.lightning_module)
         super().setup(trainer)
+        vars(self.lightning_module)[_ENGINE] = self.model
+
+    @staticmethod
+    def _destroy_earlier_engine(module: pl.LightningModule) -> None:
+        """Frees the parameters of an engine that an earlier fit, by any strategy, put around them.
+
+        Its gradient hooks would run beside the new engine's. Not done when a fit ends: the engine
+        is still needed to save its checkpoint.
+        """
+        engine = vars(module).pop(_ENGINE, None)
+        if engine is not None:
+            engine.destroy()
 
     def _setup_experts(self, module: nn.Module) -> None:
         state = self._expert_state
         state.layers = dict(moe_layers(module))
-        spreader = self._mesh_for({name: m.num_experts for name, m in state.layers.items()})
+        divided = {
+            n: m.num_experts for n, m in state.layers.items() if m.dispatcher_name != "local"
+        }
+        spreader = self._mesh_for(divided)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -37,12 +38,16 @@ class UserParamGroups(Optimizer):
         self._real = optimizer
         self.defaults = optimizer.defaults
         self.param_groups = [dict(group) for group in optimizer.param_groups]
-        self.state = optimizer.state
         self._sources: list[int] = []
         self._pushed: list[dict[str, Any]] = []
         # Schedulers warn when they step before an optimizer that they watch; DeepSpeed's engine
         # steps, not this object.
         self._opt_called = True
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The real optimizer's state."""
+        return self._real.state
 
     def __eq__(self, other: object) -> bool:
         return other is self or other is self._real
@@ -80,7 +85,7 @@ class UserParamGroups(Optimizer):
         for j, source in enumerate(self._sources):
             now, before = self._hyperparameters(source), self._pushed[j]
             for key, value in now.items():
-                if key not in before or before[key] is not value and before[key] != value:
+                if key not in before or not _equal(before[key], value):
                     self._real.param_groups[j][key] = value
             self._pushed[j] = now
 
@@ -94,8 +99,25 @@ class UserParamGroups(Optimizer):
             group.update(saved)
         self._pushed = [self._hyperparameters(i) for i in self._sources]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether some of the real optimizer's groups hold spread experts."""
+        return any(group.get("moe") for group in self._real.param_groups)
+
     def _hyperparameters(self, index: int) -> dict[str, Any]:
-        return {k: v for k, v in self.param_groups[index].items() if k not in _NOT_PUSHED}
+        # Schedulers write a learning rate that is a tensor in place, so a copy is compared.
+        group = self.param_groups[index]
+        return {
+            k: v.detach().clone() if isinstance(v, Tensor) else v
+            for k, v in group.items()
+            if k not in _NOT_PUSHED
+        }
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return bool(a == b)
 
 
 def split_expert_groups(
@@ -112,23 +134,31 @@ def split_expert_groups(
         The groups as they were, for schedulers.
 
     Raises:
-        ParameterGroupError: if a parameter is in two groups, or is not part of the model.
+        ParameterGroupError: if a parameter is in two groups, or is not part of the model, or if
+            there is none to be trained.
     """
     _check_membership(optimizer, names)
     user = UserParamGroups(optimizer)
     groups: list[dict[str, Any]] = []
     sources: list[int] = []
     for i, group in enumerate(optimizer.param_groups):
-        parameters = group["params"]
+        # DeepSpeed leaves frozen parameters out too, but fails on a group of nothing else.
+        parameters = [p for p in group["params"] if p.requires_grad]
         dense = [p for p in parameters if not is_tagged(p)]
         experts = [p for p in parameters if is_tagged(p)]
         label = group.get("name", f"group_{i}")
-        if dense:
+        # DeepSpeed drops frozen parameters, and fails on a group that is left with none.
+        if any(p.requires_grad for p in dense):
             groups.append({**group, "params": dense, "name": label})
             sources.append(i)
-        if experts:
+        if any(p.requires_grad for p in experts):
             groups.append({**group, "params": experts, "name": expert_group, "moe": True})
             sources.append(i)
+    if not groups:
+        raise ParameterGroupError(
+            f"All parameters of the {type(optimizer).__name__} are frozen. Set requires_grad=True"
+            " on those that should be trained."
+        )
     optimizer.param_groups[:] = groups
     user.split_from(sources)
     return user
@@ -145,14 +175,15 @@ def name_groups_apart(optimizer: Optimizer) -> None:
 
 
 def rebind_scheduler(scheduler: Any, optimizer: Optimizer, stand_in: Optimizer) -> None:
-    """Points a scheduler, and those inside it (SequentialLR, ChainedScheduler), at the stand-in."""
-    for key, value in vars(scheduler).items():
+    """Points a scheduler at the stand-in, and those inside it, however it holds them."""
+    for key, value in list(vars(scheduler).items()):
         if value is optimizer:
             setattr(scheduler, key, stand_in)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                if isinstance(item, LRScheduler):
-                    rebind_scheduler(item, optimizer, stand_in)
+            continue
+        parts = value.values() if isinstance(value, dict) else value
+        for part in parts if isinstance(value, dict | list | tuple) else [value]:
+            if isinstance(part, LRScheduler) or getattr(part, "optimizer", None) is optimizer:
+                rebind_scheduler(part, optimizer, stand_in)
 
 
 def _check_membership(optimizer: Optimizer, names: Mapping[int, str]) -> None:
@@ -161,6 +192,12 @@ def _check_membership(optimizer: Optimizer, names: Mapping[int, str]) -> None:
         for parameter in group["params"]:
             _check_parameter(parameter, names, seen)
             seen.add(id(parameter))
+    groups = optimizer.param_groups
+    if not any(p.requires_grad for group in groups for p in group["params"]):
+        raise ParameterGroupError(
+            f"The {type(optimizer).__name__} holds no parameter that is to be trained. Return an"
+            " optimizer of self.parameters() from configure_optimizers()."
+        )
 
 
 def _check_parameter(parameter: nn.Parameter, names: Mapping[int, str], seen: set[int]) -> None:

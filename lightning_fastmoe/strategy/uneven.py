@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.utilities.data import sized_len
@@ -53,10 +54,14 @@ class UnevenData:
         self._step = ""
 
     @property
-    def _trainer(self) -> Any:
+    def _module(self) -> pl.LightningModule:
         module = self.strategy.lightning_module
         assert module is not None
-        return module.trainer
+        return module
+
+    @property
+    def _trainer(self) -> Any:
+        return self._module.trainer
 
     def wrap(self, dataloader: object) -> object:
         """Returns the loader itself if all ranks have equally many batches, else a wrapper.
@@ -117,7 +122,7 @@ class UnevenData:
     @torch.no_grad()
     def extra_step(self, loader: object, batch: Any) -> None:
         """Runs an evaluation step for the other ranks' sake and forgets all that it did."""
-        trainer, module = self._trainer, self.strategy.lightning_module
+        trainer, module = self._trainer, self._module
         loop = self._evaluation_loop()
         loaders = loop._combined_loader.flattened
         index = self.index_of(loader)
@@ -152,7 +157,8 @@ class UnevenData:
         own = torch.tensor(values, dtype=torch.int64, device=self.strategy.root_device)
         table = own.new_empty((dist.get_world_size(), len(values)))
         dist.all_gather(list(table.unbind()), own)
-        return table.tolist()  # type: ignore[no-any-return]
+        rows: list[list[int]] = table.tolist()
+        return rows
 
 
 class _Loader:
@@ -276,7 +282,7 @@ def _length(loader: Any) -> int:
 
 def _pads(loader: Any) -> bool:
     """Whether the loader's sampler repeats samples to give every rank equally many."""
-    sampler = getattr(loader, "sampler", None)
+    sampler: Any = getattr(loader, "sampler", None)
     return (
         type(sampler) in (DistributedSampler, DistributedSamplerWrapper)
         and not sampler.drop_last
@@ -304,10 +310,12 @@ def _without_padding(loader: DataLoader[Any]) -> Any:
         "shuffle": padded.shuffle,
         "seed": padded.seed,
     }
-    if isinstance(padded, DistributedSamplerWrapper):
-        sampler = UnrepeatedDistributedSamplerWrapper(padded.dataset._sampler, **arguments)
+    sampler: Any
+    loaded: Any = padded.dataset
+    if type(padded) is DistributedSamplerWrapper:
+        sampler = UnrepeatedDistributedSamplerWrapper(loaded._sampler, **arguments)
     else:
-        sampler = UnrepeatedDistributedSampler(padded.dataset, **arguments)
+        sampler = UnrepeatedDistributedSampler(loaded, **arguments)
     return _update_dataloader(loader, sampler)
 
 

@@ -80,7 +80,11 @@ class RankPool:
         port = free_port()
         for rank, (_, pipe) in enumerate(workers):
             place = (rank, world_size, ranks_per_node or world_size, port)
-            pipe.send((function, args, place))
+            try:
+                pipe.send((function, args, place))
+            except BrokenPipeError:
+                self._kill(world_size)
+                raise RankError(f"the worker of rank {rank} had died before", {}) from None
         results: dict[int, Any] = {}
         errors: dict[int, tuple[str, str]] = {}
         deadline = time.monotonic() + timeout

@@ -20,7 +20,7 @@ class Case:
     """One training run that must come out the same on any topology."""
 
     world: int = 1
-    ep: int = 1
+    ep: Any = 1
     stage: int = 2
     accumulate: int = 1
     in_configure_model: bool = False
@@ -118,10 +118,10 @@ def optimizer_steps(case: Case) -> list[Tensor]:
     return [*epoch.split(case.accumulate)] * case.epochs
 
 
-def reference(case: Case) -> Trace:
+def reference(case: Case, net: nn.ModuleDict | None = None) -> Trace:
     """One process, plain PyTorch, terms added by hand, the global batch in one go."""
     pl.seed_everything(7, verbose=False)
-    net = build_net(case.num_experts, case.coefficients)
+    net = net or build_net(case.num_experts, case.coefficients)
     optimizer = make_optimizer(net)
     scheduler = make_scheduler(optimizer)
     trace = Trace()

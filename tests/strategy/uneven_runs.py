@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from strategy.models import D_IN, Case, build_net, make_optimizer
-from strategy.tracing import make_trainer, whole_weights
+from strategy.tracing import Tracer, make_trainer, whole_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
@@ -64,7 +65,7 @@ class Stream(IterableDataset[tuple[int, Tensor]]):
 
 
 class OneWay:
-    """A sized loader that can be at one place at a time, as a DataLoader with persistent workers."""
+    """A sized loader that is at one place at a time, as one with persistent workers."""
 
     def __init__(self, numbers: list[int]) -> None:
         self.numbers = numbers
@@ -265,9 +266,7 @@ def token_batches(counts: list[list[int]]) -> list[list[Tensor]]:
 
 def fit_tokens(stage: int, counts: list[list[int]]) -> dict[str, Any]:
     """Trains on ``counts[step][rank]`` tokens."""
-    from strategy.tracing import Tracer
-
-    rank = int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     module = Tokens([step[rank] for step in token_batches(counts)])
     tracer = Tracer()
     trainer = trainer_for(len(counts[0]), stage, max_epochs=1, callbacks=[tracer])

@@ -1,0 +1,123 @@
+"""Modules and trainers that are used more than once, as users do in notebooks and scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from strategy.models import D_MODEL, Case, Net, Trace, make_batches
+from strategy.tracing import Tracer, global_losses, make_trainer
+from torch.utils.data import DataLoader
+
+from lightning_fastmoe import MoE
+
+
+class Validating(Net):
+    """The network with a validation step on its own training batches."""
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        return self.train_dataloader()
+
+
+def fit_twice(case: Case, between: str) -> Trace:
+    """The second of two fits of one module, each with its own Trainer and optimizer."""
+    pl.seed_everything(7, verbose=False)
+    module = Validating(case)
+    # The model stays a local name: the first engine must not matter even while it is alive.
+    first = make_trainer(case, limit_val_batches=0)
+    first.fit(module)
+    if between == "validate":
+        make_trainer(case).validate(module, verbose=False)
+    module.batch_losses.clear()
+    tracer = Tracer()
+    second = make_trainer(case, callbacks=[tracer], limit_val_batches=0)
+    second.fit(module)
+    trace = tracer.trace
+    trace.losses = global_losses(module, case, second.strategy.root_device)
+    return trace
+
+
+def save_after_validating(case: Case, folder: str) -> tuple[float, float]:
+    """The validation loss of a module, and of what was saved after validating it."""
+    pl.seed_everything(7, verbose=False)
+    module = Validating(case)
+    trainer = make_trainer(case)
+    trainer.validate(module, verbose=False)
+    before = sum(module.batch_losses)
+    trainer.save_checkpoint(Path(folder) / "checkpoint")
+    pl.seed_everything(8, verbose=False)
+    other = Validating(case)
+    make_trainer(case).validate(other, ckpt_path=Path(folder) / "checkpoint", verbose=False)
+    return before, sum(other.batch_losses)
+
+
+class Swapped(Net):
+    """The same parameters by name, two of them defined in the other order."""
+
+    def __init__(self, case: Case, swap: bool) -> None:
+        super().__init__(case)
+        assert self.net is not None
+        a, b = torch.nn.Linear(D_MODEL, D_MODEL), torch.nn.Linear(D_MODEL, D_MODEL)
+        for name, layer in [("b", b), ("a", a)] if swap else [("a", a), ("b", b)]:
+            self.net[name] = layer
+
+
+def resume_with_another_order(case: Case, folder: str) -> str:
+    """Saves one order, resumes the other; returns the name of the error."""
+    pl.seed_everything(7, verbose=False)
+    first = make_trainer(case)
+    first.fit(Swapped(case, swap=False))
+    path = Path(folder) / "checkpoint"
+    first.save_checkpoint(path)
+    try:
+        make_trainer(case, max_steps=5).fit(Swapped(case, swap=True), ckpt_path=path)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+class WithLocalLayer(Net):
+    """Spread layers, and one of 3 experts that stays whole on each of 2 ranks."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        assert self.net is not None
+        self.net["moes"].append(MoE(D_MODEL, 8, 3, top_k=2, dispatcher="local"))
+
+
+def local_layer(case: Case) -> tuple[int, list[int], list[float]]:
+    """The expert parallel size that "auto" takes, local experts per layer, and the norms."""
+    pl.seed_everything(7, verbose=False)
+    module, tracer = WithLocalLayer(case), Tracer()
+    trainer = make_trainer(case, callbacks=[tracer])
+    trainer.fit(module)
+    assert module.net is not None
+    local = [layer.num_local_experts for layer in module.net["moes"]]
+    return trainer.strategy.expert_mesh.ep_size, local, tracer.trace.norms
+
+
+def one_rank_reference(case: Case) -> list[float]:
+    """The norms of the same model, trained in plain PyTorch on the batches of all ranks."""
+    from strategy.models import loss_of, make_optimizer, make_scheduler
+
+    from lightning_fastmoe import moe_losses
+
+    pl.seed_everything(7, verbose=False)
+    net: Any = WithLocalLayer(case).net
+    optimizer = make_optimizer(net)
+    scheduler = make_scheduler(optimizer)
+    norms = []
+    for step in make_batches(case):
+        optimizer.zero_grad()
+        for chunk in step[0]:
+            loss = loss_of(net, chunk)
+            ((loss + sum(moe_losses(net).values())) / case.world).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), case.clip)))
+        optimizer.step()
+        scheduler.step()
+    return norms

@@ -1,0 +1,133 @@
+"""What the monitor logs, and that the balancing terms count once however the model is run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from strategy import balancing_runs as runs
+from strategy.models import Case
+
+# ------------------------------------------------------------------------------------ the monitor
+
+
+def by_hand(results, layer: str, experts: int, first: int, last: int) -> dict[str, float]:
+    """The values over all ranks' forward passes ``first .. last - 1`` of a layer."""
+    chosen, scores = [], []
+    for result in results:
+        mine = [r for r in result.routings if r[0] == layer][first:last]
+        assert len(mine) == last - first
+        chosen += [ids.flatten() for _, ids, _ in mine]
+        scores += [s for _, _, s in mine]
+    counts = torch.bincount(torch.cat(chosen), minlength=experts).double()
+    ratios = counts * experts / counts.sum()
+    p = torch.cat(scores).double()
+    return {
+        "max_load": float(ratios.max()),
+        "min_load": float(ratios.min()),
+        "load_cv": float((ratios - 1).square().mean().sqrt()),
+        "dead_experts": float((counts == 0).sum()),
+        "entropy": float(-(p * p.log()).sum(dim=1).mean()),
+    }
+
+
+def balance(result, layer: str, experts: int, last: int) -> float:
+    """The load-balancing loss of a rank's latest forward pass."""
+    _, ids, scores = [r for r in result.routings if r[0] == layer][last - 1]
+    share = torch.bincount(ids.flatten(), minlength=experts) / ids.numel()
+    return float(experts * (share * scores.mean(dim=0)).sum())
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "accumulate"), [(2, 2, 1), (2, 3, 2), (4, 2, 2)]
+)
+def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, world, stage, accumulate):
+    # Few tokens for many experts, so that some are dead.
+    experts = (4, 16)
+    case = Case(
+        world, 2, stage, accumulate, steps=4, num_experts=experts, tokens=2, samples_per_batch=1
+    )
+    results = rank_pool.run(runs.monitor, world, case, 2)
+    window = 2 * accumulate
+    dead = 0.0
+    for rank, result in enumerate(results):
+        reductions = [0] * (window - 1) + [1]
+        assert result.reductions == reductions * 2
+        if rank > 0:
+            continue
+        assert result.logged.keys() == {2, 4}
+        for i, step in enumerate((2, 4)):
+            logged = result.logged[step]
+            largest, dead = 0.0, 0.0
+            for layer, number in zip(("net.moes.0", "net.moes.1"), experts, strict=True):
+                values = by_hand(results, layer, number, i * window, (i + 1) * window)
+                for name, value in values.items():
+                    found = logged[f"moe/{layer}/{name}"]
+                    assert found == pytest.approx(value, rel=1e-5, abs=1e-6), (layer, name)
+                term = balance(result, layer, number, (i + 1) * window)
+                found = logged[f"moe/{layer}/load_balancing_loss"]
+                assert found == pytest.approx(term, rel=1e-5)
+                largest = max(largest, values["max_load"])
+                dead += values["dead_experts"]
+    assert results[0].shown["max_load"] == pytest.approx(largest, rel=1e-5)
+    assert results[0].shown["dead_experts"] == dead > 0
+    shared = [k for k in results[0].called_back if not k.endswith("_loss")]
+    assert len(shared) == 10
+    for result in results:
+        assert {k: result.called_back[k] for k in shared} == {
+            k: results[0].called_back[k] for k in shared
+        }
+
+
+# -------------------------------------------------------------------------------------- the terms
+
+CASE = Case(world=2, ep=2, steps=3, coefficients=(0.5, 0.05))
+
+
+def furthest(one, other) -> float:
+    """The largest difference of two weights, over the tensor's largest weight."""
+    assert one.keys() == other.keys()
+    return max(
+        float((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-12)) for n in one
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulate", "precision"),
+    [
+        (2, 2, "32-true"),
+        (3, 2, "32-true"),
+        (1, 1, "bf16-mixed"),
+        (2, 2, "bf16-mixed"),
+        (3, 2, "bf16-mixed"),
+    ],
+)
+def test_attached_terms_equal_terms_added_by_hand(rank_pool, stage, accumulate, precision):
+    case = replace(CASE, stage=stage, accumulate=accumulate, precision=precision)
+    without = replace(case, coefficients=(0.0, 0.0))
+    doubled = replace(case, coefficients=(1.0, 0.1))
+    attached = rank_pool.run(runs.fit, 2, case, "attached")
+    added = rank_pool.run(runs.fit, 2, case, "by hand")
+    none = rank_pool.run(runs.fit, 2, without, "attached")[0]
+    double = rank_pool.run(runs.fit, 2, doubled, "attached")[0]
+    for own, twin in zip(attached, added, strict=True):
+        for a, b in zip(own.weights, twin.weights, strict=True):
+            assert furthest(a, b) <= 1e-6
+    end = attached[0].weights[-1]
+    assert furthest(end, none.weights[-1]) > 1e-3
+    assert furthest(end, double.weights[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["non-reentrant", "reentrant", "deepspeed"])
+@pytest.mark.parametrize(("stage", "accumulate"), [(2, 1), (2, 2), (3, 1)])
+def test_checkpointing_changes_no_weight_and_counts_once(rank_pool, stage, accumulate, how):
+    case = replace(CASE, stage=stage, accumulate=accumulate)
+    kept = rank_pool.run(runs.fit, 2, case, "none")
+    recomputed = rank_pool.run(runs.fit, 2, case, how)
+    tokens = case.steps * accumulate * case.samples_per_batch * case.tokens * 2  # two layers
+    for own, twin in zip(recomputed, kept, strict=True):
+        assert own.observed == twin.observed == tokens
+        assert own.losses == pytest.approx(twin.losses, rel=1e-6)
+        for a, b in zip(own.weights, twin.weights, strict=True):
+            assert furthest(a, b) <= 1e-6

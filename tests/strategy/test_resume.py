@@ -1,0 +1,188 @@
+"""Resuming on the same topology equals not having stopped; on another one it is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from strategy import resume_runs as runs
+from strategy.models import Case, build_net, loss_of, make_batches
+
+# ------------------------------------------------------------------------------- the same numbers
+
+
+def case_of(world=2, stage=2, accumulate=1, **kwargs) -> Case:
+    return Case(world, 2, stage, accumulate, steps=runs.STEPS, **kwargs)
+
+
+RUNS = [
+    (case_of(stage=1), "cosine"),
+    (case_of(stage=2, accumulate=2), "lambda"),
+    (case_of(stage=2, in_configure_model=True), "cosine"),
+    (case_of(stage=3), "lambda"),
+    (case_of(stage=3, accumulate=2, in_configure_model=True), "cosine"),
+    (case_of(world=4, stage=2), "cosine"),
+    (case_of(world=4, stage=3, accumulate=2), "lambda"),
+    (case_of(stage=2, precision="bf16-mixed"), "cosine"),
+    (case_of(stage=3, precision="bf16-true"), "lambda"),
+]
+
+
+def ident(value) -> str:
+    if isinstance(value, Case):
+        return f"world{value.world}-zero{value.stage}-acc{value.accumulate}-{value.precision}"
+    return value
+
+
+def assert_equal(actual, expected, what) -> None:
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(actual[name], weight), f"{what}: {name}"
+
+
+@pytest.mark.parametrize(("case", "scheduler"), RUNS, ids=ident)
+def test_resuming_changes_no_bit(rank_pool, tmp_path, case, scheduler):
+    results = rank_pool.run(runs.straight_and_resumed, case.world, case, scheduler, str(tmp_path))
+    split = runs.FIRST * case.accumulate
+    for straight, first, rest in results:
+        assert len(straight.losses) == runs.STEPS * case.accumulate
+        assert len(set(straight.losses)) > runs.STEPS // 2
+        assert len({tuple(rates) for rates in straight.rates}) == runs.STEPS
+        assert first.losses == straight.losses[:split]
+        assert rest.losses == straight.losses[split:]
+        assert rest.norms == straight.norms[runs.FIRST :]
+        assert rest.rates == straight.rates[runs.FIRST :]
+        assert_equal(rest.start, straight.weights[runs.FIRST - 1], "right after loading")
+        for own, twin in zip(rest.weights, straight.weights[runs.FIRST :], strict=True):
+            assert_equal(own, twin, "after a resumed step")
+        assert rest.steps_seen == straight.steps_seen == runs.STEPS * case.accumulate
+
+
+def test_every_expert_is_found_under_its_global_id(rank_pool, tmp_path):
+    case = case_of(world=4, stage=2)
+    first = rank_pool.run(runs.fit, 4, case, "cosine", 1, 7, str(tmp_path), None)[0]
+    last = tmp_path / "last.ckpt"
+    shards = [torch.load(last / f"model_ep_{i:05d}.pt", weights_only=True) for i in range(2)]
+    experts = [name for name in shards[0] if ".experts." in name]
+    assert len(experts) == 6
+    for name in experts:
+        whole = torch.cat([shard[name] for shard in shards])
+        assert torch.equal(whole, first.weights[-1][name.removeprefix("net.")])
+        assert len({tuple(expert.flatten().tolist()) for expert in whole}) == len(whole) or (
+            "bias" in name
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_validating_a_checkpoint_gives_the_saved_models_value(rank_pool, tmp_path, stage):
+    case = case_of(stage=stage)
+    weights = rank_pool.run(runs.fit, 2, case, "cosine", runs.FIRST, 7, str(tmp_path), None)[0]
+    path = str(tmp_path / "last.ckpt")
+    losses = rank_pool.run(runs.validate, 2, case, path)
+    net = build_net(case.num_experts, case.coefficients).eval()
+    net.load_state_dict(weights.weights[-1])
+    with torch.no_grad():
+        expected = sum(float(loss_of(net, batch)) for batch in make_batches(case)[0, 0]) / 2
+    for loss in losses:
+        assert abs(loss - expected) <= 1e-6 * expected
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+OTHERS = [
+    ({"ep": 1}, "expert_parallel_size: saved 2, now 1"),
+    ({"stage": 3}, "stage: saved 2, now 3"),
+    ({"stage": 1}, "stage: saved 2, now 1"),
+    ({"precision": "bf16-mixed"}, "precision: saved 32-true, now bf16-mixed"),
+    ({"num_experts": (4, 4)}, "'net.moes.1': 8}, now {'net.moes.0': 4, 'net.moes.1': 4}"),
+]
+
+
+def test_another_topology_is_refused_on_all_ranks(rank_pool, tmp_path):
+    changes = [change for change, _ in OTHERS]
+    for errors in rank_pool.run(runs.resume_otherwise, 2, case_of(), str(tmp_path), changes):
+        for (name, message), (_, difference) in zip(errors, OTHERS, strict=True):
+            assert name == "CheckpointError"
+            assert difference in message
+
+
+@pytest.fixture
+def last(rank_pool, tmp_path) -> Path:
+    """A checkpoint of two ranks."""
+    rank_pool.run(runs.save, 2, case_of(), str(tmp_path))
+    return tmp_path / "last.ckpt"
+
+
+def refused(rank_pool, path, world=2) -> list[str]:
+    errors = rank_pool.run(runs.resume, world, case_of(world=world), str(path))
+    assert [name for name, _ in errors] == ["CheckpointError"] * world
+    return [message for _, message in errors]
+
+
+def test_another_world_is_refused_on_all_ranks(rank_pool, last):
+    for message in refused(rank_pool, last, world=4):
+        assert "world_size: saved 2, now 4" in message
+
+
+def test_a_missing_directory_is_refused(rank_pool, tmp_path):
+    for message in refused(rank_pool, tmp_path / "nowhere.ckpt"):
+        assert "nowhere.ckpt does not exist" in message
+
+
+def test_an_incomplete_checkpoint_is_refused(rank_pool, last):
+    (last / "topology.json").unlink()
+    for message in refused(rank_pool, last):
+        assert "holds no topology.json" in message
+
+
+def test_another_format_is_refused(rank_pool, last):
+    file = last / "topology.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    for message in refused(rank_pool, last):
+        assert "format 99" in message
+
+
+@pytest.mark.parametrize("name", ["rank_00001.pt", "model_ep_00001.pt", "client.pt"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_file_that_one_rank_misses_stops_all_ranks(rank_pool, last, name, damage):
+    if damage == "missing":
+        (last / name).unlink()
+    else:
+        data = (last / name).read_bytes()
+        (last / name).write_bytes(data[: len(data) // 2])
+    messages = refused(rank_pool, last)
+    assert any(name in message for message in messages), messages
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_of_other_parameters_is_refused(rank_pool, tmp_path, stage):
+    for name, message in rank_pool.run(runs.other_model, 2, case_of(stage=stage), str(tmp_path)):
+        assert name == "CheckpointError"
+        assert "net.more.weight" in message
+
+
+def test_only_plain_data_is_loaded_unless_asked(rank_pool, tmp_path):
+    for error, loaded in rank_pool.run(runs.not_plain_data, 2, case_of(), str(tmp_path)):
+        assert error[0] == "CheckpointError"
+        assert "client.pt" in error[1]
+        assert "add_safe_globals" in error[1]
+        assert str(loaded) == "1/3"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_weights_alone_validates_but_does_not_resume(rank_pool, tmp_path, stage):
+    case = case_of(stage=stage)
+    for full, light, error in rank_pool.run(runs.weights_only, 2, case, str(tmp_path)):
+        assert full == light
+        assert error[0] == "CheckpointError"
+        assert "saved with weights only" in error[1]
+
+
+def test_saving_never_deletes_what_is_no_checkpoint(rank_pool, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for name, message in rank_pool.run(runs.save_into, 2, case_of(), str(tmp_path)):
+        assert name == "CheckpointError"
+        assert "thesis.txt" in message
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -1,0 +1,66 @@
+"""One module, several Trainers; layers that stay whole; checkpoints of other layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from strategy.models import Case, Trace, build_net, reference
+from strategy.reuse_runs import (
+    fit_twice,
+    local_layer,
+    one_rank_reference,
+    resume_with_another_order,
+    save_after_validating,
+)
+
+CASE = Case(world=2, ep=2)
+
+
+def second_fit(case: Case) -> Trace:
+    """A plain process that goes on from the weights of a first run, with a new optimizer."""
+    first = reference(case)
+    net = build_net(case.num_experts, case.coefficients)
+    net.load_state_dict(first.weights[-1])
+    return reference(case, net)
+
+
+@pytest.mark.parametrize("between", ["nothing", "validate"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_second_fit_equals_one_process(stage: int, between: str, rank_pool) -> None:
+    case = replace(CASE, stage=stage)
+    expected = second_fit(case)
+    for trace in rank_pool.run(fit_twice, 2, case, between):
+        assert trace.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert trace.norms == pytest.approx(expected.norms, rel=1e-5)
+        for name, weight in expected.weights[-1].items():
+            torch.testing.assert_close(trace.weights[-1][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_saving_after_validating(stage: int, tmp_path: Path, rank_pool) -> None:
+    case = replace(CASE, stage=stage)
+    for before, after in rank_pool.run(save_after_validating, 2, case, str(tmp_path)):
+        assert before > 0
+        assert after == before
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_in_another_order_are_refused(stage: int, tmp_path: Path, rank_pool) -> None:
+    case = replace(CASE, stage=stage)
+    for error in rank_pool.run(resume_with_another_order, 2, case, str(tmp_path)):
+        assert error.startswith("CheckpointError")
+        assert (
+            "another order: saved ['net.a.weight', 12, 12], now ['net.b.weight', 12, 12]" in error
+        )
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_local_layer_stays_whole_and_trains_right(stage: int, rank_pool) -> None:
+    case = replace(CASE, stage=stage, ep="auto")
+    expected = one_rank_reference(case)
+    for ep_size, local, norms in rank_pool.run(local_layer, 2, case):
+        assert (ep_size, local) == (2, [2, 4, 3])
+        assert norms == pytest.approx(expected, rel=1e-6)
