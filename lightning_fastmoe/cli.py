@@ -33,6 +33,7 @@ _CHATTER = (
     "TPU available:",
     "HPU available:",
     "LOCAL_RANK:",
+    "Enabling DeepSpeed",
     "Seed set to",
     "initializing deepspeed distributed",
     "Loading `train_dataloader` to estimate",
@@ -42,6 +43,7 @@ _CHATTER = (
 """How the lines start that Lightning logs at each start, and that say nothing about this run."""
 
 _CHATTERING_LOGGERS = (
+    "pytorch_lightning.accelerators.cuda",
     "lightning_fabric.utilities.rank_zero",
     "lightning_fabric.utilities.seed",
     "pytorch_lightning.strategies.deepspeed",
@@ -103,6 +105,8 @@ def silence_upstream() -> None:
         ".*does not have many workers",
         # Each sample is counted once: see FastMoEStrategy about ranks with uneven data.
         "Using `DistributedSampler` with the dataloaders",
+        # DeepSpeed's, at start.
+        r"barrier\(\): using the device under current context",
         # Runs resume into the folder that they were started in.
         "Checkpoint directory .* exists and is not empty",
     ):

@@ -142,8 +142,7 @@ def split_expert_groups(
     groups: list[dict[str, Any]] = []
     sources: list[int] = []
     for i, group in enumerate(optimizer.param_groups):
-        # DeepSpeed leaves frozen parameters out too, but fails on a group of nothing else.
-        parameters = [p for p in group["params"] if p.requires_grad]
+        parameters = group["params"]
         dense = [p for p in parameters if not is_tagged(p)]
         experts = [p for p in parameters if is_tagged(p)]
         label = group.get("name", f"group_{i}")
@@ -156,8 +155,9 @@ def split_expert_groups(
             sources.append(i)
     if not groups:
         raise ParameterGroupError(
-            f"All parameters of the {type(optimizer).__name__} are frozen. Set requires_grad=True"
-            " on those that should be trained."
+            f"The {type(optimizer).__name__} holds no parameter that is to be trained: it is empty,"
+            " or all are frozen. Return an optimizer of self.parameters() from"
+            " configure_optimizers(), and set requires_grad=True on what should be trained."
         )
     optimizer.param_groups[:] = groups
     user.split_from(sources)
@@ -192,12 +192,6 @@ def _check_membership(optimizer: Optimizer, names: Mapping[int, str]) -> None:
         for parameter in group["params"]:
             _check_parameter(parameter, names, seen)
             seen.add(id(parameter))
-    groups = optimizer.param_groups
-    if not any(p.requires_grad for group in groups for p in group["params"]):
-        raise ParameterGroupError(
-            f"The {type(optimizer).__name__} holds no parameter that is to be trained. Return an"
-            " optimizer of self.parameters() from configure_optimizers()."
-        )
 
 
 def _check_parameter(parameter: nn.Parameter, names: Mapping[int, str], seen: set[int]) -> None:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
-from strategy.models import Case, Net
+from strategy.models import D_MODEL, Case, Net
 from strategy.tracing import Tracer, make_trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,7 +83,8 @@ def monitor(case: Case, every: int) -> Monitored:
     names = {id(layer): name for name, layer in moe_layers(module)}
 
     def observe(layer: MoE, routing: Routing) -> None:
-        result.routings.append((names[id(layer)], routing.expert_ids, routing.scores))
+        scores = routing.scores.detach()
+        result.routings.append((names[id(layer)], routing.expert_ids, scores))
 
     for _, layer in moe_layers(module):
         layer.register_routing_observer(observe)
@@ -111,28 +112,33 @@ class Checkpointed(Net):
     def __init__(self, case: Case, how: str) -> None:
         super().__init__(case)
         self.how = how
+        # DeepSpeed can't reduce the gradient of a parameter of two re-entrant checkpoints.
+        self.norms = nn.ModuleList(nn.LayerNorm(D_MODEL) for _ in case.num_experts)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         net = self.net
         h = net["embed"](batch)
-        for layer in net["moes"]:
-            h = self._block(layer, h)
+        for norm, layer in zip(self.norms, net["moes"], strict=True):
+            h = self._block(norm, layer, h)
         target = torch.sin(3 * batch.sum(-1, keepdim=True))
         loss: Tensor = (net["head"](h) - target).square().mean()
         self.batch_losses.append(loss.item())
         return loss
 
-    def _block(self, layer: nn.Module, h: Tensor) -> Tensor:
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)
+
+    def _block(self, norm: nn.Module, layer: nn.Module, h: Tensor) -> Tensor:
         def block(x: Tensor) -> Tensor:
-            y: Tensor = x + layer(self.net["norm"](x))
+            y: Tensor = x + layer(norm(x))
             return y
 
         if self.how == "none":
             return block(h)
         if self.how == "deepspeed":
-            from deepspeed.checkpointing import checkpoint as deepspeed_checkpoint
+            from deepspeed.runtime.activation_checkpointing import checkpointing
 
-            y: Tensor = deepspeed_checkpoint(block, h)
+            y: Tensor = checkpointing.checkpoint(block, h)
             return y
         recomputed: Tensor = checkpoint(block, h, use_reentrant=self.how == "reentrant")
         return recomputed

@@ -49,6 +49,7 @@ class Result:
 
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     error: str = ""
+    losses: list[float] = field(default_factory=list)
     at_the_end: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -75,5 +76,6 @@ def fit(
         trainer.fit(module)
     except NonFiniteError as error:
         result.error = str(error)
+    result.losses = module.batch_losses
     result.at_the_end = whole_weights(module.net)
     return result

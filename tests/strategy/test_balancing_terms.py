@@ -39,9 +39,7 @@ def balance(result, layer: str, experts: int, last: int) -> float:
     return float(experts * (share * scores.mean(dim=0)).sum())
 
 
-@pytest.mark.parametrize(
-    ("world", "stage", "accumulate"), [(2, 2, 1), (2, 3, 2), (4, 2, 2)]
-)
+@pytest.mark.parametrize(("world", "stage", "accumulate"), [(2, 2, 1), (2, 3, 2), (4, 2, 2)])
 def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, world, stage, accumulate):
     # Few tokens for many experts, so that some are dead.
     experts = (4, 16)
@@ -56,8 +54,8 @@ def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, world, stage, accum
         assert result.reductions == reductions * 2
         if rank > 0:
             continue
-        assert result.logged.keys() == {2, 4}
-        for i, step in enumerate((2, 4)):
+        assert result.logged.keys() == {1, 3}  # as Lightning counts: steps before this one
+        for i, step in enumerate((1, 3)):
             logged = result.logged[step]
             largest, dead = 0.0, 0.0
             for layer, number in zip(("net.moes.0", "net.moes.1"), experts, strict=True):
@@ -95,32 +93,29 @@ def furthest(one, other) -> float:
 
 @pytest.mark.parametrize(
     ("stage", "accumulate", "precision"),
-    [
-        (2, 2, "32-true"),
-        (3, 2, "32-true"),
-        (1, 1, "bf16-mixed"),
-        (2, 2, "bf16-mixed"),
-        (3, 2, "bf16-mixed"),
-    ],
+    [(1, 1, "bf16-mixed"), (2, 2, "32-true"), (2, 2, "bf16-mixed"), (3, 2, "bf16-mixed")],
 )
 def test_attached_terms_equal_terms_added_by_hand(rank_pool, stage, accumulate, precision):
     case = replace(CASE, stage=stage, accumulate=accumulate, precision=precision)
-    without = replace(case, coefficients=(0.0, 0.0))
-    doubled = replace(case, coefficients=(1.0, 0.1))
     attached = rank_pool.run(runs.fit, 2, case, "attached")
     added = rank_pool.run(runs.fit, 2, case, "by hand")
-    none = rank_pool.run(runs.fit, 2, without, "attached")[0]
-    double = rank_pool.run(runs.fit, 2, doubled, "attached")[0]
     for own, twin in zip(attached, added, strict=True):
         for a, b in zip(own.weights, twin.weights, strict=True):
             assert furthest(a, b) <= 1e-6
-    end = attached[0].weights[-1]
-    assert furthest(end, none.weights[-1]) > 1e-3
-    assert furthest(end, double.weights[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+def test_the_terms_above_matter(rank_pool, factor):
+    other = tuple(factor * c for c in CASE.coefficients)
+    ends = [
+        rank_pool.run(runs.fit, 2, case, "attached")[0].weights[-1]
+        for case in (CASE, replace(CASE, coefficients=other))
+    ]
+    assert furthest(*ends) > 1e-3
 
 
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant", "deepspeed"])
-@pytest.mark.parametrize(("stage", "accumulate"), [(2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("stage", "accumulate"), [(2, 2), (3, 1)])
 def test_checkpointing_changes_no_weight_and_counts_once(rank_pool, stage, accumulate, how):
     case = replace(CASE, stage=stage, accumulate=accumulate)
     kept = rank_pool.run(runs.fit, 2, case, "none")

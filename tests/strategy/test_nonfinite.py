@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,7 @@ def test_raise_stops_all_ranks_before_any_weight_changes(rank_pool, stage):
 
 @pytest.mark.parametrize(
     ("stage", "accumulate", "world"),
-    [(1, 1, 2), (2, 1, 2), (2, 2, 2), (3, 1, 2), (3, 2, 2), (2, 1, 4)],
+    [(1, 1, 2), (2, 2, 2), (3, 1, 2), (3, 2, 2), (2, 1, 4)],
 )
 def test_skip_leaves_the_step_out_on_all_ranks(rank_pool, stage, accumulate, world):
     case = policy("skip", stage=stage, accumulate=accumulate, world=world)
@@ -70,11 +71,13 @@ def test_the_first_step_can_be_skipped(rank_pool):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_ignore_goes_on(rank_pool, stage):
-    for result in rank_pool.run(runs.fit, 2, policy("ignore", stage=stage), BAD):
-        assert result.error == ""
-        assert len(result.weights) == 4
-        assert not torch.isfinite(result.at_the_end["head.weight"]).all()
+def test_ignore_raises_nothing_and_keeps_ranks_alike(rank_pool, stage):
+    # ZeRO itself then drops a step whose gradient norm is NaN, as it does with fp16.
+    first, second = rank_pool.run(runs.fit, 2, policy("ignore", stage=stage), BAD)
+    assert first.error == second.error == ""
+    assert math.isnan(second.losses[BAD])
+    assert len(first.losses) == len(first.weights) == 4
+    assert_equal(first.at_the_end, second.at_the_end)
 
 
 @pytest.mark.parametrize("name", ["raise", "skip"])

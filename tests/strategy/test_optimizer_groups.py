@@ -11,7 +11,6 @@ from strategy.models import Case
 from strategy.test_exactness import assert_close
 
 CASE = Case(world=2, ep=2, steps=runs.STEPS)
-STAGES = [1, 2, 3]
 
 
 def assert_weights(actual, expected) -> None:
@@ -29,7 +28,7 @@ def assert_groups(trained: runs.Trained, plain: runs.Trained) -> None:
 
 
 @pytest.mark.parametrize("scheduler", [name for name in runs.SCHEDULERS if name != "none"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [2, 3])
 def test_schedulers_act_as_in_plain_pytorch(rank_pool, stage, scheduler):
     case = replace(CASE, stage=stage, coefficients=(0.0, 0.0))
     plain = runs.plain(case, scheduler)
@@ -64,9 +63,20 @@ def test_a_rate_set_by_hand_stands(rank_pool, scheduler):
         assert_weights(trained.weights, plain.weights)
 
 
-@pytest.mark.parametrize("trainable_only", [False, True])
-@pytest.mark.parametrize("frozen", ["moes.0.experts", "moes.1.router", "experts", "router", "up_"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "frozen", "trainable_only"),
+    [
+        (1, "moes.0.experts", False),
+        (2, "moes.0.experts", True),
+        (2, "moes.1.router", False),
+        (2, "experts", False),
+        (2, "up_", True),
+        (3, "moes.0.experts", False),
+        (3, "experts", True),
+        (3, "router", False),
+        (3, "up_", False),
+    ],
+)
 def test_frozen_parameters_stay_and_the_rest_trains(rank_pool, stage, frozen, trainable_only):
     case = replace(CASE, stage=stage, coefficients=(0.0, 0.0))
     plain = runs.plain(case, "none", frozen=frozen)

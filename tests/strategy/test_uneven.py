@@ -218,7 +218,7 @@ def test_fewer_samples_than_ranks_are_refused_on_all_ranks(rank_pool):
 
 @pytest.mark.parametrize(("stage", "skipped"), [(2, 0), (2, 1), (3, 0), (3, 1)])
 def test_a_forward_pass_that_depends_on_the_rank_is_an_error(rank_pool, stage, skipped):
-    errors = rank_pool.run(runs.rank_dependent, 2, stage, skipped, timeout=60)
+    errors = rank_pool.run(runs.rank_dependent, 2, stage, skipped, timeout=45)
     for name, message in errors:
         assert name == "ExchangeError"
         assert "in different exchanges" in message
