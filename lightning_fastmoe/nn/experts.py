@@ -90,15 +90,28 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
         self.first_expert, self.num_local_experts = first_expert, num_local_experts
 
-    def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """``x (N, D)`` grouped by local expert, ``tokens_per_expert (e,)`` -> (N, D)."""
-        weights = [
+    def forward(
+        self,
+        x: Tensor,
+        tokens_per_expert: Tensor,
+        weights: Tensor | None = None,
+        order: ops.ExpertOrder | None = None,
+    ) -> Tensor:
+        """``x (N, D)`` grouped by local expert, ``tokens_per_expert (e,)`` -> (N, D).
+
+        With ``weights (T, K)`` and ``order``, the whole layer in one step: ``x (T, D)`` in the
+        order of the tokens -> (T, D), each token's weighted sum.
+        """
+        up, down, up_bias, down_bias = (
             None if p is None else p.to(x.dtype)
             for p in (self.up_proj, self.down_proj, self.up_bias, self.down_bias)
-        ]
-        up, down, up_bias, down_bias = weights
+        )
         assert up is not None
         assert down is not None
+        if weights is not None and order is not None:
+            return ops.expert_layer(
+                x, weights, order, up, down, self.activation, up_bias, down_bias
+            )
         return ops.grouped_mlp(x, tokens_per_expert, up, down, self.activation, up_bias, down_bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

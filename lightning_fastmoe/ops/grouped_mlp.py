@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.activation import apply_activation
 
 _ALIGNMENT_BYTES = 16  # F.grouped_mm refuses row strides that are not multiples of this
@@ -35,8 +36,12 @@ def grouped_mm_applies(x: Tensor, weight: Tensor) -> bool:
         x: (N, D).
         weight: (E, M, D).
     """
-    itemsize = x.element_size()
-    if any((n * itemsize) % _ALIGNMENT_BYTES for n in weight.shape[1:]):
+    return _one_kernel(x, *weight.shape[1:])
+
+
+def _one_kernel(x: Tensor, *widths: int) -> bool:
+    """:func:`grouped_mm_applies` to products of the dtype and device of ``x``, by row lengths."""
+    if any((n * x.element_size()) % _ALIGNMENT_BYTES for n in widths):
         return False
     if x.device.type == "cuda":
         return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
@@ -68,6 +73,62 @@ def grouped_linear_loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) ->
     chunks = x.split(tokens_per_expert.tolist())
     # unbind's gradient stacks one slice per expert, zeros for the empty ones.
     return torch.cat([c @ w.T for c, w in zip(chunks, weight.unbind(0), strict=True)])
+
+
+def grouped_product(
+    x: Tensor, weight: Tensor, tokens_per_expert: Tensor, offsets: Tensor
+) -> Tensor:
+    """``x[rows of e] @ weight[e]`` for every expert e, unknown to autograd.
+
+    Args:
+        x: (N, D), rows grouped by expert.
+        weight: (E, D, M), or the transpose of a contiguous (E, M, D).
+        tokens_per_expert: (E,) int64.
+        offsets: (E,) int32, their running sum.
+
+    Returns:
+        (N, M).
+    """
+    if not x.shape[0]:
+        return x.new_empty(0, weight.shape[2])
+    if grouped_mm_applies(x, weight):
+        return F.grouped_mm(x, _aligned(weight), offs=offsets)
+    chunks = x.split(tokens_per_expert.tolist())
+    return torch.cat([c @ w for c, w in zip(chunks, weight.unbind(0), strict=True)])
+
+
+def grouped_outer_product(
+    a: Tensor, b: Tensor, tokens_per_expert: Tensor, offsets: Tensor
+) -> Tensor:
+    """``a[rows of e].T @ b[rows of e]`` for every expert e: the gradient of stacked weights.
+
+    Args:
+        a: (N, M), rows grouped by expert.
+        b: (N, P).
+        tokens_per_expert: (E,) int64.
+        offsets: (E,) int32, their running sum.
+
+    Returns:
+        (E, M, P), zeros for an expert without tokens.
+    """
+    shape = (tokens_per_expert.shape[0], a.shape[1], b.shape[1])
+    if not a.shape[0]:
+        return a.new_zeros(shape)
+    if _one_kernel(a, *shape[1:]):
+        out = F.grouped_mm(a.T, b, offs=offsets)
+        # A product over no rows may leave the memory as it was.
+        return kernels.zero_empty_experts_(out, tokens_per_expert)
+    out = a.new_empty(shape)
+    counts = tokens_per_expert.tolist()
+    for e, (rows, columns) in enumerate(zip(a.split(counts), b.split(counts), strict=True)):
+        torch.mm(rows.T, columns, out=out[e])
+    return out
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """Moves a view into one of ZeRO's flat buffers, if it lies at an odd place."""
+    odd = weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES
+    return weight.clone() if odd else weight
 
 
 class _RowBias(torch.autograd.Function):

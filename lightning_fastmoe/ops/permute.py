@@ -12,57 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for the half precisions, the dtype itself otherwise."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+from lightning_fastmoe.ops import kernels
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.shape, ctx.top_k = x.shape, top_k
-        rows = order if top_k == 1 else torch.div(order, top_k, rounding_mode="floor")
-        return x.index_select(0, rows)
+        ctx.top_k = top_k
+        return kernels.permute_rows(x, order, inverse, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         (inverse,) = ctx.saved_tensors
-        tokens, width = ctx.shape
-        picked = grad.index_select(0, inverse)
-        if ctx.top_k == 1:
-            return picked, None, None, None
-        acc = _accumulation_dtype(grad.dtype)
-        dx = picked.view(tokens, ctx.top_k, width).sum(dim=1, dtype=acc).to(grad.dtype)
-        return dx, None, None, None
+        return kernels.sum_rows(grads[0], inverse, None, ctx.top_k), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, order, inverse)
-        tokens, top_k = weights.shape
-        acc = _accumulation_dtype(y.dtype)
-        picked = y.index_select(0, inverse).view(tokens, top_k, y.shape[1]).to(acc)
-        return (picked * weights.to(acc).unsqueeze(-1)).sum(dim=1).to(y.dtype)
+        return kernels.sum_rows(y, inverse, weights, weights.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         y, weights, order, inverse = ctx.saved_tensors
-        tokens, top_k = weights.shape
-        acc = _accumulation_dtype(y.dtype)
-        dy = dw = None
-        grad_acc = grad.to(acc)
-        if ctx.needs_input_grad[0]:
-            rows = torch.div(order, top_k, rounding_mode="floor")
-            row_weights = weights.reshape(-1).index_select(0, order).to(acc)
-            dy = (grad_acc.index_select(0, rows) * row_weights.unsqueeze(-1)).to(y.dtype)
-        if ctx.needs_input_grad[1]:
-            picked = y.index_select(0, inverse).view(tokens, top_k, y.shape[1]).to(acc)
-            dw = (picked * grad_acc.unsqueeze(1)).sum(dim=-1).to(weights.dtype)
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        dy, dw = kernels.unpermute_backward(grads[0], y, weights, order, inverse, wanted)
         return dy, dw, None, None
 
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_fastmoe.ops.native import native
+
+MAX_EXPERTS = 1024
+"""Most experts of one layer that the kernels take; beyond, PyTorch's operators compute."""
+
+MAX_TOP_K = 32
+"""Most experts per token that the routing kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,13 @@ class ExpertOrder:
         order: (T*K,) int64, the pair that stands in each expert-major row.
         inverse: (T*K,) int64, the row of each pair.
         tokens_per_expert: (E,) int64.
+        offsets: (E,) int32, the row at which each expert ends: the running sum of the counts.
     """
 
     order: Tensor
     inverse: Tensor
     tokens_per_expert: Tensor
+    offsets: Tensor
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -54,6 +65,9 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
         The order, its inverse and the counts.
     """
     flat = expert_ids.reshape(-1)
+    library = native(flat)
+    if library is not None and num_experts <= MAX_EXPERTS:
+        return ExpertOrder(*library.sort_by_expert(flat.contiguous(), num_experts))
     sorted_ids, order = torch.sort(flat, stable=True)
     # Every index occurs once, so this scatter writes each slot exactly once: deterministic.
     inverse = torch.empty_like(order)
@@ -61,4 +75,87 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     edges = torch.searchsorted(
         sorted_ids, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype)
     )
-    return ExpertOrder(order, inverse, edges[1:] - edges[:-1])
+    return ExpertOrder(order, inverse, edges[1:] - edges[:-1], edges[1:].to(torch.int32))
+
+
+class _SoftmaxTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, k: int, normalize: bool, library: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores, weights, expert_ids = library.route(logits.contiguous(), k, normalize)
+        ctx.save_for_backward(scores, expert_ids)
+        ctx.normalize = normalize
+        ctx.mark_non_differentiable(expert_ids)
+        ctx.set_materialize_grads(False)
+        return scores, weights, expert_ids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        scores, expert_ids = ctx.saved_tensors
+        d_logits = softmax_top_k_backward(scores, expert_ids, grads[0], grads[1], ctx.normalize)
+        return d_logits, None, None, None
+
+
+def softmax_top_k_backward(
+    scores: Tensor,
+    expert_ids: Tensor,
+    d_scores: Tensor | None,
+    d_weights: Tensor | None,
+    normalize: bool,
+) -> Tensor | None:
+    """The gradient of the logits of :func:`softmax_top_k`, None if both given ones are.
+
+    Args:
+        scores: (T, E).
+        expert_ids: (T, K).
+        d_scores: (T, E), or None for zeros.
+        d_weights: (T, K), or None for zeros.
+        normalize: as in the forward pass.
+    """
+    given = [grad for grad in (d_scores, d_weights) if grad is not None]
+    if not given:
+        return None
+    if (library := native(scores, *given)) is not None:
+        d_scores, d_weights = (
+            None if grad is None else grad.contiguous() for grad in (d_scores, d_weights)
+        )
+        d_logits: Tensor = library.route_backward(
+            scores, expert_ids, d_scores, d_weights, normalize
+        )
+        return d_logits
+    grad = torch.zeros_like(scores) if d_scores is None else d_scores
+    if d_weights is not None:
+        if normalize:
+            chosen = torch.gather(scores, 1, expert_ids)
+            total = chosen.sum(dim=-1, keepdim=True)
+            inner = (d_weights * chosen / total).sum(dim=-1, keepdim=True)
+            d_weights = (d_weights - inner) / total
+        # The K experts of a token differ, so nothing is written twice.
+        grad = grad + torch.zeros_like(scores).scatter(1, expert_ids, d_weights)
+    return scores * (grad - (scores * grad).sum(dim=-1, keepdim=True))
+
+
+def softmax_top_k(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the experts, the ``k`` best of each token, and their weights.
+
+    Args:
+        logits: (T, E).
+        k: experts per token.
+        normalize: divide the chosen scores by their sum.
+
+    Returns:
+        ``scores (T, E)``, ``weights (T, K)`` (best first, ties to the lower expert id) and
+        ``expert_ids (T, K)`` int64: K distinct experts of ``[0, E)``, also for a row of NaN.
+    """
+    fits = logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
+    library = native(logits.detach()) if fits else None
+    if library is not None:
+        routed: tuple[Tensor, Tensor, Tensor] = _SoftmaxTopK.apply(logits, k, normalize, library)
+        return routed
+    scores = torch.softmax(logits, dim=-1)
+    expert_ids = top_k(scores.detach(), k)
+    weights = torch.gather(scores, 1, expert_ids)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return scores, weights, expert_ids

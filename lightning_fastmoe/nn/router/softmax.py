@@ -67,11 +67,9 @@ class SoftmaxTopKRouter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
-            scores = torch.softmax(logits, dim=-1)
-            expert_ids = ops.top_k(scores.detach(), self.top_k)
-            weights = torch.gather(scores, 1, expert_ids)
-            if self.normalize_weights:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
+            scores, weights, expert_ids = ops.softmax_top_k(
+                logits, self.top_k, self.normalize_weights
+            )
         return Routing(logits, scores, weights, expert_ids)
 
     def extra_repr(self) -> str:

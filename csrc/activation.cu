@@ -1,0 +1,225 @@
+// The activation of the experts, forward and backward, fp32 inside.
+//
+// The backward makes three results in the one pass over h that any of them needs: the gradient of
+// h, the weighted activation (the factor of the down projection's gradient) and each row's <A, dA>,
+// which is the gradient of its routing weight. So neither A nor the experts' outputs are kept.
+#include "common.cuh"
+#include "ops.h"
+
+namespace lightning_fastmoe {
+namespace {
+
+// The short forms are off by a few units of fp32's last place: nothing beside the rounding of half
+// types, and what keeps the backward limited by memory. fp32 tensors get the long ones.
+template <typename T>
+__device__ __forceinline__ float exponential(float x) {
+  return sizeof(T) == sizeof(float) ? expf(x) : __expf(x);
+}
+
+template <typename T>
+__device__ __forceinline__ float reciprocal(float x) {
+  return sizeof(T) == sizeof(float) ? 1.0f / x : __fdividef(1.0f, x);
+}
+
+// Each returns act(x) and, through `slope`, act'(x). T is the dtype of the tensors.
+struct Silu {
+  template <typename T>
+  static __device__ __forceinline__ float apply(float x, float* slope) {
+    const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-x));
+    *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
+    return x * sigmoid;
+  }
+};
+
+struct Gelu {  // the exact one: x * Phi(x)
+  template <typename T>
+  static __device__ __forceinline__ float apply(float x, float* slope) {
+    constexpr float kRootHalf = 0.70710678118654752f, kDensity = 0.39894228040143268f;
+    const float below = 0.5f * (1.0f + erff(x * kRootHalf));
+    *slope = below + x * kDensity * exponential<T>(-0.5f * x * x);
+    return x * below;
+  }
+};
+
+struct Relu {  // keeps NaN, as torch does
+  template <typename T>
+  static __device__ __forceinline__ float apply(float x, float* slope) {
+    *slope = x <= 0.0f ? 0.0f : 1.0f;
+    return x <= 0.0f ? 0.0f : x;
+  }
+};
+
+template <typename Act, bool kGated, typename T, int N>
+__global__ void __launch_bounds__(kBlock)
+    activation_kernel(const T* __restrict__ h, T* __restrict__ out, int64_t rows, int64_t width) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= rows) return;
+  h += row * width * (kGated ? 2 : 1);
+  out += row * width;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < width;
+       i += static_cast<int64_t>(blockDim.x) * N) {
+    const Vector<T, N> gate = load<T, N>(h + i);
+    Vector<T, N> up, result;
+    if constexpr (kGated) up = load<T, N>(h + width + i);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float slope;
+      float value = Act::template apply<T>(to_float(gate.element[n]), &slope);
+      if constexpr (kGated) value *= to_float(up.element[n]);
+      result.element[n] = from_float<T>(value);
+    }
+    store<T, N>(out + i, result);
+  }
+}
+
+// One warp per row. d_act is read, then overwritten by the same lane.
+template <typename Act, bool kGated, typename T, int N>
+__global__ void __launch_bounds__(kBlock, 3)
+    activation_backward_kernel(const T* __restrict__ h, T* __restrict__ d_act,
+                               const float* __restrict__ weights, const int64_t* __restrict__ order,
+                               T* __restrict__ d_h, float* __restrict__ d_weights, int64_t rows,
+                               int64_t width) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  if (row >= rows) return;
+  const int64_t pair = order == nullptr ? row : order[row];
+  const float weight = weights[pair];
+  h += row * width * (kGated ? 2 : 1);
+  d_h += row * width * (kGated ? 2 : 1);
+  d_act += row * width;
+  float dot = 0.0f;
+#pragma unroll 2
+  for (int64_t i = lane * N; i < width; i += kWarpSize * N) {
+    const Vector<T, N> gate = load<T, N>(h + i), upstream = load<T, N>(d_act + i);
+    Vector<T, N> up, weighted, d_gate, d_up;
+    if constexpr (kGated) up = load<T, N>(h + width + i);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float slope;
+      const float bent = Act::template apply<T>(to_float(gate.element[n]), &slope);
+      const float other = kGated ? to_float(up.element[n]) : 1.0f;
+      const float grad = to_float(upstream.element[n]), scaled = weight * grad;
+      const float value = bent * other;
+      dot += value * grad;
+      weighted.element[n] = from_float<T>(weight * value);
+      d_gate.element[n] = from_float<T>(scaled * other * slope);
+      if constexpr (kGated) d_up.element[n] = from_float<T>(scaled * bent);
+    }
+    store<T, N>(d_act + i, weighted);
+    store<T, N>(d_h + i, d_gate);
+    if constexpr (kGated) store<T, N>(d_h + width + i, d_up);
+  }
+  dot = warp_sum(dot);
+  if (lane == 0) d_weights[pair] = dot;
+}
+
+template <typename Act_, bool kGated_>
+struct Kind {
+  using Act = Act_;
+  static constexpr bool kGated = kGated_;
+};
+
+template <typename Function>
+void for_kind(const std::string& name, const char* op, Function&& function) {
+  if (name == "swiglu") return function(Kind<Silu, true>{});
+  if (name == "geglu") return function(Kind<Gelu, true>{});
+  if (name == "reglu") return function(Kind<Relu, true>{});
+  if (name == "silu") return function(Kind<Silu, false>{});
+  if (name == "gelu") return function(Kind<Gelu, false>{});
+  if (name == "relu") return function(Kind<Relu, false>{});
+  STD_TORCH_CHECK(false, op, ": unknown activation '", name, "'");
+}
+
+int64_t activation_width(const Tensor& h, const std::string& name, const char* op) {
+  const int64_t width = h.size(1);
+  int64_t halves = 1;
+  for_kind(name, op, [&](auto kind) { halves = decltype(kind)::kGated ? 2 : 1; });
+  STD_TORCH_CHECK(width % halves == 0, op, ": the width of h, ", width,
+                  ", must be even for the gated activation '", name, "'");
+  return width / halves;
+}
+
+}  // namespace
+
+Tensor activation(const Tensor& h, std::string name) {
+  const char* op = "activation";
+  check_tensor(h, op, "h", 2, h);
+  const int64_t rows = h.size(0), width = activation_width(h, name, op);
+
+  const DeviceGuard guard(h.get_device_index());
+  Tensor out = torch::stable::new_empty(h, {rows, width});
+  for_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (rows == 0 || width == 0) return;
+    for_kind(name, op, [&](auto kind) {
+      using K = decltype(kind);
+      const auto launch = [&](auto size) {
+        constexpr int N = decltype(size)::value;
+        const dim3 block = row_block(width / N);
+        const unsigned grid = grid_size(ceil_div(rows, block.y), op);
+        activation_kernel<typename K::Act, K::kGated, T, N><<<grid, block, 0, current_stream(h)>>>(
+            static_cast<const T*>(h.data_ptr()), static_cast<T*>(out.data_ptr()), rows, width);
+      };
+      if (takes_vectors(width * static_cast<int64_t>(sizeof(T)), {h.data_ptr(), out.data_ptr()})) {
+        launch(std::integral_constant<int, kVectorSize<T>>{});
+      } else {
+        launch(std::integral_constant<int, 1>{});
+      }
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> activation_backward_(const Tensor& h, const Tensor& d_act,
+                                                const Tensor& weights,
+                                                const std::optional<Tensor>& order,
+                                                std::string name) {
+  const char* op = "activation_backward_";
+  check_tensor(h, op, "h", 2, h);
+  const int64_t rows = h.size(0), width = activation_width(h, name, op);
+  check_tensor(d_act, op, "d_act", 2, h);
+  check_dtype(d_act, op, "d_act", h.scalar_type());
+  check_size(d_act, op, "d_act", 0, rows);
+  check_size(d_act, op, "d_act", 1, width);
+  check_tensor(weights, op, "weights", weights.dim(), h);
+  check_dtype(weights, op, "weights", ScalarType::Float);
+  STD_TORCH_CHECK(weights.numel() == rows, op, ": weights must have one element per row, ", rows,
+                  ", not ", weights.numel());
+  if (order) {
+    check_tensor(*order, op, "order", 1, h);
+    check_dtype(*order, op, "order", ScalarType::Long);
+    check_size(*order, op, "order", 0, rows);
+  }
+
+  const DeviceGuard guard(h.get_device_index());
+  Tensor d_h = torch::stable::empty_like(h);
+  Tensor d_weights = torch::stable::empty_like(weights);
+  for_floating(h.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (rows == 0) return;
+    const unsigned grid = grid_size(ceil_div(rows, kWarpsPerBlock), op);
+    for_kind(name, op, [&](auto kind) {
+      using K = decltype(kind);
+      const auto launch = [&](auto size) {
+        activation_backward_kernel<typename K::Act, K::kGated, T, decltype(size)::value>
+            <<<grid, kBlock, 0, current_stream(h)>>>(
+                static_cast<const T*>(h.data_ptr()), static_cast<T*>(d_act.data_ptr()),
+                static_cast<const float*>(weights.data_ptr()),
+                order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr,
+                static_cast<T*>(d_h.data_ptr()), static_cast<float*>(d_weights.data_ptr()), rows,
+                width);
+      };
+      if (takes_vectors(width * static_cast<int64_t>(sizeof(T)),
+                        {h.data_ptr(), d_act.data_ptr(), d_h.data_ptr()})) {
+        launch(std::integral_constant<int, kVectorSize<T>>{});
+      } else {
+        launch(std::integral_constant<int, 1>{});
+      }
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {d_h, d_weights};
+}
+
+}  // namespace lightning_fastmoe

@@ -1,0 +1,42 @@
+// The operators, as schemas.cpp registers them. Their schemas there say what each computes.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace lightning_fastmoe {
+
+using torch::stable::Tensor;
+
+// routing.cu
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bool normalize);
+Tensor route_backward(const Tensor& scores, const Tensor& expert_ids,
+                      const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_weights,
+                      bool normalize);
+
+// sort.cu
+std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_ids,
+                                                          int64_t num_experts);
+
+// permute.cu
+Tensor permute_rows(const Tensor& x, const Tensor& inverse, int64_t top_k);
+Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<Tensor>& weights,
+                int64_t top_k);
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& y,
+                                              const Tensor& weights, const Tensor& inverse);
+
+// activation.cu
+Tensor activation(const Tensor& h, std::string name);
+std::tuple<Tensor, Tensor> activation_backward_(const Tensor& h, const Tensor& d_act,
+                                                const Tensor& weights,
+                                                const std::optional<Tensor>& order,
+                                                std::string name);
+
+// zero_empty.cu
+void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);
+
+}  // namespace lightning_fastmoe

@@ -1,0 +1,235 @@
+// Tokens into expert order and back. All three kernels are limited by memory, so each reads what is
+// shared by the K rows of a token once:
+//
+//   permute_rows        walks over tokens and writes K rows, rather than over rows that each read
+//                       their token again: (K + 1) / 2K of the traffic;
+//   sum_rows            walks over tokens and reads K rows;
+//   unpermute_backward  walks over pairs, those of one token side by side in one block, where the
+//                       token's gradient stays in the L1 cache.
+//
+// Nothing is added to memory: every element is written by one thread, sums run in slot order.
+#include "common.cuh"
+#include "ops.h"
+
+namespace lightning_fastmoe {
+namespace {
+
+constexpr int kRowsInFlight = 4;
+
+// Unit is what one thread moves at a time: 16 bytes, or one element. A copy does not care for
+// dtypes.
+template <typename Unit>
+__global__ void __launch_bounds__(kBlock)
+    permute_rows_kernel(const Unit* __restrict__ x, const int64_t* __restrict__ inverse,
+                        Unit* __restrict__ out, int64_t tokens, int64_t width, int top_k) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token >= tokens) return;
+  const int64_t* rows = inverse + token * top_k;
+  for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
+    const Unit value = x[token * width + i];
+#pragma unroll 4
+    for (int k = 0; k < top_k; ++k) out[rows[k] * width + i] = value;
+  }
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kBlock)
+    sum_rows_kernel(const T* __restrict__ rows, const int64_t* __restrict__ inverse,
+                    const float* __restrict__ weights, T* __restrict__ out, int64_t tokens,
+                    int64_t width, int top_k) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token >= tokens) return;
+  const int64_t first = token * top_k;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < width;
+       i += static_cast<int64_t>(blockDim.x) * N) {
+    float sum[N] = {};
+    for (int k = 0; k < top_k; k += kRowsInFlight) {
+      // All loads of a group start before the first is used.
+      Vector<T, N> row[kRowsInFlight];
+#pragma unroll
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        if (k + j < top_k) row[j] = load<T, N>(rows + inverse[first + k + j] * width + i);
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        if (k + j < top_k) {
+          const float weight = weights == nullptr ? 1.0f : weights[first + k + j];
+#pragma unroll
+          for (int n = 0; n < N; ++n) sum[n] += weight * to_float(row[j].element[n]);
+        }
+      }
+    }
+    Vector<T, N> result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) result.element[n] = from_float<T>(sum[n]);
+    store<T, N>(out + token * width + i, result);
+  }
+}
+
+template <typename T, int N>  // one warp per (token, slot) pair
+__global__ void __launch_bounds__(kBlock)
+    unpermute_backward_kernel(const T* __restrict__ grad, const T* __restrict__ y,
+                              const float* __restrict__ weights,
+                              const int64_t* __restrict__ inverse, T* __restrict__ d_y,
+                              float* __restrict__ d_weights, int64_t pairs, int64_t width,
+                              int top_k) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  if (pair >= pairs) return;
+  const int64_t row = inverse[pair];
+  const float weight = weights[pair];
+  grad += pair / top_k * width;
+  y += row * width;
+  d_y += row * width;
+  float dot = 0.0f;
+#pragma unroll 4
+  for (int64_t i = lane * N; i < width; i += kWarpSize * N) {
+    const Vector<T, N> g = load<T, N>(grad + i), value = load<T, N>(y + i);
+    Vector<T, N> result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float upstream = to_float(g.element[n]);
+      dot += upstream * to_float(value.element[n]);
+      result.element[n] = from_float<T>(weight * upstream);
+    }
+    store<T, N>(d_y + i, result);
+  }
+  dot = warp_sum(dot);
+  if (lane == 0) d_weights[pair] = dot;
+}
+
+template <typename Unit>
+void launch_permute(const Tensor& x, const Tensor& inverse, const Tensor& out, int64_t tokens,
+                    int64_t row_bytes, int64_t top_k) {
+  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(Unit));
+  const dim3 block = row_block(width);
+  const unsigned grid = grid_size(ceil_div(tokens, block.y), "permute_rows");
+  permute_rows_kernel<Unit><<<grid, block, 0, current_stream(x)>>>(
+      static_cast<const Unit*>(x.data_ptr()), static_cast<const int64_t*>(inverse.data_ptr()),
+      static_cast<Unit*>(out.data_ptr()), tokens, width, static_cast<int>(top_k));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void check_top_k(const char* op, int64_t top_k) {
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= std::numeric_limits<int32_t>::max(), op,
+                  ": top_k must be at least 1, not ", top_k);
+}
+
+void check_inverse(const Tensor& inverse, const char* op, int64_t rows, const Tensor& like) {
+  check_tensor(inverse, op, "inverse", 1, like);
+  check_dtype(inverse, op, "inverse", ScalarType::Long);
+  check_size(inverse, op, "inverse", 0, rows);
+}
+
+void check_weights(const Tensor& weights, const char* op, int64_t tokens, int64_t top_k,
+                   const Tensor& like) {
+  check_tensor(weights, op, "weights", 2, like);
+  check_dtype(weights, op, "weights", ScalarType::Float);
+  check_size(weights, op, "weights", 0, tokens);
+  check_size(weights, op, "weights", 1, top_k);
+}
+
+}  // namespace
+
+Tensor permute_rows(const Tensor& x, const Tensor& inverse, int64_t top_k) {
+  const char* op = "permute_rows";
+  check_tensor(x, op, "x", 2, x);
+  check_top_k(op, top_k);
+  const int64_t tokens = x.size(0), width = x.size(1);
+  check_inverse(inverse, op, tokens * top_k, x);
+
+  const DeviceGuard guard(x.get_device_index());
+  Tensor out = torch::stable::new_empty(x, {tokens * top_k, width});
+  if (tokens == 0 || width == 0) return out;
+  const int64_t item = static_cast<int64_t>(x.element_size()), row_bytes = width * item;
+  if (takes_vectors(row_bytes, {x.data_ptr(), out.data_ptr()})) {
+    launch_permute<uint4>(x, inverse, out, tokens, row_bytes, top_k);
+  } else if (item == 8) {
+    launch_permute<uint64_t>(x, inverse, out, tokens, row_bytes, top_k);
+  } else if (item == 4) {
+    launch_permute<uint32_t>(x, inverse, out, tokens, row_bytes, top_k);
+  } else if (item == 2) {
+    launch_permute<uint16_t>(x, inverse, out, tokens, row_bytes, top_k);
+  } else {
+    launch_permute<uint8_t>(x, inverse, out, tokens, row_bytes, top_k);
+  }
+  return out;
+}
+
+Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<Tensor>& weights,
+                int64_t top_k) {
+  const char* op = "sum_rows";
+  check_tensor(rows, op, "rows", 2, rows);
+  check_top_k(op, top_k);
+  STD_TORCH_CHECK(rows.size(0) % top_k == 0, op, ": ", rows.size(0),
+                  " rows are not a multiple of top_k = ", top_k);
+  const int64_t tokens = rows.size(0) / top_k, width = rows.size(1);
+  check_inverse(inverse, op, rows.size(0), rows);
+  if (weights) check_weights(*weights, op, tokens, top_k, rows);
+
+  const DeviceGuard guard(rows.get_device_index());
+  Tensor out = torch::stable::new_empty(rows, {tokens, width});
+  for_floating(rows.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (tokens == 0 || width == 0) return;
+    const auto launch = [&](auto size) {
+      constexpr int N = decltype(size)::value;
+      const dim3 block = row_block(width / N);
+      const unsigned grid = grid_size(ceil_div(tokens, block.y), op);
+      sum_rows_kernel<T, N><<<grid, block, 0, current_stream(rows)>>>(
+          static_cast<const T*>(rows.data_ptr()), static_cast<const int64_t*>(inverse.data_ptr()),
+          weights ? static_cast<const float*>(weights->data_ptr()) : nullptr,
+          static_cast<T*>(out.data_ptr()), tokens, width, static_cast<int>(top_k));
+    };
+    if (takes_vectors(width * static_cast<int64_t>(sizeof(T)), {rows.data_ptr(), out.data_ptr()})) {
+      launch(std::integral_constant<int, kVectorSize<T>>{});
+    } else {
+      launch(std::integral_constant<int, 1>{});
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& y,
+                                              const Tensor& weights, const Tensor& inverse) {
+  const char* op = "unpermute_backward";
+  check_tensor(grad, op, "grad", 2, grad);
+  check_tensor(y, op, "y", 2, grad);
+  check_dtype(y, op, "y", grad.scalar_type());
+  STD_TORCH_CHECK(weights.dim() == 2, op, ": weights must have 2 dimensions, not ", weights.dim());
+  const int64_t tokens = grad.size(0), width = grad.size(1), top_k = weights.size(1);
+  const int64_t pairs = tokens * top_k;
+  check_top_k(op, top_k);
+  check_size(y, op, "y", 0, pairs);
+  check_size(y, op, "y", 1, width);
+  check_weights(weights, op, tokens, top_k, grad);
+  check_inverse(inverse, op, pairs, grad);
+
+  const DeviceGuard guard(grad.get_device_index());
+  Tensor d_y = torch::stable::empty_like(y);
+  Tensor d_weights = torch::stable::empty_like(weights);
+  for_floating(grad.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (pairs == 0) return;
+    const unsigned grid = grid_size(ceil_div(pairs, kWarpsPerBlock), op);
+    const auto launch = [&](auto size) {
+      unpermute_backward_kernel<T, decltype(size)::value>
+          <<<grid, kBlock, 0, current_stream(grad)>>>(
+              static_cast<const T*>(grad.data_ptr()), static_cast<const T*>(y.data_ptr()),
+              static_cast<const float*>(weights.data_ptr()),
+              static_cast<const int64_t*>(inverse.data_ptr()), static_cast<T*>(d_y.data_ptr()),
+              static_cast<float*>(d_weights.data_ptr()), pairs, width, static_cast<int>(top_k));
+    };
+    if (takes_vectors(width * static_cast<int64_t>(sizeof(T)),
+                      {grad.data_ptr(), y.data_ptr(), d_y.data_ptr()})) {
+      launch(std::integral_constant<int, kVectorSize<T>>{});
+    } else {
+      launch(std::integral_constant<int, 1>{});
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {d_y, d_weights};
+}
+
+}  // namespace lightning_fastmoe

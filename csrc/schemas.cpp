@@ -1,0 +1,54 @@
+// All schemas, in one place, against torch's stable ABI: one build serves several versions of
+// torch.
+//
+// T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows in expert-major order.
+// `inverse[p]` is the row of the flat (token, slot) pair p, `order[row]` the pair of a row.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
+  // logits (T, E) fp32 -> scores (T, E) fp32, weights (T, K) fp32, expert_ids (T, K) int64.
+  library.def(
+      "route(Tensor logits, int top_k, bool normalize)"
+      " -> (Tensor scores, Tensor weights, Tensor expert_ids)");
+  // -> d_logits (T, E). An absent gradient is zero.
+  library.def(
+      "route_backward(Tensor scores, Tensor expert_ids, Tensor? d_scores, Tensor? d_weights,"
+      " bool normalize) -> Tensor");
+  // expert_ids (N,) int64 -> order (N,), inverse (N,), tokens_per_expert (E,), all int64, and their
+  // inclusive cumulative sum, offsets (E,) int32.
+  library.def(
+      "sort_by_expert(Tensor expert_ids, int num_experts)"
+      " -> (Tensor order, Tensor inverse, Tensor tokens_per_expert, Tensor offsets)");
+  // x (T, D), inverse (N,) -> (N, D): out[inverse[t*K + k]] = x[t].
+  library.def("permute_rows(Tensor x, Tensor inverse, int top_k) -> Tensor");
+  // rows (N, D) -> (T, D): out[t] = sum_k weights[t, k] * rows[inverse[t*K + k]], in slot order, in
+  // fp32; without weights a plain sum.
+  library.def("sum_rows(Tensor rows, Tensor inverse, Tensor? weights, int top_k) -> Tensor");
+  // grad (T, D), y (N, D) -> d_y (N, D), d_weights (T, K): the gradients of the weighted sum.
+  library.def(
+      "unpermute_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse)"
+      " -> (Tensor d_y, Tensor d_weights)");
+  // h (N, 2F) or (N, F) -> (N, F).
+  library.def("activation(Tensor h, str name) -> Tensor");
+  // With w = weights[order[row]] (weights[row] without order) and A = act(h):
+  // d_h = w * d_act * act'(h), d_act is overwritten by w * A, d_weights[order[row]] = <A, d_act>.
+  library.def(
+      "activation_backward_(Tensor h, Tensor(a!) d_act, Tensor weights, Tensor? order, str name)"
+      " -> (Tensor d_h, Tensor d_weights)");
+  // grad (E, ...): zeros for the experts without tokens.
+  library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
+  library.impl("route", TORCH_BOX(&lightning_fastmoe::route));
+  library.impl("route_backward", TORCH_BOX(&lightning_fastmoe::route_backward));
+  library.impl("sort_by_expert", TORCH_BOX(&lightning_fastmoe::sort_by_expert));
+  library.impl("permute_rows", TORCH_BOX(&lightning_fastmoe::permute_rows));
+  library.impl("sum_rows", TORCH_BOX(&lightning_fastmoe::sum_rows));
+  library.impl("unpermute_backward", TORCH_BOX(&lightning_fastmoe::unpermute_backward));
+  library.impl("activation", TORCH_BOX(&lightning_fastmoe::activation));
+  library.impl("activation_backward_", TORCH_BOX(&lightning_fastmoe::activation_backward_));
+  library.impl("zero_empty_experts_", TORCH_BOX(&lightning_fastmoe::zero_empty_experts_));
+}

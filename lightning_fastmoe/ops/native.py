@@ -1,0 +1,119 @@
+"""The compiled kernels as ``torch.ops.lightning_fastmoe``, loaded at the first CUDA tensor."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.ops import _build
+from lightning_fastmoe.ops.activation import is_gated
+
+NAMESPACE = "lightning_fastmoe"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of tokens and activations that the kernels take."""
+
+
+_LOADING = threading.Lock()  # autograd's threads may come first, and together
+
+
+def load() -> Any | None:
+    """The namespace of the operators, None if they can't be had (a warning says why, once).
+
+    The first call compiles them if the cache doesn't hold them.
+    """
+    with _LOADING:
+        return _load()
+
+
+@functools.cache
+def _load() -> Any | None:
+    outcome = _outcome()
+    if outcome.library is None:
+        if torch.cuda.is_available() and not outcome.reason.startswith("LIGHTNING_FASTMOE_KERNELS"):
+            warnings.warn(
+                "lightning_fastmoe computes with PyTorch's operators, not its own CUDA kernels:"
+                f" {outcome.reason}. (LIGHTNING_FASTMOE_KERNELS=0 silences this.)",
+                stacklevel=4,
+            )
+        return None
+    torch.ops.load_library(str(outcome.library))
+    register_fakes()
+    return getattr(torch.ops, NAMESPACE)
+
+
+@functools.cache
+def _outcome() -> _build.Build:
+    return _build.build()
+
+
+def unavailable_reason() -> str:
+    """Why the kernels don't run here, "" if they do."""
+    load()
+    return _outcome().reason
+
+
+def native(*tensors: Tensor) -> Any | None:
+    """The operators, if they take these tensors: CUDA, and floating ones of :data:`DTYPES`.
+
+    They know nothing of autograd, so they keep out where a graph is being recorded, as in a double
+    backward; our autograd functions run their forward and their backward without one.
+    """
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cuda or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
+            return None
+        if recording and tensor.requires_grad:
+            return None
+    return load()
+
+
+def register_fakes() -> None:
+    """Shapes and dtypes of all results, for fake tensors and opcheck."""
+    fakes: dict[str, Callable[..., Any]] = {
+        "route": _route,
+        "route_backward": lambda scores, *_: torch.empty_like(scores),
+        "sort_by_expert": _sort_by_expert,
+        "permute_rows": lambda x, inverse, top_k: x.new_empty(x.shape[0] * top_k, x.shape[1]),
+        "sum_rows": _sum_rows,
+        "unpermute_backward": lambda grad, y, weights, inverse: (
+            torch.empty_like(y),
+            torch.empty_like(weights),
+        ),
+        "activation": _activation,
+        "activation_backward_": lambda h, d_act, weights, order, name: (
+            torch.empty_like(h),
+            torch.empty_like(weights),
+        ),
+        "zero_empty_experts_": lambda grad, tokens_per_expert: None,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+
+
+def _route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = logits.shape[0]
+    weights = logits.new_empty(tokens, top_k)
+    return torch.empty_like(logits), weights, weights.new_empty(tokens, top_k, dtype=torch.int64)
+
+
+def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts = ids.new_empty(num_experts)
+    offsets = ids.new_empty(num_experts, dtype=torch.int32)
+    return torch.empty_like(ids), torch.empty_like(ids), counts, offsets
+
+
+def _sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+    return rows.new_empty(rows.shape[0] // top_k, rows.shape[1])
+
+
+def _activation(h: Tensor, name: str) -> Tensor:
+    return h.new_empty(h.shape[0], h.shape[1] // 2 if is_gated(name) else h.shape[1])
+
+
+__all__ = ["load", "native", "register_fakes", "unavailable_reason"]

@@ -1,0 +1,404 @@
+"""Each kernel against its torch twin: odd sizes, poison, equal bits, no host sync, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_fastmoe.ops import (
+    ACTIVATIONS,
+    ExpertOrder,
+    expert_layer,
+    is_gated,
+    kernels,
+    native,
+    order_by_expert,
+    softmax_top_k,
+    top_k,
+)
+from lightning_fastmoe.ops.routing import softmax_top_k_backward
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Norm of the difference over norm: one rounding of the result to the dtype, and fp32 sums.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+WIDTHS = [1, 7, 8, 64, 200, 2048, 4104]
+ROUTES = [
+    (1, 1, 1),
+    (5, 1, 7),
+    (129, 8, 64),
+    (33, 5, 5),
+    (257, 32, 33),
+    (64, 7, 1000),
+    (9, 32, 1024),
+]
+ROUTES += [(0, 2, 8)]
+"""(T, K, E)."""
+
+
+@pytest.fixture(autouse=True)
+def library() -> Any:
+    found = native.load()
+    if found is None:
+        pytest.fail(f"the kernels are not available: {native.unavailable_reason()}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """What torch.empty returns on the device is NaN, or an index far out of range."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@contextmanager
+def host_never_waits() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def close(
+    actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0, floor: float = 1e-30
+) -> None:
+    """``expected`` is the twin's result in fp64, ``floor`` what cancellation may leave."""
+    assert actual.shape == expected.shape
+    if not actual.numel():
+        return
+    error = float((actual.double() - expected).norm())
+    bound = factor * TOLERANCE[actual.dtype] * float(expected.norm()) + floor
+    assert error <= bound, f"{error} > {bound}"
+
+
+def same_bits(function: Callable[[], Any]) -> Any:
+    """The result, after checking that it is the same thrice and that no call waits."""
+    first = function()
+    with host_never_waits():
+        again = [function(), function()]
+    for other in again:
+        pairs = zip(*[(r,) if isinstance(r, torch.Tensor) else r for r in (first, other)])  # noqa: B905
+        for a, b in pairs:
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return first
+
+
+def routed(tokens: int, k: int, experts: int) -> tuple[torch.Tensor, ExpertOrder]:
+    ids = torch.rand(tokens, experts, device="cuda").argsort(dim=1)[:, :k]
+    return ids, order_by_expert(ids, experts)
+
+
+@pytest.mark.parametrize("size", ROUTES, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route(library: Any, size: tuple[int, int, int], normalize: bool) -> None:
+    tokens, k, experts = size
+    torch.manual_seed(1)
+    logits = 2 * torch.randn(tokens, experts, device="cuda")
+    scores, weights, ids = same_bits(lambda: library.route(logits, k, normalize))
+    exact = torch.softmax(logits.double(), dim=-1)
+    close(scores, exact)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, top_k(scores, k))
+    chosen = scores.double().gather(1, ids)
+    close(weights, chosen / chosen.sum(-1, keepdim=True) if normalize else chosen)
+
+    d_scores, d_weights = torch.randn_like(scores), torch.randn_like(weights)
+    for given in [(d_scores, d_weights), (None, d_weights), (d_scores, None)]:
+        got = same_bits(lambda given=given: library.route_backward(scores, ids, *given, normalize))
+        wide = [None if g is None else g.double() for g in given]
+        want = softmax_top_k_backward(scores.double(), ids, *wide, normalize)
+        assert want is not None
+        # With K = 1 or E = 1 large terms may cancel to nothing.
+        close(got, want, factor=10, floor=1e-6 * (tokens * experts) ** 0.5)
+
+
+def test_route_ties_nan_and_infinities(library: Any) -> None:
+    logits = torch.zeros(8, 70, device="cuda")
+    logits[1, 33] = torch.nan
+    logits[2] = torch.nan
+    logits[3] = -torch.inf
+    logits[4, 5:] = -torch.inf
+    logits[5, 69] = torch.inf
+    logits[6] = torch.nan
+    logits[6].view(torch.int32).bitwise_or_(-(2**31))  # NaN with the sign bit
+    logits[7, 40:] = 1
+    ids = library.route(logits, 9, True)[2].cpu()
+    first = list(range(9))
+    for row in range(7):
+        assert ids[row].tolist() == first, row
+    assert ids[7].tolist() == list(range(40, 49))
+
+
+def test_softmax_top_k_gradients() -> None:
+    logits = torch.randn(50, 12, device="cuda", requires_grad=True)
+    scores, weights, ids = softmax_top_k(logits, 3, True)
+    assert "SoftmaxTopK" in str(scores.grad_fn)
+    assert not ids.requires_grad
+    d_scores, d_weights = torch.randn_like(scores), torch.randn_like(weights)
+    (got,) = torch.autograd.grad((scores, weights), logits, (d_scores, d_weights))
+    wide = logits.detach().double().requires_grad_()
+    outputs = softmax_top_k(wide, 3, True)[:2]
+    (want,) = torch.autograd.grad(outputs, wide, (d_scores.double(), d_weights.double()))
+    close(got, want, factor=10)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 63, 64, 65, 1000, 1024])
+@pytest.mark.parametrize("pairs", [0, 1, 31, 2048, 2049, 70001])
+@pytest.mark.parametrize("skew", ["even", "one", "ends"])
+def test_sort(library: Any, experts: int, pairs: int, skew: str) -> None:
+    torch.manual_seed(pairs)
+    ids = torch.randint(experts, (pairs,), device="cuda")
+    if skew == "one":
+        ids.fill_(experts // 2)
+    elif skew == "ends":
+        ids = torch.where(ids % 2 == 0, 0, experts - 1)
+    got = same_bits(lambda: library.sort_by_expert(ids, experts))
+    order, inverse, counts, offsets = (t.cpu() for t in got)
+    want = order_by_expert(ids.cpu(), experts)
+    assert torch.equal(order, want.order)
+    assert torch.equal(inverse, want.inverse)
+    assert torch.equal(counts, want.tokens_per_expert)
+    assert torch.equal(offsets, want.offsets)
+    assert offsets.dtype == torch.int32
+
+
+def test_sort_of_many_blocks(library: Any) -> None:
+    """More blocks than the scan takes at a time."""
+    ids = torch.randint(64, (3_000_001,), device="cuda")
+    order, inverse, counts, _ = library.sort_by_expert(ids, 64)
+    want = torch.sort(ids, stable=True).indices
+    assert torch.equal(order, want)
+    assert torch.equal(inverse[order], torch.arange(ids.numel(), device="cuda"))
+    assert torch.equal(counts, torch.bincount(ids, minlength=64))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint8], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("size", [(37, 3, 5), (1, 1, 1), (64, 8, 8), (0, 2, 4)], ids=str)
+def test_permute(library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
+    tokens, k, experts = size
+    _, order = routed(tokens, k, experts)
+    x = (100 * torch.rand(tokens, width, device="cuda")).to(dtype)
+    got = same_bits(lambda: library.permute_rows(x, order.inverse, k))
+    assert torch.equal(got, x[order.order // k])
+    odd = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)  # off the 16-byte grid
+    assert torch.equal(library.permute_rows(odd, order.inverse, k), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "size", [(37, 3, 5), (1, 1, 1), (64, 8, 8), (33, 10, 11), (0, 2, 4)], ids=str
+)
+def test_sums(library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
+    tokens, k, experts = size
+    torch.manual_seed(2)
+    _, order = routed(tokens, k, experts)
+    rows = torch.randn(tokens * k, width, device="cuda").to(dtype)
+    weights = torch.rand(tokens, k, device="cuda")
+    for w in (weights, None):
+        got = same_bits(lambda w=w: library.sum_rows(rows, order.inverse, w, k))
+        wide = None if w is None else w.double()
+        close(got, kernels.sum_rows(rows.double(), order.inverse, wide, k))
+
+    grad = torch.randn(tokens, width, device="cuda").to(dtype)
+    got = same_bits(lambda: library.unpermute_backward(grad, rows, weights, order.inverse))
+    want = kernels.unpermute_backward(
+        grad.double(), rows.double(), weights.double(), order.order, order.inverse
+    )
+    close(got[0], want[0])
+    close(got[1], want[1], factor=10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_activation(library: Any, name: str, width: int, dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(3)
+    k = 3
+    _, order = routed(tokens, k, 5)
+    shape = (tokens * k, width * (2 if is_gated(name) else 1))
+    h = (3 * torch.randn(shape, device="cuda")).to(dtype)
+    d_act = torch.randn(tokens * k, width, device="cuda").to(dtype)
+    weights = torch.rand(tokens, k, device="cuda")
+    got = same_bits(lambda: library.activation(h, name))
+    close(got, kernels.activation(h.double(), name), factor=2)
+
+    def backward(at: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        weighted = d_act.clone()
+        return *library.activation_backward_(h, weighted, weights, at, name), weighted
+
+    for at in (order.order, None):
+        got = same_bits(lambda at=at: backward(at))
+        wide = d_act.double()
+        want = kernels.activation_backward_(h.double(), wide, weights.double(), at, name)
+        close(got[0], want[0], factor=2)
+        close(got[1], want[1], factor=20)
+        close(got[2], wide, factor=2)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_far_out(library: Any, name: str, dtype: torch.dtype) -> None:
+    """Large inputs saturate; they don't turn into NaN."""
+    h = torch.tensor([-6e4, -300.0, -90.0, -0.0, 0.0, 90.0, 300.0, 6e4], device="cuda").to(dtype)
+    h = (torch.cat([h, torch.ones_like(h)]) if is_gated(name) else h).unsqueeze(0)
+    d_act = torch.ones(1, 8, device="cuda", dtype=dtype)
+    wide = d_act.double()
+    d_h, _ = library.activation_backward_(h, d_act, torch.ones(1, device="cuda"), None, name)
+    want, _ = kernels.activation_backward_(
+        h.double(), wide, torch.ones(1, device="cuda", dtype=torch.float64), None, name
+    )
+    torch.testing.assert_close(d_h.double(), want, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(d_act.double(), wide, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 64, 32), (3, 7, 5), (1, 1, 1), (2, 300, 999)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_empty(library: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    counts = torch.arange(shape[0], device="cuda") % 2
+    grad = torch.full(shape, torch.nan, device="cuda", dtype=dtype)
+    with host_never_waits():
+        library.zero_empty_experts_(grad, counts)
+    assert bool((grad[counts == 0] == 0).all())
+    assert bool(grad[counts == 1].isnan().all())
+
+
+def test_opcheck(library: Any) -> None:
+    ids, order = routed(9, 2, 5)
+    logits, x = torch.randn(9, 5, device="cuda"), torch.randn(9, 8, device="cuda")
+    scores, weights, chosen = library.route(logits, 2, True)
+    rows, h = torch.randn(18, 8, device="cuda"), torch.randn(18, 16, device="cuda")
+    calls = {
+        library.route: (logits, 2, True),
+        library.route_backward: (scores, chosen, None, weights, True),
+        library.sort_by_expert: (ids.flatten(), 5),
+        library.permute_rows: (x, order.inverse, 2),
+        library.sum_rows: (rows, order.inverse, weights, 2),
+        library.unpermute_backward: (x, rows, weights, order.inverse),
+        library.activation: (h, "swiglu"),
+        library.activation_backward_: (h, rows, weights, order.order, "swiglu"),
+        library.zero_empty_experts_: (torch.randn(5, 4, device="cuda"), order.tokens_per_expert),
+    }
+    for op, args in calls.items():
+        torch.library.opcheck(op.default, args)
+
+
+def test_errors_name_the_rule(library: Any) -> None:
+    x, inverse = torch.randn(4, 8, device="cuda"), torch.arange(8, device="cuda")
+    with pytest.raises(RuntimeError, match="inverse must have size 12"):
+        library.permute_rows(x, inverse, 3)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        library.permute_rows(x.T, inverse, 1)
+    with pytest.raises(RuntimeError, match="must be Long"):
+        library.permute_rows(x, inverse.int(), 2)
+    with pytest.raises(RuntimeError, match="unknown activation 'tanh'"):
+        library.activation(x, "tanh")
+    with pytest.raises(RuntimeError, match="top_k must be between"):
+        library.route(x, 9, False)
+    with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
+        library.activation(x.double(), "relu")
+
+
+def layer_inputs(case: tuple[int, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+    tokens, width, inner, experts, k = case
+    torch.manual_seed(4)
+    shapes = [(tokens, width), (experts, 2 * inner, width), (experts, width, inner)]
+    x, up, down = (torch.randn(s, device="cuda") / s[-1] ** 0.5 for s in shapes)
+    leaves = [x.to(dtype), torch.rand(tokens, k, device="cuda"), up.to(dtype), down.to(dtype)]
+    ids = torch.rand(tokens, experts, device="cuda").argsort(dim=1)[:, :k]
+    return [leaf.requires_grad_() for leaf in leaves], [ids]
+
+
+def run_layer(leaves: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    x, weights, up, down = leaves
+    return expert_layer(x, weights, order_by_expert(ids, up.shape[0]), up, down, "swiglu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(257, 64, 96, 8, 2), (64, 32, 16, 5, 5), (3, 64, 32, 40, 1), (33, 17, 23, 3, 2)],
+    ids=str,
+)
+def test_layer(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Idle experts, odd widths, K = 1 and K = E, against the twins in fp64."""
+    leaves, (ids,) = layer_inputs(case, dtype)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    got, want = run_layer(leaves, ids), run_layer(wide, ids)
+    upstream = torch.randn_like(got)
+    bound = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    pairs = [(got, want)]
+    grads = torch.autograd.grad(got, leaves, upstream)
+    pairs += zip(grads, torch.autograd.grad(want, wide, upstream.double()), strict=True)
+    for a, b in pairs:
+        assert float((a.double() - b).norm()) <= bound * float(b.norm())
+
+
+def test_layer_never_waits_and_repeats_its_bits() -> None:
+    leaves, (ids,) = layer_inputs((1031, 64, 96, 16, 4), torch.bfloat16)
+    upstream = torch.randn_like(leaves[0])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = run_layer(leaves, ids)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    same_bits(step)
+
+
+def test_layer_in_a_cuda_graph() -> None:
+    """Captured once, replayed with other tokens that go to other experts."""
+    leaves, (ids,) = layer_inputs((512, 64, 96, 16, 4), torch.bfloat16)
+    upstream = torch.randn_like(leaves[0])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = run_layer(leaves, ids)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        leaves[0].normal_()
+        ids.copy_(torch.rand(512, 16, device="cuda").argsort(dim=1)[:, :4] // 2 * 2)
+    graph.replay()
+    replayed = [r.clone() for r in results]
+    for a, b in zip(replayed, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layer_of_no_tokens_and_of_one_busy_expert() -> None:
+    leaves, (ids,) = layer_inputs((0, 64, 32, 4, 2), torch.bfloat16)
+    grads = torch.autograd.grad(run_layer(leaves, ids).sum(), leaves)
+    assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
+    assert all(float(g.abs().sum()) == 0 for g in grads)
+
+    leaves, (ids,) = layer_inputs((64, 64, 32, 4, 1), torch.bfloat16)
+    grads = torch.autograd.grad(run_layer(leaves, torch.full_like(ids, 2)).sum(), leaves)
+    for grad in grads[2:]:
+        assert float(grad[2].abs().sum()) > 0
+        assert float(grad[[0, 1, 3]].abs().sum()) == 0
+
+
+def test_double_backward_takes_the_differentiable_path() -> None:
+    leaves, (ids,) = layer_inputs((16, 8, 8, 4, 2), torch.float32)
+    out = run_layer(leaves, ids)
+    (dx,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    dx.square().sum().backward()
+    assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in leaves)

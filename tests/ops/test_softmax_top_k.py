@@ -1,0 +1,48 @@
+"""Routing in one step, and the explicit gradient that its kernel is tested against."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_fastmoe.ops import reference, softmax_top_k
+from lightning_fastmoe.ops.routing import softmax_top_k_backward
+
+
+@pytest.mark.parametrize("size", [(5, 7, 2), (3, 4, 4), (6, 3, 1), (0, 4, 2)], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_equals_reference(size, normalize):
+    tokens, experts, k = size
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, experts, dtype=torch.float64)
+    got = softmax_top_k(logits, k, normalize)
+    torch.testing.assert_close(got, reference.softmax_top_k(logits, k, normalize))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)])
+def test_backward_equals_autograd(given, normalize):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
+    scores, weights, expert_ids = softmax_top_k(logits, 3, normalize)
+    outputs = [out for out, wanted in zip((scores, weights), given, strict=True) if wanted]
+    grads = [torch.randn_like(out) for out in outputs]
+    (want,) = torch.autograd.grad(outputs, logits, grads)
+    left = iter(grads)
+    d_scores, d_weights = (next(left) if wanted else None for wanted in given)
+    got = softmax_top_k_backward(scores.detach(), expert_ids, d_scores, d_weights, normalize)
+    torch.testing.assert_close(got, want)
+
+
+def test_no_gradient_gives_none():
+    scores = torch.rand(2, 3)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    assert softmax_top_k_backward(scores, ids, None, None, True) is None
+
+
+def test_a_row_of_nan_gives_distinct_experts():
+    logits = torch.randn(3, 6)
+    logits[1, 4] = torch.nan
+    logits[2] = torch.inf
+    expert_ids = softmax_top_k(logits, 4, True)[2]
+    assert expert_ids[1:].tolist() == [[0, 1, 2, 3]] * 2
