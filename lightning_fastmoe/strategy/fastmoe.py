@@ -46,6 +46,14 @@ from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expe
 from lightning_fastmoe.strategy.uneven import UnevenData
 
 _ENGINE = "_fastmoe_engine"
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "_stage_1": {"stage": 1},
+    "_stage_2": {"stage": 2},
+    "_stage_3": {"stage": 3},
+    "_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+    "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
 
 
 class FastMoEStrategy(DeepSpeedStrategy):
@@ -279,8 +287,6 @@ class FastMoEStrategy(DeepSpeedStrategy):
         index = self.root_device.index
         return self.local_rank if index is None else index
 
-    # ------------------------------------------------------------------------------------ training
-
     @property
     @override
     def handles_gradient_accumulation(self) -> bool:
@@ -306,9 +312,6 @@ class FastMoEStrategy(DeepSpeedStrategy):
             self._expert_state.loss_scale.watch(loss)
         return output
 
-    # ------------------------------------------------------------- ranks with different numbers of
-    #                                                                                      batches
-
     @override
     def process_dataloader(self, dataloader: object) -> object:
         return self._uneven.wrap(dataloader)
@@ -324,8 +327,6 @@ class FastMoEStrategy(DeepSpeedStrategy):
     @override
     def on_predict_start(self) -> None:
         self._uneven.fill_up("predict_step")
-
-    # --------------------------------------------------------------------------------- checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -380,8 +381,6 @@ class FastMoEStrategy(DeepSpeedStrategy):
             num_experts={n: layer.num_experts for n, layer in self._expert_state.layers.items()},
         )
 
-    # ------------------------------------------------------------------------------------ teardown
-
     @override
     def teardown(self) -> None:
         for layer in self._expert_state.layers.values():
@@ -393,15 +392,7 @@ class FastMoEStrategy(DeepSpeedStrategy):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Registers "fastmoe" and its variants for ``Trainer(strategy=...)``."""
-        variants: dict[str, dict[str, Any]] = {
-            "": {},
-            "_stage_1": {"stage": 1},
-            "_stage_2": {"stage": 2},
-            "_stage_3": {"stage": 3},
-            "_stage_2_offload": {"stage": 2, "offload_optimizer": True},
-            "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
-        }
-        for suffix, arguments in variants.items():
+        for suffix, arguments in _VARIANTS.items():
             name = cls.strategy_name + suffix
             if name not in strategy_registry:
                 strategy_registry.register(
