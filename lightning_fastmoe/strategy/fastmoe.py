@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.deepspeed import remove_module_hooks
 from pytorch_lightning.utilities.types import LRSchedulerConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -43,6 +43,7 @@ from lightning_fastmoe.strategy.experts import (
     tag_experts,
 )
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
+from lightning_fastmoe.strategy.steps import ExpertSteps
 from lightning_fastmoe.strategy.uneven import UnevenData
 
 _ENGINE = "_fastmoe_engine"
@@ -56,7 +57,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class FastMoEStrategy(DeepSpeedStrategy):
+class FastMoEStrategy(ExpertSteps):
     """Trains mixture-of-experts models: experts split over ranks, the rest by DeepSpeed ZeRO.
 
     Every ``MoE`` layer of the model has its experts divided over ``expert_parallel_size``
@@ -73,7 +74,8 @@ class FastMoEStrategy(DeepSpeedStrategy):
         stage: ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         nonfinite: what happens when NaN or Inf reaches a router on any rank in a training step:
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
-            "ignore" does not look.
+            "ignore" does not look (ZeRO itself drops a step whose gradient norm is not finite, in
+            fp32 and fp16).
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -286,47 +288,6 @@ class FastMoEStrategy(DeepSpeedStrategy):
     def _device_rank(self) -> int:
         index = self.root_device.index
         return self.local_rank if index is None else index
-
-    @property
-    @override
-    def handles_gradient_accumulation(self) -> bool:
-        # Lightning decides when to step, and tells the engine. Left to count by itself, DeepSpeed
-        # drifts out of step with Lightning when an epoch is no multiple of the accumulation.
-        return False
-
-    @override
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Nothing to block: the engine reduces as its stage needs, and steps when told."""
-        yield
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        loop = self.lightning_module.trainer.fit_loop
-        self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
-        output = super().training_step(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            # Lightning will divide this loss by the accumulation steps.
-            self._expert_state.loss_scale.watch(loss)
-        return output
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        return self._uneven.wrap(dataloader)
-
-    @override
-    def on_validation_start(self) -> None:
-        self._uneven.fill_up("validation_step")
-
-    @override
-    def on_test_start(self) -> None:
-        self._uneven.fill_up("test_step")
-
-    @override
-    def on_predict_start(self) -> None:
-        self._uneven.fill_up("predict_step")
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -59,6 +59,17 @@ class ExpertGroup:
         dist.all_gather(list(table.unbind()), vector, group=self.group)
         return unpack_counts(table.cpu(), counts.numel(), layer)
 
+    def end_pass(self, device: torch.device) -> None:
+        """Ends a forward pass; each rank calls this after it, before anything waits for others.
+
+        So a rank that left the last layers out meets the ranks that are still in them.
+
+        Raises:
+            ExchangeError: on every rank of the group, if one has more exchanges to come.
+        """
+        none = torch.zeros(self.slots, dtype=torch.int64, device=device)
+        self.exchange_counts(none, 0, "the end of the step")
+
 
 def pack_counts(counts: Tensor, slots: int, sequence: int, width: int, layer: str) -> Tensor:
     """The vector that a rank sends: header, then counts padded to ``slots``; int64."""

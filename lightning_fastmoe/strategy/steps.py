@@ -1,0 +1,100 @@
+"""What FastMoEStrategy does in and around each step; its set-up is in ``fastmoe.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fastmoe.distributed import ExpertSpreader
+from lightning_fastmoe.strategy.engine import ExpertState
+from lightning_fastmoe.strategy.uneven import UnevenData
+
+
+class ExpertSteps(DeepSpeedStrategy):
+    """The steps of a strategy whose forward passes exchange tokens between ranks."""
+
+    _spreader: ExpertSpreader | None
+    _expert_state: ExpertState
+    _uneven: UnevenData
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        # Lightning decides when to step, and tells the engine. Left to count by itself, DeepSpeed
+        # drifts out of step with Lightning when an epoch is no multiple of the accumulation.
+        return False
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing to block: the engine reduces as its stage needs, and steps when told."""
+        yield
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.fit_loop
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
+        output = super().training_step(*args, **kwargs)
+        self._end_pass()
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            # Lightning will divide this loss by the accumulation steps.
+            self._expert_state.loss_scale.watch(loss)
+        return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().validation_step(*args, **kwargs)
+        self._end_pass()
+        return output
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().test_step(*args, **kwargs)
+        self._end_pass()
+        return output
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().predict_step(*args, **kwargs)
+        self._end_pass()
+        return output
+
+    def _end_pass(self) -> None:
+        """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
+        if self._spreader is not None and self._expert_state.spread_layers:
+            assert self._spreader.group is not None
+            self._spreader.group.end_pass(self.root_device)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As the base class, but the mean of integers is not rounded down to one.
+
+        ``self.log(..., sync_dist=True)`` divides by the mean number of samples per rank.
+        """
+        integers = isinstance(tensor, Tensor) and not tensor.is_floating_point()
+        if integers and reduce_op in ("mean", "avg"):
+            tensor = tensor.double()
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return self._uneven.wrap(dataloader)
+
+    @override
+    def on_validation_start(self) -> None:
+        self._uneven.fill_up("validation_step")
+
+    @override
+    def on_test_start(self) -> None:
+        self._uneven.fill_up("test_step")
+
+    @override
+    def on_predict_start(self) -> None:
+        self._uneven.fill_up("predict_step")
