@@ -21,6 +21,9 @@ import torch
 import torch.multiprocessing as mp
 
 
+_RUNS_PER_SET = 40
+
+
 class RankError(RuntimeError):
     """A rank raised, died, or did not finish in time.
 
@@ -52,6 +55,7 @@ class RankPool:
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
         self._sets: dict[int, list[tuple[Any, Connection]]] = {}
+        self._runs: dict[int, int] = {}
 
     def run(
         self,
@@ -120,6 +124,10 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def _start(self, world_size: int) -> list[tuple[Any, Connection]]:
+        # Engines that DeepSpeed never lets go keep their groups, and gloo's threads, alive.
+        self._runs[world_size] = self._runs.get(world_size, 0) + 1
+        if self._runs[world_size] % _RUNS_PER_SET == 0:
+            self._kill(world_size)
         if world_size not in self._sets:
             context = mp.get_context("spawn")
             workers = []
