@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-
 _RUNS_PER_SET = 40
 
 
