@@ -16,6 +16,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 namespace lightning_fastmoe {
 
@@ -65,6 +66,28 @@ inline unsigned grid_size(int64_t blocks, const char* op) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), op,
                   ": too many rows for one launch (", blocks, " blocks)");
   return static_cast<unsigned>(blocks);
+}
+
+// A bias per expert for rows in expert-major order, as kernels take it. All null without one.
+struct RowBias {
+  const void* bias = nullptr;    // (E, width)
+  const int* offsets = nullptr;  // (E,), the row at which each expert ends
+  int num_experts = 0;
+};
+
+inline RowBias check_row_bias(const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& offsets, const char* op, int64_t width,
+                              const Tensor& like) {
+  if (!bias) return {};
+  STD_TORCH_CHECK(offsets.has_value(), op, ": a bias needs offsets, to find each row's expert");
+  check_tensor(*bias, op, "bias", 2, like);
+  check_dtype(*bias, op, "bias", like.scalar_type());
+  check_size(*bias, op, "bias", 1, width);
+  check_tensor(*offsets, op, "offsets", 1, like);
+  check_dtype(*offsets, op, "offsets", ScalarType::Int);
+  check_size(*offsets, op, "offsets", 0, bias->size(0));
+  return {bias->data_ptr(), static_cast<const int*>(offsets->data_ptr()),
+          static_cast<int>(bias->size(0))};
 }
 
 // Whether rows of `row_bytes` bytes that start at these addresses split into 16-byte vectors.
@@ -158,6 +181,20 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& vector) {
     memcpy(&raw, &vector, sizeof(raw));
     *reinterpret_cast<uint4*>(pointer) = raw;
   }
+}
+
+// The expert of an expert-major row: the first whose offset is beyond it.
+__device__ __forceinline__ int64_t expert_of(const int* offsets, int num_experts, int64_t row) {
+  int low = 0, high = num_experts - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (offsets[middle] > row) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
 }
 
 // ----------------------------------------------------------------------------------------- warps

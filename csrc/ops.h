@@ -13,10 +13,12 @@ namespace lightning_fastmoe {
 using torch::stable::Tensor;
 
 // routing.cu
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bool normalize);
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits,
+                                         const std::optional<Tensor>& selection_bias, int64_t top_k,
+                                         bool normalize, bool sigmoid);
 Tensor route_backward(const Tensor& scores, const Tensor& expert_ids,
                       const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_weights,
-                      bool normalize);
+                      bool normalize, bool sigmoid);
 
 // sort.cu
 std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_ids,
@@ -25,16 +27,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
 // permute.cu
 Tensor permute_rows(const Tensor& x, const Tensor& inverse, int64_t top_k);
 Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<Tensor>& weights,
-                int64_t top_k);
+                int64_t top_k, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& offsets);
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& y,
                                               const Tensor& weights, const Tensor& inverse);
 
 // activation.cu
-Tensor activation(const Tensor& h, std::string name);
-std::tuple<Tensor, Tensor> activation_backward_(const Tensor& h, const Tensor& d_act,
-                                                const Tensor& weights,
-                                                const std::optional<Tensor>& order,
-                                                std::string name);
+Tensor activation(const Tensor& h, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& offsets, std::string name);
+Tensor activation_backward_(const Tensor& h, const Tensor& d_act, const Tensor& weights,
+                            const std::optional<Tensor>& order, const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& offsets, std::string name);
 
 // zero_empty.cu
 void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);

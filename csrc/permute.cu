@@ -32,11 +32,12 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-template <typename T, int N>
+template <typename T, int N, bool kBias>
 __global__ void __launch_bounds__(kBlock)
     sum_rows_kernel(const T* __restrict__ rows, const int64_t* __restrict__ inverse,
-                    const float* __restrict__ weights, T* __restrict__ out, int64_t tokens,
-                    int64_t width, int top_k) {
+                    const float* __restrict__ weights, const T* __restrict__ bias,
+                    const int* __restrict__ offsets, T* __restrict__ out, int num_experts,
+                    int64_t tokens, int64_t width, int top_k) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= tokens) return;
   const int64_t first = token * top_k;
@@ -54,8 +55,17 @@ __global__ void __launch_bounds__(kBlock)
       for (int j = 0; j < kRowsInFlight; ++j) {
         if (k + j < top_k) {
           const float weight = weights == nullptr ? 1.0f : weights[first + k + j];
+          float value[N];
 #pragma unroll
-          for (int n = 0; n < N; ++n) sum[n] += weight * to_float(row[j].element[n]);
+          for (int n = 0; n < N; ++n) value[n] = to_float(row[j].element[n]);
+          if constexpr (kBias) {
+            const int64_t expert = expert_of(offsets, num_experts, inverse[first + k + j]);
+            const Vector<T, N> shift = load<T, N>(bias + expert * width + i);
+#pragma unroll
+            for (int n = 0; n < N; ++n) value[n] += to_float(shift.element[n]);
+          }
+#pragma unroll
+          for (int n = 0; n < N; ++n) sum[n] += weight * value[n];
         }
       }
     }
@@ -157,7 +167,8 @@ Tensor permute_rows(const Tensor& x, const Tensor& inverse, int64_t top_k) {
 }
 
 Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<Tensor>& weights,
-                int64_t top_k) {
+                int64_t top_k, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& offsets) {
   const char* op = "sum_rows";
   check_tensor(rows, op, "rows", 2, rows);
   check_top_k(op, top_k);
@@ -166,6 +177,7 @@ Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<T
   const int64_t tokens = rows.size(0) / top_k, width = rows.size(1);
   check_inverse(inverse, op, rows.size(0), rows);
   if (weights) check_weights(*weights, op, tokens, top_k, rows);
+  const RowBias row_bias = check_row_bias(bias, offsets, op, width, rows);
 
   const DeviceGuard guard(rows.get_device_index());
   Tensor out = torch::stable::new_empty(rows, {tokens, width});
@@ -176,12 +188,16 @@ Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<T
       constexpr int N = decltype(size)::value;
       const dim3 block = row_block(width / N);
       const unsigned grid = grid_size(ceil_div(tokens, block.y), op);
-      sum_rows_kernel<T, N><<<grid, block, 0, current_stream(rows)>>>(
+      const auto kernel =
+          row_bias.bias == nullptr ? sum_rows_kernel<T, N, false> : sum_rows_kernel<T, N, true>;
+      kernel<<<grid, block, 0, current_stream(rows)>>>(
           static_cast<const T*>(rows.data_ptr()), static_cast<const int64_t*>(inverse.data_ptr()),
           weights ? static_cast<const float*>(weights->data_ptr()) : nullptr,
-          static_cast<T*>(out.data_ptr()), tokens, width, static_cast<int>(top_k));
+          static_cast<const T*>(row_bias.bias), row_bias.offsets, static_cast<T*>(out.data_ptr()),
+          row_bias.num_experts, tokens, width, static_cast<int>(top_k));
     };
-    if (takes_vectors(width * static_cast<int64_t>(sizeof(T)), {rows.data_ptr(), out.data_ptr()})) {
+    if (takes_vectors(width * static_cast<int64_t>(sizeof(T)),
+                      {rows.data_ptr(), row_bias.bias, out.data_ptr()})) {
       launch(std::integral_constant<int, kVectorSize<T>>{});
     } else {
       launch(std::integral_constant<int, 1>{});

@@ -1,4 +1,5 @@
-// Softmax, top-k and the K weights of each token in one pass over the logits, and its gradient.
+// Scores (softmax or sigmoid), top-k and the K weights of each token in one pass over the logits,
+// and its gradient.
 //
 // One warp per token; lane l holds the scores of experts l, l + 32, ... in registers, so E <= 1024.
 // Sizes depend on E and K alone.
@@ -10,22 +11,24 @@ namespace {
 
 constexpr int kMaxExperts = 1024;
 
-// An integer that orders scores as top-k does: NaN above everything, as torch.sort has it, and all
-// NaN equal, so that a row of NaN still gives K distinct experts. Scores are >= 0, where the bits
-// of a float ascend with its value. 0 is left for experts that are taken or do not exist.
-__device__ __forceinline__ unsigned rank_key(float score) {
-  return isnan(score) ? 0xffffffffu : __float_as_uint(score) + 1u;
+// An integer that orders numbers as top-k does: NaN above everything, as torch.sort has it, and all
+// NaN equal, so that a row of NaN still gives K distinct experts. The bits of a float >= 0 ascend
+// with its value; those of a negative one descend. 0 is left for experts that are taken or do not
+// exist.
+__device__ __forceinline__ unsigned rank_key(float value) {
+  if (isnan(value)) return 0xffffffffu;
+  const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);  // -0 ties with 0
+  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ float score_of(unsigned key) {
-  return key == 0xffffffffu ? __uint_as_float(0x7fffffffu) : __uint_as_float(key - 1u);
-}
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 template <int V>  // scores per lane
-__global__ void __launch_bounds__(kBlock)
-    route_kernel(const float* __restrict__ logits, float* __restrict__ scores,
-                 float* __restrict__ weights, int64_t* __restrict__ expert_ids, int64_t tokens,
-                 int num_experts, int top_k, bool normalize) {
+__global__ void __launch_bounds__(kBlock, 2)
+    route_kernel(const float* __restrict__ logits, const float* __restrict__ selection_bias,
+                 float* __restrict__ scores, float* __restrict__ weights,
+                 int64_t* __restrict__ expert_ids, int64_t tokens, int num_experts, int top_k,
+                 bool normalize, bool use_sigmoid) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (token >= tokens) return;
@@ -39,33 +42,43 @@ __global__ void __launch_bounds__(kBlock)
     score[v] = expert < num_experts ? row[expert] : -INFINITY;
     highest = fmaxf(highest, score[v]);
   }
-  highest = warp_max(highest);
-  float sum = 0.0f;
+  if (use_sigmoid) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    // The guard matters: a row of -inf would turn the lanes beyond E into NaN of their own.
-    score[v] = v * kWarpSize + lane < num_experts ? expf(score[v] - highest) : 0.0f;
-    sum += score[v];
+    for (int v = 0; v < V; ++v) score[v] = sigmoid(score[v]);
+  } else {
+    highest = warp_max(highest);
+    float sum = 0.0f;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      // The guard matters: a row of -inf would turn the lanes beyond E into NaN of their own.
+      score[v] = v * kWarpSize + lane < num_experts ? expf(score[v] - highest) : 0.0f;
+      sum += score[v];
+    }
+    sum = warp_sum(sum);
+#pragma unroll
+    for (int v = 0; v < V; ++v) score[v] /= sum;
   }
-  sum = warp_sum(sum);
+  unsigned rank[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int expert = v * kWarpSize + lane;
-    score[v] /= sum;
-    if (expert < num_experts) scores[token * num_experts + expert] = score[v];
+    rank[v] = 0;
+    if (expert < num_experts) {
+      scores[token * num_experts + expert] = score[v];
+      rank[v] = rank_key(selection_bias == nullptr ? score[v] : score[v] + selection_bias[expert]);
+    }
   }
 
-  unsigned taken = 0;  // bit v: this lane's v-th expert is chosen
   unsigned best_key = 0;
+  float best_score = 0.0f;
   int best = 0;
   const auto find_best = [&] {
     best_key = 0;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const bool open = v * kWarpSize + lane < num_experts && !((taken >> v) & 1u);
-      const unsigned key = open ? rank_key(score[v]) : 0u;
-      if (key > best_key) {  // strictly: ties stay with the lower expert
-        best_key = key;
+      if (rank[v] > best_key) {  // strictly: ties stay with the lower expert
+        best_key = rank[v];
+        best_score = score[v];
         best = v;
       }
     }
@@ -73,18 +86,22 @@ __global__ void __launch_bounds__(kBlock)
   find_best();
   float my_weight = 0.0f, total = 0.0f;
   int my_expert = 0;
+#pragma unroll 1
   for (int k = 0; k < top_k; ++k) {
     const unsigned key = warp_max(best_key);
     const unsigned candidate = best * kWarpSize + lane;
     const unsigned expert = warp_min(best_key == key ? candidate : 0xffffffffu);
-    const float weight = score_of(key);
+    const float weight = __shfl_sync(kAllLanes, best_score, expert % kWarpSize);
     total += weight;
     if (lane == k) {
       my_weight = weight;
       my_expert = static_cast<int>(expert);
     }
     if (lane == expert % kWarpSize) {
-      taken |= 1u << (expert / kWarpSize);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (v == best) rank[v] = 0;  // an index known at compile time keeps the array in registers
+      }
       find_best();
     }
   }
@@ -99,7 +116,7 @@ __global__ void __launch_bounds__(kBlock)
     route_backward_kernel(const float* __restrict__ scores, const int64_t* __restrict__ expert_ids,
                           const float* __restrict__ d_scores, const float* __restrict__ d_weights,
                           float* __restrict__ d_logits, int64_t tokens, int num_experts, int top_k,
-                          bool normalize) {
+                          bool normalize, bool use_sigmoid) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (token >= tokens) return;
@@ -137,12 +154,13 @@ __global__ void __launch_bounds__(kBlock)
   float inner = 0.0f;
 #pragma unroll
   for (int v = 0; v < V; ++v) inner += score[v] * grad[v];
-  inner = warp_sum(inner);
+  inner = use_sigmoid ? 0.0f : warp_sum(inner);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int expert = v * kWarpSize + lane;
     if (expert < num_experts) {
-      d_logits[token * num_experts + expert] = score[v] * (grad[v] - inner);
+      const float slope = use_sigmoid ? score[v] * (1.0f - score[v]) : score[v];
+      d_logits[token * num_experts + expert] = slope * (grad[v] - inner);
     }
   }
 }
@@ -168,12 +186,19 @@ void check_sizes(const char* op, int64_t num_experts, int64_t top_k) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits,
+                                         const std::optional<Tensor>& selection_bias, int64_t top_k,
+                                         bool normalize, bool sigmoid) {
   const char* op = "route";
   check_tensor(logits, op, "logits", 2, logits);
   check_dtype(logits, op, "logits", ScalarType::Float);
   const int64_t tokens = logits.size(0), num_experts = logits.size(1);
   check_sizes(op, num_experts, top_k);
+  if (selection_bias) {
+    check_tensor(*selection_bias, op, "selection_bias", 1, logits);
+    check_dtype(*selection_bias, op, "selection_bias", ScalarType::Float);
+    check_size(*selection_bias, op, "selection_bias", 0, num_experts);
+  }
 
   const DeviceGuard guard(logits.get_device_index());
   Tensor scores = torch::stable::empty_like(logits);
@@ -184,9 +209,11 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bo
   const unsigned grid = grid_size(ceil_div(tokens, kWarpsPerBlock), op);
   for_scores_per_lane(num_experts, [&](auto per_lane) {
     route_kernel<decltype(per_lane)::value><<<grid, kBlock, 0, current_stream(logits)>>>(
-        static_cast<const float*>(logits.data_ptr()), static_cast<float*>(scores.data_ptr()),
-        static_cast<float*>(weights.data_ptr()), static_cast<int64_t*>(expert_ids.data_ptr()),
-        tokens, static_cast<int>(num_experts), static_cast<int>(top_k), normalize);
+        static_cast<const float*>(logits.data_ptr()),
+        selection_bias ? static_cast<const float*>(selection_bias->data_ptr()) : nullptr,
+        static_cast<float*>(scores.data_ptr()), static_cast<float*>(weights.data_ptr()),
+        static_cast<int64_t*>(expert_ids.data_ptr()), tokens, static_cast<int>(num_experts),
+        static_cast<int>(top_k), normalize, sigmoid);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {scores, weights, expert_ids};
@@ -194,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bo
 
 Tensor route_backward(const Tensor& scores, const Tensor& expert_ids,
                       const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_weights,
-                      bool normalize) {
+                      bool normalize, bool sigmoid) {
   const char* op = "route_backward";
   check_tensor(scores, op, "scores", 2, scores);
   check_dtype(scores, op, "scores", ScalarType::Float);
@@ -228,7 +255,7 @@ Tensor route_backward(const Tensor& scores, const Tensor& expert_ids,
         d_scores ? static_cast<const float*>(d_scores->data_ptr()) : nullptr,
         d_weights ? static_cast<const float*>(d_weights->data_ptr()) : nullptr,
         static_cast<float*>(d_logits.data_ptr()), tokens, static_cast<int>(num_experts),
-        static_cast<int>(top_k), normalize);
+        static_cast<int>(top_k), normalize, sigmoid);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return d_logits;

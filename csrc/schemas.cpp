@@ -8,14 +8,15 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
-  // logits (T, E) fp32 -> scores (T, E) fp32, weights (T, K) fp32, expert_ids (T, K) int64.
+  // logits (T, E) fp32 -> scores (T, E) fp32, softmax or elementwise sigmoid; weights (T, K) fp32;
+  // expert_ids (T, K) int64, the K largest of scores + selection_bias (E,), best first.
   library.def(
-      "route(Tensor logits, int top_k, bool normalize)"
+      "route(Tensor logits, Tensor? selection_bias, int top_k, bool normalize, bool sigmoid)"
       " -> (Tensor scores, Tensor weights, Tensor expert_ids)");
   // -> d_logits (T, E). An absent gradient is zero.
   library.def(
       "route_backward(Tensor scores, Tensor expert_ids, Tensor? d_scores, Tensor? d_weights,"
-      " bool normalize) -> Tensor");
+      " bool normalize, bool sigmoid) -> Tensor");
   // expert_ids (N,) int64 -> order (N,), inverse (N,), tokens_per_expert (E,), all int64, and their
   // inclusive cumulative sum, offsets (E,) int32.
   library.def(
@@ -24,19 +25,23 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // x (T, D), inverse (N,) -> (N, D): out[inverse[t*K + k]] = x[t].
   library.def("permute_rows(Tensor x, Tensor inverse, int top_k) -> Tensor");
   // rows (N, D) -> (T, D): out[t] = sum_k weights[t, k] * rows[inverse[t*K + k]], in slot order, in
-  // fp32; without weights a plain sum.
-  library.def("sum_rows(Tensor rows, Tensor inverse, Tensor? weights, int top_k) -> Tensor");
+  // fp32; without weights a plain sum. With bias (E, D) and offsets (E,), each row first gets its
+  // expert's.
+  library.def(
+      "sum_rows(Tensor rows, Tensor inverse, Tensor? weights, int top_k, Tensor? bias,"
+      " Tensor? offsets) -> Tensor");
   // grad (T, D), y (N, D) -> d_y (N, D), d_weights (T, K): the gradients of the weighted sum.
   library.def(
       "unpermute_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse)"
       " -> (Tensor d_y, Tensor d_weights)");
-  // h (N, 2F) or (N, F) -> (N, F).
-  library.def("activation(Tensor h, str name) -> Tensor");
-  // With w = weights[order[row]] (weights[row] without order) and A = act(h):
-  // d_h = w * d_act * act'(h), d_act is overwritten by w * A, d_weights[order[row]] = <A, d_act>.
+  // h (N, 2F) or (N, F) -> (N, F). With bias (E, 2F) or (E, F) and offsets (E,), each row of h
+  // first gets its expert's.
+  library.def("activation(Tensor h, Tensor? bias, Tensor? offsets, str name) -> Tensor");
+  // With w = weights[order[row]] (weights[row] without order) and A = act(h + bias): h becomes
+  // w * d_act * act'(h + bias), d_act becomes w * A, d_weights[order[row]] = <A, d_act>.
   library.def(
-      "activation_backward_(Tensor h, Tensor(a!) d_act, Tensor weights, Tensor? order, str name)"
-      " -> (Tensor d_h, Tensor d_weights)");
+      "activation_backward_(Tensor(a!) h, Tensor(b!) d_act, Tensor weights, Tensor? order,"
+      " Tensor? bias, Tensor? offsets, str name) -> Tensor");
   // grad (E, ...): zeros for the experts without tokens.
   library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
 }

@@ -112,7 +112,7 @@ class Experts(nn.Module):
             return ops.expert_layer(
                 x, weights, order, up, down, self.activation, up_bias, down_bias
             )
-        return ops.grouped_mlp(x, tokens_per_expert, up, down, self.activation, up_bias, down_bias)
+        return ops.expert_mlp(x, tokens_per_expert, up, down, self.activation, up_bias, down_bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""

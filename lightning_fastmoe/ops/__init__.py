@@ -2,20 +2,28 @@
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
-from lightning_fastmoe.ops.layer import expert_layer
+from lightning_fastmoe.ops.layer import expert_layer, expert_mlp
 from lightning_fastmoe.ops.permute import permute, unpermute
-from lightning_fastmoe.ops.routing import ExpertOrder, order_by_expert, softmax_top_k, top_k
+from lightning_fastmoe.ops.routing import (
+    ExpertOrder,
+    order_by_expert,
+    sigmoid_top_k,
+    softmax_top_k,
+    top_k,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "ExpertOrder",
     "apply_activation",
     "expert_layer",
+    "expert_mlp",
     "grouped_linear",
     "grouped_mlp",
     "is_gated",
     "order_by_expert",
     "permute",
+    "sigmoid_top_k",
     "softmax_top_k",
     "top_k",
     "unpermute",

@@ -125,6 +125,33 @@ def grouped_outer_product(
     return out
 
 
+def expert_sums(
+    rows: Tensor, tokens_per_expert: Tensor, offsets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """``sum of weights[r] * rows[r] over the rows r of e`` for every expert e, in fixed order.
+
+    A grouped product with a few columns, so that long sums run in fp32 and nothing is scattered.
+
+    Args:
+        rows: (N, M), grouped by expert.
+        tokens_per_expert: (E,) int64.
+        offsets: (E,) int32, their running sum.
+        weights: (N,), or None for ones.
+
+    Returns:
+        (E, M) in the dtype of ``rows``, zeros for an expert without rows.
+    """
+    columns = rows.new_zeros(rows.shape[0], _ALIGNMENT_BYTES // 2)
+    if weights is None:
+        columns[:, 0] = 1
+    else:
+        columns[:, 0] = weights
+        # What a half precision loses of the weight, in a column that would be idle.
+        columns[:, 1] = weights - columns[:, 0]
+    sums = grouped_outer_product(rows, columns, tokens_per_expert, offsets)
+    return sums[..., :2].sum(dim=-1, dtype=kernels.accumulation_dtype(rows.dtype)).to(rows.dtype)
+
+
 def _aligned(weight: Tensor) -> Tensor:
     """Moves a view into one of ZeRO's flat buffers, if it lies at an odd place."""
     odd = weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES

@@ -36,7 +36,14 @@ def permute_rows(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tenso
     return x.index_select(0, _tokens_of(order, top_k))
 
 
-def sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+def sum_rows(
+    rows: Tensor,
+    inverse: Tensor,
+    weights: Tensor | None,
+    top_k: int,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
     """Each token's (weighted) sum of its K rows, in slot order, accumulated in fp32.
 
     Args:
@@ -44,22 +51,42 @@ def sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) 
         inverse: (N,) int64.
         weights: (T, K), or None for a plain sum.
         top_k: K.
+        bias: (E, D), added to each row of its expert before the weight; needs ``offsets``.
+        offsets: (E,) int32, the row at which each expert ends.
 
     Returns:
         (T, D) in the dtype of ``rows``.
     """
-    tensors = (rows, inverse) if weights is None else (rows, inverse, weights)
+    tensors = [t for t in (rows, inverse, weights, bias) if t is not None]
     if (library := native(*tensors)) is not None:
         w = None if weights is None else weights.to(torch.float32).contiguous()
-        return library.sum_rows(rows.contiguous(), inverse, w, top_k)  # type: ignore[no-any-return]
-    picked = rows.index_select(0, inverse)
-    if weights is None and top_k == 1:
-        return picked
+        b = None if bias is None else bias.contiguous()
+        return library.sum_rows(  # type: ignore[no-any-return]
+            rows.contiguous(), inverse, w, top_k, b, offsets
+        )
     acc = accumulation_dtype(rows.dtype)
+    if bias is not None:
+        rows = rows.to(acc) + bias_rows(bias, offsets, rows.shape[0]).to(acc)
+    picked = rows.index_select(0, inverse)
+    dtype = rows.dtype if bias is None else bias.dtype
+    if weights is None and top_k == 1:
+        return picked.to(dtype)
     picked = picked.view(-1, top_k, rows.shape[1])
     if weights is None:
-        return picked.sum(dim=1, dtype=acc).to(rows.dtype)
-    return (picked.to(acc) * weights.to(acc).unsqueeze(-1)).sum(dim=1).to(rows.dtype)
+        return picked.sum(dim=1, dtype=acc).to(dtype)
+    return (picked.to(acc) * weights.to(acc).unsqueeze(-1)).sum(dim=1).to(dtype)
+
+
+def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """(N,) int64: the expert of each expert-major row, from ``offsets (E,)``."""
+    places = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, places, right=True)
+
+
+def bias_rows(bias: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
+    """``bias (E, M)`` and ``offsets (E,)`` -> (N, M), each row's bias."""
+    assert offsets is not None
+    return bias.index_select(0, expert_of_rows(offsets, rows))
 
 
 def unpermute_backward(
@@ -102,46 +129,66 @@ def unpermute_backward(
     return dy, dw
 
 
-def activation(h: Tensor, name: str) -> Tensor:
-    """``h (N, 2F) -> (N, F)`` for gated names, else ``(N, F) -> (N, F)``; rounded once."""
-    if (library := native(h)) is not None:
-        return library.activation(h.contiguous(), name)  # type: ignore[no-any-return]
-    return apply_activation(h.to(accumulation_dtype(h.dtype)), name).to(h.dtype)
+def activation(
+    h: Tensor, name: str, bias: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
+    """``h (N, 2F) -> (N, F)`` for gated names, else ``(N, F) -> (N, F)``; rounded once.
+
+    Args:
+        h: rows in expert-major order.
+        name: the activation.
+        bias: (E, 2F) or (E, F), added to the rows of each expert first; needs ``offsets``.
+        offsets: (E,) int32, the row at which each expert ends.
+    """
+    tensors = (h,) if bias is None else (h, bias)
+    if (library := native(*tensors)) is not None:
+        b = None if bias is None else bias.contiguous()
+        return library.activation(h.contiguous(), b, offsets, name)  # type: ignore[no-any-return]
+    return apply_activation(_biased(h, bias, offsets), name).to(h.dtype)
 
 
 def activation_backward_(
-    h: Tensor, d_act: Tensor, weights: Tensor, order: Tensor | None, name: str
-) -> tuple[Tensor, Tensor]:
-    """All that the backward needs of the activation, in one pass. Overwrites ``d_act``.
+    h: Tensor,
+    d_act: Tensor,
+    weights: Tensor,
+    order: Tensor | None,
+    name: str,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """All that the backward needs of the activation, in one pass. Overwrites ``h`` and ``d_act``.
 
-    With ``A = act(h)`` and row r's weight ``w = weights.flatten()[order[r]]`` (``[r]`` without an
-    order): ``d_h = w * d_act * act'(h)``, the weight's gradient is ``<A[r], d_act[r]>``, and
-    ``d_act`` becomes ``w * A``.
+    With ``A = act(h + bias)`` and row r's weight ``w = weights.flatten()[order[r]]`` (``[r]``
+    without an order): ``h`` becomes ``w * d_act * act'(h + bias)``, ``d_act`` becomes ``w * A``,
+    and the weight's gradient is ``<A[r], d_act[r]>``.
 
     Args:
-        h: (N, 2F) for gated names, else (N, F).
+        h: (N, 2F) for gated names, else (N, F); contiguous.
         d_act: (N, F), contiguous, the gradient that A would have if all weights were 1.
         weights: N numbers, of any shape.
         order: (N,) int64, or None.
         name: the activation.
+        bias: (E, 2F) or (E, F), or None.
+        offsets: (E,) int32, for the bias.
 
     Returns:
-        ``d_h`` like ``h`` and ``d_weights`` like ``weights``.
+        ``d_weights`` like ``weights``.
     """
-    if weights.dtype == torch.float32 and (library := native(h, d_act, weights)) is not None:
+    tensors = (h, d_act, weights) if bias is None else (h, d_act, weights, bias)
+    if weights.dtype == torch.float32 and (library := native(*tensors)) is not None:
+        b = None if bias is None else bias.contiguous()
         return library.activation_backward_(  # type: ignore[no-any-return]
-            h.contiguous(), d_act, weights.contiguous(), order, name
+            h, d_act, weights.contiguous(), order, b, offsets, name
         )
     acc = accumulation_dtype(h.dtype)
     flat = weights.reshape(-1)
     w = (flat if order is None else flat.index_select(0, order)).to(acc).unsqueeze(-1)
-    grad, pre = d_act.to(acc), h.to(acc)
+    grad, pre = d_act.to(acc), _biased(h, bias, offsets)
     gate, up = pre.chunk(2, dim=-1) if is_gated(name) else (pre, None)
     bent = apply_activation(gate, GATED.get(name, name))
     value = bent if up is None else bent * up
     scaled = w * grad
     d_gate = _plain_backward(scaled if up is None else scaled * up, gate, GATED.get(name, name))
-    d_h = d_gate if up is None else torch.cat((d_gate, scaled * bent), dim=-1)
     dots = (value * grad).sum(dim=-1).to(weights.dtype)
     if order is None:
         d_weights = dots
@@ -149,7 +196,8 @@ def activation_backward_(
         d_weights = torch.empty_like(dots)
         d_weights[order] = dots  # each element once
     d_act.copy_(w * value)
-    return d_h.to(h.dtype), d_weights.view(weights.shape)
+    h.copy_(d_gate if up is None else torch.cat((d_gate, scaled * bent), dim=-1))
+    return d_weights.view(weights.shape)
 
 
 def zero_empty_experts_(grad: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -167,6 +215,12 @@ def zero_empty_experts_(grad: Tensor, tokens_per_expert: Tensor) -> Tensor:
         return grad
     empty = (tokens_per_expert == 0).view(-1, *[1] * (grad.dim() - 1))
     return grad.masked_fill_(empty, 0)
+
+
+def _biased(h: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """``h`` plus each row's bias, wide enough to compute with."""
+    wide = h.to(accumulation_dtype(h.dtype))
+    return wide if bias is None else wide + bias_rows(bias, offsets, h.shape[0]).to(wide.dtype)
 
 
 def _tokens_of(order: Tensor, top_k: int) -> Tensor:

@@ -1,15 +1,18 @@
-"""All experts of one rank on tokens in their own order, with a backward that is planned as a whole.
+"""All experts of one rank as one step, with a backward that is planned as a whole.
 
 The chain permute, grouped MLP, unpermute keeps the gathered tokens, the pre-activation H, the
 activation A and the expert outputs Y for its backward. Here only x and H are kept (the idea is
 SonicMoE's). For a row r of token t with routing weight w, and the layer's gradient dO:
 
     dA'[r] = dO[t] @ down[e]            the gradient that A would have if w were 1
-    dw     = <A[r], dA'[r]>             so Y is not needed
+    dw     = <A[r], dA'[r]>             so Y is not needed (a bias b of Y adds <b[e], dO[t]>)
     dH[r]  = w * dA'[r] * act'(H[r])
     d_down = sum_r dO[t] (w A[r])^T     so the weighted dO is not needed either
     d_up   = sum_r dH[r] x[t]^T
     dx[t]  = sum of dH[r] @ up[e] over the K rows of t
+
+dH takes the memory of H, and w A that of dA'. A second backward through a retained graph, which
+finds H spent, computes it again.
 """
 
 from __future__ import annotations
@@ -20,78 +23,136 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import kernels
-from lightning_fastmoe.ops.grouped_mlp import grouped_mlp, grouped_outer_product, grouped_product
+from lightning_fastmoe.ops.grouped_mlp import (
+    expert_sums,
+    grouped_mlp,
+    grouped_outer_product,
+    grouped_product,
+)
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
 
 
 class _ExpertLayer(torch.autograd.Function):
+    """Without ``order`` and ``inverse``, rows come and go in expert-major order, without weights."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         up: Tensor,
         down: Tensor,
-        order: Tensor,
-        inverse: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        order: Tensor | None,
+        inverse: Tensor | None,
         tokens_per_expert: Tensor,
         offsets: Tensor,
         name: str,
     ) -> Tensor:
-        top_k = weights.shape[1]
         groups = (tokens_per_expert, offsets)
-        rows = kernels.permute_rows(x, order, inverse, top_k)
-        h = grouped_product(rows, up.transpose(1, 2), *groups)
-        del rows  # each buffer goes as soon as the next exists
-        a = kernels.activation(h, name)
-        ctx.save_for_backward(x, h, weights, up, down, order, inverse, *groups)
-        ctx.name = name
-        del h
+        h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
+        a = kernels.activation(h, name, up_bias, offsets)
+        ctx.save_for_backward(
+            x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups
+        )
+        ctx.name, ctx.h_is_spent = name, False
+        del h  # without a graph it goes as soon as the activation exists
         y = grouped_product(a, down.transpose(1, 2), *groups)
         del a
-        return kernels.sum_rows(y, inverse, weights, top_k)
+        if inverse is not None:
+            assert weights is not None
+            return kernels.sum_rows(y, inverse, weights, weights.shape[1], down_bias, offsets)
+        if down_bias is None:
+            return y
+        same_order = torch.arange(y.shape[0], device=y.device)
+        return kernels.sum_rows(y, same_order, None, 1, down_bias, offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
-        x, h, weights, up, down, order, inverse, *groups = ctx.saved_tensors
-        wants_x, wants_weights, wants_up, wants_down = ctx.needs_input_grad[:4]
-        top_k = weights.shape[1]
-        d_x = d_up = d_down = None
-        d_out = kernels.permute_rows(grad, order, inverse, top_k)
+        (x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups) = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        if ctx.h_is_spent:
+            h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
+        ctx.h_is_spent = True
+        d_x = d_up = d_down = d_up_bias = d_down_bias = None
+
+        d_out = _rows(grad, weights, order, inverse)
         d_act = grouped_product(d_out, down, *groups)
-        # H itself stays: a second backward through a retained graph reads it again.
-        d_h, d_weights = kernels.activation_backward_(h, d_act, weights, order, ctx.name)
-        weighted_act = d_act
-        if wants_down:
+        if wants[5]:
+            row_weights = None if weights is None else weights.reshape(-1).index_select(0, order)
+            d_down_bias = expert_sums(d_out, *groups, row_weights)
+        used = x.new_ones(h.shape[0], dtype=torch.float32) if weights is None else weights
+        # Through .data, as autograd would take the overwritten H of a retained graph for an error.
+        d_h, weighted_act = h.data, d_act
+        d_weights = kernels.activation_backward_(
+            d_h, weighted_act, used, order, ctx.name, up_bias, groups[1]
+        )
+        if wants[1] and down_bias is not None:
+            d_weights += _bias_dots(grad, down_bias, inverse, groups[1], d_weights)
+        if wants[3]:
             d_down = grouped_outer_product(d_out, weighted_act, *groups)
-        del d_out, d_act, weighted_act, h
-        if wants_up:
-            rows = kernels.permute_rows(x, order, inverse, top_k)
-            d_up = grouped_outer_product(d_h, rows, *groups)
-            del rows
-        if wants_x:
-            d_rows = grouped_product(d_h, up, *groups)
-            del d_h
-            d_x = kernels.sum_rows(d_rows, inverse, None, top_k)
+        del d_out, d_act, weighted_act
+        if wants[4]:
+            d_up_bias = expert_sums(d_h, *groups)
+        if wants[2]:
+            d_up = grouped_outer_product(d_h, _rows(x, weights, order, inverse), *groups)
+        if wants[0]:
+            d_x = grouped_product(d_h, up, *groups)
+            if inverse is not None:
+                d_x = kernels.sum_rows(d_x, inverse, None, weights.shape[1])
         none = (None,) * 5
-        return d_x, d_weights if wants_weights else None, d_up, d_down, *none
+        return d_x, d_weights if wants[1] else None, d_up, d_down, d_up_bias, d_down_bias, *none
+
+
+def _rows(
+    x: Tensor, weights: Tensor | None, order: Tensor | None, inverse: Tensor | None
+) -> Tensor:
+    """The tokens in expert-major order, (N, D)."""
+    if order is None or inverse is None:
+        return x.contiguous()
+    assert weights is not None
+    return kernels.permute_rows(x, order, inverse, weights.shape[1])
+
+
+def _bias_dots(
+    grad: Tensor, down_bias: Tensor, inverse: Tensor, offsets: Tensor, like: Tensor
+) -> Tensor:
+    """(T, K): ``<down_bias[expert of the pair], grad[t]>``, what the bias adds to d_weights."""
+    by_expert = grad @ down_bias.T.to(grad.dtype)  # (T, E)
+    experts = torch.searchsorted(offsets.to(inverse.dtype), inverse, right=True)
+    return by_expert.gather(1, experts.view(like.shape)).to(like.dtype)
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The backward for create_graph=True: that of the chain, whose parts can be differentiated."""
-    x, _, weights, up, down, order, inverse, *_, tokens_per_expert, _ = ctx.saved_tensors
-    rows = permute(x, order, inverse, weights.shape[1])
-    y = grouped_mlp(rows, tokens_per_expert, up, down, ctx.name)
-    out = unpermute(y, weights, order, inverse)
-    inputs = (x, weights, up, down)
-    wanted = [t for t, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
+    (x, _, weights, up, down, up_bias, down_bias, order, inverse, counts, _) = ctx.saved_tensors
+    biases = (up_bias, down_bias)
+    if order is None:
+        out = grouped_mlp(x, counts, up, down, ctx.name, *biases)
+    else:
+        out = _chain(x, weights, order, inverse, counts, up, down, ctx.name, *biases)
+    inputs = (x, weights, up, down, *biases)
+    wants = ctx.needs_input_grad[: len(inputs)]
+    wanted = [t for t, needed in zip(inputs, wants, strict=True) if needed]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    none = (None,) * 5
-    return *(next(found) if wants else None for wants in ctx.needs_input_grad[:4]), *none
+    return *(next(found) if needed else None for needed in wants), *(None,) * 5
+
+
+def _chain(
+    x: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    tokens_per_expert: Tensor,
+    *mlp: Any,
+) -> Tensor:
+    rows = permute(x, order, inverse, weights.shape[1])
+    return unpermute(grouped_mlp(rows, tokens_per_expert, *mlp), weights, order, inverse)
 
 
 def expert_layer(
@@ -106,9 +167,7 @@ def expert_layer(
 ) -> Tensor:
     """``y[t] = sum_k weights[t, k] * expert[k-th of t](x[t])``, with all experts on this rank.
 
-    Without biases it keeps x and the pre-activation for the backward, and nothing else of T*K rows.
-    With biases it is the chain of :func:`permute`,
-    :func:`grouped_mlp` and :func:`unpermute`.
+    Keeps x and the pre-activation for the backward, and nothing else of T*K rows.
 
     Args:
         x: (T, D).
@@ -123,20 +182,60 @@ def expert_layer(
     Returns:
         (T, D) in the dtype of ``x``.
     """
-    if up_bias is not None or down_bias is not None:
-        rows = permute(x, order.order, order.inverse, weights.shape[1])
-        counts = order.tokens_per_expert
-        y = grouped_mlp(rows, counts, up, down, activation, up_bias, down_bias)
-        return unpermute(y, weights, order.order, order.inverse)
     out: Tensor = _ExpertLayer.apply(
         x,
         weights.to(kernels.accumulation_dtype(x.dtype)),
         up,
         down,
+        up_bias,
+        down_bias,
         order.order,
         order.inverse,
         order.tokens_per_expert,
         order.offsets,
+        activation,
+    )
+    return out
+
+
+def expert_mlp(
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Each expert on its own rows: :func:`expert_layer` for rows that came in expert-major order.
+
+    What :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp` computes, but it keeps x and the
+    pre-activation alone.
+
+    Args:
+        x: (N, D), rows grouped by expert.
+        tokens_per_expert: (E,) int64 with sum N.
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D); dtype of ``x``.
+        down: (E, D, F).
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        up_bias: (E, 2F) or (E, F).
+        down_bias: (E, D).
+
+    Returns:
+        (N, D) in the dtype of ``x``.
+    """
+    offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
+    out: Tensor = _ExpertLayer.apply(
+        x,
+        None,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        None,
+        None,
+        tokens_per_expert,
+        offsets,
         activation,
     )
     return out

@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()  # autograd's threads may come first, and together
 
 
+@functools.cache
 def load() -> Any | None:
     """The namespace of the operators, None if they can't be had (a warning says why, once).
 
@@ -86,17 +87,16 @@ def register_fakes() -> None:
             torch.empty_like(weights),
         ),
         "activation": _activation,
-        "activation_backward_": lambda h, d_act, weights, order, name: (
-            torch.empty_like(h),
-            torch.empty_like(weights),
-        ),
+        "activation_backward_": lambda h, d_act, weights, *_: torch.empty_like(weights),
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
 
 
-def _route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _route(
+    logits: Tensor, selection_bias: Tensor | None, top_k: int, normalize: bool, sigmoid: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = logits.shape[0]
     weights = logits.new_empty(tokens, top_k)
     return torch.empty_like(logits), weights, weights.new_empty(tokens, top_k, dtype=torch.int64)
@@ -108,11 +108,13 @@ def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     return torch.empty_like(ids), torch.empty_like(ids), counts, offsets
 
 
-def _sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+def _sum_rows(
+    rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int, *_: Tensor | None
+) -> Tensor:
     return rows.new_empty(rows.shape[0] // top_k, rows.shape[1])
 
 
-def _activation(h: Tensor, name: str) -> Tensor:
+def _activation(h: Tensor, bias: Tensor | None, offsets: Tensor | None, name: str) -> Tensor:
     return h.new_empty(h.shape[0], h.shape[1] // 2 if is_gated(name) else h.shape[1])
 
 

@@ -26,12 +26,38 @@ def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, 
     Returns:
         ``scores (T, E)``, ``weights (T, K)``, ``expert_ids (T, K)``.
     """
-    num_tokens = logits.shape[0]
     scores = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
+    return _choose(scores, scores, top_k, normalize)
+
+
+def sigmoid_top_k(
+    logits: Tensor, top_k: int, normalize: bool, selection_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`softmax_top_k` with sigmoid scores; a bias takes part in the choice alone.
+
+    Args:
+        logits: (T, E).
+        top_k: experts per token.
+        normalize: divide the chosen scores by their sum.
+        selection_bias: (E,) or None.
+
+    Returns:
+        ``scores (T, E)``, ``weights (T, K)``, ``expert_ids (T, K)``.
+    """
+    scores = 1 / (1 + torch.exp(-logits))
+    ranked = scores if selection_bias is None else scores + selection_bias
+    return _choose(scores, ranked, top_k, normalize)
+
+
+def _choose(
+    scores: Tensor, ranked: Tensor, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts with the largest ``ranked``, weighted by their ``scores``."""
+    num_tokens = scores.shape[0]
     expert_ids = torch.zeros(num_tokens, top_k, dtype=torch.long)
     for t in range(num_tokens):
-        ranked = sorted((-score, e) for e, score in enumerate(scores[t].tolist()))
-        expert_ids[t] = torch.tensor([e for _, e in ranked[:top_k]])
+        best_first = sorted((-value, e) for e, value in enumerate(ranked[t].tolist()))
+        expert_ids[t] = torch.tensor([e for _, e in best_first[:top_k]])
     weights = torch.gather(scores, 1, expert_ids)
     if normalize:
         weights = weights / weights.sum(dim=1, keepdim=True)

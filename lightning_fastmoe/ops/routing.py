@@ -78,14 +78,22 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     return ExpertOrder(order, inverse, edges[1:] - edges[:-1], edges[1:].to(torch.int32))
 
 
-class _SoftmaxTopK(torch.autograd.Function):
+class _ScoreTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, k: int, normalize: bool, library: Any
+        ctx: Any,
+        logits: Tensor,
+        selection_bias: Tensor | None,
+        k: int,
+        normalize: bool,
+        sigmoid: bool,
+        library: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, weights, expert_ids = library.route(logits.contiguous(), k, normalize)
+        scores, weights, expert_ids = library.route(
+            logits.contiguous(), selection_bias, k, normalize, sigmoid
+        )
         ctx.save_for_backward(scores, expert_ids)
-        ctx.normalize = normalize
+        ctx.options = (normalize, sigmoid)
         ctx.mark_non_differentiable(expert_ids)
         ctx.set_materialize_grads(False)
         return scores, weights, expert_ids
@@ -93,18 +101,19 @@ class _SoftmaxTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scores, expert_ids = ctx.saved_tensors
-        d_logits = softmax_top_k_backward(scores, expert_ids, grads[0], grads[1], ctx.normalize)
-        return d_logits, None, None, None
+        d_logits = score_top_k_backward(scores, expert_ids, grads[0], grads[1], *ctx.options)
+        return d_logits, None, None, None, None, None
 
 
-def softmax_top_k_backward(
+def score_top_k_backward(
     scores: Tensor,
     expert_ids: Tensor,
     d_scores: Tensor | None,
     d_weights: Tensor | None,
     normalize: bool,
+    sigmoid: bool = False,
 ) -> Tensor | None:
-    """The gradient of the logits of :func:`softmax_top_k`, None if both given ones are.
+    """The gradient of the logits of :func:`softmax_top_k` or :func:`sigmoid_top_k`.
 
     Args:
         scores: (T, E).
@@ -112,6 +121,10 @@ def softmax_top_k_backward(
         d_scores: (T, E), or None for zeros.
         d_weights: (T, K), or None for zeros.
         normalize: as in the forward pass.
+        sigmoid: whether the scores are sigmoids.
+
+    Returns:
+        (T, E), or None if both gradients are None.
     """
     given = [grad for grad in (d_scores, d_weights) if grad is not None]
     if not given:
@@ -121,7 +134,7 @@ def softmax_top_k_backward(
             None if grad is None else grad.contiguous() for grad in (d_scores, d_weights)
         )
         d_logits: Tensor = library.route_backward(
-            scores, expert_ids, d_scores, d_weights, normalize
+            scores, expert_ids, d_scores, d_weights, normalize, sigmoid
         )
         return d_logits
     grad = torch.zeros_like(scores) if d_scores is None else d_scores
@@ -133,6 +146,8 @@ def softmax_top_k_backward(
             d_weights = (d_weights - inner) / total
         # The K experts of a token differ, so nothing is written twice.
         grad = grad + torch.zeros_like(scores).scatter(1, expert_ids, d_weights)
+    if sigmoid:
+        return scores * (1 - scores) * grad
     return scores * (grad - (scores * grad).sum(dim=-1, keepdim=True))
 
 
@@ -148,13 +163,42 @@ def softmax_top_k(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tens
         ``scores (T, E)``, ``weights (T, K)`` (best first, ties to the lower expert id) and
         ``expert_ids (T, K)`` int64: K distinct experts of ``[0, E)``, also for a row of NaN.
     """
+    return _score_top_k(logits, k, normalize, None, sigmoid=False)
+
+
+def sigmoid_top_k(
+    logits: Tensor, k: int, normalize: bool, selection_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`softmax_top_k` with each expert's sigmoid as its score (DeepSeek-V3).
+
+    Args:
+        logits: (T, E).
+        k: experts per token.
+        normalize: divide the chosen scores by their sum.
+        selection_bias: (E,), added to the scores for the choice alone: it has no part in the
+            weights and gets no gradient.
+
+    Returns:
+        As :func:`softmax_top_k`; experts stand in descending order of the biased score.
+    """
+    return _score_top_k(logits, k, normalize, selection_bias, sigmoid=True)
+
+
+def _score_top_k(
+    logits: Tensor, k: int, normalize: bool, selection_bias: Tensor | None, sigmoid: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias = None if selection_bias is None else selection_bias.detach()
     fits = logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
-    library = native(logits.detach()) if fits else None
-    if library is not None:
-        routed: tuple[Tensor, Tensor, Tensor] = _SoftmaxTopK.apply(logits, k, normalize, library)
+    fits = fits and (bias is None or bias.dtype == torch.float32)
+    if fits and (library := native(logits.detach())) is not None:
+        bias = None if bias is None else bias.contiguous()
+        routed: tuple[Tensor, Tensor, Tensor] = _ScoreTopK.apply(
+            logits, bias, k, normalize, sigmoid, library
+        )
         return routed
-    scores = torch.softmax(logits, dim=-1)
-    expert_ids = top_k(scores.detach(), k)
+    scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, dim=-1)
+    ranked = scores.detach()
+    expert_ids = top_k(ranked if bias is None else ranked + bias, k)
     weights = torch.gather(scores, 1, expert_ids)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -20,7 +20,7 @@ from lightning_fastmoe.ops import (
     softmax_top_k,
     top_k,
 )
-from lightning_fastmoe.ops.routing import softmax_top_k_backward
+from lightning_fastmoe.ops.routing import score_top_k_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Norm of the difference over norm: one rounding of the result to the dtype, and fp32 sums.
@@ -117,7 +117,7 @@ def test_route(library: Any, size: tuple[int, int, int], normalize: bool) -> Non
     for given in [(d_scores, d_weights), (None, d_weights), (d_scores, None)]:
         got = same_bits(lambda given=given: library.route_backward(scores, ids, *given, normalize))
         wide = [None if g is None else g.double() for g in given]
-        want = softmax_top_k_backward(scores.double(), ids, *wide, normalize)
+        want = score_top_k_backward(scores.double(), ids, *wide, normalize)
         assert want is not None
         # With K = 1 or E = 1 large terms may cancel to nothing.
         close(got, want, factor=10, floor=1e-6 * (tokens * experts) ** 0.5)

@@ -9,6 +9,7 @@ from lightning_fastmoe.ops import (
     ACTIVATIONS,
     ExpertOrder,
     expert_layer,
+    expert_mlp,
     grouped_mlp,
     is_gated,
     kernels,
@@ -17,7 +18,11 @@ from lightning_fastmoe.ops import (
     reference,
     unpermute,
 )
-from lightning_fastmoe.ops.grouped_mlp import grouped_outer_product, grouped_product
+from lightning_fastmoe.ops.grouped_mlp import (
+    expert_sums,
+    grouped_outer_product,
+    grouped_product,
+)
 
 CASES = [
     (1, 1, 1, 1, 1),
@@ -92,9 +97,53 @@ def test_activations(name, case, dtype):
     assert_same(leaves, ids, name, slow)
 
 
-def test_biases_take_the_chain():
-    leaves, ids = make((9, 5, 3, 4, 2), bias=True)
-    assert_same(leaves, ids, "swiglu", slow)
+@pytest.mark.parametrize("name", ["swiglu", "gelu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_biases(case, name, dtype):
+    leaves, ids = make(case, name, dtype, bias=True)
+    assert_same(leaves, ids, name, slow)
+
+
+def sorted_rows(leaves, ids):
+    """What an exchange between ranks hands over: rows by expert, without weights."""
+    x, _, *mlp = leaves
+    order = order_by_expert(ids, mlp[0].shape[0])
+    rows = x.detach()[order.order // ids.shape[1]].requires_grad_()
+    return rows, order.tokens_per_expert, mlp
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_rows_in_expert_order(case, bias, dtype):
+    rows, counts, (up, down, *biases) = sorted_rows(*make(case, dtype=dtype, bias=bias))
+    got = expert_mlp(rows, counts, up, down, "swiglu", *biases)
+    want = grouped_mlp(rows, counts, up, down, "swiglu", *biases)
+    torch.testing.assert_close(got, want)
+    upstream, leaves = torch.randn_like(want), (rows, up, down, *biases)
+    grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_in_expert_order_second_derivatives(bias):
+    rows, counts, (up, down, *biases) = sorted_rows(*make((3, 2, 2, 3, 2), bias=bias))
+
+    def function(*tensors):
+        return expert_mlp(tensors[0], counts, tensors[1], tensors[2], "swiglu", *tensors[3:])
+
+    assert torch.autograd.gradgradcheck(function, (rows, up, down, *biases))
+
+
+def test_rows_in_expert_order_keep_the_rows_and_the_pre_activation_alone():
+    rows, counts, (up, down) = sorted_rows(*make((33, 8, 16, 4, 2), dtype=torch.float32))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        expert_mlp(rows, counts, up, down, "swiglu")
+    floats = [tuple(t.shape) for t in saved if t.is_floating_point()]
+    assert sorted(floats) == sorted([(66, 8), (66, 32), (4, 32, 8), (4, 8, 16)])
 
 
 @pytest.mark.parametrize("expert", [0, 2, 4])
@@ -142,12 +191,28 @@ def test_saves_the_tokens_and_the_pre_activation_alone():
     )
 
 
-def test_backward_can_run_twice():
-    leaves, ids = make((9, 8, 8, 4, 2))
+@pytest.mark.parametrize("bias", [False, True])
+def test_backward_can_run_twice(bias):
+    """The first one writes over the pre-activation, so the second has to compute it again."""
+    leaves, ids = make((9, 8, 8, 4, 2), bias=bias)
     out = planned(leaves, ids, "swiglu")
     first = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(out.sum(), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    second = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    third = torch.autograd.grad(out.sum(), leaves)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_backward_takes_no_second_buffer_for_the_pre_activation():
+    leaves, ids = make((9, 8, 8, 4, 2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = planned(leaves, ids, "swiglu")
+    (h,) = (t for t in saved if t.shape == (18, 16) and t.is_floating_point())
+    before = h.clone()
+    torch.autograd.grad(out.sum(), leaves)
+    assert not torch.equal(h, before)
 
 
 @pytest.mark.parametrize("frozen", [None, 0, 1])
@@ -157,9 +222,14 @@ def test_gradgradcheck(frozen):
     assert torch.autograd.gradgradcheck(lambda *tensors: planned(tensors, ids, "swiglu"), leaves)
 
 
-@pytest.mark.parametrize("frozen", range(4))
+def test_gradgradcheck_with_biases():
+    leaves, ids = make((3, 2, 2, 3, 2), bias=True)
+    assert torch.autograd.gradgradcheck(lambda *tensors: planned(tensors, ids, "swiglu"), leaves)
+
+
+@pytest.mark.parametrize("frozen", range(6))
 def test_frozen_inputs(frozen):
-    leaves, ids = make((9, 8, 8, 4, 2))
+    leaves, ids = make((9, 8, 8, 4, 2), bias=True)
     want = torch.autograd.grad(chain(leaves, ids, "swiglu").sum(), leaves)
     some = [leaf.detach().requires_grad_(i != frozen) for i, leaf in enumerate(leaves)]
     planned(some, ids, "swiglu").sum().backward()
@@ -206,18 +276,56 @@ def test_product_takes_weights_at_odd_places(transposed, offset):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("with_order", [False, True])
-def test_activation_backward_equals_autograd(name, with_order):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_activation_backward_equals_autograd(name, with_order, with_bias):
     torch.manual_seed(0)
     h = torch.randn(6, 10 if is_gated(name) else 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     order = torch.randperm(6) if with_order else None
+    bias = torch.randn(4, h.shape[1], dtype=torch.float64) if with_bias else None
+    offsets = torch.tensor([1, 1, 4, 6], dtype=torch.int32)
     d_act = torch.randn(6, 5, dtype=torch.float64)
     flat = weights.flatten() if order is None else weights.flatten()[order]
-    weighted = flat.unsqueeze(1) * reference.activation(h, name)
-    want = torch.autograd.grad(weighted, (h, weights), d_act)
-    got = kernels.activation_backward_(h.detach(), d_act, weights.detach(), order, name)
-    torch.testing.assert_close(got, want)
+    shifted = h if bias is None else h + bias[[0, 2, 2, 2, 3, 3]]
+    weighted = flat.unsqueeze(1) * reference.activation(shifted, name)
+    want_h, want_weights = torch.autograd.grad(weighted, (h, weights), d_act)
+    d_h = h.detach().clone()
+    got = kernels.activation_backward_(d_h, d_act, weights.detach(), order, name, bias, offsets)
+    torch.testing.assert_close(got, want_weights)
+    torch.testing.assert_close(d_h, want_h)
     torch.testing.assert_close(d_act, weighted.detach())
+    shifted_act = kernels.activation(h.detach(), name, bias, offsets)
+    torch.testing.assert_close(shifted_act, reference.activation(shifted, name).detach())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_sums_with_biases(weighted, top_k):
+    rows, bias = torch.randn(6, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    offsets = torch.tensor([1, 1, 4, 6], dtype=torch.int32)
+    inverse = torch.tensor([4, 0, 2, 5, 1, 3])
+    weights = torch.rand(6 // top_k, top_k, dtype=torch.float64) if weighted else None
+    got = kernels.sum_rows(rows, inverse, weights, top_k, bias, offsets)
+    shifted = (rows + bias[[0, 2, 2, 2, 3, 3]])[inverse].view(-1, top_k, 3)
+    want = shifted if weights is None else shifted * weights.unsqueeze(-1)
+    torch.testing.assert_close(got, want.sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_expert_sums(dtype, weighted):
+    order = order_by_expert(torch.randint(5, (400, 1)).clamp(max=3), 5)
+    rows = torch.randn(400, 16).to(dtype)
+    weights = torch.rand(400).to(torch.promote_types(dtype, torch.float32)) if weighted else None
+    got = expert_sums(rows, order.tokens_per_expert, order.offsets, weights)
+    scaled = rows.double() if weights is None else rows.double() * weights.double().unsqueeze(1)
+    parts = scaled.split(order.tokens_per_expert.tolist())
+    want = torch.stack([part.sum(dim=0) for part in parts])
+    # One rounding of the result; the weights lose nothing, though they are columns of this dtype.
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.5e-3}[dtype]
+    assert got.dtype == dtype
+    assert float(got[4].abs().sum()) == 0
+    assert float((got.double() - want).norm() / want.norm()) < tolerance
 
 
 def test_offsets_are_the_running_sum():
