@@ -126,7 +126,7 @@ def grouped_outer_product(
 
 
 def expert_sums(
-    rows: Tensor, tokens_per_expert: Tensor, offsets: Tensor, weights: Tensor | None = None
+    rows: Tensor, tokens_per_expert: Tensor, offsets: Tensor, *, weights: Tensor | None = None
 ) -> Tensor:
     """``sum of weights[r] * rows[r] over the rows r of e`` for every expert e, in fixed order.
 

@@ -34,7 +34,7 @@ from lightning_fastmoe.ops.routing import ExpertOrder
 
 
 class _ExpertLayer(torch.autograd.Function):
-    """Without ``order`` and ``inverse``, rows come and go in expert-major order, without weights."""
+    """Without ``order``, ``inverse`` and ``weights``, rows come and go in expert-major order."""
 
     @staticmethod
     def forward(
@@ -54,9 +54,7 @@ class _ExpertLayer(torch.autograd.Function):
         groups = (tokens_per_expert, offsets)
         h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         a = kernels.activation(h, name, up_bias, offsets)
-        ctx.save_for_backward(
-            x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups
-        )
+        ctx.save_for_backward(x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups)
         ctx.name, ctx.h_is_spent = name, False
         del h  # without a graph it goes as soon as the activation exists
         y = grouped_product(a, down.transpose(1, 2), *groups)
@@ -85,7 +83,7 @@ class _ExpertLayer(torch.autograd.Function):
         d_act = grouped_product(d_out, down, *groups)
         if wants[5]:
             row_weights = None if weights is None else weights.reshape(-1).index_select(0, order)
-            d_down_bias = expert_sums(d_out, *groups, row_weights)
+            d_down_bias = expert_sums(d_out, *groups, weights=row_weights)
         used = x.new_ones(h.shape[0], dtype=torch.float32) if weights is None else weights
         # Through .data, as autograd would take the overwritten H of a retained graph for an error.
         d_h, weighted_act = h.data, d_act

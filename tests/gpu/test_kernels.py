@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_fastmoe.ops import (
     ACTIVATIONS,
     ExpertOrder,
     expert_layer,
+    expert_mlp,
     is_gated,
     kernels,
     native,
@@ -101,26 +103,37 @@ def routed(tokens: int, k: int, experts: int) -> tuple[torch.Tensor, ExpertOrder
 
 @pytest.mark.parametrize("size", ROUTES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
-def test_route(library: Any, size: tuple[int, int, int], normalize: bool) -> None:
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "biased sigmoid"])
+def test_route(library: Any, size: tuple[int, int, int], normalize: bool, score: str) -> None:
     tokens, k, experts = size
     torch.manual_seed(1)
     logits = 2 * torch.randn(tokens, experts, device="cuda")
-    scores, weights, ids = same_bits(lambda: library.route(logits, k, normalize))
-    exact = torch.softmax(logits.double(), dim=-1)
+    sigmoid = score != "softmax"
+    bias = torch.randn(experts, device="cuda") if score == "biased sigmoid" else None
+    scores, weights, ids = same_bits(lambda: library.route(logits, bias, k, normalize, sigmoid))
+    exact = torch.sigmoid(logits.double()) if sigmoid else torch.softmax(logits.double(), dim=-1)
     close(scores, exact)
     assert ids.dtype == torch.int64
-    assert torch.equal(ids, top_k(scores, k))
+    assert torch.equal(ids, top_k(scores if bias is None else scores + bias, k))
     chosen = scores.double().gather(1, ids)
     close(weights, chosen / chosen.sum(-1, keepdim=True) if normalize else chosen)
 
     d_scores, d_weights = torch.randn_like(scores), torch.randn_like(weights)
     for given in [(d_scores, d_weights), (None, d_weights), (d_scores, None)]:
-        got = same_bits(lambda given=given: library.route_backward(scores, ids, *given, normalize))
+        got = same_bits(
+            lambda given=given: library.route_backward(scores, ids, *given, normalize, sigmoid)
+        )
         wide = [None if g is None else g.double() for g in given]
-        want = score_top_k_backward(scores.double(), ids, *wide, normalize)
+        want = score_top_k_backward(scores.double(), ids, *wide, normalize, sigmoid)
         assert want is not None
         # With K = 1 or E = 1 large terms may cancel to nothing.
         close(got, want, factor=10, floor=1e-6 * (tokens * experts) ** 0.5)
+
+
+def test_a_negative_selection_bias_orders_as_numbers_do(library: Any) -> None:
+    logits = torch.zeros(1, 6, device="cuda")
+    bias = torch.tensor([-3.0, -0.5, -0.5, -1.0, 0.25, -2.0], device="cuda")
+    assert library.route(logits, bias, 6, True, True)[2].tolist() == [[4, 1, 2, 3, 5, 0]]
 
 
 def test_route_ties_nan_and_infinities(library: Any) -> None:
@@ -133,7 +146,7 @@ def test_route_ties_nan_and_infinities(library: Any) -> None:
     logits[6] = torch.nan
     logits[6].view(torch.int32).bitwise_or_(-(2**31))  # NaN with the sign bit
     logits[7, 40:] = 1
-    ids = library.route(logits, 9, True)[2].cpu()
+    ids = library.route(logits, None, 9, True, False)[2].cpu()
     first = list(range(9))
     for row in range(7):
         assert ids[row].tolist() == first, row
@@ -143,7 +156,7 @@ def test_route_ties_nan_and_infinities(library: Any) -> None:
 def test_softmax_top_k_gradients() -> None:
     logits = torch.randn(50, 12, device="cuda", requires_grad=True)
     scores, weights, ids = softmax_top_k(logits, 3, True)
-    assert "SoftmaxTopK" in str(scores.grad_fn)
+    assert "ScoreTopK" in str(scores.grad_fn)
     assert not ids.requires_grad
     d_scores, d_weights = torch.randn_like(scores), torch.randn_like(weights)
     (got,) = torch.autograd.grad((scores, weights), logits, (d_scores, d_weights))
@@ -174,7 +187,7 @@ def test_sort(library: Any, experts: int, pairs: int, skew: str) -> None:
 
 
 def test_sort_of_many_blocks(library: Any) -> None:
-    """More blocks than the scan takes at a time."""
+    """More pairs than the blocks of one launch take at a time."""
     ids = torch.randint(64, (3_000_001,), device="cuda")
     order, inverse, counts, _ = library.sort_by_expert(ids, 64)
     want = torch.sort(ids, stable=True).indices
@@ -207,10 +220,13 @@ def test_sums(library: Any, size: tuple[int, int, int], width: int, dtype: torch
     _, order = routed(tokens, k, experts)
     rows = torch.randn(tokens * k, width, device="cuda").to(dtype)
     weights = torch.rand(tokens, k, device="cuda")
-    for w in (weights, None):
-        got = same_bits(lambda w=w: library.sum_rows(rows, order.inverse, w, k))
-        wide = None if w is None else w.double()
-        close(got, kernels.sum_rows(rows.double(), order.inverse, wide, k))
+    bias = torch.randn(experts, width, device="cuda").to(dtype)
+    for w, b in itertools.product((weights, None), (bias, None)):
+        got = same_bits(
+            lambda w=w, b=b: library.sum_rows(rows, order.inverse, w, k, b, order.offsets)
+        )
+        wide, wide_b = (None if t is None else t.double() for t in (w, b))
+        close(got, kernels.sum_rows(rows.double(), order.inverse, wide, k, wide_b, order.offsets))
 
     grad = torch.randn(tokens, width, device="cuda").to(dtype)
     got = same_bits(lambda: library.unpermute_backward(grad, rows, weights, order.inverse))
@@ -233,20 +249,28 @@ def test_activation(library: Any, name: str, width: int, dtype: torch.dtype, tok
     h = (3 * torch.randn(shape, device="cuda")).to(dtype)
     d_act = torch.randn(tokens * k, width, device="cuda").to(dtype)
     weights = torch.rand(tokens, k, device="cuda")
-    got = same_bits(lambda: library.activation(h, name))
-    close(got, kernels.activation(h.double(), name), factor=2)
+    bias = torch.randn(5, shape[1], device="cuda").to(dtype)
+    for b in (None, bias):
+        wide_b = None if b is None else b.double()
+        got = same_bits(lambda b=b: library.activation(h, b, order.offsets, name))
+        close(got, kernels.activation(h.double(), name, wide_b, order.offsets), factor=2)
 
-    def backward(at: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        weighted = d_act.clone()
-        return *library.activation_backward_(h, weighted, weights, at, name), weighted
+        def backward(at: torch.Tensor | None, b: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            d_h, weighted = h.clone(), d_act.clone()
+            d_weights = library.activation_backward_(
+                d_h, weighted, weights, at, b, order.offsets, name
+            )
+            return d_h, d_weights, weighted
 
-    for at in (order.order, None):
-        got = same_bits(lambda at=at: backward(at))
-        wide = d_act.double()
-        want = kernels.activation_backward_(h.double(), wide, weights.double(), at, name)
-        close(got[0], want[0], factor=2)
-        close(got[1], want[1], factor=20)
-        close(got[2], wide, factor=2)
+        for at in (order.order, None):
+            got = same_bits(lambda at=at, b=b: backward(at, b))
+            d_h, wide = h.double(), d_act.double()
+            want = kernels.activation_backward_(
+                d_h, wide, weights.double(), at, name, wide_b, order.offsets
+            )
+            close(got[0], d_h, factor=2)
+            close(got[1], want, factor=20)
+            close(got[2], wide, factor=2)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -257,10 +281,10 @@ def test_activation_far_out(library: Any, name: str, dtype: torch.dtype) -> None
     h = (torch.cat([h, torch.ones_like(h)]) if is_gated(name) else h).unsqueeze(0)
     d_act = torch.ones(1, 8, device="cuda", dtype=dtype)
     wide = d_act.double()
-    d_h, _ = library.activation_backward_(h, d_act, torch.ones(1, device="cuda"), None, name)
-    want, _ = kernels.activation_backward_(
-        h.double(), wide, torch.ones(1, device="cuda", dtype=torch.float64), None, name
-    )
+    one = torch.ones(1, device="cuda")
+    d_h, want = h.clone(), h.double()
+    library.activation_backward_(d_h, d_act, one, None, None, None, name)
+    kernels.activation_backward_(want, wide, one.double(), None, name)
     torch.testing.assert_close(d_h.double(), want, rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(d_act.double(), wide, rtol=1e-2, atol=1e-6)
 
@@ -279,17 +303,17 @@ def test_zero_empty(library: Any, shape: tuple[int, ...], dtype: torch.dtype) ->
 def test_opcheck(library: Any) -> None:
     ids, order = routed(9, 2, 5)
     logits, x = torch.randn(9, 5, device="cuda"), torch.randn(9, 8, device="cuda")
-    scores, weights, chosen = library.route(logits, 2, True)
+    scores, weights, chosen = library.route(logits, None, 2, True, False)
     rows, h = torch.randn(18, 8, device="cuda"), torch.randn(18, 16, device="cuda")
     calls = {
-        library.route: (logits, 2, True),
-        library.route_backward: (scores, chosen, None, weights, True),
+        library.route: (logits, None, 2, True, True),
+        library.route_backward: (scores, chosen, None, weights, True, False),
         library.sort_by_expert: (ids.flatten(), 5),
         library.permute_rows: (x, order.inverse, 2),
-        library.sum_rows: (rows, order.inverse, weights, 2),
+        library.sum_rows: (rows, order.inverse, weights, 2, None, None),
         library.unpermute_backward: (x, rows, weights, order.inverse),
-        library.activation: (h, "swiglu"),
-        library.activation_backward_: (h, rows, weights, order.order, "swiglu"),
+        library.activation: (h, torch.randn(5, 16, device="cuda"), order.offsets, "swiglu"),
+        library.activation_backward_: (h, rows, weights, order.order, None, None, "swiglu"),
         library.zero_empty_experts_: (torch.randn(5, 4, device="cuda"), order.tokens_per_expert),
     }
     for op, args in calls.items():
@@ -305,26 +329,33 @@ def test_errors_name_the_rule(library: Any) -> None:
     with pytest.raises(RuntimeError, match="must be Long"):
         library.permute_rows(x, inverse.int(), 2)
     with pytest.raises(RuntimeError, match="unknown activation 'tanh'"):
-        library.activation(x, "tanh")
+        library.activation(x, None, None, "tanh")
     with pytest.raises(RuntimeError, match="top_k must be between"):
-        library.route(x, 9, False)
+        library.route(x, None, 9, False, False)
     with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
-        library.activation(x.double(), "relu")
+        library.activation(x.double(), None, None, "relu")
+    with pytest.raises(RuntimeError, match="a bias needs offsets"):
+        library.activation(x, torch.zeros(2, 8, device="cuda"), None, "relu")
 
 
-def layer_inputs(case: tuple[int, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+def layer_inputs(
+    case: tuple[int, ...], dtype: torch.dtype, bias: bool = False
+) -> tuple[list[torch.Tensor], ...]:
     tokens, width, inner, experts, k = case
     torch.manual_seed(4)
     shapes = [(tokens, width), (experts, 2 * inner, width), (experts, width, inner)]
     x, up, down = (torch.randn(s, device="cuda") / s[-1] ** 0.5 for s in shapes)
     leaves = [x.to(dtype), torch.rand(tokens, k, device="cuda"), up.to(dtype), down.to(dtype)]
+    if bias:
+        leaves += [torch.randn(experts, n, device="cuda").to(dtype) for n in (2 * inner, width)]
     ids = torch.rand(tokens, experts, device="cuda").argsort(dim=1)[:, :k]
     return [leaf.requires_grad_() for leaf in leaves], [ids]
 
 
 def run_layer(leaves: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    x, weights, up, down = leaves
-    return expert_layer(x, weights, order_by_expert(ids, up.shape[0]), up, down, "swiglu")
+    x, weights, up, down, *biases = leaves
+    order = order_by_expert(ids, up.shape[0])
+    return expert_layer(x, weights, order, up, down, "swiglu", *biases)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -333,22 +364,37 @@ def run_layer(leaves: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     [(257, 64, 96, 8, 2), (64, 32, 16, 5, 5), (3, 64, 32, 40, 1), (33, 17, 23, 3, 2)],
     ids=str,
 )
-def test_layer(case: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer(case: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
     """Idle experts, odd widths, K = 1 and K = E, against the twins in fp64."""
-    leaves, (ids,) = layer_inputs(case, dtype)
+    leaves, (ids,) = layer_inputs(case, dtype, bias)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     got, want = run_layer(leaves, ids), run_layer(wide, ids)
     upstream = torch.randn_like(got)
-    bound = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    bound = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     pairs = [(got, want)]
     grads = torch.autograd.grad(got, leaves, upstream)
     pairs += zip(grads, torch.autograd.grad(want, wide, upstream.double()), strict=True)
     for a, b in pairs:
         assert float((a.double() - b).norm()) <= bound * float(b.norm())
 
+    rows = leaves[0].detach()[order_by_expert(ids, case[3]).order // case[4]].requires_grad_()
+    counts = torch.bincount(ids.flatten(), minlength=case[3])
+    mlp = (rows, *leaves[2:])
+    wide = [leaf.detach().double().requires_grad_() for leaf in mlp]
+    got = expert_mlp(mlp[0], counts, *mlp[1:3], "swiglu", *mlp[3:])
+    want = expert_mlp(wide[0], counts, *wide[1:3], "swiglu", *wide[3:])
+    upstream = torch.randn_like(got)
+    grads = torch.autograd.grad(got, mlp, upstream)
+    for a, b in zip(
+        (got, *grads), (want, *torch.autograd.grad(want, wide, upstream.double())), strict=True
+    ):
+        assert float((a.double() - b).norm()) <= bound * float(b.norm())
 
-def test_layer_never_waits_and_repeats_its_bits() -> None:
-    leaves, (ids,) = layer_inputs((1031, 64, 96, 16, 4), torch.bfloat16)
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_never_waits_and_repeats_its_bits(bias: bool) -> None:
+    leaves, (ids,) = layer_inputs((1031, 64, 96, 16, 4), torch.bfloat16, bias)
     upstream = torch.randn_like(leaves[0])
 
     def step() -> tuple[torch.Tensor, ...]:

@@ -317,7 +317,7 @@ def test_expert_sums(dtype, weighted):
     order = order_by_expert(torch.randint(5, (400, 1)).clamp(max=3), 5)
     rows = torch.randn(400, 16).to(dtype)
     weights = torch.rand(400).to(torch.promote_types(dtype, torch.float32)) if weighted else None
-    got = expert_sums(rows, order.tokens_per_expert, order.offsets, weights)
+    got = expert_sums(rows, order.tokens_per_expert, order.offsets, weights=weights)
     scaled = rows.double() if weights is None else rows.double() * weights.double().unsqueeze(1)
     parts = scaled.split(order.tokens_per_expert.tolist())
     want = torch.stack([part.sum(dim=0) for part in parts])

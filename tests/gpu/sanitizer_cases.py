@@ -1,0 +1,67 @@
+"""Every kernel once or twice at awkward sizes, for compute-sanitizer to watch."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from lightning_fastmoe.ops import (
+    ACTIVATIONS,
+    expert_layer,
+    is_gated,
+    kernels,
+    native,
+    order_by_expert,
+    sigmoid_top_k,
+    softmax_top_k,
+)
+
+SIZES = [(1, 1, 1, 1, 1), (67, 72, 40, 33, 3), (37, 17, 7, 70, 5), (0, 8, 8, 4, 2)]
+"""(T, D, F, E, K)."""
+
+
+def run(size: tuple[int, ...], dtype: torch.dtype, name: str, skewed: bool) -> None:
+    tokens, width, inner, experts, k = size
+    logits = torch.randn(tokens, experts, device="cuda", requires_grad=True)
+    bias = torch.randn(experts, device="cuda")
+    routings = softmax_top_k(logits, k, True), sigmoid_top_k(logits, k, False, bias)
+    for scores, weights, _ in routings:
+        torch.autograd.grad(scores.sum() + weights.square().sum(), logits)
+    _, weights, ids = routings[1]
+    if skewed:
+        ids = ids * 0 + torch.arange(k, device="cuda")  # all tokens on the first K experts
+    order = order_by_expert(ids, experts)
+    inner_rows = inner * (2 if is_gated(name) else 1)
+    shapes = [(tokens, width), (experts, inner_rows, width), (experts, width, inner)]
+    shapes += [(experts, inner_rows), (experts, width)]
+    x, up, down, up_bias, down_bias = (
+        torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes
+    )
+    for biases in ((), (up_bias, down_bias)):
+        out = expert_layer(x, weights.detach(), order, up, down, name, *biases)
+        torch.autograd.grad(out, (x, up, down, *biases), torch.randn_like(out))
+    rows = torch.randn(tokens * k, width, device="cuda").to(dtype)
+    kernels.unpermute_backward(
+        torch.randn_like(x), rows, weights.detach(), order.order, order.inverse
+    )
+    kernels.zero_empty_experts_(torch.randn(experts, 5, device="cuda"), order.tokens_per_expert)
+
+
+def main() -> None:
+    """Runs all cases."""
+    torch.manual_seed(0)
+    if native.load() is None:
+        raise SystemExit(native.unavailable_reason())
+    dtypes = (torch.float32, torch.bfloat16)
+    for size, dtype in itertools.product(SIZES, dtypes):
+        run(size, dtype, "swiglu", skewed=False)
+    for name in ACTIVATIONS:
+        run(SIZES[1], torch.float16, name, skewed=True)
+    order_by_expert(torch.randint(1024, (50_001,), device="cuda"), 1024)
+    torch.cuda.synchronize()
+    print("all cases ran")
+
+
+if __name__ == "__main__":
+    main()
