@@ -42,4 +42,15 @@ Tensor activation_backward_(const Tensor& h, const Tensor& d_act, const Tensor& 
 // zero_empty.cu
 void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);
 
+// layer.cu
+std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
+                                        const Tensor& up, const Tensor& down,
+                                        const std::optional<Tensor>& inverse, const Tensor& offsets,
+                                        std::string name);
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
+    const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
+    const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,
+    const Tensor& tokens_per_expert, const Tensor& offsets, std::string name, bool wants_x,
+    bool wants_up, bool wants_down);
+
 }  // namespace lightning_fastmoe

@@ -44,6 +44,18 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " Tensor? bias, Tensor? offsets, str name) -> Tensor");
   // grad (E, ...): zeros for the experts without tokens.
   library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
+  // The layer without biases: x (T, D), weights (T, K), up (E, 2F or F, D), down (E, D, F) -> out
+  // (T, D), and the pre-activation h, which the backward needs. Without weights and inverse, rows
+  // come and go in expert-major order.
+  library.def(
+      "expert_layer(Tensor x, Tensor? weights, Tensor up, Tensor down, Tensor? inverse,"
+      " Tensor offsets, str name) -> (Tensor out, Tensor h)");
+  // Overwrites h. What is not wanted has no elements. weights are ones (N,) without order.
+  library.def(
+      "expert_layer_backward_(Tensor grad, Tensor x, Tensor(a!) h, Tensor weights, Tensor up,"
+      " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
+      " str name, bool wants_x, bool wants_up, bool wants_down)"
+      " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
@@ -56,4 +68,6 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("activation", TORCH_BOX(&lightning_fastmoe::activation));
   library.impl("activation_backward_", TORCH_BOX(&lightning_fastmoe::activation_backward_));
   library.impl("zero_empty_experts_", TORCH_BOX(&lightning_fastmoe::zero_empty_experts_));
+  library.impl("expert_layer", TORCH_BOX(&lightning_fastmoe::expert_layer));
+  library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.activation import apply_activation
 
 _ALIGNMENT_BYTES = 16  # F.grouped_mm refuses row strides that are not multiples of this
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -43,8 +49,8 @@ def _one_kernel(x: Tensor, *widths: int) -> bool:
     """:func:`grouped_mm_applies` to products of the dtype and device of ``x``, by row lengths."""
     if any((n * x.element_size()) % _ALIGNMENT_BYTES for n in widths):
         return False
-    if x.device.type == "cuda":
-        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if x.is_cuda:
+        return x.dtype == torch.bfloat16 and _capability(x.device.index) >= (9, 0)
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -61,8 +67,7 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
     """
     if x.shape[0] and grouped_mm_applies(x, weight):
         offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
-        if weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES:
-            weight = weight.clone()  # a view into one of ZeRO's flat buffers, at an odd place
+        weight = weight if is_aligned(weight) else weight.clone()
         out = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets)
         return _Contiguous.apply(out)  # type: ignore[no-any-return]
     return grouped_linear_loop(x, weight, tokens_per_expert)
@@ -92,7 +97,7 @@ def grouped_product(
     if not x.shape[0]:
         return x.new_empty(0, weight.shape[2])
     if grouped_mm_applies(x, weight):
-        return F.grouped_mm(x, _aligned(weight), offs=offsets)
+        return F.grouped_mm(x, weight if is_aligned(weight) else weight.clone(), offs=offsets)
     chunks = x.split(tokens_per_expert.tolist())
     return torch.cat([c @ w for c, w in zip(chunks, weight.unbind(0), strict=True)])
 
@@ -152,10 +157,9 @@ def expert_sums(
     return sums[..., :2].sum(dim=-1, dtype=kernels.accumulation_dtype(rows.dtype)).to(rows.dtype)
 
 
-def _aligned(weight: Tensor) -> Tensor:
-    """Moves a view into one of ZeRO's flat buffers, if it lies at an odd place."""
-    odd = weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES
-    return weight.clone() if odd else weight
+def is_aligned(weight: Tensor) -> bool:
+    """Whether grouped_mm takes the address: a view into one of ZeRO's flat buffers may be odd."""
+    return weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES == 0
 
 
 class _RowBias(torch.autograd.Function):

@@ -26,9 +26,12 @@ from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.grouped_mlp import (
     expert_sums,
     grouped_mlp,
+    grouped_mm_applies,
     grouped_outer_product,
     grouped_product,
+    is_aligned,
 )
+from lightning_fastmoe.ops.native import native
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
 
@@ -77,16 +80,29 @@ class _ExpertLayer(torch.autograd.Function):
         if ctx.h_is_spent:
             h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         ctx.h_is_spent = True
-        d_x = d_up = d_down = d_up_bias = d_down_bias = None
+        none = (None,) * 5
+        used = x.new_ones(h.shape[0], dtype=torch.float32) if weights is None else weights
+        # Through .data, as autograd would take the overwritten H of a retained graph for an error.
+        d_h = h.data
+        if (library := _whole_layer(x, up, down, up_bias, down_bias)) is not None:
+            found = library.expert_layer_backward_(
+                *(grad.contiguous(), x, d_h, used, up, down, order, inverse, *groups, ctx.name),
+                *(wants[0], wants[2], wants[3]),
+            )
+            return (
+                *(f if w else None for f, w in zip(found, wants, strict=False)),
+                None,
+                None,
+                *none,
+            )
 
+        d_x = d_up = d_down = d_up_bias = d_down_bias = None
         d_out = _rows(grad, weights, order, inverse)
         d_act = grouped_product(d_out, down, *groups)
         if wants[5]:
             row_weights = None if weights is None else weights.reshape(-1).index_select(0, order)
             d_down_bias = expert_sums(d_out, *groups, weights=row_weights)
-        used = x.new_ones(h.shape[0], dtype=torch.float32) if weights is None else weights
-        # Through .data, as autograd would take the overwritten H of a retained graph for an error.
-        d_h, weighted_act = h.data, d_act
+        weighted_act = d_act
         d_weights = kernels.activation_backward_(
             d_h, weighted_act, used, order, ctx.name, up_bias, groups[1]
         )
@@ -103,8 +119,20 @@ class _ExpertLayer(torch.autograd.Function):
             d_x = grouped_product(d_h, up, *groups)
             if inverse is not None:
                 d_x = kernels.sum_rows(d_x, inverse, None, weights.shape[1])
-        none = (None,) * 5
         return d_x, d_weights if wants[1] else None, d_up, d_down, d_up_bias, d_down_bias, *none
+
+
+def _whole_layer(
+    x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+) -> Any | None:
+    """The kernels, if they can compute the layer as two operators: no biases, products in one go.
+
+    The steps below are the same ones and give the same bits, one call from Python each.
+    """
+    if up_bias is not None or down_bias is not None or not x.is_cuda or not x.shape[0]:
+        return None
+    fits = all(grouped_mm_applies(x, w) and is_aligned(w) for w in (up, down))
+    return native(x, up, down) if fits else None
 
 
 def _rows(

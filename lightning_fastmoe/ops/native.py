@@ -89,6 +89,11 @@ def register_fakes() -> None:
         "activation": _activation,
         "activation_backward_": lambda h, d_act, weights, *_: torch.empty_like(weights),
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
+        "expert_layer": lambda x, weights, up, *_: (
+            torch.empty_like(x),
+            x.new_empty(x.shape[0] * (1 if weights is None else weights.shape[1]), up.shape[1]),
+        ),
+        "expert_layer_backward_": _expert_layer_backward,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
@@ -116,6 +121,14 @@ def _sum_rows(
 
 def _activation(h: Tensor, bias: Tensor | None, offsets: Tensor | None, name: str) -> Tensor:
     return h.new_empty(h.shape[0], h.shape[1] // 2 if is_gated(name) else h.shape[1])
+
+
+def _expert_layer_backward(*args: Any) -> tuple[Tensor, ...]:
+    _, x, _, weights, up, down = args[:6]
+    wants = iter(args[-3:])
+    results = (torch.empty_like(t) if next(wants) else t.new_empty(0) for t in (x, up, down))
+    d_x, d_up, d_down = results
+    return d_x, torch.empty_like(weights), d_up, d_down
 
 
 __all__ = ["load", "native", "register_fakes", "unavailable_reason"]
