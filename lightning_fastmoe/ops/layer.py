@@ -55,10 +55,16 @@ class _ExpertLayer(torch.autograd.Function):
         name: str,
     ) -> Tensor:
         groups = (tokens_per_expert, offsets)
+        biases = (up_bias, down_bias)
+        ctx.name, ctx.h_is_spent = name, False
+        if (library := _whole_layer(x, up, down, *biases)) is not None:
+            x = x.contiguous()
+            out, h = library.expert_layer(x, weights, up, down, inverse, offsets, name)
+            ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
+            return out  # type: ignore[no-any-return]
         h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         a = kernels.activation(h, name, up_bias, offsets)
-        ctx.save_for_backward(x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups)
-        ctx.name, ctx.h_is_spent = name, False
+        ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
         del h  # without a graph it goes as soon as the activation exists
         y = grouped_product(a, down.transpose(1, 2), *groups)
         del a
@@ -89,12 +95,10 @@ class _ExpertLayer(torch.autograd.Function):
                 *(grad.contiguous(), x, d_h, used, up, down, order, inverse, *groups, ctx.name),
                 *(wants[0], wants[2], wants[3]),
             )
-            return (
-                *(f if w else None for f, w in zip(found, wants, strict=False)),
-                None,
-                None,
-                *none,
+            d_x, d_weights, d_up, d_down = (
+                grad if wanted else None for grad, wanted in zip(found, wants, strict=False)
             )
+            return d_x, d_weights, d_up, d_down, None, None, *none
 
         d_x = d_up = d_down = d_up_bias = d_down_bias = None
         d_out = _rows(grad, weights, order, inverse)
