@@ -1,7 +1,7 @@
 """Where the time of one step of the layer goes, kernel by kernel, beside each kernel's floor.
 
     python benchmarks/profile_moe.py --config sonic-7b
-    python benchmarks/profile_moe.py --config olmoe-1b-7b --routing zipf:1.5 --module --json run.json
+    python benchmarks/profile_moe.py --config olmoe-1b-7b --routing zipf:1.5 --module
 
 A kernel's floor is the greater of its FLOPs at the rate of a large dense product and its bytes at
 the rate of a large copy, both measured in the same run (`layer/floors.py`). `layer/phases.py` says

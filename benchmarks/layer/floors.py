@@ -5,8 +5,8 @@ same device in the same run. Bytes are what must cross the device's memory if ev
 once and every result written once: a gather reads each source row once, however often it is used.
 Tokens and experts take 2 bytes per element, routing weights 4, indices and counts 8, offsets 4.
 
-N = T*K rows, U = 2F for gated experts, else F. Only the weights of experts with tokens are read, but
-the gradient of every expert is written.
+N = T*K rows, U = 2F for gated experts, else F. Only the weights of experts with tokens are read,
+but the gradient of every expert is written.
 """
 
 from __future__ import annotations

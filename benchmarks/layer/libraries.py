@@ -58,7 +58,7 @@ class Transformers(Peer):
         leaves |= {"up": experts.gate_up_proj, "down": experts.down_proj}
 
         def forward() -> Tensor:
-            return experts(x, problem.expert_ids, weights.to(x.dtype))  # type: ignore[no-any-return]
+            return experts(x, problem.expert_ids, weights.to(x.dtype))
 
         return Layer(forward, leaves)
 
@@ -84,7 +84,7 @@ class Liger(Peer):
 
         def forward() -> Tensor:
             x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
-            return LigerFusedMoEFunction.apply(x, up, down, ids, weights)  # type: ignore[no-any-return]
+            return LigerFusedMoEFunction.apply(x, up, down, ids, weights)
 
         return Layer(forward, leaves)
 
@@ -134,7 +134,7 @@ class SonicMoE(Peer):
                 x, up.permute(1, 2, 0), None, ends, pairs, top_k, *indices, False, False
             )
             w2 = down.permute(1, 2, 0)
-            return functional._DownProjection.apply(  # type: ignore[no-any-return]
+            return functional._DownProjection.apply(
                 a, h, w2, None, weights, ends, sizes.tokens, top_k, *indices
             )
 
@@ -198,7 +198,7 @@ class _Ffn(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(activate(self.up(x), self.activation))  # type: ignore[no-any-return]
+        return self.down(activate(self.up(x), self.activation))
 
 
 class _GivenGate(nn.Module):

@@ -206,8 +206,8 @@ def solve(problem: Problem, with_router: bool = False) -> Answers:
 def _through_router(problem: Problem, d_weights: Tensor) -> tuple[Tensor, Tensor]:
     """What x and the router get through the weights and through the losses."""
     experts = problem.config.num_experts
-    x = problem.x.to(d_weights.dtype).requires_grad_()
-    router = problem.router.to(d_weights.dtype).requires_grad_()
+    x = problem.x.to(d_weights.dtype, copy=True).requires_grad_()
+    router = problem.router.to(d_weights.dtype, copy=True).requires_grad_()
     logits = x @ router.T
     scores = torch.softmax(logits, dim=-1)
     weights = scores.gather(1, problem.expert_ids)

@@ -132,7 +132,8 @@ class Bench:
     def drop(self) -> None:
         """Forgets the problem."""
         self.layer = self.problem = None
-        gc.collect()
+        if self.device.type == "cuda":
+            gc.collect()
         self.free()
 
     def free(self) -> None:
