@@ -1,0 +1,1 @@
+"""Parts of the single-layer benchmarks: problems, peers, measurements, tables."""

@@ -1,0 +1,259 @@
+"""The peers that need PyTorch alone, this package's own layer, and the list of all peers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layer.configs import Config
+from layer.problem import LOAD_BALANCING, Z_LOSS, Problem, activate
+
+
+@dataclass
+class Layer:
+    """A peer's layer, ready to run on one problem.
+
+    Attributes:
+        forward: computes the output (T, D), with a graph.
+        leaves: the tensors that get gradients, by the names of :class:`~layer.problem.Answers`.
+            A list stands for one tensor per expert.
+        reshape: turns a gradient into the layout of the problem, for leaves in a layout of the
+            peer's own.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: dict[str, Tensor | list[Tensor]]
+    reshape: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def all_leaves(self) -> list[Tensor]:
+        """The leaves, flat."""
+        out: list[Tensor] = []
+        for leaf in self.leaves.values():
+            out.extend(leaf if isinstance(leaf, list) else [leaf])
+        return out
+
+    def forget_gradients(self) -> None:
+        """Sets every gradient to None, so that the next step makes fresh ones."""
+        for leaf in self.all_leaves():
+            leaf.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the last step in the problem's layout."""
+        found = {}
+        for name, leaf in self.leaves.items():
+            grad = torch.stack([_grad(p) for p in leaf]) if isinstance(leaf, list) else _grad(leaf)
+            found[name] = self.reshape.get(name, lambda t: t)(grad)
+        return found
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+class Peer:
+    """One implementation of the layer.
+
+    Attributes:
+        name: how the command line calls it.
+        title: how the tables call it.
+        note: what a reader must know to compare it.
+        package: the distribution whose version is told, None for torch itself.
+        with_router: whether it routes by itself, so that the answers are those with a router.
+        compiles: whether the first step of a new shape may compile for a minute and more.
+    """
+
+    name: str
+    title: str
+    note = ""
+    package: str | None = None
+    with_router = False
+    compiles = False
+
+    def unavailable(self, config: Config | None, device: torch.device) -> str | None:
+        """Why it can't run (``config`` None: any of them) in a few words, None if it can."""
+        return None
+
+    def start(self, device: torch.device) -> None:
+        """Imports and loads what no configuration changes; the time it takes is told apart."""
+
+    def build(self, problem: Problem) -> Layer:
+        """The layer on ``problem``."""
+        raise NotImplementedError
+
+    def version(self) -> str:
+        """Of the package, or of torch."""
+        return importlib.metadata.version(self.package or "torch")
+
+
+def missing(*modules: str) -> str | None:
+    """Why one of ``modules`` can't be imported, None if all can."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
+            first = (str(error).splitlines() or [""])[0]
+            return f"can't import {name}: {type(error).__name__}: {first}"[:160]
+    return None
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """``tensor``'s memory as a leaf that gets a gradient."""
+    return tensor.detach().requires_grad_()
+
+
+def given_leaves(problem: Problem) -> dict[str, Any]:
+    """Leaves of a layer that is given its routing."""
+    return {name: leaf(getattr(problem, name)) for name in ("x", "weights", "up", "down")}
+
+
+def _sorted_pairs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted expert ids, the pairs in expert-major order, and the inverse."""
+    ids, order = torch.sort(problem.expert_ids.flatten(), stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return ids, order, inverse
+
+
+def _combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    """Each token's weighted sum of its rows, as a product that accumulates in fp32."""
+    tokens, top_k = weights.shape
+    rows = y.index_select(0, inverse).view(tokens, top_k, -1)
+    return torch.bmm(weights.to(y.dtype).unsqueeze(1), rows).squeeze(1)
+
+
+class PlainTorch(Peer):
+    """What a good user of PyTorch writes: no kernels of one's own, no host sync."""
+
+    name = "torch"
+    title = "plain torch"
+    note = "sort, index_select, F.grouped_mm, activation, F.grouped_mm, index_select, bmm"
+
+    def build(self, problem: Problem) -> Layer:
+        leaves = given_leaves(problem)
+        config = problem.config
+
+        def forward() -> Tensor:
+            x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
+            ids, order, inverse = _sorted_pairs(problem)
+            experts = torch.arange(config.num_experts, device=x.device)
+            ends = torch.searchsorted(ids, experts, right=True).to(torch.int32)
+            rows = x.index_select(0, order // config.top_k)
+            h = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+            del rows
+            a = activate(h, config.activation)
+            del h
+            y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)
+            del a
+            return _combine(y, inverse, weights)
+
+        return Layer(forward, leaves)
+
+
+class Loop(Peer):
+    """One pair of products per expert; the counts are read on the host, once."""
+
+    name = "loop"
+    title = "loop over experts"
+    note = "as plain torch, but two F.linear per expert instead of F.grouped_mm"
+
+    def build(self, problem: Problem) -> Layer:
+        leaves = given_leaves(problem)
+        config = problem.config
+
+        def forward() -> Tensor:
+            x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
+            ids, order, inverse = _sorted_pairs(problem)
+            counts = torch.bincount(ids, minlength=config.num_experts).tolist()
+            chunks = x.index_select(0, order // config.top_k).split(counts)
+            matrices = zip(chunks, up.unbind(0), down.unbind(0), strict=True)
+            y = [F.linear(activate(F.linear(c, u), config.activation), d) for c, u, d in matrices]
+            return _combine(torch.cat(y), inverse, weights)
+
+        return Layer(forward, leaves)
+
+
+class Ours(Peer):
+    """This package's layer from a given routing on: its sort, its kernels, its backward."""
+
+    name = "ours"
+    title = "lightning_fastmoe"
+    note = "order_by_expert and expert_layer from the given expert ids and weights"
+    package = "lightning-fastmoe"
+
+    def unavailable(self, config: Config | None, device: torch.device) -> str | None:
+        return missing("lightning_fastmoe.ops")
+
+    def start(self, device: torch.device) -> None:
+        from lightning_fastmoe.ops import native
+
+        if device.type == "cuda":
+            native.load()
+
+    def version(self) -> str:
+        from lightning_fastmoe.ops import native
+
+        found = super().version()
+        if torch.cuda.is_available() and (reason := native.unavailable_reason()):
+            found += f" WITHOUT KERNELS ({reason})"
+        return found
+
+    def build(self, problem: Problem) -> Layer:
+        from lightning_fastmoe import ops
+
+        leaves = given_leaves(problem)
+        config = problem.config
+
+        def forward() -> Tensor:
+            x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
+            order = ops.order_by_expert(problem.expert_ids, config.num_experts)
+            return ops.expert_layer(x, weights, order, up, down, config.activation)
+
+        return Layer(forward, leaves)
+
+
+class OursModule(Ours):
+    """This package's whole module: it routes by itself and adds its losses."""
+
+    name = "ours-module"
+    title = "lightning_fastmoe.MoE"
+    note = (
+        "the whole module: router product in fp32, softmax, top-k, both losses; compare it with"
+        " nobody here, since the others are given their routing"
+    )
+    with_router = True
+
+    def build(self, problem: Problem) -> Layer:
+        from torch import nn
+
+        from lightning_fastmoe.nn import MoE
+
+        config = problem.config
+        with torch.device("meta"):
+            module = MoE(
+                config.d_model,
+                config.d_ffn,
+                config.num_experts,
+                config.top_k,
+                activation=config.activation,
+                load_balancing=LOAD_BALANCING,
+                z_loss=Z_LOSS,
+                dispatcher="local",
+            )
+        module.experts.up_proj = nn.Parameter(problem.up)
+        module.experts.down_proj = nn.Parameter(problem.down)
+        module.router.weight = nn.Parameter(problem.router)
+        x = leaf(problem.x)
+        leaves = {
+            "x": x,
+            "router": module.router.weight,
+            "up": module.experts.up_proj,
+            "down": module.experts.down_proj,
+        }
+        return Layer(lambda: module(x), leaves)

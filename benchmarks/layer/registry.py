@@ -1,0 +1,42 @@
+"""All peers by name."""
+
+from __future__ import annotations
+
+from layer.errors import BenchmarkError
+from layer.libraries import DeepSpeed, Liger, SonicMoE, Transformers
+from layer.peers import Loop, Ours, OursModule, Peer, PlainTorch
+
+_CLASSES: tuple[type[Peer], ...] = (
+    Ours,
+    OursModule,
+    PlainTorch,
+    Loop,
+    Transformers,
+    Liger,
+    SonicMoE,
+    DeepSpeed,
+)
+
+PEERS = {peer.name: peer for peer in _CLASSES}
+"""Peers by the names that ``--peers`` takes, in the order of the tables."""
+
+DEFAULT = [name for name, peer in PEERS.items() if not peer.compiles]
+"""Peers of a run that names none: those that compile for minutes are left out."""
+
+
+def parse_peers(text: str) -> list[str]:
+    """``"default"``, ``"all"`` or comma-separated names.
+
+    Raises:
+        BenchmarkError: for an unknown name.
+    """
+    if text in ("default", "all"):
+        return list(DEFAULT if text == "default" else PEERS)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PEERS]
+    if unknown or not names:
+        raise BenchmarkError(
+            f"--peers {text!r}: {', '.join(unknown) or 'nothing'} is not a peer. Take 'default',"
+            f" 'all' or some of: {', '.join(PEERS)}."
+        )
+    return names

@@ -1,0 +1,163 @@
+"""One MoE layer beside its peers: forward and backward, speed, memory, launches, errors.
+
+    python benchmarks/moe_layer.py                               # every configuration, uniform
+    python benchmarks/moe_layer.py --configs sonic-7b,mixtral-8x7b --routings uniform,zipf:1.5 \\
+        --peers ours,torch,transformers --json run.json --markdown run.md --plot run.png
+    python benchmarks/moe_layer.py --device cpu --tiny           # checks the script itself
+
+All peers get the same tokens, weights and routing. Each runs in a process of its own and takes its
+turn in each round, so that a device that slows down slows down all of them. Before anything is
+timed, the output and every gradient are compared with an fp32 computation, one expert after the
+other; a peer whose error is above 1e-2 is refused. What isn't installed, or fails, or takes too
+long, is a row that says so. `layer/measure.py` says how time, memory and launches are measured, and
+`layer/routings.py` what the routings are.
+
+Peers that compile for minutes (liger, sonicmoe) run only if named. ``--limit sonicmoe=300`` gives
+one of them more time to get ready for a row; ``--ahead 8`` lets eight of them compile at once
+before anything is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from layer import plot, table
+from layer.configs import parse_configs
+from layer.errors import BenchmarkError
+from layer.registry import PEERS, parse_peers
+from layer.routings import parse_routings
+from layer.runner import Options, Runner
+from layer.worker import TOLERANCE
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SCHEMA = 1
+"""Version of the JSON file; goes up when a field changes its meaning."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--configs", default="all", help="'all' or names, separated by commas")
+    add("--routings", default="uniform", help="'all' or names, separated by commas")
+    add("--peers", default="default", help=f"'default', 'all' or some of {', '.join(PEERS)}")
+    add("--seconds-per-row", type=float, default=1.5, help="of timing, over all rounds")
+    add("--rounds", type=int, default=5, help="how often each peer gets its turn")
+    add(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="[PEER=]SECONDS",
+        help="a peer may take so long to get ready for a row (default 90)",
+    )
+    add("--ahead", type=int, default=0, help="compiling peers to run at once, before all else")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    add("--tiny", action="store_true", help="miniature sizes, to check the script")
+    add("--in-process", action="store_true", help="no processes, no limits: for a debugger")
+    add("--json", type=Path, help="file to write")
+    add("--markdown", type=Path, help="file to write")
+    add("--plot", type=Path, help="picture to write; needs matplotlib")
+    return parser
+
+
+def parse_limits(texts: list[str]) -> tuple[float, dict[str, float]]:
+    """``["120", "sonicmoe=300"]`` -> the limit of all, and those of single peers, in seconds."""
+    everyone, single = 90.0, {}
+    for text in texts:
+        name, _, seconds = text.rpartition("=")
+        try:
+            value = float(seconds)
+        except ValueError:
+            raise BenchmarkError(f"--limit {text!r}: write SECONDS or PEER=SECONDS.") from None
+        if name:
+            single[parse_peers(name)[0]] = value
+        else:
+            everyone = value
+    return everyone, single
+
+
+def measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Runs what the command line asks for; the report is what ``--json`` writes.
+
+    Raises:
+        BenchmarkError: for options that can't be met.
+    """
+    configs, routings = parse_configs(arguments.configs), parse_routings(arguments.routings)
+    peers = parse_peers(arguments.peers)
+    limit, limits = parse_limits(arguments.limit)
+    if arguments.plot:
+        plot.check_available()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("There is no CUDA device; --device cpu --tiny checks the script.")
+    if arguments.device == "cpu" and not arguments.tiny:
+        raise BenchmarkError("The real sizes take hours on a CPU; add --tiny.")
+    if arguments.tiny:
+        configs = [config.tiny() for config in configs]
+    options = Options(
+        device=arguments.device,
+        dtype=DTYPES[arguments.dtype],
+        seconds=arguments.seconds_per_row,
+        rounds=arguments.rounds,
+        limit=limit,
+        limits=limits,
+        in_process=arguments.in_process,
+        ahead=arguments.ahead,
+    )
+    begin = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    with Runner(peers, options, say) as runner:
+        runner.compile_ahead(configs)
+        for config in configs:
+            for routing in routings:
+                rows += runner.run(config, routing)
+        about = runner.about
+    return {
+        "schema": SCHEMA,
+        "command": sys.argv[1:],
+        "machine": about.pop("device"),
+        "peers": about,
+        "dtype": arguments.dtype,
+        "tolerance": TOLERANCE,
+        "seconds": time.perf_counter() - begin,
+        "dense_tflops": statistics.median(row["dense_tflops"] for row in rows),
+        "copy_gbs": statistics.median(row["copy_gbs"] for row in rows),
+        "sizes": table.sizes_of([c.name for c in configs], arguments.tiny),
+        "rows": rows,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark and writes what was asked for.
+
+    Returns:
+        0; 1 if a peer was refused; 2 for options that can't be met.
+    """
+    arguments = make_parser().parse_args(argv)
+    try:
+        report = measure(arguments, lambda line: print(line, file=sys.stderr, flush=True))
+    except BenchmarkError as error:
+        print(f"moe_layer.py: {error}", file=sys.stderr)
+        return 2
+    text = table.markdown(report)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.plot:
+        plot.plot(report, arguments.plot)
+    return int(any(row["status"] == "refused" for row in report["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
