@@ -45,7 +45,7 @@ class Entry:
 
 
 _FORWARD = (
-    Entry("sort", "sort by expert", r"count_kernel|scan_kernel|place_kernel", floors.sort, MANY),
+    Entry("sort", "sort by expert", r"sort_kernel", floors.sort),
     Entry("permute", "permute x", r"permute_rows", floors.permute),
     Entry("up product", "H = rows @ up.T", GEMM, floors.up_product),
     Entry("activation", "A = act(H)", r"activation_kernel", floors.activation),

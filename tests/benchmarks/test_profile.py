@@ -77,7 +77,7 @@ def test_sizes_of_a_configuration():
 PREPARE = "void at::cuda::detail::prepare_grouped_gemm_data<cutlass::bfloat16_t>(...)"
 PRODUCT = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>(...)"
 FORWARD = [
-    "void lightning_fastmoe::count_kernel(long const*)",
+    "void lightning_fastmoe::sort_kernel(long const*)",
     "void lightning_fastmoe::scan_kernel<4>(int*)",
     "void lightning_fastmoe::place_kernel(long const*)",
     "void lightning_fastmoe::permute_rows_kernel<uint4>(...)",
