@@ -20,10 +20,12 @@ before anything is measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +88,12 @@ def parse_limits(texts: list[str]) -> tuple[float, dict[str, float]]:
     return everyone, single
 
 
-def measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
-    """Runs what the command line asks for; the report is what ``--json`` writes.
+def make_options(arguments: argparse.Namespace) -> Options:
+    """How to run, from the command line.
 
     Raises:
         BenchmarkError: for options that can't be met.
     """
-    configs, routings = parse_configs(arguments.configs), parse_routings(arguments.routings)
-    peers = parse_peers(arguments.peers)
     limit, limits = parse_limits(arguments.limit)
     if arguments.plot:
         plot.check_available()
@@ -101,9 +101,7 @@ def measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
         raise BenchmarkError("There is no CUDA device; --device cpu --tiny checks the script.")
     if arguments.device == "cpu" and not arguments.tiny:
         raise BenchmarkError("The real sizes take hours on a CPU; add --tiny.")
-    if arguments.tiny:
-        configs = [config.tiny() for config in configs]
-    options = Options(
+    return Options(
         device=arguments.device,
         dtype=DTYPES[arguments.dtype],
         seconds=arguments.seconds_per_row,
@@ -113,27 +111,41 @@ def measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
         in_process=arguments.in_process,
         ahead=arguments.ahead,
     )
+
+
+def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Runs what the command line asks for.
+
+    Yields:
+        What ``--json`` writes, anew after each configuration and routing, so that a run that is
+        cut short leaves what it has.
+
+    Raises:
+        BenchmarkError: for options that can't be met.
+    """
+    configs, routings = parse_configs(arguments.configs), parse_routings(arguments.routings)
+    peers, options = parse_peers(arguments.peers), make_options(arguments)
+    if arguments.tiny:
+        configs = [config.tiny() for config in configs]
     begin = time.perf_counter()
     rows: list[dict[str, Any]] = []
     with Runner(peers, options, say) as runner:
         runner.compile_ahead(configs)
-        for config in configs:
-            for routing in routings:
-                rows += runner.run(config, routing)
-        about = runner.about
-    return {
-        "schema": SCHEMA,
-        "command": sys.argv[1:],
-        "machine": about.pop("device"),
-        "peers": about,
-        "dtype": arguments.dtype,
-        "tolerance": TOLERANCE,
-        "seconds": time.perf_counter() - begin,
-        "dense_tflops": statistics.median(row["dense_tflops"] for row in rows),
-        "copy_gbs": statistics.median(row["copy_gbs"] for row in rows),
-        "sizes": table.sizes_of([c.name for c in configs], arguments.tiny),
-        "rows": rows,
-    }
+        for config, routing in itertools.product(configs, routings):
+            rows += runner.run(config, routing)
+            yield {
+                "schema": SCHEMA,
+                "command": sys.argv[1:],
+                "machine": runner.about["device"],
+                "peers": {peer: runner.about[peer] for peer in peers},
+                "dtype": arguments.dtype,
+                "tolerance": TOLERANCE,
+                "seconds": time.perf_counter() - begin,
+                "dense_tflops": statistics.median(row["dense_tflops"] for row in rows),
+                "copy_gbs": statistics.median(row["copy_gbs"] for row in rows),
+                "sizes": table.sizes_of([c.name for c in configs], arguments.tiny),
+                "rows": rows,
+            }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,17 +155,17 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if a peer was refused; 2 for options that can't be met.
     """
     arguments = make_parser().parse_args(argv)
+    report: dict[str, Any] = {"rows": []}
     try:
-        report = measure(arguments, lambda line: print(line, file=sys.stderr, flush=True))
+        for report in measure(arguments, lambda line: print(line, file=sys.stderr, flush=True)):
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            if arguments.markdown:
+                arguments.markdown.write_text(table.markdown(report), encoding="utf-8")
     except BenchmarkError as error:
         print(f"moe_layer.py: {error}", file=sys.stderr)
         return 2
-    text = table.markdown(report)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
+    print(table.markdown(report))
     if arguments.plot:
         plot.plot(report, arguments.plot)
     return int(any(row["status"] == "refused" for row in report["rows"]))

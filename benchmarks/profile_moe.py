@@ -43,7 +43,7 @@ Kernel = tuple[str, float]
 def profiled_step(layer: Layer, grad: Tensor) -> list[Kernel]:
     """The kernels of one step, in the order in which they ran; copies and fills too."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         measure.step(layer, grad)
         torch.cuda.synchronize()
     events = [e for e in found.events() if e.device_type == DeviceType.CUDA]

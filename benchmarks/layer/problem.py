@@ -225,6 +225,7 @@ def _through_router(problem: Problem, d_weights: Tensor) -> tuple[Tensor, Tensor
 
 def relative_error(value: Tensor, right: Tensor) -> float:
     """Norm of the difference over the norm of the right answer; infinite for NaN."""
+    value, right = value.detach(), right.detach()
     norm = torch.linalg.vector_norm
     error = float(norm(value.to(right.dtype) - right) / norm(right))
     return error if error == error else float("inf")

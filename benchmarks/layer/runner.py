@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layer.configs import Config
+from layer.errors import BenchmarkError
 from layer.registry import PEERS
 from layer.worker import Failed, InProcess, Subprocess, Worker, make_bench
 
@@ -62,7 +63,7 @@ class Runner:
         self.about: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Runner:
-        self._call("device", "round", 0.05, limit=120)
+        self._device_rates(0.05)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,8 +79,7 @@ class Runner:
         device: dict[str, list[float]] = {}
         seconds = self.options.seconds / self.options.rounds
         for _ in range(self.options.rounds):
-            found = self._call("device", "round", min(seconds, 0.1), limit=60)
-            for name, values in found.items():
+            for name, values in self._device_rates(min(seconds, 0.1)).items():
                 device.setdefault(name, []).extend(values)
             for row in rows:
                 if row["status"] != "ok":
@@ -135,6 +135,16 @@ class Runner:
             row |= {"status": "failed", "reason": str(error)}
         return row
 
+    def _device_rates(self, seconds: float) -> dict[str, list[float]]:
+        """The rates of the device in one round; a worker that fails gets a second chance."""
+        for last in (False, True):
+            try:
+                return self._call("device", "round", seconds, limit=60)
+            except Failed as error:
+                if last:
+                    raise BenchmarkError(f"The device can't be measured: {error}") from error
+        raise AssertionError
+
     def _compare_problems(self, rows: list[Row]) -> None:
         """Refuses what was measured on other tokens, weights or routing than the first row's."""
         given = [row for row in rows if row["status"] == "ok"]
@@ -144,12 +154,17 @@ class Runner:
                 row |= {"status": "refused", "reason": f"not the problem of {given[0]['peer']}"}
 
     def _call(self, kind: str, command: str, *args: Any, limit: float) -> Any:
+        about = self.about.get(kind)
+        if about is not None and about.get("reason"):
+            return {"status": "unavailable", "reason": about["reason"]}
         if kind not in self.workers:
             self.workers[kind] = self._new_worker(kind)
             try:
                 found = self.workers[kind].call("start", limit=self.options.limit_of(kind) + 120)
-            except Failed:
-                self.workers.pop(kind)
+            except Failed as error:
+                # Not tried again for each row: a start that hangs would cost its limit each time.
+                self.workers.pop(kind).close()
+                self.about[kind] = {"reason": f"can't start: {error}", "version": None}
                 raise
             self.about.setdefault(kind, found)
         if self.about[kind].get("reason"):

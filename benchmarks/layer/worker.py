@@ -241,7 +241,7 @@ class Subprocess:
         return self.receive(limit)
 
     def close(self) -> None:
-        """Kills the process and its children."""
+        """Kills the process and its children; may be called again."""
         self.connection.close()
         if self.process.is_alive() and self.process.pid is not None:
             try:

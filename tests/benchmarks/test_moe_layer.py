@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 
@@ -207,6 +208,48 @@ def test_a_run_in_processes_survives_one_that_dies(monkeypatch):
         assert [row["status"] for row in runner.run(config, "half")] == ["ok", "ok"]
         processes = [worker.process for worker in runner.workers.values()]
     assert not any(process.is_alive() for process in processes)
+
+
+def test_compiling_ahead_takes_one_step(monkeypatch):
+    monkeypatch.setattr(registry.PEERS["loop"], "compiles", True)
+    said: list[str] = []
+    options = Options(device="cpu", ahead=2)
+    runner = Runner(["torch", "loop"], options, said.append)
+    runner.compile_ahead([CONFIGS["switch-8"].tiny()])
+    assert len(said) == 1
+    assert re.fullmatch(r"compiled ahead: switch-8, loop: \d+\.\d s", said[0])
+
+
+def test_a_run_cut_short_leaves_what_it_has(tmp_path, monkeypatch):
+    finished = Runner.run
+
+    def run_once(self, config, routing):
+        if routing == "one":
+            raise KeyboardInterrupt
+        return finished(self, config, routing)
+
+    monkeypatch.setattr(Runner, "run", run_once)
+    arguments = ("--configs", "switch-8", "--routings", "half,one", "--peers", "torch")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *arguments)
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert [row["routing"] for row in report["rows"]] == ["half"]
+
+
+def test_a_peer_that_can_not_start_is_tried_once(monkeypatch):
+    starts: list[str] = []
+
+    def start(self, device):
+        starts.append("start")
+        raise RuntimeError("no such file")
+
+    monkeypatch.setattr(PlainTorch, "start", start)
+    options = Options(device="cpu", in_process=True, seconds=0.01, rounds=1)
+    config = CONFIGS["switch-8"].tiny()
+    with Runner(["torch"], options, print) as runner:
+        reasons = [runner.run(config, routing)[0]["reason"] for routing in ("one", "half")]
+    assert reasons == ["RuntimeError: no such file", "can't start: RuntimeError: no such file"]
+    assert starts == ["start"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""What the benchmark tells of memory, launches and waits, where there is a device to tell of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layer.configs import CONFIGS
+from layer.registry import PEERS
+from layer.worker import Bench
+
+CONFIG = replace(CONFIGS["sonic-7b"], tokens=4096, num_experts=16)
+
+
+def prepared(peer: str) -> dict:
+    bench = Bench(PEERS[peer](), "cuda")
+    bench.start()
+    found = bench.prepare(CONFIG, "uniform")
+    bench.drop()
+    return found
+
+
+@pytest.mark.parametrize("peer", ["ours", "ours-module", "torch", "loop"])
+def test_peers_are_right(peer):
+    found = prepared(peer)
+    assert found["status"] == "ok", found
+    assert found["max_error"] <= 1e-2
+    assert found["kernels"] >= 10
+
+
+def test_waits_are_counted():
+    assert prepared("torch")["host_syncs"] == 0
+    assert prepared("ours")["host_syncs"] == 0
+    assert prepared("loop")["host_syncs"] >= 1
+
+
+def test_peak_over_rest_by_hand():
+    # At its worst moment plain torch holds three times the rows (N, D), H, and A with silu(gate);
+    # the output stands against x's gradient at rest, and no weight has its gradient yet.
+    rows, width, inner = CONFIG.pairs, CONFIG.d_model, CONFIG.d_ffn
+    weights = 3 * CONFIG.num_experts * width * inner
+    right = 2 * (3 * rows * width + 4 * rows * inner - weights) / 2**30
+    assert prepared("torch")["peak_gib"] == pytest.approx(right, rel=0.03)
+
+
+def test_steps_are_timed():
+    bench = Bench(PEERS["torch"](), "cuda")
+    bench.start()
+    bench.prepare(CONFIG, "uniform")
+    times = bench.round(0.1)
+    assert all(ms > 0 for ms in times["forward"] + times["step"])
+    assert sum(times["forward"]) / len(times["forward"]) < sum(times["step"]) / len(times["step"])
+    assert torch.cuda.memory_allocated() < 2**30
