@@ -89,7 +89,10 @@ class Peer:
 
     def version(self) -> str:
         """Of the package, or of torch."""
-        return importlib.metadata.version(self.package or "torch")
+        try:
+            return importlib.metadata.version(self.package or "torch")
+        except importlib.metadata.PackageNotFoundError:
+            return "(not installed, found on the path)"
 
 
 def missing(*modules: str) -> str | None:
