@@ -298,6 +298,18 @@ class TestPrebuilt:
         assert f"{_build.PACKAGED} is not used: it was built for sm_90a" in reason
 
 
+    @pytest.mark.parametrize("packaged", [True, False])
+    def test_of_other_sources(self, machine: Machine, library: Path, packaged: bool):
+        """In the package, or copied into the cache by hand."""
+        file = _build.PACKAGED
+        if not packaged:
+            file = built().with_name("a.so")
+            file.with_name("sm_90a.so").unlink()
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(library.read_bytes().replace(b"sources=", b"sources=0"))
+        assert built() != file
+
+
 class TestAhead:
     def test_without_a_gpu_architectures_are_required(self, machine: Machine):
         machine.has_gpus()
@@ -333,8 +345,11 @@ class TestAhead:
         machine.install()
         assert build_ahead("8.6").compiled  # sm_80 would serve it, but was not asked for
         machine.calls()
+        in_use = machine.folder / "in_use"  # by a process that has mapped it
+        in_use.hardlink_to(first.library)
         forced = build_ahead("8.0;9.0a", force=True)
         assert (forced.library, forced.compiled) == (first.library, True)
+        assert not forced.library.samefile(in_use)
         assert compilations(machine.calls()) == sorted(units())
 
     def test_into_a_folder_and_a_file(self, machine: Machine):
