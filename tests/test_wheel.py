@@ -18,18 +18,11 @@ ROOT = Path(__file__).parents[1]
 CSRC = {f"lightning_fastmoe/csrc/{file.name}" for file in (ROOT / "csrc").iterdir()}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """The wheel of a copy of this checkout, and the log of a compiler that was within reach."""
-    folder = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("lightning_fastmoe", "csrc"):
-        shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
+def make_wheel(folder: Path) -> tuple[Path, Path]:
+    """The wheel of folder/source, and the log of the compilers that were within reach."""
     log = folder / "log"
     tools = folder / "cuda" / "bin"
-    tools.mkdir(parents=True)
+    tools.mkdir(parents=True, exist_ok=True)
     for name in ("nvcc", "gcc", "g++", "cc", "c++", "ninja"):
         (tools / name).write_text(f'#!/bin/sh\necho "$0 $*" >> "{log}"\nexit 1\n')
         (tools / name).chmod(0o755)
@@ -43,8 +36,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
     }
     subprocess.run(command, env=environment, check=True, timeout=120)
     (wheel,) = folder.glob("*.whl")
-    yield wheel, log
+    return wheel, log
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a copy of this checkout, as source."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("lightning_fastmoe", "csrc"):
+        shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def built(source: Path) -> tuple[Path, Path]:
+    """Its wheel, and the log of compilers."""
+    return make_wheel(source)
 
 
 def test_no_compiler_runs_and_any_machine_takes_it(built: tuple[Path, Path]) -> None:
@@ -72,3 +83,17 @@ def test_the_command_is_in_it(built: tuple[Path, Path]) -> None:
         }
         missing = {f"{package}/__init__.py" for package in packages} - set(wheel.namelist())
         assert missing == set()
+
+
+def test_a_library_that_a_packager_adds_is_in_it(source: Path, built: tuple[Path, Path]) -> None:
+    built[0].rename(source / "plain")
+    try:
+        library = source / "source" / "lightning_fastmoe" / "kernels.so"
+        library.write_bytes(b"\x7fELF")
+        wheel, log = make_wheel(source)
+        assert not log.exists()
+        with zipfile.ZipFile(wheel) as content:
+            assert content.read("lightning_fastmoe/kernels.so") == b"\x7fELF"
+    finally:
+        library.unlink()
+        (source / "plain").rename(built[0])

@@ -42,6 +42,9 @@ def test_builds_once_and_finds_it_again(machine: Machine, capfd: pytest.CaptureF
     assert machine.calls() == []  # not even for its version
     assert capfd.readouterr().err == ""
     assert sorted(p.name for p in library.parent.iterdir()) == ["lock", "sm_90a.so"]
+    (library.parent / "lock").unlink()
+    assert built() == library
+    assert [p.name for p in library.parent.iterdir()] == ["sm_90a.so"]  # it may be read-only
 
 
 def test_another_process_without_nvcc_finds_it(machine: Machine):
