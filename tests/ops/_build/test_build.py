@@ -377,9 +377,11 @@ class TestAhead:
 class TestLoading:
     @pytest.fixture(autouse=True)
     def _anew(self):
-        native._load.cache_clear()
+        for function in (native.load, native._load):
+            function.cache_clear()
         yield
-        native._load.cache_clear()
+        for function in (native.load, native._load):
+            function.cache_clear()
 
     def test_one_warning_without_a_compiler(self, machine: Machine):
         machine.uninstall()
