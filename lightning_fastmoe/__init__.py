@@ -3,14 +3,31 @@
 Importing the package registers ``strategy="fastmoe"`` and its variants with Lightning's Trainer.
 """
 
-from pytorch_lightning.strategies import StrategyRegistry
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lightning_fastmoe.callbacks import ExpertLoadMonitor
-from lightning_fastmoe.nn import MoE, moe_losses
-from lightning_fastmoe.strategy import FastMoEStrategy
+from lightning_fastmoe.commands import starts_as_own_command
 
 __version__ = "0.1.0"
 
-FastMoEStrategy.register_strategies(StrategyRegistry)
+if TYPE_CHECKING or not starts_as_own_command():
+    from pytorch_lightning.strategies import StrategyRegistry
+
+    from lightning_fastmoe.callbacks import ExpertLoadMonitor
+    from lightning_fastmoe.nn import MoE, moe_losses
+    from lightning_fastmoe.strategy import FastMoEStrategy
+
+    FastMoEStrategy.register_strategies(StrategyRegistry)
+else:
+    # `lightning-fastmoe env` and its like start without Lightning and DeepSpeed; code that they
+    # load may still ask for what the package exports.
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            for component in ("callbacks", "nn", "strategy"):
+                module = import_module(f"{__name__}.{component}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["ExpertLoadMonitor", "FastMoEStrategy", "MoE", "moe_losses"]

@@ -1,26 +1,16 @@
-"""The command ``lightning-fastmoe``: train and evaluate the example language model.
-
-``lightning-fastmoe fit --config examples/tiny_lm.yaml`` runs a configuration file. Every value in
-it can be overridden (``--model.num_experts 16``); ``lightning-fastmoe fit --help`` lists them all.
-"""
+"""The command ``lightning-fastmoe``: sends each subcommand to the module that runs it."""
 
 from __future__ import annotations
 
-import logging
+import argparse
+import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from typing_extensions import override
-
-from lightning_fastmoe.errors import FastMoEError
-from lightning_fastmoe.lm import ByteCorpus, MoELanguageModel
+from lightning_fastmoe.commands import COMMANDS, PROGRAM, TRAINING
+from lightning_fastmoe.errors import ConfigError, FastMoEError
 
 TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
 """Set to 1 to see where an error was raised."""
@@ -28,96 +18,35 @@ TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
-_CHATTER = (
-    "GPU available:",
-    "TPU available:",
-    "HPU available:",
-    "LOCAL_RANK:",
-    "Enabling DeepSpeed",
-    "Seed set to",
-    "initializing deepspeed distributed",
-    "Loading `train_dataloader` to estimate",
-    "You are using a CUDA device",
-    "\N{ELECTRIC LIGHT BULB} Tip:",
-)
-"""How the lines start that Lightning logs at each start, and that say nothing about this run."""
 
-_CHATTERING_LOGGERS = (
-    "pytorch_lightning.accelerators.cuda",
-    "lightning_fabric.utilities.rank_zero",
-    "lightning_fabric.utilities.seed",
-    "pytorch_lightning.strategies.deepspeed",
-    "pytorch_lightning.utilities.rank_zero",
-)
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
 
-_UPSTREAM = r"(deepspeed|jsonargparse|lightning_fabric|pydantic|pytorch_lightning|torch)(\.|$)"
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
 
 
-@dataclass(frozen=True)
-class AutoSettings:
-    """What the Trainer's automatic values become, so that one configuration fits every machine.
-
-    Args:
-        cpu_devices: Processes that `trainer.devices: auto` starts on a machine without a GPU.
-        gpu_precision: The precision on GPUs where `trainer.precision` isn't given.
-    """
-
-    cpu_devices: int = 1
-    gpu_precision: str = "bf16-mixed"
-
-
-class FastMoECLI(LightningCLI):
-    """LightningCLI with the settings of :class:`AutoSettings`."""
-
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_class_arguments(AutoSettings, "auto")
-
-    @override
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        resolve_auto(config.trainer, config.auto, torch.cuda.is_available())
-
-
-def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:
-    """Replace the Trainer's automatic values by those for this machine.
-
-    Args:
-        trainer: The Trainer's arguments, as attributes; changed in place.
-        auto: An :class:`AutoSettings`, or an object with its attributes.
-        has_cuda: Whether there is a CUDA device.
-    """
-    if trainer.accelerator == "auto":
-        trainer.accelerator = "cuda" if has_cuda else "cpu"
-    if trainer.accelerator == "cpu":
-        if trainer.devices == "auto":
-            trainer.devices = auto.cpu_devices
-    elif trainer.precision is None:
-        trainer.precision = auto.gpu_precision
-
-
-def silence_upstream() -> None:
-    """Hide what libraries below say about themselves; warnings about the run stay visible."""
-    for category in (DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category, module=_UPSTREAM)
-    for message in (
-        # The corpus is in memory, where worker processes only cost time.
-        ".*does not have many workers",
-        # Each sample is counted once: see FastMoEStrategy about ranks with uneven data.
-        "Using `DistributedSampler` with the dataloaders",
-        # DeepSpeed's, at start.
-        r"barrier\(\): using the device under current context",
-        # Runs resume into the folder that they were started in.
-        "Checkpoint directory .* exists and is not empty",
-    ):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
-    for name in _CHATTERING_LOGGERS:
-        logging.getLogger(name).addFilter(_is_about_the_run)
-
-
-def _is_about_the_run(record: logging.LogRecord) -> bool:
-    message = record.getMessage().removeprefix(f"[rank: {os.environ.get('LOCAL_RANK', 0)}] ")
-    return not message.startswith(_CHATTER)
+def help_text() -> str:
+    """The list of commands."""
+    width = max(map(len, [*COMMANDS, *TRAINING])) + 2
+    lines = [
+        f"usage: {PROGRAM} COMMAND ...",
+        "",
+        "Expert parallelism for PyTorch Lightning.",
+        "",
+        "training, with configuration files (LightningCLI):",
+        *(f"  {name:{width}}{summary}" for name, summary in TRAINING.items()),
+        "",
+        "tools:",
+        *(f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "options:",
+        "  -h, --help     Print this and exit.",
+        "  --version      Print the version and exit.",
+        "",
+        f"{PROGRAM} COMMAND --help says more about each.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -129,21 +58,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C.
     """
-    silence_upstream()
     try:
-        import jsonargparse  # noqa: F401
-    except ModuleNotFoundError:
-        return _report("the command line needs jsonargparse: pip install 'lightning-fastmoe[cli]'")
-    try:
-        FastMoECLI(
-            MoELanguageModel,
-            ByteCorpus,
-            # A resumed run writes into the folder of the first.
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            args=None if args is None else list(args),
-        )
+        return _run(sys.argv[1:] if args is None else list(args), args)
     except FastMoEError as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
@@ -151,10 +67,42 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # While training Lightning handles it; this is for the seconds before.
         return _INTERRUPTED
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # or NCCL warns at exit
+
+
+def _run(words: list[str], args: Sequence[str] | None) -> int:
+    commands = ", ".join([*TRAINING, *COMMANDS])
+    if not words:
+        raise ConfigError(f"name a command: {commands} ({PROGRAM} --help says what they do)")
+    first = words[0]
+    if first in ("-h", "--help"):
+        sys.stdout.write(help_text())
+        return 0
+    if first == "--version":
+        from lightning_fastmoe import __version__
+
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        return 0
+    if first in COMMANDS:
+        return run_command(first, words[1:])
+    if first not in TRAINING and not first.startswith("-"):
+        raise ConfigError(f"there is no command {first!r}; the commands are {commands}")
+    from lightning_fastmoe.lm.cli import run
+
+    run(args)
     return 0
+
+
+def run_command(name: str, words: list[str]) -> int:
+    """Run one of :data:`~lightning_fastmoe.commands.COMMANDS`, and return its exit status."""
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = Parser(
+        prog=f"{PROGRAM} {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(words)))
 
 
 def _report(message: str) -> int:

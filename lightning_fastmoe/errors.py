@@ -50,3 +50,7 @@ class DataError(FastMoEError, ValueError):
 
 class ForeignObjectError(FastMoEError, TypeError):
     """An object of another library stands where one of pytorch_lightning is needed."""
+
+
+class KernelsUnavailableError(FastMoEError, RuntimeError):
+    """The CUDA kernels can't be built or used, for this reason."""

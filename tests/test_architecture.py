@@ -1,6 +1,7 @@
 """Imports point one way, and files stay short.
 
-    errors <- ops <- nn <- distributed <- checkpoint <- strategy <- callbacks, cli, metrics, lm
+    errors <- ops <- nn <- distributed <- checkpoint <- strategy <- callbacks, metrics, lm
+        <- commands <- cli
 
 An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
 constant string given to ``import_module``.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,11 @@ LEVELS = {
     "checkpoint": 4,
     "strategy": 5,
     "callbacks": 6,
-    "cli": 6,
     "lm": 6,
     "metrics": 6,
     "testing": 6,
+    "commands": 7,
+    "cli": 8,
 }
 """A component may import those of lower levels, and its own level."""
 
@@ -39,8 +41,10 @@ INIT = "__init__"
 """The package's own __init__.py: what users import. It may import everything but ``testing``."""
 
 LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning"}
-MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "cli", "lm", INIT}
+MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "lm", INIT}
 MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint"}
+STARTS_AT_ONCE = {"cli", "commands"}
+"""What is imported before a command's arguments are checked: the standard library alone."""
 
 
 def component_of(path: str) -> str:
@@ -48,13 +52,13 @@ def component_of(path: str) -> str:
     return path.split("/")[0].removesuffix(".py")
 
 
-def imported_modules(path: str, source: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import in ``source``, the text of PACKAGE/``path``.
+def imported_modules(path: str, nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import among ``nodes``, parts of PACKAGE/``path``.
 
     ``from a import b`` yields ``a.b``: b may be a module, and the first parts decide anyway.
     """
     parents = [PACKAGE, *path.split("/")[:-1]]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         match node:
             case ast.Import(names=names):
                 for alias in names:
@@ -72,6 +76,28 @@ def imported_modules(path: str, source: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The parts of a module that run when it is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from run_at_import(child)
+
+
+def late_imports(path: str, source: str) -> Iterator[str]:
+    """Imports, where a command has to start at once, of what may take a second to import."""
+    if component_of(path) not in STARTS_AT_ONCE:
+        return
+    for line, module in imported_modules(path, run_at_import(ast.parse(source))):
+        top, *rest = module.split(".")
+        own = top == PACKAGE and rest and rest[0] in {*STARTS_AT_ONCE, "errors", "__version__"}
+        if top not in sys.stdlib_module_names and not own:
+            yield f"{path}:{line}: {module}: import it in a function, so that help comes at once"
+
+
 def rule_broken_by(component: str, module: str) -> str | None:
     """The rule that ``component`` breaks by importing ``module``, None if it breaks none."""
     top, *rest = module.split(".")
@@ -86,7 +112,7 @@ def rule_broken_by(component: str, module: str) -> str | None:
     target = rest[0] if rest else INIT
     if target == "testing" and component != "testing":
         return "testing is for tests"
-    if component == INIT:
+    if component == INIT or target == "__version__":
         return None
     if target not in LEVELS:
         return "inside the package, import from its components, not from the package itself"
@@ -102,9 +128,10 @@ def violations(path: str, source: str) -> list[str]:
         return [f"{path}: {component} has no place in LEVELS; give it one"]
     found = [
         f"{path}:{line}: {module}: {rule}"
-        for line, module in imported_modules(path, source)
+        for line, module in imported_modules(path, ast.walk(ast.parse(source)))
         if (rule := rule_broken_by(component, module))
     ]
+    found += late_imports(path, source)
     if (length := len(source.splitlines())) > MAX_LINES:
         found.append(f"{path}: {length} lines, more than {MAX_LINES}; split it")
     return found
@@ -129,7 +156,7 @@ def test_file_keeps_the_rules(file: Path):
         pytest.param("nn/router/a.py", "from ...strategy import x", id="upward-relative-deep"),
         pytest.param("nn/a.py", "from lightning_fastmoe import distributed", id="from-package"),
         pytest.param("nn/a.py", "from lightning_fastmoe import MoE", id="name-of-package"),
-        pytest.param("cli.py", "from . import FastMoEStrategy", id="name-of-package-relative"),
+        pytest.param("lm/a.py", "from .. import FastMoEStrategy", id="name-of-package-relative"),
         pytest.param("errors.py", "from lightning_fastmoe.ops import top_k", id="errors"),
         pytest.param("strategy/a.py", "import lightning_fastmoe.callbacks.a", id="callbacks"),
         pytest.param("nn/a.py", "def f():\n    from ..checkpoint import save", id="in-function"),
@@ -142,6 +169,10 @@ def test_file_keeps_the_rules(file: Path):
         pytest.param("strategy/a.py", "from ..testing import spawn", id="testing"),
         pytest.param("__init__.py", "import lightning_fastmoe.testing", id="testing-in-init"),
         pytest.param("utils.py", "import torch", id="component-without-place"),
+        pytest.param("cli.py", "from .lm.cli import run", id="cli-slow-start"),
+        pytest.param("commands/a.py", "import torch", id="command-slow-start"),
+        pytest.param("commands/a.py", "from lightning_fastmoe.ops import x", id="command-ops"),
+        pytest.param("commands/a.py", "def run():\n    import deepspeed", id="command-deepspeed"),
         pytest.param("ops/a.py", "x = 1\n" * (MAX_LINES + 1), id="long-file"),
     ],
 )
@@ -157,9 +188,15 @@ def test_checker_flags(path: str, source: str):
             "ops/a.py", "from ..errors import ShapeError\nfrom .b import c", id="downward"
         ),
         pytest.param("nn/router/__init__.py", "from . import losses", id="own-component"),
-        pytest.param("cli.py", "import pytorch_lightning\nfrom .lm import LM", id="own-level"),
+        pytest.param(
+            "lm/a.py", "import pytorch_lightning\nfrom ..metrics import x", id="own-level"
+        ),
+        pytest.param("cli.py", "from lightning_fastmoe import __version__", id="version"),
         pytest.param("strategy/a.py", "import deepspeed, lightning_fabric", id="strategy"),
         pytest.param("checkpoint/a.py", "from deepspeed.runtime import zero", id="checkpoint"),
+        pytest.param("commands/a.py", "def run(a):\n    import torch", id="command-late"),
+        pytest.param("commands/a.py", "if TYPE_CHECKING:\n    import torch", id="command-types"),
+        pytest.param("commands/a.py", "from ..errors import ConfigError", id="command-errors"),
         pytest.param("testing/a.py", "from lightning_fastmoe.strategy import x", id="testing"),
         pytest.param("__init__.py", "from lightning_fastmoe.cli import main", id="init"),
         pytest.param("ops/a.py", "x = 1\n" * MAX_LINES, id="longest-file"),

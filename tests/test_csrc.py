@@ -1,29 +1,35 @@
-"""Every CUDA source compiles for the oldest and the newest architecture that we look at."""
+"""CUDA sources compile for the oldest and the newest architecture that we look at, and link."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from lightning_fastmoe.errors import KernelsUnavailableError
 from lightning_fastmoe.ops import _build
+from lightning_fastmoe.ops._build.record import Record, read_record
+from lightning_fastmoe.ops._build.toolchain import link_command
 
 SOURCES = sorted(_build.SOURCES.glob("*.c[up]*"))
 UNITS = [source for source in SOURCES if source.suffix in (".cu", ".cpp")]
 MAX_LINES = 600
+RECORD = Record("0123456789abcdef", "13.0", "linux-x86_64", ("sm_80", "sm_90a"), "2.13.0")
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess]:
     try:
         nvcc = _build.find_nvcc()
-    except _build.Unavailable as error:
+    except KernelsUnavailableError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("objects")
+    (folder / "record.cpp").write_text(RECORD.source())
     flags = [*_build.default_flags("8.0;9.0a"), "-Werror", "all-warnings", "-Xcompiler", "-Wall"]
     flags += ["--ptxas-options=-v"]
 
@@ -32,7 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
         return source.name, subprocess.run(command, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(pool.map(compile_one, UNITS))
+        return dict(pool.map(compile_one, [*UNITS, folder / "record.cpp"]))
 
 
 def test_the_sources_are_where_the_build_looks():
@@ -55,3 +61,30 @@ def test_registers_suffice(name: str, compiled: dict[str, subprocess.CompletedPr
     spills = re.findall(r"(\d+) bytes spill stores", compiled[name].stderr)
     assert spills
     assert max(map(int, spills)) <= 8
+
+
+def _binutil(name: str) -> str:
+    path = shutil.which(name)
+    assert path is not None, f"{name} is missing beside the linker"
+    return path
+
+
+def test_links_against_torch_and_carries_its_record(
+    compiled: dict[str, subprocess.CompletedProcess], tmp_path: Path
+):
+    """With a torch that has no CUDA, too; and packagers strip libraries."""
+    assert [name for name, done in compiled.items() if done.returncode != 0] == []
+    objects = [Path(done.args[done.args.index("-o") + 1]) for done in compiled.values()]
+    library = tmp_path / "kernels.so"
+    subprocess.run(link_command(_build.find_nvcc(), objects, library, tmp_path), check=True)
+    subprocess.run([_binutil("strip"), "--strip-all", str(library)], check=True)
+    assert read_record(library) == RECORD
+    shown = subprocess.run(
+        [_binutil("readelf"), "--dynamic", "--wide", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", shown.stdout))
+    assert {"libtorch_cuda.so", "libtorch_cpu.so", "libc10.so", "libcudart.so.13"} <= needed
+    assert "RUNPATH" not in shown.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -26,37 +27,46 @@ _LOADING = threading.Lock()  # autograd's threads may come first, and together
 def load() -> Any | None:
     """The namespace of the operators, None if they can't be had (a warning says why, once).
 
-    The first call compiles them if the cache doesn't hold them.
+    The first call compiles them if there is no library yet. Of the processes of a node, which share
+    their reasons, the first one warns.
     """
     with _LOADING:
-        return _load()
-
-
-@functools.cache
-def _load() -> Any | None:
-    outcome = _outcome()
-    if outcome.library is None:
-        if torch.cuda.is_available() and not outcome.reason.startswith("LIGHTNING_FASTMOE_KERNELS"):
-            warnings.warn(
-                "lightning_fastmoe computes with PyTorch's operators, not its own CUDA kernels:"
-                f" {outcome.reason}. (LIGHTNING_FASTMOE_KERNELS=0 silences this.)",
-                stacklevel=4,
-            )
-        return None
-    torch.ops.load_library(str(outcome.library))
-    register_fakes()
-    return getattr(torch.ops, NAMESPACE)
-
-
-@functools.cache
-def _outcome() -> _build.Build:
-    return _build.build()
+        return _load()[0]
 
 
 def unavailable_reason() -> str:
     """Why the kernels don't run here, "" if they do."""
-    load()
-    return _outcome().reason
+    with _LOADING:
+        return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Any | None, str]:
+    outcome = _build.build()
+    reason = outcome.reason
+    if outcome.library is not None:
+        try:
+            torch.ops.load_library(str(outcome.library))
+        except OSError as error:
+            # Of another libc, say, or cut short.
+            reason = (
+                f"{outcome.library} can't be loaded: {error.__cause__ or error}; delete it, or"
+                " build it again on a machine like this (lightning-fastmoe build --force)"
+            )
+        else:
+            register_fakes()
+            return getattr(torch.ops, NAMESPACE), ""
+    if (
+        torch.cuda.is_available()
+        and outcome.state != "off"
+        and os.environ.get("LOCAL_RANK", "0") == "0"
+    ):
+        warnings.warn(
+            "lightning_fastmoe computes with PyTorch's operators, not its own CUDA kernels:"
+            f" {reason}. (LIGHTNING_FASTMOE_KERNELS=0 silences this.)",
+            stacklevel=4,
+        )
+    return None, reason
 
 
 def native(*tensors: Tensor) -> Any | None:

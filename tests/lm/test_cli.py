@@ -1,4 +1,4 @@
-"""The command line: configuration files, automatic values, and errors as one line."""
+"""Training from the command line: configuration files, automatic values, errors as one line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lightning_fastmoe import cli
+from lightning_fastmoe.lm import cli as lm_cli
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -23,8 +24,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def _restore_logging_and_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         yield
-    for name in cli._CHATTERING_LOGGERS:
-        logging.getLogger(name).removeFilter(cli._is_about_the_run)
+    for name in lm_cli._CHATTERING_LOGGERS:
+        logging.getLogger(name).removeFilter(lm_cli._is_about_the_run)
 
 
 def _printed_config(
@@ -71,18 +72,18 @@ def _trainer(**values: object) -> SimpleNamespace:
     return SimpleNamespace(**{**defaults, **values})
 
 
-AUTO = cli.AutoSettings(cpu_devices=2, gpu_precision="bf16-mixed")
+AUTO = lm_cli.AutoSettings(cpu_devices=2, gpu_precision="bf16-mixed")
 
 
 def test_auto_without_a_gpu() -> None:
     trainer = _trainer()
-    cli.resolve_auto(trainer, AUTO, has_cuda=False)
+    lm_cli.resolve_auto(trainer, AUTO, has_cuda=False)
     assert trainer == _trainer(accelerator="cpu", devices=2)
 
 
 def test_auto_with_a_gpu() -> None:
     trainer = _trainer()
-    cli.resolve_auto(trainer, AUTO, has_cuda=True)
+    lm_cli.resolve_auto(trainer, AUTO, has_cuda=True)
     assert trainer == _trainer(accelerator="cuda", precision="bf16-mixed")
 
 
@@ -90,7 +91,7 @@ def test_auto_with_a_gpu() -> None:
 def test_what_the_user_gives_stands(has_cuda: bool) -> None:
     given = {"accelerator": "cpu", "devices": 1, "precision": "64-true"}
     trainer = _trainer(**given)
-    cli.resolve_auto(trainer, AUTO, has_cuda)
+    lm_cli.resolve_auto(trainer, AUTO, has_cuda)
     assert trainer == _trainer(**given)
 
 
@@ -135,7 +136,7 @@ def test_missing_jsonargparse_says_what_to_install(
 
 
 def test_chatter_is_dropped_and_news_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    cli.silence_upstream()
+    lm_cli.silence_upstream()
     logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     logger.addHandler(caplog.handler)
     try:
@@ -150,6 +151,6 @@ def test_chatter_is_dropped_and_news_is_not(caplog: pytest.LogCaptureFixture) ->
 def test_only_deprecations_inside_libraries_are_hidden(module: str, shown: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cli.silence_upstream()
+        lm_cli.silence_upstream()
         warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module=module)
     assert len(caught) == shown

@@ -1,0 +1,164 @@
+"""nvcc: where it is, and how it makes a library of csrc/."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lightning_fastmoe.errors import KernelsUnavailableError
+from lightning_fastmoe.ops._build.architectures import codes_of_list, flags_of
+from lightning_fastmoe.ops._build.record import Record, read_record
+
+# The oldest torch whose stable ABI has all that csrc/ calls, 2.11, as the headers spell versions.
+_ABI = "0x020b000000000000ULL"
+_DEFINES = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={_ABI}"]
+FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", *_DEFINES]
+"""nvcc's flags, but for the architectures."""
+
+PLACES = (Path("/usr/local/cuda/bin/nvcc"),)
+"""Where nvcc may be if nothing says so."""
+
+TEMPORARY = "build-"
+"""How the names of folders start that a build works in."""
+
+
+def find_nvcc() -> Path:
+    """The CUDA compiler.
+
+    Raises:
+        KernelsUnavailableError: if there is none.
+    """
+    homes = [Path(h) for name in ("CUDA_HOME", "CUDA_PATH") if (h := os.environ.get(name))]
+    candidates = [home / "bin" / "nvcc" for home in homes]
+    if (on_path := shutil.which("nvcc")) is not None:
+        candidates.append(Path(on_path))
+    for candidate in (*candidates, *PLACES):
+        if candidate.is_file():
+            return candidate
+    wanted = f"CUDA toolkit {torch.version.cuda}" if torch.version.cuda else "CUDA toolkit"
+    raise KernelsUnavailableError(
+        f"there is no nvcc; install the {wanted} and put nvcc on PATH, or set CUDA_HOME"
+    )
+
+
+def toolkit_version(nvcc: Path) -> str:
+    """The release of ``nvcc``, as "13.0".
+
+    Raises:
+        KernelsUnavailableError: if it doesn't run, or isn't of the major version of torch's CUDA.
+    """
+    text = _run([str(nvcc), "--version"])
+    if (found := re.search(r"release (\d+\.\d+)", text)) is None:
+        raise KernelsUnavailableError(f"{nvcc} --version names no release: {text.strip()!r}")
+    version = found[1]
+    if torch.version.cuda and version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise KernelsUnavailableError(
+            f"{nvcc} is of CUDA {version}, but torch was built with CUDA {torch.version.cuda};"
+            " install a toolkit of the same major version, or point CUDA_HOME to it"
+        )
+    return version
+
+
+def default_flags(architectures: str) -> list[str]:
+    """All flags of a build for ``architectures``, as in TORCH_CUDA_ARCH_LIST."""
+    return [*FLAGS, *flags_of(codes_of_list(architectures, "architectures"))]
+
+
+def compile_command(nvcc: Path | str, flags: list[str], source: Path, output: Path) -> list[str]:
+    """The command that makes an object file of one source."""
+    include = Path(torch.__file__).parent / "include"
+    return [str(nvcc), *flags, f"-I{include}", "-c", str(source), "-o", str(output)]
+
+
+def compile_library(nvcc: Path, record: Record, sources: Sequence[Path], library: Path) -> None:
+    """Compile ``sources``, several at once, and link them.
+
+    Args:
+        nvcc: the compiler.
+        record: what the library will say about itself; its ``codes`` are compiled for.
+        sources: the files to compile.
+        library: the result. It appears complete or not at all, in place of an older one.
+
+    Raises:
+        KernelsUnavailableError: if the compiler fails, with the end of what it said.
+        OSError: if the folder of the library can't be written.
+    """
+    jobs = _max_jobs()
+    print(  # the user is about to wait
+        f"lightning_fastmoe: compiling CUDA kernels for {', '.join(record.codes)} into"
+        f" {library.parent} (once, about a minute)",
+        file=sys.stderr,
+        flush=True,
+    )
+    flags = [*FLAGS, *flags_of(record.codes)]
+    if (threads := min(len(record.codes), jobs // len(sources))) > 1:
+        flags.append(f"--threads={threads}")  # architectures of one file at once
+    # A folder of this process: what a killed build leaves behind is in nobody's way.
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=TEMPORARY) as name:
+        folder = Path(name)
+        about = folder / "record.cpp"
+        about.write_text(record.source(), encoding="ascii")
+        # Long files first, so that the last ones to finish are short.
+        ordered = sorted(sources, key=lambda source: -source.stat().st_size)
+        objects = [folder / f"{source.name}.o" for source in (*ordered, about)]
+        commands = [
+            compile_command(nvcc, flags, source, output)
+            for source, output in zip((*ordered, about), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(_run, commands))
+        linked = folder / "kernels.so"
+        _run(link_command(nvcc, objects, linked, folder))
+        if read_record(linked) != record:
+            raise KernelsUnavailableError(f"{nvcc} made a library without its build record")
+        linked.replace(library)  # atomic: other processes see all of it or nothing
+
+
+def link_command(nvcc: Path, objects: list[Path], output: Path, folder: Path) -> list[str]:
+    """The command that links ``objects``, against torch's libraries by name alone.
+
+    They are in the process by the time that the library is loaded, as is a CUDA runtime of the same
+    major version, torch's own. A torch without CUDA has no libtorch_cuda.so; an empty library of
+    that name then stands in for it, so that images can be built with one.
+    """
+    lib = Path(torch.__file__).parent / "lib"
+    paths = [f"-L{lib}"]
+    if not (lib / "libtorch_cuda.so").exists():
+        empty = folder / "empty.cpp"
+        empty.write_text("", encoding="ascii")
+        name = "libtorch_cuda.so"
+        soname = ["-Xlinker", "-soname", "-Xlinker", name]
+        _run([str(nvcc), "-shared", *soname, str(empty), "-o", str(folder / name)])
+        paths.append(f"-L{folder}")
+    # Some linkers drop a library that nothing seems to need, which the one that stands in is.
+    names = ["-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
+    inputs = [str(path) for path in objects]
+    return [str(nvcc), "-shared", "-cudart", "shared", *inputs, *paths, *names, "-o", str(output)]
+
+
+def _max_jobs() -> int:
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or int(text) < 1:
+        raise KernelsUnavailableError(f"MAX_JOBS={text!r} is not a number of compilers, 1 or more")
+    return int(text)
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(  # noqa: S603 - the compiler, without a shell
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+        raise KernelsUnavailableError(f"this failed: {' '.join(command)}\n{tail}")
+    return done.stdout
