@@ -42,7 +42,7 @@ Tensor activation_backward_(const Tensor& h, const Tensor& d_act, const Tensor& 
 // zero_empty.cu
 void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);
 
-// layer.cu
+// layer.cpp
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
                                         const Tensor& up, const Tensor& down,
                                         const std::optional<Tensor>& inverse, const Tensor& offsets,

@@ -8,12 +8,13 @@
 // Nothing is added to memory by more than one thread: a lane finds its place among equal ids by
 // ballots, warps and blocks theirs by running sums. Each pair's row is thus a function of the ids
 // alone, whatever runs first.
+#include "common.cuh"
+#include "ops.h"
+
+// After torch's headers: its warnings about them would be ours otherwise.
 #include <cooperative_groups.h>
 
 #include <cassert>
-
-#include "common.cuh"
-#include "ops.h"
 
 namespace lightning_fastmoe {
 namespace {

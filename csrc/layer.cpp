@@ -3,7 +3,7 @@
 // grouped product is one kernel and there are no biases. The formulas are explained there.
 #include <array>
 
-#include "common.cuh"
+#include "checks.h"
 #include "ops.h"
 
 namespace lightning_fastmoe {
