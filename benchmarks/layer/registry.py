@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from layer.errors import BenchmarkError
 from layer.libraries import DeepSpeed, Liger, SonicMoE, Transformers
-from layer.peers import Loop, Ours, OursModule, Peer, PlainTorch
+from layer.peers import Loop, Ours, OursModule, Peer, PlainTorch, PlainTorchBmm
 
 _CLASSES: tuple[type[Peer], ...] = (
     Ours,
     OursModule,
     PlainTorch,
+    PlainTorchBmm,
     Loop,
     Transformers,
     Liger,

@@ -18,7 +18,7 @@ from layer.peers import Layer, PlainTorch
 from layer.runner import Options, Runner, summary
 from layer.worker import TOLERANCE, Failed, Subprocess
 
-ON_CPU = ("ours", "ours-module", "torch", "loop", "deepspeed")
+ON_CPU = ("ours", "ours-module", "torch", "torch-bmm", "loop", "deepspeed")
 QUICK = ["--device", "cpu", "--tiny", "--in-process", "--seconds-per-row", "0.01", "--rounds", "2"]
 
 
@@ -276,7 +276,12 @@ def test_limits():
 
 
 def test_peers_that_compile_are_not_in_a_default_run():
-    assert registry.parse_peers("default") == ["ours", "ours-module", "torch", "loop"] + [
+    assert registry.parse_peers("default") == [
+        "ours",
+        "ours-module",
+        "torch",
+        "torch-bmm",
+        "loop",
         "transformers",
         "deepspeed",
     ]
