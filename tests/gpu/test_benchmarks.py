@@ -36,9 +36,9 @@ def test_waits_are_counted():
 
 
 def test_peak_over_rest_by_hand():
-    # At its worst moment plain torch, its sum a product, holds three times the rows (N, D), H, and A
-    # with silu(gate); the output stands against x's gradient at rest, and no weight has its gradient
-    # yet.
+    # At its worst moment plain torch, its sum a product, holds three times the rows (N, D), H, and
+    # A with silu(gate); the output stands against x's gradient at rest, and no weight has its
+    # gradient yet.
     rows, width, inner = CONFIG.pairs, CONFIG.d_model, CONFIG.d_ffn
     weights = 3 * CONFIG.num_experts * width * inner
     right = 2 * (3 * rows * width + 4 * rows * inner - weights) / 2**30
