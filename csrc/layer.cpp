@@ -1,9 +1,13 @@
 // The whole layer as two operators, so that a step of many short kernels is not held up by the
 // interpreter: what lightning_fastmoe/ops/layer.py does step by step, for the case where every
 // grouped product is one kernel and there are no biases. The formulas are explained there.
+//
+// With `hopper`, the products are those of hopper/, which gather rows and apply activations
+// themselves; otherwise F.grouped_mm with kernels of their own in between.
 #include <array>
 
 #include "checks.h"
+#include "hopper/ops.h"
 #include "ops.h"
 
 namespace lightning_fastmoe {
@@ -12,10 +16,10 @@ namespace {
 // F.grouped_mm: rows of `a` up to each offset times the expert's matrix of `b`, or, for a
 // two-dimensional `b`, columns of `a` times rows of `b` between offsets.
 Tensor grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets) {
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(std::optional<Tensor>(offsets)),
-                                    torch::stable::detail::from(std::nullopt),
-                                    torch::stable::detail::from(std::nullopt)};
+  std::array<StableIValue, 5> stack{
+      torch::stable::detail::from(a), torch::stable::detail::from(b),
+      torch::stable::detail::from(std::optional<Tensor>(offsets)),
+      torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -39,21 +43,40 @@ Tensor rows_of(const Tensor& x, const std::optional<Tensor>& inverse, int64_t to
   return inverse ? permute_rows(x, *inverse, top_k) : x;
 }
 
-int64_t slots(const std::optional<Tensor>& weights) { return weights ? weights->size(1) : 1; }
+// From this width on F.grouped_mm makes weight gradients faster, its permuted copy of the rows
+// included: measured on an H100, see docs/kernels.md.
+constexpr int64_t kWideUp = 1024, kWideDown = 4096;
+
+bool takes_grouped_mm(bool hopper, const Tensor& x, int64_t width, int64_t wide) {
+  return !hopper || (x.scalar_type() == ScalarType::BFloat16 && width >= wide);
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
                                         const Tensor& up, const Tensor& down,
+                                        const std::optional<Tensor>& order,
                                         const std::optional<Tensor>& inverse, const Tensor& offsets,
-                                        std::string name) {
+                                        std::string name, bool keep_h, bool hopper) {
   const char* op = "expert_layer";
   check_tensor(x, op, "x", 2, x);
   STD_TORCH_CHECK(weights.has_value() == inverse.has_value(), op,
                   ": weights and inverse come together or not at all");
-  const int64_t top_k = slots(weights);
-  const Tensor h = grouped_mm(rows_of(x, inverse, top_k), transposed(up), offsets);
-  Tensor y = grouped_mm(activation(h, std::nullopt, std::nullopt, name), transposed(down), offsets);
+  STD_TORCH_CHECK(order.has_value() || !hopper, op, ": hopper needs order");
+  const int64_t top_k = weights ? weights->size(1) : 1;
+  Tensor h, a, y;
+  if (hopper) {
+    std::tie(h, a) = hopper::up_forward(x, *order, top_k, offsets, up, std::nullopt, name, keep_h);
+    y = hopper::rows_product(a, offsets, down, true);
+  } else {
+    h = grouped_mm(rows_of(x, inverse, top_k), transposed(up), offsets);
+    a = activation(h, std::nullopt, std::nullopt, name);
+    if (!keep_h) h = nothing(x);
+    y = grouped_mm(a, transposed(down), offsets);
+  }
+  a = nothing(x);
   if (inverse) y = sum_rows(y, *inverse, weights, top_k, std::nullopt, std::nullopt);
   return {y, h};
 }
@@ -62,34 +85,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
     const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,
     const Tensor& tokens_per_expert, const Tensor& offsets, std::string name, bool wants_x,
-    bool wants_up, bool wants_down) {
+    bool wants_up, bool wants_down, bool hopper) {
   const char* op = "expert_layer_backward_";
   check_tensor(grad, op, "grad", 2, x);
-  STD_TORCH_CHECK(order.has_value() == inverse.has_value(), op,
-                  ": order and inverse come together or not at all");
-  const int64_t top_k = inverse ? weights.size(1) : 1;
-  Tensor d_x, d_up, d_down;
-  Tensor d_weights;
+  STD_TORCH_CHECK(order.has_value() || !hopper, op, ": hopper needs order");
+  STD_TORCH_CHECK(weights.dim() == 2, op, ": weights must have 2 dimensions, not ", weights.dim());
+  const int64_t top_k = weights.size(1), inner = down.size(2);
+  Tensor d_x = nothing(x), d_up = nothing(x), d_down = nothing(x), d_weights;
   {
-    const Tensor d_out = rows_of(grad, inverse, top_k);
-    const Tensor d_act = grouped_mm(d_out, down, offsets);
-    d_weights =
-        activation_backward_(h, d_act, weights, order, std::nullopt, std::nullopt, std::move(name));
-    // d_act holds the weighted activation by now.
-    if (wants_down) d_down = outer_product(d_out, d_act, tokens_per_expert, offsets);
+    const bool rows_for_down = takes_grouped_mm(hopper, x, inner, kWideDown);
+    Tensor d_out = nothing(x), weighted_act;
+    if (hopper) {
+      std::tie(weighted_act, d_weights) =
+          hopper::backward_activation_(grad, *order, offsets, down, h, weights, name);
+    } else {
+      d_out = rows_of(grad, inverse, top_k);
+      weighted_act = grouped_mm(d_out, down, offsets);
+      d_weights =
+          activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
+    }
+    if (wants_down && rows_for_down) {
+      if (hopper) d_out = rows_of(grad, inverse, top_k);
+      d_down = outer_product(d_out, weighted_act, tokens_per_expert, offsets);
+    } else if (wants_down) {
+      d_down = hopper::weight_gradient(grad, *order, top_k, weighted_act, offsets, false);
+    }
   }
   // h holds its gradient by now.
-  if (wants_up) d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
+  if (wants_up && takes_grouped_mm(hopper, x, inner, kWideUp)) {
+    d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
+  } else if (wants_up) {
+    d_up = hopper::weight_gradient(x, *order, top_k, h, offsets, true);
+  }
   if (wants_x) {
-    d_x = grouped_mm(h, up, offsets);
+    d_x = hopper ? hopper::rows_product(h, offsets, up, false) : grouped_mm(h, up, offsets);
     if (inverse) d_x = sum_rows(d_x, *inverse, std::nullopt, top_k, std::nullopt, std::nullopt);
   }
-  const auto or_nothing = [&](bool wanted, Tensor& result) {
-    if (!wanted) result = torch::stable::new_empty(x, {0});
-  };
-  or_nothing(wants_x, d_x);
-  or_nothing(wants_up, d_up);
-  or_nothing(wants_down, d_down);
   return {d_x, d_weights, d_up, d_down};
 }
 

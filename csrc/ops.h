@@ -45,12 +45,13 @@ void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);
 // layer.cpp
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
                                         const Tensor& up, const Tensor& down,
+                                        const std::optional<Tensor>& order,
                                         const std::optional<Tensor>& inverse, const Tensor& offsets,
-                                        std::string name);
+                                        std::string name, bool keep_h, bool hopper);
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
     const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,
     const Tensor& tokens_per_expert, const Tensor& offsets, std::string name, bool wants_x,
-    bool wants_up, bool wants_down);
+    bool wants_up, bool wants_down, bool hopper);
 
 }  // namespace lightning_fastmoe

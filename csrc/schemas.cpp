@@ -45,16 +45,18 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // grad (E, ...): zeros for the experts without tokens.
   library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
   // The layer without biases: x (T, D), weights (T, K), up (E, 2F or F, D), down (E, D, F) -> out
-  // (T, D), and the pre-activation h, which the backward needs. Without weights and inverse, rows
-  // come and go in expert-major order.
+  // (T, D), and the pre-activation h, which the backward needs (without keep_h it has no rows).
+  // Without weights and inverse, rows come and go in expert-major order; order is then 0, 1, ...,
+  // and only needed for hopper, which takes that architecture's own products.
   library.def(
-      "expert_layer(Tensor x, Tensor? weights, Tensor up, Tensor down, Tensor? inverse,"
-      " Tensor offsets, str name) -> (Tensor out, Tensor h)");
-  // Overwrites h. What is not wanted has no elements. weights are ones (N,) without order.
+      "expert_layer(Tensor x, Tensor? weights, Tensor up, Tensor down, Tensor? order,"
+      " Tensor? inverse, Tensor offsets, str name, bool keep_h, bool hopper)"
+      " -> (Tensor out, Tensor h)");
+  // Overwrites h. What is not wanted has no elements. weights are ones (N, 1) without inverse.
   library.def(
       "expert_layer_backward_(Tensor grad, Tensor x, Tensor(a!) h, Tensor weights, Tensor up,"
       " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
-      " str name, bool wants_x, bool wants_up, bool wants_down)"
+      " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 }
 
