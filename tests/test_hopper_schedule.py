@@ -19,11 +19,12 @@ PROGRAM = r"""
 
 using namespace lightning_fastmoe::hopper;
 
-#define CHECK(condition)                        \
-  if (!(condition)) {                           \
-    std::printf("line %d: %s\n", __LINE__, #condition); \
-    return 1;                                   \
-  }
+#define CHECK(condition)                                   \
+  do {                                                     \
+    if (condition) break;                                  \
+    std::printf("line %d: %s\n", __LINE__, #condition);   \
+    return 1;                                              \
+  } while (0)
 
 int main() {
   // Every tile once, none outside.
@@ -36,6 +37,29 @@ int main() {
         seen.insert({at.m, at.n});
       }
       CHECK(static_cast<int>(seen.size()) == pairs * columns);
+    }
+  }
+  // Every tile once over both blocks of all clusters; none but the last may have no columns.
+  for (int tiles = 1; tiles <= 41; ++tiles) {
+    for (int columns = 1; columns <= 7; ++columns) {
+      std::set<std::pair<int, int>> seen;
+      int idle = 0;
+      for (int local = 0; local < row_units(tiles, columns); ++local) {
+        for (int rank = 0; rank < kCluster; ++rank) {
+          const RowUnit unit = row_unit(local, tiles, columns, rank);
+          const RowUnit other = row_unit(local, tiles, columns, 1 - rank);
+          CHECK(unit.m >= 0 && unit.m < tiles && unit.n >= 0);
+          CHECK(unit.shares == other.shares && unit.first_n == other.first_n);
+          CHECK(unit.first_n <= unit.n);
+          if (unit.shares) CHECK(unit.n == other.n && unit.m / kCluster == other.m / kCluster);
+          if (unit.n >= columns) {
+            ++idle;
+          } else {
+            CHECK(seen.insert({unit.m, unit.n}).second);
+          }
+        }
+      }
+      CHECK(static_cast<int>(seen.size()) == tiles * columns && idle <= 1);
     }
   }
   // A swizzled tile is a permutation of its 16-byte units.

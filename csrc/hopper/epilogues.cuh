@@ -193,11 +193,10 @@ struct BackwardActivation {
     const int first = (threadIdx.x - kWarpgroup) / 32 * 16;
     const int first_row = tile.row + threadIdx.x % kWarpgroup / 32 * 16;
     const int width_h = kHasGate ? 2 * width : width;
-    const int existing = chunks(tile.n);
     float dot[2] = {};
 #pragma unroll
     for (int chunk = 0; chunk < kTileN / kChunk; ++chunk) {
-      if (chunk >= existing) break;
+      if (chunk >= tile.chunks) break;
       ring.wait_full(at);
       const uint32_t part = ring.a(at.stage) + first * kSwizzleBytes;
       const auto address = [&](int j, int half) {

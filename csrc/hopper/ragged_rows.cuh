@@ -17,6 +17,7 @@ struct Tile {
   int row;      // the first
   int row_end;  // of the expert
   int n;        // number of the column tile
+  int chunks;   // stages that the epilogue reads, the same in both blocks of the cluster
 
   // The row of this thread's lower (0) or upper (1) half of D.
   __device__ __forceinline__ int row_of(int half) const {
@@ -44,6 +45,32 @@ struct RaggedRows {
 template <Major kB>
 constexpr int kBoxesB = kB == Major::kK ? 2 : 4;
 
+// Starts the copies of B's tile: of this block's part for both, if they share it, or of all of it.
+template <typename Epilogue, Major kB>
+__device__ __forceinline__ void fetch_columns(const CUtensorMap& map, uint32_t to, uint32_t full,
+                                              int k, int expert, const RowUnit& unit, int rank) {
+  constexpr int kBoxes = kBoxesB<kB>, kPart = kBoxes / kCluster;
+  constexpr uint16_t kAll = (1 << kCluster) - 1;
+#pragma unroll
+  for (int i = 0; i < kBoxes; ++i) {
+    if (unit.shares && i / kPart != rank) continue;
+    int c0 = k, c1 = unit.n * kTileN + i * 128, c2 = 0;
+    if constexpr (kB == Major::kMN) {
+      c0 = unit.n * kTileN + i * 64;
+      c1 = k;
+    } else if constexpr (Epilogue::kGated) {  // gate columns, then the up columns beside them
+      c1 = unit.n * (kTileN / 2);
+      c2 = i;
+    }
+    const uint32_t box = to + i * (kBytesB / kBoxes);
+    if (unit.shares) {
+      copy_box_to_all(box, &map, full, c0, c1, c2, expert, kAll);
+    } else {
+      copy_box(box, &map, full, c0, c1, c2, expert);
+    }
+  }
+}
+
 template <typename T, typename Epilogue, bool kGathers, Major kB>
 __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job, const Ring& ring,
                                              Walk walk) {
@@ -52,16 +79,17 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
   constexpr int kUnits = kSwizzleBytes / 16;  // in a row
   const int thread = threadIdx.x % kWarpgroup;
   const int rank = cluster_rank();
-  const int unit = thread % kUnits, first = thread / kUnits;
-  const uint32_t to = swizzled(first, unit);
+  const int vector_of_row = thread % kUnits, first = thread / kUnits;
+  const uint32_t to = swizzled(first, vector_of_row);
   static_assert(kPassRows % kSwizzleRows == 0);
   const int steps = (job.k + kTileK - 1) / kTileK;
   Place at;
   for (; walk.find(); walk.next()) {
     const int begin = walk.row_begin(), end = walk.row_end();
-    const int pairs = (end - begin + kTileM * kCluster - 1) / (kTileM * kCluster);
-    const TilePosition position = tile_position(walk.local(), pairs, job.columns);
-    const int row = begin + (position.m * kCluster + rank) * kTileM;
+    const int tiles = (end - begin + kTileM - 1) / kTileM;
+    const RowUnit unit = row_unit(walk.local(), tiles, job.columns, rank);
+    const int row = begin + unit.m * kTileM;
+    const bool idle = unit.n >= job.columns;
     uint32_t vector[kPasses];  // of 16 bytes, where the row starts; fewer registers than pointers
     unsigned valid = 0;
     if constexpr (kGathers) {
@@ -69,7 +97,7 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
       for (int i = 0; i < kPasses; ++i) {
         const int r = row + first + i * kPassRows;
         vector[i] = 0;
-        if (r < end) {
+        if (r < end && !idle) {
           const uint32_t pair = static_cast<uint32_t>(job.order[r]);
           vector[i] = pair / static_cast<uint32_t>(job.top_k) * static_cast<uint32_t>(job.k / 8);
           valid |= 1u << i;
@@ -81,29 +109,20 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
       const uint32_t full = ring.full_at(at.stage);
       const int k = step * kTileK;
       if (thread == 0) {
-        barrier_arrive_expect(full, kBytesB + (kGathers ? 0 : kBytesA));
-        if constexpr (!kGathers) copy_box(ring.a(at.stage), &job.a_map, full, k, row, 0, 0);
-#pragma unroll
-        for (int i = 0; i < kBoxesB<kB> / kCluster; ++i) {
-          const int box = rank * (kBoxesB<kB> / kCluster) + i;
-          const uint32_t b = ring.b(at.stage) + box * (kBytesB / kBoxesB<kB>);
-          if constexpr (kB == Major::kMN) {
-            copy_box_to_all(b, &job.b_map, full, position.n * kTileN + box * 64, k, 0, walk.expert,
-                            (1 << kCluster) - 1);
-          } else if constexpr (Epilogue::kGated) {  // gate columns, then the up columns beside them
-            copy_box_to_all(b, &job.b_map, full, k, position.n * (kTileN / 2), box, walk.expert,
-                            (1 << kCluster) - 1);
-          } else {
-            copy_box_to_all(b, &job.b_map, full, k, position.n * kTileN + box * 128, 0, walk.expert,
-                            (1 << kCluster) - 1);
-          }
+        if (idle) {
+          barrier_arrive(full);
+        } else {
+          barrier_arrive_expect(full, kBytesB + (kGathers ? 0 : kBytesA));
+          if constexpr (!kGathers) copy_box(ring.a(at.stage), &job.a_map, full, k, row, 0, 0);
+          fetch_columns<Epilogue, kB>(job.b_map, ring.b(at.stage), full, k, walk.expert, unit,
+                                      rank);
         }
       }
       __syncwarp();
       if constexpr (kGathers) {
-        const bool inside = k + unit * 8 < job.k;
+        const bool inside = k + vector_of_row * 8 < job.k;
         const uint4* from =
-            reinterpret_cast<const uint4*>(job.gathered) + (inside ? k / 8 + unit : 0);
+            reinterpret_cast<const uint4*>(job.gathered) + (inside ? k / 8 + vector_of_row : 0);
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           const bool copies = inside && (valid >> i & 1);
@@ -115,11 +134,11 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
       at.advance();
     }
     // What the epilogue reads comes the same way, so it is there when the products are done.
-    const int chunks = job.epilogue.chunks(position.n);
+    const int chunks = job.epilogue.chunks(unit.first_n);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       ring.wait_empty(at);
       const uint32_t full = ring.full_at(at.stage);
-      if (thread == 0) job.epilogue.fetch(ring, at.stage, &job.h_map, row, position.n, chunk);
+      if (thread == 0) job.epilogue.fetch(ring, at.stage, &job.h_map, row, unit.n, chunk);
       __syncwarp();
       if constexpr (kGathers) arrive_after_copies(full);
       at.advance();
@@ -135,10 +154,19 @@ __device__ __forceinline__ void consume_rows(const RaggedRows<T, Epilogue>& job,
   Place at;
   for (; walk.find(); walk.next()) {
     const int begin = walk.row_begin(), end = walk.row_end();
-    const int pairs = (end - begin + kTileM * kCluster - 1) / (kTileM * kCluster);
-    const TilePosition position = tile_position(walk.local(), pairs, job.columns);
-    const int row = begin + (position.m * kCluster + rank) * kTileM + consumer * kConsumerM;
-    const Tile tile{walk.expert, row, end, position.n};
+    const int tiles = (end - begin + kTileM - 1) / kTileM;
+    const RowUnit unit = row_unit(walk.local(), tiles, job.columns, rank);
+    const int row = begin + unit.m * kTileM + consumer * kConsumerM;
+    const int chunks = job.epilogue.chunks(unit.first_n);
+    if (row >= end || unit.n >= job.columns) {  // nothing here, but the ring goes on
+      for (int i = 0; i < steps + chunks; ++i) {
+        ring.wait_full(at);
+        ring.release(at.stage);
+        at.advance();
+      }
+      continue;
+    }
+    const Tile tile{walk.expert, row, end, unit.n, chunks};
     float d[kAccumulators];
     typename Epilogue::Rows rows;
     job.epilogue.begin(tile, rows);
@@ -156,9 +184,8 @@ LIGHTNING_FASTMOE_KERNEL ragged_rows_kernel(const __grid_constant__ RaggedRows<T
   Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
   const Ring ring = make_ring(shared, tiles, kGathers);
   if (threadIdx.x < 32) {
-    sum_units(shared, job.offsets, job.experts, [&](int rows) {
-      return (rows + kTileM * kCluster - 1) / (kTileM * kCluster) * job.columns;
-    });
+    sum_units(shared, job.offsets, job.experts,
+              [&](int rows) { return row_units((rows + kTileM - 1) / kTileM, job.columns); });
   }
   __syncthreads();
   cluster_sync();  // the other block's barriers, too

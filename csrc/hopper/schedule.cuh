@@ -74,4 +74,29 @@ __host__ __device__ __forceinline__ TilePosition tile_position(int local, int pa
   return {band * kPairs + rest - n * rows, n};
 }
 
+// What one block of a cluster does of a unit of an expert's `tiles` x `columns` tiles. Two tiles of
+// rows make a pair that shares its columns. A last one without a partner is worked on by both
+// blocks, at different columns: those are not shared, but no block multiplies rows that don't
+// exist.
+struct RowUnit {
+  int m;
+  int n;
+  int first_n;  // of the cluster
+  bool shares;
+};
+
+__host__ __device__ __forceinline__ int row_units(int tiles, int columns) {
+  return tiles / kCluster * columns + tiles % kCluster * ((columns + kCluster - 1) / kCluster);
+}
+
+__host__ __device__ __forceinline__ RowUnit row_unit(int local, int tiles, int columns, int rank) {
+  const int pairs = tiles / kCluster;
+  if (local < pairs * columns) {
+    const TilePosition position = tile_position(local, pairs, columns);
+    return {position.m * kCluster + rank, position.n, position.n, true};
+  }
+  const int first = (local - pairs * columns) * kCluster;
+  return {tiles - 1, first + rank, first, false};
+}
+
 }  // namespace lightning_fastmoe::hopper
