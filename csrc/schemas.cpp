@@ -68,8 +68,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "hopper_up_forward(Tensor x, Tensor order, int top_k, Tensor offsets, Tensor up, Tensor? "
       "bias,"
       " str activation, bool keep_h) -> (Tensor h, Tensor a)");
-  // grad (T, D), down (E, D, F), weights (T, K) fp32. With d_act[row] = grad[order[row] / K] @
-  // down[e], w = weights[order[row]] and A = act(h): h becomes w * d_act * act'(h)
+  // grad (T, D), down (E, D, F), weights (T, K) or (T,) fp32. With d_act[row] = grad[order[row] /
+  // K] @ down[e], w = weights[order[row]] and A = act(h): h becomes w * d_act * act'(h)
   // -> w * A (N, F), d_weights (T, K) with <A, d_act>.
   library.def(
       "hopper_backward_activation_(Tensor grad, Tensor order, Tensor offsets, Tensor down,"

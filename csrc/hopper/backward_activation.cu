@@ -27,10 +27,13 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
                                                 std::string activation) {
   const char* op = "hopper_backward_activation_";
   check_matrix(grad, op, "grad", 2, grad);
-  check_tensor(weights, op, "weights", 2, grad);
+  STD_TORCH_CHECK(weights.dim() == 1 || weights.dim() == 2, op,
+                  ": weights must have 1 or 2 dimensions, not ", weights.dim());
+  check_tensor(weights, op, "weights", weights.dim(), grad);
   check_dtype(weights, op, "weights", ScalarType::Float);
   check_size(weights, op, "weights", 0, grad.size(0));
-  const int experts = check_groups(offsets, &order, weights.size(1), op, grad);
+  const int64_t top_k = weights.dim() == 2 ? weights.size(1) : 1;
+  const int experts = check_groups(offsets, &order, top_k, op, grad);
   check_matrix(down, op, "down", 3, grad);
   check_matrix(h, op, "h", 2, grad);
   const int64_t rows = order.size(0), d_model = grad.size(1), width = down.size(2);
@@ -55,7 +58,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       job.b_map = tensor_map(down, op, width, d_model, 1, experts, 64);
       job.gathered = static_cast<const T*>(grad.data_ptr());
       job.order = static_cast<const int64_t*>(order.data_ptr());
-      job.top_k = static_cast<int>(weights.size(1));
+      job.top_k = static_cast<int>(top_k);
       job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
       job.experts = experts;
       job.k = static_cast<int>(d_model);
