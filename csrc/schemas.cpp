@@ -5,6 +5,7 @@
 // `inverse[p]` is the row of the flat (token, slot) pair p, `order[row]` the pair of a row.
 #include <torch/csrc/stable/library.h>
 
+#include "hopper/ops.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
@@ -58,6 +59,32 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
+
+  // The grouped GEMMs of compute capability 9.0: bf16 and fp16, contiguous, rows of whole 16-byte
+  // units, order (N,) int64, offsets (E,) int32. Whether this library has them for a device:
+  library.def("hopper_available(int device) -> bool");
+  // x (T, D), up (E, 2F, D) or (E, F, D), bias (E, 2F) or (E, F)
+  // -> h (N, 2F) or (N, F), a = act(h) (N, F): h[row] = up[e] x[order[row] / top_k] (+ bias[e]).
+  // Without keep_h, h has no rows.
+  library.def(
+      "hopper_up_forward(Tensor x, Tensor order, int top_k, Tensor offsets, Tensor up, Tensor? "
+      "bias,"
+      " str activation, bool keep_h) -> (Tensor h, Tensor a)");
+  // grad (T, D), down (E, D, F), weights (T, K) or (T,) fp32. With d_act[row] = grad[order[row] /
+  // K] @ down[e], w = weights[order[row]] and A = act(h): h becomes w * d_act * act'(h)
+  // -> w * A (N, F), d_weights (T, K) with <A, d_act>.
+  library.def(
+      "hopper_backward_activation_(Tensor grad, Tensor order, Tensor offsets, Tensor down,"
+      " Tensor(a!) h, Tensor weights, str activation) -> (Tensor weighted, Tensor d_weights)");
+  // rows (N, k) -> (N, width): rows @ weight[e], (E, k, width), or if transposed (E, width, k).
+  library.def(
+      "hopper_rows_product(Tensor rows, Tensor offsets, Tensor weight, bool transposed) -> Tensor");
+  // gathered (T, m), rows (N, n) -> (E, m, n), or if transposed (E, n, m): the sum over the rows of
+  // e of the outer products of gathered[order[row] / top_k] and rows[row].
+  library.def(
+      "hopper_weight_gradient(Tensor gathered, Tensor order, int top_k, Tensor rows, Tensor "
+      "offsets,"
+      " bool transposed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
@@ -72,4 +99,13 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("zero_empty_experts_", TORCH_BOX(&lightning_fastmoe::zero_empty_experts_));
   library.impl("expert_layer", TORCH_BOX(&lightning_fastmoe::expert_layer));
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
+  namespace hopper = lightning_fastmoe::hopper;
+  library.impl("hopper_up_forward", TORCH_BOX(&hopper::up_forward));
+  library.impl("hopper_backward_activation_", TORCH_BOX(&hopper::backward_activation_));
+  library.impl("hopper_rows_product", TORCH_BOX(&hopper::rows_product));
+  library.impl("hopper_weight_gradient", TORCH_BOX(&hopper::weight_gradient));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CompositeExplicitAutograd, library) {
+  library.impl("hopper_available", TORCH_BOX(&lightning_fastmoe::hopper::available));
 }

@@ -16,7 +16,7 @@ from lightning_fastmoe.ops import _build
 from lightning_fastmoe.ops._build.record import Record, read_record
 from lightning_fastmoe.ops._build.toolchain import link_command
 
-SOURCES = sorted(_build.SOURCES.glob("*.c[up]*"))
+SOURCES = sorted(_build.SOURCES.rglob("*.c[up]*"))
 UNITS = [source for source in SOURCES if source.suffix in (".cu", ".cpp")]
 MAX_LINES = 600
 RECORD = Record("0123456789abcdef", "13.0", "linux-x86_64", ("sm_80", "sm_90a"), "2.13.0")

@@ -15,7 +15,11 @@ import pytest
 from lightning_fastmoe import __version__
 
 ROOT = Path(__file__).parents[1]
-CSRC = {f"lightning_fastmoe/csrc/{file.name}" for file in (ROOT / "csrc").iterdir()}
+CSRC = {
+    f"lightning_fastmoe/{file.relative_to(ROOT).as_posix()}"
+    for file in (ROOT / "csrc").rglob("*")
+    if file.is_file()
+}
 
 
 def make_wheel(folder: Path) -> tuple[Path, Path]:

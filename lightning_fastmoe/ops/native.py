@@ -104,6 +104,15 @@ def register_fakes() -> None:
             x.new_empty(x.shape[0] * (1 if weights is None else weights.shape[1]), up.shape[1]),
         ),
         "expert_layer_backward_": _expert_layer_backward,
+        "hopper_up_forward": _up_forward,
+        "hopper_backward_activation_": lambda grad, order, offsets, down, h, weights, name: (
+            h.new_empty(h.shape[0], down.shape[2]),
+            torch.empty_like(weights),
+        ),
+        "hopper_rows_product": lambda rows, offsets, weight, transposed: rows.new_empty(
+            rows.shape[0], weight.shape[1 if transposed else 2]
+        ),
+        "hopper_weight_gradient": _weight_gradient,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
@@ -139,6 +148,27 @@ def _expert_layer_backward(*args: Any) -> tuple[Tensor, ...]:
     results = (torch.empty_like(t) if next(wants) else t.new_empty(0) for t in (x, up, down))
     d_x, d_up, d_down = results
     return d_x, torch.empty_like(weights), d_up, d_down
+
+
+def _up_forward(
+    x: Tensor,
+    order: Tensor,
+    top_k: int,
+    offsets: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    name: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    h = x.new_empty(order.shape[0], up.shape[1])
+    return h if keep_h else h.new_empty(0, up.shape[1]), _activation(h, None, None, name)
+
+
+def _weight_gradient(
+    gathered: Tensor, order: Tensor, top_k: int, rows: Tensor, offsets: Tensor, transposed: bool
+) -> Tensor:
+    sizes = (gathered.shape[1], rows.shape[1])
+    return gathered.new_empty(offsets.shape[0], *(reversed(sizes) if transposed else sizes))
 
 
 __all__ = ["load", "native", "register_fakes", "unavailable_reason"]

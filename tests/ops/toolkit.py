@@ -103,7 +103,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def units() -> list[str]:
     """Names of the files that are compiled."""
-    return [s.name for s in _build.SOURCES.iterdir() if s.suffix in (".cu", ".cpp")]
+    return [s.name for s in _build.SOURCES.rglob("*.c*") if s.suffix in (".cu", ".cpp")]
 
 
 def compilations(calls: Sequence[str]) -> list[str]:

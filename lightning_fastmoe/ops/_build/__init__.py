@@ -99,7 +99,7 @@ def sources() -> list[Path]:
     Raises:
         KernelsUnavailableError: if there are none.
     """
-    found = sorted(SOURCES.glob("*.c*")) + sorted(SOURCES.glob("*.h"))
+    found = sorted(SOURCES.rglob("*.c*")) + sorted(SOURCES.rglob("*.h"))
     if not found:
         raise KernelsUnavailableError(
             f"the sources are missing from {SOURCES}; install the package anew"

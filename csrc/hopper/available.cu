@@ -1,0 +1,65 @@
+// Whether these kernels are there for a GPU, and for a layer. A library may serve a Hopper GPU by
+// PTX of an older architecture, and then holds nothing but empty bodies.
+#include <array>
+#include <atomic>
+
+#include "checks.cuh"
+#include "ops.h"
+
+namespace lightning_fastmoe::hopper {
+namespace {
+
+LIGHTNING_FASTMOE_KERNEL probe_kernel() {}
+
+bool probe() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess) {
+    return attributes.maxThreadsPerBlock >= kThreads;
+  }
+  cudaGetLastError();  // the question is answered
+  return false;
+}
+
+__global__ void __launch_bounds__(kBlock) row_numbers_kernel(int64_t* out, int64_t rows) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
+  if (row < rows) out[row] = row;
+}
+
+}  // namespace
+
+bool available(int64_t device) {
+  constexpr int kUnknown = 0, kYes = 1, kNo = 2;
+  static std::array<std::atomic<int>, 64> known{};
+  if (device < 0 || device >= static_cast<int64_t>(known.size())) return false;
+  std::atomic<int>& answer = known[device];
+  if (answer == kUnknown) {
+    const DeviceGuard guard(static_cast<int32_t>(device));
+    answer = probe() ? kYes : kNo;
+  }
+  return answer == kYes;
+}
+
+bool applies(const Tensor& x, const Tensor& up, const Tensor& down) {
+  const ScalarType dtype = x.scalar_type();
+  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return false;
+  if (up.size(0) < 1 || up.size(0) > kMaxExperts) return false;
+  for (const Tensor* tensor : {&x, &up, &down}) {
+    if (tensor->scalar_type() != dtype || !tensor->is_contiguous()) return false;
+    const int64_t row_bytes = tensor->size(tensor->dim() - 1) * 2;
+    if (row_bytes == 0 || !takes_vectors(row_bytes, {tensor->data_ptr()})) return false;
+  }
+  return x.is_cuda() && available(x.get_device_index());
+}
+
+Tensor row_numbers(const Tensor& like, int64_t rows) {
+  const DeviceGuard guard(like.get_device_index());
+  Tensor out = torch::stable::new_empty(like, {rows}, ScalarType::Long);
+  if (rows == 0) return out;
+  const unsigned grid = grid_size(ceil_div(rows, kBlock), "row_numbers");
+  row_numbers_kernel<<<grid, kBlock, 0, current_stream(like)>>>(
+      static_cast<int64_t*>(out.data_ptr()), rows);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+}  // namespace lightning_fastmoe::hopper

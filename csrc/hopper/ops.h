@@ -1,0 +1,44 @@
+// The operators of this folder, as ../schemas.cpp registers them (with "hopper_" before their
+// names).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace lightning_fastmoe::hopper {
+
+using torch::stable::Tensor;
+
+// available.cu
+bool available(int64_t device);
+// Whether all operators below take these tensors of a layer: x (T, D), up (E, ., D), down (E, D,
+// F).
+bool applies(const Tensor& x, const Tensor& up, const Tensor& down);
+// 0, 1, ... rows - 1: the `order` of rows that are in expert order already, with a top_k of 1.
+Tensor row_numbers(const Tensor& like, int64_t rows);
+
+// up_forward.cu
+std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int64_t top_k,
+                                      const Tensor& offsets, const Tensor& up,
+                                      const std::optional<Tensor>& bias, std::string activation,
+                                      bool keep_h);
+
+// backward_activation.cu
+std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor& order,
+                                                const Tensor& offsets, const Tensor& down,
+                                                const Tensor& h, const Tensor& weights,
+                                                std::string activation);
+
+// rows_product.cu
+Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& weight,
+                    bool transposed);
+
+// weight_gradient.cu
+Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_k,
+                       const Tensor& rows, const Tensor& offsets, bool transposed);
+
+}  // namespace lightning_fastmoe::hopper

@@ -1,0 +1,48 @@
+// Rows in expert order times their expert's matrix: the down projection, and the gradient of the
+// rows that went into the up projection.
+#include "checks.cuh"
+#include "epilogues.cuh"
+#include "launch.cuh"
+#include "ops.h"
+
+namespace lightning_fastmoe::hopper {
+
+Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& weight,
+                    bool transposed) {
+  const char* op = "hopper_rows_product";
+  check_matrix(rows, op, "rows", 2, rows);
+  check_matrix(weight, op, "weight", 3, rows);
+  const int experts = check_groups(offsets, nullptr, 1, op, rows);
+  const int64_t n = rows.size(0), k = rows.size(1), width = weight.size(transposed ? 1 : 2);
+  check_fits(n, op);
+  check_size(weight, op, "weight", 0, experts);
+  check_size(weight, op, "weight", transposed ? 2 : 1, k);
+  STD_TORCH_CHECK(width % 8 == 0, op, ": the result must have a multiple of 8 columns, not ",
+                  width);
+
+  const DeviceGuard guard(rows.get_device_index());
+  Tensor out = torch::stable::new_empty(rows, {n, width});
+  if (n == 0) return out;
+  for_half(rows.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Epilogue = StoreRows<T>;
+    RaggedRows<T, Epilogue> job{};
+    job.a_map = tensor_map(rows, op, k, n, 1, 1, kTileM);
+    job.b_map = transposed ? tensor_map(weight, op, k, width, 1, experts, 128)
+                           : tensor_map(weight, op, width, k, 1, experts, 64);
+    job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+    job.experts = experts;
+    job.k = static_cast<int>(k);
+    job.columns = static_cast<int>(ceil_div(width, kTileN));
+    job.epilogue = {static_cast<T*>(out.data_ptr()), static_cast<int>(width)};
+    if (transposed) {
+      launch(ragged_rows_kernel<T, Epilogue, false, Major::kK>, job, current_stream(rows));
+    } else {
+      launch(ragged_rows_kernel<T, Epilogue, false, Major::kMN>, job, current_stream(rows));
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+}  // namespace lightning_fastmoe::hopper

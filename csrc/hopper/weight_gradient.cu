@@ -1,0 +1,55 @@
+// The gradients of both weights, with the tokens' side gathered inside the product.
+#include "checks.cuh"
+#include "launch.cuh"
+#include "ops.h"
+#include "weight_gradient.cuh"
+
+namespace lightning_fastmoe::hopper {
+
+Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_k,
+                       const Tensor& rows, const Tensor& offsets, bool transposed) {
+  const char* op = "hopper_weight_gradient";
+  check_matrix(gathered, op, "gathered", 2, gathered);
+  check_matrix(rows, op, "rows", 2, gathered);
+  const int experts = check_groups(offsets, &order, top_k, op, gathered);
+  const int64_t count = order.size(0), m = gathered.size(1), n = rows.size(1);
+  check_fits(count, op);
+  check_size(rows, op, "rows", 0, count);
+
+  const DeviceGuard guard(gathered.get_device_index());
+  Tensor out = transposed ? torch::stable::new_empty(gathered, {experts, n, m})
+                          : torch::stable::new_empty(gathered, {experts, m, n});
+  if (count == 0) return torch::stable::fill_(out, 0.0);
+  const int64_t blocks = multiprocessors(), chunk = gradient_chunk(count, m, n, blocks);
+  Tensor workspace =
+      torch::stable::new_empty(gathered, {gradient_parts(count, chunk), m, n}, ScalarType::Float);
+  for_half(gathered.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    WeightGradient<T> job{};
+    job.b_map = tensor_map(rows, op, n, count, 1, 1, kTileK);
+    job.gathered = static_cast<const T*>(gathered.data_ptr());
+    job.order = static_cast<const int64_t*>(order.data_ptr());
+    job.top_k = static_cast<int>(top_k);
+    job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+    job.experts = experts;
+    job.m = static_cast<int>(m);
+    job.n = static_cast<int>(n);
+    job.chunk = static_cast<int>(chunk);
+    job.out = static_cast<T*>(out.data_ptr());
+    job.workspace = static_cast<float*>(workspace.data_ptr());
+    const cudaStream_t stream = current_stream(gathered);
+    if (transposed) {
+      launch(weight_gradient_kernel<T, true>, job, stream);
+    } else {
+      launch(weight_gradient_kernel<T, false>, job, stream);
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (workspace.numel() == 0) return;  // no expert can have that many rows
+    add_parts_kernel<T><<<static_cast<unsigned>(2 * blocks), kBlock, 0, stream>>>(
+        job.workspace, job.offsets, job.out, experts, job.chunk, m * n);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+}  // namespace lightning_fastmoe::hopper

@@ -1,0 +1,176 @@
+"""The grouped GEMMs of compute capability 9.0 (H100, H200): rows gathered inside the product.
+
+The chain permute, product, activation writes and reads T*K rows of D between its steps. These
+kernels fetch a token's row where it lies while they multiply, and apply the activation, or its
+gradient, while the result is in registers (the idea is SonicMoE's). Nothing is tuned, and nothing
+waits for the device. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows in expert
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.ops.native import native
+
+MAX_EXPERTS = 2048
+_ALIGNMENT_BYTES = 16
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def hopper(*tensors: Tensor) -> Any | None:
+    """The operators, if they take these tensors of tokens, rows and weights, else None.
+
+    They take contiguous bf16 or fp16 tensors of one dtype on a GPU of compute capability 9.0 that
+    start at a multiple of 16 bytes and whose rows are multiples of 16 bytes.
+
+    Args:
+        tensors: all of the call's tensors of two or three dimensions; of three: weights (E, ., .).
+    """
+    first = tensors[0]
+    if first.device.type != "cuda" or first.dtype not in _DTYPES:
+        return None
+    if torch.cuda.get_device_capability(first.device) != (9, 0):
+        return None
+    if not all(_fits(tensor, first.dtype) for tensor in tensors):
+        return None
+    if (library := native(*tensors)) is None:
+        return None
+    # It may have been compiled for older GPUs alone.
+    return library if library.hopper_available(first.device.index) else None
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        return False
+    if tensor.dim() == 3 and not 1 <= tensor.shape[0] <= MAX_EXPERTS:
+        return False
+    start = tensor.storage_offset() * tensor.element_size()
+    row = tensor.shape[-1] * tensor.element_size()
+    return start % _ALIGNMENT_BYTES == 0 and row > 0 and row % _ALIGNMENT_BYTES == 0
+
+
+def up_forward(
+    library: Any,
+    x: Tensor,
+    order: Tensor,
+    top_k: int,
+    offsets: Tensor,
+    up: Tensor,
+    activation: str,
+    bias: Tensor | None = None,
+    keep_h: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``h[r] = up[e] x[order[r] // top_k] (+ bias[e])`` and ``a = act(h)``, each rounded once.
+
+    Args:
+        library: what :func:`hopper` returned for ``x`` and ``up``.
+        x: (T, D).
+        order: (N,) int64, the flat (token, slot) pair of each row.
+        top_k: K.
+        offsets: (E,) int32, the running sum of the experts' row counts.
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D).
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        bias: (E, 2F) or (E, F), contiguous, or None.
+        keep_h: whether a backward will need ``h``.
+
+    Returns:
+        ``h`` (N, 2F) or (N, F), without rows unless it is kept, and ``a`` (N, F).
+    """
+    return library.hopper_up_forward(  # type: ignore[no-any-return]
+        x, order, top_k, offsets, up, bias, activation, keep_h
+    )
+
+
+def backward_activation_(
+    library: Any,
+    grad: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    down: Tensor,
+    h: Tensor,
+    weights: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """From the layer's gradient to that of ``h``, which takes its place.
+
+    With ``d_act[r] = grad[order[r] // K] @ down[e]``, row r's routing weight w and ``A = act(h)``,
+    ``h`` becomes ``w * d_act * act'(h)``.
+
+    Args:
+        library: what :func:`hopper` returned for ``grad``, ``down`` and ``h``.
+        grad: (T, D).
+        order: (N,) int64.
+        offsets: (E,) int32.
+        down: (E, D, F).
+        h: (N, 2F) or (N, F), of the forward. Overwritten.
+        weights: (T, K) fp32, contiguous.
+        activation: as in the forward.
+
+    Returns:
+        ``w * A`` (N, F), and ``<A, d_act>`` (T, K) fp32.
+    """
+    return library.hopper_backward_activation_(  # type: ignore[no-any-return]
+        grad, order, offsets, down, h, weights, activation
+    )
+
+
+def rows_product(
+    library: Any, rows: Tensor, offsets: Tensor, weight: Tensor, transposed: bool
+) -> Tensor:
+    """``rows[r] @ weight[e]``, or with ``transposed`` ``rows[r] @ weight[e].T``.
+
+    Args:
+        library: what :func:`hopper` returned for ``rows`` and ``weight``.
+        rows: (N, k).
+        offsets: (E,) int32.
+        weight: (E, k, width), or (E, width, k) if transposed; width a multiple of 8.
+        transposed: which of the two.
+
+    Returns:
+        (N, width).
+    """
+    return library.hopper_rows_product(  # type: ignore[no-any-return]
+        rows, offsets, weight, transposed
+    )
+
+
+def weight_gradient(
+    library: Any,
+    gathered: Tensor,
+    order: Tensor,
+    top_k: int,
+    rows: Tensor,
+    offsets: Tensor,
+    transposed: bool,
+) -> Tensor:
+    """The sum over each expert's rows of ``outer(gathered[order[r] // top_k], rows[r])``.
+
+    Args:
+        library: what :func:`hopper` returned for ``gathered`` and ``rows``.
+        gathered: (T, m).
+        order: (N,) int64.
+        top_k: K.
+        rows: (N, n).
+        offsets: (E,) int32.
+        transposed: whether each expert's result is (n, m) rather than (m, n).
+
+    Returns:
+        (E, m, n) or (E, n, m); zeros for an expert without rows.
+    """
+    return library.hopper_weight_gradient(  # type: ignore[no-any-return]
+        gathered, order, top_k, rows, offsets, transposed
+    )
+
+
+__all__ = [
+    "MAX_EXPERTS",
+    "backward_activation_",
+    "hopper",
+    "rows_product",
+    "up_forward",
+    "weight_gradient",
+]
