@@ -16,10 +16,10 @@ namespace {
 // F.grouped_mm: rows of `a` up to each offset times the expert's matrix of `b`, or, for a
 // two-dimensional `b`, columns of `a` times rows of `b` between offsets.
 Tensor grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets) {
-  std::array<StableIValue, 5> stack{
-      torch::stable::detail::from(a), torch::stable::detail::from(b),
-      torch::stable::detail::from(std::optional<Tensor>(offsets)),
-      torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt)};
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(std::optional<Tensor>(offsets)),
+                                    torch::stable::detail::from(std::nullopt),
+                                    torch::stable::detail::from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -51,6 +51,11 @@ bool takes_grouped_mm(bool hopper, const Tensor& x, int64_t width, int64_t wide)
   return !hopper || (x.scalar_type() == ScalarType::BFloat16 && width >= wide);
 }
 
+// The (token, slot) pair of each row, for products that gather.
+Tensor pairs_of(const Tensor& x, const std::optional<Tensor>& order) {
+  return order ? *order : hopper::row_numbers(x, x.size(0));
+}
+
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 }  // namespace
@@ -64,11 +69,11 @@ std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Ten
   check_tensor(x, op, "x", 2, x);
   STD_TORCH_CHECK(weights.has_value() == inverse.has_value(), op,
                   ": weights and inverse come together or not at all");
-  STD_TORCH_CHECK(order.has_value() || !hopper, op, ": hopper needs order");
   const int64_t top_k = weights ? weights->size(1) : 1;
   Tensor h, a, y;
   if (hopper) {
-    std::tie(h, a) = hopper::up_forward(x, *order, top_k, offsets, up, std::nullopt, name, keep_h);
+    const Tensor pairs = pairs_of(x, order);
+    std::tie(h, a) = hopper::up_forward(x, pairs, top_k, offsets, up, std::nullopt, name, keep_h);
     y = hopper::rows_product(a, offsets, down, true);
   } else {
     h = grouped_mm(rows_of(x, inverse, top_k), transposed(up), offsets);
@@ -88,16 +93,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     bool wants_up, bool wants_down, bool hopper) {
   const char* op = "expert_layer_backward_";
   check_tensor(grad, op, "grad", 2, x);
-  STD_TORCH_CHECK(order.has_value() || !hopper, op, ": hopper needs order");
   STD_TORCH_CHECK(weights.dim() == 2, op, ": weights must have 2 dimensions, not ", weights.dim());
   const int64_t top_k = weights.size(1), inner = down.size(2);
   Tensor d_x = nothing(x), d_up = nothing(x), d_down = nothing(x), d_weights;
+  const Tensor pairs = hopper ? pairs_of(x, order) : d_x;
   {
     const bool rows_for_down = takes_grouped_mm(hopper, x, inner, kWideDown);
     Tensor d_out = nothing(x), weighted_act;
     if (hopper) {
       std::tie(weighted_act, d_weights) =
-          hopper::backward_activation_(grad, *order, offsets, down, h, weights, name);
+          hopper::backward_activation_(grad, pairs, offsets, down, h, weights, name);
     } else {
       d_out = rows_of(grad, inverse, top_k);
       weighted_act = grouped_mm(d_out, down, offsets);
@@ -108,14 +113,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
       if (hopper) d_out = rows_of(grad, inverse, top_k);
       d_down = outer_product(d_out, weighted_act, tokens_per_expert, offsets);
     } else if (wants_down) {
-      d_down = hopper::weight_gradient(grad, *order, top_k, weighted_act, offsets, false);
+      d_down = hopper::weight_gradient(grad, pairs, top_k, weighted_act, offsets, false);
     }
   }
   // h holds its gradient by now.
   if (wants_up && takes_grouped_mm(hopper, x, inner, kWideUp)) {
     d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
   } else if (wants_up) {
-    d_up = hopper::weight_gradient(x, *order, top_k, h, offsets, true);
+    d_up = hopper::weight_gradient(x, pairs, top_k, h, offsets, true);
   }
   if (wants_x) {
     d_x = hopper ? hopper::rows_product(h, offsets, up, false) : grouped_mm(h, up, offsets);

@@ -47,8 +47,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
   // The layer without biases: x (T, D), weights (T, K), up (E, 2F or F, D), down (E, D, F) -> out
   // (T, D), and the pre-activation h, which the backward needs (without keep_h it has no rows).
-  // Without weights and inverse, rows come and go in expert-major order; order is then 0, 1, ...,
-  // and only needed for hopper, which takes that architecture's own products.
+  // Without weights, order and inverse, rows come and go in expert-major order. hopper takes that
+  // architecture's own products.
   library.def(
       "expert_layer(Tensor x, Tensor? weights, Tensor up, Tensor down, Tensor? order,"
       " Tensor? inverse, Tensor offsets, str name, bool keep_h, bool hopper)"

@@ -9,6 +9,7 @@ order.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from lightning_fastmoe.ops.native import native
 MAX_EXPERTS = 2048
 _ALIGNMENT_BYTES = 16
 _DTYPES = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def hopper(*tensors: Tensor) -> Any | None:
@@ -33,7 +39,7 @@ def hopper(*tensors: Tensor) -> Any | None:
     first = tensors[0]
     if first.device.type != "cuda" or first.dtype not in _DTYPES:
         return None
-    if torch.cuda.get_device_capability(first.device) != (9, 0):
+    if _capability(first.device.index) != (9, 0):
         return None
     if not all(_fits(tensor, first.dtype) for tensor in tensors):
         return None

@@ -31,6 +31,7 @@ from lightning_fastmoe.ops.grouped_mlp import (
     grouped_product,
     is_aligned,
 )
+from lightning_fastmoe.ops.hopper import hopper
 from lightning_fastmoe.ops.native import native
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
@@ -53,13 +54,17 @@ class _ExpertLayer(torch.autograd.Function):
         tokens_per_expert: Tensor,
         offsets: Tensor,
         name: str,
+        keep_h: bool,
     ) -> Tensor:
         groups = (tokens_per_expert, offsets)
         biases = (up_bias, down_bias)
         ctx.name, ctx.h_is_spent = name, False
-        if (library := _whole_layer(x, up, down, *biases)) is not None:
-            x = x.contiguous()
-            out, h = library.expert_layer(x, weights, up, down, inverse, offsets, name)
+        x = x.contiguous()
+        if (whole := _whole_layer(x, up, down, *biases)) is not None:
+            library, on_hopper = whole
+            out, h = library.expert_layer(
+                x, weights, up, down, order, inverse, offsets, name, keep_h, on_hopper
+            )
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
             return out  # type: ignore[no-any-return]
         h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
@@ -83,17 +88,24 @@ class _ExpertLayer(torch.autograd.Function):
             return _differentiable_backward(ctx, grad)
         (x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups) = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        if ctx.h_is_spent:
+        whole = _whole_layer(x, up, down, up_bias, down_bias)
+        if ctx.h_is_spent and whole is not None:
+            library, on_hopper = whole  # all of the forward, for the same bits
+            _, h = library.expert_layer(
+                x, weights, up, down, order, inverse, groups[1], ctx.name, True, on_hopper
+            )
+        elif ctx.h_is_spent:
             h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         ctx.h_is_spent = True
-        none = (None,) * 5
-        used = x.new_ones(h.shape[0], dtype=torch.float32) if weights is None else weights
+        none = (None,) * 6
+        used = x.new_ones(h.shape[0], 1, dtype=torch.float32) if weights is None else weights
         # Through .data, as autograd would take the overwritten H of a retained graph for an error.
         d_h = h.data
-        if (library := _whole_layer(x, up, down, up_bias, down_bias)) is not None:
+        if whole is not None:
+            library, on_hopper = whole
             found = library.expert_layer_backward_(
                 *(grad.contiguous(), x, d_h, used, up, down, order, inverse, *groups, ctx.name),
-                *(wants[0], wants[2], wants[3]),
+                *(wants[0], wants[2], wants[3], on_hopper),
             )
             d_x, d_weights, d_up, d_down = (
                 grad if wanted else None for grad, wanted in zip(found, wants, strict=False)
@@ -128,15 +140,25 @@ class _ExpertLayer(torch.autograd.Function):
 
 def _whole_layer(
     x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
-) -> Any | None:
-    """The kernels, if they can compute the layer as two operators: no biases, products in one go.
+) -> tuple[Any, bool] | None:
+    """The kernels and whether to take Hopper's products, if they can be the layer as two operators.
 
-    The steps below are the same ones and give the same bits, one call from Python each.
+    They can without biases, where each product is one kernel. Without Hopper's own products, they
+    take the same steps as below and give the same bits.
     """
     if up_bias is not None or down_bias is not None or not x.is_cuda or not x.shape[0]:
         return None
-    fits = all(grouped_mm_applies(x, w) and is_aligned(w) for w in (up, down))
-    return native(x, up, down) if fits else None
+    if (library := hopper(x, up, down)) is not None:
+        return library, True
+    if not all(grouped_mm_applies(x, w) and is_aligned(w) for w in (up, down)):
+        return None
+    library = native(x, up, down)
+    return None if library is None else (library, False)
+
+
+def _needs_graph(*inputs: Tensor | None) -> bool:
+    """Whether a backward may follow, so that the pre-activation has to be kept."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _rows(
@@ -144,7 +166,7 @@ def _rows(
 ) -> Tensor:
     """The tokens in expert-major order, (N, D)."""
     if order is None or inverse is None:
-        return x.contiguous()
+        return x.contiguous()  # a gradient may be expanded
     assert weights is not None
     return kernels.permute_rows(x, order, inverse, weights.shape[1])
 
@@ -170,7 +192,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     wants = ctx.needs_input_grad[: len(inputs)]
     wanted = [t for t, needed in zip(inputs, wants, strict=True) if needed]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return *(next(found) if needed else None for needed in wants), *(None,) * 5
+    return *(next(found) if needed else None for needed in wants), *(None,) * 6
 
 
 def _chain(
@@ -224,6 +246,7 @@ def expert_layer(
         order.tokens_per_expert,
         order.offsets,
         activation,
+        _needs_graph(x, weights, up, down, up_bias, down_bias),
     )
     return out
 
@@ -267,5 +290,6 @@ def expert_mlp(
         tokens_per_expert,
         offsets,
         activation,
+        _needs_graph(x, up, down, up_bias, down_bias),
     )
     return out

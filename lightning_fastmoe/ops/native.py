@@ -99,10 +99,7 @@ def register_fakes() -> None:
         "activation": _activation,
         "activation_backward_": lambda h, d_act, weights, *_: torch.empty_like(weights),
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
-        "expert_layer": lambda x, weights, up, *_: (
-            torch.empty_like(x),
-            x.new_empty(x.shape[0] * (1 if weights is None else weights.shape[1]), up.shape[1]),
-        ),
+        "expert_layer": _expert_layer,
         "expert_layer_backward_": _expert_layer_backward,
         "hopper_up_forward": _up_forward,
         "hopper_backward_activation_": lambda grad, order, offsets, down, h, weights, name: (
@@ -142,9 +139,19 @@ def _activation(h: Tensor, bias: Tensor | None, offsets: Tensor | None, name: st
     return h.new_empty(h.shape[0], h.shape[1] // 2 if is_gated(name) else h.shape[1])
 
 
+def _expert_layer(
+    x: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    keep_h, on_hopper = rest[-2:]
+    rows = x.shape[0] * (1 if weights is None else weights.shape[1])
+    if keep_h:
+        return torch.empty_like(x), x.new_empty(rows, up.shape[1])
+    return torch.empty_like(x), x.new_empty(0, up.shape[1]) if on_hopper else x.new_empty(0)
+
+
 def _expert_layer_backward(*args: Any) -> tuple[Tensor, ...]:
     _, x, _, weights, up, down = args[:6]
-    wants = iter(args[-3:])
+    wants = iter(args[-4:-1])
     results = (torch.empty_like(t) if next(wants) else t.new_empty(0) for t in (x, up, down))
     d_x, d_up, d_down = results
     return d_x, torch.empty_like(weights), d_up, d_down
