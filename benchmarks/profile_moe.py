@@ -25,7 +25,7 @@ from layer.configs import CONFIGS, parse_configs
 from layer.errors import BenchmarkError
 from layer.floors import Rates, Sizes
 from layer.peers import Layer
-from layer.phases import GIVEN_ROUTING, WHOLE_MODULE, Entry, assign
+from layer.phases import Entry, assign, table_for
 from layer.problem import make_problem
 from layer.registry import PEERS
 from layer.routings import parse_routings
@@ -193,7 +193,6 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if (reason := peer.unavailable(None, device)) is not None:
         raise BenchmarkError(f"{peer.title}: {reason}")
     peer.start(device)
-    entries = WHOLE_MODULE if arguments.module else GIVEN_ROUTING
     report: dict[str, Any] = {"machine": machine.describe(device), "version": peer.version()}
     report["profiles"], tables = {}, []
     for config in configs:
@@ -204,10 +203,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         times = measure.time_layer(layer, problem.grad, 1.0)
         steps = [profiled_step(layer, problem.grad) for _ in range(arguments.steps + 1)]
         busy = int(problem.expert_ids.unique().numel())
+        kernels = medians(steps[1:])  # the profiler's first use disturbs
         profiled = make_report(
-            medians(steps[1:]),  # the profiler's first use disturbs
+            kernels,
             statistics.median(times["step"]),
-            entries,
+            table_for([kernel for kernel, _ in kernels], arguments.module),
             Sizes.of(config, busy),
             Rates(found["dense_tflops"], found["copy_gbs"]),
         )

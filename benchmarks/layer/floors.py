@@ -169,6 +169,28 @@ def rows_gradient(s: Sizes) -> Work:
     return up_product(s)
 
 
+def fused_up(s: Sizes) -> Work:
+    """Tokens gathered, times up; H and A are written."""
+    moved = 2 * (s.t * s.d + s.busy * s.u * s.d + s.n * s.u + s.n * s.f) + 8 * s.n
+    return Work(2 * s.n * s.d * s.u, moved)
+
+
+def fused_down_backward(s: Sizes) -> Work:
+    """The gradient gathered, times down, and H; dH, weighted A and dw are written."""
+    moved = 2 * (s.t * s.d + s.busy * s.d * s.f + 2 * s.n * s.u + s.n * s.f) + 16 * s.n
+    return Work(2 * s.n * s.d * s.f, moved)
+
+
+def gathered_down_gradient(s: Sizes) -> Work:
+    """As :func:`down_gradient`, with the layer's gradient gathered."""
+    return Work(2 * s.n * s.d * s.f, 2 * (s.t * s.d + s.n * s.f + s.e * s.d * s.f) + 8 * s.n)
+
+
+def gathered_up_gradient(s: Sizes) -> Work:
+    """As :func:`up_gradient`, with the tokens gathered."""
+    return Work(2 * s.n * s.d * s.u, 2 * (s.t * s.d + s.n * s.u + s.e * s.u * s.d) + 8 * s.n)
+
+
 def empty_experts(s: Sizes) -> Work:
     """Counts are read, the gradients of experts without tokens written; of both matrices' mean."""
     return Work(0, 8 * s.e + (s.e - s.busy) * s.d * (s.u + s.f))

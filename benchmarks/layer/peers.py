@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -237,6 +238,18 @@ class Ours(Peer):
             return ops.expert_layer(x, weights, order, up, down, config.activation)
 
         return Layer(forward, leaves)
+
+
+class OursGroupedMM(Ours):
+    """This package's layer with PyTorch's grouped products, on a GPU that has our own."""
+
+    name = "ours-grouped-mm"
+    title = "lightning_fastmoe, F.grouped_mm"
+    note = "as lightning_fastmoe, but with LIGHTNING_FASTMOE_HOPPER=0"
+
+    def start(self, device: torch.device) -> None:
+        os.environ["LIGHTNING_FASTMOE_HOPPER"] = "0"  # each peer has a process of its own
+        super().start(device)
 
 
 class OursModule(Ours):

@@ -16,6 +16,9 @@ from layer.floors import Floor
 GEMM = r"cutlass|gemm|nvjet|wgmma|grouped"
 """Names of matrix products."""
 
+ROWS = r"ragged_rows"
+"""Name of our own products on Hopper."""
+
 HELPERS = r"prepare_grouped_gemm|tensormap"
 """Names of kernels that prepare a product: they count for the product that follows."""
 
@@ -70,17 +73,74 @@ _BACKWARD = (
     Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
 )
 
-GIVEN_ROUTING = (*_FORWARD, *_BACKWARD)
-"""A step of ``order_by_expert`` and ``expert_layer``."""
-
-WHOLE_MODULE = (
-    Entry("routing", "router, softmax, top-k", ANY, floors.router, MANY),
-    *_FORWARD,
-    Entry("routing", "losses, both ways", ANY, floors.router_losses, MANY),
-    *_BACKWARD,
-    Entry("routing", "router, backward", ANY, floors.router_backward, MANY),
+_FORWARD_HOPPER = (
+    Entry("sort", "sort by expert", r"sort_kernel", floors.sort),
+    Entry("up product", "H, A = act(H); x gathered", ROWS, floors.fused_up),
+    Entry("down product", "Y = A @ down.T", ROWS, floors.down_product),
+    Entry("sum", "weighted sum of Y", r"sum_rows", floors.weighted_sum),
 )
-"""A step of the whole module."""
+_BACKWARD_HOPPER = (
+    Entry(
+        "down product, backward",
+        "dH, weighted A, dw; dO gathered",
+        ROWS,
+        floors.fused_down_backward,
+    ),
+    Entry(
+        "down product, backward",
+        "d_down = dO.T @ A, gathered",
+        r"weight_gradient",
+        floors.gathered_down_gradient,
+    ),
+    Entry("down product, backward", "parts of d_down", r"add_parts", None),
+    Entry("permute, backward", "permute x again", r"permute_rows", floors.permute),
+    Entry("up product, backward", "d_up = dH.T @ rows", GEMM, floors.up_gradient),
+    Entry(
+        "up product, backward",
+        "d_up = dH.T @ x, gathered",
+        r"weight_gradient",
+        floors.gathered_up_gradient,
+    ),
+    Entry("up product, backward", "parts of d_up", r"add_parts", None),
+    Entry("up product, backward", "zero empty experts", r"zero_empty", floors.empty_experts),
+    Entry("up product, backward", "d_rows = dH @ up", ROWS, floors.rows_gradient),
+    Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
+)
+
+
+def _with_router(forward: tuple[Entry, ...], backward: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    return (
+        Entry("routing", "router, softmax, top-k", ANY, floors.router, MANY),
+        *forward,
+        Entry("routing", "losses, both ways", ANY, floors.router_losses, MANY),
+        *backward,
+        Entry("routing", "router, backward", ANY, floors.router_backward, MANY),
+    )
+
+
+GIVEN_ROUTING = (*_FORWARD, *_BACKWARD)
+"""A step of ``order_by_expert`` and ``expert_layer`` with PyTorch's products."""
+
+GIVEN_ROUTING_HOPPER = (*_FORWARD_HOPPER, *_BACKWARD_HOPPER)
+"""The same with our own products, some of which may be PyTorch's all the same."""
+
+WHOLE_MODULE = _with_router(_FORWARD, _BACKWARD)
+"""A step of the whole module with PyTorch's products."""
+
+WHOLE_MODULE_HOPPER = _with_router(_FORWARD_HOPPER, _BACKWARD_HOPPER)
+"""The same with our own products."""
+
+
+def table_for(names: list[str], module: bool) -> tuple[Entry, ...]:
+    """The table of a step whose kernels have these names.
+
+    Args:
+        names: of the step's kernels.
+        module: whether the step is one of the whole module.
+    """
+    if any(re.search(ROWS, name) for name in names):
+        return WHOLE_MODULE_HOPPER if module else GIVEN_ROUTING_HOPPER
+    return WHOLE_MODULE if module else GIVEN_ROUTING
 
 
 def assign(names: list[str], entries: tuple[Entry, ...]) -> list[int | None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from layer.errors import BenchmarkError
 from layer.libraries import DeepSpeed, Liger, SonicMoE, Transformers
-from layer.peers import Loop, Ours, OursModule, Peer, PlainTorch, PlainTorchBmm
+from layer.peers import Loop, Ours, OursGroupedMM, OursModule, Peer, PlainTorch, PlainTorchBmm
 
 _CLASSES: tuple[type[Peer], ...] = (
     Ours,
     OursModule,
+    OursGroupedMM,
     PlainTorch,
     PlainTorchBmm,
     Loop,
@@ -21,8 +22,9 @@ _CLASSES: tuple[type[Peer], ...] = (
 PEERS = {peer.name: peer for peer in _CLASSES}
 """Peers by the names that ``--peers`` takes, in the order of the tables."""
 
-DEFAULT = [name for name, peer in PEERS.items() if not peer.compiles]
-"""Peers of a run that names none: those that compile for minutes are left out."""
+DEFAULT = [n for n, peer in PEERS.items() if not peer.compiles and n != "ours-grouped-mm"]
+"""Peers of a run that names none: those that compile for minutes, and our own
+layer without its products, are left out."""
 
 
 def parse_peers(text: str) -> list[str]:

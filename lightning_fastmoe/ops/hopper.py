@@ -5,11 +5,15 @@ kernels fetch a token's row where it lies while they multiply, and apply the act
 gradient, while the result is in registers (the idea is SonicMoE's). Nothing is tuned, and nothing
 waits for the device. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows in expert
 order.
+
+Environment:
+    LIGHTNING_FASTMOE_HOPPER: 0 leaves the products to ``F.grouped_mm``.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -20,6 +24,11 @@ from lightning_fastmoe.ops.native import native
 MAX_EXPERTS = 2048
 _ALIGNMENT_BYTES = 16
 _DTYPES = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _is_wanted() -> bool:
+    return os.environ.get("LIGHTNING_FASTMOE_HOPPER", "1") != "0"
 
 
 @functools.cache
@@ -37,7 +46,7 @@ def hopper(*tensors: Tensor) -> Any | None:
         tensors: all of the call's tensors of two or three dimensions; of three: weights (E, ., .).
     """
     first = tensors[0]
-    if first.device.type != "cuda" or first.dtype not in _DTYPES:
+    if first.device.type != "cuda" or first.dtype not in _DTYPES or not _is_wanted():
         return None
     if _capability(first.device.index) != (9, 0):
         return None

@@ -6,7 +6,7 @@ import pytest
 from layer import floors
 from layer.configs import CONFIGS
 from layer.floors import Rates, Sizes, Work
-from layer.phases import GIVEN_ROUTING, WHOLE_MODULE, assign
+from layer.phases import GIVEN_ROUTING, GIVEN_ROUTING_HOPPER, WHOLE_MODULE, assign, table_for
 from profile_moe import make_report, markdown, medians
 
 # 3 tokens of width 4, 2 experts of inner width 5, both for each token: 6 rows; one expert is empty
@@ -119,6 +119,29 @@ def test_every_kernel_of_a_step_has_its_phase():
     backward += ["d_up = dH.T @ rows"] * 2 + ["zero empty experts"] + ["d_rows = dH @ up"] * 2
     assert found == forward + backward + ["sum of d_rows"]
     assert set(assign(FORWARD + BACKWARD, GIVEN_ROUTING)) == set(range(len(GIVEN_ROUTING)))
+
+
+def test_our_own_products_with_and_without_pytorchs_for_the_gradients():
+    sort, total = FORWARD[0], FORWARD[-1]
+    rows = "lightning_fastmoe::hopper::ragged_rows_kernel<bf16, StoreRows<bf16>>(...)"
+    gradient, parts = "hopper::weight_gradient_kernel<bf16>(...)", "hopper::add_parts_kernel(...)"
+    own = [sort, rows, rows, total, rows, gradient, parts, gradient, parts, rows, total]
+    assert table_for(own, module=False) is GIVEN_ROUTING_HOPPER
+    found = phases(own, GIVEN_ROUTING_HOPPER)
+    ours = ["sort by expert", "H, A = act(H); x gathered", "Y = A @ down.T", "weighted sum of Y"]
+    ours += ["dH, weighted A, dw; dO gathered", "d_down = dO.T @ A, gathered", "parts of d_down"]
+    assert found == [
+        *ours,
+        *("d_up = dH.T @ x, gathered", "parts of d_up", "d_rows = dH @ up", "sum of d_rows"),
+    ]
+    mixed = [*own[:7], BACKWARD[0], PREPARE, PRODUCT, BACKWARD[6], rows, total]
+    found = phases(mixed, GIVEN_ROUTING_HOPPER)
+    assert found == [
+        *ours,
+        *("permute x again", "d_up = dH.T @ rows", "d_up = dH.T @ rows", "zero empty experts"),
+        *("d_rows = dH @ up", "sum of d_rows"),
+    ]
+    assert table_for(FORWARD, module=True) is WHOLE_MODULE
 
 
 def test_unknown_kernels_are_nobodys_and_shift_nothing():
