@@ -176,6 +176,7 @@ class PlainTorchBmm(PlainTorch):
     name = "torch-bmm"
     title = "plain torch, bmm"
     note = "as plain torch, but torch.bmm instead of product and sum"
+    weighted_sum = staticmethod(_weighted_sum_bmm)
 
 
 class Loop(Peer):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -420,7 +422,7 @@ def test_two_operators_equal_the_steps(
     leaves, (ids,) = layer_inputs((257, 64, inner, 8, 2), torch.bfloat16)
     leaves = [leaf.detach().requires_grad_(i != frozen) for i, leaf in enumerate(leaves)]
     upstream = torch.randn_like(leaves[0])
-    whole = layer_module._whole_layer(leaves[0].detach(), *leaves[2:], None, None)
+    whole = layer_module._whole_layer(*(leaves[i].detach() for i in (0, 2, 3)), None, None)
     assert whole is not None
     if own_products and not whole[1]:
         pytest.skip("this GPU is not of compute capability 9.0")
@@ -444,6 +446,26 @@ def test_two_operators_equal_the_steps(
             assert float((a - b).norm()) <= 6e-3 * float(b.norm())
         else:
             assert torch.equal(a, b)
+
+
+FIRST_STEP = """
+import torch
+from lightning_fastmoe.ops import expert_layer, order_by_expert
+x, up, down = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+               for s in ((64, 32), (4, 64, 32), (4, 32, 32)))
+order = order_by_expert(torch.arange(64, device="cuda").unsqueeze(1) % 4, 4)
+out = expert_layer(x, torch.ones(64, 1, device="cuda"), order, up, down, "swiglu")
+out.backward(torch.ones_like(out))
+assert all(bool(t.grad.isfinite().all()) for t in (x, up, down))
+"""
+
+
+def test_the_first_step_of_a_process() -> None:
+    """Its backward runs in a thread that has not used the device before."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_STEP], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_without_a_graph_the_pre_activation_goes() -> None:
