@@ -28,8 +28,8 @@ def test_clean(tool: list[str]) -> None:
         [
             *[sanitizer, "--tool", *tool, "--error-exitcode", "9"],
             *[sys.executable, str(Path(__file__).with_name("sanitizer_cases.py"))],
-            # Racecheck looks at shared memory, which beside the products the sort alone uses. It ends
-            # with an error of its own in cuBLAS and in kernels of Hopper's copy engine.
+            # Racecheck looks at shared memory, which beside the products the sort alone uses. It
+            # ends with an error of its own in cuBLAS and in kernels of Hopper's copy engine.
             *(["--sort-alone"] if tool[0] == "racecheck" else []),
         ],
         capture_output=True,
