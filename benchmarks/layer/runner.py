@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable
@@ -73,6 +74,7 @@ class Runner:
 
     def run(self, config: Config, routing: str) -> list[Row]:
         """One row per peer."""
+        self._start_together()
         rows = [self._prepare(peer, config, routing) for peer in self.peers]
         self._compare_problems(rows)
         times: dict[str, dict[str, list[float]]] = {}
@@ -158,15 +160,8 @@ class Runner:
         if about is not None and about.get("reason"):
             return {"status": "unavailable", "reason": about["reason"]}
         if kind not in self.workers:
-            self.workers[kind] = self._new_worker(kind)
-            try:
-                found = self.workers[kind].call("start", limit=self.options.limit_of(kind) + 120)
-            except Failed as error:
-                # Not tried again for each row: a start that hangs would cost its limit each time.
-                self.workers.pop(kind).close()
-                self.about[kind] = {"reason": f"can't start: {error}", "version": None}
-                raise
-            self.about.setdefault(kind, found)
+            self.workers[kind] = worker = self._new_worker(kind)
+            self._started(kind, lambda limit: worker.call("start", limit=limit))
         if self.about[kind].get("reason"):
             return {"status": "unavailable", "reason": self.about[kind]["reason"]}
         try:
@@ -174,6 +169,31 @@ class Runner:
         except Failed:
             self.workers.pop(kind).close()
             raise
+
+    def _start_together(self) -> None:
+        """Lets peers that have no process yet load their libraries at the same time."""
+        if self.options.in_process:
+            return
+        options = self.options
+        new = [kind for kind in self.peers if kind not in self.about]
+        workers = {kind: Subprocess(kind, options.device, options.dtype) for kind in new}
+        self.workers |= workers
+        for worker in workers.values():
+            worker.send("start")
+        for kind, worker in workers.items():
+            with contextlib.suppress(Failed):
+                self._started(kind, worker.receive)
+
+    def _started(self, kind: str, answer: Callable[[float], dict[str, Any]]) -> None:
+        """Notes what a worker says of itself, or that it can't start."""
+        try:
+            found = answer(self.options.limit_of(kind) + 120)
+        except Failed as error:
+            # Not tried again for each row: a start that hangs would cost its limit each time.
+            self.workers.pop(kind).close()
+            self.about[kind] = {"reason": f"can't start: {error}", "version": None}
+            raise
+        self.about.setdefault(kind, found)
 
     def _new_worker(self, kind: str) -> Worker:
         if self.options.in_process:
