@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
+from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.placement import Placement
@@ -19,11 +20,14 @@ class ExpertSpreader:
 
     Args:
         mesh: the groups of the run.
+        ranks_per_node: processes on each node; None if all are on one.
     """
 
-    def __init__(self, mesh: ExpertMesh) -> None:
+    def __init__(self, mesh: ExpertMesh, ranks_per_node: int | None = None) -> None:
         self.mesh = mesh
         self.group = ExpertGroup(mesh.ep_group) if mesh.ep_size > 1 else None
+        world = mesh.ep_size * mesh.edp_size
+        self.batch = WorldBatch(mesh, ranks_per_node or world) if world > 1 else None
 
     def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
         """Where a layer with ``num_experts`` puts its experts; None if all stay here.
@@ -46,6 +50,11 @@ class ExpertSpreader:
         """
         for name, layer in moe_layers(module):
             layer.layer_name = name or type(layer).__name__
+            if self.batch is not None:
+                # For each slot, the counts of all experts; a callback may raise top_k.
+                slots = min(layer.num_experts, max(layer.top_k or 1, 8))
+                self.batch.reserve((layer.num_experts + 1) * slots + 1)
+                layer.batch = self.batch
             local = layer.dispatcher_name == "local"
             placement = None if local else self.placement(layer.num_experts, layer.layer_name)
             if placement is None:

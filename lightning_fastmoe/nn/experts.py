@@ -31,7 +31,7 @@ class Experts(nn.Module):
         first_expert: global id of the first local expert.
         num_local_experts: e.
         layer_seed: seeds each expert together with its global id.
-        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`.
+        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`, or "clamped_swiglu".
         bias: whether both projections have biases (initially zero).
         init_std: see :func:`~lightning_fastmoe.nn.init.init_experts_`.
     """
@@ -109,6 +109,11 @@ class Experts(nn.Module):
         assert up is not None
         assert down is not None
         if weights is not None and order is not None:
+            if self.activation not in ops.ACTIVATIONS:
+                rows = ops.permute(x, order.order, order.inverse, weights.shape[1])
+                counts = order.tokens_per_expert
+                y = ops.grouped_mlp(rows, counts, up, down, self.activation, up_bias, down_bias)
+                return ops.unpermute(y, weights, order.order, order.inverse)
             return ops.expert_layer(
                 x, weights, order, up, down, self.activation, up_bias, down_bias
             )
@@ -127,6 +132,11 @@ class Experts(nn.Module):
 
     def _local_names(self) -> Iterator[str]:
         return (name for name, _ in self.named_parameters(recurse=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.up_proj.dtype
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

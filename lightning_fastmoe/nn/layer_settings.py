@@ -1,0 +1,56 @@
+"""What may be set on a layer between two steps, without building anything anew."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.capacity import CapacityOver, DropBy, check_factor
+from lightning_fastmoe.nn.moe_options import check_takes_capacity
+
+
+class LayerSettings(nn.Module):
+    """The settings of a MoE layer; set them alike on all ranks.
+
+    Attributes:
+        loss_coefficients: name of a loss -> its coefficient.
+        capacity_over: "rank" or "global", see :class:`~lightning_fastmoe.MoE`.
+        drop_by: "position" or "score".
+    """
+
+    router: nn.Module
+    loss_coefficients: dict[str, float]
+    capacity_over: CapacityOver
+    drop_by: DropBy
+    _capacity_factors: tuple[float | None, float | None]
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per token, K; None if that is not the router's idea. May be set."""
+        return getattr(self.router, "_top_k", getattr(self.router, "top_k", None))
+
+    @top_k.setter
+    def top_k(self, value: int) -> None:
+        if self.top_k is None:
+            raise ConfigError(f"top_k={value!r}: {type(self.router).__name__} has no top_k.")
+        self.router.top_k = value  # type: ignore[assignment]
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """In training; None is dropless. May be set."""
+        return self._capacity_factors[0]
+
+    @capacity_factor.setter
+    def capacity_factor(self, value: float | None) -> None:
+        check_takes_capacity(self.router, check_factor("capacity_factor", value))
+        self._capacity_factors = (value, self._capacity_factors[1])
+
+    @property
+    def eval_capacity_factor(self) -> float | None:
+        """In evaluation; None is dropless. May be set."""
+        return self._capacity_factors[1]
+
+    @eval_capacity_factor.setter
+    def eval_capacity_factor(self, value: float | None) -> None:
+        check_takes_capacity(self.router, check_factor("eval_capacity_factor", value))
+        self._capacity_factors = (self._capacity_factors[0], value)
