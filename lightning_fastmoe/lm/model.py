@@ -213,7 +213,7 @@ class MoELanguageModel(LightningModule):
         router: Name of a router, or the path of its class.
         load_balancing: Weight of the loss that evens out the experts' load; null is the router's.
         z_loss: Weight of the loss that keeps the router's logits small; null is the router's.
-        moe: Further arguments of each `MoE` layer, by name: `router_options`, `capacity_factor`, ...
+        moe: Further arguments of each `MoE` layer, by name (`router_options`, `bias`, ...).
         lr: Peak learning rate.
         min_lr_ratio: The learning rate ends at this share of `lr`.
         warmup_steps: Steps over which the learning rate rises from 0; a cosine follows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -91,12 +92,12 @@ def _mixed(x: Tensor, routing: Routing, run: Any) -> tuple[Any, Routing]:
     assert combine is not None
     groups, slots, n = dispatch.shape
     acc = torch.promote_types(x.dtype, dispatch.dtype)
-    mixed = dispatch.to(acc) @ x.view(groups, n, -1).to(acc)
+    mixed = dispatch.to(acc) @ x.reshape(groups, n, x.shape[1]).to(acc)
     plain = routing._replace(dispatch_mix=None, combine_mix=None)
-    y, plain = run(mixed.view(groups * slots, -1).to(x.dtype), plain)
+    y, plain = run(mixed.flatten(0, 1).to(x.dtype), plain)
 
     def back(leaf: Tensor) -> Tensor:
-        rows = leaf.reshape(groups, slots, -1).to(acc)
+        rows = leaf.reshape(groups, slots, math.prod(leaf.shape[1:])).to(acc)
         return (combine.to(acc) @ rows).view(groups * n, *leaf.shape[1:]).to(leaf.dtype)
 
     mixes = {"dispatch_mix": dispatch, "combine_mix": combine}

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.capacity import CapacityOver, DropBy, check_factor
 from lightning_fastmoe.nn.moe_options import check_takes_capacity
+from lightning_fastmoe.nn.router import Router
 
 
 class LayerSettings(nn.Module):
@@ -27,7 +28,9 @@ class LayerSettings(nn.Module):
     @property
     def top_k(self) -> int | None:
         """Experts per token, K; None if that is not the router's idea. May be set."""
-        return getattr(self.router, "_top_k", getattr(self.router, "top_k", None))
+        name = "_top_k" if isinstance(self.router, Router) else "top_k"
+        k: int | None = getattr(self.router, name, None)
+        return k
 
     @top_k.setter
     def top_k(self, value: int) -> None:

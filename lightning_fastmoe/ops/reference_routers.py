@@ -52,7 +52,8 @@ def softmax_after_selection(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]
 
 def biased_top_k(scores: Tensor, bias: Tensor, top_k: int) -> Tensor:
     """Ids (T, K) of the largest ``scores + bias``."""
-    return torch.tensor([best((row + bias).tolist(), top_k) for row in scores]).view(-1, top_k)
+    ids = [best((row + bias).tolist(), top_k) for row in scores]
+    return torch.tensor(ids, dtype=torch.long).view(-1, top_k)
 
 
 def noisy_top_k(
@@ -81,7 +82,7 @@ def noisy_top_k(
         p = []
         for e in range(h.shape[1]):
             others = [i for i in range(h.shape[1]) if i != e]
-            kth = others[best([float(h[t, i]) for i in others], top_k)[-1]]
+            kth = others[best(h[t, others].tolist(), top_k)[-1]]
             p.append(0.5 * (1 + torch.erf((clean[t, e] - h[t, kth]) / size[t, e] / 2**0.5)))
         loads.append(torch.stack(p))
     return torch.stack(gates), weights, ids, torch.stack(loads)
@@ -161,7 +162,7 @@ def best_assignment(scores: Tensor) -> float:
     """The largest sum of scores of an even assignment, by trying all; T up to about 8."""
     tokens, experts = scores.shape
     places = [e for e in range(experts) for _ in range(tokens // experts + (e < tokens % experts))]
-    values = scores.tolist()
+    values: list[list[float]] = scores.tolist()
     return max(
         sum(values[t][e] for t, e in enumerate(order))
         for order in set(itertools.permutations(places))
@@ -199,7 +200,7 @@ def swipe(logits: list[Tensor], top_k: int, groups: int) -> list[Tensor]:
             room[group] -= 1
             inside = logits[r][t, group * size : (group + 1) * size].tolist()
             ids[r][t][k] = group * size + best(inside, 1)[0]
-    return [torch.tensor(rank).view(-1, top_k) for rank in ids]
+    return [torch.tensor(rank, dtype=torch.long).view(-1, top_k) for rank in ids]
 
 
 def topology_aware(logits: Tensor, near: list[bool], top_k: int, budget: int) -> Tensor:
