@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,6 +135,13 @@ def _build(
     factory: ExpertFactory, arguments: tuple[int, ...], layer_seed: int, expert_id: int
 ) -> nn.Module:
     """One expert, from its own seed; torch's CPU generator is left as it was."""
+    try:
+        inspect.signature(factory).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"expert= can't be called with {arguments}, (d_model, d_ffn) or without d_ffn (d_model)"
+            f" alone: {error}. Wrap it in a function that takes these."
+        ) from error
     seed = expert_generator(layer_seed, "expert", expert_id).initial_seed()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
