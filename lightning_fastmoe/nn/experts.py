@@ -108,16 +108,15 @@ class Experts(nn.Module):
         )
         assert up is not None
         assert down is not None
-        if weights is not None and order is not None:
-            if self.activation not in ops.ACTIVATIONS:
-                rows = ops.permute(x, order.order, order.inverse, weights.shape[1])
-                counts = order.tokens_per_expert
-                y = ops.grouped_mlp(rows, counts, up, down, self.activation, up_bias, down_bias)
-                return ops.unpermute(y, weights, order.order, order.inverse)
-            return ops.expert_layer(
-                x, weights, order, up, down, self.activation, up_bias, down_bias
-            )
-        return ops.expert_mlp(x, tokens_per_expert, up, down, self.activation, up_bias, down_bias)
+        mlp = (up, down, self.activation, up_bias, down_bias)
+        planned = self.activation in ops.ACTIVATIONS
+        if weights is None or order is None:
+            return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
+        if planned:
+            return ops.expert_layer(x, weights, order, *mlp)
+        rows = ops.permute(x, order.order, order.inverse, weights.shape[1])
+        y = ops.grouped_mlp(rows, tokens_per_expert, *mlp)
+        return ops.unpermute(y, weights, order.order, order.inverse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""

@@ -97,11 +97,11 @@ def gshard(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         g1, g2 = scores[i] / (scores[i] + scores[j]), scores[j] / (scores[i] + scores[j])
         weights.append(torch.stack([g1, g2]))
         ids.append([i, j])
-        used.append([True, 2 * float(g2) > draw])
+        used.append([True, 2 * g2.item() > draw])
     return torch.stack(weights), torch.tensor(ids), torch.tensor(used)
 
 
-def sigmoid_top_k(
+def grouped_sigmoid_top_k(
     logits: Tensor, bias: Tensor, top_k: int, groups: int, limit: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DeepSeek-V3's scores (T, E), weights (T, K) and ids (T, K)."""

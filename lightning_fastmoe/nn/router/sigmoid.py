@@ -81,21 +81,25 @@ class SigmoidTopKRouter(Router):
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
         logits = self.linear(x, self.weight)
-        s = torch.sigmoid(logits)
-        expert_ids = self._select_in_groups(s.detach())
-        weights = torch.gather(s, 1, expert_ids)
-        if self.top_k > 1 if self._normalize is None else self._normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        normalize = self.top_k > 1 if self._normalize is None else self._normalize
+        if self.limit_groups == self.num_groups:
+            bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
+            s, weights, expert_ids = ops.sigmoid_top_k(logits, self.top_k, normalize, bias)
+        else:
+            s = torch.sigmoid(logits)
+            expert_ids = self._select_in_groups(s.detach())
+            weights = torch.gather(s, 1, expert_ids)
+            if normalize:
+                weights = weights / weights.sum(dim=-1, keepdim=True)
         scores = s / s.sum(dim=-1, keepdim=True)
         return Routing(logits, scores, self.scale * weights, expert_ids)
 
     def _select_in_groups(self, s: Tensor) -> Tensor:
         if self.balance_bias is not None:
             s = s + self.balance_bias.to(s.dtype)
-        if self.limit_groups < self.num_groups:
-            grouped = s.view(s.shape[0], self.num_groups, -1)
-            best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
-            groups = ops.top_k(best, self.limit_groups)
-            open_groups = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
-            s = grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf).view(s.shape)
-        return ops.top_k(s, self.top_k)
+        grouped = s.view(s.shape[0], self.num_groups, -1)
+        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+        groups = ops.top_k(best, self.limit_groups)
+        open_groups = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
+        limited = grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf)
+        return ops.top_k(limited.view(s.shape), self.top_k)
