@@ -193,8 +193,8 @@ def swipe(logits: list[Tensor], top_k: int, groups: int) -> list[Tensor]:
                 if room[group]:
                     room[group] -= 1
                 else:
-                    late.append((r, group, t))
-        for r, group, t in sorted(late):
+                    late.append((group, r, t))
+        for group, r, t in sorted(late):
             while not room[group]:
                 group = (group + 1) % groups
             room[group] -= 1

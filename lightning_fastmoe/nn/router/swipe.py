@@ -118,18 +118,15 @@ def swipe_plan(
         kept = [min(want, free) for want, free in zip(rank, left, strict=True)]
         left = [free - k for free, k in zip(left, kept, strict=True)]
         stays.append(kept)
-    moves: list[list[list[int]]] = []
-    for rank, kept in zip(demand, stays, strict=True):
-        moves.append([])
-        for group, want in enumerate(rank):
-            targets = []
-            at = group
-            for _ in range(want - kept[group]):
+    moves: list[list[list[int]]] = [[[] for _ in room] for _ in demand]
+    for group in range(len(room)):  # groups outside, so that ranks don't change the order
+        at = group
+        for rank, kept, targets in zip(demand, stays, moves, strict=True):
+            for _ in range(rank[group] - kept[group]):
                 while left[at] == 0:
                     at = (at + 1) % len(left)
                 left[at] -= 1
-                targets.append(at)
-            moves[-1].append(targets)
+                targets[group].append(at)
     return stays, moves, left
 
 
