@@ -217,3 +217,34 @@ def twin(case: RouterCase) -> Routed:
                 layer.router.balance_bias += case.bias_rate * torch.sign(load.mean() - load)
         trace.weights.append({n: p.detach().clone() for n, p in net.named_parameters()})
     return Routed(trace, buffers_of(net), [torch.stack(mine).sum(dim=0) for mine in seen])
+
+
+class Resumable(RouterNet):
+    """One optimizer step per epoch, so that any epoch's end is a point to resume from."""
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        step = optimizer_steps(self.case)[self.trainer.current_epoch]
+        return DataLoader(RankBatches(step[:, self.trainer.global_rank]), batch_size=None)
+
+
+def fit_and_resume(case: RouterCase, directory: str) -> tuple[list[Any], list[Any]]:
+    """Losses and buffers of one whole run, and of one that was cut in two."""
+
+    def fit(epochs: int, path: str | None) -> tuple[Any, list[Any]]:
+        pl.seed_everything(7 if path is None else 8, verbose=False)
+        module = Resumable(case)
+        trainer = make_trainer(
+            case,
+            callbacks=[RouterBiasBalancing(case.bias_rate)] if case.bias_rate else [],
+            max_steps=-1,
+            max_epochs=epochs,
+            reload_dataloaders_every_n_epochs=1,
+        )
+        trainer.fit(module, ckpt_path=path)
+        return trainer, [module.batch_losses, buffers_of(module.net)]
+
+    _, whole = fit(case.steps, None)
+    trainer, first = fit(case.steps // 2, None)
+    trainer.save_checkpoint(directory)
+    _, second = fit(case.steps, directory)
+    return whole, [first[0] + second[0], second[1]]

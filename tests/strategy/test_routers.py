@@ -147,3 +147,14 @@ def test_random_draws_matter_above():
         other = replace(case, moe={**case.moe, "router_options": options})
         a, b = runs.twin(case).trace.losses, runs.twin(other).trace.losses
         assert abs(a[-1] - b[-1]) > 1e-5 * abs(b[-1]), name
+
+
+@pytest.mark.parametrize(("name", "stage"), [("bias", 2), ("bias", 3), ("switch", 2), ("dc", 3)])
+def test_biases_and_draws_go_on_after_a_checkpoint(rank_pool, tmp_path, name, stage):
+    """The resumed run starts from another seed: only what was saved can make them equal."""
+    case = make(name, 2, stage=stage, steps=4, accumulate=2)
+    for whole, resumed in rank_pool.run(runs.fit_and_resume, 2, case, str(tmp_path / "c.ckpt")):
+        assert resumed[0] == pytest.approx(whole[0], rel=1e-6)
+        for buffer, value in whole[1].items():
+            assert value.any(), buffer
+            assert torch.equal(resumed[1][buffer], value), buffer
