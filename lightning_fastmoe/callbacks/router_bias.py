@@ -54,9 +54,13 @@ class RouterBiasBalancing(pl.Callback):
                 "RouterBiasBalancing found no router with a balance bias. Use"
                 " MoE(router='sigmoid'), or router_options={'balance_bias': True}."
             )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not before: a checkpoint sets the step after on_fit_start.
+        self._step = trainer.global_step
         for router in self._routers:
             _load(router).zero_()
-        self._step = trainer.global_step
 
     @override
     def on_train_batch_end(

@@ -18,14 +18,13 @@ class WorldBatch:
     of an expert parallel group are. That reads from the device once.
 
     Args:
+        group: of all ranks; the expert parallel group itself if it is that.
         mesh: the groups of the run.
         ranks_per_node: processes on each node.
     """
 
-    def __init__(self, mesh: ExpertMesh, ranks_per_node: int) -> None:
-        world = dist.group.WORLD
-        assert world is not None
-        self.group = ExpertGroup(world)
+    def __init__(self, group: ExpertGroup, mesh: ExpertMesh, ranks_per_node: int) -> None:
+        self.group = group
         self.rank, self.size = self.group.rank, self.group.size
         self.num_expert_ranks = mesh.ep_size
         self._ranks_per_node = ranks_per_node
@@ -45,8 +44,8 @@ class WorldBatch:
         if counts.numel() > self.group.slots:
             raise ConfigError(
                 f"{layer}: {counts.numel()} counts are to be exchanged over all ranks, but the run"
-                f" began with room for {self.group.slots}. top_k can't be raised so far while"
-                " training; start with the largest one."
+                f" began with room for {self.group.slots}. A callback can't raise top_k above 8, or"
+                " switch to capacity_over='global', while training: start with them."
             )
         return self.group.exchange_counts(counts, counts.numel(), layer)
 

@@ -20,6 +20,7 @@ class LayerSettings(nn.Module):
     """
 
     router: nn.Module
+    num_experts: int
     loss_coefficients: dict[str, float]
     capacity_over: CapacityOver
     drop_by: DropBy
@@ -57,3 +58,18 @@ class LayerSettings(nn.Module):
     def eval_capacity_factor(self, value: float | None) -> None:
         check_takes_capacity(self.router, check_factor("eval_capacity_factor", value))
         self._capacity_factors = (self._capacity_factors[0], value)
+
+    @property
+    def uses_global_batch(self) -> bool:
+        """Whether forward passes, as the layer is set now, exchange counts over all ranks."""
+        router = self.router
+        limited = self.capacity_over == "global" and self._capacity_factors != (None, None)
+        asks = isinstance(router, Router) and (router.random or router.uses_batch)
+        return asks or limited or self.loss_coefficients["global_balancing"] > 0
+
+    @property
+    def exchanged_counts(self) -> int:
+        """The most counts that one such exchange may hold; a callback may raise top_k up to 8."""
+        slots = min(self.num_experts, max(self.top_k or 1, 8))
+        many = self.capacity_over == "global" or getattr(self.router, "uses_batch", False)
+        return (self.num_experts + 1) * slots + 1 if many else self.num_experts + 1

@@ -141,7 +141,7 @@ class FastMoEStrategy(ExpertSteps):
             )
             mesh = make_expert_mesh(size, self.root_device.type, self._timeout)
             register_groups(mesh)
-            self._spreader = ExpertSpreader(mesh, self.num_processes)
+            self._spreader = ExpertSpreader(mesh, self.num_processes, self._timeout)
             if self.lightning_module is not None:
                 self.lightning_module._device_mesh = mesh.device_mesh
         return self._spreader

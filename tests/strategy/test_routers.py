@@ -11,6 +11,7 @@ from strategy.router_runs import RouterCase
 from strategy.test_exactness import assert_same
 
 from lightning_fastmoe.nn.router import ROUTERS
+from lightning_fastmoe.testing import RankError
 
 NOTHING = {"load_balancing": 0.0, "z_loss": 0.01}
 """Losses whose global value is the mean over ranks."""
@@ -151,10 +152,24 @@ def test_random_draws_matter_above():
 
 @pytest.mark.parametrize(("name", "stage"), [("bias", 2), ("bias", 3), ("switch", 2), ("dc", 3)])
 def test_biases_and_draws_go_on_after_a_checkpoint(rank_pool, tmp_path, name, stage):
-    """The resumed run starts from another seed: only what was saved can make them equal."""
+    """A bias that restarts at zero, or draws that repeat, would change the losses."""
     case = make(name, 2, stage=stage, steps=4, accumulate=2)
     for whole, resumed in rank_pool.run(runs.fit_and_resume, 2, case, str(tmp_path / "c.ckpt")):
         assert resumed[0] == pytest.approx(whole[0], rel=1e-6)
         for buffer, value in whole[1].items():
             assert value.any(), buffer
             assert torch.equal(resumed[1][buffer], value), buffer
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "world", "ep"),
+    [("switch", 2, 2), ("cosine", 2, 1), ("capacity by position", 4, 2), ("shared", 2, 2)],
+)
+def test_a_rank_that_leaves_a_layer_out_stops_all(rank_pool, name, world, ep, layer):
+    """Ranks that wait for it in an exchange of counts find out, rather than wait for ever."""
+    case = make(name, world, ep=ep, num_experts=(4, 4))
+    with pytest.raises(RankError, match="different exchanges") as error:
+        rank_pool.run(runs.leave_out, world, case, 1, layer, timeout=60.0)
+    assert {kind for kind, _ in error.value.errors.values()} == {"ExchangeError"}
+    assert len(error.value.errors) == world

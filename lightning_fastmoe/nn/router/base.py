@@ -177,6 +177,9 @@ class Router(nn.Module):
     """Whether a token's experts depend on that token and earlier ones alone."""
     random: ClassVar[bool] = False
     """Whether :meth:`route` draws random numbers in training; they come from the context."""
+    uses_batch: ClassVar[bool] = False
+    """Whether :meth:`route` asks other ranks through the context's batch, besides random numbers;
+    with at most K * E counts at a time."""
     losses: ClassVar[frozenset[str]] = LOSSES
     """The losses that make sense with this router."""
     default_losses: ClassVar[frozenset[str]] = frozenset({"load_balancing", "z_loss"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class SwipeRouter(Router):
     Raises:
         ConfigError: if ``num_groups`` doesn't divide ``num_experts``.
     """
+
+    uses_batch: ClassVar[bool] = True
 
     def __init__(
         self,

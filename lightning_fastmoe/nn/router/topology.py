@@ -80,8 +80,8 @@ class TopologyAwareRouter(Router):
         budget = int(self.outgoing_fraction * logits.shape[0])
         away = ~near[expert_ids]
         wish = torch.gather(logits, 1, expert_ids).masked_fill(~away, -torch.inf).amax(dim=1)
-        # Tokens that stay anyway come last, and may well be "let go": they have nowhere to go.
+        # Tokens that stay anyway have the wish -inf; their K best near experts are their K best.
         first = ops.top_k(wish.unsqueeze(0), budget)[0]
         let_go = torch.zeros_like(wish, dtype=torch.bool).index_fill(0, first, True)
         at_home = ops.top_k(logits.masked_fill(~near, -torch.inf), expert_ids.shape[1])
-        return torch.where((let_go | ~away.any(dim=1)).unsqueeze(1), expert_ids, at_home)
+        return torch.where(let_go.unsqueeze(1), expert_ids, at_home)
