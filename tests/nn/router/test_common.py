@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import CausalityWarning, MoE, Router, Routing, SoftmaxTopKRouter
+from lightning_fastmoe.nn import (
+    CausalityWarning,
+    LocalDispatcher,
+    MoE,
+    Router,
+    Routing,
+    SoftmaxTopKRouter,
+)
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.router import ROUTERS, RoutingContext
 
@@ -244,3 +251,37 @@ def test_state_dict_holds_what_a_resumed_run_needs(name):
     random = name in ("noisy", "switch", "gshard", "dc")
     want = {"tokens_seen"} if random else {"balance_bias"} if name == "sigmoid" else set()
     assert buffers == want
+
+
+class Chain(LocalDispatcher):
+    """The steps as across ranks."""
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_in_bf16(name, chain, autocast):
+    """Against the layer in fp64 with the same (rounded) weights and the same choice."""
+    torch.manual_seed(0)
+    layer = MoE(16, 32, E, router=name).bfloat16()
+    x = torch.randn(24, 16).bfloat16()
+    ids = torch.arange(24)
+    exact = copy.deepcopy(layer).double()
+    for wide, narrow in zip(exact.parameters(), layer.parameters(), strict=True):
+        wide.data.copy_(narrow)
+    if chain:
+        layer.dispatcher = Chain(E)
+    if autocast:
+        layer.float()
+    leaf = x.float().requires_grad_() if autocast else x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = layer(leaf, token_ids=ids)
+    high = x.double().requires_grad_()
+    want = exact(high, token_ids=ids)
+    assert got.dtype == leaf.dtype
+    upstream = torch.randn(24, 16).to(got.dtype)
+    got_grads = torch.autograd.grad(got, [leaf, *layer.parameters()], upstream)
+    want_grads = torch.autograd.grad(want, [high, *exact.parameters()], upstream.double())
+    for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < 2e-2
