@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.errors import NonFiniteError, UnmanagedExpertsError
+from lightning_fastmoe.errors import NonFiniteError, ShapeError, UnmanagedExpertsError
 from lightning_fastmoe.nn.dispatcher import LocalDispatcher
+from lightning_fastmoe.nn.router import Routing
 
 if TYPE_CHECKING:
     from lightning_fastmoe.nn.moe import MoE
@@ -55,3 +56,41 @@ def check_managed(layer: MoE) -> None:
             " wrong and other experts unreachable. Use FastMoEStrategy, or build the model anew"
             " to train all experts on each rank."
         )
+
+
+def check_routing(layer: MoE, routing: Any, num_tokens: int) -> None:
+    """Refuses what a router of the user's own must not return; ids are looked at on the CPU alone.
+
+    Raises:
+        ShapeError: naming the field and what it should be.
+    """
+    name = f"{layer.layer_name}: {type(layer.router).__name__}"
+    if not isinstance(routing, Routing):
+        raise ShapeError(f"{name} returned a {type(routing).__name__}. It must return a Routing.")
+    experts = layer.num_experts
+    ids, soft = routing.expert_ids, routing.dispatch_mix is not None
+    wanted: dict[str, tuple[Any, Any]] = {
+        "logits": (tuple(routing.logits.shape), (num_tokens, experts)),
+        "scores": (tuple(routing.scores.shape), (num_tokens, experts)),
+        "weights": (tuple(routing.weights.shape), tuple(ids.shape)),
+        "dtype of expert_ids": (ids.dtype, torch.int64),
+        "dimensions of expert_ids": (ids.dim(), 2 if routing.token_ids is None else 1),
+    }
+    if routing.token_ids is not None:
+        wanted["token_ids"] = (tuple(routing.token_ids.shape), tuple(ids.shape))
+    elif not soft:
+        wanted["rows of expert_ids"] = (ids.shape[0], num_tokens)
+    for field, (found, expected) in wanted.items():
+        if found != expected:
+            raise ShapeError(f"{name} returned {field} = {found}; it must be {expected}.")
+    for field, values, limit in (
+        ("expert_ids", ids, experts),
+        ("token_ids", routing.token_ids, num_tokens),
+    ):
+        if values is None or values.device.type != "cpu" or not values.numel():
+            continue
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= limit:
+            raise ShapeError(
+                f"{name} returned {field} from {low} to {high}; they must be in [0, {limit})."
+            )

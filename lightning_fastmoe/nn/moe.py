@@ -13,13 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.attached_loss import (
-    AttachedLoss,
-    AttachedLosses,
-    LossScale,
-    attach,
-    is_recomputing,
-)
+from lightning_fastmoe.nn.attached_loss import AttachedLosses, LossScale, is_recomputing
 from lightning_fastmoe.nn.capacity import (
     CapacityFactors,
     CapacityOver,
@@ -32,7 +26,8 @@ from lightning_fastmoe.nn.expert_pass import run_modules, run_stacked
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.global_batch import GlobalBatch, LocalBatch
 from lightning_fastmoe.nn.init import draw_layer_seed
-from lightning_fastmoe.nn.layer_checks import check_finite, check_managed
+from lightning_fastmoe.nn.layer_checks import check_finite, check_managed, check_routing
+from lightning_fastmoe.nn.layer_losses import attach_losses
 from lightning_fastmoe.nn.layer_settings import LayerSettings
 from lightning_fastmoe.nn.module_experts import ExpertFactory
 from lightning_fastmoe.nn.moe_options import (
@@ -46,7 +41,7 @@ from lightning_fastmoe.nn.moe_options import (
 )
 from lightning_fastmoe.nn.placement import current_placement
 from lightning_fastmoe.nn.random import PassNumbers
-from lightning_fastmoe.nn.router import Router, Routing, RoutingContext, loss_value
+from lightning_fastmoe.nn.router import ROUTERS, Router, Routing, RoutingContext
 from lightning_fastmoe.nn.shared_expert import SharedExpert
 from lightning_fastmoe.nn.token_inputs import MaskedValues, TokenInputs, read_inputs
 
@@ -304,6 +299,8 @@ class MoE(LayerSettings):
             routing = self.router(tokens, context)
         else:
             routing = self.router(tokens)
+        if type(self.router) not in ROUTERS.values():
+            check_routing(self, routing, tokens.shape[0])
         check_finite(self, routing.logits)
         factor = context.capacity_factor
         if factor is None or getattr(self.router, "own_capacity", False):
@@ -362,7 +359,7 @@ class MoE(LayerSettings):
         """Attaches the losses, notes their values and calls the observers, once per pass."""
         replay = is_recomputing()
         if self.training:
-            y = self._attach_losses(y, routing, context, replay)
+            y = attach_losses(self, y, routing, context, replay=replay)
             router = self.router
             if not replay and isinstance(router, Router) and router.load_since_update is not None:
                 router.load_since_update += routing.routed_counts()
@@ -371,24 +368,6 @@ class MoE(LayerSettings):
                 for observer in list(self._observers.values()):
                     observer(self, routing)
         return y
-
-    def _attach_losses(
-        self, y: Any, routing: Routing, context: RoutingContext, replay: bool
-    ) -> Any:
-        active = {name: c for name, c in self.loss_coefficients.items() if c > 0}
-        values = {name: loss_value(name, routing, context) for name in active}
-        if not replay:
-            self.last_losses = {name: value.detach() for name, value in values.items()}
-            self._losses_without_graph = bool(values) and not torch.is_grad_enabled()
-        terms = {name: active[name] * value for name, value in values.items()}
-        if not any(term.requires_grad for term in terms.values()):
-            return y
-        attached = AttachedLoss(terms, self.loss_scale)
-        if not replay:
-            self._attached.append(attached)
-        leaves, spec = pytree.tree_flatten(y)
-        leaves[0] = attach(leaves[0], attached)
-        return pytree.tree_unflatten(leaves, spec)
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

@@ -37,13 +37,13 @@ class RouterCase(Case):
         moe: arguments of each layer.
         whole: the twin sees the tokens of all ranks in one pass; else those of one rank at a time.
         bias_rate: of RouterBiasBalancing; 0 leaves it out.
-        recompute: activation checkpointing of the layers.
+        recompute: activation checkpointing of the layers, by "torch" or "deepspeed".
     """
 
     moe: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
     bias_rate: float = 0.0
-    recompute: bool = False
+    recompute: str = ""
 
 
 class Expert(nn.Module):
@@ -82,7 +82,7 @@ def build(case: RouterCase) -> nn.ModuleDict:
     )
 
 
-def loss_of(net: nn.ModuleDict, batch: Tensor, recompute: bool = False) -> Tensor:
+def loss_of(net: nn.ModuleDict, batch: Tensor, recompute: str = "") -> Tensor:
     """Mean squared error against a fixed function of the inputs ``(B, T, D_IN)``."""
     h = net["embed"](batch)
     ids = (batch.abs().sum(dim=-1) * 1000).long()
@@ -92,7 +92,14 @@ def loss_of(net: nn.ModuleDict, batch: Tensor, recompute: bool = False) -> Tenso
             y: Tensor = x + layer(norm(x), token_ids=ids)
             return y
 
-        h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)
+        if recompute == "torch":
+            h = checkpoint(block, h, use_reentrant=False)
+        elif recompute == "deepspeed":
+            from deepspeed.runtime.activation_checkpointing import checkpointing
+
+            h = checkpointing.checkpoint(block, h)
+        else:
+            h = block(h)
     target = torch.sin(3 * batch.sum(-1, keepdim=True))
     return (net["head"](h) - target).square().mean()
 

@@ -133,9 +133,20 @@ def test_data_parallel_beside_expert_parallel(rank_pool, name):
     check(rank_pool, make(name, 4, ep=2, in_configure_model=True))
 
 
-@pytest.mark.parametrize("name", ["dc", "noisy", "bias", "cosine", "modules"])
-def test_activation_checkpointing_changes_nothing(rank_pool, name):
-    check(rank_pool, make(name, 2, recompute=True, accumulate=2))
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("dc", "torch"),
+        ("dc", "deepspeed"),
+        ("noisy", "torch"),
+        ("noisy", "deepspeed"),
+        ("bias", "torch"),
+        ("cosine", "torch"),
+        ("modules", "torch"),
+    ],
+)
+def test_activation_checkpointing_changes_nothing(rank_pool, name, how):
+    check(rank_pool, make(name, 2, recompute=how, accumulate=2))
 
 
 def test_random_draws_matter_above():

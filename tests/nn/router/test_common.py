@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.errors import ConfigError, ShapeError
 from lightning_fastmoe.nn import (
     CausalityWarning,
     LocalDispatcher,
@@ -285,3 +285,37 @@ def test_layers_in_bf16(name, chain, autocast):
     for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
         error = ((a.double() - b).norm() / b.norm()).item()
         assert error < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: tuple(r), "returned a tuple. It must return a Routing"),
+        (lambda r: r._replace(logits=r.logits[:, :3]), r"logits = \(6, 3\); it must be \(6, 4\)"),
+        (lambda r: r._replace(scores=r.scores[:5]), r"scores = \(5, 4\)"),
+        (lambda r: r._replace(weights=r.weights[:, :1]), r"weights = \(6, 1\).*\(6, 2\)"),
+        (lambda r: r._replace(expert_ids=r.expert_ids.int()), "dtype of expert_ids = torch.int32"),
+        (lambda r: r._replace(expert_ids=r.expert_ids + 3), r"expert_ids from 3 to .*\[0, 4\)"),
+        (lambda r: r._replace(expert_ids=r.expert_ids - 1), r"expert_ids from -1 to"),
+        (
+            lambda r: r._replace(expert_ids=r.expert_ids[:4], weights=r.weights[:4]),
+            "rows of expert_ids = 4; it must be 6",
+        ),
+        (
+            lambda r: r._replace(
+                expert_ids=r.expert_ids[:, 0],
+                weights=r.weights[:, 0],
+                token_ids=torch.arange(6) + 1,
+            ),
+            r"token_ids from 1 to 6; they must be in \[0, 6\)",
+        ),
+    ],
+)
+def test_what_a_router_of_ones_own_must_not_return(change, message):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return change(SoftmaxTopKRouter(D, E, 2)(x))
+
+    torch.manual_seed(0)
+    with pytest.raises(ShapeError, match=message):
+        MoE(D, 8, E, router=Wrong())(torch.randn(6, D))
