@@ -40,9 +40,8 @@ class ExpertLoad(Metric):
     def update(self, layer: int, routing: Routing) -> None:
         """Adds the tokens of one forward pass of layer number ``layer``. No host sync."""
         experts = self.num_experts[layer]
-        chosen = torch.zeros_like(routing.scores).scatter_(1, routing.expert_ids, 1.0)
         row = self.packed[layer]
-        row[:experts] += chosen.sum(dim=0)
+        row[:experts] += routing.routed_counts()
         row[-2] += routing.scores.shape[0]
         row[-1] += torch.special.entr(routing.scores).sum()
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
+from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.placement import Placement
@@ -19,11 +25,27 @@ class ExpertSpreader:
 
     Args:
         mesh: the groups of the run.
+        ranks_per_node: processes on each node; None if all are on one.
+        timeout: of a collective in a group made here; None is torch's default.
     """
 
-    def __init__(self, mesh: ExpertMesh) -> None:
+    def __init__(
+        self,
+        mesh: ExpertMesh,
+        ranks_per_node: int | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
         self.mesh = mesh
         self.group = ExpertGroup(mesh.ep_group) if mesh.ep_size > 1 else None
+        world = mesh.ep_size * mesh.edp_size
+        self.batch: WorldBatch | None = None
+        if world > 1:
+            # Not the world's own group: what others exchange there must not come in between.
+            group = self.group if mesh.ep_size == world else None
+            if group is None:
+                alone = mesh.ep_size == 1
+                group = ExpertGroup(mesh.edp_group if alone else dist.new_group(timeout=timeout))
+            self.batch = WorldBatch(group, mesh, ranks_per_node or world)
 
     def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
         """Where a layer with ``num_experts`` puts its experts; None if all stay here.
@@ -46,6 +68,9 @@ class ExpertSpreader:
         """
         for name, layer in moe_layers(module):
             layer.layer_name = name or type(layer).__name__
+            if self.batch is not None:
+                self.batch.reserve(layer.exchanged_counts)
+                layer.batch = self.batch
             local = layer.dispatcher_name == "local"
             placement = None if local else self.placement(layer.num_experts, layer.layer_name)
             if placement is None:
@@ -58,6 +83,30 @@ class ExpertSpreader:
             if here != (placement.first_expert, placement.num_local_experts):
                 raise self._spread_otherwise(layer)
             self._attach(layer)
+
+    def end_pass(self, layers: Iterable[MoE], device: torch.device) -> None:
+        """Ends a forward pass; each rank calls this after it, before anything waits for others.
+
+        A rank that left out the last layers so meets the ranks that wait for it in them.
+
+        Args:
+            layers: all of the model.
+            device: of the exchange.
+
+        Raises:
+            ExchangeError: on every rank, if one has more exchanges to come.
+        """
+        layers = list(layers)
+        spread = [layer for layer in layers if layer.is_spread]
+        groups: list[ExpertGroup] = []
+        if self.batch is not None and any(layer.uses_global_batch for layer in layers):
+            groups.append(self.batch.group)
+        if self.group is not None and spread and self.group not in groups:
+            groups.append(self.group)
+        if not all(layer.uses_global_batch for layer in spread):
+            groups.reverse()  # others wait first where a layer's first exchange is
+        for group in groups:
+            group.end_pass(device)
 
     def _attach(self, layer: MoE) -> None:
         assert self.group is not None

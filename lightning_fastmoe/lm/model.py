@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -101,11 +102,22 @@ class Block(nn.Module):
         self.moe_norm = nn.RMSNorm(d_model)
         self.moe = moe
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """Transform (batch, seq_len, d_model)."""
+    def forward(self, x: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
+        """Transform (batch, seq_len, d_model); ``tokens`` are the bytes, for hash routing."""
         x = x + self.attention(self.attention_norm(x), table)
-        out: Tensor = x + self.moe(self.moe_norm(x))
+        out: Tensor = x + self.moe(self.moe_norm(x), token_ids=tokens)
         return out
+
+
+def _known(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``arguments``, all of which ``MoE`` takes and the model itself doesn't set."""
+    own = {"router", "load_balancing", "z_loss", "init_std", "autoregressive", "top_k"}
+    known = inspect.signature(MoE).parameters.keys() - own - {"d_model", "d_ffn", "num_experts"}
+    if unknown := sorted(arguments.keys() - known):
+        raise ConfigError(
+            f"model.moe has {', '.join(unknown)}; it may have: {', '.join(sorted(known))}."
+        )
+    return arguments
 
 
 class MoETransformer(nn.Module):
@@ -118,14 +130,15 @@ class MoETransformer(nn.Module):
         num_heads: int,
         d_ffn: int,
         num_experts: int,
-        top_k: int,
-        load_balancing: float,
-        z_loss: float,
+        top_k: int | None,
+        router: str,
+        load_balancing: float | None,
+        z_loss: float | None,
+        moe: dict[str, Any] | None,
         init_std: float,
     ) -> None:
         super().__init__()
         self.head_dim = d_model // num_heads
-        self.top_k = top_k
         self.embedding = Embedding(VOCAB_SIZE, d_model, init_std)
         self.blocks = nn.ModuleList(
             Block(
@@ -136,9 +149,12 @@ class MoETransformer(nn.Module):
                     d_ffn,
                     num_experts,
                     top_k,
+                    router=router,
                     load_balancing=load_balancing,
                     z_loss=z_loss,
                     init_std=init_std,
+                    autoregressive=True,
+                    **_known(moe or {}),
                 ),
                 init_std,
             )
@@ -161,7 +177,7 @@ class MoETransformer(nn.Module):
         table = rotary_table(tokens.shape[1], self.head_dim, tokens.device)
         x = self.embedding(tokens.long())
         for block in self.blocks:
-            x = block(x, table)
+            x = block(x, table, tokens)
         logits: Tensor = self.readout(self.norm(x))
         return logits
 
@@ -173,7 +189,9 @@ def _describe(network: MoETransformer) -> str:
         held = sum(parameter.numel() for parameter in layer.experts.parameters())
         per_expert = held // layer.num_local_experts
         total += layer.num_experts * per_expert - held
-        active += network.top_k * per_expert - held
+        # Expert choice gives a token that many experts in the mean; Soft MoE mixes all of them.
+        visited = layer.top_k or layer.capacity_factor or 1
+        active += round(visited * per_expert) - held
     layers = [layer for _, layer in moe_layers(network)]
     return (
         f"Model: {total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M used per byte; "
@@ -191,9 +209,11 @@ class MoELanguageModel(LightningModule):
         num_heads: Attention heads; `d_model` must be an even multiple of it.
         d_ffn: Inner width of one expert.
         num_experts: Experts per layer, over all processes.
-        top_k: Experts that each byte visits.
-        load_balancing: Weight of the loss that evens out the experts' load.
-        z_loss: Weight of the loss that keeps the router's logits small.
+        top_k: Experts that each byte visits; null where that is not the router's idea.
+        router: Name of a router, or the path of its class.
+        load_balancing: Weight of the loss that evens out the experts' load; null is the router's.
+        z_loss: Weight of the loss that keeps the router's logits small; null is the router's.
+        moe: Further arguments of each `MoE` layer, by name (`router_options`, `bias`, ...).
         lr: Peak learning rate.
         min_lr_ratio: The learning rate ends at this share of `lr`.
         warmup_steps: Steps over which the learning rate rises from 0; a cosine follows.
@@ -212,9 +232,11 @@ class MoELanguageModel(LightningModule):
         num_heads: int = 4,
         d_ffn: int = 256,
         num_experts: int = 8,
-        top_k: int = 2,
-        load_balancing: float = 0.01,
-        z_loss: float = 0.001,
+        top_k: int | None = 2,
+        router: str = "softmax",
+        load_balancing: float | None = None,
+        z_loss: float | None = None,
+        moe: dict[str, Any] | None = None,
         lr: float = 1e-3,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
@@ -242,8 +264,10 @@ class MoELanguageModel(LightningModule):
             "d_ffn": d_ffn,
             "num_experts": num_experts,
             "top_k": top_k,
+            "router": router,
             "load_balancing": load_balancing,
             "z_loss": z_loss,
+            "moe": moe,
             "init_std": init_std,
         }
         self.network: MoETransformer | None = None

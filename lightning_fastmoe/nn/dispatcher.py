@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
@@ -26,7 +27,8 @@ class Dispatcher(Protocol):
 
         Args:
             x: (T, D).
-            routing: the choice for these tokens.
+            routing: the choice for these tokens: token choice, some slots perhaps dropped, or
+                expert choice.
             layer: the layer's name, for errors and to detect ranks in different layers.
 
         Returns:
@@ -35,17 +37,71 @@ class Dispatcher(Protocol):
         """
         ...
 
+    def send(self, x: Tensor, handle: Any) -> Tensor:
+        """Sends further rows ``x (T, W)``, of any dtype, the way that ``handle`` remembers."""
+        ...
+
     def combine(self, y: Tensor, handle: Any) -> Tensor:
         """Brings ``y (N, D)`` back and sums each token's rows with its weights -> (T, D)."""
         ...
 
 
 @dataclass(frozen=True)
-class LocalHandle:
-    """What a local dispatch must remember: weights and the order by expert."""
+class RowPlan:
+    """Which (token, slot) pairs go out in expert-major order, and their way back.
+
+    Attributes:
+        weights: (T, K); or (N,), of each row, with ``pairs``.
+        order: of all T*K pairs, if every slot goes out.
+        pairs: of the rows that go out, if some don't or tokens have different numbers of them.
+    """
 
     weights: Tensor
-    order: ops.ExpertOrder
+    order: ops.ExpertOrder | None = None
+    pairs: ops.PairOrder | None = None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``x (T, D) -> (N, D)`` in expert-major order."""
+        if self.pairs is not None:
+            return ops.gather_rows(x, self.pairs)
+        assert self.order is not None
+        return permute_any(x, self.order, self.weights.shape[1])
+
+    def combine(self, y: Tensor) -> Tensor:
+        """``y (N, D) -> (T, D)``, each token's weighted sum."""
+        if self.pairs is not None:
+            return ops.combine_rows(y, self.weights, self.pairs)
+        assert self.order is not None
+        return ops.unpermute(y, self.weights, self.order.order, self.order.inverse)
+
+
+def permute_any(x: Tensor, order: ops.ExpertOrder, top_k: int = 1) -> Tensor:
+    """:func:`~lightning_fastmoe.ops.permute` that takes integers too."""
+    if x.is_floating_point():
+        return ops.permute(x, order.order, order.inverse, top_k)
+    return x.index_select(0, torch.div(order.order, top_k, rounding_mode="floor"))
+
+
+def order_routing(routing: Routing, num_experts: int) -> ops.ExpertOrder:
+    """All pairs by expert; those that reach none come last, as if they were expert E's."""
+    if (mask := routing.dispatched) is None:
+        return ops.order_by_expert(routing.expert_ids, num_experts)
+    ids = routing.expert_ids.masked_fill(~mask, num_experts)
+    return ops.order_by_expert(ids, num_experts + 1)
+
+
+def plan_rows(routing: Routing, order: ops.ExpertOrder, num_tokens: int, num_rows: int) -> RowPlan:
+    """The plan for the first ``num_rows`` of ``order``, from :func:`order_routing`."""
+    weights, token_ids = routing.weights, routing.token_ids
+    if token_ids is None and routing.dispatched is None:
+        return RowPlan(weights, order=order)
+    out = order.order[:num_rows]
+    if token_ids is None:
+        token = torch.div(out, weights.shape[1], rounding_mode="floor")
+    else:
+        token = token_ids.index_select(0, out)
+    pairs = ops.order_pairs(token, num_tokens)
+    return RowPlan(weights.reshape(-1).index_select(0, out), pairs=pairs)
 
 
 class LocalDispatcher:
@@ -54,14 +110,18 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(
-        self, x: Tensor, routing: Routing, layer: str
-    ) -> tuple[Tensor, Tensor, LocalHandle]:
-        """See :class:`Dispatcher`."""
-        order = ops.order_by_expert(routing.expert_ids, self.num_experts)
-        rows = ops.permute(x, order.order, order.inverse, routing.expert_ids.shape[1])
-        return rows, order.tokens_per_expert, LocalHandle(routing.weights, order)
+    def dispatch(self, x: Tensor, routing: Routing, layer: str) -> tuple[Tensor, Tensor, RowPlan]:
+        """See :class:`Dispatcher`. Reads one number from the device if slots are dropped."""
+        order = order_routing(routing, self.num_experts)
+        counts = order.tokens_per_expert[: self.num_experts]
+        rows = order.order.numel() if routing.dispatched is None else int(counts.sum())
+        plan = plan_rows(routing, order, x.shape[0], rows)
+        return plan.gather(x), counts, plan
 
-    def combine(self, y: Tensor, handle: LocalHandle) -> Tensor:
+    def send(self, x: Tensor, handle: RowPlan) -> Tensor:
         """See :class:`Dispatcher`."""
-        return ops.unpermute(y, handle.weights, handle.order.order, handle.order.inverse)
+        return handle.gather(x)
+
+    def combine(self, y: Tensor, handle: RowPlan) -> Tensor:
+        """See :class:`Dispatcher`."""
+        return handle.combine(y)

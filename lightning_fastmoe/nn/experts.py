@@ -31,7 +31,7 @@ class Experts(nn.Module):
         first_expert: global id of the first local expert.
         num_local_experts: e.
         layer_seed: seeds each expert together with its global id.
-        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`.
+        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`, or "clamped_swiglu".
         bias: whether both projections have biases (initially zero).
         init_std: see :func:`~lightning_fastmoe.nn.init.init_experts_`.
     """
@@ -108,11 +108,15 @@ class Experts(nn.Module):
         )
         assert up is not None
         assert down is not None
-        if weights is not None and order is not None:
-            return ops.expert_layer(
-                x, weights, order, up, down, self.activation, up_bias, down_bias
-            )
-        return ops.expert_mlp(x, tokens_per_expert, up, down, self.activation, up_bias, down_bias)
+        mlp = (up, down, self.activation, up_bias, down_bias)
+        planned = self.activation in ops.ACTIVATIONS
+        if weights is None or order is None:
+            return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
+        if planned:
+            return ops.expert_layer(x, weights, order, *mlp)
+        rows = ops.permute(x, order.order, order.inverse, weights.shape[1])
+        y = ops.grouped_mlp(rows, tokens_per_expert, *mlp)
+        return ops.unpermute(y, weights, order.order, order.inverse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""
@@ -127,6 +131,11 @@ class Experts(nn.Module):
 
     def _local_names(self) -> Iterator[str]:
         return (name for name, _ in self.named_parameters(recurse=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.up_proj.dtype
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

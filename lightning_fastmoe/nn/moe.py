@@ -4,63 +4,102 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fastmoe import ops
-from lightning_fastmoe.errors import (
-    ConfigError,
-    NonFiniteError,
-    ShapeError,
-    UnmanagedExpertsError,
-)
-from lightning_fastmoe.nn.attached_loss import (
-    AttachedLoss,
-    AttachedLosses,
-    LossScale,
-    attach,
-    is_recomputing,
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.attached_loss import AttachedLosses, LossScale, is_recomputing
+from lightning_fastmoe.nn.capacity import (
+    CapacityFactors,
+    CapacityOver,
+    DropBy,
+    check_options,
+    limit_by_capacity,
 )
 from lightning_fastmoe.nn.dispatcher import DISPATCHERS, Dispatcher, LocalDispatcher
+from lightning_fastmoe.nn.expert_pass import run_modules, run_stacked
 from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.global_batch import GlobalBatch, LocalBatch
 from lightning_fastmoe.nn.init import draw_layer_seed
+from lightning_fastmoe.nn.layer_checks import check_finite, check_managed, check_routing
+from lightning_fastmoe.nn.layer_losses import attach_losses
+from lightning_fastmoe.nn.layer_settings import LayerSettings
+from lightning_fastmoe.nn.module_experts import ExpertFactory
+from lightning_fastmoe.nn.moe_options import (
+    RouterArgument,
+    capacity_factors,
+    check_sizes,
+    loss_coefficients,
+    make_experts,
+    make_router,
+    warn_if_not_causal,
+)
 from lightning_fastmoe.nn.placement import current_placement
-from lightning_fastmoe.nn.router import ROUTERS, Routing, load_balancing_loss, z_loss
+from lightning_fastmoe.nn.random import PassNumbers
+from lightning_fastmoe.nn.router import ROUTERS, Router, Routing, RoutingContext
+from lightning_fastmoe.nn.shared_expert import SharedExpert
+from lightning_fastmoe.nn.token_inputs import MaskedValues, TokenInputs, read_inputs
 
 RoutingObserver = Callable[["MoE", Routing], None]
 """Called once per forward pass (not when a checkpoint replays it), without gradients."""
 
 
-class MoE(nn.Module):
-    """A sparse mixture-of-experts feed-forward layer. Dropless: no token is ever discarded.
+class MoE(LayerSettings):
+    """A sparse mixture-of-experts feed-forward layer. Dropless unless it is given a capacity.
 
     ``y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])``. On one rank the layer holds all
     experts. :class:`~lightning_fastmoe.FastMoEStrategy` spreads them over the ranks of the expert
     parallel group; the numbers stay the same.
 
-    The load-balancing loss and the z-loss act by themselves: their gradients join the backward pass
+    The losses act by themselves: their gradients join the backward pass
     of the layer's output. Under FastMoEStrategy they are scaled exactly as if the terms had been
     added to the loss in ``training_step``; in plain PyTorch as if they had been added to the tensor
     on which ``backward()`` is called. If you divide that by accumulation steps or scale it for fp16
-    yourself, add the terms by hand with :func:`moe_losses`; what it returns acts no more by itself.
+    yourself, add the terms by hand with :func:`~lightning_fastmoe.moe_losses`; what it returns acts
+    no more by itself.
+
+    ``top_k``, ``capacity_factor``, ``eval_capacity_factor``, ``loss_coefficients`` and the router's
+    noise can be set between steps, alike on all ranks; nothing is built anew.
 
     Args:
         d_model: width of a token, D.
-        d_ffn: inner width of one expert, F.
-        num_experts: experts of the whole model, E (not per rank).
-        top_k: experts per token, K; a router module of your own has its own.
-        activation: "swiglu", "geglu", "reglu" (gated: two up projections), "gelu", "relu", "silu".
+        d_ffn: inner width of one expert, F; with ``expert=`` an argument for it, or None.
+        num_experts: experts of the whole model, E (not per rank). None counts the list of experts.
+        top_k: experts per token, K; None leaves it to the router.
+        activation: "swiglu", "geglu", "reglu", "clamped_swiglu" (gated: two up projections),
+            "gelu", "relu", "silu".
         bias: biases in both projections of each expert.
-        router: "softmax", or a module called as ``router(x (T, D)) -> Routing``.
+        router: a name of :data:`~lightning_fastmoe.nn.router.ROUTERS`; the path of a class; a class
+            or function called as ``router(d_model, num_experts, ...)``; or a module, called as
+            ``router(x (T, D)) -> Routing``, or as ``router(x, context)`` if it derives from
+            :class:`~lightning_fastmoe.nn.Router`.
+        router_options: further arguments for a router that is built here.
         normalize_weights: divide each token's K weights by their sum. None: yes for K > 1.
-        load_balancing: coefficient of the load-balancing loss.
+        load_balancing: coefficient of the load-balancing loss. For this and the other losses None
+            means: as usual for this router.
         z_loss: coefficient of the router z-loss.
+        importance: coefficient of the CV^2 of the experts' summed scores.
+        load: coefficient of the CV^2 of the experts' smooth loads (noisy routers).
+        sequence_balancing: coefficient of the load-balancing loss of each sequence by itself.
+        global_balancing: coefficient of the load-balancing loss over all ranks' tokens.
+        capacity_factor: an expert takes at most ``ceil(factor * K * T / E)`` pairs, others are
+            dropped: they contribute zero. A number, a pair (training, evaluation), None for
+            dropless, or "router" for the router's own.
+        capacity_over: T is the tokens of this "rank", or of the "global" batch.
+        drop_by: who keeps their place: earlier tokens ("position") or those with the best scores
+            ("score").
+        expert: instead of FFNs: a module class or a function, called per expert as
+            ``expert(d_model, d_ffn)`` or ``expert(d_model)``; or a list of E modules.
+        shared_expert: inner width of a dense FFN added for every token, or a module.
+        shared_expert_gate: multiply its output by a learned ``sigmoid(w x)``.
         dispatcher: "auto", "local", or "all_to_all".
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear`` does.
+        autoregressive: warn if the router looks at later tokens.
 
     Raises:
         ConfigError: if an argument is unknown, out of range, or doesn't fit the others.
@@ -74,47 +113,95 @@ class MoE(nn.Module):
     def __init__(
         self,
         d_model: int,
-        d_ffn: int,
-        num_experts: int,
-        top_k: int = 2,
+        d_ffn: int | None = None,
+        num_experts: int | None = None,
+        top_k: int | None = None,
         *,
         activation: str = "swiglu",
         bias: bool = False,
-        router: str | nn.Module = "softmax",
+        router: RouterArgument = "softmax",
+        router_options: Mapping[str, Any] | None = None,
         normalize_weights: bool | None = None,
-        load_balancing: float = 0.01,
-        z_loss: float = 0.001,
+        load_balancing: float | None = None,
+        z_loss: float | None = None,
+        importance: float | None = None,
+        load: float | None = None,
+        sequence_balancing: float | None = None,
+        global_balancing: float | None = None,
+        capacity_factor: CapacityFactors | str = "router",
+        capacity_over: CapacityOver | None = None,
+        drop_by: DropBy = "position",
+        expert: ExpertFactory | Sequence[nn.Module] | None = None,
+        shared_expert: int | nn.Module | None = None,
+        shared_expert_gate: bool = False,
         dispatcher: str = "auto",
         init_std: float | None = None,
+        autoregressive: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(d_model=d_model, d_ffn=d_ffn, num_experts=num_experts)
-        _check_coefficients(load_balancing=load_balancing, z_loss=z_loss)
+        if num_experts is None and isinstance(expert, Sequence | nn.ModuleList):
+            num_experts = len(expert)
+        check_sizes(d_model=d_model, num_experts=num_experts)
+        if d_ffn is not None or expert is None:
+            check_sizes(d_ffn=d_ffn)
+        assert num_experts is not None
         if dispatcher not in DISPATCHERS:
             raise ConfigError(
                 f"dispatcher={dispatcher!r} is unknown. It must be one of:"
                 f" {', '.join(DISPATCHERS)}."
             )
         self.d_model, self.d_ffn, self.num_experts = d_model, d_ffn, num_experts
-        self.loss_coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
         self.dispatcher_name = dispatcher
         self.layer_name = "MoE"
-        layer_seed = draw_layer_seed()
-        self.router = _make_router(router, d_model, num_experts, top_k, normalize_weights, init_std)
+        self._seed = draw_layer_seed()
+        self.router = make_router(
+            router, router_options, d_model, num_experts, top_k, normalize_weights, init_std
+        )
+        self.loss_coefficients = loss_coefficients(
+            self.router,
+            load_balancing=load_balancing,
+            z_loss=z_loss,
+            importance=importance,
+            load=load,
+            sequence_balancing=sequence_balancing,
+            global_balancing=global_balancing,
+        )
+        self._capacity_factors = capacity_factors(self.router, capacity_factor)
+        usual: CapacityOver = getattr(self.router, "capacity_over", "rank")
+        self.capacity_over = usual if capacity_over is None else capacity_over
+        self.drop_by = drop_by
+        check_options(self.capacity_over, drop_by)
         placement = None if dispatcher == "local" else current_placement(num_experts)
-        self.experts = Experts(
+        self.experts = make_experts(
+            expert,
             d_model,
             d_ffn,
             num_experts,
-            first_expert=placement.first_expert if placement else 0,
-            num_local_experts=placement.num_local_experts if placement else num_experts,
-            layer_seed=layer_seed,
+            placement,
+            self._seed,
             activation=activation,
             bias=bias,
             init_std=init_std,
         )
+        self.shared_expert: SharedExpert | None = None
+        if shared_expert is not None:
+            if not isinstance(shared_expert, nn.Module):
+                check_sizes(shared_expert=shared_expert)
+            self.shared_expert = SharedExpert(
+                d_model,
+                shared_expert,
+                activation=activation,
+                bias=bias,
+                gate=shared_expert_gate,
+                init_std=init_std,
+            )
+        elif shared_expert_gate:
+            raise ConfigError(
+                "shared_expert_gate=True without shared_expert: there is none to gate."
+            )
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
-        # Set by whoever trains spread experts; see `check_managed`.
+        self.batch: GlobalBatch = LocalBatch()
+        # Set by whoever trains spread experts; see `layer_checks.check_managed`.
         self.managed = False
         self.loss_scale = LossScale()
         self.nonfinite_policy: Literal["raise", "collect", "ignore"] = "raise"
@@ -123,6 +210,9 @@ class MoE(nn.Module):
         self._attached = AttachedLosses()
         self._losses_without_graph = False
         self._observers: OrderedDict[int, RoutingObserver] = OrderedDict()
+        self._passes = PassNumbers()
+        if autoregressive:
+            warn_if_not_causal(self, self.layer_name)
         if placement:
             placement.attach(self)
 
@@ -145,14 +235,28 @@ class MoE(nn.Module):
     # The layer is opaque to torch.compile: its kernels are its own, and the exchange between ranks
     # reads counts on the host. The model around it is compiled as usual.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Any,
+        *,
+        mask: Tensor | None = None,
+        masked_values: MaskedValues | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Any:
         """Applies the layer to each token.
 
         Args:
-            x: (..., d_model) in fp32, bf16 or fp16.
+            x: (..., d_model) in fp32, bf16 or fp16. With ``expert=`` also a tuple, list or dict of
+                tensors (T, ...), the first of them (T, d_model), by which the router chooses; the
+                experts get their rows of all.
+            mask: (...), False or 0 for the tokens that take part. The others skip router, experts,
+                losses and counts. Reads their number from the device.
+            masked_values: what masked tokens return: a number, a tensor (d_model,), or for an
+                integer mask a value for each label. None is zero.
+            token_ids: (...), vocabulary ids, for hash routing.
 
         Returns:
-            The same shape and dtype.
+            The same shape and dtype; what the experts return, if they are modules.
 
         Raises:
             ShapeError: if the last dimension is not ``d_model`` or the dtype is not floating.
@@ -160,171 +264,111 @@ class MoE(nn.Module):
             NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
                 would stall the device, FastMoEStrategy checks once a step.
         """
-        if x.shape[-1:] != (self.d_model,) or not x.is_floating_point():
-            raise ShapeError(
-                f"{self.layer_name} got an input of shape {tuple(x.shape)} and dtype {x.dtype}; it"
-                f" takes (..., {self.d_model}) in a floating dtype. The last dimension must be"
-                f" d_model={self.d_model}."
+        inputs = read_inputs(x, self.d_model, mask, token_ids, self.layer_name)
+        check_managed(self)
+        context = self._context(inputs)
+        routing = self._route(inputs.leaves[0], context)
+        y, routing = self._run(inputs, routing)
+        y = self._record(y, routing, context)
+        return pytree.tree_map(lambda leaf: inputs.restore(leaf, masked_values), y)
+
+    def _context(self, inputs: TokenInputs) -> RoutingContext:
+        """What the router may ask for in this pass."""
+        context = RoutingContext(
+            training=self.training,
+            grid=inputs.grid,
+            positions=inputs.positions,
+            token_ids=inputs.token_ids,
+            capacity_factor=self._capacity_factors[0 if self.training else 1],
+            seed=self._seed,
+            batch=self.batch,
+            layer=self.layer_name,
+        )
+        seen = getattr(self.router, "tokens_seen", None)
+        if self.training and seen is not None:
+            tokens = math.prod(inputs.grid)
+            context.first_token = self._passes.first_token(
+                seen, tokens, self.batch, self.layer_name, replay=is_recomputing()
             )
-        self._check_managed()
-        tokens = x.reshape(-1, self.d_model)
-        routing: Routing = self.router(tokens)
-        self._check_finite(routing.logits)
-        tokens = tokens.to(self._compute_dtype(x))
-        if type(self.dispatcher) is LocalDispatcher:
-            # Nothing crosses ranks, so one step with one backward does what the three below do.
-            order = ops.order_by_expert(routing.expert_ids, self.num_experts)
-            y = self.experts(tokens, order.tokens_per_expert, routing.weights, order)
+        return context
+
+    def _route(self, tokens: Tensor, context: RoutingContext) -> Routing:
+        """The router's choice, after the capacity's."""
+        routing: Routing
+        if isinstance(self.router, Router):
+            routing = self.router(tokens, context)
         else:
-            rows, counts, handle = self.dispatcher.dispatch(tokens, routing, self.layer_name)
-            y = self.dispatcher.combine(self.experts(rows, counts), handle)
-        return self._record(y.to(x.dtype), routing).reshape(x.shape)
+            routing = self.router(tokens)
+        if type(self.router) not in ROUTERS.values():
+            check_routing(self, routing, tokens.shape[0])
+        check_finite(self, routing.logits)
+        factor = context.capacity_factor
+        if factor is None or getattr(self.router, "own_capacity", False):
+            return routing
+        if routing.token_ids is not None or routing.dispatch_mix is not None:
+            raise ConfigError(
+                f"{self.layer_name}: capacity_factor={factor} limits token choice, but"
+                f" {type(self.router).__name__} does not choose K experts per token. Drop it, or"
+                " set own_capacity = True in the router's class and act on the context's factor."
+            )
+        return limit_by_capacity(
+            routing,
+            factor,
+            over=self.capacity_over,
+            by=self.drop_by,
+            batch=self.batch,
+            layer=self.layer_name,
+        )
+
+    def _run(self, inputs: TokenInputs, routing: Routing) -> tuple[Any, Routing]:
+        """Routed and shared experts."""
+        x = inputs.leaves[0]
+        dtype = self._compute_dtype(x)
+        leaves = [t.to(dtype) if t.is_floating_point() else t for t in inputs.leaves]
+        if isinstance(self.experts, Experts):
+            if inputs.spec is not None:
+                raise ConfigError(
+                    f"{self.layer_name} got a structure of tensors, but its experts are FFNs. Use"
+                    " MoE(expert=...) with modules that take it."
+                )
+            y, routing = run_stacked(
+                leaves[0], routing, self.experts, self.dispatcher, self.layer_name
+            )
+        else:
+            y, routing = run_modules(
+                leaves, inputs.spec, routing, self.experts, self.dispatcher, self.layer_name
+            )
+        if self.shared_expert is not None:
+            if not isinstance(y, Tensor):
+                raise ConfigError(
+                    f"{self.layer_name}: shared_expert adds to one tensor, but the experts return a"
+                    " structure. Drop it."
+                )
+            y = y + self.shared_expert(leaves[0])
+        if isinstance(y, Tensor) and inputs.spec is None:
+            y = y.to(x.dtype)
+        return y, routing
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the GEMMs: autocast's if it is on, else that of the weights."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        return self.experts.up_proj.dtype
+        return self.experts.dtype or x.dtype
 
-    def _record(self, y: Tensor, routing: Routing) -> Tensor:
+    def _record(self, y: Any, routing: Routing, context: RoutingContext) -> Any:
         """Attaches the losses, notes their values and calls the observers, once per pass."""
         replay = is_recomputing()
         if self.training:
-            y = self._attach_losses(y, routing, replay)
+            y = attach_losses(self, y, routing, context, replay=replay)
+            router = self.router
+            if not replay and isinstance(router, Router) and router.load_since_update is not None:
+                router.load_since_update += routing.routed_counts()
         if self._observers and not replay:
             with torch.no_grad():
                 for observer in list(self._observers.values()):
                     observer(self, routing)
         return y
 
-    def _attach_losses(self, y: Tensor, routing: Routing, replay: bool) -> Tensor:
-        functions = {"load_balancing": load_balancing_loss, "z_loss": z_loss}
-        active = {name: c for name, c in self.loss_coefficients.items() if c > 0}
-        values = {name: functions[name](routing) for name in active}
-        if not replay:
-            self.last_losses = {name: value.detach() for name, value in values.items()}
-            self._losses_without_graph = bool(values) and not torch.is_grad_enabled()
-        terms = {name: active[name] * value for name, value in values.items()}
-        if not any(term.requires_grad for term in terms.values()):
-            return y
-        attached = AttachedLoss(terms, self.loss_scale)
-        if not replay:
-            self._attached.append(attached)
-        return attach(y, attached)
-
-    def _check_finite(self, logits: Tensor) -> None:
-        if self.nonfinite_policy == "ignore":
-            return
-        # Any NaN or Inf makes this sum non-finite; one scalar per pass, no host sync by itself.
-        bad = ~torch.isfinite(logits.detach()).all()
-        if self.nonfinite_policy == "collect":
-            if self.training:
-                self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
-        elif logits.device.type == "cpu" and bool(bad):
-            # On CUDA reading the flag would stall the stream; there the strategy collects it.
-            raise NonFiniteError(
-                f"{self.layer_name}: the router's logits hold NaN or Inf, so its input does, or its"
-                " weights do. Lower the learning rate or look for the bad batch; set the layer's"
-                " nonfinite_policy='ignore' to let it pass."
-            )
-
-    def _check_managed(self) -> None:
-        if self.dispatcher_name == "all_to_all" and isinstance(self.dispatcher, LocalDispatcher):
-            raise UnmanagedExpertsError(
-                f"{self.layer_name}: dispatcher='all_to_all' exchanges tokens between ranks, but no"
-                " expert parallel group was set up. Train with FastMoEStrategy, or use"
-                " dispatcher='auto'."
-            )
-        if self.is_spread and not self.managed:
-            raise UnmanagedExpertsError(
-                f"{self.layer_name} holds {self.num_local_experts} of {self.num_experts} experts,"
-                " but the strategy that runs it knows nothing of experts: their gradients would be"
-                " wrong and other experts unreachable. Use FastMoEStrategy, or build the model anew"
-                " to train all experts on each rank."
-            )
-
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
         return f"num_experts={self.num_experts}, dispatcher={self.dispatcher_name}"
-
-
-def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoE]]:
-    """The MoE layers inside ``module``, with their names, in registration order."""
-    return ((name, m) for name, m in module.named_modules() if isinstance(m, MoE))
-
-
-def moe_losses(module: nn.Module) -> dict[str, Tensor]:
-    """The balancing terms of the latest forward passes, for those who add them by hand.
-
-    Whatever this returns acts no more by itself, so nothing is counted twice::
-
-        loss = cross_entropy + sum(moe_losses(self).values())
-
-    Args:
-        module: any module that contains MoE layers.
-
-    Returns:
-        ``{"load_balancing": ..., "z_loss": ...}``: coefficient times term, summed over all layers
-        and all forward passes since the last call whose graphs are alive. Empty if there is none.
-
-    Raises:
-        ConfigError: after a forward pass inside a re-entrant activation checkpoint, whose terms
-            have no graph yet.
-    """
-    totals: dict[str, Tensor] = {}
-    for name, layer in moe_layers(module):
-        if layer._losses_without_graph:
-            raise ConfigError(
-                f"moe_losses: the last training pass of layer {name!r} ran without gradients, as"
-                " re-entrant activation checkpointing does, so its terms can't be added by hand."
-                " Leave them to act by themselves, or use checkpoint(..., use_reentrant=False)."
-            )
-        for attached in layer._attached.take():
-            for key, term in attached.terms.items():
-                totals[key] = totals[key] + term if key in totals else term
-    return totals
-
-
-def _make_router(
-    router: str | nn.Module,
-    d_model: int,
-    num_experts: int,
-    top_k: int,
-    normalize_weights: bool | None,
-    init_std: float | None,
-) -> nn.Module:
-    if isinstance(router, nn.Module):
-        if getattr(router, "num_experts", num_experts) != num_experts:
-            raise ConfigError(
-                f"The router chooses among {router.num_experts} experts, but the layer has"
-                f" num_experts={num_experts}. Give both the same number."
-            )
-        if normalize_weights is not None:
-            raise ConfigError(
-                "normalize_weights is an option of the built-in routers, but router= is a module of"
-                " its own. Drop the argument; the module decides."
-            )
-        return router
-    if router not in ROUTERS:
-        raise ConfigError(
-            f"router={router!r} is unknown. It must be a module or one of: {', '.join(ROUTERS)}."
-        )
-    return ROUTERS[router](d_model, num_experts, top_k, normalize_weights, init_std)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} is invalid: it must be an integer of at least 1.")
-
-
-def _check_coefficients(**coefficients: float) -> None:
-    for name, value in coefficients.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(
-                f"{name}={value!r} is invalid: a loss coefficient must be finite and at least 0"
-                " (0 switches the loss off)."
-            )
-
-
-__all__ = ["MoE", "moe_layers", "moe_losses"]

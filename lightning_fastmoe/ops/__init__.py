@@ -3,6 +3,7 @@
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
 from lightning_fastmoe.ops.layer import expert_layer, expert_mlp
+from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import (
     ExpertOrder,
@@ -15,13 +16,17 @@ from lightning_fastmoe.ops.routing import (
 __all__ = [
     "ACTIVATIONS",
     "ExpertOrder",
+    "PairOrder",
     "apply_activation",
+    "combine_rows",
     "expert_layer",
     "expert_mlp",
+    "gather_rows",
     "grouped_linear",
     "grouped_mlp",
     "is_gated",
     "order_by_expert",
+    "order_pairs",
     "permute",
     "sigmoid_top_k",
     "softmax_top_k",

@@ -10,7 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.activation import GATED
+from lightning_fastmoe.ops.activation import CLAMPED_SWIGLU, GATED
+from lightning_fastmoe.ops.reference_routers import (
+    best_assignment,
+    biased_top_k,
+    capacity_mask,
+    cosine_logits,
+    cv_squared,
+    expert_choice,
+    grouped_sigmoid_top_k,
+    gshard,
+    noisy_top_k,
+    random_bits,
+    sinkhorn_plan,
+    soft_mixes,
+    softmax_after_selection,
+    swipe,
+    topology_aware,
+    uniform,
+)
 
 
 def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +84,10 @@ def _choose(
 
 def activation(h: Tensor, name: str) -> Tensor:
     """The activation of one expert; gated ones split their input into (gate, up) halves."""
+    if name == CLAMPED_SWIGLU:
+        gate, up = h.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
     if name in GATED:
         gate, up = h.chunk(2, dim=-1)
         return activation(gate, GATED[name]) * up
@@ -143,3 +165,42 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor) -> Tensor:
 def z_loss(logits: Tensor) -> Tensor:
     """``mean_t (log sum_e exp logits[t, e])^2`` (ST-MoE, eq. 5)."""
     return torch.log(torch.exp(logits).sum(dim=1)).pow(2).mean()
+
+
+def sequence_load_balancing_loss(scores: Tensor, expert_ids: Tensor, lengths: list[int]) -> Tensor:
+    """The mean of :func:`load_balancing_loss` over sequences of ``lengths`` tokens."""
+    terms, start = [], 0
+    for n in lengths:
+        if n:
+            stop = start + n
+            terms.append(load_balancing_loss(scores[start:stop], expert_ids[start:stop]))
+            start = stop
+    return torch.stack(terms).mean()
+
+
+__all__ = [
+    "activation",
+    "best_assignment",
+    "biased_top_k",
+    "capacity_mask",
+    "cosine_logits",
+    "cv_squared",
+    "expert_choice",
+    "expert_ffn",
+    "grouped_sigmoid_top_k",
+    "gshard",
+    "load_balancing_loss",
+    "moe",
+    "noisy_top_k",
+    "random_bits",
+    "sequence_load_balancing_loss",
+    "sigmoid_top_k",
+    "sinkhorn_plan",
+    "soft_mixes",
+    "softmax_after_selection",
+    "softmax_top_k",
+    "swipe",
+    "topology_aware",
+    "uniform",
+    "z_loss",
+]

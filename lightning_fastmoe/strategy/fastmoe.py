@@ -27,6 +27,8 @@ from lightning_fastmoe.distributed import (
 )
 from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
 from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.collect import warn_about_causality
+from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 from lightning_fastmoe.strategy.checks import check_arguments, check_objects, check_trainer
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
@@ -139,7 +141,7 @@ class FastMoEStrategy(ExpertSteps):
             )
             mesh = make_expert_mesh(size, self.root_device.type, self._timeout)
             register_groups(mesh)
-            self._spreader = ExpertSpreader(mesh)
+            self._spreader = ExpertSpreader(mesh, self.num_processes, self._timeout)
             if self.lightning_module is not None:
                 self.lightning_module._device_mesh = mesh.device_mesh
         return self._spreader
@@ -214,6 +216,8 @@ class FastMoEStrategy(ExpertSteps):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)
+        if self.is_global_zero:
+            warn_about_causality(module)
         tag_experts(state.layers.values(), spreader.mesh)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
@@ -346,6 +350,7 @@ class FastMoEStrategy(ExpertSteps):
     def teardown(self) -> None:
         for layer in self._expert_state.layers.values():
             layer.managed = False
+            layer.batch = LocalBatch()
             layer.nonfinite_policy = "raise"
         super().teardown()
 

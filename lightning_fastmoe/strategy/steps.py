@@ -68,9 +68,8 @@ class ExpertSteps(DeepSpeedStrategy):
 
     def _end_pass(self) -> None:
         """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
-        if self._spreader is not None and self._expert_state.spread_layers:
-            assert self._spreader.group is not None
-            self._spreader.group.end_pass(self.root_device)
+        if self._spreader is not None:
+            self._spreader.end_pass(self._expert_state.layers.values(), self.root_device)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

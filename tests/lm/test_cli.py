@@ -154,3 +154,28 @@ def test_only_deprecations_inside_libraries_are_hidden(module: str, shown: int) 
         lm_cli.silence_upstream()
         warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module=module)
     assert len(caught) == shown
+
+
+def test_routers_and_layers_are_chosen_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "routers.yaml"
+    file.write_text(
+        "model:\n  router: nn.router.test_common.Nearest\n  top_k: null\n"
+        "  moe:\n    capacity_factor: [1.0, 2.0]\n    drop_by: score\n"
+        "trainer:\n  callbacks:\n  - class_path: lightning_fastmoe.RouterBiasBalancing\n"
+        "    init_args: {rate: 0.01}\n"
+    )
+    config = _printed_config(
+        monkeypatch, capsys, "fit", f"--config={EXAMPLES / 'tiny_lm.yaml'}", f"--config={file}"
+    )
+    assert config["model"]["router"] == "nn.router.test_common.Nearest"
+    assert config["model"]["top_k"] is None
+    assert config["model"]["moe"] == {"capacity_factor": [1.0, 2.0], "drop_by": "score"}
+    from lightning_fastmoe.lm import MoELanguageModel
+
+    model = MoELanguageModel(**config["model"])
+    model.configure_model()
+    layer = model.network.blocks[0].moe
+    assert type(layer.router).__name__ == "Nearest"
+    assert (layer.capacity_factor, layer.eval_capacity_factor) == (1.0, 2.0)

@@ -82,7 +82,7 @@ def test_all_but_the_input_is_fp32(dtype):
     assert torch.equal(got.logits, F.linear(x.float(), router.weight.float()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = router(x)
-    for a, b in zip(got, under_autocast, strict=True):
+    for a, b in zip(got[:4], under_autocast[:4], strict=True):
         assert torch.equal(a, b)
 
 

@@ -11,7 +11,7 @@ from strategy.models import Case, Net, Trace
 from torch import Tensor
 
 from lightning_fastmoe import FastMoEStrategy
-from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn import Experts, moe_layers
 
 
 def run_case(case: Case) -> Trace:
@@ -118,13 +118,23 @@ def whole_gradients(net: torch.nn.Module) -> dict[str, Tensor]:
 
 def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenates the experts of all ranks of the expert parallel group, by global id."""
+    layers = [(name, layer) for name, layer in moe_layers(net) if layer.is_spread]
     spread = {
         f"{layer_name}.experts.{name}": layer
-        for layer_name, layer in moe_layers(net)
+        for layer_name, layer in layers
         for name, _ in layer.experts.named_parameters()
-        if layer.is_spread
+        if isinstance(layer.experts, Experts)
     }
     whole = dict(own)
+    for layer_name, layer in layers:
+        if not isinstance(layer.experts, Experts):  # modules, named after their global ids
+            prefix = f"{layer_name}.experts."
+            mine = {n: t for n, t in own.items() if n.startswith(prefix)}
+            group = layer.dispatcher.group  # type: ignore[attr-defined]
+            everyone: list[Any] = [None] * group.size
+            dist.all_gather_object(everyone, mine, group=group.group)
+            for theirs in everyone:
+                whole.update(theirs)
     for name, layer in spread.items():
         group = layer.dispatcher.group  # type: ignore[attr-defined]
         parts = [torch.empty_like(own[name]) for _ in range(group.size)]

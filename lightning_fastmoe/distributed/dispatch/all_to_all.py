@@ -11,6 +11,12 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
+from lightning_fastmoe.nn.dispatcher import (
+    RowPlan,
+    order_routing,
+    permute_any,
+    plan_rows,
+)
 from lightning_fastmoe.nn.router import Routing
 
 
@@ -40,16 +46,14 @@ class AllToAllHandle:
     """What a dispatch must remember for its combine.
 
     Attributes:
-        weights: (T, K).
-        sent: order of this rank's (token, slot) pairs by global expert.
+        plan: this rank's pairs by global expert; dropped ones stay here.
         arrived: order of the received rows, from rank-major to expert-major: with 2 ranks and 2
             local experts, (r0,e0) (r0,e1) (r1,e0) (r1,e1) -> (r0,e0) (r1,e0) (r0,e1) (r1,e1).
         send: rows to each rank.
         receive: rows from each rank.
     """
 
-    weights: Tensor
-    sent: ops.ExpertOrder
+    plan: RowPlan
     arrived: ops.ExpertOrder
     send: list[int]
     receive: list[int]
@@ -81,24 +85,28 @@ class AllToAllDispatcher:
             ExchangeError: on all ranks of the group, if they disagree.
         """
         group, local = self.group, self.num_local_experts
-        top_k = routing.expert_ids.shape[1]
-        sent = ops.order_by_expert(routing.expert_ids, self.num_experts)
-        table = group.exchange_counts(sent.tokens_per_expert, x.shape[1], layer)
+        order = order_routing(routing, self.num_experts)
+        counts = order.tokens_per_expert[: self.num_experts]
+        table = group.exchange_counts(counts, x.shape[1], layer)
         send = table[group.rank].view(group.size, local).sum(dim=1).tolist()
         block = table[:, group.rank * local : (group.rank + 1) * local]  # (R, e): what arrives here
         receive = block.sum(dim=1).tolist()
-        rows = ops.permute(x, sent.order, sent.inverse, top_k)
-        received: Tensor = _AllToAll.apply(rows, send, receive, group.group)
+        plan = plan_rows(routing, order, x.shape[0], sum(send))
         arrived = self._expert_major(block, sum(receive), x.device)
-        by_expert = ops.permute(received, arrived.order, arrived.inverse)
-        handle = AllToAllHandle(routing.weights, sent, arrived, send, receive)
-        return by_expert, arrived.tokens_per_expert, handle
+        handle = AllToAllHandle(plan, arrived, send, receive)
+        return self.send(x, handle), arrived.tokens_per_expert, handle
+
+    def send(self, x: Tensor, handle: AllToAllHandle) -> Tensor:
+        """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
+        rows = handle.plan.gather(x)
+        received: Tensor = _AllToAll.apply(rows, handle.send, handle.receive, self.group.group)
+        return permute_any(received, handle.arrived)
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
         """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
         rank_major = ops.permute(y, handle.arrived.inverse, handle.arrived.order)
         back: Tensor = _AllToAll.apply(rank_major, handle.receive, handle.send, self.group.group)
-        return ops.unpermute(back, handle.weights, handle.sent.order, handle.sent.inverse)
+        return handle.plan.combine(back)
 
     def _expert_major(self, block: Tensor, rows: int, device: torch.device) -> ops.ExpertOrder:
         experts = torch.arange(self.num_local_experts, device=device).repeat(self.group.size)

@@ -1,26 +1,291 @@
-"""What a router returns."""
+"""What a router is, what it is told, and what it returns."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.global_batch import GlobalBatch, LocalBatch
+from lightning_fastmoe.nn.random import uniform
+
+LOSSES = frozenset({"load_balancing", "z_loss", "importance", "sequence_balancing",
+                    "global_balancing"})  # fmt: skip
+"""The losses that make sense for a router that gives each token a choice of K experts."""
 
 
 class Routing(NamedTuple):
-    """The choice of experts for T tokens.
+    """The choice of experts for T tokens, in one of three forms.
+
+    - Token choice: ``expert_ids`` and ``weights`` are (T, K); each token has K slots.
+    - Expert choice: they are (N,), and ``token_ids (N,)`` says which token each pair belongs to; a
+      token occurs any number of times. N must not depend on the data.
+    - Soft: ``dispatch_mix (G, S, n)`` turns each of G sequences of n tokens into S rows, which are
+      routed as in token choice (``expert_ids (G*S, 1)``), and ``combine_mix (G, n, S)`` turns the
+      results back: T = G*n.
 
     A named tuple, as ZeRO 3 looks for the tensors in a module's output to know when the module's
     backward pass begins, and it looks into tuples but not into dataclasses.
 
     Attributes:
         logits: (T, E) fp32, raw.
-        scores: (T, E) fp32, after softmax.
-        weights: (T, K) fp32, used to combine; differentiable with respect to the router.
-        expert_ids: (T, K) int64, global expert ids.
+        scores: (T, E) fp32, non-negative, each row of sum 1: what losses and metrics take as the
+            router's probabilities.
+        weights: fp32, used to combine; differentiable with respect to the router.
+        expert_ids: int64, global expert ids.
+        active: (T, K) bool, the slots that the router uses; None for all.
+        kept: (T, K) bool, the active slots that fit into their expert's capacity; None for all
+            active ones. Others contribute zero.
+        token_ids: (N,) int64, for expert choice.
+        dispatch_mix: (G, S, n), for soft routing.
+        combine_mix: (G, n, S), for soft routing.
+        load: (T, E), the probability that a token picks an expert once more if its noise is drawn
+            anew; for the load loss of noisy routers.
+        tokens_per_expert: (E,) int64, counts of the active pairs, if they are known already.
     """
 
     logits: Tensor
     scores: Tensor
     weights: Tensor
     expert_ids: Tensor
+    active: Tensor | None = None
+    kept: Tensor | None = None
+    token_ids: Tensor | None = None
+    dispatch_mix: Tensor | None = None
+    combine_mix: Tensor | None = None
+    load: Tensor | None = None
+    tokens_per_expert: Tensor | None = None
+
+    @property
+    def dispatched(self) -> Tensor | None:
+        """(T, K) bool: the slots that reach an expert; None for all."""
+        return self.active if self.kept is None else self.kept
+
+    def routed_counts(self) -> Tensor:
+        """(E,) int64: the pairs that the router chose, before any capacity. No host sync."""
+        if self.tokens_per_expert is not None:
+            return self.tokens_per_expert
+        return count_experts(self.expert_ids, self.logits.shape[1], self.active)
+
+    def kept_counts(self) -> Tensor:
+        """(E,) int64: the pairs that reach their expert."""
+        if self.kept is None:
+            return self.routed_counts()
+        return count_experts(self.expert_ids, self.logits.shape[1], self.kept)
+
+    def dropped_counts(self) -> Tensor:
+        """(E,) int64: the pairs that their expert had no room for: routed = kept + dropped."""
+        return self.routed_counts() - self.kept_counts()
+
+
+def count_experts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """Counts of each expert among ``expert_ids`` where ``mask`` holds, (E,) int64."""
+    ids = expert_ids if mask is None else expert_ids.masked_fill(~mask, num_experts)
+    flat = ids.reshape(-1)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+
+
+@dataclass
+class RoutingContext:
+    """What a router may want to know besides the tokens; the layer fills it in.
+
+    Attributes:
+        training: whether the layer is training.
+        grid: (G, n): the tokens are G sequences of n each, one after the other.
+        positions: (T,) int64, the places in the grid of the tokens that a mask left; None for all.
+        token_ids: (T,) integers, the vocabulary ids that the layer was called with, or None.
+        capacity_factor: the layer's, for training or evaluation; None is dropless.
+        seed: differs between layers.
+        first_token: int64 scalar tensor, the number of the first token of this pass, counted from
+            the start of training over all ranks and micro-batches; None where nothing is drawn.
+        batch: reaches the other ranks' tokens.
+        layer: the layer's name, for errors.
+    """
+
+    training: bool = False
+    grid: tuple[int, int] | None = None
+    positions: Tensor | None = None
+    token_ids: Tensor | None = None
+    capacity_factor: float | None = None
+    seed: int = 0
+    first_token: Tensor | None = None
+    batch: GlobalBatch = field(default_factory=LocalBatch)
+    layer: str = "MoE"
+
+    def uniform(self, like: Tensor, columns: int, stream: int = 0) -> Tensor:
+        """(T, columns) numbers of [0, 1) in the dtype of ``like (T, ...)``.
+
+        Token i of the global batch gets the same numbers on any number of ranks, with any number of
+        micro-batches, on the CPU and on CUDA.
+
+        Args:
+            like: T tokens.
+            columns: numbers per token.
+            stream: a second call in the same pass takes another one.
+        """
+        at = self.positions
+        if at is None:
+            at = torch.arange(like.shape[0], dtype=torch.int64, device=like.device)
+        if self.first_token is not None:
+            at = at + self.first_token
+        return uniform(self.seed, stream, at, columns).to(like.dtype)
+
+    def sequences(self, num_tokens: int) -> tuple[int, int]:
+        """:attr:`grid`, for routers that work on whole sequences.
+
+        Raises:
+            ConfigError: if a mask has left sequences of different lengths.
+        """
+        if self.positions is not None:
+            raise ConfigError(
+                f"{self.layer}: this router looks at whole sequences, so mask= can't take tokens"
+                " out of them. Drop the mask, or choose a router that treats each token alone."
+            )
+        return self.grid or (1, num_tokens)
+
+
+class Router(nn.Module):
+    """Base class of routers. A subclass defines :meth:`route`; ten lines make a router::
+
+        class Nearest(Router):
+            def __init__(self, d_model, num_experts, top_k=2):
+                super().__init__(d_model, num_experts, top_k)
+                self.centres = nn.Parameter(torch.randn(num_experts, d_model))
+
+            def route(self, x, context):
+                logits = -torch.cdist(x, self.centres.to(x.dtype))
+                return self.token_choice(logits, torch.softmax(logits, dim=-1))
+
+    ``MoE(router=Nearest)`` builds it; ``MoE(router="my.module.Nearest")`` does so by name.
+
+    Args:
+        d_model: width of a token, D.
+        num_experts: E of the whole model.
+        top_k: experts per token, K, or None if that is not the router's idea.
+
+    Raises:
+        ConfigError: if ``top_k`` is outside ``[1, num_experts]``.
+    """
+
+    causal: ClassVar[bool] = True
+    """Whether a token's experts depend on that token and earlier ones alone."""
+    random: ClassVar[bool] = False
+    """Whether :meth:`route` draws random numbers in training; they come from the context."""
+    uses_batch: ClassVar[bool] = False
+    """Whether :meth:`route` asks other ranks through the context's batch, besides random numbers;
+    with at most K * E counts at a time."""
+    losses: ClassVar[frozenset[str]] = LOSSES
+    """The losses that make sense with this router."""
+    default_losses: ClassVar[frozenset[str]] = frozenset({"load_balancing", "z_loss"})
+    """Those of them that the layer switches on if it isn't told."""
+    capacity_factors: tuple[float | None, float | None] = (None, None)
+    """The layer's capacity factors in training and evaluation if it isn't told."""
+    capacity_over: str = "rank"
+    """See ``MoE``; what the layer does if it isn't told."""
+    own_capacity: ClassVar[bool] = False
+    """Whether the router itself acts on the context's capacity factor."""
+
+    balance_bias: Tensor | None
+    load_since_update: Tensor | None
+    tokens_seen: Tensor | None
+
+    def __init__(self, d_model: int, num_experts: int, top_k: int | None) -> None:
+        super().__init__()
+        self.d_model, self.num_experts = d_model, num_experts
+        self._top_k: int | None = None
+        if top_k is not None:
+            self.top_k = top_k
+        self.register_buffer("balance_bias", None)
+        self.register_buffer("load_since_update", None, persistent=False)
+        # Numbers all tokens of a training, so that draws go on after a checkpoint.
+        seen = torch.zeros((), dtype=torch.int64) if self.random else None
+        self.register_buffer("tokens_seen", seen)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token, K. May be changed between steps."""
+        assert self._top_k is not None
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, value: int) -> None:
+        valid = isinstance(value, int) and not isinstance(value, bool)
+        if not valid or not 1 <= value <= self.num_experts:
+            raise ConfigError(
+                f"top_k={value!r} is out of range: a token goes to at least 1 and at most"
+                f" num_experts={self.num_experts} experts. Choose top_k in [1, {self.num_experts}]."
+            )
+        self._top_k = value
+
+    def add_balance_bias(self) -> None:
+        """Gives the router a bias per expert that only the selection sees (DeepSeek-V3).
+
+        :class:`~lightning_fastmoe.RouterBiasBalancing` moves it. fp32 whatever the model is.
+        """
+        self.register_buffer("balance_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        # What a rank has routed since the bias last moved. Not saved: it is empty between steps.
+        load = torch.zeros(self.num_experts, dtype=torch.int64)
+        self.register_buffer("load_since_update", load, persistent=False)
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Routes ``x (T, D)``, in fp32 whatever its dtype, also under autocast; fp64 stays fp64."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return self.route(x.to(dtype), context or RoutingContext(training=self.training))
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes ``x (T, D)``, which is fp32 or fp64. Called with autocast off."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight.T`` in the dtype of ``x``."""
+        return F.linear(x, weight.to(x.dtype))
+
+    def token_choice(self, logits: Tensor, scores: Tensor, *, normalize: bool = True) -> Routing:
+        """The K best scores of each token, plus the balance bias if there is one.
+
+        Args:
+            logits: (T, E).
+            scores: (T, E), a distribution.
+            normalize: divide the chosen scores by their sum.
+        """
+        expert_ids = self.select(scores)
+        weights = torch.gather(scores, 1, expert_ids)
+        if normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Routing(logits, scores, weights, expert_ids)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Ids of the K best of ``scores (T, E)`` plus bias, best first, ties to the lower id."""
+        chosen = scores.detach()
+        if self.balance_bias is not None:
+            chosen = chosen + self.balance_bias.to(chosen.dtype)
+        return ops.top_k(chosen, self.top_k)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Casts of the whole model leave the balance bias in fp32: bf16 can't hold its steps."""
+        before = self.balance_bias
+        super()._apply(fn, recurse)
+        after = self.balance_bias
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.balance_bias = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``print(model)``."""
+        k = "" if self._top_k is None else f", top_k={self._top_k}"
+        return f"d_model={self.d_model}, num_experts={self.num_experts}{k}"
+
+
+def init_gate(weight: Tensor, d_model: int, init_std: float | None) -> None:
+    """Draws a router's weights from torch's global generator, as ``nn.Linear`` does or normally."""
+    if init_std is None:
+        nn.init.uniform_(weight, -(d_model**-0.5), d_model**-0.5)
+    else:
+        nn.init.normal_(weight, 0.0, init_std)

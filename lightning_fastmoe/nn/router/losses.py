@@ -1,11 +1,18 @@
-"""Losses on a router's output. Both are zero for zero tokens."""
+"""Losses on a router's output. All are zero for zero tokens, and fp32 (fp64 for fp64) scalars.
+
+Each is a mean over this rank's micro-batch, as if each rank added the term to its own loss; the
+loss of the global batch is then the mean over ranks. Only :func:`global_load_balancing_loss` knows
+other ranks' tokens.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.nn.router.base import Routing
+from lightning_fastmoe.nn.router.base import Routing, RoutingContext
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -13,24 +20,107 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
     ``f_e`` is the share of (token, slot) pairs that chose expert e (no gradient), ``P_e`` the mean
     score of e (GShard; Switch Transformer, eq. 4-6). Computed over the tokens of this rank's
-    micro-batch, as if each rank added the term to its own loss.
-
-    Returns:
-        An fp32 scalar.
+    micro-batch, as if each rank added the term to its own loss. Dropped pairs count: they were
+    chosen.
     """
     tokens, num_experts = routing.scores.shape
-    pairs = max(routing.expert_ids.numel(), 1)
-    chosen = torch.zeros_like(routing.scores).scatter_(1, routing.expert_ids, 1.0)
-    share = chosen.sum(dim=0) / pairs
+    counts = routing.routed_counts().to(routing.scores.dtype)
+    share = counts / counts.sum().clamp_min(1)
     mean_score = routing.scores.sum(dim=0) / max(tokens, 1)
     return num_experts * (share * mean_score).sum()
 
 
 def z_loss(routing: Routing) -> Tensor:
-    """``mean_t (logsumexp_e logits[t, e])^2``, which keeps logits small (ST-MoE, eq. 5).
-
-    Returns:
-        An fp32 scalar.
-    """
+    """``mean_t (logsumexp_e logits[t, e])^2``, which keeps logits small (ST-MoE, eq. 5)."""
     tokens = max(routing.logits.shape[0], 1)
     return torch.logsumexp(routing.logits, dim=-1).square().sum() / tokens
+
+
+def importance_loss(routing: Routing) -> Tensor:
+    """CV^2 of the experts' importance, the sums of their scores (Shazeer et al. 2017, eq. 7).
+
+    CV^2 is variance over squared mean. For noisy top-k the scores are the gates, zero where an
+    expert wasn't chosen, as in the paper.
+    """
+    return _cv_squared(routing.scores.sum(dim=0))
+
+
+def load_loss(routing: Routing) -> Tensor:
+    """CV^2 of the experts' smooth loads (Shazeer et al. 2017, eq. 11); zero without noise."""
+    if routing.load is None:
+        return routing.logits.sum() * 0.0
+    return _cv_squared(routing.load.sum(dim=0))
+
+
+def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> Tensor:
+    """The load-balancing loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17-20).
+
+    ``mean_s E * sum_e f_se P_se``, with share and mean score over the tokens of sequence s; those
+    without tokens are left out. Sequences lie along the input's first dimension; a 2-dimensional
+    input is one. Invariant under how sequences are spread over ranks and micro-batches.
+    """
+    scores = routing.scores
+    tokens, num_experts = scores.shape
+    groups, n = context.grid or (1, tokens)
+    chosen = torch.zeros_like(scores)
+    slots = torch.ones_like(routing.expert_ids, dtype=scores.dtype)
+    if routing.active is not None:
+        slots = routing.active.to(scores.dtype)
+    for k in range(slots.shape[1]):  # one by one: a token may have chosen an expert twice
+        chosen = chosen + torch.zeros_like(scores).scatter(
+            1, routing.expert_ids[:, k : k + 1], slots[:, k : k + 1]
+        )
+    valid = scores.new_ones(tokens, 1)
+    if context.positions is not None:
+        scores, chosen, valid = (
+            t.new_zeros(groups * n, t.shape[1]).index_copy(0, context.positions, t)
+            for t in (scores, chosen, valid)
+        )
+    length = valid.view(groups, n).sum(dim=1)
+    picked = chosen.view(groups, n, num_experts).sum(dim=1)
+    share = picked / picked.sum(dim=1, keepdim=True).clamp_min(1)
+    mean = scores.view(groups, n, num_experts).sum(dim=1) / length.clamp_min(1).unsqueeze(1)
+    full = (length > 0).to(scores.dtype)
+    per_sequence = num_experts * (share * mean).sum(dim=1)
+    return (per_sequence * full).sum() / full.sum().clamp_min(1)
+
+
+def global_load_balancing_loss(routing: Routing, context: RoutingContext) -> Tensor:
+    """The load-balancing loss over the tokens of all ranks ("Demons in the detail", 2025).
+
+    The shares f are those of the global batch; the mean score P is the part of the global mean that
+    this rank's tokens make up, times the number of ranks, so that the mean over ranks is
+    ``E * sum_e f_e P_e`` of the global batch, also where ranks hold different numbers of tokens.
+    So experts need to be even over the whole batch only, and may specialise in a domain. Exchanges
+    E + 1 counts over all ranks, once per forward pass.
+    """
+    scores = routing.scores
+    tokens, num_experts = scores.shape
+    own = torch.cat([routing.routed_counts(), scores.new_full((1,), tokens, dtype=torch.int64)])
+    table = context.batch.gather_counts(own, context.layer)
+    totals = table.sum(dim=0).to(device=scores.device, dtype=scores.dtype)
+    share = totals[:-1] / totals[:-1].sum().clamp_min(1)
+    mean_score = scores.sum(dim=0) * context.batch.size / totals[-1].clamp_min(1)
+    return num_experts * (share * mean_score).sum()
+
+
+def loss_value(name: str, routing: Routing, context: RoutingContext) -> Tensor:
+    """The loss that a layer calls ``name``."""
+    if name == "sequence_balancing":
+        return sequence_load_balancing_loss(routing, context)
+    if name == "global_balancing":
+        return global_load_balancing_loss(routing, context)
+    return _PLAIN[name](routing)
+
+
+_PLAIN: dict[str, Callable[[Routing], Tensor]] = {
+    "load_balancing": load_balancing_loss,
+    "z_loss": z_loss,
+    "importance": importance_loss,
+    "load": load_loss,
+}
+
+
+def _cv_squared(values: Tensor) -> Tensor:
+    mean = values.mean()
+    return values.var(correction=0) / mean.square().clamp_min(torch.finfo(values.dtype).tiny)

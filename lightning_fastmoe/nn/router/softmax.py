@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Routing
+from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
 
 
-class SoftmaxTopKRouter(nn.Module):
+class SoftmaxTopKRouter(Router):
     """``scores = softmax(x W^T)`` in fp32; the K best experts, weighted by their scores.
 
     Ties go to the lower expert id. The product, the softmax and the weights are fp32 whatever the
@@ -24,10 +23,15 @@ class SoftmaxTopKRouter(nn.Module):
         normalize_weights: divide the chosen scores by their sum. None means yes for K > 1 and no
             for K = 1, where the only weight would always be 1 and the router would get no gradient.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+        score_after_selection: weights are the softmax over the K chosen logits alone, as in Mixtral
+            and FastMoE's naive gate. In exact arithmetic the same as normalised weights.
+        balance_bias: a bias per expert that only the selection sees, moved by
+            :class:`~lightning_fastmoe.RouterBiasBalancing` (Wang et al. 2024, "Auxiliary-loss-free
+            load balancing").
 
     Raises:
         ConfigError: if ``top_k`` is outside ``[1, num_experts]``, or ``top_k=1`` is combined with
-            ``normalize_weights=True``.
+            ``normalize_weights=True`` or ``score_after_selection``.
     """
 
     def __init__(
@@ -37,44 +41,62 @@ class SoftmaxTopKRouter(nn.Module):
         top_k: int = 2,
         normalize_weights: bool | None = None,
         init_std: float | None = None,
+        *,
+        score_after_selection: bool = False,
+        balance_bias: bool = False,
     ) -> None:
-        super().__init__()
-        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        super().__init__(d_model, num_experts, top_k)
+        self._normalize, self.score_after_selection = normalize_weights, score_after_selection
+        check_normalized(top_k, normalize_weights)
+        if score_after_selection and (top_k == 1 or normalize_weights is False):
             raise ConfigError(
-                f"top_k={top_k!r} is out of range: a token goes to at least 1 and at most"
-                f" num_experts={num_experts} experts. Choose top_k in [1, {num_experts}]."
+                f"score_after_selection=True with top_k={top_k} and normalize_weights="
+                f"{normalize_weights}: a softmax over the chosen experts is normalised, and over a"
+                " single one it is always 1, so the router would get no gradient. Use top_k of at"
+                " least 2 and leave normalize_weights alone, or score_after_selection=False."
             )
-        if top_k == 1 and normalize_weights:
-            raise ConfigError(
-                "normalize_weights=True with top_k=1 makes every weight exactly 1, so the router"
-                " would get no gradient. Use normalize_weights=False (the default for top_k=1)."
-            )
-        self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
-        self.normalize_weights = top_k > 1 if normalize_weights is None else normalize_weights
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        if balance_bias:
+            self.add_balance_bias()
         self.reset_parameters()
+
+    @property
+    def normalize_weights(self) -> bool:
+        """Whether a token's weights sum to 1."""
+        return self.top_k > 1 if self._normalize is None else self._normalize
 
     def reset_parameters(self) -> None:
         """Draws new weights from torch's global generator."""
-        if self.init_std is None:
-            nn.init.uniform_(self.weight, -(self.d_model**-0.5), self.d_model**-0.5)
-        else:
-            nn.init.normal_(self.weight, 0.0, self.init_std)
+        init_gate(self.weight, self.d_model, self.init_std)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Routes ``x (T, D)``."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
-            scores, weights, expert_ids = ops.softmax_top_k(
-                logits, self.top_k, self.normalize_weights
-            )
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        logits = self.linear(x, self.weight)
+        if self.score_after_selection:
+            scores = torch.softmax(logits, dim=-1)
+            expert_ids = self.select(scores)
+            weights = torch.softmax(torch.gather(logits, 1, expert_ids), dim=-1)
+            return Routing(logits, scores, weights, expert_ids)
+        if self.balance_bias is not None:
+            scores = torch.softmax(logits, dim=-1)
+            return self.token_choice(logits, scores, normalize=self.normalize_weights)
+        scores, weights, expert_ids = ops.softmax_top_k(logits, self.top_k, self.normalize_weights)
         return Routing(logits, scores, weights, expert_ids)
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
-        return (
-            f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k},"
-            f" normalize_weights={self.normalize_weights}"
+        return f"{super().extra_repr()}, normalize_weights={self.normalize_weights}"
+
+
+def check_normalized(top_k: int, normalize_weights: bool | None) -> None:
+    """Refuses weights that would always be 1.
+
+    Raises:
+        ConfigError: for ``top_k=1`` with ``normalize_weights=True``.
+    """
+    if top_k == 1 and normalize_weights:
+        raise ConfigError(
+            "normalize_weights=True with top_k=1 makes every weight exactly 1, so the router"
+            " would get no gradient. Use normalize_weights=False (the default for top_k=1)."
         )

@@ -1,0 +1,94 @@
+"""RouterBiasBalancing: even loads without a loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import Router, moe_layers
+
+
+class RouterBiasBalancing(pl.Callback):
+    """Moves each router's balance bias towards even loads, once per optimizer step.
+
+    ``bias[e] += rate * sign(mean load - load[e])``, with the loads of the step counted over all
+    ranks and micro-batches (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3).
+    Dropped tokens count, masked ones don't, and a replay by activation checkpointing counts once.
+    The bias only helps to choose experts; no gradient sees it. It is a buffer of the router, so
+    checkpoints hold it. One all-reduce per step, whatever the number of layers.
+
+    Usually with ``MoE(..., router="sigmoid", load_balancing=0)``; "softmax" takes
+    ``router_options={"balance_bias": True}``.
+
+    Args:
+        rate: step of the bias; 0.001 in DeepSeek-V3. Set the attribute to 0 to freeze the bias, as
+            DeepSeek-V3 does for its last tokens.
+
+    Raises:
+        ConfigError: if ``rate`` is negative or not finite; at the start of a fit, if no router of
+            the model has a balance bias.
+    """
+
+    def __init__(self, rate: float = 0.001) -> None:
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ConfigError(f"rate={rate!r} is invalid: it must be finite and at least 0.")
+        self.rate = rate
+        self._routers: list[Router] = []
+        self._step = 0
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        routers = [layer.router for _, layer in moe_layers(pl_module)]
+        self._routers = [
+            r for r in routers if isinstance(r, Router) and r.load_since_update is not None
+        ]
+        if not self._routers:
+            raise ConfigError(
+                "RouterBiasBalancing found no router with a balance bias. Use"
+                " MoE(router='sigmoid'), or router_options={'balance_bias': True}."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not before: a checkpoint sets the step after on_fit_start.
+        self._step = trainer.global_step
+        for router in self._routers:
+            _load(router).zero_()
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.move()
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Moves the biases by what was counted since the last call; every rank calls this."""
+        loads = torch.cat([_load(router) for router in self._routers])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(loads)
+        sizes = [router.num_experts for router in self._routers]
+        for router, load in zip(self._routers, loads.split(sizes), strict=True):
+            assert router.balance_bias is not None
+            error = load.double().mean() - load.double()
+            router.balance_bias += self.rate * torch.sign(error).to(router.balance_bias.dtype)
+            _load(router).zero_()
+
+
+def _load(router: Router) -> Tensor:
+    assert router.load_since_update is not None
+    return router.load_since_update

@@ -1,0 +1,71 @@
+"""The global batch over the ranks of a run."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
+from lightning_fastmoe.distributed.mesh import ExpertMesh
+from lightning_fastmoe.errors import ConfigError
+
+
+class WorldBatch:
+    """A :class:`~lightning_fastmoe.nn.global_batch.GlobalBatch` of all ranks of the world.
+
+    Every exchange carries its layer and number, and is checked before it is trusted, as the counts
+    of an expert parallel group are. That reads from the device once.
+
+    Args:
+        group: of all ranks; the expert parallel group itself if it is that.
+        mesh: the groups of the run.
+        ranks_per_node: processes on each node.
+    """
+
+    def __init__(self, group: ExpertGroup, mesh: ExpertMesh, ranks_per_node: int) -> None:
+        self.group = group
+        self.rank, self.size = self.group.rank, self.group.size
+        self.num_expert_ranks = mesh.ep_size
+        self._ranks_per_node = ranks_per_node
+        self._first_rank = self.rank - mesh.ep_rank
+
+    def reserve(self, counts: int) -> None:
+        """Makes room for count vectors of this length; alike on all ranks, before any exchange."""
+        self.group.slots = max(self.group.slots, counts)
+
+    def gather_counts(self, counts: Tensor, layer: str) -> Tensor:
+        """See :class:`~lightning_fastmoe.nn.global_batch.GlobalBatch`; the table is on the CPU.
+
+        Raises:
+            ExchangeError: on all ranks, if they disagree about the exchange.
+            ConfigError: if there are more counts than :meth:`reserve` made room for.
+        """
+        if counts.numel() > self.group.slots:
+            raise ConfigError(
+                f"{layer}: {counts.numel()} counts are to be exchanged over all ranks, but the run"
+                f" began with room for {self.group.slots}. A callback can't raise top_k above 8, or"
+                " switch to capacity_over='global', while training: start with them."
+            )
+        return self.group.exchange_counts(counts, counts.numel(), layer)
+
+    def gather_rows(self, rows: Tensor, layer: str) -> tuple[Tensor, int]:
+        """See :class:`~lightning_fastmoe.nn.global_batch.GlobalBatch`.
+
+        Raises:
+            ExchangeError: on all ranks, if they disagree about the exchange.
+        """
+        own = torch.full((1,), rows.shape[0], dtype=torch.int64, device=rows.device)
+        lengths = self.gather_counts(own, layer)[:, 0].tolist()
+        padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.group.group)
+        everyone = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+        return everyone, sum(lengths[: self.rank])
+
+    def near_experts(self, num_experts: int) -> Tensor:
+        """See :class:`~lightning_fastmoe.nn.global_batch.GlobalBatch`."""
+        each = num_experts // self.num_expert_ranks
+        owner = self._first_rank + torch.arange(num_experts) // each
+        return owner // self._ranks_per_node == self.rank // self._ranks_per_node

@@ -1,0 +1,63 @@
+"""The MoE layers inside a model, and their losses for those who add them by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.moe import MoE
+from lightning_fastmoe.nn.moe_options import warn_if_not_causal
+
+
+def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoE]]:
+    """The MoE layers inside ``module``, with their names, in registration order."""
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, MoE))
+
+
+def moe_losses(module: nn.Module) -> dict[str, Tensor]:
+    """The balancing terms of the latest forward passes, for those who add them by hand.
+
+    Whatever this returns acts no more by itself, so nothing is counted twice::
+
+        loss = cross_entropy + sum(moe_losses(self).values())
+
+    Args:
+        module: any module that contains MoE layers.
+
+    Returns:
+        ``{"load_balancing": ..., "z_loss": ...}``: coefficient times term, summed over all layers
+        and all forward passes since the last call whose graphs are alive. Empty if there is none.
+
+    Raises:
+        ConfigError: after a forward pass inside a re-entrant activation checkpoint, whose terms
+            have no graph yet.
+    """
+    totals: dict[str, Tensor] = {}
+    for name, layer in moe_layers(module):
+        if layer._losses_without_graph:
+            raise ConfigError(
+                f"moe_losses: the last training pass of layer {name!r} ran without gradients, as"
+                " re-entrant activation checkpointing does, so its terms can't be added by hand."
+                " Leave them to act by themselves, or use checkpoint(..., use_reentrant=False)."
+            )
+        for attached in layer._attached.take():
+            for key, term in attached.terms.items():
+                totals[key] = totals[key] + term if key in totals else term
+    return totals
+
+
+def warn_about_causality(module: nn.Module) -> None:
+    """Warns of each layer whose router sees later tokens, inside an autoregressive module.
+
+    A module declares itself autoregressive by an attribute ``autoregressive = True``, its own or
+    its class's; that holds for all that it contains.
+    """
+    warned: set[int] = set()
+    for owner in module.modules():
+        if getattr(owner, "autoregressive", None) is True:
+            for name, layer in moe_layers(owner):
+                if id(layer) not in warned:
+                    warned.add(id(layer))
+                    warn_if_not_causal(layer, name or layer.layer_name)

@@ -1,0 +1,196 @@
+"""Balanced assignment: BASE layers (Lewis et al. 2021) and Sinkhorn (Clark et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.noisy import check_at_least
+
+
+class BaseRouter(Router):
+    """In training every expert gets equally many tokens, so that the sum of logits is largest.
+
+    ``logits = x W^T``; the assignment a maximises ``sum_t logits[t, a(t)]`` under the condition
+    that expert e gets T/E of the rank's T tokens (the first ``T mod E`` experts get one more). It
+    is found by an auction (Bertsekas) up to ``T * tolerance`` times the range of the logits. In
+    evaluation each token goes to its best expert. The weight is ``sigmoid(logits[t, a(t)])``.
+
+    In training the assignment looks at the whole batch. The auction reads from the device in each
+    of its rounds: on GPUs :class:`SinkhornRouter` is the faster way to the same end.
+
+    Args:
+        d_model: width of a token, D.
+        num_experts: E of the whole model.
+        top_k: 1.
+        tolerance: of the assignment, relative to the range of the logits.
+        init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+
+    Raises:
+        ConfigError: if ``top_k`` is not 1 or ``tolerance`` not positive.
+    """
+
+    losses: ClassVar[frozenset[str]] = frozenset({"z_loss"})
+    default_losses: ClassVar[frozenset[str]] = frozenset({"z_loss"})
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        tolerance: float = 1e-3,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k)
+        if top_k != 1:
+            raise ConfigError(
+                f"top_k={top_k} is not BASE routing, which assigns one expert: use 1."
+            )
+        if not tolerance > 0:
+            raise ConfigError(f"tolerance={tolerance!r} is invalid: it must be above 0.")
+        self.tolerance, self.init_std = tolerance, init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from torch's global generator."""
+        init_gate(self.weight, self.d_model, self.init_std)
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        logits = self.linear(x, self.weight)
+        if context.training:
+            expert_ids = balanced_assignment(logits.detach(), self.tolerance).unsqueeze(1)
+        else:
+            expert_ids = ops.top_k(logits.detach(), 1)
+        weights = torch.sigmoid(torch.gather(logits, 1, expert_ids))
+        return Routing(logits, torch.softmax(logits, dim=-1), weights, expert_ids)
+
+
+class SinkhornRouter(Router):
+    """Top-k of logits shifted so that soft loads are even (S-BASE); a matrix scaling, no auction.
+
+    In training ``iterations`` rounds of Sinkhorn's algorithm find row factors a and column factors
+    b such that ``exp(logits + a + b)`` has rows of sum 1 and columns of sum T/E over the rank's T
+    tokens, and the K largest entries of each row are chosen; in evaluation those of the logits.
+    Weights: ``sigmoid`` of the chosen logit for K = 1, softmax over the chosen logits for K > 1.
+
+    In training the choice looks at the whole batch. No host sync.
+
+    Args:
+        d_model: width of a token, D.
+        num_experts: E of the whole model.
+        top_k: experts per token, K.
+        iterations: rounds of Sinkhorn's algorithm.
+        init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+
+    Raises:
+        ConfigError: if ``top_k`` is out of range or ``iterations`` less than 1.
+    """
+
+    losses: ClassVar[frozenset[str]] = frozenset({"z_loss"})
+    default_losses: ClassVar[frozenset[str]] = frozenset({"z_loss"})
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        iterations: int = 8,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k)
+        check_at_least(iterations=(iterations, 1))
+        self.iterations, self.init_std = iterations, init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from torch's global generator."""
+        init_gate(self.weight, self.d_model, self.init_std)
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        logits = self.linear(x, self.weight)
+        plan = logits.detach()
+        if context.training and x.shape[0]:
+            plan = plan + sinkhorn_shift(plan, self.iterations)
+        expert_ids = ops.top_k(plan, self.top_k)
+        chosen = torch.gather(logits, 1, expert_ids)
+        weights = torch.sigmoid(chosen) if self.top_k == 1 else torch.softmax(chosen, dim=-1)
+        return Routing(logits, torch.softmax(logits, dim=-1), weights, expert_ids)
+
+
+def sinkhorn_shift(logits: Tensor, iterations: int) -> Tensor:
+    """The column factors b of :class:`SinkhornRouter`, ``logits (T, E) -> (E,)``."""
+    tokens, experts = logits.shape
+    shift = torch.zeros(experts, dtype=logits.dtype, device=logits.device)
+    for _ in range(iterations):
+        rows = -torch.logsumexp(logits + shift, dim=1, keepdim=True)
+        shift = math.log(tokens / experts) - torch.logsumexp(logits + rows, dim=0)
+    return shift
+
+
+def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
+    """Equally many tokens to each expert, with nearly the largest sum of scores.
+
+    An auction with falling bid increments: unassigned tokens bid for the expert that is worth most
+    to them at its price; each expert keeps its highest bids. Ties go to the earlier token and the
+    lower expert id.
+
+    Args:
+        scores: (T, E).
+        tolerance: the sum is within ``T * tolerance`` times the range of the scores.
+
+    Returns:
+        (T,) int64.
+    """
+    tokens, experts = scores.shape
+    if experts == 1 or tokens == 0:
+        return torch.zeros(tokens, dtype=torch.int64, device=scores.device)
+    value = torch.nan_to_num(scores.to(torch.float64))
+    ids = torch.arange(experts, device=scores.device)
+    room = tokens // experts + (ids < tokens % experts).to(torch.int64)
+    spread = float(value.max() - value.min()) or 1.0
+    # An expert without room must not be bid for.
+    price = torch.where(room > 0, 0.0, torch.inf).to(torch.float64)
+    step = 0.25 * spread
+    while True:
+        owner, price = _auction(value, room, price, step)
+        if step <= tolerance * spread:
+            return owner
+        step = max(step / 5, tolerance * spread)
+
+
+def _auction(value: Tensor, room: Tensor, price: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """One auction to its end: the expert of each token, and the experts' prices."""
+    tokens, experts = value.shape
+    start = price
+    bids = torch.full_like(value, -torch.inf)
+    place = torch.arange(tokens, device=value.device).unsqueeze(1)
+    free = torch.ones(tokens, dtype=torch.bool, device=value.device)
+    while bool(free.any()):
+        worth = value - price
+        best = ops.top_k(worth, 2)
+        top = torch.gather(worth, 1, best)
+        # With a single expert left there is nobody to outbid.
+        margin = torch.where(torch.isfinite(top[:, 1]), top[:, 0] - top[:, 1], 0.0)
+        bid = price[best[:, 0]] + margin + step
+        rows = place.squeeze(1)[free]
+        bids[rows, best[free, 0]] = bid[free]
+        order = torch.sort(bids, dim=0, descending=True, stable=True)
+        rank = torch.empty_like(order.indices)
+        rank.scatter_(0, order.indices, place.expand_as(order.indices))
+        bids = bids.masked_fill(rank >= room, -torch.inf)
+        lowest = order.values[(room - 1).clamp(min=0), torch.arange(experts, device=value.device)]
+        price = torch.where((room > 0) & torch.isfinite(lowest), lowest, start)
+        free = ~torch.isfinite(bids).any(dim=1)
+    return torch.isfinite(bids).to(torch.int8).argmax(dim=1), price

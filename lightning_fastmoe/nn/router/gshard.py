@@ -1,0 +1,82 @@
+"""GShard's top-2 routing (Lepikhin et al. 2020), and FastMoE's DC gate."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+
+
+class GShardRouter(Router):
+    """The two best experts; in training the second one only with probability ``2 * weight``.
+
+    ``scores = softmax(x W^T)``; the weights g1, g2 are the two best scores over their sum. With u
+    uniform in [0, 1), the second expert is used in training if ``2 * g2 > u``, and always in
+    evaluation. A second expert that isn't used contributes zero and counts as not routed. The
+    layer's capacity factors default to FastMoE's 1.2 in training and 2.4 in evaluation.
+
+    Args:
+        d_model: width of a token, D.
+        num_experts: E of the whole model, at least 2.
+        top_k: 2.
+        random_second: False always uses the second expert.
+        init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+
+    Raises:
+        ConfigError: if ``top_k`` is not 2.
+    """
+
+    random: ClassVar[bool] = True
+    capacity_factors = (1.2, 2.4)
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        random_second: bool = True,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k)
+        if top_k != 2:
+            raise ConfigError(
+                f"top_k={top_k} is not GShard routing, which sends each token to two experts. Use"
+                " top_k=2, or router='softmax'."
+            )
+        self.random_second, self.init_std = random_second, init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from torch's global generator."""
+        init_gate(self.weight, self.d_model, self.init_std)
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        logits = self.linear(x, self.weight)
+        routing = Routing(logits, *ops.softmax_top_k(logits, self.top_k, True))
+        if not (context.training and self.random_second):
+            return routing
+        second = routing.weights.detach()[:, 1:]
+        active = torch.cat(
+            [torch.ones_like(second, dtype=torch.bool), 2 * second > context.uniform(x, 1)], dim=1
+        )
+        return routing._replace(active=active)
+
+
+class DCRouter(GShardRouter):
+    """FastMoE's DC gate: GShard's routing with capacity over the tokens of all ranks.
+
+    "Distributed capacity": an expert's room is that of the global batch, and goes to the ranks in
+    order, so that a rank whose tokens like an expert may use what others leave. In this package
+    that is ``MoE(capacity_over="global")``, which any router can have; this class is GShard's
+    with that default.
+    """
+
+    capacity_over = "global"

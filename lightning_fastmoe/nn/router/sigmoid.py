@@ -1,0 +1,105 @@
+"""Sigmoid top-k with group-limited selection and balance bias (DeepSeek-V3, 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.softmax import check_normalized
+
+
+class SigmoidTopKRouter(Router):
+    """Experts by ``s = sigmoid(x W^T)``, chosen by ``s + bias`` inside the best groups.
+
+    The experts form G groups of E/G neighbours. A group's score is the sum of its two best
+    ``s + bias``; the ``limit`` best groups remain, and of their experts the K best ``s + bias``.
+    Ties go to the lower id, for groups too. The bias acts on the choice alone::
+
+        weights[t, k] = scale * s[t, e_k] / sum_j s[t, e_j]       (T, K)
+        scores[t, e]  = s[t, e] / sum_j s[t, j]                   (T, E), for losses and metrics
+
+    Args:
+        d_model: width of a token, D.
+        num_experts: E of the whole model.
+        top_k: experts per token, K.
+        num_groups: G, a divisor of E; 1 selects among all.
+        limit_groups: groups that a token may use; None for all.
+        scale: factor on the weights (2.5 in DeepSeek-V3).
+        normalize_weights: divide the chosen s by their sum. None: yes for K > 1.
+        balance_bias: have the bias, moved by :class:`~lightning_fastmoe.RouterBiasBalancing`.
+        init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+
+    Raises:
+        ConfigError: if groups and K don't fit together.
+    """
+
+    default_losses: ClassVar[frozenset[str]] = frozenset({"load_balancing"})
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        num_groups: int = 1,
+        limit_groups: int | None = None,
+        scale: float = 1.0,
+        normalize_weights: bool | None = None,
+        balance_bias: bool = True,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k)
+        check_normalized(top_k, normalize_weights)
+        limit = num_groups if limit_groups is None else limit_groups
+        if num_groups < 1 or num_experts % num_groups:
+            raise ConfigError(
+                f"num_groups={num_groups} does not divide num_experts={num_experts}: groups are"
+                " equally large."
+            )
+        if not 1 <= limit <= num_groups or limit * (num_experts // num_groups) < top_k:
+            raise ConfigError(
+                f"limit_groups={limit_groups} of num_groups={num_groups} leaves a token"
+                f" {limit} group(s) of {num_experts // num_groups} expert(s): it must be in"
+                f" [1, {num_groups}] and leave at least top_k={top_k} experts."
+            )
+        self.num_groups, self.limit_groups, self.scale = num_groups, limit, scale
+        self._normalize, self.init_std = normalize_weights, init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        if balance_bias:
+            self.add_balance_bias()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from torch's global generator."""
+        init_gate(self.weight, self.d_model, self.init_std)
+
+    def route(self, x: Tensor, context: RoutingContext) -> Routing:
+        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        logits = self.linear(x, self.weight)
+        normalize = self.top_k > 1 if self._normalize is None else self._normalize
+        if self.limit_groups == self.num_groups:
+            bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
+            s, weights, expert_ids = ops.sigmoid_top_k(logits, self.top_k, normalize, bias)
+        else:
+            s = torch.sigmoid(logits)
+            expert_ids = self._select_in_groups(s.detach())
+            weights = torch.gather(s, 1, expert_ids)
+            if normalize:
+                weights = weights / weights.sum(dim=-1, keepdim=True)
+        scores = s / s.sum(dim=-1, keepdim=True)
+        return Routing(logits, scores, self.scale * weights, expert_ids)
+
+    def _select_in_groups(self, s: Tensor) -> Tensor:
+        if self.balance_bias is not None:
+            s = s + self.balance_bias.to(s.dtype)
+        grouped = s.view(s.shape[0], self.num_groups, -1)
+        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+        groups = ops.top_k(best, self.limit_groups)
+        open_groups = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
+        limited = grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf)
+        return ops.top_k(limited.view(s.shape), self.top_k)

@@ -1,0 +1,114 @@
+"""What a MoE layer is called with: a tensor or a structure of tensors, perhaps with a mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_fastmoe.errors import ShapeError
+
+MaskedValues = Mapping[int, float | Tensor] | float | Tensor
+
+
+@dataclass
+class TokenInputs:
+    """The tokens of one call.
+
+    Attributes:
+        leaves: the tensors, each (T, ...); the router sees the first.
+        spec: of the structure; None for a plain tensor.
+        lead: leading dimensions of the input; their product is the number of tokens before a mask.
+        positions: (T,) int64, where the tokens that a mask left stand; None for all.
+        labels: (prod(lead),), 0 for active tokens; None without a mask.
+        token_ids: (T,) vocabulary ids, or None.
+    """
+
+    leaves: list[Tensor]
+    spec: Any
+    lead: tuple[int, ...]
+    positions: Tensor | None = None
+    labels: Tensor | None = None
+    token_ids: Tensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(sequences, tokens of each) before a mask; sequences lie along the first dimension."""
+        if len(self.lead) < 2:
+            return 1, math.prod(self.lead)
+        return self.lead[0], math.prod(self.lead[1:])
+
+    def restore(self, y: Tensor, masked_values: MaskedValues | None) -> Tensor:
+        """``y (T, ...)`` -> (*lead, ...), with the masked tokens' values put in."""
+        if self.positions is not None:
+            assert self.labels is not None
+            full = y.new_zeros((self.labels.shape[0], *y.shape[1:]))
+            if not isinstance(masked_values, Mapping):
+                value = 0.0 if masked_values is None else masked_values
+                full = full + torch.as_tensor(value, dtype=y.dtype, device=y.device)
+            else:
+                for label, value in masked_values.items():
+                    chosen = (self.labels == label).view(-1, *[1] * (y.dim() - 1))
+                    value = torch.as_tensor(value, dtype=y.dtype, device=y.device)
+                    full = torch.where(chosen, value, full)
+            y = full.index_copy(0, self.positions, y)
+        return y.reshape(*self.lead, *y.shape[1:])
+
+
+def read_inputs(
+    x: Any, d_model: int, mask: Tensor | None, token_ids: Tensor | None, layer: str
+) -> TokenInputs:
+    """Takes a call's arguments apart.
+
+    Raises:
+        ShapeError: if a shape or dtype is not what the layer takes.
+    """
+    if isinstance(x, Tensor):
+        if x.shape[-1:] != (d_model,) or not x.is_floating_point():
+            raise ShapeError(
+                f"{layer} got an input of shape {tuple(x.shape)} and dtype {x.dtype}; it"
+                f" takes (..., {d_model}) in a floating dtype. The last dimension must be"
+                f" d_model={d_model}."
+            )
+        inputs = TokenInputs([x.reshape(-1, d_model)], None, tuple(x.shape[:-1]))
+    else:
+        leaves, spec = pytree.tree_flatten(x)
+        first: Any = leaves[0] if leaves else None
+        good = isinstance(first, Tensor) and first.is_floating_point() and first.dim() == 2
+        if not good or first.shape[1] != d_model:
+            raise ShapeError(
+                f"{layer} got a {type(x).__name__} whose first tensor is not (T, {d_model}) in a"
+                " floating dtype. The router chooses by the first tensor of a tuple or dict."
+            )
+        bad = [leaf for leaf in leaves if getattr(leaf, "shape", (-1,))[:1] != first.shape[:1]]
+        if bad:
+            raise ShapeError(
+                f"{layer} got tensors of different lengths: the first holds {first.shape[0]}"
+                f" tokens, another one is {getattr(bad[0], 'shape', bad[0])}. All must have one row"
+                " per token."
+            )
+        inputs = TokenInputs(leaves, spec, (first.shape[0],))
+    for name, value in (("mask", mask), ("token_ids", token_ids)):
+        if value is not None and tuple(value.shape) != inputs.lead:
+            raise ShapeError(
+                f"{layer} got {name} of shape {tuple(value.shape)} for tokens of shape"
+                f" {inputs.lead}. It needs one element per token."
+            )
+    if token_ids is not None:
+        inputs.token_ids = token_ids.reshape(-1)
+    if mask is not None:
+        _take_out_masked(inputs, mask)
+    return inputs
+
+
+def _take_out_masked(inputs: TokenInputs, mask: Tensor) -> None:
+    inputs.labels = mask.reshape(-1).to(torch.int64)
+    inputs.positions = torch.nonzero(inputs.labels == 0).squeeze(1)
+    inputs.leaves = [leaf.index_select(0, inputs.positions) for leaf in inputs.leaves]
+    if inputs.token_ids is not None:
+        inputs.token_ids = inputs.token_ids.index_select(0, inputs.positions)

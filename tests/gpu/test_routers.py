@@ -1,0 +1,97 @@
+"""Routers on one GPU: the same choices, draws and numbers as on the CPU, without waiting for it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lightning_fastmoe import MoE
+from lightning_fastmoe.nn import LocalDispatcher
+from lightning_fastmoe.nn.random import random_bits, uniform
+from lightning_fastmoe.nn.router import ROUTERS
+
+T, D, F, E = 96, 32, 48, 8
+CASES = {
+    **{name: {"router": name} for name in ROUTERS},
+    "capacity": {"capacity_factor": 0.7},
+    "capacity by score": {"capacity_factor": 0.7, "drop_by": "score"},
+    "in groups": {"router": "sigmoid", "router_options": {"num_groups": 4, "limit_groups": 2}},
+    "clamped, shared": {"activation": "clamped_swiglu", "shared_expert": 24, "bias": True},
+    "losses": {"importance": 0.1, "sequence_balancing": 0.1, "global_balancing": 0.1},
+}
+READS_THE_DEVICE = ("base", "swipe")
+"""Routers whose docs say that they do."""
+
+
+class Chain(LocalDispatcher):
+    """The steps as across ranks."""
+
+
+def build(name: str) -> tuple[MoE, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = MoE(D, F, E, **CASES[name])
+    return layer, torch.randn(4, T // 4, D), torch.randint(0, 50, (4, T // 4))
+
+
+def run(layer: MoE, x: torch.Tensor, ids: torch.Tensor) -> tuple[list, list[torch.Tensor]]:
+    seen: list = []
+    handle = layer.register_routing_observer(lambda _, routing: seen.append(routing))
+    x = x.detach().requires_grad_()
+    torch.manual_seed(1)
+    y = layer(x, token_ids=ids)
+    y.square().sum().backward()
+    handle.remove()
+    return seen, [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+def test_random_bits_are_those_of_the_cpu() -> None:
+    tokens = torch.randint(0, 2**50, (1000,))
+    assert torch.equal(random_bits(3, 1, tokens.cuda(), 7).cpu(), random_bits(3, 1, tokens, 7))
+    assert torch.equal(uniform(3, 1, tokens.cuda(), 7).cpu(), uniform(3, 1, tokens, 7))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chain", [False, True])
+def test_equals_the_cpu(name: str, chain: bool) -> None:
+    layer, x, ids = build(name)
+    twin = copy.deepcopy(layer).cuda()
+    twin._seed = layer._seed
+    if chain:
+        layer.dispatcher, twin.dispatcher = Chain(E), Chain(E)
+    want_routing, want = run(layer, x, ids)
+    got_routing, got = run(twin, x.cuda(), ids.cuda())
+    for a, b in zip(got_routing[0], want_routing[0], strict=True):
+        assert (a is None) == (b is None) or a is got_routing[0].tokens_per_expert
+        if a is not None and b is not None:
+            if a.is_floating_point():
+                torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(a.cpu(), b)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in READS_THE_DEVICE])
+def test_does_not_wait_for_the_device(name: str) -> None:
+    layer, x, ids = build(name)
+    layer, x, ids = layer.cuda().bfloat16(), x.cuda().bfloat16(), ids.cuda()
+    run(layer, x, ids)  # kernels are compiled, memory is there
+    torch.cuda.synchronize()
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("without grouped_mm the experts themselves read their counts")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(layer, x, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_runs_give_the_same_bits(name: str) -> None:
+    layer, x, ids = build(name)
+    layer, x, ids = layer.cuda(), x.cuda(), ids.cuda()
+    first = run(copy.deepcopy(layer), x, ids)[1]
+    second = run(copy.deepcopy(layer), x, ids)[1]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,217 @@
+"""Shared experts, masks, and gpt-oss's activation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fastmoe.errors import ConfigError, ShapeError
+from lightning_fastmoe.nn import LocalDispatcher, MoE
+from lightning_fastmoe.nn.router import ROUTERS
+from lightning_fastmoe.ops import apply_activation, reference
+
+D, E = 5, 4
+
+
+class Chain(LocalDispatcher):
+    """The steps as across ranks."""
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    layer = MoE(D, 3, E, **{"load_balancing": 0, "z_loss": 0, **kwargs}).double()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return layer
+
+
+def tokens(*lead):
+    torch.manual_seed(1)
+    return torch.randn(*lead, D, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(got, want, leaves):
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+    upstream = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, upstream),
+        torch.autograd.grad(want, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------- shared experts
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_shared_expert_is_added_for_every_token(activation, bias, gate):
+    layer = make(activation=activation, bias=bias, shared_expert=7, shared_expert_gate=gate)
+    x = tokens(9)
+    shared, e = layer.shared_expert, layer.experts
+    ffn = shared.ffn
+    routing = layer.router(x)
+    want = reference.moe(
+        x, routing.weights, routing.expert_ids, e.up_proj, e.down_proj, activation, e.up_bias,
+        e.down_bias,
+    )  # fmt: skip
+    dense = reference.expert_ffn(
+        x, ffn.up_proj, ffn.down_proj, activation, ffn.up_bias, ffn.down_bias
+    )
+    if gate:
+        dense = dense / (1 + torch.exp(-x @ shared.gate.T))
+    assert_same(layer(x), want + dense, [x, *layer.parameters()])
+    assert len(list(shared.parameters())) == 2 + 2 * bias + gate
+
+
+def test_a_shared_module_of_ones_own():
+    linear = nn.Linear(D, D)
+    layer, plain = make(shared_expert=linear), make()
+    x = tokens(9)
+    torch.testing.assert_close(layer(x), plain(x) + linear(x))
+
+
+def test_a_shared_expert_leaves_the_routed_ones_as_they_start():
+    a, b = make(), make(shared_expert=7)
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+
+
+# ------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("shared", [None, 7])
+def test_masked_tokens_skip_the_layer(chain, shared):
+    layer, x = make(load_balancing=0.1, shared_expert=shared), tokens(3, 6)
+    if chain:
+        layer.dispatcher = Chain(E)
+    mask = torch.rand(3, 6) < 0.4
+    seen = []
+    layer.register_routing_observer(lambda _, routing: seen.append(routing))
+    got = layer(x, mask=mask)
+    losses = dict(layer.last_losses)
+    alone = layer(x[~mask])
+    want = torch.zeros_like(x)
+    want[~mask] = alone
+    assert torch.equal(got, want)
+    assert torch.equal(seen[0].expert_ids, seen[1].expert_ids)
+    assert losses == layer.last_losses
+    assert int(seen[0].routed_counts().sum()) == 2 * int((~mask).sum())
+    leaves = [x, *layer.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), leaves),
+        torch.autograd.grad(alone.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_masked_values():
+    layer, x = make(), tokens(2, 3)
+    mask = torch.tensor([[0, 1, 2], [3, 0, 1]])
+    vector = torch.arange(5.0)
+    got = layer(x, mask=mask, masked_values={1: 7.0, 2: vector})
+    assert got[0, 1].tolist() == got[1, 2].tolist() == [7.0] * 5
+    assert got[0, 2].tolist() == vector.tolist()
+    assert not got[1, 0].any()
+    torch.testing.assert_close(got[mask == 0], layer(x[mask == 0]))
+    got = layer(x, mask=mask > 0, masked_values=vector)
+    assert bool((got[mask > 0] == vector).all())
+
+
+def test_a_masked_value_may_be_learned():
+    layer, x = make(), tokens(4)
+    value = torch.randn(D, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True, False, True, False])
+    layer(x, mask=mask, masked_values=value).sum().backward()
+    assert value.grad.tolist() == [2.0] * D
+    assert not x.grad[mask].any()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_all_or_nothing_masked(everything):
+    layer, x = make(load_balancing=0.1, z_loss=0.1), tokens(4)
+    mask = torch.full((4,), everything)
+    y = layer(x, mask=mask, masked_values=3.0)
+    if everything:
+        assert bool((y == 3).all())
+    else:
+        torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_masks_and_structures():
+    class Sum(nn.Module):
+        def forward(self, inputs):
+            return {"sum": inputs["a"] + inputs["b"], "b": inputs["b"]}
+
+    layer = MoE(D, num_experts=E, expert=lambda d: Sum()).double()
+    a, b = tokens(4), tokens(4) * 3
+    mask = torch.tensor([True, False, False, True])
+    got = layer({"a": a, "b": b}, mask=mask, masked_values=1.0)
+    torch.testing.assert_close(got["sum"][~mask], (a + b)[~mask])
+    assert bool((got["sum"][mask] == 1).all())
+    assert bool((got["b"][mask] == 1).all())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_each_router_takes_a_mask_or_says_why_not(name):
+    layer = MoE(D, 3, E, router=name)
+    x, mask = torch.randn(2, 6, D), torch.rand(2, 6) < 0.5
+    ids = torch.arange(12).view(2, 6)
+    if name in ("soft", "expert_choice"):
+        with pytest.raises(ConfigError, match="looks at whole sequences"):
+            layer(x, mask=mask, token_ids=ids)
+    else:
+        y = layer(x, mask=mask, token_ids=ids)
+        assert not y[mask].any()
+        assert y[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["mask", "token_ids"])
+def test_one_element_per_token(name):
+    with pytest.raises(ShapeError, match=rf"{name} of shape \(3,\) for tokens of shape \(2, 3\)"):
+        make()(tokens(2, 3), **{name: torch.zeros(3, dtype=torch.int64)})
+
+
+def test_hash_routing_needs_ids():
+    with pytest.raises(ConfigError, match=r"vocabulary ids.*token_ids=ids"):
+        MoE(D, 3, E, router="hash")(torch.randn(3, D))
+
+
+# -------------------------------------------------------------------------------- clamped SwiGLU
+
+
+def test_clamped_swiglu_by_hand():
+    h = torch.tensor([[0.0, 1.0, 9.0, -9.0, 2.0, -8.0, 9.0, 0.5]], dtype=torch.float64)
+    gate, up = [0.0, 1.0, 7.0, -9.0], [2.0, -7.0, 7.0, 0.5]
+    want = [
+        g / (1 + torch.exp(torch.tensor(-1.702 * g, dtype=torch.float64))).item() * (u + 1)
+        for g, u in zip(gate, up, strict=True)
+    ]
+    assert apply_activation(h, "clamped_swiglu").tolist()[0] == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chain", [False, True])
+def test_clamped_swiglu_in_a_layer(bias, chain):
+    layer, x = make(activation="clamped_swiglu", bias=bias), tokens(9)
+    if chain:
+        layer.dispatcher = Chain(E)
+    with torch.no_grad():
+        layer.experts.up_proj *= 20  # so that both clamps bite
+    e, routing = layer.experts, layer.router(x)
+    h = torch.einsum("td,efd->tef", x, e.up_proj)
+    assert bool((h[..., :3] > 7).any())
+    assert bool((h[..., 3:].abs() > 7).any())
+    want = reference.moe(
+        x, routing.weights, routing.expert_ids, e.up_proj, e.down_proj, "clamped_swiglu",
+        e.up_bias, e.down_bias,
+    )  # fmt: skip
+    assert_same(layer(x), want, [x, *layer.parameters()])
