@@ -25,7 +25,7 @@ from lightning_fastmoe.checkpoint.files import FILE_NAME, fsync_directory
 from lightning_fastmoe.checkpoint.manifest import CHECKSUM, MANIFEST
 from lightning_fastmoe.errors import CheckpointError
 
-_HIDDEN = re.compile(r"\.(.+)\.fastmoe-(saving|old|lock)", re.DOTALL)
+_HIDDEN = re.compile(r"\.(.+)\.fastmoe-(saving|old|removed|lock)", re.DOTALL)
 _EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -113,6 +113,21 @@ def resolve(path: Path) -> Path:
     return saving if _is_complete(saving) else old
 
 
+def remove(path: Path) -> None:
+    """Deletes a checkpoint, a file or a link. It loses its name first, so no half of it is found.
+
+    What has the hidden name when the process dies is deleted by the next save beside it.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    removed = path.with_name(f".{path.name}.fastmoe-removed")
+    if removed.exists():
+        shutil.rmtree(removed)
+    os.rename(path, removed)
+    shutil.rmtree(removed)
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Lets two names trade places in one step; False where the system can't."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -136,7 +151,7 @@ def _recover(path: Path) -> None:
     old, saving = _old_name(path), saving_name(path)
     if old.exists() and not path.exists():
         os.rename(saving if _is_complete(saving) else old, path)
-    for left in (old, saving):
+    for left in (old, saving, path.with_name(f".{path.name}.fastmoe-removed")):
         if os.path.lexists(left):
             _delete(left)
 

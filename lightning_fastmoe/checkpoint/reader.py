@@ -309,10 +309,17 @@ class CheckpointReader:
         """
         return self._decoded(STATE, self.read_objects(trusted=trusted))
 
-    def read_rank_state(self, rank: int) -> dict[str, Any] | None:
-        """What a rank wrote for itself alone; None if it did not."""
+    def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
+        """What a rank wrote for itself alone; None if it did not.
+
+        Args:
+            rank: of the run that saved.
+            trusted: see :meth:`read_objects`.
+        """
         name = f"rank_{rank:05d}.json"
-        return self._decoded(name, []) if name in self.manifest.files else None
+        if name not in self.manifest.files:
+            return None
+        return self._decoded(name, self.read_objects(f"rank_{rank:05d}.pt", trusted=trusted))
 
     def _decoded(self, name: str, objects: list[Any]) -> dict[str, Any]:
         where = self.path / name
@@ -324,20 +331,21 @@ class CheckpointReader:
             raise CheckpointError(f"{where} holds no object.")
         return value
 
-    def read_objects(self, *, trusted: bool = False) -> list[Any]:
+    def read_objects(self, name: str = OBJECTS, *, trusted: bool = False) -> list[Any]:
         """What JSON could not hold; empty if there was nothing of the kind.
 
         Args:
+            name: of the file.
             trusted: also unpickle arbitrary objects, which can run any code: only for files whose
                 origin you trust.
 
         Raises:
             CheckpointError: if it holds objects that are not plain data, unless trusted.
         """
-        if OBJECTS not in self.manifest.files:
+        if name not in self.manifest.files:
             return []
-        where = self.path / OBJECTS
-        data = io.BytesIO(self.read_file(OBJECTS))
+        where = self.path / name
+        data = io.BytesIO(self.read_file(name))
         try:
             objects = torch.load(data, map_location="cpu", weights_only=not trusted)
         except pickle.UnpicklingError as error:

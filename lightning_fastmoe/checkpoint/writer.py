@@ -52,29 +52,27 @@ def write_rank(
             result.files[path.name] = record
             result.pieces += written
     if local_state is not None:
-        name = f"rank_{rank:05d}.json"
-        text = json.dumps(encode_whole(local_state)).encode()
-        result.files[name] = FileRecord(*write_small(directory / name, text))
+        name = f"rank_{rank:05d}"
+        result.files |= _write_values(directory, f"{name}.json", f"{name}.pt", local_state)
     return result
-
-
-def encode_whole(value: dict[str, Any]) -> dict[str, Any]:
-    """As :func:`~lightning_fastmoe.checkpoint.plain.encode`, for what JSON must be able to hold."""
-    objects: list[Any] = []
-    encoded: dict[str, Any] = encode(value, objects)
-    assert not objects, f"not plain data: {objects}"
-    return encoded
 
 
 def write_state(directory: Path, state: dict[str, Any]) -> WrittenFiles:
     """Writes ``state.json``, and ``objects.pt`` if there is anything that JSON can't hold."""
+    return WrittenFiles(_write_values(directory, STATE, OBJECTS, state))
+
+
+def _write_values(
+    directory: Path, json_name: str, objects_name: str, value: dict[str, Any]
+) -> dict[str, FileRecord]:
     objects: list[Any] = []
-    text = json.dumps(encode(state, objects)).encode()
-    result = WrittenFiles({STATE: FileRecord(*write_small(directory / STATE, text))})
+    text = json.dumps(encode(value, objects), allow_nan=False).encode()
+    result = {json_name: FileRecord(*write_small(directory / json_name, text))}
     if objects:
         buffer = BytesIO()
         torch.save(objects, buffer)
-        result.files[OBJECTS] = FileRecord(*write_small(directory / OBJECTS, buffer.getvalue()))
+        size, sha256 = write_small(directory / objects_name, buffer.getvalue())
+        result[objects_name] = FileRecord(size, sha256)
     return result
 
 

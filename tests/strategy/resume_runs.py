@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -169,13 +169,6 @@ def save(case: Case, directory: str) -> None:
 def resume(case: Case, path: str) -> tuple[str, str]:
     """The error that this rank gets when it resumes."""
     return error_of(fit, case, "cosine", STEPS, 7, None, path)
-
-
-def resume_otherwise(case: Case, directory: str, others: list[dict[str, Any]]) -> list[Any]:
-    """Saves as ``case``; the errors of resuming with each change of ``others``."""
-    save(case, directory)
-    path = str(Path(directory) / "last.ckpt")
-    return [resume(replace(case, **change), path) for change in others]
 
 
 class WithObject(Resumed):
