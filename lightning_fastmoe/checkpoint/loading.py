@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +13,10 @@ from torch import Tensor
 from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
 from lightning_fastmoe.checkpoint.manifest import Topology
 from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
+from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
 from lightning_fastmoe.checkpoint.records import (
     DTYPES,
+    GRADIENTS,
     TensorRecord,
     split_name,
     state_name,
@@ -83,12 +85,15 @@ class Loaded:
         user_groups: rows of parameter names and options, as schedulers saw them.
         local_state: of the rank of the same number, if the run had as many ranks; else None.
         topology: of the run that saved, if known.
+        put_gradients: gives the half accumulated gradients, if there are any, to the engine; to be
+            called once nothing will clear gradients before the first batch.
     """
 
     lightning: dict[str, Any]
     user_groups: list[dict[str, Any]]
     local_state: dict[str, Any] | None
     topology: Topology | None
+    put_gradients: Callable[[], None]
 
 
 def load(
@@ -132,6 +137,7 @@ def load(
         state = source.read_state(trusted=trusted)
         zero = ZeroState(engine, model.names)
         local = _local_state(source, together, trusted)
+    put: Callable[[], None] = lambda: None  # noqa: E731
     zero.begin_loading()
     with together.stage(), torch.no_grad():
         share = zero.share()
@@ -142,9 +148,22 @@ def load(
             for flat in share.flats:
                 restore.load(flat)
             _load_engine(engine, zero, state["engine"])
+            gradients = PartialGradients(zero, model, share)
+            put = _putter(gradients, source, zero.scaler(), state["engine"]["loss_scaler"])
     zero.finish_loading()
     groups = state["optimizer"]["user_groups"] if training else []
-    return Loaded(state["lightning"], groups, local, source.topology)
+    return Loaded(state["lightning"], groups, local, source.topology, put)
+
+
+def _putter(
+    gradients: PartialGradients,
+    source: Source,
+    scaler: Mapping[str, float],
+    saved_scaler: Mapping[str, float],
+) -> Callable[[], None]:
+    values = gradients.load(source)
+    scale = scaler.get("cur_scale", 1.0) / saved_scaler.get("cur_scale", 1.0)
+    return lambda: gradients.put(values, scale)
 
 
 def check_names(source: Source, model: ModelMap, strict: bool) -> None:
@@ -255,7 +274,7 @@ class _OptimizerLoader:
         self.states: dict[str, set[str]] = {}
         for tensor in source.tensors:
             state, name = split_name(tensor)
-            if state is not None:
+            if state is not None and not state.startswith(GRADIENTS):
                 self.states.setdefault(name, set()).add(state)
         self.saved_class = info["class"]
 

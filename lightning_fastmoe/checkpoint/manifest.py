@@ -108,14 +108,16 @@ class Manifest:
 
     def _check_experts(self, where: object) -> None:
         for name, record in self.tensors.items():
-            layer, found, rest = split_name(name)[1].rpartition(".experts.")
+            kind, parameter = split_name(name)
+            layer, found, rest = parameter.rpartition(".experts.")
             experts = self.moe_layers.get(layer)
-            if not found or "." in rest or experts is None or not record.shape:
+            shape = record.shape[1:] if kind == "gradients/local" else record.shape
+            if not found or "." in rest or experts is None or not shape:
                 continue
-            if record.shape[0] != experts:
+            if shape[0] != experts:
                 raise CheckpointError(
-                    f"{where}: tensor {name!r} has {record.shape[0]} experts, but layer {layer!r}"
-                    f" has num_experts={experts}."
+                    f"{where}: tensor {name!r} has {shape[0]} experts, but layer {layer!r} has"
+                    f" num_experts={experts}."
                 )
 
 

@@ -35,9 +35,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_NUMEL = 2**60
 MAX_DIMENSIONS = 64
 
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
+WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 
-_TENSOR_NAME = re.compile(r"(weights|optimizer/[^/]+)/.+", re.DOTALL)
+_TENSOR_NAME = re.compile(r"(weights|optimizer/[^/]+|gradients/(mean|local))/.+", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,23 @@ def state_name(state: str, name: str) -> str:
     return f"{OPTIMIZER}/{state}/{name}"
 
 
+def gradient_name(name: str, is_local: bool) -> str:
+    """The tensor that holds the half accumulated gradient of a parameter.
+
+    Args:
+        name: of the parameter.
+        is_local: it has one more dimension, the first: the rank's replica of the parameter, and the
+            gradient is that of the replica's own batches. Else it is the average.
+    """
+    return f"{GRADIENTS}/{'local' if is_local else 'mean'}/{name}"
+
+
 def split_name(tensor: str) -> tuple[str | None, str]:
-    """(the optimizer state or None for weights, the parameter's or buffer's name)."""
+    """(optimizer state, "gradients/KIND" or None for weights; the parameter's or buffer's name)."""
     if tensor.startswith(WEIGHTS + "/"):
         return None, tensor.split("/", 1)[1]
-    _, state, name = tensor.split("/", 2)
-    return state, name
+    kind, state, name = tensor.split("/", 2)
+    return (state if kind == OPTIMIZER else f"{kind}/{state}"), name
 
 
 def piece_key(tensor: str, start: int, stop: int) -> str:
@@ -142,7 +153,8 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -
     """
     if not _TENSOR_NAME.fullmatch(name):
         raise CheckpointError(
-            f"{where}: {name!r} is no tensor's name: weights/NAME or optimizer/STATE/NAME."
+            f"{where}: {name!r} is no tensor's name: weights/NAME, optimizer/STATE/NAME or"
+            " gradients/KIND/NAME."
         )
     if dtype not in DTYPES:
         raise CheckpointError(

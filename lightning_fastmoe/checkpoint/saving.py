@@ -21,6 +21,7 @@ from lightning_fastmoe.checkpoint.optimizer_state import (
     options_of,
     shared_scalars,
 )
+from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
 from lightning_fastmoe.checkpoint.publish import Publication, saving_name
 from lightning_fastmoe.checkpoint.random_state import random_state
 from lightning_fastmoe.checkpoint.records import state_name, weight_name
@@ -102,6 +103,8 @@ def take_snapshot(
     pieces = list(_weights(model, share, excluded))
     if with_optimizer:
         pieces += _optimizer(model, share)
+        if engine.mid_accumulation:
+            pieces += PartialGradients(zero, model, share).pieces()
     local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
     snapshot = Snapshot(pieces, local)
     if rank == 0:

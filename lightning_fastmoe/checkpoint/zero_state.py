@@ -173,10 +173,10 @@ class ZeroState:
             return LooseParameter(name, flat, start, (0, length))
         flat = parameter.detach().contiguous().view(-1)
         origin = None if parameter.is_contiguous() else parameter
-        share = _even_share(flat.numel(), self._replicas(parameter))
+        share = _even_share(flat.numel(), self.replicas(parameter))
         return LooseParameter(name, flat, 0, share, origin)
 
-    def _replicas(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def replicas(self, parameter: nn.Parameter) -> tuple[int, int]:
         """(this rank's place, number) among the ranks that hold the same parameter."""
         group = None
         if not getattr(parameter, "allreduce", True):

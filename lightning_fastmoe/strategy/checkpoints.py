@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class ExpertCheckpoints(ExpertSteps):
     verify_checkpoints: bool
     trust_checkpoints: bool
     _random_state: dict[str, Any] | None = None
+    _put_gradients: Callable[[], None] | None = None
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -145,6 +147,7 @@ class ExpertCheckpoints(ExpertSteps):
             )
 
     def _take_local_state(self, loaded: Loaded) -> None:
+        self._put_gradients = loaded.put_gradients
         local = loaded.local_state
         if local is not None:
             self._random_state = local["rng"]
@@ -171,6 +174,9 @@ class ExpertCheckpoints(ExpertSteps):
             # The iterator of a run that was not interrupted was made long before the save.
             self._restore_random_state()
         self._random_state = None
+        if self._put_gradients is not None:
+            self._put_gradients()  # not before: Lightning clears gradients when it starts
+        self._put_gradients = None
 
     def _restore_random_state(self) -> None:
         assert self.lightning_module is not None
