@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,7 +26,12 @@ from lightning_fastmoe.checkpoint.random_state import random_state
 from lightning_fastmoe.checkpoint.records import state_name, weight_name
 from lightning_fastmoe.checkpoint.shards import OwnedPiece
 from lightning_fastmoe.checkpoint.together import Together
-from lightning_fastmoe.checkpoint.writer import write_manifest, write_rank, write_state
+from lightning_fastmoe.checkpoint.writer import (
+    pack_rank_state,
+    pack_state,
+    write_manifest,
+    write_rank,
+)
 from lightning_fastmoe.checkpoint.zero_state import ZeroShare, ZeroState
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import MoE
@@ -41,16 +45,14 @@ class Snapshot:
     """What a rank will write.
 
     Attributes:
-        pieces: what it owns; views of the live state unless :func:`on_host` copied them.
-        local_state: what only this rank needs again.
+        pieces: what it owns; views of the live state unless they were copied.
+        small: name -> content of files with what is no tensor.
         manifest: on rank 0.
-        state: on rank 0.
     """
 
     pieces: list[OwnedPiece]
-    local_state: dict[str, Any]
+    small: dict[str, bytes] = field(default_factory=dict)
     manifest: Manifest | None = None
-    state: dict[str, Any] = field(default_factory=dict)
 
 
 def local_path(path: Any) -> Path:
@@ -106,16 +108,17 @@ def take_snapshot(
         if engine.mid_accumulation:
             pieces += PartialGradients(zero, model, share).pieces()
     local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
-    snapshot = Snapshot(pieces, local)
+    snapshot = Snapshot(pieces, pack_rank_state(rank, local))
     if rank == 0:
         pieces += _replicated(model)
         lightning = {k: v for k, v in client_state.items() if k not in _NOT_STATE}
-        snapshot.state = {
+        state = {
             "lightning": lightning,
             "optimizer": _optimizer_info(share, zero, user_groups) if with_optimizer else None,
             "engine": _engine_info(engine, zero) if with_optimizer else None,
             "extra_state": {k: v for k, v in model.extra().items() if not isinstance(v, Tensor)},
         }
+        snapshot.small |= pack_state(state)
         snapshot.manifest = Manifest(
             written_by=f"lightning_fastmoe {_version()}",
             contents=("weights", "optimizer") if with_optimizer else ("weights",),
@@ -126,14 +129,6 @@ def take_snapshot(
             tied=model.tied,
         )
     return snapshot
-
-
-def on_host(snapshot: Snapshot) -> Snapshot:
-    """The snapshot with copies of everything in the host's memory: training may go on."""
-    pieces = [_copied(piece) for piece in snapshot.pieces]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Snapshot(pieces, snapshot.local_state, snapshot.manifest, snapshot.state)
 
 
 def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
@@ -156,11 +151,10 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
                 publication = Publication(path)
         with together.stage():
             directory = saving_name(path)
-            written = write_rank(directory, together.rank, snapshot.pieces, snapshot.local_state)
+            written = write_rank(directory, together.rank, snapshot.pieces, snapshot.small)
         everything = together.gather(written)
         with together.stage():
             if publication is not None and snapshot.manifest is not None:
-                everything.append(write_state(publication.directory, snapshot.state))
                 write_manifest(publication.directory, snapshot.manifest, everything)
                 publication.commit()
     except BaseException:
@@ -227,13 +221,6 @@ def loaders_of(client_state: dict[str, Any]) -> Any:
     with suppress(KeyError, TypeError):
         return client_state["loops"]["fit_loop"]["state_dict"].get("combined_loader")
     return None
-
-
-def _copied(piece: OwnedPiece) -> OwnedPiece:
-    parts = [part.detach().to("cpu", copy=True, non_blocking=True) for part in piece.parts()]
-    return OwnedPiece(
-        piece.tensor, piece.shape, piece.start, piece.length, piece.dtype, lambda: parts
-    )
 
 
 def _version() -> str:

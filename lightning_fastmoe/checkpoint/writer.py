@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -31,49 +31,56 @@ def write_rank(
     directory: Path,
     rank: int,
     pieces: Sequence[OwnedPiece],
-    local_state: dict[str, Any] | None = None,
+    small: Mapping[str, bytes] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> WrittenFiles:
-    """Writes a rank's own files: weights, optimizer state and what JSON holds of it.
+    """Writes a rank's own files.
 
     Args:
         directory: of the unpublished checkpoint.
         rank: names the files.
         pieces: what the rank owns.
-        local_state: what only this rank needs again, such as its random number generators.
-        on_bytes: see :func:`~lightning_fastmoe.checkpoint.shards.write_shard`.
+        small: name -> content of further files, from :func:`pack`.
+        on_bytes: see :func:`~lightning_fastmoe.checkpoint.stream.write_safetensors`.
     """
     result = WrittenFiles()
     for kind, wanted in (("weights", True), ("optimizer", False)):
         own = [p for p in pieces if (split_name(p.tensor)[0] is None) == wanted]
         if own:
             path = directory / f"{kind}_{rank:05d}.safetensors"
-            record, written = write_shard(path, own, on_bytes=on_bytes)
+            record, written = write_shard(path, own, on_bytes)
             result.files[path.name] = record
             result.pieces += written
-    if local_state is not None:
-        name = f"rank_{rank:05d}"
-        result.files |= _write_values(directory, f"{name}.json", f"{name}.pt", local_state)
+    for name, content in (small or {}).items():
+        result.files[name] = FileRecord(*write_small(directory / name, content))
     return result
 
 
-def write_state(directory: Path, state: dict[str, Any]) -> WrittenFiles:
-    """Writes ``state.json``, and ``objects.pt`` if there is anything that JSON can't hold."""
-    return WrittenFiles(_write_values(directory, STATE, OBJECTS, state))
+def pack(json_name: str, objects_name: str, value: dict[str, Any]) -> dict[str, bytes]:
+    """Values as files: JSON, and a list of what JSON can't hold if there is anything of the kind.
 
-
-def _write_values(
-    directory: Path, json_name: str, objects_name: str, value: dict[str, Any]
-) -> dict[str, FileRecord]:
+    Args:
+        json_name: of the one file.
+        objects_name: of the other.
+        value: to be packed; may change afterwards.
+    """
     objects: list[Any] = []
-    text = json.dumps(encode(value, objects), allow_nan=False).encode()
-    result = {json_name: FileRecord(*write_small(directory / json_name, text))}
+    result = {json_name: json.dumps(encode(value, objects), allow_nan=False).encode()}
     if objects:
         buffer = BytesIO()
         torch.save(objects, buffer)
-        size, sha256 = write_small(directory / objects_name, buffer.getvalue())
-        result[objects_name] = FileRecord(size, sha256)
+        result[objects_name] = buffer.getvalue()
     return result
+
+
+def pack_state(state: dict[str, Any]) -> dict[str, bytes]:
+    """``state.json``, and ``objects.pt`` if need be."""
+    return pack(STATE, OBJECTS, state)
+
+
+def pack_rank_state(rank: int, state: dict[str, Any]) -> dict[str, bytes]:
+    """``rank_NNNNN.json``, and ``rank_NNNNN.pt`` if need be."""
+    return pack(f"rank_{rank:05d}.json", f"rank_{rank:05d}.pt", state)
 
 
 def write_manifest(directory: Path, manifest: Manifest, written: Iterable[WrittenFiles]) -> None:
@@ -114,10 +121,8 @@ def write_checkpoint(
     """
     publication = Publication(path)
     try:
-        written = write_rank(publication.directory, 0, pieces, None, on_bytes)
-        write_manifest(
-            publication.directory, manifest, [written, write_state(publication.directory, state)]
-        )
+        written = write_rank(publication.directory, 0, pieces, pack_state(state), on_bytes)
+        write_manifest(publication.directory, manifest, [written])
         publication.commit()
     except BaseException:
         publication.abort()

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology
+from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
 from lightning_fastmoe.checkpoint.loading import Loaded, load
 from lightning_fastmoe.checkpoint.publish import remove
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot, write
+from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot
 from lightning_fastmoe.checkpoint.sources import DirectorySource
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.distributed import ExpertMesh
@@ -29,6 +31,8 @@ class ExpertCheckpoints(ExpertSteps):
 
     verify_checkpoints: bool
     trust_checkpoints: bool
+    async_checkpoint: bool
+    _made_writer: BackgroundWriter | ForegroundWriter | None = None
     _random_state: dict[str, Any] | None = None
     _put_gradients: Callable[[], None] | None = None
 
@@ -78,13 +82,49 @@ class ExpertCheckpoints(ExpertSteps):
                 user_groups=user.named() if user is not None else None,
                 exclude_frozen=self.exclude_frozen_parameters,
             )
-        write(path, snapshot)
+        self._writer.submit(path, snapshot)
+        if not self._trainer_runs:
+            self._writer.wait()  # no step will come in which an error could surface
+
+    @property
+    def _trainer_runs(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.state.status == TrainerStatus.RUNNING
+
+    @property
+    def _writer(self) -> BackgroundWriter | ForegroundWriter:
+        """Made by the first save, on all ranks together."""
+        if self._made_writer is None:
+            self._made_writer = BackgroundWriter() if self.async_checkpoint else ForegroundWriter()
+        return self._made_writer
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
         if self.is_global_zero:
-            remove(local_path(filepath))
+            path = local_path(filepath)
+            writer = self._made_writer or ForegroundWriter()
+            writer.after_success(lambda: remove(path))
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._made_writer is not None:
+            self._made_writer.poll()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def teardown(self) -> None:
+        writer, self._made_writer = self._made_writer, None
+        try:
+            if writer is not None:
+                writer.wait()
+        except CheckpointError as error:
+            assert self.lightning_module is not None
+            if not self.lightning_module.trainer.interrupted:
+                raise
+            rank_zero_warn(str(error))  # what interrupted the run matters more
+        finally:
+            super().teardown()
 
     def _topology(self) -> Topology:
         assert isinstance(self.config, dict)
@@ -108,6 +148,8 @@ class ExpertCheckpoints(ExpertSteps):
         """
         assert self.lightning_module is not None
         path = local_path(self.broadcast(checkpoint_path))
+        if self._made_writer is not None:
+            self._made_writer.wait()
         trainer = self.lightning_module.trainer
         loaded = self._load(
             path,

@@ -28,7 +28,12 @@ from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
-from lightning_fastmoe.strategy.checks import check_arguments, check_objects, check_trainer
+from lightning_fastmoe.strategy.checks import (
+    check_arguments,
+    check_links,
+    check_objects,
+    check_trainer,
+)
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
@@ -78,6 +83,9 @@ class FastMoEStrategy(ExpertCheckpoints):
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
         trust_checkpoints: also unpickle objects that are not plain data (of callbacks, say) from
             checkpoints. That can run any code: only for checkpoints whose origin you trust.
+        async_checkpoint: copy the state into the host's memory and write it while training goes on.
+            Needs that much memory, once. An error surfaces at the next step; the end of a run waits
+            for the last checkpoint.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -93,6 +101,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         nonfinite: NonFinitePolicy = "raise",
         verify_checkpoints: bool = True,
         trust_checkpoints: bool = False,
+        async_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(expert_parallel_size, nonfinite, kwargs)
@@ -106,6 +115,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._nonfinite = nonfinite
         self.verify_checkpoints = verify_checkpoints
         self.trust_checkpoints = trust_checkpoints
+        self.async_checkpoint = async_checkpoint
         self._spreader: ExpertSpreader | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
@@ -192,6 +202,8 @@ class FastMoEStrategy(ExpertCheckpoints):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        if self.async_checkpoint:
+            check_links(trainer)
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
         check_deepspeed_config(self.config)

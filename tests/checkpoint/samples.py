@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint import Manifest, OwnedPiece, Publication, Topology
-from lightning_fastmoe.checkpoint.writer import write_manifest, write_rank, write_state
+from lightning_fastmoe.checkpoint.writer import (
+    pack_rank_state,
+    pack_state,
+    write_manifest,
+    write_rank,
+)
 
 STATE = {
     "lightning": {"epoch": 1, "global_step": 3, "callbacks": {"a": (1, 2.5)}},
@@ -61,14 +66,18 @@ def make_manifest(**changes: Any) -> Manifest:
     return Manifest(**{**about, **changes})
 
 
+def small_files(rank: int) -> dict[str, bytes]:
+    own = pack_rank_state(rank, {"rng": {"torch": b"\0\1"}, "loaders": None})
+    return own | pack_state(STATE) if rank == 0 else own
+
+
 def write_sample(path: Path, tensors: dict[str, Tensor] | None = None, ranks: int = 2) -> Path:
     """A complete checkpoint of ``ranks`` ranks."""
     publication = Publication(path)
     written = [
-        write_rank(publication.directory, rank, pieces, {"rng": {"torch": b"\0\1"}})
+        write_rank(publication.directory, rank, pieces, small_files(rank))
         for rank, pieces in enumerate(pieces_of(tensors or make_tensors(), ranks))
     ]
-    written.append(write_state(publication.directory, STATE))
     write_manifest(publication.directory, make_manifest(), written)
     publication.commit()
     return path
