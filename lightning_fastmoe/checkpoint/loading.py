@@ -281,7 +281,8 @@ class _OptimizerLoader:
     def load(self, flat: FlatPartition) -> None:
         """Restores the state of one partition, and its group's options."""
         path = self.source.path
-        if (own := type(flat.inner).__name__) != self.saved_class:
+        own = type(flat.inner).__name__
+        if self.saved_class is not None and own != self.saved_class:
             raise CheckpointError(
                 f"{path} holds the state of {self.saved_class}, but configure_optimizers returned"
                 f" {own}. Use the same optimizer to resume; to start anew with these weights, load"
@@ -332,5 +333,6 @@ class _OptimizerLoader:
 
 def _load_engine(engine: Any, zero: ZeroState, saved: Mapping[str, Any]) -> None:
     for name in COUNTERS:
-        setattr(engine, name, saved["counters"][name])
+        if name in saved["counters"]:
+            setattr(engine, name, saved["counters"][name])
     zero.load_scaler(saved["loss_scaler"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fastmoe.checkpoint import CheckpointReader, Topology
+from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
-from lightning_fastmoe.checkpoint.loading import Loaded, load
-from lightning_fastmoe.checkpoint.publish import remove
+from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
+from lightning_fastmoe.checkpoint.foreign import open_file
+from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
+from lightning_fastmoe.checkpoint.publish import remove, resolve
 from lightning_fastmoe.checkpoint.random_state import set_random_state
 from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot
 from lightning_fastmoe.checkpoint.sources import DirectorySource
@@ -161,6 +164,8 @@ class ExpertCheckpoints(ExpertSteps):
             user.load_named(loaded.user_groups, path)
         self._take_local_state(loaded)
         loaded.lightning.setdefault("state_dict", {})
+        # Without it, Lightning takes a state dict of another program for a very old checkpoint.
+        loaded.lightning.setdefault("pytorch-lightning_version", version("pytorch-lightning"))
         if trainer.training:
             # Lightning looks for it; what it stands for is restored.
             loaded.lightning.setdefault("optimizer_states", [])
@@ -169,16 +174,26 @@ class ExpertCheckpoints(ExpertSteps):
     def _load(self, path: Path, *, training: bool, trusted: bool) -> Loaded:
         assert self.lightning_module is not None
         together = Together(path, "loaded")
+        user = self._expert_state.user_groups
         with ExitStack() as stack:
             with together.stage():
-                reader = stack.enter_context(CheckpointReader(path))
-            if len(set(together.gather(reader.checksum))) > 1:
+                source: Source
+                checksum = ""
+                if path.is_file():
+                    groups = user.named() if user is not None else None
+                    source = open_file(path, trusted=trusted, user_groups=groups)
+                elif not is_checkpoint(resolve(path)) and (native := find_deepspeed(path)):
+                    source = open_deepspeed(native, trusted=trusted)
+                else:
+                    reader = stack.enter_context(CheckpointReader(path))
+                    source, checksum = DirectorySource(reader), reader.checksum
+            if len(set(together.gather(checksum))) > 1:
                 raise CheckpointError(
                     f"{path}: ranks see different checkpoints there. It was replaced at this"
                     " moment, or they don't share the file system."
                 )
             return load(
-                DirectorySource(reader),
+                source,
                 together,
                 engine=self.deepspeed_engine,
                 layers=self._expert_state.layers,
