@@ -1,8 +1,8 @@
 """Weights of a checkpoint that DeepSpeed wrote of a model with its own MoE layers.
 
 DeepSpeed writes one file of the dense weights and one for each (layer, expert), in the precision
-that the model computed with. The fp32 master copies and optimizer states lie in flat partitions of the
-ranks that saved, which DeepSpeed itself reads on the same ranks only; they are not loaded.
+that the model computed with. The fp32 master copies and optimizer states lie in flat partitions of
+the ranks that saved, which DeepSpeed itself reads on the same ranks only; they are not loaded.
 """
 
 from __future__ import annotations

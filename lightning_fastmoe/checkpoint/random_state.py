@@ -13,8 +13,9 @@ from torch import Tensor
 def random_state(device: torch.device) -> dict[str, Any]:
     """The generators of Python, NumPy, torch and the device, as plain data."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  the global one
+    kind, words, next_gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": (kind, np.asarray(words, dtype="<u4").tobytes(), next_gauss),
         "numpy": (name, np.asarray(keys, dtype="<u4").tobytes(), position, has_gauss, gauss),
         "torch": _to_bytes(torch.get_rng_state()),
     }
@@ -25,7 +26,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Restores :func:`random_state`; the generator of another kind of device is left alone."""
-    random.setstate(state["python"])
+    kind, data, next_gauss = state["python"]
+    random.setstate((kind, tuple(np.frombuffer(data, dtype="<u4").tolist()), next_gauss))
     name, keys, position, has_gauss, gauss = state["numpy"]
     words = np.frombuffer(keys, dtype="<u4")
     np.random.set_state((name, words, position, has_gauss, gauss))  # noqa: NPY002
