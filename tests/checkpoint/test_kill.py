@@ -18,7 +18,7 @@ KILLED = {"kill": -9, "term": -15}
 
 @pytest.mark.parametrize(
     ("how", "replacing", "stride"),
-    [("kill", "exchange", 1), ("kill", "renames", 1), ("term", "exchange", 5)],
+    [("kill", "exchange", 1), ("kill", "renames", 2), ("term", "exchange", 5)],
 )
 def test_killed_at_every_step_of_a_save(tmp_path, how, replacing, stride):
     options = [str(tmp_path), how, replacing, str(stride)]

@@ -25,13 +25,23 @@ class Layout:
     world: int
     ep: int
     stage: int
+    precision: str = "32-true"
+    exclude_frozen: bool = False
 
     def __str__(self) -> str:
         return f"world{self.world}-ep{self.ep}-zero{self.stage}"
 
     def case(self) -> Case:
         """The same run on any layout: the load-balancing loss, which is not linear, is off."""
-        return Case(self.world, self.ep, self.stage, coefficients=(0.0, 0.001), steps=STEPS)
+        return Case(
+            self.world,
+            self.ep,
+            self.stage,
+            coefficients=(0.0, 0.001),
+            steps=STEPS,
+            precision=self.precision,
+            extra={"exclude_frozen_parameters": self.exclude_frozen},
+        )
 
 
 LAYOUTS = [

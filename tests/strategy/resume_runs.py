@@ -171,6 +171,11 @@ def resume(case: Case, path: str) -> tuple[str, str]:
     return error_of(fit, case, "cosine", STEPS, 7, None, path)
 
 
+def resume_all(case: Case, paths: list[str]) -> list[tuple[str, str]]:
+    """The errors that this rank gets, path by path."""
+    return [resume(case, path) for path in paths]
+
+
 class WithObject(Resumed):
     """Puts something into the checkpoint that is not plain data."""
 

@@ -9,7 +9,7 @@ from strategy.models import Case
 
 from lightning_fastmoe.checkpoint import CheckpointReader
 
-MIDDLES = {2: "two of three batches of the first step", 4: "after a step and a batch", 10: "again"}
+MIDDLES = {2: "two of three batches of the first step", 11: "and in the second epoch"}
 """After so many batches."""
 
 
@@ -23,10 +23,8 @@ CASES = [
     case_of(stage=3),
     case_of(stage=1, precision="bf16-mixed"),
     case_of(stage=2, precision="bf16-mixed"),
-    case_of(stage=3, precision="bf16-true"),
     case_of(stage=2, extra={"offload_optimizer": True}),
     case_of(stage=3, extra={"offload_optimizer": True}),
-    case_of(world=4, stage=1),
 ]
 
 
@@ -58,10 +56,8 @@ def gradients_in(path) -> set[str]:
 PAIRS = [
     (case_of(4, 2, 1), case_of(2, 2, 1)),
     (case_of(2, 1, 1), case_of(4, 4, 2)),
-    (case_of(4, 2, 1), case_of(1, 1, 3)),
     (case_of(2, 2, 2), case_of(4, 2, 1)),
     (case_of(4, 4, 3), case_of(2, 1, 2)),
-    (case_of(1, 1, 2), case_of(4, 2, 3)),
 ]
 
 

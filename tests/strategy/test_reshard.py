@@ -108,3 +108,31 @@ def assert_same_content(path: Path, again: Path) -> None:
     assert about["scalars"]["net.embed.weight"]["step"] == runs.SAVED
     for key, value in about.items():
         assert same(about_found[key], value), key
+
+
+def test_frozen_parameters_can_be_left_out(rank_pool, tmp_path):
+    before = Layout(2, 2, 2, exclude_frozen=True)
+    after = Layout(2, 1, 3, exclude_frozen=True)
+    path, again = tmp_path / "a.ckpt", tmp_path / "again.ckpt"
+    rank_pool.run(runs.straight, 2, before, str(path))
+    rank_pool.run(runs.resumed, 2, after, str(path), str(again))
+    frozen = {f"net.{name}" for name in runs.FROZEN}
+    for file in (path, again):
+        with CheckpointReader(file) as reader:
+            assert set(reader.manifest.excluded) == frozen
+            assert not {f"weights/{name}" for name in frozen} & reader.manifest.tensors.keys()
+            assert "weights/net.norm.bias" in reader.manifest.tensors
+
+
+def test_another_precision_keeps_the_master_weights(rank_pool, tmp_path):
+    before, after = Layout(2, 2, 2, "bf16-mixed"), Layout(1, 1, 3)
+    path, again = tmp_path / "a.ckpt", tmp_path / "again.ckpt"
+    rank_pool.run(runs.straight, 2, before, str(path))
+    rank_pool.run(runs.resumed, 1, after, str(path), str(again))
+    (expected, _), (found, _) = content(path), content(again)
+    name = "weights/net.moes.1.experts.up_proj"
+    assert expected[name].dtype == torch.float32
+    assert not torch.equal(expected[name], expected[name].bfloat16().float())
+    for name, tensor in expected.items():
+        if "norm.weight" not in name and "up_bias" not in name:  # frozen: no master, as they are
+            assert torch.equal(found[name], tensor), name
