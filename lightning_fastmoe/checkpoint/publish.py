@@ -1,9 +1,11 @@
 """A checkpoint appears whole or not at all, and replaces another without a gap.
 
-``NAME`` is written as ``.NAME.fastmoe-saving`` beside it. Where the system can exchange two names
-(Linux, local file systems), the new directory and an older ``NAME`` swap names in one step.
-Elsewhere (NFS) the older one first becomes ``.NAME.fastmoe-old``; if the machine stops between the
-two renames, loading ``NAME`` finds the complete new one, and the next save puts it in its place.
+``NAME`` is written as ``.NAME.fastmoe-saving-TOKEN`` beside it, with a token that was never used:
+the machines of a network file system may remember for a while what a name meant before. Where the
+system can exchange two names (Linux, local file systems), the new directory and an older ``NAME``
+swap names in one step. Elsewhere (NFS) the older one first becomes ``.NAME.fastmoe-old``; if the
+machine stops between the two renames, loading ``NAME`` finds the complete new one, and the next save
+puts it in its place.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
@@ -25,15 +28,24 @@ from lightning_fastmoe.checkpoint.files import FILE_NAME, fsync_directory
 from lightning_fastmoe.checkpoint.manifest import CHECKSUM, MANIFEST
 from lightning_fastmoe.errors import CheckpointError
 
-_HIDDEN = re.compile(r"\.(.+)\.fastmoe-(saving|old|removed|lock)", re.DOTALL)
+_HIDDEN = re.compile(r"\.(.+)\.fastmoe-(saving-[0-9a-f]{8}|old|removed|lock)", re.DOTALL)
 _EXCHANGE = 2
 _AT_FDCWD = -100
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def saving_name(path: Path) -> Path:
-    """The directory in which a save to ``path`` is prepared; all ranks derive it alike."""
-    return path.with_name(f".{path.name}.fastmoe-saving")
+def saving_name(path: Path, token: str) -> Path:
+    """The directory in which a save to ``path`` is prepared."""
+    return path.with_name(f".{path.name}.fastmoe-saving-{token}")
+
+
+def _saving(path: Path) -> list[Path]:
+    """The directories that saves to ``path`` have left."""
+    if not path.parent.is_dir():
+        return []
+    beginning = saving_name(path, "").name
+    found = [name for name in os.listdir(path.parent) if name.startswith(beginning)]
+    return [path.with_name(name) for name in sorted(found) if _HIDDEN.fullmatch(name)]
 
 
 def _old_name(path: Path) -> Path:
@@ -53,6 +65,10 @@ class Publication:
     Args:
         path: what the checkpoint will be called.
 
+    Attributes:
+        token: with it, other ranks find the directory by :func:`saving_name`.
+        directory: to be written into.
+
     Raises:
         CheckpointError: if another process is saving to the same name, or if what is there is no
             checkpoint and would be deleted.
@@ -61,7 +77,8 @@ class Publication:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.directory = saving_name(path)
+        self.token = secrets.token_hex(4)
+        self.directory = saving_name(path, self.token)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock: _Lock | None = _Lock(path)
         try:
@@ -107,10 +124,10 @@ def resolve(path: Path) -> Path:
     """Where the checkpoint of that name lies: elsewhere only if a save died between two renames."""
     if path.exists():
         return path
-    old, saving = _old_name(path), saving_name(path)
+    old = _old_name(path)
     if not old.is_dir():
         return path
-    return saving if _is_complete(saving) else old
+    return next(filter(_is_complete, _saving(path)), old)
 
 
 def remove(path: Path) -> None:
@@ -148,10 +165,10 @@ def _is_complete(directory: Path) -> bool:
 
 def _recover(path: Path) -> None:
     """Finishes or undoes what a dead save to ``path`` left; the lock is held."""
-    old, saving = _old_name(path), saving_name(path)
+    old = _old_name(path)
     if old.exists() and not path.exists():
-        os.rename(saving if _is_complete(saving) else old, path)
-    for left in (old, saving, path.with_name(f".{path.name}.fastmoe-removed")):
+        os.rename(next(filter(_is_complete, _saving(path)), old), path)
+    for left in (old, *_saving(path), path.with_name(f".{path.name}.fastmoe-removed")):
         if os.path.lexists(left):
             _delete(left)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -119,6 +122,7 @@ def take_snapshot(
             "extra_state": {k: v for k, v in model.extra().items() if not isinstance(v, Tensor)},
         }
         snapshot.small |= pack_state(state)
+        _warn_of_objects(snapshot.small)
         snapshot.manifest = Manifest(
             written_by=f"lightning_fastmoe {_version()}",
             contents=("weights", "optimizer") if with_optimizer else ("weights",),
@@ -149,8 +153,9 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
         with together.stage():
             if together.rank == 0:
                 publication = Publication(path)
+        token = together.gather(publication.token if publication is not None else "")[0]
         with together.stage():
-            directory = saving_name(path)
+            directory = saving_name(path, token)
             written = write_rank(directory, together.rank, snapshot.pieces, snapshot.small)
         everything = together.gather(written)
         with together.stage():
@@ -161,6 +166,20 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
         if publication is not None:
             publication.abort()
         raise
+
+
+def _warn_of_objects(small: Mapping[str, bytes]) -> None:
+    """Says today what would be refused on the day when the checkpoint is needed."""
+    for name, content in small.items():
+        if name.endswith(".pt"):
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(BytesIO(content))
+            if unsafe:
+                warnings.warn(
+                    f"The checkpoint holds objects that are not plain data ({', '.join(unsafe)})."
+                    " Loading it will need torch.serialization.add_safe_globals([...]) or"
+                    " FastMoEStrategy(trust_checkpoints=True).",
+                    stacklevel=2,
+                )
 
 
 def _weights(model: ModelMap, share: ZeroShare, excluded: set[str]) -> Iterator[OwnedPiece]:

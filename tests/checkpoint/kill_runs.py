@@ -135,7 +135,10 @@ def main(directory: Path, how: str, exchange: bool, stride: int) -> dict[str, An
     totals = [int((directory / str(rank)).read_text()) for rank in range(RANKS)]
     result: dict[str, Any] = {"steps": totals, "clean": seed_of(path, range(2)), "trials": []}
     for victim in range(RANKS):
-        for at in range(victim % stride, totals[victim], stride):
+        steps = range(victim % stride, totals[victim], stride)
+        if not exchange:  # up to there nothing differs
+            steps = range(totals[0] // 2 if victim == 0 else totals[1], totals[victim])
+        for at in steps:
             write_sample(path, make_tensors(0))
             publish.remove(path.parent / "other.ckpt")
             codes = trial(path, 1, victim, at, how, directory)

@@ -139,7 +139,7 @@ BETWEEN = """
 publish.exchange = lambda a, b: False
 rename = publish.os.rename
 def renaming(a, b):
-    if str(a).endswith("saving"):
+    if "saving" in str(a):
         stop()
     rename(a, b)
 publish.os.rename = renaming
@@ -156,8 +156,10 @@ def test_a_save_that_died_is_never_seen_and_cleared_by_the_next(tmp_path):
     path = write_sample(tmp_path / "last.ckpt")
     killed(path, WHILE_WRITING)
     assert seed_of(path) == 0
-    assert hidden(tmp_path) == [".last.ckpt.fastmoe-lock", ".last.ckpt.fastmoe-saving"]
-    assert not is_checkpoint(tmp_path / ".last.ckpt.fastmoe-saving")
+    lock, saving = hidden(tmp_path)
+    assert lock == ".last.ckpt.fastmoe-lock"
+    assert saving.startswith(".last.ckpt.fastmoe-saving-")
+    assert not is_checkpoint(tmp_path / saving)
     write_sample(tmp_path / "another.ckpt", make_tensors(2))
     assert hidden(tmp_path) == []
     assert seed_of(path) == 0
