@@ -4,8 +4,8 @@
 the machines of a network file system may remember for a while what a name meant before. Where the
 system can exchange two names (Linux, local file systems), the new directory and an older ``NAME``
 swap names in one step. Elsewhere (NFS) the older one first becomes ``.NAME.fastmoe-old``; if the
-machine stops between the two renames, loading ``NAME`` finds the complete new one, and the next save
-puts it in its place.
+machine stops between the two renames, loading ``NAME`` finds the complete new one, and the next
+save puts it in its place.
 """
 
 from __future__ import annotations
