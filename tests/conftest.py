@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_fastmoe.testing import RankPool
+
 ROOT = Path(__file__).parent
 POISONED = ("ops", "nn")
 """Folders whose tests run with poisoned memory unless marked poisoned(False)."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-pairs",
+        action="store_true",
+        help="resume from and to every topology (324 pairs, half an hour), not from a few",
+    )
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """Ranks in worker processes, started once for the whole session."""
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 def pytest_configure(config: pytest.Config) -> None:

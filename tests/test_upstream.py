@@ -36,11 +36,13 @@ NAMES = [
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._link_all_hp_params",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._wait_for_offload_copies",
-    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._set_fp32_optimizer_param_groups",
-    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._clear_fp32_optimizer_param_groups",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_param_gradient_attribute",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
+    "_build_compact_grad_partition_buffer",
+    "deepspeed.utils.groups:_get_expert_data_parallel_group",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
     "_reassign_or_swap_out_partitioned_parameters",
-    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_prologue",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue",
     # Lightning
     "pytorch_lightning.core.optimizer:_init_optimizers_and_lr_schedulers",
@@ -53,6 +55,7 @@ NAMES = [
     "pytorch_lightning.strategies:DeepSpeedStrategy._auto_select_batch_size",
     "pytorch_lightning.strategies:DeepSpeedStrategy._init_config_if_needed",
     "pytorch_lightning.loops.fit_loop:_FitLoop._should_accumulate",
+    "pytorch_lightning.loops.fit_loop:_FitLoop.restarted_mid_epoch",
     "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop._build_kwargs",
     "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop._build_step_args_from_hook_kwargs",
     "pytorch_lightning.loops.prediction_loop:_PredictionLoop._build_kwargs",
@@ -77,6 +80,23 @@ SOURCES = {
         "self.expert_dp_process_group[param.group_name]",
         "tensor.div_(dist.get_world_size(group=self.dp_process_group)",
     ],
+    # Where partitions and half accumulated gradients lie.
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": [
+        "self.round_robin_bit16_offsets",
+        "self.round_robin_bit16_meta",
+        "self.single_partition_of_fp32_groups",
+        "self.params_in_partition",
+        "self.all_grad_tensors[i]",
+        "self.accumulated_grads_in_cpu[param_id]",
+        "if self.micro_step_id > 0",
+    ],
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": [
+        "self.fp32_partitioned_groups_flat",
+        "self.sub_group_to_group_id",
+        "self.__param_id_to_grad_partition[param.ds_id]",
+        "if self.micro_step_id == 0:  # don't accumulate",
+    ],
+    "deepspeed.runtime.zero.partition_parameters:Init": ["param.ds_zero_partition_rank ="],
     # Lightning divides the loss, so the engine must not.
     "pytorch_lightning.loops.optimization.automatic:_AutomaticOptimization._training_step": [
         "trainer.accumulate_grad_batches"

@@ -1,146 +1,244 @@
-"""A rank's share of a ZeRO optimizer's state, as plain tensors; the private API in one place."""
+"""Where ZeRO keeps this rank's share of the state; DeepSpeed's private names in one place."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
-
-from lightning_fastmoe.errors import CheckpointError
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class ZeroState(Protocol):
-    """Reads and writes what ZeRO keeps on this rank."""
+@dataclass(frozen=True)
+class Fragment:
+    """An interval of a parameter in a flat partition.
 
-    partitions_parameters: bool
+    Attributes:
+        name: of the parameter.
+        start: in this rank's part of the parameter, in elements.
+        length: number of elements.
+        offset: where it lies in the flat partition.
+    """
 
-    def parameters(self) -> dict[str, Tensor]:
-        """ZeRO 3: name -> this rank's partition."""
-        ...
-
-    def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
-        """Restores :meth:`parameters`; those in ``without`` were not saved and stay as they are."""
-        ...
-
-    def layout(self, names: dict[int, str]) -> list[list[list[Any]]]:
-        """Name and shape of each parameter, in the order of each flat group of this rank.
-
-        Args:
-            names: ``id(parameter)`` -> name.
-        """
-        ...
-
-    def optimizer(self) -> dict[str, Any]:
-        """fp32 master weights, the inner optimizer's state and the loss scaler's."""
-        ...
-
-    def load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Restores :meth:`optimizer`, and the model's weights from the master weights."""
-        ...
+    name: str
+    start: int
+    length: int
+    offset: int
 
 
-def zero_state_of(engine: Any) -> ZeroState:
-    """The reader for the engine's ZeRO stage."""
-    if engine.zero_optimization_partition_weights():
-        return _Zero3(engine)
-    return _Zero12(engine)
+@dataclass
+class FlatPartition:
+    """A flat tensor that the inner optimizer updates: this rank's share of a group of parameters.
+
+    Attributes:
+        master: the tensor, in the precision of the optimizer.
+        fragments: what lies in it; the rest is padding.
+        names: all parameters that share its optimizer state, whether this rank has a share or not.
+        group: the inner optimizer's group; its options apply.
+        inner: the optimizer that holds its state.
+    """
+
+    master: Tensor
+    fragments: list[Fragment]
+    names: list[str]
+    group: dict[str, Any]
+    inner: torch.optim.Optimizer
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state, empty before its first step."""
+        return dict(self.inner.state.get(self.master, {}))
+
+    def view(self, tensor: Tensor, fragment: Fragment) -> Tensor:
+        """The part of a tensor laid out like ``master`` that belongs to a fragment."""
+        return tensor.detach()[fragment.offset : fragment.offset + fragment.length]
 
 
-class _Zero12:
-    partitions_parameters = False
+@dataclass(frozen=True)
+class LooseParameter:
+    """A parameter that no optimizer partition holds: frozen, not optimized, or of an evaluation.
 
-    def __init__(self, engine: Any) -> None:
+    Attributes:
+        name: of the parameter.
+        data: flat, what this rank has of it; writing to it changes the parameter.
+        start: where ``data`` begins in this rank's part of the parameter.
+        share: (start, length) in ``data`` of what this rank writes of it; replicas write the rest.
+        origin: the parameter, where ``data`` is a copy because its memory is not in order.
+    """
+
+    name: str
+    data: Tensor
+    start: int
+    share: tuple[int, int]
+    origin: nn.Parameter | None = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """After ``data`` was written to."""
+        if self.origin is not None:
+            self.origin.copy_(self.data.view(self.origin.shape))
+
+
+@dataclass
+class ZeroShare:
+    """Everything that this rank has of the parameters and their optimizer state."""
+
+    flats: list[FlatPartition] = field(default_factory=list)
+    loose: list[LooseParameter] = field(default_factory=list)
+
+
+class ZeroState:
+    """Reads and writes what ZeRO keeps on this rank.
+
+    Args:
+        engine: the DeepSpeed engine.
+        names: ``id(parameter)`` -> name, of the whole model.
+    """
+
+    def __init__(self, engine: Any, names: dict[int, str]) -> None:
+        self.engine, self.names = engine, names
         self.zero = engine.optimizer
+        self.partitions_parameters = bool(engine.zero_optimization_partition_weights())
+        # After validation the engine has no optimizer that trains.
+        self.trains = engine.basic_optimizer is not None
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {}
+    def share(self) -> ZeroShare:
+        """What this rank has at the moment."""
+        result = ZeroShare()
+        if self.trains:
+            if not self.partitions_parameters:
+                self.zero._wait_for_offload_copies()
+            flats = self._flats_3() if self.partitions_parameters else self._flats_12()
+            result.flats = list(flats)
+        held = {name for flat in result.flats for name in flat.names}
+        for parameter in self.engine.module.parameters():
+            name = self.names[id(parameter)]
+            if name not in held:
+                result.loose.append(self._loose(name, parameter))
+        return result
 
-    def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
-        raise NotImplementedError("ZeRO 1 and 2 load whole parameters through the module")
-
-    def layout(self, names: dict[int, str]) -> list[list[list[Any]]]:
-        return [[[names[id(p)], *p.shape] for p in group] for group in self.zero.bit16_groups]
-
-    def optimizer(self) -> dict[str, Any]:
-        self.zero._wait_for_offload_copies()
-        return {
-            "inner": self.zero.optimizer.state_dict(),
-            "master": [t.detach() for t in self.zero.single_partition_of_fp32_groups],
-            "scaler": _scaler_state(self.zero.loss_scaler),
-        }
-
-    def load_optimizer(self, saved: dict[str, Any]) -> None:
-        self.zero._wait_for_offload_copies()
-        self.zero.optimizer.load_state_dict(saved["inner"])
-        _copy_all(self.zero.single_partition_of_fp32_groups, saved["master"])
-        _load_scaler(self.zero.loss_scaler, saved["scaler"])
-        # The weights of the model are copies of the master weights; without this the old ones
-        # would train on.
-        self.zero.update_lp_params()
-        self.zero._link_all_hp_params()
-
-
-class _Zero3:
-    partitions_parameters = True
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.zero = engine.optimizer
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {n: p.ds_tensor.detach().clone() for n, p in self.engine.module.named_parameters()}
-
-    def load_parameters(self, saved: dict[str, Tensor], strict: bool, without: list[str]) -> None:
-        own = dict(self.engine.module.named_parameters())
-        if strict and (missing := (own.keys() ^ saved.keys()) - set(without)):
-            raise CheckpointError(
-                f"Parameters {sorted(missing)} are in only one of checkpoint and model. Set"
-                " strict_loading=False on the LightningModule to load what matches."
-            )
-        for name in own.keys() & saved.keys():
-            parameter = own[name]
-            if parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()
-            parameter.ds_tensor.copy_(saved[name])
-
-    def layout(self, names: dict[int, str]) -> list[list[list[Any]]]:
-        return [[[names[id(p)], *p.ds_shape] for p in group] for group in self.zero.fp16_groups]
-
-    def optimizer(self) -> dict[str, Any]:
-        self.zero._set_fp32_optimizer_param_groups()
-        inner = self.zero.optimizer.state_dict()
-        self.zero._clear_fp32_optimizer_param_groups()
-        return {
-            "inner": inner,
-            "master": [t.detach() for t in self.zero.fp32_partitioned_groups_flat],
-            "scaler": _scaler_state(self.zero.loss_scaler),
-        }
-
-    def load_optimizer(self, saved: dict[str, Any]) -> None:
+    def _flats_12(self) -> Iterator[FlatPartition]:
         zero = self.zero
-        zero.checkpoint_event_prologue()
-        zero._set_fp32_optimizer_param_groups()
-        zero.optimizer.load_state_dict(saved["inner"])
-        zero._clear_fp32_optimizer_param_groups()
-        _copy_all(zero.fp32_partitioned_groups_flat, saved["master"])
-        _load_scaler(zero.loss_scaler, saved["scaler"])
-        for i in range(len(zero.fp32_partitioned_groups_flat)):
-            zero._reassign_or_swap_out_partitioned_parameters(i)
-        zero.checkpoint_event_epilogue()
+        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+            size = master.numel()
+            begin = dist.get_rank(group=zero.real_dp_process_group[i]) * size
+            names, fragments = [], []
+            rows = zip(
+                zero.round_robin_bit16_groups[i],
+                zero.round_robin_bit16_meta[i],
+                zero.round_robin_bit16_offsets[i],
+                strict=True,
+            )
+            for parameter, meta, offset in rows:
+                name = self.names[id(parameter)]
+                names.append(name)
+                first = max(offset, begin)
+                last = min(offset + meta.numel(), begin + size)
+                if first < last:
+                    piece = Fragment(name, first - offset, last - first, first - begin)
+                    fragments.append(piece)
+            group = zero.optimizer.param_groups[min(i, len(zero.optimizer.param_groups) - 1)]
+            yield FlatPartition(master, fragments, names, group, zero.optimizer)
+
+    def _flats_3(self) -> Iterator[FlatPartition]:
+        zero = self.zero
+        for i, master in enumerate(zero.fp32_partitioned_groups_flat):
+            offset = 0
+            names, fragments = [], []
+            for parameter in zero.fp16_groups[i]:
+                name = self.names[id(parameter)]
+                names.append(name)
+                start, length = _partition(parameter)
+                if length:
+                    fragments.append(Fragment(name, start, length, offset))
+                offset += parameter.partition_numel()
+            inner = zero.optimizer
+            backup = getattr(zero, "backup_optimizer", None)
+            if backup is not None and master in backup.state:
+                inner = backup
+            groups = zero.optimizer.param_groups
+            group = groups[min(zero.sub_group_to_group_id[i], len(groups) - 1)]
+            yield FlatPartition(master, fragments, names, group, inner)
+
+    def _loose(self, name: str, parameter: nn.Parameter) -> LooseParameter:
+        if self.partitions_parameters:
+            start, length = _partition(parameter)
+            data: Any = parameter
+            flat = data.ds_tensor.detach().view(-1)[:length]
+            return LooseParameter(name, flat, start, (0, length))
+        flat = parameter.detach().contiguous().view(-1)
+        origin = None if parameter.is_contiguous() else parameter
+        share = _even_share(flat.numel(), self.replicas(parameter))
+        return LooseParameter(name, flat, 0, share, origin)
+
+    def replicas(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(this rank's place, number) among the ranks that hold the same parameter."""
+        group = None
+        if not getattr(parameter, "allreduce", True):
+            from deepspeed.utils import groups
+
+            group = groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+        return dist.get_rank(group=group), dist.get_world_size(group=group)
+
+    # ------------------------------------------------------------------------------- after loading
+
+    def begin_loading(self) -> None:
+        """Before anything is written into the share."""
+        if self.partitions_parameters:
+            for parameter in self.engine.module.parameters():
+                if parameter.ds_status.name == "AVAILABLE":
+                    parameter.partition()
+
+    @torch.no_grad()
+    def finish_loading(self) -> None:
+        """Derives the weights that the model computes with from the master copies.
+
+        Without this the old ones would train on.
+        """
+        zero = self.zero
+        if self.partitions_parameters:
+            if self.trains:
+                for i in range(len(zero.fp32_partitioned_groups_flat)):
+                    zero._reassign_or_swap_out_partitioned_parameters(i)
+            if hasattr(zero, "checkpoint_event_epilogue"):
+                zero.checkpoint_event_epilogue()
+            elif zero is not None:
+                persistent = zero.persistent_parameters
+                if persistent:
+                    persistent[0].all_gather(persistent)
+        elif self.trains:
+            zero.update_lp_params()
+            zero._link_all_hp_params()
+            # The lazily made link to optimizer states may point to tensors that were replaced.
+            zero._hp_optimizer_states_linked = False
+
+    def scaler(self) -> dict[str, float]:
+        """The loss scaler's state."""
+        scaler = self.zero.loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
+
+    def load_scaler(self, saved: dict[str, float]) -> None:
+        """Restores :meth:`scaler`; another precision has another one, which keeps its own."""
+        scaler = self.zero.loss_scaler
+        if saved.keys() == self.scaler().keys():
+            for name, value in saved.items():
+                setattr(scaler, name, value)
 
 
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.data.copy_(source)
+def _partition(parameter: Any) -> tuple[int, int]:
+    """(start, length without padding) of this rank's ZeRO 3 partition."""
+    size = parameter.partition_numel()
+    start = parameter.ds_zero_partition_rank * size
+    return start, max(0, min(size, parameter.ds_numel - start))
 
 
-def _scaler_state(scaler: Any) -> dict[str, float]:
-    return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
-
-
-def _load_scaler(scaler: Any, saved: dict[str, float]) -> None:
-    for name, value in saved.items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+def _even_share(numel: int, replica: tuple[int, int]) -> tuple[int, int]:
+    rank, count = replica
+    each = math.ceil(numel / count)
+    start = min(rank * each, numel)
+    return start, min(each, numel - start)

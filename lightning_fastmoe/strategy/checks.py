@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
@@ -94,3 +94,18 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"precision={plugin.precision!r} is not supported on the CPU. Use '32-true',"
             " 'bf16-mixed' or 'bf16-true'."
         )
+
+
+def check_links(trainer: pl.Trainer) -> None:
+    """Refuses links to checkpoints that are still being written.
+
+    Raises:
+        ConfigError: if a callback makes them.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
+            raise ConfigError(
+                "ModelCheckpoint(save_last='link') would link 'last' to a checkpoint that is still"
+                " being written with async_checkpoint=True, and a crash would leave no last one."
+                " Use save_last=True."
+            )

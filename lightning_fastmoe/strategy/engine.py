@@ -69,11 +69,15 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     Args:
         expert_state: the layers and how to treat them.
         kwargs: as for the base class.
+
+    Attributes:
+        mid_accumulation: whether there are gradients that wait for more before a step.
     """
 
     def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
         self.expert_state = expert_state
         self._awaits_step = False
+        self.mid_accumulation = False
         super().__init__(**kwargs)
         if self.basic_optimizer is not None:
             name_groups_apart(self.basic_optimizer)
@@ -115,13 +119,14 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " add the losses and call backward once."
             )
         self._awaits_step = bool(self.is_gradient_accumulation_boundary())
+        self.mid_accumulation = not self._awaits_step
         kwargs["scale_wrt_gas"] = False
         with self.expert_state.loss_scale.of(loss):
             return super().backward(loss, *args, **kwargs)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         state = self.expert_state
-        self._awaits_step = False
+        self._awaits_step = self.mid_accumulation = False
         if state.user_groups is not None:
             state.user_groups.push()
         bad = self._nonfinite_layers()

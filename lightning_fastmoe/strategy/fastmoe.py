@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fastmoe.checkpoint import rank_local
 from lightning_fastmoe.distributed import (
     ExpertMesh,
     ExpertSpreader,
@@ -30,7 +29,13 @@ from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import Placement, expert_placement
-from lightning_fastmoe.strategy.checks import check_arguments, check_objects, check_trainer
+from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
+from lightning_fastmoe.strategy.checks import (
+    check_arguments,
+    check_links,
+    check_objects,
+    check_trainer,
+)
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
@@ -45,7 +50,6 @@ from lightning_fastmoe.strategy.experts import (
     tag_experts,
 )
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
-from lightning_fastmoe.strategy.steps import ExpertSteps
 from lightning_fastmoe.strategy.uneven import UnevenData
 
 _ENGINE = "_fastmoe_engine"
@@ -59,7 +63,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class FastMoEStrategy(ExpertSteps):
+class FastMoEStrategy(ExpertCheckpoints):
     """Trains mixture-of-experts models: experts split over ranks, the rest by DeepSpeed ZeRO.
 
     Every ``MoE`` layer of the model has its experts divided over ``expert_parallel_size``
@@ -78,6 +82,12 @@ class FastMoEStrategy(ExpertSteps):
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
             "ignore" does not look (ZeRO itself drops a step whose gradient norm is not finite, in
             fp32 and fp16).
+        verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
+        trust_checkpoints: also unpickle objects that are not plain data (of callbacks, say) from
+            checkpoints. That can run any code: only for checkpoints whose origin you trust.
+        async_checkpoint: copy the state into the host's memory and write it while training goes on.
+            Needs that much memory, once. An error surfaces at the next step; the end of a run waits
+            for the last checkpoint.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -91,6 +101,9 @@ class FastMoEStrategy(ExpertSteps):
         expert_parallel_size: int | Literal["auto"] = "auto",
         stage: int = 2,
         nonfinite: NonFinitePolicy = "raise",
+        verify_checkpoints: bool = True,
+        trust_checkpoints: bool = False,
+        async_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(expert_parallel_size, nonfinite, kwargs)
@@ -102,6 +115,9 @@ class FastMoEStrategy(ExpertSteps):
         check_deepspeed_config(self.config)
         self.expert_parallel_size = expert_parallel_size
         self._nonfinite = nonfinite
+        self.verify_checkpoints = verify_checkpoints
+        self.trust_checkpoints = trust_checkpoints
+        self.async_checkpoint = async_checkpoint
         self._spreader: ExpertSpreader | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
@@ -147,6 +163,7 @@ class FastMoEStrategy(ExpertSteps):
         return self._spreader
 
     @property
+    @override
     def expert_mesh(self) -> ExpertMesh:
         """The expert parallel and expert data parallel groups.
 
@@ -187,6 +204,8 @@ class FastMoEStrategy(ExpertSteps):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        if self.async_checkpoint:
+            check_links(trainer)
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
         check_deepspeed_config(self.config)
@@ -292,59 +311,6 @@ class FastMoEStrategy(ExpertSteps):
     def _device_rank(self) -> int:
         index = self.root_device.index
         return self.local_rank if index is None else index
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Empty: each rank writes its weights in :meth:`save_checkpoint`."""
-        return {}
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Empty: as for the weights."""
-        return {}
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
-    ) -> None:
-        if storage_options is not None:
-            raise ConfigError(
-                "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
-                " files into a directory. Drop the argument."
-            )
-        rank_local.save(
-            self.broadcast(filepath),
-            engine=self.deepspeed_engine,
-            topology=self._topology(),
-            client_state=checkpoint,
-            user_groups=self._expert_state.user_groups,
-            exclude_frozen=self.exclude_frozen_parameters,
-        )
-
-    @override
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return rank_local.load(
-            self.broadcast(checkpoint_path),
-            engine=self.deepspeed_engine,
-            topology=self._topology(),
-            training=bool(self.lightning_module.trainer.training),
-            strict=self.lightning_module.strict_loading,
-            weights_only=weights_only,
-            user_groups=self._expert_state.user_groups,
-        )
-
-    def _topology(self) -> rank_local.Topology:
-        assert isinstance(self.config, dict)
-        return rank_local.Topology(
-            world_size=self.world_size,
-            expert_parallel_size=self.expert_mesh.ep_size,
-            stage=self.config["zero_optimization"]["stage"],
-            precision=str(self.precision_plugin.precision),
-            num_experts={n: layer.num_experts for n, layer in self._expert_state.layers.items()},
-        )
 
     @override
     def teardown(self) -> None:

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_fastmoe.checkpoint.optimizer_state import (
+    NamedGroup,
+    by_parameter,
+    common,
+    options_of,
+    restored,
+)
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.strategy.experts import is_tagged
-
-_NOT_PUSHED = ("params", "name", "moe")
 
 
 class UserParamGroups(Optimizer):
@@ -29,11 +34,14 @@ class UserParamGroups(Optimizer):
     optimizers and schedulers' optimizers (LearningRateMonitor) see one, not two.
     """
 
-    def __new__(cls, optimizer: Optimizer) -> UserParamGroups:
+    def __new__(
+        cls, optimizer: Optimizer, names: Mapping[int, str] | None = None
+    ) -> UserParamGroups:
         """An instance of a subclass named like the optimizer's: monitors show the class name."""
         return object.__new__(type(type(optimizer).__name__, (cls,), {}))
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, names: Mapping[int, str] | None = None) -> None:
+        self._names = names or {}
         # Not super().__init__(): that would add hooks and validate groups a second time.
         self._real = optimizer
         self.defaults = optimizer.defaults
@@ -89,14 +97,23 @@ class UserParamGroups(Optimizer):
                     self._real.param_groups[j][key] = value
             self._pushed[j] = now
 
-    def hyperparameters(self) -> list[dict[str, Any]]:
-        """The groups without their parameters, for a checkpoint."""
-        return [self._hyperparameters(i) for i in range(len(self.param_groups))]
+    def named(self) -> list[NamedGroup]:
+        """The groups by the names of their parameters, for a checkpoint."""
+        return [
+            NamedGroup([self._names[id(p)] for p in group["params"]], options_of(group))
+            for group in self.param_groups
+        ]
 
-    def load_hyperparameters(self, groups: list[dict[str, Any]]) -> None:
-        """Restores :meth:`hyperparameters`; the real optimizer has restored its own."""
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update(saved)
+    def load_named(self, rows: list[dict[str, Any]], where: object) -> None:
+        """Restores :meth:`named`; the real optimizer has restored its own.
+
+        Raises:
+            CheckpointError: if parameters that are in one group here had different options.
+        """
+        saved = by_parameter(rows, "options")
+        for group, own in zip(self.param_groups, self.named(), strict=True):
+            options = common(own.params, saved, "the optimizer options", where) or {}
+            group.update({k: restored(v, group.get(k)) for k, v in options.items()})
         self._pushed = [self._hyperparameters(i) for i in self._sources]
 
     @property
@@ -106,12 +123,7 @@ class UserParamGroups(Optimizer):
 
     def _hyperparameters(self, index: int) -> dict[str, Any]:
         # Schedulers write a learning rate that is a tensor in place, so a copy is compared.
-        group = self.param_groups[index]
-        return {
-            k: v.detach().clone() if isinstance(v, Tensor) else v
-            for k, v in group.items()
-            if k not in _NOT_PUSHED
-        }
+        return options_of(self.param_groups[index])
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -138,7 +150,7 @@ def split_expert_groups(
             there is none to be trained.
     """
     _check_membership(optimizer, names)
-    user = UserParamGroups(optimizer)
+    user = UserParamGroups(optimizer, names)
     groups: list[dict[str, Any]] = []
     sources: list[int] = []
     for i, group in enumerate(optimizer.param_groups):

@@ -1,0 +1,145 @@
+"""Writing in a thread while training goes on, from copies in the host's memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.saving import Snapshot, write
+from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.errors import CheckpointError
+
+
+class HostCopies:
+    """Copies of pieces in the host's memory, which is kept for the next save.
+
+    Memory into which a CUDA device copies by itself is pinned, which takes far longer than to copy.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, int], Tensor] = {}
+
+    def of(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with copies of its tensors: training may change them afterwards."""
+        pieces = [self._copy(piece) for piece in snapshot.pieces]
+        self._memory = {k: v for k, v in self._memory.items() if k in {_key(p) for p in pieces}}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return Snapshot(pieces, snapshot.small, snapshot.manifest)
+
+    def _copy(self, piece: OwnedPiece) -> OwnedPiece:
+        memory = self._memory.get(_key(piece))
+        parts = list(piece.parts())
+        if memory is None or (memory.numel(), memory.dtype) != (piece.length, piece.dtype):
+            pinned = any(part.is_cuda for part in parts)
+            memory = torch.empty(piece.length, dtype=piece.dtype, pin_memory=pinned)
+            self._memory[_key(piece)] = memory
+        position = 0
+        for part in parts:
+            target = memory[position : position + part.numel()]
+            target.copy_(part.detach(), non_blocking=True)
+            position += part.numel()
+        return OwnedPiece.of(piece.tensor, piece.shape, piece.start, memory)
+
+
+def _key(piece: OwnedPiece) -> tuple[str, int]:
+    return piece.tensor, piece.start
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time in a thread. All ranks create it, and call it, together.
+
+    It has groups of its own, of gloo: one in which the threads meet, one in which the ranks find
+    out whether all threads are done. So errors surface on all ranks at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._threads_group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo")
+        self._copies = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._afterwards: list[Callable[[], None]] = []
+
+    def submit(self, path: Path, snapshot: Snapshot) -> None:
+        """Copies the snapshot and begins to write it, after the save before is done.
+
+        Raises:
+            CheckpointError: that of the save before, on all ranks.
+        """
+        self.wait()
+        copy = self._copies.of(snapshot)
+        # Not a daemon: the interpreter waits for it before it ends.
+        self._thread = threading.Thread(
+            target=self._run, args=(path, copy), name="checkpoint", daemon=False
+        )
+        self._thread.start()
+
+    def _run(self, path: Path, snapshot: Snapshot) -> None:
+        try:
+            write(path, snapshot, self._threads_group)
+        except BaseException as error:  # raised where training can see it
+            self._error = error
+
+    def after_success(self, action: Callable[[], None]) -> None:
+        """Does something once the save in progress is on the disk; never if it fails."""
+        if self._thread is None:
+            action()
+        else:
+            self._afterwards.append(action)
+
+    def poll(self) -> None:
+        """Raises the error of a save that is over on all ranks.
+
+        Costs nothing unless a save is in progress, and then one number from each rank.
+
+        Raises:
+            CheckpointError: on all ranks.
+        """
+        if self._thread is None:
+            return
+        done = torch.tensor(0 if self._thread.is_alive() else 1)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._group)
+        if done:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save in progress is over.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        afterwards, self._afterwards = self._afterwards, []
+        if error is not None:
+            raise CheckpointError(f"A checkpoint was not written: {error}") from error
+        for action in afterwards:
+            action()
+
+
+class ForegroundWriter:
+    """The same for saves that are waited for."""
+
+    def submit(self, path: Path, snapshot: Snapshot) -> None:
+        """Writes a checkpoint."""
+        write(path, snapshot)
+
+    def after_success(self, action: Callable[[], Any]) -> None:
+        """Does something at once."""
+        action()
+
+    def poll(self) -> None:
+        """Does nothing."""
+
+    def wait(self) -> None:
+        """Does nothing."""

@@ -1,0 +1,123 @@
+"""Where a rank's parameters lie in the whole model: names, global shapes, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_fastmoe.errors import CheckpointError
+from lightning_fastmoe.nn import MoE
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter or buffer of this rank in the whole model.
+
+    Attributes:
+        name: the same on all ranks.
+        shape: of the whole tensor.
+        offset: where this rank's part begins in it, in elements.
+        numel: elements of this rank's part, which are contiguous.
+        is_expert: whether other ranks hold other experts of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    is_expert: bool
+
+
+@dataclass
+class ModelMap:
+    """The places of everything that a module's checkpoint holds.
+
+    Attributes:
+        module: the LightningModule.
+        parameters: name -> (parameter, its place).
+        buffers: name -> buffer; persistent ones.
+        tied: further name of a parameter -> its first.
+        names: ``id(parameter)`` -> name.
+        num_experts: name of every MoE layer, spread or not -> its experts.
+    """
+
+    module: nn.Module
+    parameters: dict[str, tuple[nn.Parameter, Place]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    num_experts: dict[str, int] = field(default_factory=dict)
+
+    def place(self, name: str) -> Place:
+        """Where a parameter lies."""
+        return self.parameters[name][1]
+
+    def frozen(self) -> set[str]:
+        """The parameters that are not trained."""
+        return {name for name, (p, _) in self.parameters.items() if not p.requires_grad}
+
+    def extra(self) -> dict[str, Any]:
+        """What the module's state dict holds beyond parameters and buffers."""
+        known = self.parameters.keys() | self.buffers.keys() | self.tied.keys()
+        return {k: v for k, v in self.module.state_dict().items() if k not in known}
+
+
+def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
+    """Finds the place of every parameter.
+
+    Args:
+        module: the LightningModule, partitioned by ZeRO 3 or not.
+        layers: name -> MoE layer, of all its layers.
+
+    Raises:
+        CheckpointError: if spread experts have state that has no place in the whole model.
+    """
+    result = ModelMap(module, num_experts={n: layer.num_experts for n, layer in layers.items()})
+    experts = {
+        f"{name}.experts.{parameter}": layer
+        for name, layer in layers.items()
+        if layer.is_spread
+        for parameter, _ in layer.experts.named_parameters()
+    }
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = result.names.setdefault(id(parameter), name)
+        if first != name:
+            result.tied[name] = first
+            continue
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
+    result.buffers = dict(_persistent_buffers(module))
+    for name, layer in layers.items():
+        if layer.is_spread and (own := [b for b, _ in layer.experts.named_buffers()]):
+            raise CheckpointError(
+                f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
+                " other ones, and checkpoints have no place for them. Make them parameters."
+            )
+    return result
+
+
+def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
+    numel = math.prod(shape)
+    if layer is None:
+        return Place(name, shape, 0, numel, is_expert=False)
+    experts = layer.experts
+    assert shape[0] == experts.num_local_experts, name
+    row = math.prod(shape[1:])
+    return Place(
+        name,
+        (experts.num_experts, *shape[1:]),
+        experts.first_expert * row,
+        numel,
+        is_expert=True,
+    )
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

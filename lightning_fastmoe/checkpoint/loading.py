@@ -1,0 +1,338 @@
+"""Loading on any ranks: each reads the intervals it needs, whoever wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
+from lightning_fastmoe.checkpoint.manifest import Topology
+from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
+from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
+from lightning_fastmoe.checkpoint.records import (
+    DTYPES,
+    GRADIENTS,
+    TensorRecord,
+    split_name,
+    state_name,
+    weight_name,
+)
+from lightning_fastmoe.checkpoint.saving import COUNTERS
+from lightning_fastmoe.checkpoint.together import Together
+from lightning_fastmoe.checkpoint.zero_state import FlatPartition, ZeroShare, ZeroState
+from lightning_fastmoe.errors import CheckpointError
+from lightning_fastmoe.nn import MoE
+
+
+class Source(Protocol):
+    """A checkpoint that can be read by intervals, whatever its files look like."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """Name -> dtype and shape."""
+        ...
+
+    @property
+    def topology(self) -> Topology | None:
+        """Of the run that saved, if known."""
+        ...
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """ "weights", "optimizer"."""
+        ...
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Parameters that were left out on purpose."""
+        ...
+
+    @property
+    def moe_layers(self) -> Mapping[str, int]:
+        """Layer name -> num_experts, as far as known."""
+        ...
+
+    def check(self, rank: int, world_size: int, contents: Iterable[str]) -> None:
+        """This rank's part of verifying the files that hold ``contents``."""
+        ...
+
+    def read_into(self, tensor: str, start: int, out: Tensor) -> None:
+        """Fills ``out`` with the elements from ``start`` on."""
+        ...
+
+    def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
+        """Everything that is no tensor; the keys of ``state.json``."""
+        ...
+
+    def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
+        """What a rank kept for itself."""
+        ...
+
+
+@dataclass
+class Loaded:
+    """What loading found beside tensors.
+
+    Attributes:
+        lightning: Lightning's checkpoint dictionary.
+        user_groups: rows of parameter names and options, as schedulers saw them.
+        local_state: of the rank of the same number, if the run had as many ranks; else None.
+        topology: of the run that saved, if known.
+        put_gradients: gives the half accumulated gradients, if there are any, to the engine; to be
+            called once nothing will clear gradients before the first batch.
+    """
+
+    lightning: dict[str, Any]
+    user_groups: list[dict[str, Any]]
+    local_state: dict[str, Any] | None
+    topology: Topology | None
+    put_gradients: Callable[[], None]
+
+
+def load(
+    source: Source,
+    together: Together,
+    *,
+    engine: Any,
+    layers: Mapping[str, MoE],
+    training: bool,
+    strict: bool,
+    trusted: bool = False,
+    verify: bool = True,
+) -> Loaded:
+    """Restores a checkpoint into a freshly built engine; every rank calls this.
+
+    Args:
+        source: opened on every rank.
+        together: the ranks.
+        engine: the DeepSpeed engine.
+        layers: name -> MoE layer.
+        training: restore optimizer state and counters too.
+        strict: parameter names must match exactly.
+        trusted: also unpickle arbitrary objects, which can run any code.
+        verify: compare the files with their hashes first; each is read by one rank.
+
+    Raises:
+        CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the model.
+    """
+    with together.stage():
+        if training and "optimizer" not in source.contents:
+            raise CheckpointError(
+                f"{source.path} was saved with weights only, so training can't resume from it. Load"
+                " it for validation, testing or prediction, or resume from a full checkpoint."
+            )
+        model = map_model(engine.module, layers)
+        check_names(source, model, strict)
+        check_shapes(source, model)
+        if verify:
+            wanted = ("weights", "optimizer") if training else ("weights",)
+            source.check(together.rank, together.world_size, wanted)
+        state = source.read_state(trusted=trusted)
+        zero = ZeroState(engine, model.names)
+        local = _local_state(source, together, trusted)
+    put: Callable[[], None] = lambda: None  # noqa: E731
+    zero.begin_loading()
+    with together.stage(), torch.no_grad():
+        share = zero.share()
+        _load_weights(source, model, share)
+        _load_others(source, model, state, strict)
+        if training:
+            restore = _OptimizerLoader(source, model, state["optimizer"], strict)
+            for flat in share.flats:
+                restore.load(flat)
+            _load_engine(engine, zero, state["engine"])
+            gradients = PartialGradients(zero, model, share)
+            put = _putter(gradients, source, zero.scaler(), state["engine"]["loss_scaler"])
+    zero.finish_loading()
+    groups = state["optimizer"]["user_groups"] if training else []
+    return Loaded(state["lightning"], groups, local, source.topology, put)
+
+
+def _putter(
+    gradients: PartialGradients,
+    source: Source,
+    scaler: Mapping[str, float],
+    saved_scaler: Mapping[str, float],
+) -> Callable[[], None]:
+    values = gradients.load(source)
+    scale = scaler.get("cur_scale", 1.0) / saved_scaler.get("cur_scale", 1.0)
+    return lambda: gradients.put(values, scale)
+
+
+def check_names(source: Source, model: ModelMap, strict: bool) -> None:
+    """Parameters and buffers must be the same in checkpoint and model.
+
+    Raises:
+        CheckpointError: naming those that are not.
+    """
+    saved = {name for t in source.tensors if not (split := split_name(t))[0] for name in split[1:]}
+    saved_names = saved - model.tied.keys()
+    extra = {name for name, value in model.extra().items() if isinstance(value, Tensor)}
+    own = model.parameters.keys() | model.buffers.keys() | extra
+    missing = sorted(own - saved_names - set(source.excluded))
+    unknown = sorted(saved_names - own)
+    if not strict or not (missing or unknown):
+        return
+    parts = [
+        f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for what, names in (("only in the model", missing), ("only in the checkpoint", unknown))
+        if names
+    ]
+    raise CheckpointError(
+        f"{source.path} does not fit the model: {'; '.join(parts)}. Set strict_loading=False on the"
+        " LightningModule to load what matches."
+    )
+
+
+def check_shapes(source: Source, model: ModelMap) -> None:
+    """What is in both must have the same shape.
+
+    Raises:
+        CheckpointError: naming the layer if its number of experts differs, else the tensor.
+    """
+    for name, experts in model.num_experts.items():
+        saved = source.moe_layers.get(name, experts)
+        if saved != experts:
+            raise CheckpointError(
+                f"{source.path}: layer {name!r} has {saved} experts there, but here"
+                f" num_experts={experts}. Experts can't be added or dropped on loading: build the"
+                f" model with num_experts={saved}."
+            )
+    expected = {name: place.shape for name, (_, place) in model.parameters.items()}
+    expected |= {name: tuple(buffer.shape) for name, buffer in model.buffers.items()}
+    for name, shape in expected.items():
+        record = source.tensors.get(weight_name(name))
+        if record is not None and record.shape != shape:
+            layer = name.rpartition(".experts.")[0]
+            hint = ""
+            if layer in model.num_experts and record.shape[:1] != shape[:1]:
+                hint = f" (layer {layer!r} has num_experts={model.num_experts[layer]})"
+            raise CheckpointError(
+                f"{source.path}: {name!r} has the shape {list(record.shape)} there and"
+                f" {list(shape)} in this model{hint}."
+            )
+
+
+def _local_state(source: Source, together: Together, trusted: bool) -> dict[str, Any] | None:
+    if source.topology is None or source.topology.world_size != together.world_size:
+        return None
+    return source.read_rank_state(together.rank, trusted=trusted)
+
+
+def _load_weights(source: Source, model: ModelMap, share: ZeroShare) -> None:
+    for flat in share.flats:
+        for fragment in flat.fragments:
+            name = weight_name(fragment.name)
+            if name in source.tensors:
+                start = model.place(fragment.name).offset + fragment.start
+                source.read_into(name, start, flat.view(flat.master, fragment))
+    for loose in share.loose:
+        name = weight_name(loose.name)
+        if name in source.tensors:
+            source.read_into(name, model.place(loose.name).offset + loose.start, loose.data)
+            loose.write_back()
+
+
+def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], strict: bool) -> None:
+    for name, buffer in model.buffers.items():
+        if weight_name(name) in source.tensors:
+            values = torch.empty(buffer.shape, dtype=buffer.dtype)
+            source.read_into(weight_name(name), 0, values.view(-1))
+            buffer.copy_(values)
+    extra = dict(state["extra_state"])
+    for name, value in model.extra().items():
+        record = source.tensors.get(weight_name(name))
+        if isinstance(value, Tensor) and record is not None:
+            values = torch.empty(record.shape, dtype=DTYPES[record.dtype])
+            source.read_into(weight_name(name), 0, values.view(-1))
+            extra[name] = values.to(value.device)
+    if extra:
+        unknown = model.module.load_state_dict(extra, strict=False).unexpected_keys
+        if unknown and strict:
+            raise CheckpointError(
+                f"{source.path} holds extra state of {unknown[0]!r}, of which the model knows"
+                " nothing. Set strict_loading=False on the LightningModule to leave it out."
+            )
+
+
+class _OptimizerLoader:
+    """Puts optimizer states and options where this rank's partitions need them."""
+
+    def __init__(
+        self, source: Source, model: ModelMap, info: Mapping[str, Any], strict: bool
+    ) -> None:
+        self.source, self.model, self.strict = source, model, strict
+        self.scalars = by_parameter(info["scalars"], "values")
+        self.options = by_parameter(info["groups"], "options")
+        self.states: dict[str, set[str]] = {}
+        for tensor in source.tensors:
+            state, name = split_name(tensor)
+            if state is not None and not state.startswith(GRADIENTS):
+                self.states.setdefault(name, set()).add(state)
+        self.saved_class = info["class"]
+
+    def load(self, flat: FlatPartition) -> None:
+        """Restores the state of one partition, and its group's options."""
+        path = self.source.path
+        own = type(flat.inner).__name__
+        if self.saved_class is not None and own != self.saved_class:
+            raise CheckpointError(
+                f"{path} holds the state of {self.saved_class}, but configure_optimizers returned"
+                f" {own}. Use the same optimizer to resume; to start anew with these weights, load"
+                " them into the module before Trainer.fit."
+            )
+        options = common(flat.names, self.options, "the optimizer options", path)
+        for key, value in (options or {}).items():
+            flat.group[key] = restored(value, flat.group.get(key))
+        scalars = common(flat.names, self.scalars, "the optimizer states", path) or {}
+        state = {key: self._on_device(flat, key, value) for key, value in scalars.items()}
+        for key in self._elementwise(flat):
+            record = next(
+                r for n in flat.names if (r := self.source.tensors.get(state_name(key, n)))
+            )
+            values = torch.zeros_like(flat.master, dtype=DTYPES[record.dtype], requires_grad=False)
+            for fragment in flat.fragments:
+                name = state_name(key, fragment.name)
+                if name in self.source.tensors:
+                    start = self.model.place(fragment.name).offset + fragment.start
+                    self.source.read_into(name, start, flat.view(values, fragment))
+            state[key] = values
+        if state:
+            flat.inner.state[flat.master] = state
+        else:
+            flat.inner.state.pop(flat.master, None)  # saved before its first step
+
+    @staticmethod
+    def _on_device(flat: FlatPartition, key: str, value: Any) -> Any:
+        """Where torch's optimizers expect a scalar: steps are counted on the CPU by most."""
+        if not isinstance(value, Tensor):
+            return value
+        on_device = key != "step" or flat.group.get("capturable") or flat.group.get("fused")
+        return value.clone().to(flat.master.device if on_device else "cpu")
+
+    def _elementwise(self, flat: FlatPartition) -> list[str]:
+        """The states that its parameters have; all must have the same."""
+        having = {name: self.states.get(name, set()) for name in flat.names}
+        keys: set[str] = set().union(*having.values())
+        for name, states in having.items():
+            if states != keys and self.strict:
+                raise CheckpointError(
+                    f"{self.source.path} holds no optimizer state {min(keys - states)!r} of"
+                    f" {name!r}, but of others in the same group of the optimizer. Set"
+                    " strict_loading=False on the LightningModule to begin it with zeros."
+                )
+        return sorted(keys)
+
+
+def _load_engine(engine: Any, zero: ZeroState, saved: Mapping[str, Any]) -> None:
+    for name in COUNTERS:
+        if name in saved["counters"]:
+            setattr(engine, name, saved["counters"][name])
+    zero.load_scaler(saved["loss_scaler"])

@@ -1,0 +1,124 @@
+"""The optimizer's state by parameter: options, scalars and what is stored as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.zero_state import FlatPartition
+from lightning_fastmoe.errors import CheckpointError
+
+_NOT_OPTIONS = ("params", "name", "moe")
+
+
+@dataclass(frozen=True)
+class NamedGroup:
+    """Options of an optimizer's group and the names of its parameters."""
+
+    params: list[str]
+    options: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"params": self.params, "options": self.options}
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options; tensors are copied, as they are changed in place."""
+    return {
+        k: v.detach().clone() if isinstance(v, Tensor) else v
+        for k, v in group.items()
+        if k not in _NOT_OPTIONS and not k.startswith("_")
+    }
+
+
+def elementwise(flat: FlatPartition) -> Iterator[tuple[str, Tensor]]:
+    """The states that have a value for each element of the partition."""
+    for name, value in flat.state.items():
+        if isinstance(value, Tensor) and value.shape == flat.master.shape:
+            yield name, value
+
+
+def scalars(flat: FlatPartition) -> dict[str, Any]:
+    """The states that the whole partition has in common, such as ``step``.
+
+    Raises:
+        CheckpointError: for a state that is neither one value nor one per element: it was made from
+            the partition as a whole and means nothing on other ranks.
+    """
+    found = {}
+    for name, value in flat.state.items():
+        if isinstance(value, Tensor):
+            if value.shape == flat.master.shape:
+                if "/" in name:
+                    raise CheckpointError(f"An optimizer state can't be called {name!r}.")
+                continue
+            if value.dim():
+                raise CheckpointError(
+                    f"{type(flat.inner).__name__} keeps a state {name!r} of shape"
+                    f" {tuple(value.shape)} for {flat.master.numel()} parameters. Such factored"
+                    " states belong to one partition of ZeRO and fit no other ranks; use an"
+                    " optimizer that keeps one value per parameter, such as AdamW."
+                )
+            value = value.detach().cpu().clone()
+        elif not (value is None or isinstance(value, bool | int | float | str)):
+            raise CheckpointError(
+                f"{type(flat.inner).__name__} keeps a {type(value).__name__} as its state {name!r};"
+                " checkpoints hold tensors and numbers. Use another optimizer."
+            )
+        found[name] = value
+    return found
+
+
+def shared_scalars(flats: Iterable[FlatPartition]) -> list[dict[str, Any]]:
+    """For JSON: the scalars of each partition and the parameters that they are of."""
+    return [{"params": flat.names, "values": scalars(flat)} for flat in flats if flat.state]
+
+
+def by_parameter(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """Parameter name -> what the row that lists it has under ``key``."""
+    return {name: row[key] for row in rows for name in row["params"]}
+
+
+def common(
+    names: Iterable[str], values: Mapping[str, dict[str, Any]], what: str, where: object
+) -> dict[str, Any] | None:
+    """What all of some parameters have, which must be the same; None if they have nothing.
+
+    Raises:
+        CheckpointError: naming two parameters that differ.
+    """
+    first: str | None = None
+    for name in names:
+        if name not in values:
+            continue
+        if first is None:
+            first = name
+        elif not same(values[first], values[name]):
+            raise CheckpointError(
+                f"{where}: {what} of {first!r} and {name!r} differ ({values[first]} and"
+                f" {values[name]}), but this optimizer has them in one group. Put them into"
+                " different groups, as in the run that saved."
+            )
+    return None if first is None else values[first]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, also for tensors inside dictionaries."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    return bool(a == b)
+
+
+def restored(value: Any, like: Any) -> Any:
+    """A saved option or scalar, of its own: tensors are copied to the device of the present one."""
+    if isinstance(value, Tensor):
+        device = like.device if isinstance(like, Tensor) else "cpu"
+        return value.clone().to(device)
+    return value

@@ -1,0 +1,247 @@
+"""Gradients of a step that a save finds half accumulated.
+
+ZeRO 2 and 3 hold their share of the averaged gradient; ZeRO 1 holds on every rank the gradient of
+its own batches, which is averaged only before the step. Both are stored as they are, so that the
+same ranks go on bit by bit, and both say what the average is, so that other ranks can go on too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.canonical import ModelMap
+from lightning_fastmoe.checkpoint.manifest import Topology
+from lightning_fastmoe.checkpoint.records import TensorRecord, gradient_name
+from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.zero_state import ZeroShare, ZeroState
+
+_ZERO_3_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+
+class GradientSource(Protocol):
+    """The part of a checkpoint source that this module needs."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """Name -> dtype and shape."""
+        ...
+
+    @property
+    def topology(self) -> Topology | None:
+        """Of the run that saved."""
+        ...
+
+    def read_into(self, tensor: str, start: int, out: Tensor) -> None:
+        """Fills ``out`` with the elements from ``start`` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class GradientFragment:
+    """A part of the gradient that this rank holds.
+
+    Attributes:
+        name: of the parameter.
+        start: in this rank's part of the parameter, in elements.
+        length: number of elements.
+    """
+
+    name: str
+    start: int
+    length: int
+
+
+class PartialGradients:
+    """The half accumulated gradients of an engine.
+
+    Args:
+        zero: of the engine.
+        model: its map.
+        share: what the rank has; gradients of ZeRO 2 and 3 are divided like it.
+    """
+
+    def __init__(self, zero: ZeroState, model: ModelMap, share: ZeroShare) -> None:
+        self.state, self.zero, self.model, self.share = zero, zero.zero, model, share
+        self.is_local = not zero.partitions_parameters and not self.zero.partition_gradients
+        self.parameters = {n: p for n, (p, _) in model.parameters.items()}
+
+    def pieces(self) -> Iterator[OwnedPiece]:
+        """What this rank writes of them."""
+        for fragment in self._fragments():
+            place = self.model.place(fragment.name)
+            shape, start = place.shape, place.offset + fragment.start
+            if self.is_local:
+                replica, count = self.state.replicas(self.parameters[fragment.name])
+                shape = (count, *shape)
+                start += replica * math.prod(place.shape)
+            name = gradient_name(fragment.name, self.is_local)
+            yield OwnedPiece.of(name, shape, start, self._read(fragment))
+
+    def load(self, source: GradientSource) -> dict[GradientFragment, Tensor]:
+        """Reads what this rank needs; nothing if the checkpoint was not taken half-way."""
+        result = {}
+        for fragment in self._fragments():
+            value = self._load_fragment(source, fragment)
+            if value is not None:
+                result[fragment] = value
+        return result
+
+    def _load_fragment(self, source: GradientSource, fragment: GradientFragment) -> Tensor | None:
+        place = self.model.place(fragment.name)
+        start = place.offset + fragment.start
+        mean, local = (gradient_name(fragment.name, is_local) for is_local in (False, True))
+        value = torch.zeros(fragment.length, dtype=torch.float32)
+        replica, count = self.state.replicas(self.parameters[fragment.name])
+        # A rank's local gradient counts 1 / world; experts have fewer replicas than the world.
+        share = dist.get_world_size() / count
+        if mean in source.tensors:
+            source.read_into(mean, start, value)
+            return value * share if self.is_local and share != 1 else value
+        if local not in source.tensors:
+            return None
+        saved_count = source.tensors[local].shape[0]
+        numel = math.prod(place.shape)
+        assert source.topology is not None
+        saved_world = source.topology.world_size
+        if self.is_local and (saved_count, saved_world) == (count, dist.get_world_size()):
+            source.read_into(local, replica * numel + start, value)
+            return value
+        part = torch.empty_like(value)
+        for i in range(saved_count):
+            source.read_into(local, i * numel + start, part)
+            value += part
+        value /= saved_world
+        return value * share if self.is_local else value
+
+    def put(self, gradients: Mapping[GradientFragment, Tensor], scale: float = 1.0) -> None:
+        """Gives them to the engine, which adds the rest of the step's batches.
+
+        Args:
+            gradients: from :meth:`load`.
+            scale: how much larger gradients are here (fp16 loss scale) than where they were saved.
+        """
+        if not gradients:
+            return
+        values = {f: g * scale if scale != 1 else g for f, g in gradients.items()}
+        if self.state.partitions_parameters:
+            self._put_3(values)
+        elif self.is_local:
+            self._put_local(values)
+        elif self.zero.cpu_offload:
+            self._put_offloaded(values)
+        else:
+            self._put_2(values)
+
+    def _fragments(self) -> Iterator[GradientFragment]:
+        if not self.is_local:
+            for flat in self.share.flats:
+                for f in flat.fragments:
+                    yield GradientFragment(f.name, f.start, f.length)
+            return
+        for flat in self.share.flats:
+            for name in flat.names:
+                numel = self.model.place(name).numel
+                if numel:
+                    yield GradientFragment(name, 0, numel)
+
+    # ------------------------------------------------------------- where DeepSpeed keeps gradients
+
+    def _read(self, fragment: GradientFragment) -> Tensor:
+        parameter = self.parameters[fragment.name]
+        if self.state.partitions_parameters:
+            return self._partition_3(parameter)[: fragment.length].detach().view(-1)
+        if self.is_local:
+            gradient = self.zero.get_param_gradient_attribute(parameter)
+        elif self.zero.cpu_offload:
+            self.zero._wait_for_offload_copies()
+            gradient = self.zero.accumulated_grads_in_cpu.get(self.zero.get_param_id(parameter))
+        else:
+            gradient = self._read_2(fragment)
+            if gradient is not None and gradient.numel() == fragment.length:
+                return gradient
+        if gradient is None:  # no batch has used it yet
+            return torch.zeros(fragment.length)
+        flat: Tensor = gradient.detach().reshape(-1)
+        return flat[fragment.start : fragment.start + fragment.length]
+
+    def _read_2(self, fragment: GradientFragment) -> Tensor | None:
+        i, row, offset = self._locations_2[fragment.name]
+        if self.zero._use_compact_grad_partition_buffer(i):
+            group = self.zero.averaged_gradients.get(i)
+            if group is None:
+                return None
+            piece: Tensor = group.flat_partition[offset : offset + fragment.length]
+            return piece
+        gradients = self.zero.all_grad_tensors.get(i)
+        if gradients is None:
+            return None
+        whole = gradients[row].detach().reshape(-1)
+        part: Tensor = whole[fragment.start : fragment.start + fragment.length]
+        return part
+
+    @cached_property
+    def _locations_2(self) -> dict[str, tuple[int, int, int]]:
+        """Name -> (group, place among the partition's parameters, offset in the partition)."""
+        offsets = [{f.name: f.offset for f in flat.fragments} for flat in self.share.flats]
+        return {
+            (name := self.model.names[id(parameter)]): (i, row, offsets[i][name])
+            for i, group in enumerate(self.zero.params_in_partition)
+            for row, parameter in enumerate(group)
+        }
+
+    def _partition_3(self, parameter: Any) -> Tensor:
+        partition: Tensor = getattr(self.zero, _ZERO_3_PARTITIONS)[parameter.ds_id]
+        return partition
+
+    def _put_3(self, values: Mapping[GradientFragment, Tensor]) -> None:
+        for fragment, value in values.items():
+            target = self._partition_3(self.parameters[fragment.name])
+            target.view(-1)[: fragment.length].copy_(value)
+        # The next backward adds instead of overwriting.
+        self.zero.micro_step_id = max(1, self.zero.micro_step_id)
+
+    def _put_local(self, values: Mapping[GradientFragment, Tensor]) -> None:
+        accumulates = self.zero.use_grad_accum_attribute
+        for fragment, value in values.items():
+            parameter = self.parameters[fragment.name]
+            dtype = self.zero.gradient_accumulation_dtype if accumulates else parameter.dtype
+            gradient = value.view(parameter.shape).to(parameter.device, dtype)
+            setattr(parameter, "grad_accum" if accumulates else "grad", gradient)
+
+    def _put_offloaded(self, values: Mapping[GradientFragment, Tensor]) -> None:
+        for fragment, value in values.items():
+            parameter = self.parameters[fragment.name]
+            buffer = torch.zeros(parameter.numel(), dtype=parameter.dtype, device="cpu")
+            buffer[fragment.start : fragment.start + fragment.length].copy_(value)
+            if self.zero.cpu_offload_pin_memory:
+                buffer = buffer.pin_memory()
+            self.zero.accumulated_grads_in_cpu[self.zero.get_param_id(parameter)] = buffer
+        self.zero.micro_step_id = max(0, self.zero.micro_step_id)
+
+    def _put_2(self, values: Mapping[GradientFragment, Tensor]) -> None:
+        zero = self.zero
+        for i, flat in enumerate(self.share.flats):
+            own = {f.name: f for f in values if f.name in {g.name for g in flat.fragments}}
+            if zero._use_compact_grad_partition_buffer(i):
+                group = zero._build_compact_grad_partition_buffer(i)
+                for fragment in flat.fragments:
+                    target = group.flat_partition[fragment.offset :][: fragment.length]
+                    target.copy_(values[own[fragment.name]])
+                zero.averaged_gradients[i] = group
+                continue
+            gradients = []
+            for parameter in zero.params_in_partition[i]:
+                whole = torch.zeros_like(parameter, dtype=zero.gradient_accumulation_dtype)
+                piece = own[self.model.names[id(parameter)]]
+                target = whole.detach().view(-1)[piece.start : piece.start + piece.length]
+                target.copy_(values[piece])
+                gradients.append(whole)
+            zero.all_grad_tensors[i] = gradients

@@ -1,0 +1,366 @@
+"""Reading a checkpoint: any interval of any tensor, from files that are trusted last."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint import files, publish
+from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly
+from lightning_fastmoe.checkpoint.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    OBJECTS,
+    STATE,
+    Manifest,
+    load_json,
+    parse_manifest,
+)
+from lightning_fastmoe.checkpoint.plain import decode
+from lightning_fastmoe.checkpoint.records import DTYPES, Piece, TensorRecord, itemsize, piece_key
+from lightning_fastmoe.checkpoint.shards import HeaderEntry, chunks, read_header
+from lightning_fastmoe.checkpoint.stream import byte_view
+from lightning_fastmoe.checkpoint.verify import Mark, check_hash, damaged
+from lightning_fastmoe.errors import CheckpointError
+
+_MAX_OPEN = 64
+
+
+class CheckpointReader:
+    """An opened checkpoint.
+
+    Opening reads the manifest and looks at names and sizes; it reads no tensor. From then on the
+    directory is held by descriptor: if a newer checkpoint takes its place, reading goes on in this
+    one or fails, and never mixes the two.
+
+    Use as a context manager, or call :meth:`close`.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        CheckpointError: if it is no complete checkpoint of this package and version, or if files
+            are missing, added, or of another size.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = publish.resolve(Path(path))
+        self._directory = files.open_directory(self.path)
+        self._open: OrderedDict[str, tuple[int, dict[str, HeaderEntry]]] = OrderedDict()
+        self._starts: dict[str, list[int]] = {}
+        self._by_file: dict[str, list[tuple[str, str, Piece]]] | None = None
+        try:
+            self.manifest, self.checksum = self._read_manifest()
+            self._check_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files."""
+        for fd, _ in self._open.values():
+            os.close(fd)
+        self._open.clear()
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+    # ------------------------------------------------------------------------------- the directory
+
+    def _read_manifest(self) -> tuple[Manifest, str]:
+        if not is_checkpoint(self.path):
+            raise CheckpointError(
+                f"{self.path} holds no {MANIFEST}, so it is no complete checkpoint of"
+                " FastMoEStrategy: saving writes that file last. Choose another checkpoint."
+            )
+        data = files.read_small(self._directory, MANIFEST, self.path, MAX_MANIFEST_BYTES)
+        line = files.read_small(self._directory, CHECKSUM, self.path, 1000)
+        checksum = hashlib.sha256(data).hexdigest()
+        if line.decode("ascii", "replace").split() != [checksum, MANIFEST]:
+            raise CheckpointError(
+                f"{self.path / MANIFEST} does not match {CHECKSUM}: one of them is damaged. Choose"
+                " another checkpoint."
+            )
+        return parse_manifest(data, self.path / MANIFEST), checksum
+
+    def _check_files(self) -> None:
+        """Exactly the files of the manifest, as large as it says."""
+        for name, record in self.manifest.files.items():
+            fd, size = files.open_regular(self._directory, name, self.path)
+            os.close(fd)
+            if size != record.size:
+                raise CheckpointError(
+                    f"{self.path / name} has {size} bytes, the manifest says {record.size}: it was"
+                    f" cut short or replaced.{self._tensors_of(name)}"
+                )
+        expected = {*self.manifest.files, MANIFEST, CHECKSUM}
+        for name in sorted(os.listdir(self._directory)):
+            if name not in expected and not name.startswith("."):
+                raise CheckpointError(
+                    f"{self.path / name} is not part of the checkpoint: the manifest does not know"
+                    " it. If it is yours, move it elsewhere."
+                )
+
+    def _tensors_of(self, file: str) -> str:
+        names = list(dict.fromkeys(tensor for tensor, _, _ in self.pieces_of(file)))
+        if not names:
+            return ""
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        return f" It holds {', '.join(map(repr, names[:2]))}{more}."
+
+    def pieces_of(self, file: str) -> list[tuple[str, str, Piece]]:
+        """(tensor, dtype, piece) of every piece in a file."""
+        if self._by_file is None:
+            self._by_file = {}
+            for name, record in self.manifest.tensors.items():
+                for piece in record.pieces:
+                    self._by_file.setdefault(piece.file, []).append((name, record.dtype, piece))
+        return self._by_file.get(file, [])
+
+    def _shard(self, file: str) -> tuple[int, dict[str, HeaderEntry]]:
+        """(descriptor, checked header) of a safetensors file."""
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        fd, size = files.open_regular(self._directory, file, self.path)
+        try:
+            header = read_header(fd, size, self.pieces_of(file), self.path / file)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._open[file] = (fd, header)
+        if len(self._open) > _MAX_OPEN:
+            _, (oldest, _) = self._open.popitem(last=False)
+            os.close(oldest)
+        return fd, header
+
+    # --------------------------------------------------------------------------------- verification
+
+    def problems(
+        self,
+        names: Iterable[str] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> Iterator[str]:
+        """Reads files whole and yields what is wrong with each, naming file and tensor.
+
+        Args:
+            names: files of the manifest; None is all of them.
+            on_bytes: called with the number of bytes after each read, for progress bars.
+        """
+        for name in self.manifest.files if names is None else names:
+            try:
+                self._verify_file(name, on_bytes)
+            except CheckpointError as error:
+                yield str(error)
+
+    def verify(
+        self,
+        names: Iterable[str] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """As :meth:`problems`, but raises the first.
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        for problem in self.problems(names, on_bytes):
+            raise CheckpointError(problem)
+
+    def _verify_file(self, name: str, on_bytes: Callable[[int], None] | None) -> None:
+        expected = self.manifest.files[name].sha256
+        where = self.path / name
+        if name.endswith(".safetensors"):
+            fd, header = self._shard(name)
+            marks = []
+            for tensor, _, piece in self.pieces_of(name):
+                end = header[piece_key(tensor, piece.start, piece.stop)].end
+                what = f"tensor {tensor!r}, elements {piece.start} to {piece.stop}"
+                marks.append(Mark(end, piece.digest, what))
+            check_hash(fd, where, expected, marks, on_bytes)
+            return
+        fd, _ = files.open_regular(self._directory, name, self.path)
+        try:
+            check_hash(fd, where, expected, [], on_bytes)
+        finally:
+            os.close(fd)
+
+    # -------------------------------------------------------------------------------------- tensors
+
+    def record(self, tensor: str) -> TensorRecord:
+        """Dtype, shape and pieces of a tensor.
+
+        Raises:
+            CheckpointError: if the checkpoint has none of that name.
+        """
+        try:
+            return self.manifest.tensors[tensor]
+        except KeyError:
+            raise CheckpointError(f"{self.path} holds no tensor {tensor!r}.") from None
+
+    def read_into(self, tensor: str, start: int, out: Tensor) -> None:
+        """Fills ``out`` with the elements from ``start`` on; reads nothing else.
+
+        Args:
+            tensor: name in the manifest.
+            start: first element, in row-major order.
+            out: (length,), contiguous, on any device; the tensor's dtype, or both floating.
+
+        Raises:
+            CheckpointError: if there is no such interval, or the dtypes don't fit.
+        """
+        record = self.record(tensor)
+        stop = start + out.numel()
+        stored = DTYPES[record.dtype]
+        if not 0 <= start <= stop <= record.numel:
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor!r} has {record.numel} elements; {start} to {stop}"
+                " were asked for."
+            )
+        if out.dtype != stored and not (out.is_floating_point() and stored.is_floating_point):
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor!r} has dtype {stored}, but {out.dtype} is needed."
+            )
+        pieces = record.pieces
+        if tensor not in self._starts:
+            self._starts[tensor] = [p.start for p in pieces]
+        index = bisect.bisect_right(self._starts[tensor], start) - 1
+        position = start
+        while position < stop:
+            piece = pieces[index]
+            end = min(stop, piece.stop)
+            part = out[position - start : end - start]
+            self._read_piece(tensor, record.dtype, piece, position, part)
+            position, index = end, index + 1
+
+    def _read_piece(self, tensor: str, dtype: str, piece: Piece, start: int, out: Tensor) -> None:
+        fd, header = self._shard(piece.file)
+        size = itemsize(dtype)
+        offset = header[piece_key(tensor, piece.start, piece.stop)].begin
+        offset += (start - piece.start) * size
+        where = self.path / piece.file
+        if out.device.type == "cpu" and out.dtype == DTYPES[dtype]:
+            read_exactly(fd, byte_view(out), offset, where)
+            return
+        step = BUFFER_BYTES // size
+        buffer = torch.empty(min(step, out.numel()), dtype=DTYPES[dtype])
+        for begin, end in chunks(0, out.numel(), step):
+            part = buffer[: end - begin]
+            read_exactly(fd, byte_view(part), offset + begin * size, where)
+            out[begin:end].copy_(part)
+
+    def read(self, tensor: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        record = self.record(tensor)
+        flat = torch.empty(record.numel, dtype=DTYPES[record.dtype])
+        self.read_into(tensor, 0, flat)
+        return flat.view(record.shape)
+
+    # ------------------------------------------------------------------------------ everything else
+
+    def read_file(self, name: str) -> bytes:
+        """A small file, its hash checked.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path} holds no {name}: the manifest does not list it.")
+        record = self.manifest.files[name]
+        data = files.read_small(self._directory, name, self.path, record.size)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise damaged(self.path / name, "all of it")
+        return data
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file, its hash checked."""
+        return load_json(self.read_file(name), self.path / name)
+
+    def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
+        """``state.json``, with the objects that JSON could not hold put back in their places.
+
+        Args:
+            trusted: see :meth:`read_objects`.
+
+        Raises:
+            CheckpointError: see :meth:`read_objects`.
+        """
+        return self._decoded(STATE, self.read_objects(trusted=trusted))
+
+    def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
+        """What a rank wrote for itself alone; None if it did not.
+
+        Args:
+            rank: of the run that saved.
+            trusted: see :meth:`read_objects`.
+        """
+        name = f"rank_{rank:05d}.json"
+        if name not in self.manifest.files:
+            return None
+        return self._decoded(name, self.read_objects(f"rank_{rank:05d}.pt", trusted=trusted))
+
+    def _decoded(self, name: str, objects: list[Any]) -> dict[str, Any]:
+        where = self.path / name
+        try:
+            value = decode(self.read_json(name), objects, where)
+        except RecursionError as error:
+            raise CheckpointError(f"{where} is nested too deeply: don't load it.") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where} holds no object.")
+        return value
+
+    def read_objects(self, name: str = OBJECTS, *, trusted: bool = False) -> list[Any]:
+        """What JSON could not hold; empty if there was nothing of the kind.
+
+        Args:
+            name: of the file.
+            trusted: also unpickle arbitrary objects, which can run any code: only for files whose
+                origin you trust.
+
+        Raises:
+            CheckpointError: if it holds objects that are not plain data, unless trusted.
+        """
+        if name not in self.manifest.files:
+            return []
+        where = self.path / name
+        data = io.BytesIO(self.read_file(name))
+        try:
+            objects = torch.load(data, map_location="cpu", weights_only=not trusted)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{where} holds objects that are not plain data: {error} If you trust its origin,"
+                " allow their classes with torch.serialization.add_safe_globals([...]) before"
+                " loading, or pass weights_only=False."
+            ) from error
+        except (RuntimeError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{where} can't be read: {error}") from error
+        if not isinstance(objects, list):
+            raise CheckpointError(f"{where} holds no list: it was not written by this package.")
+        return objects
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory looks like a complete checkpoint of this package; no file is read."""
+    return (path / MANIFEST).is_file() and (path / CHECKSUM).is_file()

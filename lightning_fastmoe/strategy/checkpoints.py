@@ -1,0 +1,241 @@
+"""How a strategy saves and resumes: Lightning's calls, led to the checkpoint package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.trainer.states import TrainerStatus
+from pytorch_lightning.utilities import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
+from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
+from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
+from lightning_fastmoe.checkpoint.foreign import open_file
+from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
+from lightning_fastmoe.checkpoint.publish import remove, resolve
+from lightning_fastmoe.checkpoint.random_state import set_random_state
+from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot
+from lightning_fastmoe.checkpoint.sources import DirectorySource
+from lightning_fastmoe.checkpoint.together import Together
+from lightning_fastmoe.distributed import ExpertMesh
+from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.strategy.steps import ExpertSteps
+
+
+class ExpertCheckpoints(ExpertSteps):
+    """Saving and loading of a strategy whose state is spread over ranks."""
+
+    verify_checkpoints: bool
+    trust_checkpoints: bool
+    async_checkpoint: bool
+    _made_writer: BackgroundWriter | ForegroundWriter | None = None
+    _random_state: dict[str, Any] | None = None
+    _put_gradients: Callable[[], None] | None = None
+
+    @property
+    def expert_mesh(self) -> ExpertMesh:
+        """The groups of the run."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------- saving
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Empty: each rank writes its weights in :meth:`save_checkpoint`."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Empty: as for the weights."""
+        return {}
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint directory; every rank calls this.
+
+        Raises:
+            CheckpointError: on all ranks, if one can't write; training may go on.
+            ConfigError: for storage options.
+        """
+        if storage_options is not None:
+            raise ConfigError(
+                "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
+                " files into a directory. Drop the argument."
+            )
+        path = local_path(self.broadcast(filepath))
+        user = self._expert_state.user_groups
+        if user is not None:
+            user.push()  # what a scheduler has set for the next step belongs to the state
+        together = Together(path, "saved")
+        with together.stage():
+            snapshot = take_snapshot(
+                engine=self.deepspeed_engine,
+                layers=self._expert_state.layers,
+                topology=self._topology(),
+                client_state=checkpoint,
+                user_groups=user.named() if user is not None else None,
+                exclude_frozen=self.exclude_frozen_parameters,
+            )
+        self._writer.submit(path, snapshot)
+        if not self._trainer_runs:
+            self._writer.wait()  # no step will come in which an error could surface
+
+    @property
+    def _trainer_runs(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.state.status == TrainerStatus.RUNNING
+
+    @property
+    def _writer(self) -> BackgroundWriter | ForegroundWriter:
+        """Made by the first save, on all ranks together."""
+        if self._made_writer is None:
+            self._made_writer = BackgroundWriter() if self.async_checkpoint else ForegroundWriter()
+        return self._made_writer
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
+        if self.is_global_zero:
+            path = local_path(filepath)
+            writer = self._made_writer or ForegroundWriter()
+            writer.after_success(lambda: remove(path))
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._made_writer is not None:
+            self._made_writer.poll()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def teardown(self) -> None:
+        writer, self._made_writer = self._made_writer, None
+        try:
+            if writer is not None:
+                writer.wait()
+        except CheckpointError as error:
+            assert self.lightning_module is not None
+            if not self.lightning_module.trainer.interrupted:
+                raise
+            rank_zero_warn(str(error))  # what interrupted the run matters more
+        finally:
+            super().teardown()
+
+    def _topology(self) -> Topology:
+        assert isinstance(self.config, dict)
+        return Topology(
+            world_size=self.world_size,
+            expert_parallel_size=self.expert_mesh.ep_size,
+            zero_stage=self.config["zero_optimization"]["stage"],
+            precision=str(self.precision_plugin.precision),
+        )
+
+    # ------------------------------------------------------------------------------------ loading
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restores a checkpoint into the engine; every rank calls this.
+
+        Raises:
+            CheckpointError: on all ranks, if it is damaged or does not fit.
+        """
+        assert self.lightning_module is not None
+        path = local_path(self.broadcast(checkpoint_path))
+        if self._made_writer is not None:
+            self._made_writer.wait()
+        trainer = self.lightning_module.trainer
+        loaded = self._load(
+            path,
+            training=bool(trainer.training),
+            trusted=self.trust_checkpoints or weights_only is False,
+        )
+        user = self._expert_state.user_groups
+        if trainer.training and user is not None:
+            user.load_named(loaded.user_groups, path)
+        self._take_local_state(loaded)
+        loaded.lightning.setdefault("state_dict", {})
+        # Without it, Lightning takes a state dict of another program for a very old checkpoint.
+        loaded.lightning.setdefault("pytorch-lightning_version", version("pytorch-lightning"))
+        if trainer.training:
+            # Lightning looks for it; what it stands for is restored.
+            loaded.lightning.setdefault("optimizer_states", [])
+        return loaded.lightning
+
+    def _load(self, path: Path, *, training: bool, trusted: bool) -> Loaded:
+        assert self.lightning_module is not None
+        together = Together(path, "loaded")
+        user = self._expert_state.user_groups
+        with ExitStack() as stack:
+            with together.stage():
+                source: Source
+                checksum = ""
+                if path.is_file():
+                    groups = user.named() if user is not None else None
+                    source = open_file(path, trusted=trusted, user_groups=groups)
+                elif not is_checkpoint(resolve(path)) and (native := find_deepspeed(path)):
+                    source = open_deepspeed(native, trusted=trusted)
+                else:
+                    reader = stack.enter_context(CheckpointReader(path))
+                    source, checksum = DirectorySource(reader), reader.checksum
+            if len(set(together.gather(checksum))) > 1:
+                raise CheckpointError(
+                    f"{path}: ranks see different checkpoints there. It was replaced at this"
+                    " moment, or they don't share the file system."
+                )
+            return load(
+                source,
+                together,
+                engine=self.deepspeed_engine,
+                layers=self._expert_state.layers,
+                training=training,
+                strict=self.lightning_module.strict_loading,
+                trusted=trusted,
+                verify=self.verify_checkpoints,
+            )
+
+    def _take_local_state(self, loaded: Loaded) -> None:
+        self._put_gradients = loaded.put_gradients
+        local = loaded.local_state
+        if local is not None:
+            self._random_state = local["rng"]
+            if local["loaders"] is not None:
+                fit_loop = loaded.lightning["loops"]["fit_loop"]
+                fit_loop["state_dict"]["combined_loader"] = local["loaders"]
+        elif loaders_of(loaded.lightning) is not None:
+            rank_zero_warn(
+                "The checkpoint was saved on another number of ranks: every data loader resumes"
+                " from the state of rank 0's. Check that its state does not depend on the rank."
+            )
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Before an iterator is made, which draws numbers at the beginning of an epoch.
+        self._restore_random_state()
+        return super().process_dataloader(dataloader)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.fit_loop.restarted_mid_epoch:
+            # The iterator of a run that was not interrupted was made long before the save.
+            self._restore_random_state()
+        self._random_state = None
+        if self._put_gradients is not None:
+            self._put_gradients()  # not before: Lightning clears gradients when it starts
+        self._put_gradients = None
+
+    def _restore_random_state(self) -> None:
+        assert self.lightning_module is not None
+        if self._random_state is not None and self.lightning_module.trainer.training:
+            set_random_state(self._random_state, torch.device(self.root_device))

@@ -1,0 +1,80 @@
+"""A save in the middle of an epoch, and of a step whose gradients are half accumulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategy import midway_runs as runs
+from strategy.models import Case
+
+from lightning_fastmoe.checkpoint import CheckpointReader
+
+MIDDLES = {2: "two of three batches of the first step", 11: "and in the second epoch"}
+"""After so many batches."""
+
+
+def case_of(world=2, ep=2, stage=2, **kwargs) -> Case:
+    return Case(world, ep, stage, runs.ACCUMULATE, epochs=runs.EPOCHS, **kwargs)
+
+
+CASES = [
+    case_of(stage=1),
+    case_of(stage=2),
+    case_of(stage=3),
+    case_of(stage=1, precision="bf16-mixed"),
+    case_of(stage=2, precision="bf16-mixed"),
+    case_of(stage=2, extra={"offload_optimizer": True}),
+    case_of(stage=3, extra={"offload_optimizer": True}),
+]
+
+
+def ident(case: Case) -> str:
+    offload = "-offload" if case.extra else ""
+    return f"world{case.world}-zero{case.stage}-{case.precision}{offload}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=ident)
+def test_resuming_midway_changes_no_bit(rank_pool, tmp_path, case):
+    saves = {n: str(tmp_path / f"{n}.ckpt") for n in MIDDLES}
+    results = rank_pool.run(runs.straight_and_resumed, case.world, case, saves)
+    for straight, resumed in results:
+        assert len(straight.losses) == runs.BATCHES * runs.EPOCHS
+        assert len(set(straight.losses)) > runs.BATCHES
+        for batches, rest in resumed.items():
+            steps = len(straight.norms) - len(rest.norms)
+            assert rest.losses == straight.losses[batches:], batches
+            assert rest.norms == straight.norms[steps:], batches
+            for name, weight in straight.weights.items():
+                assert torch.equal(rest.weights[name], weight), (batches, name)
+
+
+def gradients_in(path) -> set[str]:
+    with CheckpointReader(path) as reader:
+        return {n.split("/net")[0] for n in reader.manifest.tensors if n.startswith("gradients/")}
+
+
+PAIRS = [
+    (case_of(4, 2, 1), case_of(2, 2, 1)),
+    (case_of(2, 1, 1), case_of(4, 4, 2)),
+    (case_of(2, 2, 2), case_of(4, 2, 1)),
+    (case_of(4, 4, 3), case_of(2, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=ident)
+def test_half_a_step_is_finished_on_other_ranks(rank_pool, tmp_path, before, after):
+    """Without load-balancing loss and dropout, which other ranks compute otherwise."""
+    path = str(tmp_path / "a.ckpt")
+    before, after = (
+        case_of(c.world, c.ep, c.stage, coefficients=(0, 1e-3)) for c in (before, after)
+    )
+    straight = rank_pool.run(runs.fit, before.world, before, 0.0, 7, {5: path})
+    kinds = {1: {"gradients/local"}, 2: {"gradients/mean"}, 3: {"gradients/mean"}}
+    assert gradients_in(path) == kinds[before.stage]
+    resumed = rank_pool.run(runs.fit, after.world, after, 0.0, 8, {}, path)
+    norms = straight[0].norms
+    for rest in resumed:
+        assert rest.norms == pytest.approx(norms[1:], rel=1e-6)
+    losses = [sum(step) / len(step) for step in zip(*(r.losses for r in straight), strict=True)]
+    after_losses = [sum(s) / len(s) for s in zip(*(r.losses for r in resumed), strict=True)]
+    assert after_losses == pytest.approx(losses[5:], rel=1e-6)
