@@ -17,7 +17,7 @@ _POLICIES = ("raise", "skip", "ignore")
 
 
 _REFUSED_ARGUMENTS = {
-    "load_full_weights": "a single file of weights can't be loaded into spread experts yet",
+    "load_full_weights": "a single file of weights loads without it: pass it as ckpt_path",
     "remote_device": "parameters are made on the rank's own device, then partitioned;"
     " offload_parameters=True moves them to the host",
 }

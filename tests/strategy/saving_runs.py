@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,9 +136,14 @@ def saved_while_training(case: Case, directory: str) -> tuple[list[bool], Any, A
 
 
 class Noted(pl.Callback):
-    """Counts steps."""
+    """Counts steps; each begins when no save is in progress any more."""
 
     steps = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        for thread in threading.enumerate():  # as if steps took longer than a save
+            if thread.name == "checkpoint":
+                thread.join(20)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.steps += 1
