@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import CheckpointError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn import Experts, MoE
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
     Raises:
         CheckpointError: if spread experts have state that has no place in the whole model.
     """
+    for name, layer in layers.items():
+        if layer.is_spread and not isinstance(layer.experts, Experts):
+            raise CheckpointError(
+                f"The experts of layer {name!r} are modules (expert=...) spread over ranks, which"
+                " checkpoints can't hold yet. Keep all of them on each rank with"
+                " MoE(dispatcher='local') or expert_parallel_size=1, or use the built-in FFNs."
+            )
     result = ModelMap(module, num_experts={n: layer.num_experts for n, layer in layers.items()})
     experts = {
         f"{name}.experts.{parameter}": layer

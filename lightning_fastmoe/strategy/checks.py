@@ -11,6 +11,7 @@ from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
+from lightning_fastmoe.nn import Experts, MoE
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 _POLICIES = ("raise", "skip", "ignore")
@@ -109,3 +110,19 @@ def check_links(trainer: pl.Trainer) -> None:
                 " being written with async_checkpoint=True, and a crash would leave no last one."
                 " Use save_last=True."
             )
+
+
+def check_can_be_saved(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
+    """Refuses to begin a run whose first checkpoint would fail.
+
+    Raises:
+        ConfigError: for spread experts that are modules, if the Trainer saves checkpoints.
+    """
+    spread = [n for n, m in layers.items() if m.is_spread and not isinstance(m.experts, Experts)]
+    if spread and trainer.checkpoint_callbacks:
+        raise ConfigError(
+            f"Layer {spread[0]!r} has modules as experts (expert=...), spread over ranks, which"
+            " checkpoints can't hold yet. Keep all of them on each rank with"
+            " MoE(dispatcher='local') or expert_parallel_size=1, or train with"
+            " Trainer(enable_checkpointing=False)."
+        )

@@ -32,6 +32,7 @@ from lightning_fastmoe.nn.placement import Placement, expert_placement
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
     check_arguments,
+    check_can_be_saved,
     check_links,
     check_objects,
     check_trainer,
@@ -211,6 +212,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         check_deepspeed_config(self.config)
         self._destroy_earlier_engine(self.lightning_module)
         self._setup_experts(self.lightning_module)
+        check_can_be_saved(trainer, self._expert_state.layers)
         super().setup(trainer)
         vars(self.lightning_module)[_ENGINE] = self.model
 

@@ -184,3 +184,10 @@ def test_a_rank_that_leaves_a_layer_out_stops_all(rank_pool, name, world, ep, la
         rank_pool.run(runs.leave_out, world, case, 1, layer, timeout=60.0)
     assert {kind for kind, _ in error.value.errors.values()} == {"ExchangeError"}
     assert len(error.value.errors) == world
+
+
+def test_module_experts_that_no_checkpoint_can_hold_are_refused(rank_pool, tmp_path):
+    for said in rank_pool.run(runs.refuse_to_save, 2, make("modules", 2), str(tmp_path)):
+        assert said[0].startswith("ConfigError: Layer 'net.moes.0' has modules as experts")
+        assert said[1].startswith("CheckpointError: The experts of layer 'net.moes.0' are modules")
+        assert len(said) == 2
