@@ -127,7 +127,7 @@ def _distance(a: Tensor, b: Tensor, atol: float, rtol: float) -> tuple[int, floa
     unequal = _unequal_bits(a, b) if exact and a.dtype == b.dtype else None
     x, y = a.to(torch.float64), b.to(torch.float64)
     same = (x == y) | (x.isnan() & y.isnan())
-    gap = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=math.inf)
+    gap = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     size = torch.maximum(x.abs(), y.abs())
     relative = torch.where(gap == 0, 0.0, gap / size).nan_to_num(nan=math.inf, posinf=math.inf)
     if unequal is None:

@@ -17,8 +17,8 @@ from lightning_fastmoe.nn import MoE
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries.
 
-    Grouped queries share keys and values (Ainslie et al. 2023). Queries and keys are normalised over
-    each head (Qwen3), over all heads together (OLMoE), or not at all.
+    Several queries share a key and value (Ainslie et al. 2023). Queries and keys are normalised
+    over each head (Qwen3), over all heads together (OLMoE), or not at all.
     """
 
     def __init__(self, about: Architecture) -> None:

@@ -11,7 +11,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fastmoe.commands.checkpoint.console import print_json, print_text, progress, table
+from lightning_fastmoe.commands.checkpoint.console import (
+    plural,
+    print_json,
+    print_text,
+    progress,
+    table,
+)
 
 if TYPE_CHECKING:
     from lightning_fastmoe.checkpoint.compare import Difference
@@ -86,4 +92,5 @@ def _lines(found: list[Difference]) -> list[str]:
         rows.append([d.tensor, what, *(numbers if d.kind in ("values", "dtype") else [""] * 3)])
     more = len(found) - _SHOWN
     rest = [f"... and {more} more; --json lists all."] if more > 0 else []
-    return [*table(rows), *rest, f"{len(found)} tensors differ."]
+    count = f"{plural(len(found), 'tensor')} {'differs' if len(found) == 1 else 'differ'}."
+    return [*table(rows), *rest, count]
