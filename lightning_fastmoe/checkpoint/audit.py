@@ -172,21 +172,22 @@ class Audit:
             check_hash(fd, where, record.sha256, marks, self._on_bytes)
         finally:
             os.close(fd)
-        if name == OBJECTS or name.endswith(".json"):
-            self._check_content(name, record.size, OBJECTS in manifest.files)
+        if not name.endswith(".safetensors"):
+            objects = OBJECTS if name == STATE else name.replace(".json", ".pt")
+            self._check_content(name, record.size, objects in manifest.files)
 
     def _check_content(self, name: str, size: int, has_objects: bool) -> None:
         """What JSON and the pickle hold must be readable as plain data."""
         where = self.path / name
         data = files.read_small(self._directory, name, self.path, size)
-        if name == OBJECTS:
+        if name.endswith(".pt"):
             if not self._trusted:
                 _check_objects(data, where)
             return
         content = load_json(data, where)
         try:
-            # What objects.pt holds is looked at by itself; any list will do for the places.
-            places: Any = _Anything() if has_objects and name == STATE else []
+            # What the pickle beside it holds is looked at by itself: any object will do here.
+            places: Any = _Anything() if has_objects else []
             decode(content, places, where)
         except RecursionError as error:
             raise CheckpointError(f"{where} is nested too deeply: don't load it.") from error

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_fastmoe.checkpoint.stream import StreamedTensor, byte_view
 from lightning_fastmoe.errors import CheckpointError
@@ -60,6 +59,8 @@ def write_torch(
     Raises:
         OSError: if it can't be written.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a second, only needed here
+
     with FakeTensorMode():
         fakes: dict[str, Any] = {t.key: torch.empty(t.shape, dtype=t.dtype) for t in tensors}
     state = {**fakes, **{name: fakes[first] for name, first in tied.items()}}

@@ -41,13 +41,13 @@ COMMANDS = {
         "Compile the CUDA kernels ahead of time, for images and clusters.",
         "lightning_fastmoe.commands.build",
     ),
-    "checkpoint": Command(
-        "Inspect, verify, compare, reshard, consolidate, export and import checkpoints.",
-        "lightning_fastmoe.commands.checkpoint",
-    ),
     "env": Command(
         "Print what was found on this machine, and whether the CUDA kernels run on it.",
         "lightning_fastmoe.commands.env",
+    ),
+    "checkpoint": Command(
+        "Inspect, verify, compare, reshard, consolidate, export and import checkpoints.",
+        "lightning_fastmoe.commands.checkpoint",
     ),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,9 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fastmoe.checkpoint.huggingface import Architecture, read_config
+from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.checkpoint.huggingface import Architecture, kept_config, read_config
+from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.lm.decoder import MoEDecoder
 
@@ -23,47 +24,54 @@ IGNORED = -100
 class MoECausalLM(LightningModule):
     """Mixtral, Qwen3-MoE or OLMoE, trained to predict the next token.
 
-    Start from the weights of a model with ``Trainer.fit(MoECausalLM(...), ckpt_path=...)`` and what
-    ``lightning-fastmoe checkpoint import`` wrote; ``checkpoint export`` writes a model back.
+    ``MoECausalLM(weights="qwen3.ckpt")`` starts from what ``lightning-fastmoe checkpoint import``
+    wrote; ``checkpoint export`` turns checkpoints of its training into a model for transformers.
 
     Batches are token ids (batch, seq_len), or maps with ``input_ids`` and, if not every token is to
     be learned, ``labels`` of the same shape with -100 for the others (not shifted, as transformers
     takes them). Override ``configure_optimizers`` as in any LightningModule.
 
     Args:
-        config: ``config.json`` of the model: its content, its path, or its directory.
+        weights: a checkpoint to start from; None starts from random weights.
+        config: ``config.json`` of the model: its content, its path, or its directory. None takes
+            that of ``weights``.
         lr: learning rate of AdamW.
         weight_decay: of AdamW, on all weights.
         load_balancing: coefficient of the load-balancing loss.
         z_loss: coefficient of the router z-loss.
 
     Raises:
-        ConfigError: if the model is of no supported kind.
+        ConfigError: if the model is of no supported kind, or both arguments are missing.
     """
 
     def __init__(
         self,
-        config: dict[str, Any] | str,
+        weights: str | None = None,
+        config: dict[str, Any] | str | None = None,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
         load_balancing: float = 0.01,
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        config = config if isinstance(config, dict) else read_config(Path(config))
-        self.architecture = Architecture.from_config(config)
-        # The content and not the path: exporting needs it, on whatever machine.
-        self.save_hyperparameters({"config": config}, ignore=["config"])
+        self._weights = weights
+        self.config = _content(config, weights)
+        self.architecture = Architecture.from_config(self.config)
         self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss")
+        # Its content and not its path, as exporting needs it on whatever machine. The weights to
+        # start from are no hyperparameter: a checkpoint has its own.
+        self.save_hyperparameters({"config": self.config})
         self.lr, self.weight_decay = lr, weight_decay
         self._coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
         self.network: MoEDecoder | None = None
 
     @override
     def configure_model(self) -> None:
-        # Here the strategy knows the ranks, so that each creates its own experts only.
+        # Here the strategy knows the ranks, so that each creates and reads its own experts only.
         if self.network is None:
             self.network = MoEDecoder(self.architecture, **self._coefficients)
+            if self._weights is not None:
+                load_weights(self._weights, self.network, prefix="network.")
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:
@@ -99,3 +107,15 @@ class MoECausalLM(LightningModule):
         return F.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].long().flatten(), ignore_index=IGNORED
         )
+
+
+def _content(config: dict[str, Any] | str | None, weights: str | None) -> dict[str, Any]:
+    """The content of the config.json."""
+    if isinstance(config, dict):
+        return config
+    if config is not None:
+        return read_config(config)
+    if weights is None:
+        raise ConfigError("MoECausalLM needs weights= to start from, or config= of a new model.")
+    with CheckpointReader(weights) as reader:
+        return kept_config(reader)

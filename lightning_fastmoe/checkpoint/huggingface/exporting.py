@@ -83,7 +83,7 @@ def export(
         ConfigError: if the directory exists, or the weights aren't those of such a model.
         OSError: if it can't be written.
     """
-    content = read_config(config) if config is not None else _kept_config(reader)
+    content = read_config(config) if config is not None else kept_config(reader)
     if content.get("model_type") != family:
         raise ConfigError(
             f"The config.json has model_type={content.get('model_type')!r}, but the export is to"
@@ -198,8 +198,12 @@ def _stream(
     )
 
 
-def _kept_config(reader: CheckpointReader) -> dict[str, Any]:
-    """The config among the hyperparameters."""
+def kept_config(reader: CheckpointReader) -> dict[str, Any]:
+    """The config among a checkpoint's hyperparameters.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     kept = reader.read_state()["lightning"].get("hyper_parameters", {}).get("config")
     if not isinstance(kept, dict) or "model_type" not in kept:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 Reads Mixtral, Qwen3-MoE and OLMoE models: a directory with config.json and safetensors files, as
 huggingface_hub downloads them. Values are not changed; the experts of a layer are stacked. Train
-with Trainer.fit(MoECausalLM(...), ckpt_path=OUTPUT). docs/huggingface.md has the details.
+it with MoECausalLM(weights=OUTPUT). docs/huggingface.md has the details.
 """
 
 from __future__ import annotations
