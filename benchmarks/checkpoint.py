@@ -18,7 +18,7 @@ with the page cache emptied of the files. `peak` is how far the resident memory 
 what it was, at most. `unhashed` and `unverified` are fastmoe's times without hashing.
 
 Files go below --directory, which needs room for twice the largest size; they are deleted. Prints a
-table, or with --json one object.
+table, or with --json a line with one object, for each size and number of ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -375,21 +376,19 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--repeat", type=int, default=1, help="turns; medians are reported")
     parser.add_argument("--directory", type=Path, default=None, help="where files go")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON, an object on each line")
     arguments = parser.parse_args()
     room = shutil.disk_usage(arguments.directory or tempfile.gettempdir()).free
     if room < 2 * max(arguments.sizes) * GIB:
         sys.exit(f"error: only {room / GIB:.1f} GiB are free; choose --directory or --sizes")
-    results = []
+    # Told to stop, it still ends its ranks and deletes its files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for size in arguments.sizes:
         for ranks in arguments.ranks:
-            result = measure(size, ranks, arguments)
-            results.append(result)
-            if not arguments.json:
-                print("\n".join(lines_of(result)), flush=True)
-    if arguments.json:
-        print(json.dumps({"versions": versions(), "results": results}, indent=2))
-    else:
+            result = {**measure(size, ranks, arguments), "versions": versions()}
+            text = json.dumps(result) if arguments.json else "\n".join(lines_of(result))
+            print(text, flush=True)
+    if not arguments.json:
         print("\n" + ", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
