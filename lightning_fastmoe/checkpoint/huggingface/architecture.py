@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_fastmoe.checkpoint.huggingface.families import FAMILIES, Family
+from lightning_fastmoe.checkpoint.huggingface.families import FAMILIES, NOT_ALL_READ, Family
 from lightning_fastmoe.errors import ConfigError
 
 CONFIG = "config.json"
@@ -74,7 +74,9 @@ class Architecture:
                 f"config.json has model_type={config.get('model_type')!r}. Supported are"
                 f" {', '.join(FAMILIES)}."
             )
-        fields = {**family.defaults, **modernised(config)}
+        unread = NOT_ALL_READ - family.reads
+        given = {name: v for name, v in modernised(config).items() if name not in unread}
+        fields = {**family.defaults, **given}
         rope = config.get("rope_parameters") or {}
         theta = rope.get("rope_theta", fields["rope_theta"])
         _check_supported(family, fields, rope)
@@ -249,7 +251,6 @@ def _check_supported(family: Family, fields: Mapping[str, Any], rope: Mapping[st
         "sliding_window": fields["use_sliding_window"] and fields["sliding_window"],
         "router_jitter_noise": fields["router_jitter_noise"],
         "quantization_config": bool(fields.get("quantization_config")),
-        "norm_topk_prob": family.name == "mixtral" and not fields["norm_topk_prob"],
     }
     for name, value in wrong.items():
         if value:

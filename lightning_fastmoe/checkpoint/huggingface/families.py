@@ -24,6 +24,7 @@ class Family:
         width: the field with an expert's inner width, F.
         experts: the field with the number of experts, E.
         qk_norm: norms of queries and keys: "none", over each "head", or over their whole "width".
+        reads: fields that not all families look at, and this one does.
         defaults: what fields mean that a ``config.json`` leaves out.
     """
 
@@ -34,6 +35,7 @@ class Family:
     width: str
     experts: str
     qk_norm: str
+    reads: frozenset[str]
     defaults: Mapping[str, Any]
 
 
@@ -64,6 +66,7 @@ FAMILIES = {
             "intermediate_size",
             "num_local_experts",
             "none",
+            frozenset({"router_jitter_noise"}),
             MappingProxyType(
                 _COMMON
                 | {
@@ -89,6 +92,15 @@ FAMILIES = {
             "moe_intermediate_size",
             "num_experts",
             "head",
+            frozenset(
+                {
+                    "attention_bias",
+                    "decoder_sparse_step",
+                    "mlp_only_layers",
+                    "norm_topk_prob",
+                    "use_sliding_window",
+                }
+            ),
             MappingProxyType(
                 _COMMON
                 | {
@@ -115,6 +127,7 @@ FAMILIES = {
             "intermediate_size",
             "num_experts",
             "width",
+            frozenset({"attention_bias", "clip_qkv", "norm_topk_prob"}),
             MappingProxyType(
                 _COMMON
                 | {
@@ -134,3 +147,6 @@ FAMILIES = {
     )
 }
 """By ``model_type``."""
+
+NOT_ALL_READ: frozenset[str] = frozenset().union(*(f.reads for f in FAMILIES.values()))
+"""Fields that mean nothing in the families that don't read them."""

@@ -99,6 +99,17 @@ def test_models_that_we_can_not_be(source, tmp_path, capsys, values, match):
     assert not (tmp_path / "b.ckpt").exists()
 
 
+def test_fields_of_other_families_mean_nothing():
+    """transformers ignores them, too."""
+    plain = {"model_type": "mixtral"}
+    others = {"clip_qkv": 1.0, "mlp_only_layers": [0], "norm_topk_prob": False}
+    assert Architecture.from_config({**plain, **others}) == Architecture.from_config(plain)
+    about = Architecture.from_config({"model_type": "qwen3_moe", **others})
+    assert about.clip_qkv is None
+    assert set(about.dense_layers) == {0}
+    assert Architecture.from_config({"model_type": "olmoe", **others}).clip_qkv == 1.0
+
+
 def test_a_window_that_is_switched_off():
     about = {"model_type": "qwen3_moe", "sliding_window": 4096, "use_sliding_window": False}
     Architecture.from_config(about)
