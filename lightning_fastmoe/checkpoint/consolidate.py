@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from lightning_fastmoe.checkpoint.copying import stored_tensor
 from lightning_fastmoe.checkpoint.files import fsync_directory
 from lightning_fastmoe.checkpoint.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.records import DTYPES, TensorRecord, split_name
-from lightning_fastmoe.checkpoint.reshard import read_parts
+from lightning_fastmoe.checkpoint.records import split_name
 from lightning_fastmoe.checkpoint.stream import StreamedTensor, write_safetensors
 from lightning_fastmoe.checkpoint.torch_file import write_torch
 from lightning_fastmoe.errors import ConfigError
@@ -76,23 +76,6 @@ class Consolidation:
             for name, first in pairs
             if name.startswith(self.prefix) and first.startswith(self.prefix)
         }
-
-
-def stored_tensor(
-    reader: CheckpointReader,
-    name: str,
-    record: TensorRecord,
-    key: str,
-    dtype: torch.dtype | None,
-) -> StreamedTensor:
-    """A whole tensor of a checkpoint on its way into another file."""
-    target = target_dtype(DTYPES[record.dtype], dtype)
-    return StreamedTensor(key, target, record.shape, lambda: read_parts(reader, name, dtype=target))
-
-
-def target_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The wanted dtype, for what is floating-point at all."""
-    return wanted if wanted is not None and stored.is_floating_point else stored
 
 
 def consolidate(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, write_small
+from lightning_fastmoe.checkpoint.copying import stored_piece
+from lightning_fastmoe.checkpoint.files import write_small
 from lightning_fastmoe.checkpoint.publish import Publication
 from lightning_fastmoe.checkpoint.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.records import DTYPES, FileRecord, TensorRecord
-from lightning_fastmoe.checkpoint.shards import OwnedPiece, chunks
+from lightning_fastmoe.checkpoint.records import DTYPES, FileRecord
+from lightning_fastmoe.checkpoint.shards import OwnedPiece
 from lightning_fastmoe.checkpoint.writer import WrittenFiles, write_manifest, write_rank
 
 _WHOLE = 4096
@@ -72,47 +70,6 @@ def spread(reader: CheckpointReader, ranks: int) -> list[list[OwnedPiece]]:
             pieces[rank].append(stored_piece(reader, name, record, start, stop))
             load[rank] += (stop - start) * DTYPES[record.dtype].itemsize
     return pieces
-
-
-def stored_piece(
-    reader: CheckpointReader, name: str, record: TensorRecord, start: int, stop: int
-) -> OwnedPiece:
-    """An interval that will be read from another checkpoint while it is written."""
-    return OwnedPiece(
-        name,
-        record.shape,
-        start,
-        stop - start,
-        DTYPES[record.dtype],
-        lambda: read_parts(reader, name, start, stop),
-    )
-
-
-def read_parts(
-    reader: CheckpointReader,
-    tensor: str,
-    start: int = 0,
-    stop: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Iterator[Tensor]:
-    """An interval of a tensor, in parts of at most 16 MiB that share one buffer.
-
-    Args:
-        reader: the checkpoint.
-        tensor: name in the manifest.
-        start: first element, in row-major order.
-        stop: one past the last; None is the tensor's end.
-        dtype: to convert to; None is the stored one.
-    """
-    record = reader.record(tensor)
-    stop = record.numel if stop is None else stop
-    dtype = dtype or DTYPES[record.dtype]
-    step = BUFFER_BYTES // dtype.itemsize
-    buffer = torch.empty(min(step, stop - start), dtype=dtype)
-    for begin, end in chunks(start, stop, step):
-        part = buffer[: end - begin]
-        reader.read_into(tensor, begin, part)
-        yield part
 
 
 def _copies(reader: CheckpointReader, directory: Path) -> WrittenFiles:

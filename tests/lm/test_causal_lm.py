@@ -60,8 +60,10 @@ def test_what_was_learned_is_exported(rank_pool, model, imported, tmp_path):
     """Two steps of AdamW: the exported model is the one that transformers trains to."""
     saved, lr = tmp_path / "run.ckpt", 1e-3
     rank_pool.run(finetune, 2, str(imported), str(saved), 2, lr, 2)
-    run("export", saved, tmp_path / "out", "--to", "qwen3_moe")
-    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    path = tmp_path / "out"
+    run("export", saved, path, "--to", "qwen3_moe")
+    trained = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    ours = trained.state_dict()
     theirs = copy.deepcopy(model).train()
     start = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_fastmoe.checkpoint.consolidate import target_dtype
+from lightning_fastmoe.checkpoint.copying import read_parts, target_dtype
 from lightning_fastmoe.checkpoint.files import fsync_directory, write_small
 from lightning_fastmoe.checkpoint.huggingface.architecture import (
     CONFIG,
@@ -25,7 +25,6 @@ from lightning_fastmoe.checkpoint.huggingface.architecture import (
 from lightning_fastmoe.checkpoint.huggingface.families import FAMILIES
 from lightning_fastmoe.checkpoint.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.records import DTYPES, weight_name
-from lightning_fastmoe.checkpoint.reshard import read_parts
 from lightning_fastmoe.checkpoint.stream import StreamedTensor, write_safetensors
 from lightning_fastmoe.errors import ConfigError
 
