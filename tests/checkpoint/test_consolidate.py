@@ -206,8 +206,8 @@ for source in (small, big):
 
 
 def test_memory_does_not_grow_with_the_model(path, tmp_path):
-    """A tensor of 160 MiB passes through buffers of 16 MiB, in each of the verbs."""
-    big = {"weights/moe.experts.up_proj": torch.ones(4, 10 * 2**20), "weights/x": torch.ones(2**20)}
+    """A tensor of 128 MiB passes through buffers of 16 MiB, in each of the verbs."""
+    big = {"weights/moe.experts.up_proj": torch.ones(4, 8 * 2**20), "weights/x": torch.ones(2**20)}
     write_sample(tmp_path / "big.ckpt", big)
     output = tmp_path / "out"
     output.mkdir()
@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_model(path, tmp_path):
         [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "big.ckpt"), str(output)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr
