@@ -45,6 +45,10 @@ COMMANDS = {
         "Print what was found on this machine, and whether the CUDA kernels run on it.",
         "lightning_fastmoe.commands.env",
     ),
+    "checkpoint": Command(
+        "Inspect, verify, compare, reshard, consolidate, export and import checkpoints.",
+        "lightning_fastmoe.commands.checkpoint",
+    ),
 }
 
 TRAINING = {

@@ -23,11 +23,15 @@ VOCAB_SIZE = 256
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, drawn from N(0, ``init_std``)."""
+    """A linear layer, drawn from N(0, ``init_std``); a bias begins at zero."""
 
-    def __init__(self, in_features: int, out_features: int, init_std: float) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(
+        self, in_features: int, out_features: int, init_std: float, *, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         nn.init.normal_(self.weight, std=init_std)
+        if bias:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -38,7 +42,9 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=init_std)
 
 
-def rotary_table(seq_len: int, head_dim: int, device: torch.device) -> Tensor:
+def rotary_table(
+    seq_len: int, head_dim: int, device: torch.device, base: float = 10_000.0
+) -> Tensor:
     """Angles of rotary position embedding (Su et al. 2021), as cosines and sines.
 
     Computed in fp32 at each forward pass: as a buffer it would be cast to bf16 together with the
@@ -49,7 +55,7 @@ def rotary_table(seq_len: int, head_dim: int, device: torch.device) -> Tensor:
     """
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     positions = torch.arange(seq_len, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, 10_000.0**-exponents)
+    angles = torch.outer(positions, base**-exponents)
     return torch.stack((angles.cos(), angles.sin()))
 
 

@@ -1,0 +1,117 @@
+"""Starting from the weights of a checkpoint, before there is an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
+from lightning_fastmoe.checkpoint.loading import check_names, check_shapes
+from lightning_fastmoe.checkpoint.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.records import WEIGHTS, TensorRecord, weight_name
+from lightning_fastmoe.checkpoint.sources import DirectorySource
+from lightning_fastmoe.checkpoint.together import Together
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import moe_layers
+
+
+def load_weights(
+    path: Path | str,
+    module: nn.Module,
+    *,
+    prefix: str = "",
+    strict: bool = True,
+    verify: bool = True,
+) -> None:
+    """Fills a module with a checkpoint's weights, to train it from there.
+
+    Call it at the end of ``configure_model``, on all ranks if there are several. Each reads the
+    experts that it has created and the dense weights, converted to the dtype of its parameters.
+    Optimizer states, counters and random number generators are left alone; to go on with a run,
+    pass its checkpoint to ``Trainer.fit(ckpt_path=...)`` instead.
+
+    Args:
+        path: of a checkpoint: of a run, or what importing wrote.
+        module: what to fill.
+        prefix: what the checkpoint's names have before those of the module, such as "network.".
+        strict: names must match exactly; else what is missing keeps its values.
+        verify: compare the files with their hashes first; each is read by one rank.
+
+    Raises:
+        ConfigError: if ZeRO stage 3 has partitioned the parameters already.
+        CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the module.
+    """
+    model = map_model(module, dict(moe_layers(module)))
+    if any(hasattr(parameter, "ds_id") for parameter, _ in model.parameters.values()):
+        raise ConfigError(
+            "load_weights: ZeRO stage 3 has partitioned the module's parameters already. Call it in"
+            " configure_model, or pass the checkpoint to validate, test or predict."
+        )
+    if not (dist.is_available() and dist.is_initialized()):
+        _load(path, model, prefix, strict, (0, 1) if verify else None)
+        return
+    together = Together(Path(path), "loaded")
+    with together.stage():
+        _load(path, model, prefix, strict, (together.rank, together.world_size) if verify else None)
+
+
+def _load(
+    path: Path | str,
+    model: ModelMap,
+    prefix: str,
+    strict: bool,
+    share: tuple[int, int] | None,
+) -> None:
+    with CheckpointReader(path) as reader:
+        source = _Inside(reader, prefix)
+        check_names(source, model, strict)
+        check_shapes(source, model)
+        if share is not None:
+            source.check(*share, ("weights",))
+        with torch.no_grad():
+            for name, (parameter, place) in model.parameters.items():
+                _fill(source, name, place.offset, parameter)
+            for name, buffer in model.buffers.items():
+                _fill(source, name, 0, buffer)
+
+
+def _fill(source: _Inside, name: str, start: int, target: Tensor) -> None:
+    if weight_name(name) in source.tensors:
+        flat = target.detach()
+        whole = flat if flat.is_contiguous() else torch.empty_like(flat).contiguous()
+        source.read_into(weight_name(name), start, whole.view(-1))
+        if whole is not flat:
+            flat.copy_(whole)
+
+
+class _Inside(DirectorySource):
+    """The part of a checkpoint whose names have a prefix, without it."""
+
+    def __init__(self, reader: CheckpointReader, prefix: str) -> None:
+        super().__init__(reader)
+        self._prefix = prefix
+        start = weight_name(prefix)
+        self._tensors = {
+            weight_name(name.removeprefix(start)): record
+            for name, record in reader.manifest.tensors.items()
+            if name.startswith(start)
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        return self._tensors
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        return tuple(n.removeprefix(self._prefix) for n in super().excluded)
+
+    @property
+    def moe_layers(self) -> Mapping[str, int]:
+        return {n.removeprefix(self._prefix): e for n, e in super().moe_layers.items()}
+
+    def read_into(self, tensor: str, start: int, out: Tensor) -> None:
+        super().read_into(weight_name(self._prefix + tensor[len(WEIGHTS) + 1 :]), start, out)

@@ -1,0 +1,84 @@
+"""What a checkpoint holds: layers, experts, sizes, step and topology.
+
+Reads the manifest alone, so it is quick for checkpoints of any size, and checks no hashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lightning_fastmoe.commands.checkpoint.console import (
+    plural,
+    print_json,
+    print_text,
+    readable,
+    table,
+)
+from lightning_fastmoe.commands.checkpoint.opening import add_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    add_source(parser)
+    parser.add_argument("--tensors", action="store_true", help="also list every tensor")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the summary."""
+    from lightning_fastmoe.checkpoint import CheckpointReader
+    from lightning_fastmoe.checkpoint.summary import summarize
+
+    with CheckpointReader(arguments.checkpoint) as reader:
+        summary = summarize(reader, tensors=arguments.tensors)
+    if arguments.json:
+        print_json(summary)
+    else:
+        print_text(*_lines(summary))
+    return 0
+
+
+def _lines(s: dict[str, Any]) -> list[str]:
+    topology, weights = s["topology"], s["weights"]
+    lines = [
+        f"{s['path']}",
+        f"  written by    {s['written_by']}, format version {s['format_version']}",
+        f"  contents      {', '.join(s['contents'])}; {readable(s['bytes'])} in"
+        f" {len(s['files'])} files",
+        f"  progress      epoch {s['epoch']}, step {s['global_step']}",
+        f"  saved on      {plural(topology['world_size'], 'rank')}, expert parallel size"
+        f" {topology['expert_parallel_size']}, ZeRO stage {topology['zero_stage']}, precision"
+        f" {topology['precision']}",
+        f"  weights       {weights['elements']:,} in {plural(weights['tensors'], 'tensor')}"
+        f" ({', '.join(weights['dtypes'])}), {readable(weights['bytes'])}",
+    ]
+    for state, about in s["optimizer"].items():
+        lines.append(
+            f"  optimizer     {state}: {about['elements']:,} in"
+            f" {plural(about['tensors'], 'tensor')}, {readable(about['bytes'])}"
+        )
+    for name, first in s["tied"].items():
+        lines.append(f"  tied          {name} is {first}")
+    if s["excluded"]:
+        lines.append(f"  left out      {plural(len(s['excluded']), 'frozen parameter')}")
+    if s["moe_layers"]:
+        rows = [["MoE layer", "experts", "tensors", "with optimizer"]]
+        for layer in s["moe_layers"]:
+            tensors = [
+                f"{n} {a['dtype']} {_shape(a['shape'])}" for n, a in layer["experts"].items()
+            ]
+            size = readable(layer["bytes_with_optimizer"])
+            rows.append([layer["name"], str(layer["num_experts"]), "; ".join(tensors), size])
+        lines += ["", *table(rows)]
+    if "tensors" in s:
+        rows = [["tensor", "dtype", "shape", "size", "pieces"]]
+        for name, about in s["tensors"].items():
+            size = readable(about["bytes"])
+            shape = _shape(about["shape"])
+            rows.append([name, about["dtype"], shape, size, str(about["pieces"])])
+        lines += ["", *table(rows)]
+    return lines
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
