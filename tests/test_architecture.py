@@ -23,14 +23,17 @@ MAX_LINES = 400
 
 LEVELS = {
     "errors": 0,
+    "load_log": 1,
     "ops": 1,
     "nn": 2,
     "distributed": 3,
+    "sizes": 3,
     "checkpoint": 4,
     "strategy": 5,
     "callbacks": 6,
     "lm": 6,
     "metrics": 6,
+    "report": 6,
     "testing": 6,
     "commands": 7,
     "cli": 8,

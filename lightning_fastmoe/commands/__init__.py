@@ -45,6 +45,10 @@ COMMANDS = {
         "Print what was found on this machine, and whether the CUDA kernels run on it.",
         "lightning_fastmoe.commands.env",
     ),
+    "report": Command(
+        "Show what the experts of a run did, as one HTML page.",
+        "lightning_fastmoe.commands.report",
+    ),
 }
 
 TRAINING = {
