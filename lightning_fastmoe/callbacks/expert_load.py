@@ -78,6 +78,7 @@ class ExpertLoadMonitor(pl.Callback):
         self._layers: list[tuple[str, MoE]] = []
         self._logged_step = 0
         self._drawn_step = 0
+        self._opened = False
         self._run_folder: Path | None = None
         self._writer: load_log.LoadLogWriter | None = None
         self._history = LoadHistory()
@@ -99,9 +100,19 @@ class ExpertLoadMonitor(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._logged_step = self._drawn_step = trainer.global_step
+        self._opened = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not earlier: only now has a resumed Lightning found its place.
+        if self._opened or not self._layers:
+            return
+        self._opened = True
         self._run_folder = run_folder(trainer, self.folder)
         self._history = LoadHistory()
-        if trainer.is_global_zero and self._run_folder is not None and self._layers:
+        if trainer.is_global_zero and self._run_folder is not None:
             self._writer = load_log.LoadLogWriter(
                 self._run_folder, self._described(), first_step=_logged_as(trainer)
             )

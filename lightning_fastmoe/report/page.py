@@ -59,7 +59,8 @@ def build_page(run: Run, verdict: Verdict) -> str:
 
 
 def _facts(run: Run) -> list[str]:
-    steps = [series[-1][0] for series in run.scalars.values()]
+    # Lightning's ThroughputMonitor numbers validation batches, not steps.
+    steps = [x[-1][0] for name, x in run.scalars.items() if not name.startswith("validate/")]
     if run.loads and run.loads.records:
         steps.append(run.loads.records[-1].step)
     facts = [f"step {max(steps):,}"] if steps else []
