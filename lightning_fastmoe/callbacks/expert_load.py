@@ -96,10 +96,6 @@ class ExpertLoadMonitor(pl.Callback):
                 self._metric.update(index[id(layer)], routing)
 
         self._handles = [layer.register_routing_observer(observe) for _, layer in self._layers]
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._logged_step = self._drawn_step = trainer.global_step
         self._opened = False
 
     @override
@@ -110,6 +106,7 @@ class ExpertLoadMonitor(pl.Callback):
         if self._opened or not self._layers:
             return
         self._opened = True
+        self._logged_step = self._drawn_step = trainer.global_step
         self._run_folder = run_folder(trainer, self.folder)
         self._history = LoadHistory()
         if trainer.is_global_zero and self._run_folder is not None:

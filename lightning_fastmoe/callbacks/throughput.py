@@ -176,7 +176,7 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
         self._forget()
 
     @override
-    def on_fit_end(self, *args: Any) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._end()
 
     @override

@@ -62,17 +62,23 @@ def test_dropped_pairs_are_in_the_log(tmp_path):
         assert record.kept[1] is None
 
 
-def test_a_resumed_run_goes_on_in_the_file(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_goes_on_in_the_file(tmp_path, accumulate):
     once = tmp_path / "once"
-    make_trainer(tmp_path, ExpertLoadMonitor(folder=str(once))).fit(Model())
+    options = {"accumulate_grad_batches": accumulate}
+    make_trainer(tmp_path, ExpertLoadMonitor(folder=str(once)), **options).fit(
+        Model(steps=8 * accumulate)
+    )
     again = str(tmp_path / "again")
     save = SaveAt(4, tmp_path / "four.ckpt")
     # It goes on to step 6, and stops; then it resumes from step 4.
-    make_trainer(tmp_path, ExpertLoadMonitor(folder=again), save, max_steps=6).fit(Model())
+    make_trainer(tmp_path, ExpertLoadMonitor(folder=again), save, max_steps=6, **options).fit(
+        Model(steps=8 * accumulate)
+    )
     before = load_log.read(tmp_path / "again" / load_log.FILE_NAME)
     assert [r.step for r in before.records] == [1, 3, 5]
-    make_trainer(tmp_path, ExpertLoadMonitor(folder=again)).fit(
-        Model(), ckpt_path=tmp_path / "four.ckpt"
+    make_trainer(tmp_path, ExpertLoadMonitor(folder=again), **options).fit(
+        Model(steps=8 * accumulate), ckpt_path=tmp_path / "four.ckpt"
     )
     found = load_log.read(tmp_path / "again" / load_log.FILE_NAME)
     assert [r.step for r in found.records] == [1, 3, 5, 7]
