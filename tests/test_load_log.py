@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_resuming_replaces_what_went_on_past_the_checkpoint(tmp_path):
     write(tmp_path, [4, 9, 14, 19])
-    log = write(tmp_path, [14, 19, 24], first_step=10)
+    log = write(tmp_path, [14, 19, 24], first_step=14)
     assert steps(log) == [4, 9, 14, 19, 24]
     assert steps(write(tmp_path, [4])) == [4]
     assert [p.name for p in tmp_path.iterdir()] == [load_log.FILE_NAME]

@@ -39,12 +39,13 @@ class Allocated(pl.Callback):
         if trainer.global_step == 0:
             return
         zero = trainer.strategy.deepspeed_engine.optimizer
-        owned: dict[str, list[Any]] = {"weights": [], "gradients": [], "optimizer": []}
+        # A gradient on its way lies in a bucket, so buckets are looked at before gradients.
+        owned: dict[str, list[Any]] = {"weights": [], "buffers": [], "gradients": []}
         for parameter in module.parameters():
             owned["weights"] += [parameter, getattr(parameter, "ds_tensor", None)]
             owned["gradients"] += [parameter.grad, getattr(parameter, "grad_accum", None)]
         owned["gradients"] += [getattr(zero, name, None) for name in GRADIENTS]
-        owned["optimizer"] += [getattr(zero, name, None) for name in MASTERS]
+        owned["optimizer"] = [getattr(zero, name, None) for name in MASTERS]
         owned["optimizer"] += list(zero.optimizer.state.values())
         owned["buffers"] = [vars(bucket) for bucket in zero.ipg_buckets.values()]
         seen: set[int] = set()

@@ -32,17 +32,17 @@ def passes(ranks: Sequence[int]) -> list[Tensor]:
     return [row[rank] for row in every for rank in ranks]
 
 
-def measure(router: str) -> dict[str, Tensor]:
+def measure(capacity_factor: float | None) -> dict[str, Tensor]:
     """The metrics over all ranks, each pass replayed by activation checkpointing."""
     dist.init_process_group("gloo")
-    return values(router, passes([dist.get_rank()]))
+    return values(capacity_factor, passes([dist.get_rank()]))
 
 
-def values(router: str, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def values(capacity_factor: float | None, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """The metrics over ``batches``."""
     torch.manual_seed(1)
     # More experts than tokens in a pass, so that some are dead.
-    layer = MoE(6, 8, 24, None, router=router, capacity_over="rank")
+    layer = MoE(6, 8, 24, 2, capacity_factor=capacity_factor)
     found = [kind(24) for kind in KINDS]
     for metric in found:
         metric.observe(layer)

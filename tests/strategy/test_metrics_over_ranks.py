@@ -7,13 +7,13 @@ import torch
 from strategy import metric_runs as runs
 
 
-@pytest.mark.parametrize("router", ["softmax", "gshard"])
-def test_two_ranks_equal_one_process(rank_pool, router):
-    ranks = rank_pool.run(runs.measure, 2, router)
-    alone = runs.values(router, runs.passes([0, 1]))
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+def test_two_ranks_equal_one_process(rank_pool, capacity_factor):
+    ranks = rank_pool.run(runs.measure, 2, capacity_factor)
+    alone = runs.values(capacity_factor, runs.passes([0, 1]))
     assert alone["DeadExperts"] > 0
-    assert (alone["DropRate"] > 0) == (router == "gshard")
-    own = runs.values(router, runs.passes([0]))
+    assert (alone["DropRate"] > 0) == (capacity_factor is not None)
+    own = runs.values(capacity_factor, runs.passes([0]))
     for name, want in alone.items():
         for found in ranks:
             torch.testing.assert_close(found[name], want, rtol=1e-12, atol=1e-12, equal_nan=True)
