@@ -1,6 +1,7 @@
 """Imports point one way, and files stay short.
 
-    errors <- ops <- nn <- distributed <- checkpoint <- strategy <- callbacks, metrics, lm
+    errors <- load_log, ops <- nn <- distributed, sizes <- checkpoint <- strategy
+        <- callbacks, metrics, lm, report
         <- commands <- cli
 
 An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
