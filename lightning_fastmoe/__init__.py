@@ -13,7 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING or not starts_as_own_command():
     from pytorch_lightning.strategies import StrategyRegistry
 
-    from lightning_fastmoe.callbacks import ExpertLoadMonitor, RouterBiasBalancing
+    from lightning_fastmoe.callbacks import (
+        CapacitySchedule,
+        ExpertLoadMonitor,
+        MoESummary,
+        RouterBiasBalancing,
+        ThroughputMonitor,
+    )
     from lightning_fastmoe.nn import MoE, moe_losses
     from lightning_fastmoe.strategy import FastMoEStrategy
 
@@ -30,4 +36,13 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["ExpertLoadMonitor", "FastMoEStrategy", "MoE", "RouterBiasBalancing", "moe_losses"]
+__all__ = [
+    "CapacitySchedule",
+    "ExpertLoadMonitor",
+    "FastMoEStrategy",
+    "MoE",
+    "MoESummary",
+    "RouterBiasBalancing",
+    "ThroughputMonitor",
+    "moe_losses",
+]

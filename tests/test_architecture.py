@@ -1,6 +1,7 @@
 """Imports point one way, and files stay short.
 
-    errors <- ops <- nn <- distributed <- checkpoint <- strategy <- callbacks, metrics, lm
+    errors <- load_log, ops <- nn <- distributed, sizes <- checkpoint <- strategy
+        <- callbacks, metrics, lm, report
         <- commands <- cli
 
 An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
@@ -23,14 +24,17 @@ MAX_LINES = 400
 
 LEVELS = {
     "errors": 0,
+    "load_log": 1,
     "ops": 1,
     "nn": 2,
     "distributed": 3,
+    "sizes": 3,
     "checkpoint": 4,
     "strategy": 5,
     "callbacks": 6,
     "lm": 6,
     "metrics": 6,
+    "report": 6,
     "testing": 6,
     "commands": 7,
     "cli": 8,

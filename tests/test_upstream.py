@@ -47,6 +47,8 @@ NAMES = [
     # Lightning
     "pytorch_lightning.core.optimizer:_init_optimizers_and_lr_schedulers",
     "pytorch_lightning.core.module:LightningModule.device_mesh",
+    "pytorch_lightning.callbacks.throughput_monitor:ThroughputMonitor._update",
+    "pytorch_lightning.callbacks.throughput_monitor:_plugin_to_compute_dtype",
     "pytorch_lightning.strategies.deepspeed:remove_module_hooks",
     "pytorch_lightning.strategies:DeepSpeedStrategy._init_deepspeed_distributed",
     "pytorch_lightning.strategies:DeepSpeedStrategy._init_optimizers",

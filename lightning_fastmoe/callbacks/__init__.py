@@ -1,6 +1,15 @@
 """Lightning callbacks."""
 
+from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
 from lightning_fastmoe.callbacks.expert_load import ExpertLoadMonitor
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
+from lightning_fastmoe.callbacks.summary import MoESummary
+from lightning_fastmoe.callbacks.throughput import ThroughputMonitor
 
-__all__ = ["ExpertLoadMonitor", "RouterBiasBalancing"]
+__all__ = [
+    "CapacitySchedule",
+    "ExpertLoadMonitor",
+    "MoESummary",
+    "RouterBiasBalancing",
+    "ThroughputMonitor",
+]

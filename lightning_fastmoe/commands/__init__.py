@@ -49,6 +49,10 @@ COMMANDS = {
         "Inspect, verify, compare, reshard, consolidate, export and import checkpoints.",
         "lightning_fastmoe.commands.checkpoint",
     ),
+    "report": Command(
+        "Show what the experts of a run did, as one HTML page.",
+        "lightning_fastmoe.commands.report",
+    ),
 }
 
 TRAINING = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -122,6 +122,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._spreader: ExpertSpreader | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
+        # Called with the model and its optimizer, experts spread, nothing allocated for training.
+        self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
     # ---------------------------------------------------------------- set-up of ranks and groups
 
@@ -276,6 +278,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         if lr_scheduler is not None:
             rebind_scheduler(lr_scheduler, optimizer, user)
         self._expert_state.user_groups = user
+        for call in list(self.before_engine):
+            call(model, optimizer)
         engine = make_engine(
             model=model,
             config=self.config,

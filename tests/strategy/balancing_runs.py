@@ -45,9 +45,10 @@ class Memory(Logger):
 class CountedMonitor(ExpertLoadMonitor):
     """Counts the all-reduces of each batch end."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder=folder)
         self.reductions: list[int] = []
+        self.opened = False
 
     def on_train_batch_end(self, *args: Any) -> None:
         original, count = dist.all_reduce, [0]
@@ -62,6 +63,7 @@ class CountedMonitor(ExpertLoadMonitor):
         finally:
             dist.all_reduce = original
         self.reductions.append(count[0])
+        self.opened |= self._writer is not None
 
 
 @dataclass
@@ -73,12 +75,13 @@ class Monitored:
     routings: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     shown: dict[str, float] = field(default_factory=dict)
     called_back: dict[str, float] = field(default_factory=dict)
+    opened: bool = False
 
 
-def monitor(case: Case, every: int) -> Monitored:
+def monitor(case: Case, every: int, folder: str) -> Monitored:
     """Trains under a monitor, and notes every routing beside it."""
     pl.seed_everything(7, verbose=False)
-    module, logger, callback = Net(case), Memory(), CountedMonitor()
+    module, logger, callback = Net(case), Memory(), CountedMonitor(folder)
     result = Monitored()
     names = {id(layer): name for name, layer in moe_layers(module)}
 
@@ -90,6 +93,7 @@ def monitor(case: Case, every: int) -> Monitored:
         layer.register_routing_observer(observe)
     trainer = make_trainer(case, callbacks=[callback], logger=logger, log_every_n_steps=every)
     trainer.fit(module)
+    result.opened = callback.opened
     result.logged, result.reductions = logger.logged, callback.reductions
     keys = ("max_load", "dead_experts")
     result.shown = {key: float(trainer.progress_bar_metrics[key]) for key in keys}

@@ -9,26 +9,40 @@ import torch
 from strategy import balancing_runs as runs
 from strategy.models import Case
 
+from lightning_fastmoe import load_log
+
 # ------------------------------------------------------------------------------------ the monitor
+
+
+def routings(results, layer: str, first: int, last: int) -> list[tuple]:
+    """Those of all ranks' forward passes ``first .. last - 1`` of a layer."""
+    found = []
+    for result in results:
+        mine = [r for r in result.routings if r[0] == layer][first:last]
+        assert len(mine) == last - first
+        found += mine
+    return found
+
+
+def counts(results, layer: str, experts: int, first: int, last: int) -> list[int]:
+    """Pairs of each expert."""
+    chosen = torch.cat([ids.flatten() for _, ids, _ in routings(results, layer, first, last)])
+    return torch.bincount(chosen, minlength=experts).tolist()
 
 
 def by_hand(results, layer: str, experts: int, first: int, last: int) -> dict[str, float]:
     """The values over all ranks' forward passes ``first .. last - 1`` of a layer."""
-    chosen, scores = [], []
-    for result in results:
-        mine = [r for r in result.routings if r[0] == layer][first:last]
-        assert len(mine) == last - first
-        chosen += [ids.flatten() for _, ids, _ in mine]
-        scores += [s for _, _, s in mine]
-    counts = torch.bincount(torch.cat(chosen), minlength=experts).double()
-    ratios = counts * experts / counts.sum()
-    p = torch.cat(scores).double()
+    n = torch.tensor(counts(results, layer, experts, first, last)).double()
+    p = torch.cat([s for _, _, s in routings(results, layer, first, last)]).double()
+    ratios = n * experts / n.sum()
     return {
         "max_load": float(ratios.max()),
         "min_load": float(ratios.min()),
         "load_cv": float((ratios - 1).square().mean().sqrt()),
-        "dead_experts": float((counts == 0).sum()),
+        "dead_experts": float((n == 0).sum()),
+        "drop_rate": 0.0,
         "entropy": float(-(p * p.log()).sum(dim=1).mean()),
+        "confidence": float(p.amax(dim=1).mean()),
     }
 
 
@@ -40,13 +54,13 @@ def balance(result, layer: str, experts: int, last: int) -> float:
 
 
 @pytest.mark.parametrize(("world", "stage", "accumulate"), [(2, 2, 1), (2, 3, 2), (4, 2, 2)])
-def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, world, stage, accumulate):
+def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, tmp_path, world, stage, accumulate):
     # Few tokens for many experts, so that some are dead.
     experts = (4, 16)
     case = Case(
         world, 2, stage, accumulate, steps=4, num_experts=experts, tokens=2, samples_per_batch=1
     )
-    results = rank_pool.run(runs.monitor, world, case, 2)
+    results = rank_pool.run(runs.monitor, world, case, 2, str(tmp_path))
     window = 2 * accumulate
     dead = 0.0
     for rank, result in enumerate(results):
@@ -70,8 +84,14 @@ def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, world, stage, accum
                 dead += values["dead_experts"]
     assert results[0].shown["max_load"] == pytest.approx(largest, rel=1e-5)
     assert results[0].shown["dead_experts"] == dead > 0
+    log = load_log.read(tmp_path / load_log.FILE_NAME)
+    assert [result.opened for result in results] == [True] + [False] * (world - 1)
+    assert [layer.num_experts for layer in log.layers] == list(experts)
+    for i, record in enumerate(log.records):
+        for layer, number, found in zip(log.layers, experts, record.routed, strict=True):
+            assert found == counts(results, layer.name, number, i * window, (i + 1) * window)
     shared = [k for k in results[0].called_back if not k.endswith("_loss")]
-    assert len(shared) == 10
+    assert len(shared) == 14
     for result in results:
         assert {k: result.called_back[k] for k in shared} == {
             k: results[0].called_back[k] for k in shared

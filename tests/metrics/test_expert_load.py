@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_fastmoe.metrics import ExpertLoad, load_ratio
+from lightning_fastmoe.metrics import ExpertLoad
 from lightning_fastmoe.nn import MoE, Routing
 
 
@@ -38,14 +38,18 @@ WANT_A = {
     "a/min_load": 0.0,
     "a/load_cv": math.sqrt((1.0 + 1 / 9 + 1 / 9 + 1.0) / 4),
     "a/dead_experts": 1.0,
+    "a/drop_rate": 0.0,
     "a/entropy": 2 * math.log(4) / 3,
+    "a/confidence": (0.25 + 1.0 + 0.25) / 3,
 }
 WANT_B = {
     "b/max_load": 2.0,
     "b/min_load": 0.0,
     "b/load_cv": 1.0,
     "b/dead_experts": 1.0,
+    "b/drop_rate": 0.0,
     "b/entropy": math.log(2),
+    "b/confidence": 0.5,
 }
 
 
@@ -55,8 +59,8 @@ def test_by_hand():
     metric.update(0, A2)
     metric.update(1, B1)
     assert metric.packed.tolist() == [
-        pytest.approx([3, 2, 1, 0, 3, 2 * math.log(4)]),
-        pytest.approx([0, 1, 0, 0, 1, math.log(2)]),
+        pytest.approx([3, 2, 1, 0, 3, 2, 1, 0, 3, 2 * math.log(4), 1.5]),
+        pytest.approx([0, 1, 0, 1, 0, 0, 0, 0, 1, math.log(2), 0.5]),
     ]
     assert_values(metric.compute(), WANT_A | WANT_B)
 
@@ -96,12 +100,17 @@ def test_counts_what_a_layer_routes():
     ids = [layer.router(x.reshape(-1, 5)).expert_ids, layer.router(x[0]).expert_ids]
     want = sum(torch.bincount(i.flatten(), minlength=4) for i in ids)
     assert metric.packed[0, :4].tolist() == want.tolist()
-    assert metric.packed[0, 4].item() == 28
+    assert metric.packed[0, -3].item() == 28
     entropy = metric.compute()["moe/entropy"].item()
     assert 0.5 < entropy < math.log(4)
 
 
-def test_load_ratio():
-    assert load_ratio(torch.tensor([4, 0, 2])).tolist() == [2.0, 0.0, 1.0]
-    assert load_ratio(torch.tensor([5, 5])).tolist() == [1.0, 1.0]
-    assert load_ratio(torch.zeros(3, dtype=torch.long)).tolist() == [0.0, 0.0, 0.0]
+def test_layers_of_a_state():
+    metric = make()
+    metric.update(0, A1._replace(kept=torch.tensor([[True, True], [False, True]])))
+    (only,) = metric.layers(metric.packed)
+    assert (only.name, only.tokens) == ("a", 2)
+    assert only.routed.tolist() == [2, 1, 1, 0]
+    assert only.kept.tolist() == [1, 1, 1, 0]
+    assert only.entropy == pytest.approx(math.log(4) / 2)
+    assert metric.compute()["a/drop_rate"].item() == 0.25
