@@ -38,7 +38,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "name a command: fit, validate, test, predict, build, env, report"),
+        ([], "name a command: fit, validate, test, predict, build, env, checkpoint, report"),
         (["bild"], "there is no command 'bild'"),
         (["env", "--yaml"], "unrecognized arguments: --yaml (see lightning-fastmoe env --help)"),
         (["env", "--js"], "unrecognized arguments: --js"),
