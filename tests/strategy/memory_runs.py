@@ -25,9 +25,12 @@ class Allocated(pl.Callback):
         self.found: dict[str, int] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Buckets are there during the backward pass alone."""
+        """Buckets are there from the first gradient of a backward pass to its end."""
         last = next(iter(pl_module.net["head"].parameters()))
         last.register_hook(lambda gradient: self._look(trainer, pl_module))
+        for parameter in pl_module.parameters():  # which of them is the first is not settled
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: self._look(trainer, pl_module, "buffers"))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self._look(trainer, pl_module)
@@ -35,7 +38,7 @@ class Allocated(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self._look(trainer, pl_module)
 
-    def _look(self, trainer: Any, module: pl.LightningModule) -> None:
+    def _look(self, trainer: Any, module: pl.LightningModule, only: str | None = None) -> None:
         if trainer.global_step == 0:
             return
         zero = trainer.strategy.deepspeed_engine.optimizer
@@ -47,7 +50,7 @@ class Allocated(pl.Callback):
         owned["gradients"] += [getattr(zero, name, None) for name in GRADIENTS]
         owned["optimizer"] = [getattr(zero, name, None) for name in MASTERS]
         owned["optimizer"] += list(zero.optimizer.state.values())
-        owned["buffers"] = [vars(bucket) for bucket in zero.ipg_buckets.values()]
+        owned["buffers"] = [bucket.buffer for bucket in zero.ipg_buckets.values()]
         seen: set[int] = set()
         for name, values in owned.items():
             sizes = {
@@ -56,6 +59,8 @@ class Allocated(pl.Callback):
             }
             count = sum(size for key, size in sizes.items() if key not in seen)
             seen |= set(sizes)
+            if only is not None and name != only:
+                continue  # gradients on their way would count twice
             self.found[name] = max(self.found.get(name, 0), count)
 
 
