@@ -207,8 +207,9 @@ class Ours(Peer):
 
     name = "ours"
     title = "lightning_fastmoe"
-    note = "order_by_expert and expert_layer from the given expert ids and weights"
+    note = "order_by_expert and expert_layer from the given ids and weights, with our own products"
     package = "lightning-fastmoe"
+    own_products = True
 
     def unavailable(self, config: Config | None, device: torch.device) -> str | None:
         return missing("lightning_fastmoe.ops")
@@ -216,6 +217,8 @@ class Ours(Peer):
     def start(self, device: torch.device) -> None:
         from lightning_fastmoe.ops import native
 
+        # Each peer has a process of its own.
+        os.environ["LIGHTNING_FASTMOE_HOPPER"] = "1" if self.own_products else "0"
         if device.type == "cuda":
             native.load()
 
@@ -247,10 +250,7 @@ class OursGroupedMM(Ours):
     name = "ours-grouped-mm"
     title = "lightning_fastmoe, F.grouped_mm"
     note = "as lightning_fastmoe, but with LIGHTNING_FASTMOE_HOPPER=0"
-
-    def start(self, device: torch.device) -> None:
-        os.environ["LIGHTNING_FASTMOE_HOPPER"] = "0"  # each peer has a process of its own
-        super().start(device)
+    own_products = False
 
 
 class OursModule(Ours):

@@ -292,3 +292,11 @@ def test_plots_need_matplotlib(monkeypatch):
     with pytest.raises(BenchmarkError, match="pip install matplotlib"):
         plot.check_available()
     assert moe_layer.main([*QUICK, "--plot", "run.png"]) == 2
+
+
+def test_the_two_plain_peers_sum_in_different_ways():
+    sums = [registry.PEERS[name].weighted_sum for name in ("torch", "torch-bmm")]
+    assert sums[0] is not sums[1]
+    y, weights = torch.randn(6, 4), torch.rand(3, 2)
+    inverse = torch.randperm(6)
+    torch.testing.assert_close(sums[0](y, inverse, weights), sums[1](y, inverse, weights))

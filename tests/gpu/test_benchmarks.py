@@ -37,6 +37,16 @@ def test_waits_are_counted():
     assert prepared("loop")["host_syncs"] >= 1
 
 
+def test_peak_of_plain_torch_by_hand():
+    # At its worst moment plain torch, its sum a product, holds three times the rows (N, D), H, and
+    # A with silu(gate); the output stands against x's gradient at rest, and no weight has its
+    # gradient yet.
+    rows, width, inner = CONFIG.pairs, CONFIG.d_model, CONFIG.d_ffn
+    weights = 3 * CONFIG.num_experts * width * inner
+    right = 2 * (3 * rows * width + 4 * rows * inner - weights) / 2**30
+    assert prepared("torch-bmm")["peak_gib"] == pytest.approx(right, rel=0.03)
+
+
 def test_peak_over_rest_by_hand():
     """A layer that holds 256 MiB at its worst moment, beside a gradient that counts for nobody."""
     x = torch.randn(2**22, device="cuda", requires_grad=True)

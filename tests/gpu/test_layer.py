@@ -79,9 +79,13 @@ def test_layer_equals_reference(size: tuple[int, ...], activation: str, dtype: t
         assert parameter.grad is not None
         if float(twin[name].grad.norm()) > 1e-12:
             error = relative_error(parameter.grad, twin[name].grad)
-            # With one token and one expert the router's gradient hangs on a single inner product.
-            bound = 3 if size[0] == 1 and name == "router.weight" else 2
-            assert error < bound * TOLERANCE[dtype], f"{name}: {error}"
+            condition = 1.0
+            if size[0] == 1 and name == "router.weight":
+                # It hangs on a single inner product, which cancels: roundings grow as the product
+                # of the norms over it.
+                right, grad = expected.detach(), upstream.double().cpu()
+                condition = float(right.norm() * grad.norm() / (right * grad).sum().abs())
+            assert error < 2 * TOLERANCE[dtype] * condition, f"{name}: {error}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
