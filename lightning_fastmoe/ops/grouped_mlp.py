@@ -13,6 +13,7 @@ from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.activation import apply_activation
 
 _ALIGNMENT_BYTES = 16  # F.grouped_mm refuses row strides that are not multiples of this
+_COLUMNS = _ALIGNMENT_BYTES // 2  # the fewest that a product of half types takes
 
 
 @functools.cache
@@ -146,15 +147,26 @@ def expert_sums(
     Returns:
         (E, M) in the dtype of ``rows``, zeros for an expert without rows.
     """
-    columns = rows.new_zeros(rows.shape[0], _ALIGNMENT_BYTES // 2)
+    columns = weight_columns(weights, rows)
+    sums = grouped_outer_product(rows, columns, tokens_per_expert, offsets)
+    return sums[..., :2].sum(dim=-1, dtype=kernels.accumulation_dtype(rows.dtype)).to(rows.dtype)
+
+
+def weight_columns(weights: Tensor | None, rows: Tensor) -> Tensor:
+    """(N, 8) whose sum over columns is each row's weight, to twice the precision of ``rows``.
+
+    Args:
+        weights: (N,), or None for ones.
+        rows: (N, M), for their number, dtype and device.
+    """
+    columns = rows.new_zeros(rows.shape[0] if weights is None else weights.shape[0], _COLUMNS)
     if weights is None:
         columns[:, 0] = 1
     else:
         columns[:, 0] = weights
         # What a half precision loses of the weight, in a column that would be idle.
         columns[:, 1] = weights - columns[:, 0]
-    sums = grouped_outer_product(rows, columns, tokens_per_expert, offsets)
-    return sums[..., :2].sum(dim=-1, dtype=kernels.accumulation_dtype(rows.dtype)).to(rows.dtype)
+    return columns
 
 
 def is_aligned(weight: Tensor) -> bool:

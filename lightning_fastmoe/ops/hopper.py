@@ -7,8 +7,7 @@ waits for the device. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K 
 order.
 
 Environment:
-    LIGHTNING_FASTMOE_HOPPER: 1 takes these products; otherwise ``F.grouped_mm`` computes them. They
-        become the default when the first step of a process has been seen to run on a device.
+    LIGHTNING_FASTMOE_HOPPER: 0 leaves the products to ``F.grouped_mm``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def _is_wanted() -> bool:
-    return os.environ.get("LIGHTNING_FASTMOE_HOPPER", "0") == "1"
+    return os.environ.get("LIGHTNING_FASTMOE_HOPPER", "1") != "0"
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import kernels
+from lightning_fastmoe.ops import biased_layer, kernels
 from lightning_fastmoe.ops.grouped_mlp import (
     expert_sums,
     grouped_mlp,
@@ -67,6 +67,12 @@ class _ExpertLayer(torch.autograd.Function):
             )
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
             return out  # type: ignore[no-any-return]
+        if (library := hopper(x, up, down, *_given(biases))) is not None and x.shape[0]:
+            out, h = biased_layer.forward(
+                library, x, weights, up, down, *biases, order, inverse, offsets, name, keep_h
+            )
+            ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
+            return out
         h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         a = kernels.activation(h, name, up_bias, offsets)
         ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
@@ -89,10 +95,15 @@ class _ExpertLayer(torch.autograd.Function):
         (x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups) = ctx.saved_tensors
         wants = ctx.needs_input_grad
         whole = _whole_layer(x, up, down, up_bias, down_bias)
+        biased = hopper(x, up, down, *_given((up_bias, down_bias))) if x.shape[0] else None
         if ctx.h_is_spent and whole is not None:
             library, on_hopper = whole  # all of the forward, for the same bits
             _, h = library.expert_layer(
                 x, weights, up, down, order, inverse, groups[1], ctx.name, True, on_hopper
+            )
+        elif ctx.h_is_spent and biased is not None:
+            h = biased_layer.pre_activation(
+                biased, x, weights, up, up_bias, order, groups[1], ctx.name
             )
         elif ctx.h_is_spent:
             h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
@@ -103,14 +114,20 @@ class _ExpertLayer(torch.autograd.Function):
         d_h = h.data
         if whole is not None:
             library, on_hopper = whole
-            found = library.expert_layer_backward_(
+            four = library.expert_layer_backward_(
                 *(grad.contiguous(), x, d_h, used, up, down, order, inverse, *groups, ctx.name),
                 *(wants[0], wants[2], wants[3], on_hopper),
             )
             d_x, d_weights, d_up, d_down = (
-                grad if wanted else None for grad, wanted in zip(found, wants, strict=False)
+                grad if wanted else None for grad, wanted in zip(four, wants, strict=False)
             )
             return d_x, d_weights, d_up, d_down, None, None, *none
+        if biased is not None:
+            found = biased_layer.backward_(
+                *(biased, grad.contiguous(), x, d_h, weights, up, down, up_bias, down_bias),
+                *(order, inverse, *groups, ctx.name, wants),
+            )
+            return *found, *none
 
         d_x = d_up = d_down = d_up_bias = d_down_bias = None
         d_out = _rows(grad, weights, order, inverse)
@@ -123,7 +140,7 @@ class _ExpertLayer(torch.autograd.Function):
             d_h, weighted_act, used, order, ctx.name, up_bias, groups[1]
         )
         if wants[1] and down_bias is not None:
-            d_weights += _bias_dots(grad, down_bias, inverse, groups[1], d_weights)
+            d_weights += biased_layer.bias_dots(grad, down_bias, inverse, groups[1], d_weights)
         if wants[3]:
             d_down = grouped_outer_product(d_out, weighted_act, *groups)
         del d_out, d_act, weighted_act
@@ -156,6 +173,10 @@ def _whole_layer(
     return None if library is None else (library, False)
 
 
+def _given(biases: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [bias for bias in biases if bias is not None]
+
+
 def _needs_graph(*inputs: Tensor | None) -> bool:
     """Whether a backward may follow, so that the pre-activation has to be kept."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -169,15 +190,6 @@ def _rows(
         return x.contiguous()  # a gradient may be expanded
     assert weights is not None
     return kernels.permute_rows(x, order, inverse, weights.shape[1])
-
-
-def _bias_dots(
-    grad: Tensor, down_bias: Tensor, inverse: Tensor, offsets: Tensor, like: Tensor
-) -> Tensor:
-    """(T, K): ``<down_bias[expert of the pair], grad[t]>``, what the bias adds to d_weights."""
-    by_expert = grad @ down_bias.T.to(grad.dtype)  # (T, E)
-    experts = torch.searchsorted(offsets.to(inverse.dtype), inverse, right=True)
-    return by_expert.gather(1, experts.view(like.shape)).to(like.dtype)
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

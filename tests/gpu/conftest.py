@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-# Before the package asks: these tests also cover what is not the default yet.
-os.environ.setdefault("LIGHTNING_FASTMOE_HOPPER", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
