@@ -43,14 +43,6 @@ Tensor rows_of(const Tensor& x, const std::optional<Tensor>& inverse, int64_t to
   return inverse ? permute_rows(x, *inverse, top_k) : x;
 }
 
-// From this width on F.grouped_mm makes weight gradients faster, its permuted copy of the rows
-// included: measured on an H100, see docs/kernels.md.
-constexpr int64_t kWideUp = 1024, kWideDown = 4096;
-
-bool takes_grouped_mm(bool hopper, const Tensor& x, int64_t width, int64_t wide) {
-  return !hopper || (x.scalar_type() == ScalarType::BFloat16 && width >= wide);
-}
-
 // The (token, slot) pair of each row, for products that gather.
 Tensor pairs_of(const Tensor& x, const std::optional<Tensor>& order) {
   return order ? *order : hopper::row_numbers(x, x.size(0));
@@ -94,33 +86,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
   const char* op = "expert_layer_backward_";
   check_tensor(grad, op, "grad", 2, x);
   STD_TORCH_CHECK(weights.dim() == 2, op, ": weights must have 2 dimensions, not ", weights.dim());
-  const int64_t top_k = weights.size(1), inner = down.size(2);
+  const int64_t top_k = weights.size(1);
   Tensor d_x = nothing(x), d_up = nothing(x), d_down = nothing(x), d_weights;
   const Tensor pairs = hopper ? pairs_of(x, order) : d_x;
-  {
-    const bool rows_for_down = takes_grouped_mm(hopper, x, inner, kWideDown);
-    Tensor d_out = nothing(x), weighted_act;
-    if (hopper) {
-      std::tie(weighted_act, d_weights) =
-          hopper::backward_activation_(grad, pairs, offsets, down, h, weights, name);
-    } else {
-      d_out = rows_of(grad, inverse, top_k);
-      weighted_act = grouped_mm(d_out, down, offsets);
-      d_weights =
-          activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
-    }
-    if (wants_down && rows_for_down) {
-      if (hopper) d_out = rows_of(grad, inverse, top_k);
-      d_down = outer_product(d_out, weighted_act, tokens_per_expert, offsets);
-    } else if (wants_down) {
+  if (hopper) {
+    Tensor weighted_act;
+    std::tie(weighted_act, d_weights) =
+        hopper::backward_activation_(grad, pairs, offsets, down, h, weights, name);
+    if (wants_down) {
       d_down = hopper::weight_gradient(grad, pairs, top_k, weighted_act, offsets, false);
     }
+  } else {
+    const Tensor d_out = rows_of(grad, inverse, top_k);
+    const Tensor weighted_act = grouped_mm(d_out, down, offsets);
+    d_weights =
+        activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
+    if (wants_down) d_down = outer_product(d_out, weighted_act, tokens_per_expert, offsets);
   }
   // h holds its gradient by now.
-  if (wants_up && takes_grouped_mm(hopper, x, inner, kWideUp)) {
-    d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
-  } else if (wants_up) {
+  if (wants_up && hopper) {
     d_up = hopper::weight_gradient(x, pairs, top_k, h, offsets, true);
+  } else if (wants_up) {
+    d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
   }
   if (wants_x) {
     d_x = hopper ? hopper::rows_product(h, offsets, up, false) : grouped_mm(h, up, offsets);

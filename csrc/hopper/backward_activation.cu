@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
   check_matrix(h, op, "h", 2, grad);
   const int64_t rows = order.size(0), d_model = grad.size(1), width = down.size(2);
   check_fits(rows, op);
+  check_gathered(grad, op);
   check_size(down, op, "down", 0, experts);
   check_size(down, op, "down", 1, d_model);
   check_size(h, op, "h", 0, rows);

@@ -41,6 +41,12 @@ inline void check_fits(int64_t rows, const char* op) {
   STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kCluster, op, ": too many rows, ", rows);
 }
 
+// Rows that are gathered are found by a 32-bit number of 16-byte vectors.
+inline void check_gathered(const Tensor& tensor, const char* op) {
+  STD_TORCH_CHECK(tensor.numel() / 8 < (int64_t{1} << 32) - 1, op, ": too many tokens, ",
+                  tensor.size(0), " of width ", tensor.size(1));
+}
+
 inline CUtensorMap tensor_map(const Tensor& tensor, const char* op, int64_t d0, int64_t d1,
                               int64_t d2, int64_t d3, int box_rows) {
   CUtensorMap map;

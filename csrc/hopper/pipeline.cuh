@@ -36,6 +36,10 @@ constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
+// Numbers of the barriers of some warps.
+constexpr int kTokensBarrier = 1;
+constexpr int kConsumerBarrier = 2;  // and the next, one for each consumer
+
 constexpr int kMaxExperts = 2048;  // what shared memory has room for beside the stages
 
 // How a kernel starts. For other targets its body is empty and, so that nobody launches it, a block
@@ -52,7 +56,8 @@ struct Shared {
   uint64_t empty[kStages];
   int row_end[kMaxExperts];   // running sum of rows
   int tile_end[kMaxExperts];  // running sum of a cluster's units of work
-  int token[2][kWarpgroup];   // of rows that the producer gathers, where it looks up many
+  // Where the rows that the producer gathers start, where it looks up many at once.
+  alignas(16) uint32_t row_start[2][kWarpgroup];
 };
 
 // Where consumers put results in order before they leave, 8 KB each.

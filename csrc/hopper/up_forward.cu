@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
   const int experts = check_groups(offsets, &order, top_k, op, x);
   const int64_t rows = order.size(0), d_model = x.size(1), width_h = up.size(1);
   check_fits(rows, op);
+  check_gathered(x, op);
   check_size(up, op, "up", 0, experts);
   check_size(up, op, "up", 2, d_model);
   if (bias) {

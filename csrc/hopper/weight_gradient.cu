@@ -14,6 +14,7 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
   const int experts = check_groups(offsets, &order, top_k, op, gathered);
   const int64_t count = order.size(0), m = gathered.size(1), n = rows.size(1);
   check_fits(count, op);
+  check_gathered(gathered, op);
   check_size(rows, op, "rows", 0, count);
 
   const DeviceGuard guard(gathered.get_device_index());

@@ -94,6 +94,8 @@ struct RowGroups {
   }
 };
 
+constexpr uint32_t kNoRow = ~0u;
+
 template <typename T>
 __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, const Ring& ring,
                                                  Shared& shared, const Walk& walk) {
@@ -105,23 +107,44 @@ __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, c
   const int rank = cluster_rank();
   const int unit_m = thread % kUnits, first = thread / kUnits;
   const uint32_t to = unit_m / 8 * kBoxBytes + swizzled(first, unit_m % 8);
+  // Where this thread leaves what it looked up: a thread's rows of a stage, every kPassRows-th one,
+  // are neighbours there.
+  const int place =
+      thread / kTileK * kTileK + thread % kPassRows * kPasses + thread % kTileK / kPassRows;
   Place at;
   // Looking up a token takes as long as a stage or two, so it runs that far ahead.
   RowGroups<T> groups(job, walk);
   int pair = groups.pair(thread);
   for (int buffer = 0; groups.exists; buffer ^= 1) {
-    shared.token[buffer][thread] = pair < 0 ? -1 : pair / job.top_k;
-    warps_sync(2, kWarpgroup);  // and so all have read what lay in the other buffer
+    const uint32_t vectors = static_cast<uint32_t>(job.m / 8);  // of 16 bytes, in a token
+    shared.row_start[buffer][place] =
+        pair < 0 ? kNoRow
+                 : static_cast<uint32_t>(pair) / static_cast<uint32_t>(job.top_k) * vectors;
+    warps_sync(kTokensBarrier, kWarpgroup);  // and so all have read what lay in the other buffer
     const int m = groups.unit.m, n = groups.unit.n;
     const int row_begin = groups.unit.row_begin + groups.first_step * kTileK;
     const int left = groups.unit.steps - groups.first_step;
-    const int column = m + unit_m * 8;
-    const bool inside = column < job.m;
+    const bool inside = m + unit_m * 8 < job.m;
+    const uint4* column =
+        reinterpret_cast<const uint4*>(job.gathered) + (inside ? m / 8 + unit_m : 0);
     groups.next();
     pair = groups.pair(thread);
 #pragma unroll
     for (int step = 0; step < kWarpgroup / kTileK; ++step) {
       if (step >= left) break;
+      // All at once and before the wait: one after the other, these loads would take as long as the
+      // products of a stage.
+      uint32_t from[kPasses];
+      const uint4* mine = reinterpret_cast<const uint4*>(
+          &shared.row_start[buffer][step * kTileK + first * kPasses]);
+#pragma unroll
+      for (int i = 0; i < kPasses / 4; ++i) {
+        const uint4 four = mine[i];
+        from[4 * i] = four.x;
+        from[4 * i + 1] = four.y;
+        from[4 * i + 2] = four.z;
+        from[4 * i + 3] = four.w;
+      }
       ring.wait_empty(at);
       const uint32_t full = ring.full_at(at.stage);
       if (thread == 0) {
@@ -136,11 +159,9 @@ __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, c
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
-        const int from = shared.token[buffer][step * kTileK + first + i * kPassRows];
-        const bool copies = inside && from >= 0;
+        const bool copies = inside && from[i] != kNoRow;
         copy_vector(ring.a(at.stage) + to + i * kPassRows * kSwizzleBytes,
-                    job.gathered + (copies ? static_cast<int64_t>(from) * job.m + column : 0),
-                    copies);
+                    column + (copies ? from[i] : 0), copies);
       }
       arrive_after_copies(full);
       at.advance();
@@ -149,17 +170,18 @@ __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, c
 }
 
 // The tile's rows of B beyond the expert's last belong to the next expert. A has zeros there, but
-// zero times infinity is not zero.
-__device__ __forceinline__ void clear_rows(uint8_t* tile_b, int from) {
-  const int thread = threadIdx.x % (kConsumers * kWarpgroup);
+// zero times infinity is not zero. Each consumer clears them for itself, as waiting for the other
+// would cost more than writing zeros over zeros.
+__device__ __forceinline__ void clear_rows(uint8_t* tile_b, int from, int consumer) {
+  const int thread = threadIdx.x % kWarpgroup;
   constexpr int kBlocks = kTileN / 64, kUnits = kSwizzleBytes / 16;
-  for (int i = thread; i < (kTileK - from) * kBlocks * kUnits; i += kConsumers * kWarpgroup) {
+  for (int i = thread; i < (kTileK - from) * kBlocks * kUnits; i += kWarpgroup) {
     const int row = from + i / (kBlocks * kUnits), unit = i % (kBlocks * kUnits);
     uint8_t* to = tile_b + unit / kUnits * kBoxBytes + swizzled(row, unit % kUnits);
     *reinterpret_cast<uint4*>(to) = uint4{};
   }
   proxy_fence();
-  warps_sync(1, kConsumers * kWarpgroup);
+  warps_sync(kConsumerBarrier + consumer, kWarpgroup);
 }
 
 // How many parts the split experts before `expert` have. By a whole warp.
@@ -252,7 +274,7 @@ __device__ __forceinline__ void consume_gradient(const WeightGradient<T>& job, c
     }
     const auto prepare = [&](int step, int stage) {
       const int left = unit.row_end - unit.row_begin - step * kTileK;
-      if (left < kTileK) clear_rows(tiles + stage * kStageBytes + kBytesA, left);
+      if (left < kTileK) clear_rows(tiles + stage * kStageBytes + kBytesA, left, consumer);
     };
     multiply<T, Major::kMN, Major::kMN, true>(d, ring, at, unit.steps, consumer, prepare, [] {});
     const int m = unit.m + consumer * kConsumerM;
@@ -262,7 +284,8 @@ __device__ __forceinline__ void consume_gradient(const WeightGradient<T>& job, c
     } else {
       T* out = job.out + walk.expert * size;
       if constexpr (kTransposed) {
-        store_gradient_transposed<T>(out, d, m, unit.n, job, ring.staging(consumer), 3 + consumer);
+        store_gradient_transposed<T>(out, d, m, unit.n, job, ring.staging(consumer),
+                                     kConsumerBarrier + consumer);
       } else {
         store_gradient<T>(out, d, m, unit.n, job);
       }
