@@ -64,6 +64,7 @@ class BackgroundWriter:
         self._group = dist.new_group(backend="gloo")
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
+        self._path: Path | None = None
         self._error: BaseException | None = None
         self._afterwards: list[Callable[[], None]] = []
 
@@ -75,6 +76,7 @@ class BackgroundWriter:
         """
         self.wait()
         copy = self._copies.of(snapshot)
+        self._path = path
         # Not a daemon: the interpreter waits for it before it ends.
         self._thread = threading.Thread(
             target=self._run, args=(path, copy), name="checkpoint", daemon=False
@@ -86,6 +88,10 @@ class BackgroundWriter:
             write(path, snapshot, self._threads_group)
         except BaseException as error:  # raised where training can see it
             self._error = error
+
+    def is_pending(self, path: Path) -> bool:
+        """Whether a save to ``path`` has begun and was not waited for; alike on all ranks."""
+        return self._path == path
 
     def after_success(self, action: Callable[[], None]) -> None:
         """Does something once the save in progress is on the disk; never if it fails."""
@@ -118,7 +124,7 @@ class BackgroundWriter:
         if self._thread is None:
             return
         self._thread.join()
-        self._thread = None
+        self._thread = self._path = None
         error, self._error = self._error, None
         afterwards, self._afterwards = self._afterwards, []
         if error is not None:

@@ -38,6 +38,7 @@ class ExpertCheckpoints(ExpertSteps):
     _made_writer: BackgroundWriter | ForegroundWriter | None = None
     _random_state: dict[str, Any] | None = None
     _put_gradients: Callable[[], None] | None = None
+    _forget_pending: Callable[[], None] | None = None
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -101,6 +102,10 @@ class ExpertCheckpoints(ExpertSteps):
             self._made_writer = BackgroundWriter() if self.async_checkpoint else ForegroundWriter()
         return self._made_writer
 
+    def _is_pending(self, path: Path) -> bool:
+        writer = self._made_writer
+        return isinstance(writer, BackgroundWriter) and writer.is_pending(local_path(path))
+
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
@@ -118,6 +123,9 @@ class ExpertCheckpoints(ExpertSteps):
     @override
     def teardown(self) -> None:
         writer, self._made_writer = self._made_writer, None
+        forget, self._forget_pending = self._forget_pending, None
+        if forget is not None:
+            forget()
         try:
             if writer is not None:
                 writer.wait()

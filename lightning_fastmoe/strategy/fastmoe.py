@@ -51,6 +51,7 @@ from lightning_fastmoe.strategy.experts import (
     tag_experts,
 )
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
+from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.uneven import UnevenData
 
 _ENGINE = "_fastmoe_engine"
@@ -209,6 +210,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         check_trainer(trainer, self.lightning_module)
         if self.async_checkpoint:
             check_links(trainer)
+            self._forget_pending = count_pending_names(trainer, self._is_pending)
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
         check_deepspeed_config(self.config)

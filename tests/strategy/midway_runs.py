@@ -65,7 +65,7 @@ class WithDropout(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.net)
+        optimizer = make_optimizer(self.net, self.case.fused)
         schedule = {"scheduler": make_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -75,15 +75,16 @@ class WithDropout(pl.LightningModule):
 
 @dataclass
 class Run:
-    """What one fit did on this rank."""
+    """What one fit did on this rank; a norm is None where fp16 overflowed."""
 
     losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Watch(pl.Callback):
-    """Saves after some batches, and notes the norm of each step."""
+    """Saves after some batches; notes norm and loss scale of each step, and the last weights."""
 
     def __init__(self, saves: dict[int, str]) -> None:
         self.saves, self.run = saves, Run()
@@ -96,22 +97,32 @@ class Watch(pl.Callback):
         self.batches += 1
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
-            norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
-            self.run.norms.append(float(norm))
+            engine = trainer.strategy.deepspeed_engine
+            overflowed = engine.optimizer.overflow
+            self.run.norms.append(None if overflowed else float(engine.get_global_grad_norm()))
+            self.run.scales.append(float(engine.optimizer.loss_scale))
         if self.batches in self.saves:
             trainer.save_checkpoint(self.saves[self.batches])
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        # Not after the fit, which ends with the module on the CPU.
+        self.run.weights = {n: w.cpu() for n, w in whole_weights(pl_module.net).items()}
 
 
 def fit(
     case: Case, dropout: float, seed: int, saves: dict[int, str], path: str | None = None
 ) -> Run:
     """Trains; saves after so many batches."""
+    return fit_watched(case, dropout, seed, Watch(saves), path)
+
+
+def fit_watched(case: Case, dropout: float, seed: int, watch: Watch, path: str | None) -> Run:
+    """The same, with a callback of another kind."""
     pl.seed_everything(seed, verbose=False)
-    module, watch = WithDropout(case, dropout), Watch(saves)
+    module = WithDropout(case, dropout)
     trainer = make_trainer(case, max_epochs=EPOCHS, max_steps=-1, callbacks=[watch])
     trainer.fit(module, ckpt_path=path)
     watch.run.losses = module.batch_losses
-    watch.run.weights = whole_weights(module.net)
     return watch.run
 
 

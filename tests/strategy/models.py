@@ -34,6 +34,7 @@ class Case:
     accelerator: str = "cpu"
     nodes: int = 1
     shared_gpu: bool = False
+    fused: bool = False
     batches_per_epoch: int = 0
     epochs: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
@@ -81,12 +82,12 @@ def make_batches(case: Case) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def make_optimizer(net: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
     """AdamW with a weight-decay split, as users write it."""
     matrices = [p for p in net.parameters() if _rank(p) > 1]
     vectors = [p for p in net.parameters() if _rank(p) <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, fused=fused or None)
 
 
 def _rank(p: nn.Parameter) -> int:

@@ -27,6 +27,8 @@ class Layout:
     stage: int
     precision: str = "32-true"
     exclude_frozen: bool = False
+    accelerator: str = "cpu"
+    shared_gpu: bool = False
 
     def __str__(self) -> str:
         return f"world{self.world}-ep{self.ep}-zero{self.stage}"
@@ -40,6 +42,9 @@ class Layout:
             coefficients=(0.0, 0.001),
             steps=STEPS,
             precision=self.precision,
+            accelerator=self.accelerator,
+            nodes=self.world if self.shared_gpu else 1,
+            shared_gpu=self.shared_gpu,
             extra={"exclude_frozen_parameters": self.exclude_frozen},
         )
 
@@ -118,3 +123,8 @@ def resumed(layout: Layout, path: str, again: str) -> Steps:
     """Loads, saves what was loaded at once, and takes the remaining steps."""
     assert Path(path).is_dir()
     return _fit(layout, SaveAt(again, None), 8, path)
+
+
+def straight_all(layouts: list[Layout], paths: list[str]) -> list[Steps]:
+    """:func:`straight` for several layouts of as many ranks."""
+    return [straight(layout, path) for layout, path in zip(layouts, paths, strict=True)]

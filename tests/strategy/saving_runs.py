@@ -51,16 +51,32 @@ class Listing:
     names: list[str]
     links: dict[str, str]
     best: str
+    last: str
     seen: dict[str, float] = field(default_factory=dict)
 
 
-def with_callback(case: Case, directory: str, options: dict[str, Any], words: list[str]) -> Listing:
-    """Trains four epochs of one step; then tests, or predicts, from "best" and "last"."""
+def with_callback(
+    case: Case,
+    directory: str,
+    options: dict[str, Any],
+    words: list[str],
+    trainer_options: dict[str, Any] | None = None,
+    seconds: float = 0.0,
+) -> Listing:
+    """Trains four epochs of one step; then tests, or predicts, from "best" and "last".
+
+    Each buffer takes some ``seconds`` to be written.
+    """
     pl.seed_everything(7, verbose=False)
     callback = ModelCheckpoint(directory, **options)
-    trainer = trainer_for(case, 4, callbacks=[callback], enable_checkpointing=True)
-    trainer.fit(Scored(case, "cosine"))
+    trainer = trainer_for(
+        case, 4, callbacks=[callback], enable_checkpointing=True, **trainer_options or {}
+    )
+    with slow_writes(seconds):
+        trainer.fit(Scored(case, "cosine"))
+    trainer.strategy.barrier()  # rank 0 alone deletes
     result = listing(Path(directory), callback)
+    assert "file_exists" not in vars(callback)
     for word in words:
         (logged,) = trainer.test(Scored(case, "cosine"), ckpt_path=word, verbose=False)
         result.seen[word] = logged["steps_seen"]
@@ -72,7 +88,8 @@ def with_callback(case: Case, directory: str, options: dict[str, Any], words: li
 def listing(directory: Path, callback: ModelCheckpoint) -> Listing:
     names = sorted(os.listdir(directory))
     links = {n: os.readlink(directory / n) for n in names if (directory / n).is_symlink()}
-    return Listing(names, links, Path(callback.best_model_path).name)
+    words = (callback.best_model_path, callback.last_model_path)
+    return Listing(names, links, *(Path(word).name for word in words))
 
 
 def interval_then_resume(case: Case, directory: str) -> tuple[list[str], int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from strategy import background_runs, midway_runs
 from strategy import saving_runs as runs
+from strategy.contents import assert_same_files
 from strategy.models import Case
 
 from lightning_fastmoe.checkpoint import CheckpointReader
@@ -27,6 +30,22 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_moment(rank_pool, tmp_pat
         assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
         for name in one.manifest.tensors:
             assert torch.equal(one.read(name), other.read(name)), name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_later_steps_are_not_in_the_files(rank_pool, tmp_path, stage):
+    """The thread reads what it writes only after two more steps; the files are the same bytes."""
+    case = Case(2, 2, stage, midway_runs.ACCUMULATE, epochs=midway_runs.EPOCHS)
+    waited, went_on = (
+        {n: str(tmp_path / f"{kind}-{n}.ckpt") for n in (2, 8)} for kind in ("waited", "went-on")
+    )
+    for pair in rank_pool.run(background_runs.both_kinds, 2, case, waited, went_on):
+        assert len(pair.ahead) == 2, "training did not go on beside the thread"
+        assert pair.went_on.losses == pair.waited.losses
+        assert pair.went_on.norms == pair.waited.norms
+        assert all(torch.equal(pair.went_on.weights[n], w) for n, w in pair.waited.weights.items())
+    for n in waited:
+        assert_same_files(waited[n], went_on[n])
 
 
 def test_an_error_surfaces_at_the_next_step_and_the_older_one_stays(rank_pool, tmp_path):

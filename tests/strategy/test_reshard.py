@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from strategy import reshard_runs as runs
+from strategy.contents import assert_same_content, content, mean_losses
 from strategy.reshard_runs import LAYOUTS, Layout
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, same
 
 RELATIVE = 1e-6
 
@@ -59,29 +59,6 @@ def saved(rank_pool, tmp_path_factory):
     return get
 
 
-def mean_losses(results: list[runs.Steps]) -> list[float]:
-    return [sum(step) / len(step) for step in zip(*(r.losses for r in results), strict=True)]
-
-
-def content(path: Path):
-    """Everything that the topology must not change."""
-    with CheckpointReader(path) as reader:
-        reader.verify()
-        tensors = {name: reader.read(name) for name in reader.manifest.tensors}
-        state = reader.read_state()
-    optimizer = state["optimizer"]
-    about = {
-        "options": by_parameter(optimizer["groups"], "options"),
-        "user options": by_parameter(optimizer["user_groups"], "options"),
-        "scalars": by_parameter(optimizer["scalars"], "values"),
-        "class": optimizer["class"],
-        "engine": state["engine"],
-        "schedulers": state["lightning"]["lr_schedulers"],
-        "step": state["lightning"]["global_step"],
-    }
-    return tensors, about
-
-
 def test_resumes_on_another_topology(rank_pool, saved, tmp_path, pair):
     before, after = pair
     path, losses, norms = saved(before)
@@ -94,20 +71,6 @@ def test_resumes_on_another_topology(rank_pool, saved, tmp_path, pair):
     assert mean_losses(results) == pytest.approx(losses[-left:], rel=RELATIVE)
     for rank in results:
         assert rank.norms == pytest.approx(norms[-left:], rel=RELATIVE)
-
-
-def assert_same_content(path: Path, again: Path) -> None:
-    (expected, about), (found, about_found) = content(path), content(again)
-    assert found.keys() == expected.keys()
-    assert {"weights/net.norm.weight", "weights/steps_seen"} <= found.keys()
-    assert "optimizer/exp_avg_sq/net.moes.1.experts.up_proj" in found
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
-    assert about["options"]["net.embed.weight"]["lr"] > 0
-    assert about["scalars"]["net.embed.weight"]["step"] == runs.SAVED
-    for key, value in about.items():
-        assert same(about_found[key], value), key
 
 
 def test_frozen_parameters_can_be_left_out(rank_pool, tmp_path):

@@ -1,0 +1,58 @@
+"""Comparing checkpoints, and what training from them gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from strategy import reshard_runs as runs
+
+from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, same
+
+
+def mean_losses(results: list[runs.Steps]) -> list[float]:
+    return [sum(step) / len(step) for step in zip(*(r.losses for r in results), strict=True)]
+
+
+def content(path: Path):
+    """Everything that the topology must not change."""
+    with CheckpointReader(path) as reader:
+        reader.verify()
+        tensors = {name: reader.read(name) for name in reader.manifest.tensors}
+        state = reader.read_state()
+    optimizer = state["optimizer"]
+    about = {
+        "options": by_parameter(optimizer["groups"], "options"),
+        "user options": by_parameter(optimizer["user_groups"], "options"),
+        "scalars": by_parameter(optimizer["scalars"], "values"),
+        "class": optimizer["class"],
+        "engine": state["engine"],
+        "schedulers": state["lightning"]["lr_schedulers"],
+        "step": state["lightning"]["global_step"],
+    }
+    return tensors, about
+
+
+def assert_same_content(path: Path, again: Path) -> None:
+    (expected, about), (found, about_found) = content(path), content(again)
+    assert found.keys() == expected.keys()
+    assert {"weights/net.norm.weight", "weights/steps_seen"} <= found.keys()
+    assert "optimizer/exp_avg_sq/net.moes.1.experts.up_proj" in found
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert about["options"]["net.embed.weight"]["lr"] > 0
+    assert about["scalars"]["net.embed.weight"]["step"] == runs.SAVED
+    for key, value in about.items():
+        assert same(about_found[key], value), key
+
+
+def assert_same_files(expected: str | Path, found: str | Path) -> None:
+    """The same bytes in every file; what differs is named by tensor first."""
+    with CheckpointReader(Path(expected)) as one, CheckpointReader(Path(found)) as other:
+        other.verify()
+        assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
+        for name in one.manifest.tensors:
+            assert torch.equal(one.read(name), other.read(name)), (found, name)
+        assert one.manifest.files == other.manifest.files
