@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,17 +33,17 @@ def check_factor(name: str, value: float | None) -> float | None:
     return value
 
 
-def check_options(capacity_over: str, drop_by: str) -> None:
-    """Raises:
-    ConfigError: for an unknown option.
+def check_options(**options: str) -> None:
+    """Refuses unknown values of ``capacity_over`` and ``drop_by``.
+
+    Raises:
+        ConfigError: for an unknown value.
     """
-    for name, value, known in (
-        ("capacity_over", capacity_over, ("rank", "global")),
-        ("drop_by", drop_by, ("position", "score")),
-    ):
-        if value not in known:
+    known = {"capacity_over": get_args(CapacityOver), "drop_by": get_args(DropBy)}
+    for name, value in options.items():
+        if value not in known[name]:
             raise ConfigError(
-                f"{name}={value!r} is unknown. It must be one of: {', '.join(known)}."
+                f"{name}={value!r} is unknown. It must be one of: {', '.join(known[name])}."
             )
 
 

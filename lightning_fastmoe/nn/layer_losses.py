@@ -8,6 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lightning_fastmoe.nn.attached_loss import AttachedLoss, attach
+from lightning_fastmoe.nn.moe_options import loss_coefficients
 from lightning_fastmoe.nn.router import Routing, RoutingContext, loss_value
 
 if TYPE_CHECKING:
@@ -25,8 +26,13 @@ def attach_losses(
         routing: of this pass.
         context: what the router was told.
         replay: activation checkpointing is repeating the pass.
+
+    Raises:
+        ConfigError: for a coefficient that is negative, or of a loss that the router hasn't.
     """
-    active = {name: c for name, c in layer.loss_coefficients.items() if c > 0}
+    # They may have been set since the layer was built.
+    coefficients = loss_coefficients(layer.router, **layer.loss_coefficients)
+    active = {name: c for name, c in coefficients.items() if c > 0}
     values = {name: loss_value(name, routing, context) for name in active}
     if not replay:
         layer.last_losses = {name: value.detach() for name, value in values.items()}

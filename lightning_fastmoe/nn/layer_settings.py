@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.capacity import CapacityOver, DropBy, check_factor
+from lightning_fastmoe.nn.capacity import CapacityOver, DropBy, check_factor, check_options
 from lightning_fastmoe.nn.moe_options import check_takes_capacity
 from lightning_fastmoe.nn.router import Router
 
@@ -14,16 +14,15 @@ class LayerSettings(nn.Module):
     """The settings of a MoE layer; set them alike on all ranks.
 
     Attributes:
-        loss_coefficients: name of a loss -> its coefficient.
-        capacity_over: "rank" or "global", see :class:`~lightning_fastmoe.MoE`.
-        drop_by: "position" or "score".
+        loss_coefficients: name of a loss -> its coefficient. Looked at in each training pass, which
+            raises a ConfigError for one that is negative, or for a loss that the router hasn't.
     """
 
     router: nn.Module
     num_experts: int
     loss_coefficients: dict[str, float]
-    capacity_over: CapacityOver
-    drop_by: DropBy
+    _capacity_over: CapacityOver
+    _drop_by: DropBy
     _capacity_factors: tuple[float | None, float | None]
 
     @property
@@ -58,6 +57,26 @@ class LayerSettings(nn.Module):
     def eval_capacity_factor(self, value: float | None) -> None:
         check_takes_capacity(self.router, check_factor("eval_capacity_factor", value))
         self._capacity_factors = (self._capacity_factors[0], value)
+
+    @property
+    def capacity_over(self) -> CapacityOver:
+        """Whose tokens share an expert's slots: the "rank" or "global" batch's. May be set."""
+        return self._capacity_over
+
+    @capacity_over.setter
+    def capacity_over(self, value: CapacityOver) -> None:
+        check_options(capacity_over=value)
+        self._capacity_over = value
+
+    @property
+    def drop_by(self) -> DropBy:
+        """Who keeps their place: by "position" or by "score". May be set."""
+        return self._drop_by
+
+    @drop_by.setter
+    def drop_by(self, value: DropBy) -> None:
+        check_options(drop_by=value)
+        self._drop_by = value
 
     @property
     def uses_global_batch(self) -> bool:

@@ -18,7 +18,6 @@ from lightning_fastmoe.nn.capacity import (
     CapacityFactors,
     CapacityOver,
     DropBy,
-    check_options,
     limit_by_capacity,
 )
 from lightning_fastmoe.nn.dispatcher import DISPATCHERS, Dispatcher, LocalDispatcher
@@ -170,7 +169,6 @@ class MoE(LayerSettings):
         usual: CapacityOver = getattr(self.router, "capacity_over", "rank")
         self.capacity_over = usual if capacity_over is None else capacity_over
         self.drop_by = drop_by
-        check_options(self.capacity_over, drop_by)
         placement = None if dispatcher == "local" else current_placement(num_experts)
         self.experts = make_experts(
             expert,

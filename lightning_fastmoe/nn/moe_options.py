@@ -180,6 +180,10 @@ def loss_coefficients(router: nn.Module, **given: float | None) -> dict[str, flo
     usual: frozenset[str] = getattr(router, "default_losses", Router.default_losses)
     coefficients = {}
     for name, value in given.items():
+        if name not in DEFAULT_COEFFICIENTS:
+            raise ConfigError(
+                f"{name} is no loss of a MoE layer. They are: {', '.join(DEFAULT_COEFFICIENTS)}."
+            )
         if value is None:
             value = DEFAULT_COEFFICIENTS[name] if name in usual else 0.0
         if not (math.isfinite(value) and value >= 0):

@@ -38,6 +38,8 @@ WHOLE = {
     "soft": {"router": "soft", "router_options": {"slots_per_expert": 2}},
     "hash": {"router": "hash", "top_k": 2},
     "swipe": {"router": "swipe", "router_options": {"num_groups": 4}, **NOTHING},
+    "base": {"router": "base", "router_options": {"over": "global"}},
+    "sinkhorn": {"router": "sinkhorn", "router_options": {"over": "global"}, "top_k": 2},
     "capacity by position": {"capacity_factor": 0.7, "capacity_over": "global", **NOTHING},
     "capacity by score": {
         "capacity_factor": 0.7,
@@ -58,8 +60,8 @@ BY_RANK = {
     "noisy, its losses": {"router": "noisy", "router_options": {"init_std": 0.5}},
     "gshard": {"router": "gshard"},
     "expert choice by rank": {"router": "expert_choice", "router_options": {"over": "rank"}},
-    "base": {"router": "base"},
-    "sinkhorn": {"router": "sinkhorn", "top_k": 2},
+    "base by rank": {"router": "base"},
+    "sinkhorn by rank": {"router": "sinkhorn", "top_k": 2},
     "topology": {"router": "topology", "router_options": {"outgoing_fraction": 0.4}, "top_k": 2},
 }
 
@@ -122,13 +124,14 @@ def test_expert_parallel_equals_one_process(rank_pool, name, world):
         ("different modules", 3),
         ("shared", 3),
         ("cosine", 3),
+        ("sinkhorn", 3),
     ],
 )
 def test_zero_stages(rank_pool, name, stage):
     check(rank_pool, make(name, 2, stage=stage, accumulate=2, in_configure_model=stage == 3))
 
 
-@pytest.mark.parametrize("name", ["dc", "cosine", "swipe", "capacity by score", "modules"])
+@pytest.mark.parametrize("name", ["dc", "cosine", "swipe", "base", "capacity by score", "modules"])
 def test_data_parallel_beside_expert_parallel(rank_pool, name):
     check(rank_pool, make(name, 4, ep=2, in_configure_model=True))
 
@@ -143,6 +146,8 @@ def test_data_parallel_beside_expert_parallel(rank_pool, name):
         ("bias", "torch"),
         ("cosine", "torch"),
         ("modules", "torch"),
+        ("sinkhorn", "torch"),
+        ("base", "deepspeed"),
     ],
 )
 def test_activation_checkpointing_changes_nothing(rank_pool, name, how):

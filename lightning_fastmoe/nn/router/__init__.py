@@ -1,7 +1,7 @@
 """Routers: modules that choose experts. One file per family."""
 
 from lightning_fastmoe.nn.router.balanced import BaseRouter, SinkhornRouter
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext
+from lightning_fastmoe.nn.router.base import LinearRouter, Router, Routing, RoutingContext
 from lightning_fastmoe.nn.router.cosine import CosineTopKRouter
 from lightning_fastmoe.nn.router.expert_choice import ExpertChoiceRouter
 from lightning_fastmoe.nn.router.gshard import DCRouter, GShardRouter
@@ -49,6 +49,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "GShardRouter",
     "HashRouter",
+    "LinearRouter",
     "NoisyTopKRouter",
     "Router",
     "Routing",

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 from lightning_fastmoe.nn.router.noisy import check_at_least
 
+Over = Literal["rank", "global"]
 
-class BaseRouter(Router):
+
+class BaseRouter(LinearRouter):
     """In training every expert gets equally many tokens, so that the sum of logits is largest.
 
     ``logits = x W^T``; the assignment a maximises ``sum_t logits[t, a(t)]`` under the condition
-    that expert e gets T/E of the rank's T tokens (the first ``T mod E`` experts get one more). It
-    is found by an auction (Bertsekas) up to ``T * tolerance`` times the range of the logits. In
+    that expert e gets T/E of the T tokens (the first ``T mod E`` experts get one more). It is
+    found by an auction (Bertsekas) up to ``T * tolerance`` times the range of the logits. In
     evaluation each token goes to its best expert. The weight is ``sigmoid(logits[t, a(t)])``.
 
-    In training the assignment looks at the whole batch. The auction reads from the device in each
-    of its rounds: on GPUs :class:`SinkhornRouter` is the faster way to the same end.
+    In training the assignment looks at the whole batch: that of this rank, so that it depends on
+    how many ranks there are, or the global one, whose logits every rank then gathers. The auction
+    reads from the device in each of its rounds: on GPUs :class:`SinkhornRouter` is the faster way
+    to the same end.
 
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: 1.
         tolerance: of the assignment, relative to the range of the logits.
+        over: the T tokens are those of this "rank", or of the "global" batch.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
-        ConfigError: if ``top_k`` is not 1 or ``tolerance`` not positive.
+        ConfigError: if ``top_k`` is not 1, ``tolerance`` not positive, or ``over`` unknown.
     """
 
     losses: ClassVar[frozenset[str]] = frozenset({"z_loss"})
@@ -46,53 +51,57 @@ class BaseRouter(Router):
         top_k: int = 1,
         *,
         tolerance: float = 1e-3,
+        over: Over = "rank",
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
+        self.check_top_k(top_k)
+        if not tolerance > 0:
+            raise ConfigError(f"tolerance={tolerance!r} is invalid: it must be above 0.")
+        self.tolerance, self.over = tolerance, check_over(over)
+        self.uses_batch = over == "global"
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses all but 1."""
         if top_k != 1:
             raise ConfigError(
                 f"top_k={top_k} is not BASE routing, which assigns one expert: use 1."
             )
-        if not tolerance > 0:
-            raise ConfigError(f"tolerance={tolerance!r} is invalid: it must be above 0.")
-        self.tolerance, self.init_std = tolerance, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         if context.training:
-            expert_ids = balanced_assignment(logits.detach(), self.tolerance).unsqueeze(1)
+            everyone, start = batch_logits(logits, self.over, context)
+            assigned = balanced_assignment(everyone, self.tolerance)
+            expert_ids = assigned[start : start + x.shape[0]].unsqueeze(1)
         else:
             expert_ids = ops.top_k(logits.detach(), 1)
         weights = torch.sigmoid(torch.gather(logits, 1, expert_ids))
         return Routing(logits, torch.softmax(logits, dim=-1), weights, expert_ids)
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(LinearRouter):
     """Top-k of logits shifted so that soft loads are even (S-BASE); a matrix scaling, no auction.
 
     In training ``iterations`` rounds of Sinkhorn's algorithm find row factors a and column factors
-    b such that ``exp(logits + a + b)`` has rows of sum 1 and columns of sum T/E over the rank's T
-    tokens, and the K largest entries of each row are chosen; in evaluation those of the logits.
-    Weights: ``sigmoid`` of the chosen logit for K = 1, softmax over the chosen logits for K > 1.
+    b such that ``exp(logits + a + b)`` has rows of sum 1 and columns of sum T/E over T tokens, and
+    the K largest entries of each row are chosen; in evaluation those of the logits. Weights:
+    ``sigmoid`` of the chosen logit for K = 1, softmax over the chosen logits for K > 1.
 
-    In training the choice looks at the whole batch. No host sync.
+    In training the choice looks at the whole batch: that of this rank, without a host sync, so that
+    it depends on how many ranks there are; or the global one, whose logits every rank then gathers.
 
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: experts per token, K.
         iterations: rounds of Sinkhorn's algorithm.
+        over: the T tokens are those of this "rank", or of the "global" batch.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
-        ConfigError: if ``top_k`` is out of range or ``iterations`` less than 1.
+        ConfigError: if ``top_k`` is out of range, ``iterations`` less than 1, or ``over`` unknown.
     """
 
     losses: ClassVar[frozenset[str]] = frozenset({"z_loss"})
@@ -105,28 +114,53 @@ class SinkhornRouter(Router):
         top_k: int = 1,
         *,
         iterations: int = 8,
+        over: Over = "rank",
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
         check_at_least(iterations=(iterations, 1))
-        self.iterations, self.init_std = iterations, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
+        self.iterations, self.over = iterations, check_over(over)
+        self.uses_batch = over == "global"
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         plan = logits.detach()
-        if context.training and x.shape[0]:
-            plan = plan + sinkhorn_shift(plan, self.iterations)
+        if context.training:
+            everyone, _ = batch_logits(logits, self.over, context)
+            if everyone.shape[0]:
+                plan = plan + sinkhorn_shift(everyone, self.iterations)
         expert_ids = ops.top_k(plan, self.top_k)
         chosen = torch.gather(logits, 1, expert_ids)
         weights = torch.sigmoid(chosen) if self.top_k == 1 else torch.softmax(chosen, dim=-1)
         return Routing(logits, torch.softmax(logits, dim=-1), weights, expert_ids)
+
+
+def check_over(over: Over) -> Over:
+    """Returns ``over``.
+
+    Raises:
+        ConfigError: if it is unknown.
+    """
+    if over not in ("rank", "global"):
+        raise ConfigError(f"over={over!r} is unknown. It must be 'rank' or 'global'.")
+    return over
+
+
+def batch_logits(logits: Tensor, over: Over, context: RoutingContext) -> tuple[Tensor, int]:
+    """The logits of the tokens that are assigned together, and where this rank's begin.
+
+    Args:
+        logits: (T, E) of this rank.
+        over: see the routers.
+        context: of the pass.
+
+    Returns:
+        ``(T', E)`` without gradients, and a row number.
+    """
+    if over == "rank":
+        return logits.detach(), 0
+    return context.batch.gather_rows(logits.detach(), context.layer)
 
 
 def sinkhorn_shift(logits: Tensor, iterations: int) -> Tensor:

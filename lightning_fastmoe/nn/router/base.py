@@ -177,7 +177,7 @@ class Router(nn.Module):
     """Whether a token's experts depend on that token and earlier ones alone."""
     random: ClassVar[bool] = False
     """Whether :meth:`route` draws random numbers in training; they come from the context."""
-    uses_batch: ClassVar[bool] = False
+    uses_batch: bool = False
     """Whether :meth:`route` asks other ranks through the context's batch, besides random numbers;
     with at most K * E counts at a time."""
     losses: ClassVar[frozenset[str]] = LOSSES
@@ -200,7 +200,7 @@ class Router(nn.Module):
         self.d_model, self.num_experts = d_model, num_experts
         self._top_k: int | None = None
         if top_k is not None:
-            self.top_k = top_k
+            self._top_k = self._in_range(top_k)
         self.register_buffer("balance_bias", None)
         self.register_buffer("load_since_update", None, persistent=False)
         # Numbers all tokens of a training, so that draws go on after a checkpoint.
@@ -215,13 +215,27 @@ class Router(nn.Module):
 
     @top_k.setter
     def top_k(self, value: int) -> None:
+        self.check_top_k(self._in_range(value))
+        self._top_k = value
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses a K of ``[1, num_experts]`` that this router can't act on.
+
+        Asked whenever :attr:`top_k` is set. A subclass that overrides it calls it at the end of its
+        ``__init__``, where what it looks at exists.
+
+        Raises:
+            ConfigError: naming the rule.
+        """
+
+    def _in_range(self, value: int) -> int:
         valid = isinstance(value, int) and not isinstance(value, bool)
         if not valid or not 1 <= value <= self.num_experts:
             raise ConfigError(
                 f"top_k={value!r} is out of range: a token goes to at least 1 and at most"
                 f" num_experts={self.num_experts} experts. Choose top_k in [1, {self.num_experts}]."
             )
-        self._top_k = value
+        return value
 
     def add_balance_bias(self) -> None:
         """Gives the router a bias per expert that only the selection sees (DeepSeek-V3).
@@ -281,6 +295,36 @@ class Router(nn.Module):
         """The arguments, for ``print(model)``."""
         k = "" if self._top_k is None else f", top_k={self._top_k}"
         return f"d_model={self.d_model}, num_experts={self.num_experts}{k}"
+
+
+class LinearRouter(Router):
+    """A router whose logits are ``x W^T``, with ``weight`` W of shape (E, D).
+
+    Args:
+        d_model: width of a token, D.
+        num_experts: E of the whole model.
+        top_k: experts per token, K, or None if that is not the router's idea.
+        init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+
+    Raises:
+        ConfigError: if ``top_k`` is outside ``[1, num_experts]``.
+    """
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int | None, init_std: float | None = None
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k)
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from torch's global generator."""
+        init_gate(self.weight, self.d_model, self.init_std)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """``x (T, D) -> (T, E)`` in the dtype of ``x``."""
+        return self.linear(x, self.weight)
 
 
 def init_gate(weight: Tensor, d_model: int, init_std: float | None) -> None:

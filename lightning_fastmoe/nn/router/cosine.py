@@ -50,7 +50,6 @@ class CosineTopKRouter(Router):
         init_std: float | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, top_k)
-        check_normalized(top_k, normalize_weights)
         width = max(2, num_experts // 2) if d_router is None else d_router
         if width < 1:
             raise ConfigError(f"d_router={d_router!r} is invalid: it must be at least 1.")
@@ -64,7 +63,12 @@ class CosineTopKRouter(Router):
         self.embedding = nn.Parameter(torch.empty(num_experts, width))
         # One element and not none: ZeRO 3 partitions parameters by their dimensions.
         self.log_scale = nn.Parameter(torch.empty(1), requires_grad=learn_temperature)
+        self.check_top_k(top_k)
         self.reset_parameters()
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses weights that would always be 1."""
+        check_normalized(top_k, self._normalize)
 
     def reset_parameters(self) -> None:
         """Draws new weights from torch's global generator."""

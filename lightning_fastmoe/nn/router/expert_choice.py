@@ -6,14 +6,14 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(LinearRouter):
     """Each expert takes the C tokens that score it highest, so load is even by construction.
 
     ``scores = softmax(x W^T)`` over the experts; expert e takes the ``C = ceil(capacity_factor *
@@ -48,29 +48,21 @@ class ExpertChoiceRouter(Router):
         over: Literal["sequence", "rank"] = "sequence",
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, None)
+        super().__init__(d_model, num_experts, None, init_std)
         if over not in ("sequence", "rank"):
             raise ConfigError(f"over={over!r} is unknown. It must be 'sequence' or 'rank'.")
-        self.over, self.init_std = over, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
+        self.over = over
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
         tokens, experts = x.shape[0], self.num_experts
         groups, n = (1, tokens) if self.over == "rank" else context.sequences(tokens)
-        factor = (
-            self.capacity_factors[0]
-            if context.capacity_factor is None
-            else (context.capacity_factor)
-        )
+        factor = context.capacity_factor
+        if factor is None:
+            factor = self.capacity_factors[0]
         assert factor is not None
         taken = min(n, math.ceil(factor * n / experts))
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         scores = torch.softmax(logits, dim=-1)
         # (G, E, n): each expert ranks the tokens of a group.
         by_expert = scores.view(groups, n, experts).transpose(1, 2)

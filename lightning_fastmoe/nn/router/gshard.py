@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 
 
-class GShardRouter(Router):
+class GShardRouter(LinearRouter):
     """The two best experts; in training the second one only with probability ``2 * weight``.
 
     ``scores = softmax(x W^T)``; the weights g1, g2 are the two best scores over their sum. With u
@@ -43,23 +43,21 @@ class GShardRouter(Router):
         random_second: bool = True,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
+        self.check_top_k(top_k)
+        self.random_second = random_second
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses all but 2."""
         if top_k != 2:
             raise ConfigError(
                 f"top_k={top_k} is not GShard routing, which sends each token to two experts. Use"
                 " top_k=2, or router='softmax'."
             )
-        self.random_second, self.init_std = random_second, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         routing = Routing(logits, *ops.softmax_top_k(logits, self.top_k, True))
         if not (context.training and self.random_second):
             return routing

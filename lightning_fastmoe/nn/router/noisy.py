@@ -54,12 +54,17 @@ class NoisyTopKRouter(Router):
         init_std: float | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, top_k)
-        check_at_least(top_k=(top_k, 2 if num_experts > 1 else 1), noise=(noise, 0))
+        self.check_top_k(top_k)
+        check_at_least(noise=(noise, 0))
         self.noise, self.init_std = noise, init_std
         self.weight = nn.Parameter(torch.zeros(num_experts, d_model))
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, d_model))
         if init_std is not None:
             init_gate(self.weight, d_model, init_std)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses a K whose only weight would always be 1."""
+        check_at_least(top_k=(top_k, min(2, self.num_experts)))
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""

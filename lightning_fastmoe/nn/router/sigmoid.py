@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 from lightning_fastmoe.nn.router.softmax import check_normalized
 
 
-class SigmoidTopKRouter(Router):
+class SigmoidTopKRouter(LinearRouter):
     """Experts by ``s = sigmoid(x W^T)``, chosen by ``s + bias`` inside the best groups.
 
     The experts form G groups of E/G neighbours. A group's score is the sum of its two best
@@ -53,34 +53,37 @@ class SigmoidTopKRouter(Router):
         balance_bias: bool = True,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
-        check_normalized(top_k, normalize_weights)
+        super().__init__(d_model, num_experts, top_k, init_std)
         limit = num_groups if limit_groups is None else limit_groups
         if num_groups < 1 or num_experts % num_groups:
             raise ConfigError(
                 f"num_groups={num_groups} does not divide num_experts={num_experts}: groups are"
                 " equally large."
             )
-        if not 1 <= limit <= num_groups or limit * (num_experts // num_groups) < top_k:
-            raise ConfigError(
-                f"limit_groups={limit_groups} of num_groups={num_groups} leaves a token"
-                f" {limit} group(s) of {num_experts // num_groups} expert(s): it must be in"
-                f" [1, {num_groups}] and leave at least top_k={top_k} experts."
-            )
         self.num_groups, self.limit_groups, self.scale = num_groups, limit, scale
-        self._normalize, self.init_std = normalize_weights, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self._normalize = normalize_weights
         if balance_bias:
             self.add_balance_bias()
-        self.reset_parameters()
+        self.check_top_k(top_k)
 
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses weights that would always be 1, and more experts than the groups hold."""
+        check_normalized(top_k, self._normalize)
+        limit, groups, size = (
+            self.limit_groups,
+            self.num_groups,
+            self.num_experts // self.num_groups,
+        )
+        if not 1 <= limit <= groups or limit * size < top_k:
+            raise ConfigError(
+                f"limit_groups={limit} of num_groups={groups} leaves a token {limit} group(s) of"
+                f" {size} expert(s): it must be in [1, {groups}] and leave at least top_k={top_k}"
+                " experts."
+            )
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         normalize = self.top_k > 1 if self._normalize is None else self._normalize
         if self.limit_groups == self.num_groups:
             bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 
 
-class SoftmaxTopKRouter(Router):
+class SoftmaxTopKRouter(LinearRouter):
     """``scores = softmax(x W^T)`` in fp32; the K best experts, weighted by their scores.
 
     Ties go to the lower expert id. The product, the softmax and the weights are fp32 whatever the
@@ -45,34 +45,31 @@ class SoftmaxTopKRouter(Router):
         score_after_selection: bool = False,
         balance_bias: bool = False,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
         self._normalize, self.score_after_selection = normalize_weights, score_after_selection
-        check_normalized(top_k, normalize_weights)
-        if score_after_selection and (top_k == 1 or normalize_weights is False):
+        if balance_bias:
+            self.add_balance_bias()
+        self.check_top_k(top_k)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses weights that would always be 1."""
+        check_normalized(top_k, self._normalize)
+        if self.score_after_selection and (top_k == 1 or self._normalize is False):
             raise ConfigError(
                 f"score_after_selection=True with top_k={top_k} and normalize_weights="
-                f"{normalize_weights}: a softmax over the chosen experts is normalised, and over a"
+                f"{self._normalize}: a softmax over the chosen experts is normalised, and over a"
                 " single one it is always 1, so the router would get no gradient. Use top_k of at"
                 " least 2 and leave normalize_weights alone, or score_after_selection=False."
             )
-        self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        if balance_bias:
-            self.add_balance_bias()
-        self.reset_parameters()
 
     @property
     def normalize_weights(self) -> bool:
         """Whether a token's weights sum to 1."""
         return self.top_k > 1 if self._normalize is None else self._normalize
 
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
-
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         if self.score_after_selection:
             scores = torch.softmax(logits, dim=-1)
             expert_ids = self.select(scores)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 
 
-class SwipeRouter(Router):
+class SwipeRouter(LinearRouter):
     """Top-k routing that gives every rank equally many pairs in training, and drops none.
 
     The experts form G groups of neighbours, one per rank that holds experts. A group takes at most
@@ -37,7 +36,7 @@ class SwipeRouter(Router):
         ConfigError: if ``num_groups`` doesn't divide ``num_experts``.
     """
 
-    uses_batch: ClassVar[bool] = True
+    uses_batch = True
 
     def __init__(
         self,
@@ -48,23 +47,17 @@ class SwipeRouter(Router):
         num_groups: int | None = None,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
         if num_groups is not None and (num_groups < 1 or num_experts % num_groups):
             raise ConfigError(
                 f"num_groups={num_groups} does not divide num_experts={num_experts}: groups are"
                 " equally large."
             )
-        self.num_groups, self.init_std = num_groups, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
+        self.num_groups = num_groups
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         expert_ids = ops.top_k(logits.detach(), self.top_k)
         if context.training:
             expert_ids = self._swipe(logits.detach(), expert_ids, context)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 
 
-class SwitchRouter(Router):
+class SwitchRouter(LinearRouter):
     """The best expert alone, weighted by its score; in training the router sees jittered tokens.
 
     ``scores = softmax((x * u) W^T)`` with ``u (T, D)`` uniform in [1 - jitter, 1 + jitter] in
@@ -40,25 +39,23 @@ class SwitchRouter(Router):
         jitter: float = 0.01,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
+        self.check_top_k(top_k)
+        if not 0 <= jitter < 1:
+            raise ConfigError(f"jitter={jitter!r} is out of range: choose it in [0, 1).")
+        self.jitter = jitter
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuses all but 1."""
         if top_k != 1:
             raise ConfigError(
                 f"top_k={top_k} is not Switch routing, which sends each token to one expert. Use"
                 " top_k=1, or router='softmax'."
             )
-        if not 0 <= jitter < 1:
-            raise ConfigError(f"jitter={jitter!r} is out of range: choose it in [0, 1).")
-        self.jitter, self.init_std = jitter, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
         if context.training and self.jitter > 0:
             x = x * (1 + self.jitter * (2 * context.uniform(x, self.d_model) - 1))
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         return Routing(logits, *ops.softmax_top_k(logits, self.top_k, False))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
 
 
-class TopologyAwareRouter(Router):
+class TopologyAwareRouter(LinearRouter):
     """Top-k routing in which at most a fraction of a rank's tokens uses experts of other nodes.
 
     Of the tokens whose K best experts are not all on the rank's own node, the
@@ -42,22 +42,16 @@ class TopologyAwareRouter(Router):
         outgoing_fraction: float = 0.14,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_experts, top_k)
+        super().__init__(d_model, num_experts, top_k, init_std)
         if not 0 <= outgoing_fraction <= 1:
             raise ConfigError(
                 f"outgoing_fraction={outgoing_fraction!r} is out of range: choose it in [0, 1]."
             )
-        self.outgoing_fraction, self.init_std = outgoing_fraction, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new weights from torch's global generator."""
-        init_gate(self.weight, self.d_model, self.init_std)
+        self.outgoing_fraction = outgoing_fraction
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        logits = self.linear(x, self.weight)
+        logits = self.logits(x)
         scores = torch.softmax(logits, dim=-1)
         near = context.batch.near_experts(self.num_experts)
         expert_ids = ops.top_k(logits.detach(), self.top_k)
