@@ -83,7 +83,11 @@ def backward_(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weights, up, down and both biases, where wanted. H is overwritten."""
     pairs = _pairs(x, order)
-    used = x.new_ones(h.shape[0], 1, dtype=kernels.accumulation_dtype(x.dtype)) if weights is None else weights
+    used = (
+        x.new_ones(h.shape[0], 1, dtype=kernels.accumulation_dtype(x.dtype))
+        if weights is None
+        else weights
+    )
     top_k = used.shape[1]
     weighted_act, d_weights = backward_activation_(
         library, grad, pairs, offsets, down, h, used, name
