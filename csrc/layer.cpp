@@ -103,15 +103,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
         activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
     if (wants_down) d_down = outer_product(d_out, weighted_act, tokens_per_expert, offsets);
   }
-  // h holds its gradient by now.
+  // h holds its gradient by now. Its rows' product comes first, as its N rows of D are gone before
+  // the gradient of up is made.
+  if (wants_x) {
+    d_x = hopper ? hopper::rows_product(h, offsets, up, false) : grouped_mm(h, up, offsets);
+    if (inverse) d_x = sum_rows(d_x, *inverse, std::nullopt, top_k, std::nullopt, std::nullopt);
+  }
   if (wants_up && hopper) {
     d_up = hopper::weight_gradient(x, pairs, top_k, h, offsets, true);
   } else if (wants_up) {
     d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
-  }
-  if (wants_x) {
-    d_x = hopper ? hopper::rows_product(h, offsets, up, false) : grouped_mm(h, up, offsets);
-    if (inverse) d_x = sum_rows(d_x, *inverse, std::nullopt, top_k, std::nullopt, std::nullopt);
   }
   return {d_x, d_weights, d_up, d_down};
 }

@@ -356,12 +356,14 @@ __global__ void __launch_bounds__(256)
 }
 
 // How an expert is split: when its rows would keep a block busy for more than half of the time that
-// all rows take all blocks.
+// all rows take all blocks. Where an expert's tiles keep nearly all blocks busy by themselves it
+// never is, and needs no workspace.
 inline int64_t gradient_chunk(int64_t rows, int64_t m, int64_t n, int64_t blocks) {
   const int64_t tiles =
       ((m + kTileM * kCluster - 1) / (kTileM * kCluster)) * kCluster * ((n + kTileN - 1) / kTileN);
-  const int64_t wanted = (rows * tiles + 2 * blocks - 1) / (2 * blocks);
-  return (wanted + kTileK - 1) / kTileK * kTileK + (wanted == 0 ? kTileK : 0);
+  const bool fills = 5 * tiles >= 4 * blocks;
+  const int64_t wanted = fills ? rows : (rows * tiles + 2 * blocks - 1) / (2 * blocks);
+  return (wanted + kTileK - 1) / kTileK * kTileK;
 }
 
 // Parts that the split experts can have at most, whatever the routing.

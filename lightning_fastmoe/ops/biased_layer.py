@@ -105,12 +105,12 @@ def backward_(
     del weighted_act
     if wants[4]:
         d_up_bias = expert_sums(h, tokens_per_expert, offsets)
-    if wants[2]:
-        d_up = weight_gradient(library, x, pairs, top_k, h, offsets, True)
     if wants[0]:
         d_x = rows_product(library, h, offsets, up, False)
         if inverse is not None:
             d_x = kernels.sum_rows(d_x, inverse, None, top_k)
+    if wants[2]:
+        d_up = weight_gradient(library, x, pairs, top_k, h, offsets, True)
     return d_x, d_weights if wants[1] else None, d_up, d_down, d_up_bias, d_down_bias
 
 

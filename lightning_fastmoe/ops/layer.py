@@ -146,12 +146,12 @@ class _ExpertLayer(torch.autograd.Function):
         del d_out, d_act, weighted_act
         if wants[4]:
             d_up_bias = expert_sums(d_h, *groups)
-        if wants[2]:
-            d_up = grouped_outer_product(d_h, _rows(x, weights, order, inverse), *groups)
         if wants[0]:
             d_x = grouped_product(d_h, up, *groups)
             if inverse is not None:
                 d_x = kernels.sum_rows(d_x, inverse, None, weights.shape[1])
+        if wants[2]:
+            d_up = grouped_outer_product(d_h, _rows(x, weights, order, inverse), *groups)
         return d_x, d_weights if wants[1] else None, d_up, d_down, d_up_bias, d_down_bias, *none
 
 

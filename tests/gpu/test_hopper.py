@@ -28,6 +28,7 @@ CASES = [
     (130, 8, 8, 40, 1, "even"),  # the smallest rows
     (2000, 1536, 256, 16, 4, "skewed"),
     (4099, 264, 520, 6, 2, "one"),  # the weight gradients of the busy expert are split
+    (700, 2048, 1024, 4, 2, "one"),  # those of up fill the chip by themselves and are not
     (0, 64, 64, 4, 2, "even"),
 ]
 
