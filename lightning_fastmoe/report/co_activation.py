@@ -11,6 +11,7 @@ from html import escape
 from lightning_fastmoe.co_activation_log import shares
 from lightning_fastmoe.report.colours import share_colour
 from lightning_fastmoe.report.svg import png, wrap_svg
+from lightning_fastmoe.report.verdict import STARVING
 
 WIDTH = 300.0
 
@@ -42,13 +43,16 @@ class Pair:
 def strongest_pair(together: Sequence[Sequence[int]]) -> Pair | None:
     """The pair with the largest share; None if no token chose two experts.
 
+    Shares of an expert's few tokens say little, so starving experts come first in no pair.
+
     Args:
         together: (E, E) counts, see :mod:`lightning_fastmoe.co_activation_log`.
     """
+    enough = STARVING * sum(row[i] for i, row in enumerate(together)) / len(together)
     best: tuple[float, int, int] | None = None
     for i, row in enumerate(shares(together)):
         for j, share in enumerate(row):
-            if share and (best is None or share > best[0]):
+            if share and together[i][i] >= enough and (best is None or share > best[0]):
                 best = (share, i, j)
     if best is None:
         return None

@@ -82,6 +82,9 @@ def test_the_strongest_pair():
     assert pair.expected == pytest.approx(1 / 3)
     assert strongest_pair([[5, 0], [0, 5]]) is None
     assert strongest_pair([[0, 0], [0, 0]]) is None
+    # Expert 2 has one token, which says nothing.
+    pair = strongest_pair([[20, 9, 1], [9, 30, 0], [1, 0, 1]])
+    assert (pair.first, pair.second, pair.share) == (0, 1, 9 / 20)
     # Loads count: of expert 0's 6 tokens 2 chose 1; it has 2 of the others' 8 choices.
     pair = strongest_pair([[6, 2, 4], [2, 2, 0], [4, 0, 6]])
     assert (pair.first, pair.second, pair.share) == (1, 0, 1.0)
