@@ -15,6 +15,7 @@ if TYPE_CHECKING or not starts_as_own_command():
 
     from lightning_fastmoe.callbacks import (
         CapacitySchedule,
+        CoActivationMonitor,
         ExpertLoadMonitor,
         MoESummary,
         RouterBiasBalancing,
@@ -38,6 +39,7 @@ else:
 
 __all__ = [
     "CapacitySchedule",
+    "CoActivationMonitor",
     "ExpertLoadMonitor",
     "FastMoEStrategy",
     "MoE",

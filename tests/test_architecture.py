@@ -1,6 +1,6 @@
 """Imports point one way, and files stay short.
 
-    errors <- load_log, ops <- nn <- distributed, sizes <- checkpoint <- strategy
+    errors <- load_log, co_activation_log, ops <- nn <- distributed, sizes <- checkpoint <- strategy
         <- callbacks, metrics, lm, report
         <- commands <- cli
 
@@ -25,6 +25,7 @@ MAX_LINES = 400
 LEVELS = {
     "errors": 0,
     "load_log": 1,
+    "co_activation_log": 1,
     "ops": 1,
     "nn": 2,
     "distributed": 3,

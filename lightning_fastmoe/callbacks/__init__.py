@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
+from lightning_fastmoe.callbacks.co_activation import CoActivationMonitor
 from lightning_fastmoe.callbacks.expert_load import ExpertLoadMonitor
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
 from lightning_fastmoe.callbacks.summary import MoESummary
@@ -8,6 +9,7 @@ from lightning_fastmoe.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "CapacitySchedule",
+    "CoActivationMonitor",
     "ExpertLoadMonitor",
     "MoESummary",
     "RouterBiasBalancing",

@@ -111,7 +111,7 @@ class ExpertLoadMonitor(pl.Callback):
         self._history = LoadHistory()
         if trainer.is_global_zero and self._run_folder is not None:
             self._writer = load_log.LoadLogWriter(
-                self._run_folder, self._described(), first_step=_logged_as(trainer)
+                self._run_folder, self._described(), first_step=logged_as(trainer)
             )
             if self.figures_every_n_steps is not None:
                 earlier = load_log.read(self._writer.path).records
@@ -160,7 +160,7 @@ class ExpertLoadMonitor(pl.Callback):
         numbers = {f"{self.prefix}/{k}": float(v) for k, v in values.items()}
         # Lightning's own training metrics of this step go under the same number.
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=_logged_as(trainer))
+            logger.log_metrics(numbers, step=logged_as(trainer))
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
         largest = [v for k, v in numbers.items() if k.endswith("/max_load")]
         dead = [v for k, v in numbers.items() if k.endswith("/dead_experts")]
@@ -174,7 +174,7 @@ class ExpertLoadMonitor(pl.Callback):
         assert self._metric is not None
         by_name = {layer.name: layer for layer in self._metric.layers(packed)}
         found = [by_name.get(name) for name, _ in self._layers]
-        record = _as_record(_logged_as(trainer), found)
+        record = _as_record(logged_as(trainer), found)
         if self._writer is not None:
             self._writer.write(record)
         every = self.figures_every_n_steps
@@ -228,14 +228,15 @@ def run_folder(trainer: pl.Trainer, given: str | None = None) -> Path | None:
     folder = trainer.strategy.broadcast(folder)
     if folder is not None and "://" in str(folder):
         rank_zero_warn(
-            f"ExpertLoadMonitor writes no file: {folder} is not on this machine. Give it a folder="
-            " to keep the loads of every expert."
+            f"What single experts do is not kept: the run's folder {folder} is not on this machine."
+            " Give ExpertLoadMonitor, and CoActivationMonitor, a folder= that is."
         )
         return None
     return None if folder is None else Path(folder)
 
 
-def _logged_as(trainer: pl.Trainer) -> int:
+def logged_as(trainer: pl.Trainer) -> int:
+    """The number under which Lightning's loggers keep this step's training metrics."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 

@@ -93,7 +93,8 @@ class MoE(LayerSettings):
         drop_by: who keeps their place: earlier tokens ("position") or those with the best scores
             ("score").
         expert: instead of FFNs: a module class or a function, called per expert as
-            ``expert(d_model, d_ffn)`` or ``expert(d_model)``; or a list of E modules.
+            ``expert(d_model, d_ffn)`` or ``expert(d_model)``, or the path of one; or a list of E
+            modules.
         shared_expert: inner width of a dense FFN added for every token, or a module.
         shared_expert_gate: multiply its output by a learned ``sigmoid(w x)``.
         dispatcher: "auto", "local", or "all_to_all".
@@ -130,7 +131,7 @@ class MoE(LayerSettings):
         capacity_factor: CapacityFactors | str = "router",
         capacity_over: CapacityOver | None = None,
         drop_by: DropBy = "position",
-        expert: ExpertFactory | Sequence[nn.Module] | None = None,
+        expert: ExpertFactory | Sequence[nn.Module] | str | None = None,
         shared_expert: int | nn.Module | None = None,
         shared_expert_gate: bool = False,
         dispatcher: str = "auto",
@@ -138,7 +139,11 @@ class MoE(LayerSettings):
         autoregressive: bool = False,
     ) -> None:
         super().__init__()
-        if num_experts is None and isinstance(expert, Sequence | nn.ModuleList):
+        if (
+            num_experts is None
+            and not isinstance(expert, str)
+            and isinstance(expert, Sequence | nn.ModuleList)
+        ):
             num_experts = len(expert)
         check_sizes(d_model=d_model, num_experts=num_experts)
         if d_ffn is not None or expert is None:

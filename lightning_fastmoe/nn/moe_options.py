@@ -112,24 +112,30 @@ def _own_router(
 def _find(name: str) -> Callable[..., nn.Module]:
     if name in ROUTERS:
         return ROUTERS[name]
-    module, _, attribute = name.rpartition(".")
-    unknown = ConfigError(
-        f"router={name!r} is unknown. It must be a module, a class of modules, the path of one"
-        f" (package.module.Class), or one of: {', '.join(ROUTERS)}."
+    return _import("router", name, f", or one of: {', '.join(ROUTERS)}")
+
+
+def _import(argument: str, path: str, others: str = "") -> Callable[..., nn.Module]:
+    """What stands at ``package.module.Class``, for an argument of this name."""
+    wanted = (
+        f"It must be a module, a class of modules, the path of one (package.module.Class){others}."
     )
+    module, _, attribute = path.rpartition(".")
     if not module:
-        raise unknown
+        raise ConfigError(f"{argument}={path!r} is unknown. {wanted}")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise unknown from error
+        raise ConfigError(f"{argument}={path!r} is unknown: {error}. {wanted}") from error
     if not callable(found):
-        raise unknown
+        raise ConfigError(
+            f"{argument}={path!r} is a {type(found).__name__}, which is unknown here. {wanted}"
+        )
     return found  # type: ignore[no-any-return]
 
 
 def make_experts(
-    expert: ExpertFactory | Sequence[nn.Module] | None,
+    expert: ExpertFactory | Sequence[nn.Module] | str | None,
     d_model: int,
     d_ffn: int | None,
     num_experts: int,
@@ -149,6 +155,8 @@ def make_experts(
     local = placement.num_local_experts if placement else num_experts
     place = {"first_expert": first, "num_local_experts": local, "layer_seed": layer_seed}
     if expert is not None:
+        if isinstance(expert, str):
+            expert = _import("expert", expert)
         if isinstance(expert, nn.Module) and not isinstance(expert, nn.ModuleList):
             raise ConfigError(
                 f"expert= is one {type(expert).__name__}, but every expert needs weights of its"
@@ -186,7 +194,8 @@ def loss_coefficients(router: nn.Module, **given: float | None) -> dict[str, flo
             )
         if value is None:
             value = DEFAULT_COEFFICIENTS[name] if name in usual else 0.0
-        if not (math.isfinite(value) and value >= 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
             raise ConfigError(
                 f"{name}={value!r} is invalid: a loss coefficient must be finite and at least 0"
                 " (0 switches the loss off)."

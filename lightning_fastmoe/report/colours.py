@@ -29,14 +29,24 @@ def colour(ratio: float | None) -> Colour:
     if ratio <= 0:
         return DEAD
     place = max(-1.0, min(1.0, math.log(ratio) / math.log(LIMIT)))
-    ramp = _STARVING if place < 0 else _CROWDED
-    at = abs(place) * (len(ramp) - 1)
+    return _on_ramp(_STARVING if place < 0 else _CROWDED, abs(place))
+
+
+def _on_ramp(ramp: list[Colour], place: float) -> Colour:
+    at = place * (len(ramp) - 1)
     low = min(int(at), len(ramp) - 2)
     share = at - low
     red, green, blue = (
         round(a + share * (b - a)) for a, b in zip(ramp[low], ramp[low + 1], strict=True)
     )
     return red, green, blue
+
+
+def share_colour(share: float | None) -> Colour:
+    """From white for 0 to dark blue for 1; None is unknown."""
+    if share is None:
+        return UNKNOWN
+    return _on_ramp(_CROWDED, max(0.0, min(1.0, share)))
 
 
 def hex_colour(ratio: float | None) -> str:

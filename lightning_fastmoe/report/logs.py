@@ -1,4 +1,4 @@
-"""Reading what a run has logged: metrics.csv, TensorBoard's event files, expert_load.jsonl."""
+"""Reading what a run has logged: metrics.csv, TensorBoard's event files, the monitors' files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_fastmoe import load_log
+from lightning_fastmoe import co_activation_log, load_log
 from lightning_fastmoe.errors import DataError
 
 CSV_NAME = "metrics.csv"
@@ -26,12 +26,14 @@ class Run:
         folder: where.
         scalars: name -> series.
         loads: the loads of every expert, None without the monitor's file.
+        co_activation: which experts work together, None without that monitor's file.
         notes: what is missing, or was left out, in sentences.
     """
 
     folder: Path
     scalars: dict[str, Series] = field(default_factory=dict)
     loads: load_log.LoadLog | None = None
+    co_activation: co_activation_log.CoActivationLog | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,6 +66,8 @@ def read_run(folder: Path) -> Run:
         _read_events(run)
     if (path := run.folder / load_log.FILE_NAME).is_file():
         run.loads = load_log.read(path)
+    if (path := run.folder / co_activation_log.FILE_NAME).is_file():
+        run.co_activation = co_activation_log.read(path)
     return run
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from lightning_fastmoe.co_activation_log import CoActivationLog
 from lightning_fastmoe.load_log import LoadLog, Record, merged, ratios, spans
+from lightning_fastmoe.report.co_activation import co_activation_map, strongest_pair
 from lightning_fastmoe.report.colours import LIMIT, hex_colour
 from lightning_fastmoe.report.logs import Run, Series, finite, matching
 from lightning_fastmoe.report.style import STYLE
@@ -15,6 +17,8 @@ from lightning_fastmoe.report.verdict import Verdict
 
 COLUMNS = 160
 """Of a map over time; longer runs have several log lines in one."""
+MAPS = 8
+"""Layers whose co-activation is shown."""
 LISTED = 12
 """Starving experts that are listed beside the verdict's sentence."""
 
@@ -47,6 +51,7 @@ def build_page(run: Run, verdict: Verdict) -> str:
         '<section><h2>The run</h2><div class="panels">',
         *(_panel(panel) for panel in panels),
         "</div></section>",
+        _co_activation(run.co_activation) if run.co_activation else "",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -126,6 +131,37 @@ def _loads(log: LoadLog, verdict: Verdict) -> str:
         " same colours; a red mark at the right: starving now.</p>"
         f'<div class="panels" style="--n:{4 if len(maps) == 4 else min(3, len(maps))}">'
         f"{''.join(maps)}</div></section>"
+    )
+
+
+def _co_activation(log: CoActivationLog) -> str:
+    """The layers with the strongest pairs; nothing if each token goes to one expert."""
+    found = []
+    for i, layer in enumerate(log.layers):
+        if (pair := strongest_pair(layer.together)) is not None:
+            found.append((pair, i, layer))
+    if not found:
+        return ""
+    found.sort(key=lambda x: (-x[0].share, x[1]))
+    shown = sorted(found[:MAPS], key=lambda x: x[1])
+    panels = [
+        _panel(
+            Panel(
+                f"Layer {i}",
+                str(pair),
+                co_activation_map(layer.together, title=f"co-activation in layer {i}"),
+            )
+        )
+        for pair, i, layer in shown
+    ]
+    rest = len(found) - len(shown)
+    also = f" The {rest} other layers have no stronger pair." if rest else ""
+    return (
+        "<section><h2>Experts that work together</h2>"
+        f'<p class="caption">Row i, column j: the share of expert i&rsquo;s tokens that chose j,'
+        f" too, steps {log.first_step:,} to {log.last_step:,}. White: none; dark blue: all, the two"
+        f" work as one.{also}</p>"
+        f'<div class="panels" style="--n:4">{"".join(panels)}</div></section>'
     )
 
 

@@ -112,7 +112,7 @@ def line_chart(
         )
     if legend:
         parts.append(_legend(list(lines), frame))
-    return _svg(width, height, title, parts)
+    return wrap_svg(width, height, title, parts)
 
 
 def _axes(frame: Frame, percent: bool) -> str:
@@ -241,7 +241,9 @@ def load_grid(
         f'<text x="{left - 8}" y="{base + 17:.1f}" text-anchor="end" class="quiet">expert</text>'
     )
     inner = "".join([*parts, *frames])
-    return _svg(width, base + 24, title, [f'<g class="roomy">{inner}</g>' if tall > 24 else inner])
+    return wrap_svg(
+        width, base + 24, title, [f'<g class="roomy">{inner}</g>' if tall > 24 else inner]
+    )
 
 
 def load_over_time(
@@ -289,7 +291,7 @@ def load_over_time(
             f'<path d="M{x} {y:.1f}l9 -4v8z" fill="#c1121f"><title>expert {e}</title></path>'
         )
     parts.append(step_axis(frame))
-    return _svg(width, frame.height, title, parts)
+    return wrap_svg(width, frame.height, title, parts)
 
 
 def png(rows: Sequence[Sequence[tuple[int, int, int]]]) -> bytes:
@@ -307,7 +309,8 @@ def png(rows: Sequence[Sequence[tuple[int, int, int]]]) -> bytes:
     )
 
 
-def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
+def wrap_svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
+    """The picture around these elements."""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}"'
         f' style="max-width:{width * 1.15:.0f}px">' + "".join(parts) + "</svg>"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import pytest
 import torch
 from callbacks.model import BATCH, TOKENS, Model, SaveAt, make_trainer
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_fastmoe import ExpertLoadMonitor, load_log
 from lightning_fastmoe.callbacks import load_figures
@@ -125,6 +126,19 @@ def test_figures_in_wandb(tmp_path):
     logger = LikeWandb(tmp_path, name="x")
     make_trainer(tmp_path, ExpertLoadMonitor(figures_every_n_steps=8), logger=logger).fit(Model())
     assert logger.images == [("moe/expert_load", 7, "Figure")]
+    # The real one can be called so, too.
+    inspect.signature(WandbLogger.log_image).bind(None, key="a", images=[], step=7)
+
+
+def test_figures_in_a_wandb_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not among the packages for tests")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="x", save_dir=tmp_path, offline=True)
+    make_trainer(tmp_path, ExpertLoadMonitor(figures_every_n_steps=8), logger=logger).fit(Model())
+    logger.experiment.finish()
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/moe/expert_load_*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figures_colours_are_the_loads():

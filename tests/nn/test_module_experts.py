@@ -55,6 +55,13 @@ def assert_equals_by_hand(layer, x):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_by_class_path():
+    """As a configuration file gives it."""
+    a, b = make("nn.test_module_experts.FFN"), make(FFN)
+    for name, value in b.state_dict().items():
+        assert torch.equal(a.state_dict()[name], value), name
+
+
 def tokens(n=9):
     torch.manual_seed(1)
     return torch.randn(n, D, dtype=torch.float64, requires_grad=True)
@@ -273,6 +280,9 @@ def test_bf16_and_autocast():
     [
         ({"expert": nn.Linear(D, D)}, "expert= is one Linear.*its class"),
         ({"expert": [nn.Linear(D, D)] * 3}, "lists 3 modules, but num_experts=4"),
+        ({"expert": "FFN"}, "expert='FFN' is unknown. It must be a module, a class"),
+        ({"expert": "nn.test_module_experts.FNN"}, "has no attribute 'FNN'"),
+        ({"expert": "nn.test_module_experts.D"}, "expert='nn.test_module_experts.D' is a int"),
         ({"expert": [nn.Linear(D, D)] * 4}, "same module for expert 1"),
         ({"expert": lambda d, f: "no module"}, "gave a str for expert 0"),
         ({"expert": None, "d_ffn": None}, "d_ffn=None is invalid"),

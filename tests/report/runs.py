@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_fastmoe import co_activation_log
 from lightning_fastmoe.load_log import Layer, LoadLogWriter, Record
 
 EXPERTS = 8
@@ -45,8 +46,31 @@ def write_csv(folder: Path) -> None:
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
+def together(layer: int) -> list[list[int]]:
+    """Of 400 tokens with two experts each: in layer 1, experts 2 and 6 work nearly as one."""
+    table = [[0] * EXPERTS for _ in range(EXPERTS)]
+    for token in range(400):
+        i = token % EXPERTS
+        j = (i + 1 + token // EXPERTS % (EXPERTS - 1)) % EXPERTS
+        if layer == 1 and i in (2, 6) and token % 10:
+            i, j = 2, 6
+        for a in (i, j):
+            for b in (i, j):
+                table[a][b] += 1
+    return table
+
+
+def write_co_activation(folder: Path) -> None:
+    """``co_activation.json`` of four layers, the last with one expert per token."""
+    layers = [co_activation_log.LayerCoActivation(f"net.<{i}>.moe", together(i)) for i in range(3)]
+    alone = [[9 * (i == j) for j in range(EXPERTS)] for i in range(EXPERTS)]
+    layers.append(co_activation_log.LayerCoActivation("net.<3>.moe", alone))
+    co_activation_log.write(folder, co_activation_log.CoActivationLog(390, 399, layers))
+
+
 def make_run(folder: Path) -> Path:
     """A whole run."""
     write_csv(folder)
     write_loads(folder)
+    write_co_activation(folder)
     return folder

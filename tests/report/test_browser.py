@@ -50,7 +50,7 @@ def browse(tmp_path):
 def test_the_page_renders(browse):
     dom = browse("--dump-dom")
     assert re.search(r"<h1>2 of 32 experts are starving", dom)
-    assert dom.count("<figure>") == 4 + 5
+    assert dom.count("<figure>") == 4 + 5 + 3
     assert dom.count("<polyline") == 2 + 1 + 1 + 1 + 2
     assert "<parsererror" not in dom
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
 
 import pytest
 from report import runs
 
-from lightning_fastmoe.report.colours import DEAD, LIMIT, UNKNOWN, colour, ink
+from lightning_fastmoe.report.co_activation import co_activation_map, strongest_pair
+from lightning_fastmoe.report.colours import DEAD, LIMIT, UNKNOWN, colour, ink, share_colour
 from lightning_fastmoe.report.logs import read_run
 from lightning_fastmoe.report.page import build_page
 from lightning_fastmoe.report.svg import line_chart, png, thinned, ticks
@@ -54,6 +56,52 @@ def test_a_whole_run(tmp_path):
     assert "net.<0>" not in html
     assert 'class="missing"' not in html
     assert "25.0% of the device" in html
+    assert html.count("<image") == 4 + 3  # over time; together, without the layer of top 1
+
+
+def test_co_activation(tmp_path):
+    """Experts 2 and 6 of layer 1 share 90 of the 100 choices that begin with one of them."""
+    runs.write_loads(tmp_path)
+    assert "work together" not in page(tmp_path)
+    runs.write_co_activation(tmp_path)
+    table = runs.together(1)
+    share = table[6][2] / table[6][6]
+    assert 0.5 < share < 0.9
+    html = page(tmp_path)
+    check(html)
+    assert f"{share:.0%} of expert 6&#x27;s tokens chose 2, too; by chance 20%" in html
+    assert html.count("<small>15% of expert") == 2
+    assert "steps 390 to 399" in html
+
+
+def test_the_strongest_pair():
+    # 10 tokens each; expert 0 always with 1, expert 2 with 3; by chance a third.
+    table = [[10, 10, 0, 0], [10, 10, 0, 0], [0, 0, 10, 10], [0, 0, 10, 10]]
+    pair = strongest_pair(table)
+    assert (pair.first, pair.second, pair.share) == (0, 1, 1.0)
+    assert pair.expected == pytest.approx(1 / 3)
+    assert strongest_pair([[5, 0], [0, 5]]) is None
+    assert strongest_pair([[0, 0], [0, 0]]) is None
+    # Expert 2 has one token, which says nothing.
+    pair = strongest_pair([[20, 9, 1], [9, 30, 0], [1, 0, 1]])
+    assert (pair.first, pair.second, pair.share) == (0, 1, 9 / 20)
+    # Loads count: of expert 0's 6 tokens 2 chose 1; it has 2 of the others' 8 choices.
+    pair = strongest_pair([[6, 2, 4], [2, 2, 0], [4, 0, 6]])
+    assert (pair.first, pair.second, pair.share) == (1, 0, 1.0)
+    assert pair.expected == pytest.approx(6 / 12)
+
+
+def test_the_map_of_pairs(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    svg = co_activation_map([[4, 4, 0], [4, 4, 0], [0, 0, 0]], title="x")
+    file = tmp_path / "a.png"
+    file.write_bytes(base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1]))
+    with image.open(file) as picture:
+        rows = [[picture.getpixel((x, y)) for x in range(3)] for y in range(3)]
+    whole, none = share_colour(1.0), share_colour(0.0)
+    assert rows == [[UNKNOWN, whole, none], [whole, UNKNOWN, none], [UNKNOWN] * 3]
+    assert min(none) > 240
+    assert whole == colour(LIMIT)
 
 
 def test_a_healthy_run(tmp_path):

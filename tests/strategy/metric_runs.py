@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from strategy.models import Case, Net
+from strategy.tracing import make_trainer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_fastmoe import metrics
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe import CoActivationMonitor, metrics
+from lightning_fastmoe.nn import MoE, Routing, moe_layers
 
 KINDS = (
     metrics.LoadRatio,
@@ -30,6 +32,23 @@ def passes(ranks: Sequence[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     every = [[torch.randn(n, 6, generator=generator) for n in row] for row in TOKENS]
     return [row[rank] for row in every for rank in ranks]
+
+
+def monitor(case: Case, folder: str) -> list[Tensor]:
+    """This rank's pairs in the last step, per layer; rank zero's monitor writes those of all."""
+    net = Net(case)
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(layer: MoE, routing: Routing) -> None:
+        chosen = torch.zeros(routing.scores.shape, dtype=torch.int64)
+        chosen.scatter_(1, routing.expert_ids, 1)
+        seen.setdefault(layer.layer_name, []).append(chosen.T @ chosen)
+
+    for _, layer in moe_layers(net):
+        layer.register_routing_observer(note)
+    callback = CoActivationMonitor(1, folder)
+    make_trainer(case, callbacks=[callback]).fit(net)
+    return [sum(pairs[-case.accumulate :]) for pairs in seen.values()]
 
 
 def measure(capacity_factor: float | None) -> dict[str, Tensor]:

@@ -167,6 +167,12 @@ def test_refused_options(name, arguments, message):
         ({"router": "expert_choice", "load_balancing": 0.1}, "no meaning for ExpertChoiceRouter"),
         ({"router": "soft", "z_loss": 0.1}, "no meaning for SoftRouter.*none"),
         ({"load": 0.1}, "load=0.1.*no meaning for SoftmaxTopKRouter"),
+        ({"z_loss": True}, "z_loss=True is invalid"),
+        ({"z_loss": "high"}, "z_loss='high' is invalid"),
+        ({"router": "torch.nn.NoSuchRouter"}, "has no attribute 'NoSuchRouter'"),
+        ({"router": "torch.pi"}, "router='torch.pi' is a float"),
+        ({"router": "base", "router_options": {"over": "world"}}, "over='world' is unknown"),
+        ({"router": "sinkhorn", "router_options": {"over": "all"}}, "over='all' is unknown"),
     ],
 )
 def test_refused_combinations(kwargs, message):
