@@ -39,7 +39,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(
         len(routings),
         1,
-        figsize=(max(6.0, 1.3 * len(configs)), 3.6 * len(routings)),
+        figsize=(max(6.0, 1.3 * len(configs)), 3.6 * len(routings) + 0.8),
         squeeze=False,
         layout="constrained",
     )
@@ -58,6 +58,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         panel.set_xticks(range(len(configs)), configs, rotation=20, ha="right")
         panel.set_ylabel("TFLOP/s, forward and backward")
         panel.set_title(f"{report['machine']['device']}, {report['dtype']}, routing {routing}")
-    panels[0, 0].legend(fontsize="small", ncols=2)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=4)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
