@@ -26,6 +26,7 @@ from lightning_fastmoe.checkpoint.sources import DirectorySource
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 
 
@@ -39,6 +40,7 @@ class ExpertCheckpoints(ExpertSteps):
     _random_state: dict[str, Any] | None = None
     _put_gradients: Callable[[], None] | None = None
     _forget_pending: Callable[[], None] | None = None
+    _signals: DeferredSignals | None = None
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -126,6 +128,9 @@ class ExpertCheckpoints(ExpertSteps):
         forget, self._forget_pending = self._forget_pending, None
         if forget is not None:
             forget()
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.detach()
         try:
             if writer is not None:
                 writer.wait()
@@ -235,6 +240,7 @@ class ExpertCheckpoints(ExpertSteps):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
+        self._signals = DeferredSignals(self.lightning_module.trainer)
         if self.lightning_module.trainer.fit_loop.restarted_mid_epoch:
             # The iterator of a run that was not interrupted was made long before the save.
             self._restore_random_state()
