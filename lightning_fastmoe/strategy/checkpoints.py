@@ -23,7 +23,7 @@ from lightning_fastmoe.checkpoint.publish import remove, resolve
 from lightning_fastmoe.checkpoint.random_state import set_random_state
 from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot
 from lightning_fastmoe.checkpoint.sources import DirectorySource
-from lightning_fastmoe.checkpoint.together import Together
+from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.strategy.signals import DeferredSignals
@@ -73,6 +73,18 @@ class ExpertCheckpoints(ExpertSteps):
             raise ConfigError(
                 "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
                 " files into a directory. Drop the argument."
+            )
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.interrupted:
+            meet_after_error(local_path(filepath), trainer.global_step)
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.ready > batches.processed:
+            rank_zero_warn(
+                f"{filepath} is saved in the middle of a training batch. The batch is repeated when"
+                " training resumes from it, with other random numbers, and if its backward pass had"
+                " begun, with a gradient that is not exact in this one step. A data loader that"
+                " keeps its state goes on after the batch."
             )
         path = local_path(self.broadcast(filepath))
         user = self._expert_state.user_groups

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +16,10 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
 from strategy.midway_runs import EPOCHS, Run, Watch, WithDropout, fit
 from strategy.models import Case
+from strategy.resume_runs import error_of
 from strategy.tracing import make_trainer
+
+from lightning_fastmoe.checkpoint.together import meet_after_error
 
 RANK = 1
 
@@ -102,3 +107,38 @@ def requeued(case: Case, batch: int, directory: str) -> tuple[int, Run, Run]:
         trainer.fit(module)
     path = str(Path(directory) / "hpc_ckpt_1.ckpt")
     return len(module.batch_losses), straight, fit(case, 0.3, 9, {}, path)
+
+
+class Failing(WithDropout):
+    """Raises in the middle of a batch, on all ranks."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if len(self.batch_losses) == 4:
+            raise ZeroDivisionError("a bug")
+        return super().training_step(batch, batch_idx)
+
+
+def saved_after_error(case: Case, directory: str) -> tuple[list[str], int, int]:
+    """(warnings, losses of the failed run, losses of the run that resumes)."""
+    module = Failing(case, 0.0)
+    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
+    trainer = make_trainer(
+        case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(ZeroDivisionError):
+            trainer.fit(module)
+    rest = fit(case, 0.0, 9, {}, str(Path(directory) / "last.ckpt"))
+    return [str(w.message) for w in caught], len(module.batch_losses), len(rest.losses)
+
+
+def one_comes_to_save(path: str) -> list[tuple[str, str]]:
+    """What each rank gets when only rank 1 comes, and then when both do."""
+    dist.init_process_group("gloo")
+    errors = []
+    for step, ranks in ((1, [1]), (2, [0, 1])):
+        if dist.get_rank() in ranks:
+            errors.append(error_of(meet_after_error, Path(path), step, seconds=0.5))
+        dist.barrier()
+    return errors
