@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -19,9 +21,14 @@ from lightning_fastmoe.checkpoint.background import BackgroundWriter, Foreground
 from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
 from lightning_fastmoe.checkpoint.foreign import open_file
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
-from lightning_fastmoe.checkpoint.publish import remove, resolve
+from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot
+from lightning_fastmoe.checkpoint.saving import (
+    batches_of_epoch,
+    loaders_of,
+    local_path,
+    take_snapshot,
+)
 from lightning_fastmoe.checkpoint.sources import DirectorySource
 from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
@@ -115,6 +122,28 @@ class ExpertCheckpoints(ExpertSteps):
         if self._made_writer is None:
             self._made_writer = BackgroundWriter() if self.async_checkpoint else ForegroundWriter()
         return self._made_writer
+
+    def _put_back_names(self, trainer: pl.Trainer) -> None:
+        """After a save that died at the wrong moment "last" finds nothing: don't start anew then.
+
+        Raises:
+            CheckpointError: on all ranks, if a checkpoint has got its name back.
+        """
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        names: list[str] = []
+        if self.is_global_zero:
+            for folder in dict.fromkeys(str(c.dirpath) for c in callbacks if c.dirpath):
+                with suppress(
+                    OSError
+                ):  # what can't be read or written is for saving to complain of
+                    names += [f"{folder}/{name}" for name in put_back(Path(folder))]
+        names = self.broadcast(names)
+        if names and trainer.ckpt_path is None:
+            raise CheckpointError(
+                f"A run was stopped while it replaced {names[0]}, which had no name for a moment"
+                " and has it again now. It was not there when this run looked for a checkpoint to"
+                " resume from. Start again, and 'last' finds it."
+            )
 
     def _is_pending(self, path: Path) -> bool:
         writer = self._made_writer
@@ -236,7 +265,16 @@ class ExpertCheckpoints(ExpertSteps):
             if local["loaders"] is not None:
                 fit_loop = loaded.lightning["loops"]["fit_loop"]
                 fit_loop["state_dict"]["combined_loader"] = local["loaders"]
-        elif loaders_of(loaded.lightning) is not None:
+            return
+        if (batches := batches_of_epoch(loaded.lightning)) and loaded.topology is not None:
+            rank_zero_warn(
+                f"The checkpoint was saved in the middle of an epoch, after {batches} batches on"
+                f" each of {loaded.topology.world_size} ranks. Lightning goes on after as many on"
+                f" each of {self.world_size}: the same place only if an epoch has as many batches"
+                " as before. Keep the global batch by the batch size of a rank, not by"
+                " accumulate_grad_batches."
+            )
+        if loaders_of(loaded.lightning) is not None:
             rank_zero_warn(
                 "The checkpoint was saved on another number of ranks: every data loader resumes"
                 " from the state of rank 0's. Check that its state does not depend on the rank."

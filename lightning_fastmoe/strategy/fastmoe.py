@@ -33,6 +33,7 @@ from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
     check_arguments,
     check_can_be_saved,
+    check_directories,
     check_links,
     check_objects,
     check_trainer,
@@ -208,6 +209,9 @@ class FastMoEStrategy(ExpertCheckpoints):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        if trainer.training:
+            check_directories(trainer)
+            self._put_back_names(trainer)
         if self.async_checkpoint:
             check_links(trainer)
             self._forget_pending = count_pending_names(trainer, self._is_pending)
