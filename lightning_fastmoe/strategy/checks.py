@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -111,6 +112,20 @@ def check_links(trainer: pl.Trainer) -> None:
                 " being written with async_checkpoint=True, and a crash would leave no last one."
                 " Use save_last=True."
             )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what DeepSpeed trains otherwise than it was told.
+
+    Raises:
+        ConfigError: for Adagrad.
+    """
+    if isinstance(optimizer, torch.optim.Adagrad):
+        raise ConfigError(
+            "torch.optim.Adagrad is not supported: DeepSpeed makes it anew with all parameters in"
+            " one group, so that groups lose their own lr and weight_decay. Use another optimizer,"
+            " such as RMSprop or AdamW."
+        )
 
 
 def check_directories(trainer: pl.Trainer) -> None:

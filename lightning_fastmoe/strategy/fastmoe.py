@@ -36,6 +36,7 @@ from lightning_fastmoe.strategy.checks import (
     check_directories,
     check_links,
     check_objects,
+    check_optimizer,
     check_trainer,
 )
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
@@ -271,6 +272,7 @@ class FastMoEStrategy(ExpertCheckpoints):
                 " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
                 " schedulers with torch.optim.lr_scheduler.SequentialLR."
             )
+        check_optimizer(optimizers[0])
         return optimizers[0], schedulers[0] if schedulers else None
 
     @override
