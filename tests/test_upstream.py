@@ -64,7 +64,9 @@ NAMES = [
     "pytorch_lightning.trainer.call:_call_strategy_hook",
     "pytorch_lightning.utilities.data:_update_dataloader",
     "pytorch_lightning.overrides.distributed:UnrepeatedDistributedSamplerWrapper",
+    "pytorch_lightning.trainer.connectors.signal_connector:_SignalConnector.teardown",
     # torch
+    "torch.distributed.distributed_c10d:_get_default_store",
     "torch._C:_current_graph_task_id",
 ]
 

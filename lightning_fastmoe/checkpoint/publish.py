@@ -130,6 +130,35 @@ def resolve(path: Path) -> Path:
     return next(filter(_is_complete, _saving(path)), old)
 
 
+def put_back(directory: Path) -> list[str]:
+    """Gives names back that saves which died between two renames have taken away.
+
+    Lightning looks for a "last" checkpoint by listing names, and finds none in that moment.
+
+    Args:
+        directory: in which checkpoints lie.
+
+    Returns:
+        The names.
+    """
+    if not directory.is_dir():
+        return []
+    found = [m[1] for f in sorted(os.listdir(directory)) if (m := _HIDDEN.fullmatch(f))]
+    lost = [n for n in dict.fromkeys(found) if _is_lost(directory / n)]
+    for name in lost:
+        with contextlib.suppress(CheckpointError):  # a save that is alive will do it itself
+            lock = _Lock(directory / name)
+            try:
+                _recover(directory / name)
+            finally:
+                lock.release()
+    return [name for name in lost if (directory / name).exists()]
+
+
+def _is_lost(path: Path) -> bool:
+    return _old_name(path).is_dir() and not os.path.lexists(path)
+
+
 def remove(path: Path) -> None:
     """Deletes a checkpoint, a file or a link. It loses its name first, so no half of it is found.
 

@@ -242,6 +242,14 @@ def loaders_of(client_state: dict[str, Any]) -> Any:
     return None
 
 
+def batches_of_epoch(client_state: dict[str, Any]) -> int:
+    """How many batches of an epoch were done, on each rank; 0 between epochs."""
+    with suppress(KeyError, TypeError):
+        progress = client_state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        return 0 if progress["is_last_batch"] else int(progress["current"]["processed"])
+    return 0
+
+
 def _version() -> str:
     with suppress(PackageNotFoundError):
         return version("lightning-fastmoe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,3 +75,32 @@ class Together:
         ranks = ", ".join(str(r) for r in failed)
         who = f"rank {ranks}" if len(failed) == 1 else f"ranks {ranks}"
         return f"{self.path} could not be {self.doing}: {who} failed. Rank {rank}: {text}"
+
+
+def meet_after_error(path: Path, step: int, seconds: float = 60.0) -> None:
+    """Waits until all ranks are here, without the collectives that other ranks may be in.
+
+    An error stops some ranks, and not always all. Those that save because of it would wait for the
+    others for ever.
+
+    Args:
+        path: that will be saved to.
+        step: of training.
+        seconds: how long to wait.
+
+    Raises:
+        CheckpointError: if some rank does not come.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"fastmoe-after-error/{step}/{path}"
+    here, world_size = store.add(key, 1), dist.get_world_size()
+    deadline = time.monotonic() + seconds
+    while here < world_size:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path} was not saved after the error: {world_size - here} of {world_size} ranks"
+                f" did not come within {seconds:g} seconds, as the error was not theirs. Resume"
+                " from the checkpoint before."
+            )
+        time.sleep(0.02)
+        here = store.add(key, 0)

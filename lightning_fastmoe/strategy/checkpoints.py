@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -19,13 +21,19 @@ from lightning_fastmoe.checkpoint.background import BackgroundWriter, Foreground
 from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
 from lightning_fastmoe.checkpoint.foreign import open_file
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
-from lightning_fastmoe.checkpoint.publish import remove, resolve
+from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.saving import loaders_of, local_path, take_snapshot
+from lightning_fastmoe.checkpoint.saving import (
+    batches_of_epoch,
+    loaders_of,
+    local_path,
+    take_snapshot,
+)
 from lightning_fastmoe.checkpoint.sources import DirectorySource
-from lightning_fastmoe.checkpoint.together import Together
+from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 
 
@@ -39,6 +47,7 @@ class ExpertCheckpoints(ExpertSteps):
     _random_state: dict[str, Any] | None = None
     _put_gradients: Callable[[], None] | None = None
     _forget_pending: Callable[[], None] | None = None
+    _signals: DeferredSignals | None = None
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -72,6 +81,18 @@ class ExpertCheckpoints(ExpertSteps):
                 "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
                 " files into a directory. Drop the argument."
             )
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.interrupted:
+            meet_after_error(local_path(filepath), trainer.global_step)
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.ready > batches.processed:
+            rank_zero_warn(
+                f"{filepath} is saved in the middle of a training batch. The batch is repeated when"
+                " training resumes from it, with other random numbers, and if its backward pass had"
+                " begun, with a gradient that is not exact in this one step. A data loader that"
+                " keeps its state goes on after the batch."
+            )
         path = local_path(self.broadcast(filepath))
         user = self._expert_state.user_groups
         if user is not None:
@@ -102,6 +123,28 @@ class ExpertCheckpoints(ExpertSteps):
             self._made_writer = BackgroundWriter() if self.async_checkpoint else ForegroundWriter()
         return self._made_writer
 
+    def _put_back_names(self, trainer: pl.Trainer) -> None:
+        """After a save that died at the wrong moment "last" finds nothing: don't start anew then.
+
+        Raises:
+            CheckpointError: on all ranks, if a checkpoint has got its name back.
+        """
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        names: list[str] = []
+        if self.is_global_zero:
+            for folder in dict.fromkeys(str(c.dirpath) for c in callbacks if c.dirpath):
+                with suppress(
+                    OSError
+                ):  # what can't be read or written is for saving to complain of
+                    names += [f"{folder}/{name}" for name in put_back(Path(folder))]
+        names = self.broadcast(names)
+        if names and trainer.ckpt_path is None:
+            raise CheckpointError(
+                f"A run was stopped while it replaced {names[0]}, which had no name for a moment"
+                " and has it again now. It was not there when this run looked for a checkpoint to"
+                " resume from. Start again, and 'last' finds it."
+            )
+
     def _is_pending(self, path: Path) -> bool:
         writer = self._made_writer
         return isinstance(writer, BackgroundWriter) and writer.is_pending(local_path(path))
@@ -126,6 +169,9 @@ class ExpertCheckpoints(ExpertSteps):
         forget, self._forget_pending = self._forget_pending, None
         if forget is not None:
             forget()
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.detach()
         try:
             if writer is not None:
                 writer.wait()
@@ -219,7 +265,16 @@ class ExpertCheckpoints(ExpertSteps):
             if local["loaders"] is not None:
                 fit_loop = loaded.lightning["loops"]["fit_loop"]
                 fit_loop["state_dict"]["combined_loader"] = local["loaders"]
-        elif loaders_of(loaded.lightning) is not None:
+            return
+        if (batches := batches_of_epoch(loaded.lightning)) and loaded.topology is not None:
+            rank_zero_warn(
+                f"The checkpoint was saved in the middle of an epoch, after {batches} batches on"
+                f" each of {loaded.topology.world_size} ranks. Lightning goes on after as many on"
+                f" each of {self.world_size}: the same place only if an epoch has as many batches"
+                " as before. Keep the global batch by the batch size of a rank, not by"
+                " accumulate_grad_batches."
+            )
+        if loaders_of(loaded.lightning) is not None:
             rank_zero_warn(
                 "The checkpoint was saved on another number of ranks: every data loader resumes"
                 " from the state of rank 0's. Check that its state does not depend on the rank."
@@ -235,6 +290,7 @@ class ExpertCheckpoints(ExpertSteps):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
+        self._signals = DeferredSignals(self.lightning_module.trainer)
         if self.lightning_module.trainer.fit_loop.restarted_mid_epoch:
             # The iterator of a run that was not interrupted was made long before the save.
             self._restore_random_state()

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_fastmoe.checkpoint.saving import local_path
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
 from lightning_fastmoe.nn import Experts, MoE
 
@@ -110,6 +112,31 @@ def check_links(trainer: pl.Trainer) -> None:
                 " being written with async_checkpoint=True, and a crash would leave no last one."
                 " Use save_last=True."
             )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what DeepSpeed trains otherwise than it was told.
+
+    Raises:
+        ConfigError: for Adagrad.
+    """
+    if isinstance(optimizer, torch.optim.Adagrad):
+        raise ConfigError(
+            "torch.optim.Adagrad is not supported: DeepSpeed makes it anew with all parameters in"
+            " one group, so that groups lose their own lr and weight_decay. Use another optimizer,"
+            " such as RMSprop or AdamW."
+        )
+
+
+def check_directories(trainer: pl.Trainer) -> None:
+    """Refuses places to which no checkpoint can be saved before training starts, not hours later.
+
+    Raises:
+        CheckpointError: if a callback saves to a URL.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            local_path(callback.dirpath)
 
 
 def check_can_be_saved(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:

@@ -33,8 +33,10 @@ from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
     check_arguments,
     check_can_be_saved,
+    check_directories,
     check_links,
     check_objects,
+    check_optimizer,
     check_trainer,
 )
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
@@ -208,6 +210,9 @@ class FastMoEStrategy(ExpertCheckpoints):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        if trainer.training:
+            check_directories(trainer)
+            self._put_back_names(trainer)
         if self.async_checkpoint:
             check_links(trainer)
             self._forget_pending = count_pending_names(trainer, self._is_pending)
@@ -267,6 +272,7 @@ class FastMoEStrategy(ExpertCheckpoints):
                 " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
                 " schedulers with torch.optim.lr_scheduler.SequentialLR."
             )
+        check_optimizer(optimizers[0])
         return optimizers[0], schedulers[0] if schedulers else None
 
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,3 +131,11 @@ def straight_and_resumed(case: Case, saves: dict[int, str]) -> tuple[Run, dict[i
     """A run that saves on the way, and what comes of resuming from each of its checkpoints."""
     straight = fit(case, 0.3, 7, saves)
     return straight, {n: fit(case, 0.3, 8 + n, {}, path) for n, path in saves.items()}
+
+
+def warnings_of(case: Case, path: str) -> list[str]:
+    """What resuming from a checkpoint warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(case, 0.0, 8, {}, path)
+    return [str(warning.message) for warning in caught]

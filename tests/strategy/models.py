@@ -35,6 +35,7 @@ class Case:
     nodes: int = 1
     shared_gpu: bool = False
     fused: bool = False
+    optimizer: str = "AdamW"
     batches_per_epoch: int = 0
     epochs: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
@@ -82,12 +83,24 @@ def make_batches(case: Case) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def make_optimizer(net: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
-    """AdamW with a weight-decay split, as users write it."""
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 1e-2, "eps": 1e-3},
+    "SGD": {"lr": 1e-2, "momentum": 0.9, "nesterov": True},
+    "RMSprop": {"lr": 1e-3, "momentum": 0.9, "centered": True},
+    "NAdam": {"lr": 1e-3},
+}
+
+
+def make_optimizer(
+    net: nn.Module, fused: bool = False, kind: str = "AdamW"
+) -> torch.optim.Optimizer:
+    """An optimizer of torch's, AdamW by default, with a weight-decay split, as users write it."""
     matrices = [p for p in net.parameters() if _rank(p) > 1]
     vectors = [p for p in net.parameters() if _rank(p) <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, fused=fused or None)
+    options = {**OPTIMIZERS[kind], **({"fused": True} if fused else {})}
+    made: torch.optim.Optimizer = getattr(torch.optim, kind)(groups, **options)
+    return made
 
 
 def _rank(p: nn.Parameter) -> int:

@@ -52,6 +52,13 @@ class TwoOptimizers(Net):
         return [torch.optim.SGD(group["params"], lr=0.1) for group in groups]
 
 
+class Adagrad(Net):
+    """DeepSpeed would replace it."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.net.parameters(), lr=0.1)
+
+
 class TwoSchedulers(Net):
     """Both for the same optimizer."""
 
@@ -221,6 +228,7 @@ SCENES: dict[str, Callable[[], Any]] = {
         case=Case(world=4, ep=4, num_experts=(8, 6), in_configure_model=True)
     ),
     "two optimizers": lambda: fit(TwoOptimizers(CASE), gradient_clip_val=None),
+    "adagrad": lambda: fit(Adagrad(CASE)),
     "two schedulers": lambda: fit(TwoSchedulers(CASE)),
     "no optimizer": lambda: fit(NoOptimizer(CASE)),
     "clip by value": lambda: fit(gradient_clip_algorithm="value"),

@@ -38,7 +38,7 @@ class Resumed(Net):
         self.log("val_loss", loss_of(self.net, batch), sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.net)
+        optimizer = make_optimizer(self.net, kind=self.case.optimizer)
         if self.scheduler == "lambda":
             schedule: Any = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, [lambda s: 1.0 / (1 + s), lambda s: 0.5 / (1 + s)]
@@ -237,3 +237,45 @@ def save_into(case: Case, directory: str) -> tuple[str, str]:
     trainer = trainer_for(case, 1)
     trainer.fit(Resumed(case, "cosine"))
     return error_of(trainer.save_checkpoint, directory)
+
+
+class Factored(torch.optim.SGD):
+    """Keeps a state that belongs to a whole partition: neither one value nor one per element."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["row"] = torch.zeros(3)
+        return super().step(closure)
+
+
+class WithFactored(Resumed):
+    def configure_optimizers(self) -> Any:
+        return Factored(self.net.parameters(), lr=0.1)
+
+
+def factored_states(case: Case, path: str) -> tuple[str, str]:
+    """The error of saving them."""
+    trainer = trainer_for(case, 1)
+    trainer.fit(WithFactored(case, "cosine"))
+    return error_of(trainer.save_checkpoint, path)
+
+
+class Lenient(OtherWidth):
+    """Takes what matches."""
+
+    strict_loading = False
+    seen: dict[str, Tensor]
+
+    def on_train_start(self) -> None:
+        self.seen = whole_weights(self.net)
+
+
+def not_strict(case: Case, directory: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """(weights that were saved, weights after loading into a larger model, steps it trained)."""
+    saved = fit(case, "cosine", 1, 7, directory, None).weights[-1]
+    pl.seed_everything(8, verbose=False)
+    module = Lenient(case)
+    own = {f"more.{n}": p.detach().clone() for n, p in module.net["more"].named_parameters()}
+    trainer_for(case, 2).fit(module, ckpt_path=str(Path(directory) / "last.ckpt"))
+    return {**saved, **own}, module.seen, len(module.batch_losses)

@@ -211,4 +211,34 @@ def refused_paths(case: Case, paths: list[str]) -> list[tuple[str, str]]:
     """Errors of saving to paths that are none."""
     trainer = trainer_for(case, 1)
     trainer.fit(Scored(case, "cosine"))
-    return [error_of(trainer.save_checkpoint, path) for path in paths]
+    module = Scored(case, "cosine")
+    callbacks = [ModelCheckpoint("memory://checkpoints")]
+    never = trainer_for(case, 1, callbacks=callbacks, enable_checkpointing=True)
+    errors = [error_of(trainer.save_checkpoint, path) for path in paths]
+    errors += [error_of(never.fit, module)]
+    assert not module.batch_losses, "refused before training starts"
+    return errors
+
+
+# ------------------------------------------------------------------------------ lost and put back
+
+
+def without_a_name(case: Case, directory: str) -> tuple[tuple[str, str], int]:
+    """(error of looking for "last" once a save died between two renames, steps of a second try)."""
+    folder = Path(directory)
+    keep = {"save_last": True, "save_top_k": 0}
+    callbacks = [ModelCheckpoint(directory, **keep)]
+    trainer = trainer_for(case, 3, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(Scored(case, "cosine"))
+    if dist.get_rank() == 0:
+        os.rename(folder / "last.ckpt", folder / ".last.ckpt.fastmoe-old")
+    trainer.strategy.barrier()
+
+    def again() -> int:
+        module = Scored(case, "cosine")
+        callbacks = [ModelCheckpoint(directory, **keep)]
+        trainer = trainer_for(case, 4, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(module, ckpt_path="last")
+        return len(module.batch_losses)
+
+    return error_of(again), again()

@@ -78,3 +78,15 @@ def test_half_a_step_is_finished_on_other_ranks(rank_pool, tmp_path, before, aft
     losses = [sum(step) / len(step) for step in zip(*(r.losses for r in straight), strict=True)]
     after_losses = [sum(s) / len(s) for s in zip(*(r.losses for r in resumed), strict=True)]
     assert after_losses == pytest.approx(losses[5:], rel=1e-6)
+
+
+def test_other_ranks_count_batches_otherwise(rank_pool, tmp_path):
+    paths = {n: str(tmp_path / f"{n}.ckpt") for n in (5, 7)}
+    rank_pool.run(runs.fit, 2, case_of(), 0.0, 7, paths)
+    said = {n: rank_pool.run(runs.warnings_of, 1, case_of(1, 1), path) for n, path in paths.items()}
+    (midway,) = [w for w in said[5][0] if "in the middle of an epoch" in w]
+    assert "after 5 batches on each of 2 ranks" in midway
+    assert "each of 1:" in midway
+    assert not any("in the middle of an epoch" in w for w in said[7][0])
+    same = rank_pool.run(runs.warnings_of, 2, case_of(), paths[5])
+    assert not any("in the middle of an epoch" in w for w in same[0])

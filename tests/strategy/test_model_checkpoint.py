@@ -112,7 +112,15 @@ def test_every_n_steps_and_resuming_from_last(rank_pool, tmp_path):
 def test_urls_are_refused(rank_pool):
     paths = ["s3://bucket/a.ckpt", "memory://a.ckpt"]
     for errors in rank_pool.run(runs.refused_paths, 2, CASE, paths):
-        for (kind, message), path in zip(errors, paths, strict=True):
+        for (kind, message), path in zip(errors, [*paths, "memory://"], strict=True):
             assert kind == "CheckpointError"
             assert path in message
             assert "copy the finished directory" in message
+
+
+def test_the_last_one_is_not_overlooked_where_a_save_died_between_two_renames(rank_pool, tmp_path):
+    for (kind, message), steps in rank_pool.run(runs.without_a_name, 2, CASE, str(tmp_path)):
+        assert kind == "CheckpointError"
+        assert f"{tmp_path}/last.ckpt" in message
+        assert "Start again" in message
+        assert steps == 1

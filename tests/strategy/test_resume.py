@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from strategy import resume_runs as runs
-from strategy.models import Case, build_net, loss_of, make_batches
+from strategy.models import OPTIMIZERS, Case, build_net, loss_of, make_batches
 
 from lightning_fastmoe.checkpoint import CheckpointReader
 
@@ -29,9 +29,14 @@ RUNS = [
 ]
 
 
+RUNS += [(case_of(stage=2, optimizer=kind), "cosine") for kind in OPTIMIZERS if kind != "AdamW"]
+RUNS += [(case_of(stage=3, optimizer="SGD"), "cosine")]
+
+
 def ident(value) -> str:
     if isinstance(value, Case):
-        return f"world{value.world}-zero{value.stage}-acc{value.accumulate}-{value.precision}"
+        names = (value.precision, value.optimizer)
+        return f"world{value.world}-zero{value.stage}-acc{value.accumulate}-{'-'.join(names)}"
     return value
 
 
@@ -151,6 +156,25 @@ def test_a_model_of_other_parameters_is_refused(rank_pool, tmp_path, stage):
     for name, message in rank_pool.run(runs.other_model, 2, case_of(stage=stage), str(tmp_path)):
         assert name == "CheckpointError"
         assert "net.more.weight" in message
+
+
+def test_states_of_a_whole_partition_are_refused(rank_pool, tmp_path):
+    """As factored optimizers keep them: they fit no other ranks."""
+    path = str(tmp_path / "a.ckpt")
+    for name, message in rank_pool.run(runs.factored_states, 2, case_of(), path):
+        assert name == "CheckpointError"
+        assert "Factored keeps a state 'row' of shape (3,)" in message
+        assert "AdamW" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_without_strict_loading_what_matches_is_taken(rank_pool, tmp_path, stage):
+    case = case_of(stage=stage)
+    for expected, found, steps in rank_pool.run(runs.not_strict, 2, case, str(tmp_path)):
+        assert_equal(found, expected, "after loading")
+        assert {"more.weight", "embed.weight", "moes.1.experts.up_proj"} <= found.keys()
+        assert steps == 1
 
 
 def test_only_plain_data_is_loaded_unless_asked(rank_pool, tmp_path):

@@ -1,0 +1,67 @@
+"""Signals that stop a run are obeyed between two batches, by all ranks at the same one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from typing_extensions import override
+
+
+class DeferredSignals(pl.Callback):
+    """Puts off Lightning's handlers of SIGTERM, and of SLURM's signal to requeue.
+
+    Lightning's handlers talk to the other ranks at once, wherever each of them is: between two
+    exchanges of tokens on one rank, two later on another. The ranks then wait for each other until
+    they are killed, or a checkpoint of half a step is saved. Here a signal is only noted; after
+    each batch the ranks tell each other, and if one has got a signal, all run the handlers.
+
+    Made by the strategy on all ranks together when training starts.
+
+    Args:
+        trainer: whose handlers to put off.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._callbacks.append(self)
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._noted: set[int] = set()
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        if threading.current_thread() is not threading.main_thread():
+            return  # where Python lets nobody set handlers, Lightning has none
+        environment = trainer._accelerator_connector.cluster_environment
+        numbers = [signal.SIGTERM]
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            numbers.append(environment.requeue_signal or signal.SIGUSR1)
+        for number in numbers:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+
+    def detach(self) -> None:
+        """Leaves the Trainer, which sets the handlers back itself."""
+        if self in self._callbacks:
+            self._callbacks.remove(self)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted.add(number)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        # Alike on all ranks, whose environment is the same.
+        noted = torch.tensor([number in self._noted for number in self._handlers], dtype=torch.int)
+        if self._group is not None:
+            dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
+        for number, is_noted in zip(list(self._handlers), noted.tolist(), strict=True):
+            if is_noted:
+                # Once: what the handler sends to processes that it knows comes back as an echo.
+                self._handlers.pop(number)(number, None)

@@ -1,0 +1,144 @@
+"""What the ranks run in test_signals.py: one of them gets a signal in the middle of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from pytorch_lightning.callbacks import ModelCheckpoint
+from strategy.midway_runs import EPOCHS, Run, Watch, WithDropout, fit
+from strategy.models import Case
+from strategy.resume_runs import error_of
+from strategy.tracing import make_trainer
+
+from lightning_fastmoe.checkpoint.together import meet_after_error
+
+RANK = 1
+
+
+class Signalled(WithDropout):
+    """Rank 1 gets a signal when it has done half of a forward pass."""
+
+    def __init__(self, case: Case, number: int, batch: int) -> None:
+        super().__init__(case, 0.3)
+        self.number, self.batch, self.batches = number, batch, 0
+        self.net["norm"].register_forward_hook(self._kill)
+
+    def _kill(self, *args: Any) -> None:
+        if self.batches == self.batch and dist.get_rank() == RANK % dist.get_world_size():
+            self.batch = -1
+            os.kill(os.getpid(), self.number)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches += 1
+        return super().training_step(batch, batch_idx)
+
+
+def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, Run]:
+    """(what ended it, batches done, the run without a signal, what comes of resuming)."""
+    straight = fit(case, 0.3, 7, {})
+    pl.seed_everything(7, verbose=False)
+    module = Signalled(case, signal.SIGTERM, batch)
+    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
+    trainer = make_trainer(
+        case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
+    )
+    before, callbacks = signal.getsignal(signal.SIGTERM), len(trainer.callbacks)
+    try:
+        trainer.fit(module)
+        ended = "nothing"
+    except SystemExit as error:
+        ended = type(error).__name__
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(trainer.callbacks) == callbacks
+    last = str(Path(directory) / "last.ckpt")
+    return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)
+
+
+class Slurm(SLURMEnvironment):
+    """SLURM as far as signals go; ranks are those of the test's processes."""
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    creates_processes_externally = property(lambda self: True)
+    main_address = property(lambda self: os.environ["MASTER_ADDR"])
+    main_port = property(lambda self: int(os.environ["MASTER_PORT"]))
+
+    def world_size(self) -> int:
+        return int(os.environ["WORLD_SIZE"])
+
+    def global_rank(self) -> int:
+        return int(os.environ["RANK"])
+
+    def local_rank(self) -> int:
+        return int(os.environ["LOCAL_RANK"])
+
+    def node_rank(self) -> int:
+        return 0
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Nothing is wrong."""
+
+
+def requeued(case: Case, batch: int, directory: str) -> tuple[int, Run, Run]:
+    """(batches done, the run without a signal, what comes of resuming from SLURM's save)."""
+    straight = fit(case, 0.3, 7, {})
+    pl.seed_everything(7, verbose=False)
+    module, watch = Signalled(case, signal.SIGUSR1, batch), Watch({})
+    trainer = make_trainer(
+        case,
+        max_epochs=EPOCHS,
+        max_steps=-1,
+        callbacks=[watch],
+        plugins=[Slurm(auto_requeue=True)],
+        default_root_dir=directory,
+    )
+    with mock.patch.dict(os.environ, SLURM_JOB_ID="1", PATH=directory):  # no scontrol there
+        trainer.fit(module)
+    path = str(Path(directory) / "hpc_ckpt_1.ckpt")
+    return len(module.batch_losses), straight, fit(case, 0.3, 9, {}, path)
+
+
+class Failing(WithDropout):
+    """Raises in the middle of a batch, on all ranks."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if len(self.batch_losses) == 4:
+            raise ZeroDivisionError("a bug")
+        return super().training_step(batch, batch_idx)
+
+
+def saved_after_error(case: Case, directory: str) -> tuple[list[str], int, int]:
+    """(warnings, losses of the failed run, losses of the run that resumes)."""
+    module = Failing(case, 0.0)
+    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
+    trainer = make_trainer(
+        case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(ZeroDivisionError):
+            trainer.fit(module)
+    rest = fit(case, 0.0, 9, {}, str(Path(directory) / "last.ckpt"))
+    return [str(w.message) for w in caught], len(module.batch_losses), len(rest.losses)
+
+
+def one_comes_to_save(path: str) -> list[tuple[str, str]]:
+    """What each rank gets when only rank 1 comes, and then when both do."""
+    dist.init_process_group("gloo")
+    errors = []
+    for step, ranks in ((1, [1]), (2, [0, 1])):
+        if dist.get_rank() in ranks:
+            errors.append(error_of(meet_after_error, Path(path), step, seconds=0.5))
+        dist.barrier()
+    return errors

@@ -1,0 +1,59 @@
+"""What ends a run in the middle of a batch: SIGTERM, SLURM's signal to requeue, an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategy import midway_runs
+from strategy import signal_runs as runs
+from strategy.models import Case
+
+BATCH = 5
+"""The second of a step's three: its gradients are half accumulated."""
+
+
+def case_of(world: int, stage: int) -> Case:
+    return Case(world, world, stage, midway_runs.ACCUMULATE, epochs=midway_runs.EPOCHS)
+
+
+def assert_goes_on(straight, rest, done: int) -> None:
+    assert rest.losses == straight.losses[done:]
+    assert rest.norms == straight.norms[-len(rest.norms) :]
+    assert all(torch.equal(rest.weights[name], w) for name, w in straight.weights.items())
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3)])
+def test_all_ranks_stop_after_the_batch_and_save(rank_pool, tmp_path, world, stage):
+    results = rank_pool.run(runs.terminated, world, case_of(world, stage), BATCH, str(tmp_path))
+    for ended, done, straight, rest in results:
+        assert ended == "SIGTERMException"
+        assert done == BATCH
+        assert_goes_on(straight, rest, done)
+
+
+def test_slurm_saves_between_batches_on_all_ranks(rank_pool, tmp_path):
+    results = rank_pool.run(runs.requeued, 2, case_of(2, 2), BATCH, str(tmp_path))
+    for done, straight, rest in results:
+        assert done == len(straight.losses), "requeueing does not end the run by itself"
+        assert_goes_on(straight, rest, BATCH)
+
+
+def test_an_error_leaves_a_checkpoint_and_a_warning_that_it_is_of_half_a_batch(rank_pool, tmp_path):
+    results = rank_pool.run(runs.saved_after_error, 2, case_of(2, 2), str(tmp_path))
+    for _, done, left in results:
+        assert done == 4
+        # A loader with a state goes on after the batch in which the error was.
+        assert left == midway_runs.BATCHES * midway_runs.EPOCHS - done - 1
+    # The best and the last.
+    assert sum("in the middle of a training batch" in message for message in results[0][0]) == 2
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_ever(rank_pool, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    first, second = rank_pool.run(runs.one_comes_to_save, 2, path)
+    assert first == [("nothing", "")]
+    (kind, message), both = second
+    assert kind == "CheckpointError"
+    assert "1 of 2 ranks did not come within" in message
+    assert path in message
+    assert both == ("nothing", "")
