@@ -21,7 +21,8 @@ class DeferredSignals(pl.Callback):
     Lightning's handlers talk to the other ranks at once, wherever each of them is: between two
     exchanges of tokens on one rank, two later on another. The ranks then wait for each other until
     they are killed, or a checkpoint of half a step is saved. Here a signal is only noted; after
-    each batch the ranks tell each other, and if one has got a signal, all run the handlers.
+    each batch the ranks begin to tell each other, and after the next, if one has got a signal, all
+    run the handlers. (A single rank runs them at once.)
 
     Made by the strategy on all ranks together when training starts.
 
@@ -35,6 +36,7 @@ class DeferredSignals(pl.Callback):
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._noted: set[int] = set()
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._under_way: tuple[Any, torch.Tensor] | None = None
         if threading.current_thread() is not threading.main_thread():
             return  # where Python lets nobody set handlers, Lightning has none
         environment = trainer._accelerator_connector.cluster_environment
@@ -57,10 +59,29 @@ class DeferredSignals(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._obey_what_all_know()
         # Alike on all ranks, whose environment is the same.
         noted = torch.tensor([number in self._noted for number in self._handlers], dtype=torch.int)
-        if self._group is not None:
-            dist.all_reduce(noted, op=dist.ReduceOp.MAX, group=self._group)
+        if self._group is None:
+            self._obey(noted)
+        else:
+            # Over by the end of the next batch, so that nobody waits for it.
+            work = dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._under_way = (work, noted)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._obey_what_all_know()
+
+    def _obey_what_all_know(self) -> None:
+        """Takes the ranks' answers of the batch before."""
+        if self._under_way is not None:
+            work, noted = self._under_way
+            self._under_way = None
+            work.wait()
+            self._obey(noted)
+
+    def _obey(self, noted: torch.Tensor) -> None:
         for number, is_noted in zip(list(self._handlers), noted.tolist(), strict=True):
             if is_noted:
                 # Once: what the handler sends to processes that it knows comes back as an echo.
