@@ -146,9 +146,7 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     """
     sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if sync_file_range is not None:  # Linux
-        sync_file_range(
-            fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
-        )
+        sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def write_small(path: Path, data: bytes) -> tuple[int, str]:

@@ -23,13 +23,11 @@ _WHOLE = 2**20
 
 
 def files_per_rank(world_size: int) -> int:
-    """Into about how many files a rank divides its state; one of many ranks has little to divide."""
+    """Into about how many files a rank divides its state; many ranks have many files anyway."""
     return max(1, min(MAX_FILES, MAX_FILES_OF_ALL // world_size))
 
 
-def divide(
-    pieces: Sequence[OwnedPiece], rank: int, max_files: int
-) -> dict[str, list[OwnedPiece]]:
+def divide(pieces: Sequence[OwnedPiece], rank: int, max_files: int) -> dict[str, list[OwnedPiece]]:
     """File name -> the pieces in it, in the order given. Files of a kind are about equally large.
 
     Args:
@@ -68,9 +66,7 @@ def _cut(pieces: Sequence[OwnedPiece], count: int) -> list[list[OwnedPiece]]:
     return result
 
 
-def _cut_piece(
-    piece: OwnedPiece, position: int, total: int, count: int
-) -> Iterator[OwnedPiece]:
+def _cut_piece(piece: OwnedPiece, position: int, total: int, count: int) -> Iterator[OwnedPiece]:
     """The piece, which begins at byte ``position``, cut where shares end."""
     if piece.data is None or piece.size < _WHOLE:
         yield piece

@@ -13,7 +13,6 @@ from lightning_fastmoe.checkpoint.manifest import Topology
 from lightning_fastmoe.checkpoint.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.records import TensorRecord
 
-
 _NUMBER = re.compile(r"_(\d{5})[._]")
 _UNEVEN = 1.1
 

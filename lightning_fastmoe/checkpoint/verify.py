@@ -11,7 +11,6 @@ from pathlib import Path
 from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly, will_read
 from lightning_fastmoe.errors import CheckpointError
 
-
 _AHEAD = 4
 """So many buffers are being read from the disk while one is hashed."""
 
