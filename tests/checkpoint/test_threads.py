@@ -73,7 +73,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-# ------------------------------------------------------------------------------------ the same bytes
+# ------------------------------------------------------------------------------------- same bytes
 
 
 def test_bytes_are_the_same_whatever_the_number_of_threads(tmp_path, small):
