@@ -92,7 +92,7 @@ def consolidate(
     A safetensors file holds the tensors under the names of the module's ``state_dict()``, tied
     weights once. A torch file is a Lightning checkpoint without optimizer: ``torch.load`` reads it
     with ``weights_only=True``, ``LightningModule.load_from_checkpoint`` makes a model of it. A few
-    buffers of 16 MiB are all that is needed.
+    buffers of 4 MiB are all that is needed.
 
     Args:
         reader: the checkpoint; verify it first.

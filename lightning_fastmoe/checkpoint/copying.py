@@ -35,7 +35,7 @@ def read_parts(
     stop: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
-    """An interval of a tensor, in parts of at most 16 MiB that share one buffer.
+    """An interval of a tensor, in parts of at most 4 MiB that share one buffer.
 
     Args:
         reader: the checkpoint.

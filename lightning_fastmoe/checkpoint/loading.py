@@ -297,17 +297,34 @@ class _OptimizerLoader:
             record = next(
                 r for n in flat.names if (r := self.source.tensors.get(state_name(key, n)))
             )
-            values = torch.zeros_like(flat.master, dtype=DTYPES[record.dtype], requires_grad=False)
-            for fragment in flat.fragments:
-                name = state_name(key, fragment.name)
-                if name in self.source.tensors:
-                    start = self.model.place(fragment.name).offset + fragment.start
-                    self.source.read_into(name, start, flat.view(values, fragment))
-            state[key] = values
+            state[key] = self._values(flat, key, DTYPES[record.dtype])
         if state:
             flat.inner.state[flat.master] = state
         else:
             flat.inner.state.pop(flat.master, None)  # saved before its first step
+
+    def _values(self, flat: FlatPartition, key: str, dtype: torch.dtype) -> Tensor:
+        """One state of a partition, in the memory of the one that it replaces if there is one."""
+        values = flat.state.get(key)
+        if (
+            not isinstance(values, Tensor)
+            or (values.shape, values.dtype) != (flat.master.shape, dtype)
+            or values.device != flat.master.device
+            or not values.is_contiguous()
+        ):
+            values = torch.empty_like(flat.master, dtype=dtype, requires_grad=False)
+        position = 0
+        for fragment in sorted(flat.fragments, key=lambda f: f.offset):
+            values[position : fragment.offset].zero_()  # padding
+            name, part = state_name(key, fragment.name), flat.view(values, fragment)
+            if name in self.source.tensors:
+                start = self.model.place(fragment.name).offset + fragment.start
+                self.source.read_into(name, start, part)
+            else:
+                part.zero_()
+            position = fragment.offset + fragment.length
+        values[position:].zero_()
+        return values
 
     @staticmethod
     def _on_device(flat: FlatPartition, key: str, value: Any) -> Any:

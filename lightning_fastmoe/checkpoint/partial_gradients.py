@@ -98,6 +98,8 @@ class PartialGradients:
         place = self.model.place(fragment.name)
         start = place.offset + fragment.start
         mean, local = (gradient_name(fragment.name, is_local) for is_local in (False, True))
+        if mean not in source.tensors and local not in source.tensors:
+            return None
         value = torch.zeros(fragment.length, dtype=torch.float32)
         replica, count = self.state.replicas(self.parameters[fragment.name])
         # A rank's local gradient counts 1 / world; experts have fewer replicas than the world.
@@ -105,8 +107,6 @@ class PartialGradients:
         if mean in source.tensors:
             source.read_into(mean, start, value)
             return value * share if self.is_local and share != 1 else value
-        if local not in source.tensors:
-            return None
         saved_count = source.tensors[local].shape[0]
         numel = math.prod(place.shape)
         assert source.topology is not None

@@ -8,7 +8,8 @@ import io
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from lightning_fastmoe.checkpoint.plain import decode
 from lightning_fastmoe.checkpoint.records import DTYPES, Piece, TensorRecord, itemsize, piece_key
 from lightning_fastmoe.checkpoint.shards import HeaderEntry, chunks, read_header
 from lightning_fastmoe.checkpoint.stream import byte_view
+from lightning_fastmoe.checkpoint.threads import run_all
 from lightning_fastmoe.checkpoint.verify import Mark, check_hash, damaged
 from lightning_fastmoe.errors import CheckpointError
 
@@ -50,6 +52,10 @@ class CheckpointReader:
     Args:
         path: the directory.
 
+    Attributes:
+        threads: how many files are verified, or parts of a large tensor read, at a time; 1 unless
+            it is set. Whatever it is, a reader serves one caller at a time.
+
     Raises:
         CheckpointError: if it is no complete checkpoint of this package and version, or if files
             are missing, added, or of another size.
@@ -57,6 +63,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path | str) -> None:
         self.path = publish.resolve(Path(path))
+        self.threads = 1
         self._directory = files.open_directory(self.path)
         self._open: OrderedDict[str, tuple[int, dict[str, HeaderEntry]]] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
@@ -159,51 +166,37 @@ class CheckpointReader:
 
     # --------------------------------------------------------------------------------- verification
 
-    def problems(
-        self,
-        names: Iterable[str] | None = None,
-        on_bytes: Callable[[int], None] | None = None,
-    ) -> Iterator[str]:
-        """Reads files whole and yields what is wrong with each, naming file and tensor.
-
-        Args:
-            names: files of the manifest; None is all of them.
-            on_bytes: called with the number of bytes after each read, for progress bars.
-        """
-        for name in self.manifest.files if names is None else names:
-            try:
-                self._verify_file(name, on_bytes)
-            except CheckpointError as error:
-                yield str(error)
-
     def verify(
         self,
         names: Iterable[str] | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        """As :meth:`problems`, but raises the first.
+        """Reads files whole and compares their hashes.
+
+        Args:
+            names: files of the manifest; None is all of them.
+            on_bytes: called with the number of bytes after each read, for progress bars.
 
         Raises:
-            CheckpointError: naming file and tensor.
+            CheckpointError: naming file and tensor of the first damage that is found.
         """
-        for problem in self.problems(names, on_bytes):
-            raise CheckpointError(problem)
+        known = self.manifest.files
+        wanted = sorted(known if names is None else names, key=lambda name: -known[name].size)
+        self.pieces_of("")  # fills a table that the threads read
+        run_all([partial(self._verify_file, name) for name in wanted], self.threads, on_bytes)
 
-    def _verify_file(self, name: str, on_bytes: Callable[[int], None] | None) -> None:
-        expected = self.manifest.files[name].sha256
+    def _verify_file(self, name: str, on_bytes: Callable[[int], None]) -> None:
         where = self.path / name
-        if name.endswith(".safetensors"):
-            fd, header = self._shard(name)
-            marks = []
-            for tensor, _, piece in self.pieces_of(name):
-                end = header[piece_key(tensor, piece.start, piece.stop)].end
-                what = f"tensor {tensor!r}, elements {piece.start} to {piece.stop}"
-                marks.append(Mark(end, piece.digest, what))
-            check_hash(fd, where, expected, marks, on_bytes)
-            return
-        fd, _ = files.open_regular(self._directory, name, self.path)
+        fd, size = files.open_regular(self._directory, name, self.path)
         try:
-            check_hash(fd, where, expected, [], on_bytes)
+            marks = []
+            if name.endswith(".safetensors"):
+                header = read_header(fd, size, self.pieces_of(name), where)
+                for tensor, _, piece in self.pieces_of(name):
+                    end = header[piece_key(tensor, piece.start, piece.stop)].end
+                    what = f"tensor {tensor!r}, elements {piece.start} to {piece.stop}"
+                    marks.append(Mark(end, piece.digest, what))
+            check_hash(fd, where, self.manifest.files[name].sha256, marks, on_bytes)
         finally:
             os.close(fd)
 
@@ -262,7 +255,7 @@ class CheckpointReader:
         offset += (start - piece.start) * size
         where = self.path / piece.file
         if out.device.type == "cpu" and out.dtype == DTYPES[dtype]:
-            read_exactly(fd, byte_view(out), offset, where)
+            self._read_parts(fd, byte_view(out), offset, where)
             return
         step = BUFFER_BYTES // size
         buffer = torch.empty(min(step, out.numel()), dtype=DTYPES[dtype])
@@ -270,6 +263,16 @@ class CheckpointReader:
             part = buffer[: end - begin]
             read_exactly(fd, byte_view(part), offset + begin * size, where)
             out[begin:end].copy_(part)
+
+    def _read_parts(self, fd: int, view: memoryview, offset: int, where: Path) -> None:
+        """As :func:`read_exactly`, in several threads if that pays."""
+        count = max(1, min(self.threads, len(view) // BUFFER_BYTES))
+        edges = [len(view) * i // count for i in range(count + 1)]
+
+        def read(begin: int, end: int, report: Callable[[int], None]) -> None:
+            read_exactly(fd, view[begin:end], offset + begin, where)
+
+        run_all([partial(read, *part) for part in zip(edges, edges[1:], strict=False)], count)
 
     def read(self, tensor: str) -> Tensor:
         """A whole tensor, on the CPU."""

@@ -29,7 +29,7 @@ def reshard(
     Large tensors are cut into equal intervals, which fall between experts where ``ranks`` divides
     their number; small ones go whole to the rank with the fewest bytes. Everything else is copied
     byte by byte, the topology of the run that saved and its ranks' own states included: on that
-    topology it still resumes exactly. Needs a few buffers of 16 MiB.
+    topology it still resumes exactly. Needs a few buffers of 4 MiB.
 
     Args:
         reader: the checkpoint; verify it first.

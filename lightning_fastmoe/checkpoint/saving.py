@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.canonical import ModelMap, Place, map_model
+from lightning_fastmoe.checkpoint.layout import files_per_rank
 from lightning_fastmoe.checkpoint.manifest import Manifest, Topology
 from lightning_fastmoe.checkpoint.optimizer_state import (
     NamedGroup,
@@ -28,6 +29,7 @@ from lightning_fastmoe.checkpoint.publish import Publication, saving_name
 from lightning_fastmoe.checkpoint.random_state import random_state
 from lightning_fastmoe.checkpoint.records import state_name, weight_name
 from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.checkpoint.writer import (
     pack_rank_state,
@@ -154,9 +156,17 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
             if together.rank == 0:
                 publication = Publication(path)
         token = together.gather(publication.token if publication is not None else "")[0]
+        threads = thread_count(together.ranks_on_host())
         with together.stage():
             directory = saving_name(path, token)
-            written = write_rank(directory, together.rank, snapshot.pieces, snapshot.small)
+            written = write_rank(
+                directory,
+                together.rank,
+                snapshot.pieces,
+                snapshot.small,
+                max_files=files_per_rank(together.world_size),
+                threads=threads,
+            )
         everything = together.gather(written)
         with together.stage():
             if publication is not None and snapshot.manifest is not None:

@@ -39,6 +39,7 @@ class OwnedPiece:
         length: number of elements.
         dtype: of the elements.
         parts: see :class:`~lightning_fastmoe.checkpoint.stream.StreamedTensor`.
+        data: what ``parts`` yields, if all of it lies in memory; else None.
     """
 
     tensor: str
@@ -47,16 +48,22 @@ class OwnedPiece:
     length: int
     dtype: torch.dtype
     parts: Callable[[], Iterable[Tensor]]
+    data: Tensor | None = None
 
     @classmethod
     def of(cls, tensor: str, shape: Sequence[int], start: int, data: Tensor) -> OwnedPiece:
         """A piece that lies in memory: ``data (length,)``, contiguous, a view and not a copy."""
-        return cls(tensor, tuple(shape), start, data.numel(), data.dtype, lambda: (data,))
+        return cls(tensor, tuple(shape), start, data.numel(), data.dtype, lambda: (data,), data)
 
     @property
     def key(self) -> str:
         """Its name in the file."""
         return piece_key(self.tensor, self.start, self.start + self.length)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.length * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

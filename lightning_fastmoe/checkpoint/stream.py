@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ MAX_HEADER_BYTES = 100_000_000
 
 _METADATA = {"format": "pt"}
 _DIGEST = 8
+_WRITEBACK_BYTES = 16 * 2**20
+"""So much at a time is sent to the disk; less would cut files into more extents."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def write_safetensors(
 ) -> tuple[FileRecord, dict[str, str]]:
     """Writes a new safetensors file and waits until it is on the disk.
 
-    Needs two buffers of 16 MiB beside what ``parts`` yields, whatever the size of the tensors.
-    Hashing runs beside copying and writing.
+    Needs two buffers of 4 MiB beside what ``parts`` yields, whatever the size of the tensors.
+    Hashing runs beside copying and writing, and the disk beside both.
 
     Args:
         path: must not exist.
@@ -78,7 +81,7 @@ def write_safetensors(
         (the file, key -> digest: how the SHA-256 of the file up to the end of that tensor begins)
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: naming the file, if it can't be written.
         CheckpointError: if a dtype can't be stored.
     """
     # Larger elements first, so that every tensor is aligned to its own.
@@ -90,6 +93,9 @@ def write_safetensors(
         for tensor in ordered:
             stream.put(tensor.parts(), tensor.size)
         record = stream.finish()
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing and flushing know a number only
+        raise
     finally:
         stream.close()
     return record, dict(zip((t.key for t in ordered), stream.digests[1:], strict=True))
@@ -129,12 +135,12 @@ class _Stream:
         self.path, self.on_bytes = path, on_bytes
         self.digests: list[str] = []
         self._fd = files.create(path)
-        # Pinned where data comes from a CUDA device would be faster, but pins 32 MiB for a moment
+        # Pinned where data comes from a CUDA device would be faster, but pins 8 MiB for a moment
         # that the disk dominates anyway.
         self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         self._used = 0
         self._ends: list[int] = []  # where pieces end in the buffer being filled
-        self._size = self._reported = 0
+        self._size = self._reported = self._sent = 0
         self._hash = hashlib.sha256()
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._pending: list[Any] = []
@@ -156,9 +162,16 @@ class _Stream:
                 self._flush()
             count = min(data.numel() - done, (BUFFER_BYTES - self._used) // size)
             end = self._used + count * size
-            target = self._buffers[0][self._used : end].view(data.dtype)
-            target.copy_(data[done : done + count])
+            self._copy(data[done : done + count], self._buffers[0][self._used : end])
             self._used, done = end, done + count
+
+    @staticmethod
+    def _copy(data: Tensor, target: Tensor) -> None:
+        if data.device.type == "cpu":
+            # Not by torch, of which each of many threads here would start as many of its own.
+            np.copyto(target.numpy(), data.view(torch.uint8).numpy())
+        else:
+            target.view(data.dtype).copy_(data)
 
     def _flush(self) -> None:
         self._settle()  # the other buffer is free again
@@ -166,7 +179,7 @@ class _Stream:
         ends, self._ends = self._ends, []
         self._pending = [
             self._workers.submit(self._digest, view, ends),
-            self._workers.submit(files.write_all, self._fd, view),
+            self._workers.submit(self._write, view, self._size + self._used),
         ]
         self._size += self._used
         self._used = 0
@@ -179,6 +192,12 @@ class _Stream:
             self.digests.append(self._hash.copy().hexdigest()[:_DIGEST])
             position = end
         self._hash.update(view[position:])
+
+    def _write(self, view: memoryview, end: int) -> None:
+        files.write_all(self._fd, view)
+        if end - self._sent >= _WRITEBACK_BYTES:
+            files.start_writeback(self._fd, self._sent, end - self._sent)
+            self._sent = end
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ class Together:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def ranks_on_host(self) -> int:
+        """How many of the ranks share this rank's machine; all ranks call this."""
+        own = socket.gethostname()
+        return self.gather(own).count(own)
 
     def _describe(self, error: BaseException) -> str:
         if isinstance(error, CheckpointError):

@@ -14,6 +14,7 @@ from lightning_fastmoe.checkpoint.loading import check_names, check_shapes
 from lightning_fastmoe.checkpoint.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.records import WEIGHTS, TensorRecord, weight_name
 from lightning_fastmoe.checkpoint.sources import DirectorySource
+from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import moe_layers
@@ -52,11 +53,13 @@ def load_weights(
             " configure_model, or pass the checkpoint to validate, test or predict."
         )
     if not (dist.is_available() and dist.is_initialized()):
-        _load(path, model, prefix, strict, (0, 1) if verify else None)
+        _load(path, model, prefix, strict, (0, 1) if verify else None, thread_count(1))
         return
     together = Together(Path(path), "loaded")
+    threads = thread_count(together.ranks_on_host())
+    share = (together.rank, together.world_size) if verify else None
     with together.stage():
-        _load(path, model, prefix, strict, (together.rank, together.world_size) if verify else None)
+        _load(path, model, prefix, strict, share, threads)
 
 
 def _load(
@@ -65,8 +68,10 @@ def _load(
     prefix: str,
     strict: bool,
     share: tuple[int, int] | None,
+    threads: int,
 ) -> None:
     with CheckpointReader(path) as reader:
+        reader.threads = threads
         source = _Inside(reader, prefix)
         check_names(source, model, strict)
         check_shapes(source, model)

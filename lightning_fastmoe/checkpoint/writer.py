@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 
 from lightning_fastmoe.checkpoint.files import write_small
+from lightning_fastmoe.checkpoint.layout import divide
 from lightning_fastmoe.checkpoint.manifest import CHECKSUM, MANIFEST, OBJECTS, STATE, Manifest
 from lightning_fastmoe.checkpoint.plain import encode
 from lightning_fastmoe.checkpoint.publish import Publication
-from lightning_fastmoe.checkpoint.records import FileRecord, WrittenPiece, merge, split_name
+from lightning_fastmoe.checkpoint.records import FileRecord, WrittenPiece, merge
 from lightning_fastmoe.checkpoint.shards import OwnedPiece, write_shard
+from lightning_fastmoe.checkpoint.threads import run_all
 
 
 @dataclass
@@ -33,8 +36,11 @@ def write_rank(
     pieces: Sequence[OwnedPiece],
     small: Mapping[str, bytes] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    *,
+    max_files: int = 1,
+    threads: int = 1,
 ) -> WrittenFiles:
-    """Writes a rank's own files.
+    """Writes a rank's own files. The first error ends all of it.
 
     Args:
         directory: of the unpublished checkpoint.
@@ -42,18 +48,30 @@ def write_rank(
         pieces: what the rank owns.
         small: name -> content of further files, from :func:`pack`.
         on_bytes: see :func:`~lightning_fastmoe.checkpoint.stream.write_safetensors`.
+        max_files: see :func:`~lightning_fastmoe.checkpoint.layout.divide`.
+        threads: how many files are written at a time, each through two buffers of 4 MiB.
     """
     result = WrittenFiles()
-    for kind, wanted in (("weights", True), ("optimizer", False)):
-        own = [p for p in pieces if (split_name(p.tensor)[0] is None) == wanted]
-        if own:
-            path = directory / f"{kind}_{rank:05d}.safetensors"
-            record, written = write_shard(path, own, on_bytes)
-            result.files[path.name] = record
-            result.pieces += written
+    shards = divide(pieces, rank, max_files)
+    names = sorted(shards, key=lambda name: -sum(piece.size for piece in shards[name]))
+    jobs = [partial(write_shard, directory / name, shards[name]) for name in names]
+    done = dict(zip(names, run_all(jobs, threads, on_bytes, _prepare(pieces)), strict=True))
+    for name in shards:
+        result.files[name], written = done[name]
+        result.pieces += written
     for name, content in (small or {}).items():
         result.files[name] = FileRecord(*write_small(directory / name, content))
     return result
+
+
+def _prepare(pieces: Sequence[OwnedPiece]) -> Callable[[], None] | None:
+    """What a thread must do before it copies from a CUDA device."""
+    if not any(piece.data is not None and piece.data.is_cuda for piece in pieces):
+        return None
+    # What this thread's stream still computes, the other threads' streams would not wait for. And
+    # a new thread begins on device 0, where touching it would take hundreds of megabytes.
+    torch.cuda.current_stream().synchronize()
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def pack(json_name: str, objects_name: str, value: dict[str, Any]) -> dict[str, bytes]:

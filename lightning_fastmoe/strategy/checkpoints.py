@@ -30,6 +30,7 @@ from lightning_fastmoe.checkpoint.saving import (
     take_snapshot,
 )
 from lightning_fastmoe.checkpoint.sources import DirectorySource
+from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
@@ -228,6 +229,7 @@ class ExpertCheckpoints(ExpertSteps):
     def _load(self, path: Path, *, training: bool, trusted: bool) -> Loaded:
         assert self.lightning_module is not None
         together = Together(path, "loaded")
+        threads = thread_count(together.ranks_on_host())
         user = self._expert_state.user_groups
         with ExitStack() as stack:
             with together.stage():
@@ -240,6 +242,7 @@ class ExpertCheckpoints(ExpertSteps):
                     source = open_deepspeed(native, trusted=trusted)
                 else:
                     reader = stack.enter_context(CheckpointReader(path))
+                    reader.threads = threads
                     source, checksum = DirectorySource(reader), reader.checksum
             if len(set(together.gather(checksum))) > 1:
                 raise CheckpointError(

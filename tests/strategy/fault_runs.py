@@ -21,7 +21,7 @@ from strategy.models import Case
 from strategy.resume_runs import Resumed, error_of, trainer_for
 from strategy.tracing import whole_weights
 
-from lightning_fastmoe.checkpoint import publish, saving, stream, writer
+from lightning_fastmoe.checkpoint import layout, publish, saving, stream, writer
 
 
 def _fail(code: int, path: str) -> Any:
@@ -50,6 +50,23 @@ def _interrupted() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _full_while_several_are_written() -> Iterator[None]:
+    """As the system says it: a number, and no name of a file."""
+    with (
+        mock.patch.object(layout, "MIN_FILE_BYTES", 64),
+        mock.patch.object(layout, "_WHOLE", 8),
+        mock.patch.object(
+            stream.files, "write_all", side_effect=lambda *_: os.write(_full_device(), b"0")
+        ),
+    ):
+        yield
+
+
+def _full_device() -> int:
+    return os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
+
+
 FAULTS: dict[str, tuple[int, Any, str]] = {
     "disk full on rank 1": (
         1,
@@ -57,6 +74,11 @@ FAULTS: dict[str, tuple[int, Any, str]] = {
             stream.files, "write_all", _fail(errno.ENOSPC, f"{path}/weights")
         ),
         "No space left on device",
+    ),
+    "disk full while rank 1 writes several files": (
+        1,
+        lambda path: _full_while_several_are_written(),
+        "_00001_",  # the file is named
     ),
     "file too large on rank 0": (0, lambda path: _small_files(), "File too large"),
     "input/output error on rank 1": (
