@@ -120,8 +120,8 @@ class Manifest:
         for layer, experts in self.module_experts.items():
             if self.moe_layers.get(layer) != len(experts):
                 yield (
-                    f"{where}: module_experts lists {len(experts)} experts of layer {layer!r}, which"
-                    f" has num_experts={self.moe_layers.get(layer)}."
+                    f"{where}: module_experts lists {len(experts)} experts of layer {layer!r},"
+                    f" which has num_experts={self.moe_layers.get(layer)}."
                 )
                 continue
             listed = set()

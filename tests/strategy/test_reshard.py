@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from lightning_fastmoe.checkpoint import CheckpointReader
 from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, same
 
 RELATIVE = 1e-6
+SOME_EXPERT = {"": "up_proj", "class": "6.up.weight", "list": "4.first.weight"}
+"""A trained parameter of the second layer."""
 
 
 def some_pairs() -> list[tuple[Layout, Layout]]:
@@ -27,10 +30,21 @@ def some_pairs() -> list[tuple[Layout, Layout]]:
     return list(zip(LAYOUTS, others, strict=True))
 
 
+def module_pairs() -> list[tuple[Layout, Layout]]:
+    """The same for experts that are modules: all of them for a list, a few for one class."""
+    pairs = some_pairs()
+    return [
+        (replace(a, experts=kind), replace(b, experts=kind))
+        for kind, some in (("list", pairs), ("class", pairs[1::4]))
+        for a, b in some
+    ]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
         every = metafunc.config.getoption("--all-pairs")
         pairs = [(a, b) for a in LAYOUTS for b in LAYOUTS] if every else some_pairs()
+        pairs += module_pairs()
         metafunc.parametrize("pair", pairs, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
 
 
@@ -67,10 +81,15 @@ def content(path: Path):
     """Everything that the topology must not change."""
     with CheckpointReader(path) as reader:
         reader.verify()
+        experts = reader.manifest.module_experts
+        tied, excluded = reader.manifest.tied, reader.manifest.excluded
         tensors = {name: reader.read(name) for name in reader.manifest.tensors}
         state = reader.read_state()
     optimizer = state["optimizer"]
     about = {
+        "module experts": experts,
+        "tied": tied,
+        "excluded": list(excluded),
         "options": by_parameter(optimizer["groups"], "options"),
         "user options": by_parameter(optimizer["user_groups"], "options"),
         "scalars": by_parameter(optimizer["scalars"], "values"),
@@ -87,7 +106,7 @@ def test_resumes_on_another_topology(rank_pool, saved, tmp_path, pair):
     path, losses, norms = saved(before)
     again = tmp_path / "again.ckpt"
     results = rank_pool.run(runs.resumed, after.world, after, str(path), str(again))
-    assert_same_content(path, again)
+    assert_same_content(path, again, SOME_EXPERT[before.experts])
     shutil.rmtree(again)
     left = runs.STEPS - runs.SAVED
     assert len(set(losses)) == len(set(norms)) == runs.STEPS
@@ -96,11 +115,11 @@ def test_resumes_on_another_topology(rank_pool, saved, tmp_path, pair):
         assert rank.norms == pytest.approx(norms[-left:], rel=RELATIVE)
 
 
-def assert_same_content(path: Path, again: Path) -> None:
+def assert_same_content(path: Path, again: Path, some_expert: str) -> None:
     (expected, about), (found, about_found) = content(path), content(again)
     assert found.keys() == expected.keys()
     assert {"weights/net.norm.weight", "weights/steps_seen"} <= found.keys()
-    assert "optimizer/exp_avg_sq/net.moes.1.experts.up_proj" in found
+    assert "optimizer/exp_avg_sq/net.moes.1.experts." + some_expert in found
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
