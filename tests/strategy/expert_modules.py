@@ -52,8 +52,7 @@ class Nothing(nn.Module):
 def different(num_experts: int) -> list[nn.Module]:
     """Modules of two kinds, of widths that differ; the seventh has no parameters."""
     kinds: list[nn.Module] = [
-        Plain(D_MODEL, 5 + 3 * i) if i % 2 else Tied(D_MODEL, 4 + 2 * i)
-        for i in range(num_experts)
+        Plain(D_MODEL, 5 + 3 * i) if i % 2 else Tied(D_MODEL, 4 + 2 * i) for i in range(num_experts)
     ]
     if num_experts > 6:
         kinds[6] = Nothing()
