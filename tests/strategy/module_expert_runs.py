@@ -97,6 +97,11 @@ def resuming(layout: Layout, path: str) -> tuple[str, str]:
     return error_of(trainer_for(layout.case(), 6).fit, layout.module(), ckpt_path=path)
 
 
+def training(layout: Layout) -> tuple[str, str]:
+    """The error of training at all."""
+    return error_of(trainer_for(layout.case(), 2).fit, layout.module())
+
+
 class WithExtraState(Plain):
     """Keeps something that is neither parameter nor buffer."""
 

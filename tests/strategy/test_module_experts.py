@@ -20,8 +20,9 @@ from lightning_fastmoe.checkpoint.records import split_name
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError
 
-SAVED = Layout(4, 2, 2, experts="list")
-ON_TWO, ON_FOUR = Layout(2, 2, 2, experts="list"), Layout(4, 4, 3, experts="list")
+SAVED = Layout(4, 2, 2, experts="ragged")
+ON_TWO, ON_FOUR = Layout(2, 2, 2, experts="ragged"), Layout(4, 4, 1, experts="ragged")
+ON_ONE = Layout(1, 1, 3, experts="ragged")
 LAST = "net.moes.0.experts.3"
 
 
@@ -78,14 +79,14 @@ def test_the_manifest_lists_every_expert(path):
     with CheckpointReader(path) as reader:
         experts = reader.manifest.module_experts["net.moes.1"]
         tied = reader.manifest.tied
-    assert [len(names) for names in experts] == [5, 5, 5, 5, 5, 5, 0, 5]
+    assert [len(names) for names in experts] == [5, 6, 5, 6, 5, 6, 0, 6]
     assert experts[0] == ["first.bias", "first.weight", "gain", "out", "second.weight"]
-    assert experts[7] == ["down.bias", "down.weight", "scale", "up.bias", "up.weight"]
+    assert experts[7] == ["down.bias", "down.weight", "scale", "shift", "up.bias", "up.weight"]
     name = "net.moes.1.experts.4"  # on the second rank
     assert tied[f"{name}.second.weight"] == f"{name}.first.weight"
 
 
-@pytest.mark.parametrize("layout", [ON_TWO, ON_FOUR, Layout(1, 1, 1, experts="list")], ids=str)
+@pytest.mark.parametrize("layout", [ON_TWO, ON_FOUR, ON_ONE], ids=str)
 def test_files_load_bit_by_bit(rank_pool, path, files, layout):
     expected = weights_in(path)
     for file in [str(path), *files]:
@@ -98,7 +99,9 @@ def test_files_load_bit_by_bit(rank_pool, path, files, layout):
 def test_a_consolidated_file_makes_a_model(path, files):
     expected = weights_in(path)
     case = Layout(1, 1, 1).case()
-    model = WithModules.load_from_checkpoint(files[0], case=case, experts="list", weights_only=True)
+    model = WithModules.load_from_checkpoint(
+        files[0], case=case, experts="ragged", weights_only=True
+    )
     state = model.state_dict()
     tied = {n for n in state if n.endswith("second.weight")}
     assert state.keys() - tied == expected.keys() == load_file(files[1]).keys()
@@ -132,7 +135,7 @@ def test_other_numbers_of_experts_and_other_shapes_are_refused(rank_pool, path, 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("another kind", "only in the checkpoint: net.moes.0.experts.0.first.bias"),
+        ("another kind", "only in the checkpoint: net.moes.0.experts.0.gain"),
         ("one more parameter", f"only in the model: {LAST}.more. Set strict_loading=False"),
     ],
 )
@@ -183,6 +186,25 @@ def test_experts_that_no_checkpoint_can_hold_are_refused(rank_pool, tmp_path, ex
     assert not list(tmp_path.iterdir())
 
 
+def test_stage_3_wants_the_same_structure_on_each_rank(rank_pool):
+    """DeepSpeed would stop some ranks in the second step, and the others would wait."""
+    layout = Layout(4, 4, 3, experts="ragged")
+    for kind, said in rank_pool.run(runs.training, 4, layout):
+        assert kind == "ConfigError"
+        assert said.startswith("The experts of layer 'net.moes.1' have other modules")
+
+
+def test_groups_of_the_optimizer_correspond(rank_pool):
+    """Else norms would be added up that don't belong together."""
+    for experts, counts in (("none on one", [2, 2, 2, 0]), ("no vectors on one", [2, 2, 2, 1])):
+        layout = Layout(4, 4, 1, experts=experts)
+        results = rank_pool.run(runs.training, 4, layout)
+        for rank, (kind, said) in enumerate(results):
+            other = 0 if rank == 3 else 3
+            assert kind == "ParameterGroupError"
+            assert f"Rank {other} trains experts in {counts[other]} of" in said
+
+
 def test_experts_that_share_a_parameter_are_refused(rank_pool, tmp_path):
     layout = Layout(2, 2, 1, experts="shared")
     for _, by_hand in rank_pool.run(runs.refusals, 2, layout, str(tmp_path)):
@@ -228,7 +250,10 @@ def test_a_copy_resumes(rank_pool, path, copy):
 def test_inspect_shows_kinds_of_experts(path, capsys):
     text = text_of(["inspect", str(path)], capsys)
     assert "6: nothing" in text
-    assert "3: down.bias F32 12; down.weight F32 12x14; scale F32 12; up.bias F32 14" in text
+    assert (
+        "3: down.bias F32 12; down.weight F32 12x14; scale F32 12; shift F32 12; up.bias F32 14"
+        in text
+    )
     assert main(["checkpoint", "inspect", str(path), "--json"]) == 0
     (first, second) = json.loads(capsys.readouterr().out)["moe_layers"]
     assert [kind["ids"] for kind in first["modules"]] == [[0], [1], [2], [3]]
