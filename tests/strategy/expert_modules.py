@@ -65,13 +65,12 @@ class Nothing(nn.Module):
         return x * 0.5
 
 
-def different(num_experts: int, ragged: bool) -> list[nn.Module]:
+def different(kind: type[nn.Module], num_experts: int, ragged: bool) -> list[nn.Module]:
     """Modules of two kinds by turns, of widths that differ.
 
-    With eight experts each rank has the same kinds on up to four ranks, with four experts it has
-    kinds of the same structure. If ``ragged``, the seventh has no parameters.
+    With eight experts each of up to four ranks has both kinds. If ``ragged``, the seventh has no
+    parameters.
     """
-    kind = Gated if num_experts == 4 else Tied
     kinds: list[nn.Module] = [
         Plain(D_MODEL, 5 + 3 * i) if i % 2 else kind(D_MODEL, 4 + 2 * i) for i in range(num_experts)
     ]
@@ -85,7 +84,7 @@ def without_on_the_last(last: nn.Module) -> list[nn.Module]:
     return [*(Plain(D_MODEL, D_FFN) for _ in range(3)), last]
 
 
-def make_experts(experts: str, number: int) -> Any:
+def make_experts(experts: str, layer: int, number: int) -> Any:
     """What a layer takes as ``expert``."""
     if experts == "class":
         return Plain
@@ -93,7 +92,7 @@ def make_experts(experts: str, number: int) -> Any:
         return without_on_the_last(Nothing())
     if experts == "no vectors on one":
         return without_on_the_last(nn.Linear(D_MODEL, D_MODEL, bias=False))
-    return different(number, experts == "ragged")
+    return different((Gated, Tied)[layer], number, experts == "ragged")
 
 
 def build_modules(experts: str, num_experts: tuple[int, ...] = (4, 8)) -> nn.ModuleDict:
@@ -106,7 +105,7 @@ def build_modules(experts: str, num_experts: tuple[int, ...] = (4, 8)) -> nn.Mod
             D_FFN,
             e,
             top_k=1 + i % 2,
-            expert=make_experts(experts, e),
+            expert=make_experts(experts, i, e),
             load_balancing=0.0,
             z_loss=0.001,
         )

@@ -71,15 +71,16 @@ class Other(WithModules):
             return build_modules(self.experts, (8, 8))
         if self.change == "fewer experts":
             return build_modules(self.experts, (4, 4))
-        net = super().build()
-        if self.change == "another shape":
-            last = net["moes"][0].experts.get_submodule("3")
-            last.up, last.down = nn.Linear(D_MODEL, 99), nn.Linear(99, D_MODEL)
         if self.change == "another kind":
             return build_modules("class")
-        if self.change == "one more parameter":
-            last = net["moes"][0].experts.get_submodule("3")
-            last.more = nn.Parameter(torch.ones(2))
+        net = super().build()
+        experts = net["moes"][0].experts
+        if 3 in experts.local_ids:
+            last = experts.get_submodule("3")
+            if self.change == "another shape":
+                last.up, last.down = nn.Linear(D_MODEL, 99), nn.Linear(99, D_MODEL)
+            if self.change == "one more parameter":
+                last.more = nn.Parameter(torch.ones(2))
         return net
 
 
