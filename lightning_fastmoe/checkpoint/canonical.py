@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_fastmoe.checkpoint.module_experts import expert_id, names_by_expert, why_not_saved
+from lightning_fastmoe.checkpoint.module_experts import expert_of, names_by_expert, why_not_saved
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import Experts, MoE
 from lightning_fastmoe.nn.module_experts import ModuleExperts
@@ -70,24 +70,17 @@ class ModelMap:
         return {k: v for k, v in self.module.state_dict().items() if k not in known}
 
     @property
-    def spread_modules(self) -> list[str]:
+    def spread_modules(self) -> set[str]:
         """Layers whose experts are modules, of which other ranks have others; alike on all."""
-        return [n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts]
-
-    def of_spread_module(self, name: str) -> bool:
-        """Whether a name is of a module expert that only some ranks have."""
-        return any(
-            expert_id(name, layer, self.num_experts[layer]) is not None
-            for layer in self.spread_modules
-        )
+        return {n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts}
 
     def is_elsewhere(self, name: str) -> bool:
         """Whether a name is of a module expert that other ranks have, and they alone."""
-        return any(
-            (found := expert_id(name, layer, experts.num_experts)) is not None
-            and found not in experts.local_ids
-            for layer, experts in self.module_layers.items()
-        )
+        owner = expert_of(name, self.module_layers)
+        if owner is None:
+            return False
+        experts = self.module_layers[owner[0]]
+        return owner[1] < experts.num_experts and owner[1] not in experts.local_ids
 
     def names_by_expert(self) -> dict[str, dict[int, list[str]]]:
         """Layer whose experts are modules -> id of an expert that is here -> names inside it."""
@@ -133,13 +126,20 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
     result.buffers = dict(_persistent_buffers(module))
+    for name, layer in layers.items():
+        stacked = layer.is_spread and isinstance(layer.experts, Experts)
+        if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
+            raise CheckpointError(
+                f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
+                " other ones, and checkpoints have no place for them. Make them parameters."
+            )
     return result
 
 
 def _check_tied(first: str, name: str, model: ModelMap) -> None:
     """What experts of several ranks share would be other parameters on other ranks."""
-    owners = [[expert_id(n, layer) for layer in model.spread_modules] for n in (first, name)]
-    if owners[0] != owners[1]:
+    spread = model.spread_modules
+    if expert_of(first, spread) != expert_of(name, spread):
         raise CheckpointError(
             f"{first!r} and {name!r} are one parameter, but experts of that layer are spread over"
             " ranks: other ranks would train another one. Give each expert its own parameters, or"

@@ -131,6 +131,7 @@ def load(
             )
         model = map_model(engine.module, layers)
         check_experts(source, model)
+    with together.stage():  # after all: a rank may learn of other experts only by other shapes
         check_names(source, model, strict)
         check_shapes(source, model)
         if verify:
@@ -183,16 +184,8 @@ def check_experts(source: Source, model: ModelMap) -> None:
                 f" model with num_experts={saved}."
             )
     # Files of plain weights don't say it, but names of module experts do.
-    unsaid = [n for n in model.module_layers if n not in source.moe_layers]
-    check_expert_ids(
-        weights_of(source),
-        {name: model.num_experts[name] for name in unsaid},
-        {
-            name: [p for p in model.parameters if p.startswith(f"{name}.experts.")]
-            for name in unsaid
-        },
-        source.path,
-    )
+    unsaid = {n: model.num_experts[n] for n in model.module_layers.keys() - source.moe_layers}
+    check_expert_ids(weights_of(source), unsaid, model.parameters, source.path)
 
 
 def weights_of(source: Source) -> set[str]:

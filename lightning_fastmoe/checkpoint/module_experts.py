@@ -6,7 +6,7 @@ which are tied, which options they have) is gathered from all ranks before it is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,28 +15,32 @@ from torch import nn
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import MoE
 
+_EXPERTS = ".experts."
+
 Rows = list[dict[str, Any]]
 
 
-def expert_id(name: str, layer: str, num_experts: int | None = None) -> int | None:
-    """Global id of the module expert that a parameter or buffer belongs to.
+def expert_of(name: str, layers: Container[str]) -> tuple[str, int] | None:
+    """Which module expert a parameter or buffer belongs to; the outermost, if one is in another.
 
     Args:
         name: in the state dict of the whole model.
-        layer: name of a MoE layer.
-        num_experts: of the layer; ids from there on are none. None takes any id.
+        layers: names of layers whose experts are modules.
 
     Returns:
-        5 for ``moe.experts.5.up.weight``; None for other layers, and for stacked experts.
+        ("moe", 5) for ``moe.experts.5.up.weight``; None for what belongs to none.
     """
-    start = f"{layer}.experts."
-    if not name.startswith(start):
-        return None
-    first, dot, _ = name[len(start) :].partition(".")
-    if not (dot and first.isascii() and first.isdigit() and str(int(first)) == first):
-        return None
-    found = int(first)
-    return found if num_experts is None or found < num_experts else None
+    return next(_experts_of(name, layers), None)
+
+
+def _experts_of(name: str, layers: Container[str]) -> Iterator[tuple[str, int]]:
+    end = name.find(_EXPERTS)
+    while end >= 0:
+        if name[:end] in layers:
+            first, dot, _ = name[end + len(_EXPERTS) :].partition(".")
+            if dot and first.isascii() and first.isdigit() and str(int(first)) == first:
+                yield name[:end], int(first)
+        end = name.find(_EXPERTS, end + 1)
 
 
 def why_not_saved(name: str, layer: MoE) -> str | None:
@@ -94,9 +98,8 @@ def names_by_expert(
     """
     result = {layer: {i: list[str]() for i in ids} for layer, ids in layers.items()}
     for name in sorted(names):
-        for layer, experts in result.items():
-            if (i := expert_id(name, layer)) is not None and i in experts:
-                experts[i].append(name[len(f"{layer}.experts.{i}.") :])
+        for layer, i in _experts_of(name, result):
+            result[layer][i].append(name.removeprefix(f"{layer}{_EXPERTS}{i}."))
     return result
 
 
@@ -148,25 +151,23 @@ def _merged_rows(everyone: Iterable[Rows]) -> Rows:
 
 
 def check_expert_ids(
-    saved: Iterable[str], layers: Mapping[str, int], own: Mapping[str, Iterable[str]], where: object
+    saved: Iterable[str], layers: Mapping[str, int], own: Iterable[str], where: object
 ) -> None:
     """Refuses files of plain weights that hold other experts than the model's.
 
     Args:
         saved: names of the weights there.
         layers: layer whose experts are modules -> its ``num_experts``.
-        own: the same -> names of the parameters that this rank has of its experts.
+        own: names of this rank's parameters.
         where: path, for messages.
 
     Raises:
         CheckpointError: naming the layer and the expert.
     """
-    names = set(saved)
+    there, here = _ids(saved, layers), _ids(own, layers)
     for layer, num_experts in layers.items():
-        there = {i for name in names if (i := expert_id(name, layer)) is not None}
-        here = {i for name in own[layer] if (i := expert_id(name, layer)) is not None}
-        strange = [i for i in there if i >= num_experts]
-        lost = sorted(here - there) if there else []
+        strange = [i for i in there[layer] if i >= num_experts]
+        lost = sorted(here[layer] - there[layer]) if there[layer] else []
         if strange or lost:
             what = f"an expert {max(strange)} there" if strange else f"no expert {lost[0]} there"
             raise CheckpointError(
@@ -174,3 +175,11 @@ def check_expert_ids(
                 " can't be added or dropped on loading: build the model with as many experts as"
                 " the file holds."
             )
+
+
+def _ids(names: Iterable[str], layers: Iterable[str]) -> dict[str, set[int]]:
+    result = {layer: set[int]() for layer in layers}
+    for name in names:
+        if owner := expert_of(name, result):
+            result[owner[0]].add(owner[1])
+    return result

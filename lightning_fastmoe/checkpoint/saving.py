@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_fastmoe.checkpoint.canonical import ModelMap, Place, map_model
 from lightning_fastmoe.checkpoint.manifest import Manifest, Topology
-from lightning_fastmoe.checkpoint.module_experts import Inventory, merged
+from lightning_fastmoe.checkpoint.module_experts import Inventory, expert_of, merged
 from lightning_fastmoe.checkpoint.optimizer_state import (
     NamedGroup,
     elementwise,
@@ -235,9 +235,11 @@ def _replicated(model: ModelMap, topology: Topology) -> Iterator[OwnedPiece]:
     the ranks that hold the expert; the first replicas of all experts are on the first ranks.
     """
     rank = dist.get_rank()
+    spread = model.spread_modules
+    is_first_replica = rank < topology.expert_parallel_size
     tensors = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
     for name, tensor in {**model.buffers, **tensors}.items():
-        if rank == 0 or (rank < topology.expert_parallel_size and model.of_spread_module(name)):
+        if rank == 0 or (is_first_replica and expert_of(name, spread)):
             flat = tensor.detach().contiguous().view(-1)
             yield OwnedPiece.of(weight_name(name), tensor.shape, 0, flat)
 
