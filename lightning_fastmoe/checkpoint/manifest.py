@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lightning_fastmoe.checkpoint.files import FILE_NAME
 from lightning_fastmoe.checkpoint.records import (
+    WEIGHTS,
     FileRecord,
     Piece,
     TensorRecord,
@@ -115,7 +116,8 @@ class Manifest:
 
     def module_expert_faults(self, where: object) -> Iterator[str]:
         """Module experts of which something is nowhere, or there though it is not theirs."""
-        weights = {name for kind, name in map(split_name, self.tensors) if kind is None}
+        start = f"{WEIGHTS}/"  # names may be forged: they are not split
+        weights = {name.removeprefix(start) for name in self.tensors if name.startswith(start)}
         known = weights | self.tied.keys() | set(self.excluded)
         for layer, experts in self.module_experts.items():
             if self.moe_layers.get(layer) != len(experts):
@@ -133,9 +135,8 @@ class Manifest:
                         f"{where}: layer {layer!r}: expert {i} is missing: {', '.join(lost[:4])}"
                         f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} in no file."
                     )
-            start = f"{layer}.experts."
             for name in sorted(known - listed):
-                if name.startswith(start):
+                if name.startswith(f"{layer}.experts."):
                     yield f"{where}: tensor {name!r} belongs to no expert of layer {layer!r}."
 
     def _check_experts(self, where: object) -> None:
