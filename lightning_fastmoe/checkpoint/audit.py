@@ -298,7 +298,9 @@ def _layer_faults(manifest: Manifest, where: Path) -> Iterator[str]:
     """Layers that lost their experts as a whole."""
     known = [*manifest.tied, *manifest.excluded]
     known += [t.removeprefix(f"{WEIGHTS}/") for t in manifest.tensors if t.startswith(WEIGHTS)]
-    layers = {name.rpartition(".experts.")[0] for name in known}
+    yield from manifest.module_expert_faults(where)
     for layer, experts in manifest.moe_layers.items():
-        if layer not in layers:
+        # Module experts may have no parameters at all; what they have is listed.
+        has_some = any(name.startswith(f"{layer}.experts.") for name in known)
+        if not has_some and layer not in manifest.module_experts:
             yield f"{where}: layer {layer!r}: none of its {experts} experts is in the checkpoint."

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_fastmoe.checkpoint.module_experts import expert_of, names_by_expert, why_not_saved
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import Experts, MoE
+from lightning_fastmoe.nn.module_experts import ModuleExperts
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ModelMap:
         tied: further name of a parameter -> its first.
         names: ``id(parameter)`` -> name.
         num_experts: name of every MoE layer, spread or not -> its experts.
+        module_layers: those of them whose experts are modules -> the experts that are here.
     """
 
     module: nn.Module
@@ -51,6 +54,7 @@ class ModelMap:
     tied: dict[str, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     num_experts: dict[str, int] = field(default_factory=dict)
+    module_layers: dict[str, ModuleExperts] = field(default_factory=dict)
 
     def place(self, name: str) -> Place:
         """Where a parameter lies."""
@@ -65,6 +69,25 @@ class ModelMap:
         known = self.parameters.keys() | self.buffers.keys() | self.tied.keys()
         return {k: v for k, v in self.module.state_dict().items() if k not in known}
 
+    @property
+    def spread_modules(self) -> set[str]:
+        """Layers whose experts are modules, of which other ranks have others; alike on all."""
+        return {n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts}
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a name is of a module expert that other ranks have, and they alone."""
+        owner = expert_of(name, self.module_layers)
+        if owner is None:
+            return False
+        experts = self.module_layers[owner[0]]
+        return owner[1] < experts.num_experts and owner[1] not in experts.local_ids
+
+    def names_by_expert(self) -> dict[str, dict[int, list[str]]]:
+        """Layer whose experts are modules -> id of an expert that is here -> names inside it."""
+        extra = {name for name, value in self.extra().items() if isinstance(value, Tensor)}
+        names = {*self.parameters, *self.tied, *self.buffers, *extra}
+        return names_by_expert(names, {n: e.local_ids for n, e in self.module_layers.items()})
+
 
 def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
     """Finds the place of every parameter.
@@ -77,29 +100,35 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         CheckpointError: if spread experts have state that has no place in the whole model.
     """
     for name, layer in layers.items():
-        if layer.is_spread and not isinstance(layer.experts, Experts):
-            raise CheckpointError(
-                f"The experts of layer {name!r} are modules (expert=...) spread over ranks, which"
-                " checkpoints can't hold yet. Keep all of them on each rank with"
-                " MoE(dispatcher='local') or expert_parallel_size=1, or use the built-in FFNs."
-            )
-    result = ModelMap(module, num_experts={n: layer.num_experts for n, layer in layers.items()})
+        if layer.is_spread and (why := why_not_saved(name, layer)):
+            raise CheckpointError(why)
+    result = ModelMap(
+        module,
+        num_experts={n: layer.num_experts for n, layer in layers.items()},
+        module_layers={
+            name: layer.experts
+            for name, layer in layers.items()
+            if isinstance(layer.experts, ModuleExperts)
+        },
+    )
     experts = {
         f"{name}.experts.{parameter}": layer
         for name, layer in layers.items()
         if layer.is_spread
-        for parameter, _ in layer.experts.named_parameters()
+        for parameter, _ in layer.experts.named_parameters(remove_duplicate=False)
     }
     for name, parameter in module.named_parameters(remove_duplicate=False):
         first = result.names.setdefault(id(parameter), name)
         if first != name:
+            _check_tied(first, name, result)
             result.tied[name] = first
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
     result.buffers = dict(_persistent_buffers(module))
     for name, layer in layers.items():
-        if layer.is_spread and (own := [b for b, _ in layer.experts.named_buffers()]):
+        stacked = layer.is_spread and isinstance(layer.experts, Experts)
+        if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
             raise CheckpointError(
                 f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
                 " other ones, and checkpoints have no place for them. Make them parameters."
@@ -107,11 +136,24 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
     return result
 
 
+def _check_tied(first: str, name: str, model: ModelMap) -> None:
+    """What experts of several ranks share would be other parameters on other ranks."""
+    spread = model.spread_modules
+    if expert_of(first, spread) != expert_of(name, spread):
+        raise CheckpointError(
+            f"{first!r} and {name!r} are one parameter, but experts of that layer are spread over"
+            " ranks: other ranks would train another one. Give each expert its own parameters, or"
+            " keep all of them on each rank with MoE(dispatcher='local')."
+        )
+
+
 def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
     numel = math.prod(shape)
     if layer is None:
         return Place(name, shape, 0, numel, is_expert=False)
     experts = layer.experts
+    if not isinstance(experts, Experts):  # its name says which expert it is
+        return Place(name, shape, 0, numel, is_expert=True)
     assert shape[0] == experts.num_local_experts, name
     row = math.prod(shape[1:])
     return Place(

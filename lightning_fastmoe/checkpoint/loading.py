@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
 from lightning_fastmoe.checkpoint.manifest import Topology
+from lightning_fastmoe.checkpoint.module_experts import check_expert_ids
 from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
 from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
 from lightning_fastmoe.checkpoint.records import (
@@ -129,6 +130,8 @@ def load(
                 " it for validation, testing or prediction, or resume from a full checkpoint."
             )
         model = map_model(engine.module, layers)
+        check_experts(source, model)
+    with together.stage():  # after all: a rank may learn of other experts only by other shapes
         check_names(source, model, strict)
         check_shapes(source, model)
         if verify:
@@ -166,18 +169,42 @@ def _putter(
     return lambda: gradients.put(values, scale)
 
 
+def check_experts(source: Source, model: ModelMap) -> None:
+    """Every layer must have as many experts in the checkpoint as in the model.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    for name, experts in model.num_experts.items():
+        saved = source.moe_layers.get(name, experts)
+        if saved != experts:
+            raise CheckpointError(
+                f"{source.path}: layer {name!r} has {saved} experts there, but here"
+                f" num_experts={experts}. Experts can't be added or dropped on loading: build the"
+                f" model with num_experts={saved}."
+            )
+    # Files of plain weights don't say it, but names of module experts do.
+    unsaid = {n: model.num_experts[n] for n in model.module_layers.keys() - source.moe_layers}
+    check_expert_ids(weights_of(source), unsaid, model.parameters, source.path)
+
+
+def weights_of(source: Source) -> set[str]:
+    """Names of the parameters and buffers in a checkpoint."""
+    return {name for kind, name in map(split_name, source.tensors) if kind is None}
+
+
 def check_names(source: Source, model: ModelMap, strict: bool) -> None:
     """Parameters and buffers must be the same in checkpoint and model.
 
     Raises:
         CheckpointError: naming those that are not.
     """
-    saved = {name for t in source.tensors if not (split := split_name(t))[0] for name in split[1:]}
-    saved_names = saved - model.tied.keys()
+    saved_names = weights_of(source) - model.tied.keys()
     extra = {name for name, value in model.extra().items() if isinstance(value, Tensor)}
     own = model.parameters.keys() | model.buffers.keys() | extra
     missing = sorted(own - saved_names - set(source.excluded))
-    unknown = sorted(saved_names - own)
+    # The ranks that hold an expert look at its names.
+    unknown = sorted(name for name in saved_names - own if not model.is_elsewhere(name))
     if not strict or not (missing or unknown):
         return
     parts = [
@@ -195,16 +222,8 @@ def check_shapes(source: Source, model: ModelMap) -> None:
     """What is in both must have the same shape.
 
     Raises:
-        CheckpointError: naming the layer if its number of experts differs, else the tensor.
+        CheckpointError: naming the tensor, and its layer if it stacks another number of experts.
     """
-    for name, experts in model.num_experts.items():
-        saved = source.moe_layers.get(name, experts)
-        if saved != experts:
-            raise CheckpointError(
-                f"{source.path}: layer {name!r} has {saved} experts there, but here"
-                f" num_experts={experts}. Experts can't be added or dropped on loading: build the"
-                f" model with num_experts={saved}."
-            )
     expected = {name: place.shape for name, (_, place) in model.parameters.items()}
     expected |= {name: tuple(buffer.shape) for name, buffer in model.buffers.items()}
     for name, shape in expected.items():
@@ -212,7 +231,8 @@ def check_shapes(source: Source, model: ModelMap) -> None:
         if record is not None and record.shape != shape:
             layer = name.rpartition(".experts.")[0]
             hint = ""
-            if layer in model.num_experts and record.shape[:1] != shape[:1]:
+            is_stacked = layer in model.num_experts and layer not in model.module_layers
+            if is_stacked and record.shape[:1] != shape[:1]:
                 hint = f" (layer {layer!r} has num_experts={model.num_experts[layer]})"
             raise CheckpointError(
                 f"{source.path}: {name!r} has the shape {list(record.shape)} there and"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lightning_fastmoe.checkpoint.files import FILE_NAME
 from lightning_fastmoe.checkpoint.records import (
+    WEIGHTS,
     FileRecord,
     Piece,
     TensorRecord,
@@ -49,6 +51,8 @@ class Manifest:
         tied: further names of parameters that are stored under their first one.
         files: every file but the manifest and its checksum.
         tensors: name -> where it is.
+        module_experts: layer whose experts are modules -> for each expert, by its global id, the
+            names of its parameters and buffers inside it.
     """
 
     written_by: str
@@ -60,6 +64,7 @@ class Manifest:
     tied: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    module_experts: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def dumps(self) -> bytes:
         """As JSON. The same manifest gives the same bytes."""
@@ -72,6 +77,7 @@ class Manifest:
             "topology": vars(self.topology),
             "progress": self.progress,
             "moe_layers": self.moe_layers,
+            **({"module_experts": self.module_experts} if self.module_experts else {}),
             "excluded": list(self.excluded),
             "tied": self.tied,
             "files": [[n, self.files[n].size, self.files[n].sha256] for n in order],
@@ -105,6 +111,33 @@ class Manifest:
                     f" {self.files[file].size} in all."
                 )
         self._check_experts(where)
+        for fault in self.module_expert_faults(where):
+            raise CheckpointError(fault)
+
+    def module_expert_faults(self, where: object) -> Iterator[str]:
+        """Module experts of which something is nowhere, or there though it is not theirs."""
+        start = f"{WEIGHTS}/"  # names may be forged: they are not split
+        weights = {name.removeprefix(start) for name in self.tensors if name.startswith(start)}
+        known = weights | self.tied.keys() | set(self.excluded)
+        for layer, experts in self.module_experts.items():
+            if self.moe_layers.get(layer) != len(experts):
+                yield (
+                    f"{where}: module_experts lists {len(experts)} experts of layer {layer!r},"
+                    f" which has num_experts={self.moe_layers.get(layer)}."
+                )
+                continue
+            listed = set()
+            for i, names in enumerate(experts):
+                full = [f"{layer}.experts.{i}.{name}" for name in names]
+                listed.update(full)
+                if lost := [name for name in full if name not in known]:
+                    yield (
+                        f"{where}: layer {layer!r}: expert {i} is missing: {', '.join(lost[:4])}"
+                        f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} in no file."
+                    )
+            for name in sorted(known - listed):
+                if name.startswith(f"{layer}.experts."):
+                    yield f"{where}: tensor {name!r} belongs to no expert of layer {layer!r}."
 
     def _check_experts(self, where: object) -> None:
         for name, record in self.tensors.items():
@@ -154,6 +187,7 @@ def parse_manifest(data: bytes, where: object, *, check: bool = True) -> Manifes
         topology=_topology(read.get("topology", dict), where),
         progress=read.mapping("progress", int),
         moe_layers=read.mapping("moe_layers", int),
+        module_experts=_module_experts(read, where),
         excluded=tuple(read.strings("excluded")),
         tied=read.mapping("tied", str),
         files=files,
@@ -242,6 +276,20 @@ def _topology(value: dict[str, Any], where: object) -> Topology:
     )
     read.nothing_else()
     return result
+
+
+def _module_experts(read: _Fields, where: object) -> dict[str, list[list[str]]]:
+    """Only there if the model has such experts."""
+    if "module_experts" not in read.content:
+        return {}
+    layers = read.mapping("module_experts", list)
+    for layer, experts in layers.items():
+        for names in experts:
+            if not is_a(names, list) or not all(is_a(name, str) for name in names):
+                raise CheckpointError(
+                    f"{where}: module_experts of layer {layer!r} is no list of lists of names."
+                )
+    return layers
 
 
 def _files(rows: list[Any], where: object) -> dict[str, FileRecord]:

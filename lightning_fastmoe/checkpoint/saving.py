@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_fastmoe.checkpoint.canonical import ModelMap, Place, map_model
 from lightning_fastmoe.checkpoint.layout import files_per_rank
 from lightning_fastmoe.checkpoint.manifest import Manifest, Topology
+from lightning_fastmoe.checkpoint.module_experts import Inventory, expert_of, merged
 from lightning_fastmoe.checkpoint.optimizer_state import (
     NamedGroup,
     elementwise,
@@ -79,6 +80,7 @@ def local_path(path: Any) -> Path:
 
 
 def take_snapshot(
+    together: Together,
     *,
     engine: Any,
     layers: Mapping[str, MoE],
@@ -87,9 +89,10 @@ def take_snapshot(
     user_groups: list[NamedGroup] | None,
     exclude_frozen: bool = False,
 ) -> Snapshot:
-    """Finds what this rank owns; copies nothing and talks to no other rank.
+    """Finds what this rank owns; copies nothing. Every rank calls this.
 
     Args:
+        together: the ranks. They exchange names where they have different ones.
         engine: the DeepSpeed engine.
         layers: name -> MoE layer.
         topology: of this run.
@@ -98,42 +101,56 @@ def take_snapshot(
         exclude_frozen: leave out parameters that are not trained; they must be there on loading.
 
     Raises:
-        CheckpointError: if some state has no place in a checkpoint.
+        CheckpointError: on all ranks, if some state has no place in a checkpoint.
     """
-    model = map_model(engine.module, layers)
-    zero = ZeroState(engine, model.names)
-    # Lightning leaves the optimizer states out where weights alone are wanted.
-    with_optimizer = "optimizer_states" in client_state and zero.trains
-    excluded = model.frozen() if exclude_frozen else set()
-    share = zero.share()
-    rank = dist.get_rank()
-    pieces = list(_weights(model, share, excluded))
-    if with_optimizer:
-        pieces += _optimizer(model, share)
-        if engine.mid_accumulation:
-            pieces += PartialGradients(zero, model, share).pieces()
-    local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
-    snapshot = Snapshot(pieces, pack_rank_state(rank, local))
-    if rank == 0:
-        pieces += _replicated(model)
-        lightning = {k: v for k, v in client_state.items() if k not in _NOT_STATE}
-        state = {
-            "lightning": lightning,
-            "optimizer": _optimizer_info(share, zero, user_groups) if with_optimizer else None,
-            "engine": _engine_info(engine, zero) if with_optimizer else None,
-            "extra_state": {k: v for k, v in model.extra().items() if not isinstance(v, Tensor)},
-        }
-        snapshot.small |= pack_state(state)
-        _warn_of_objects(snapshot.small)
-        snapshot.manifest = Manifest(
-            written_by=f"lightning_fastmoe {_version()}",
-            contents=("weights", "optimizer") if with_optimizer else ("weights",),
-            topology=topology,
-            progress={k: int(client_state.get(k, 0)) for k in ("epoch", "global_step")},
-            moe_layers=model.num_experts,
-            excluded=tuple(sorted(excluded)),
-            tied=model.tied,
-        )
+    with together.stage():
+        model = map_model(engine.module, layers)
+        zero = ZeroState(engine, model.names)
+        # Lightning leaves the optimizer states out where weights alone are wanted.
+        with_optimizer = "optimizer_states" in client_state and zero.trains
+        excluded = model.frozen() if exclude_frozen else set()
+        share = zero.share()
+        pieces = list(_weights(model, share, excluded))
+        if with_optimizer:
+            pieces += _optimizer(model, share)
+            if engine.mid_accumulation:
+                pieces += PartialGradients(zero, model, share).pieces()
+        pieces += _replicated(model, topology)
+        local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
+        snapshot = Snapshot(pieces, pack_rank_state(together.rank, local))
+        inventory = Inventory(sorted(excluded), model.tied, model.names_by_expert())
+        if with_optimizer:
+            inventory.groups = _rows(NamedGroup(f.names, options_of(f.group)) for f in share.flats)
+            inventory.user_groups = _rows(user_groups or [])
+            inventory.scalars = shared_scalars(share.flats)
+    everyone = together.gather(inventory) if model.spread_modules else [inventory]
+    with together.stage():
+        if together.rank == 0:
+            whole = merged(everyone, model.num_experts)
+            lightning = {k: v for k, v in client_state.items() if k not in _NOT_STATE}
+            state = {
+                "lightning": lightning,
+                "optimizer": _optimizer_info(whole, zero) if with_optimizer else None,
+                "engine": _engine_info(engine, zero) if with_optimizer else None,
+                "extra_state": {
+                    k: v for k, v in model.extra().items() if not isinstance(v, Tensor)
+                },
+            }
+            snapshot.small |= pack_state(state)
+            _warn_of_objects(snapshot.small)
+            snapshot.manifest = Manifest(
+                written_by=f"lightning_fastmoe {_version()}",
+                contents=("weights", "optimizer") if with_optimizer else ("weights",),
+                topology=topology,
+                progress={k: int(client_state.get(k, 0)) for k in ("epoch", "global_step")},
+                moe_layers=model.num_experts,
+                module_experts={
+                    layer: [experts[i] for i in sorted(experts)]
+                    for layer, experts in whole.experts.items()
+                },
+                excluded=tuple(whole.excluded),
+                tied=whole.tied,
+            )
     return snapshot
 
 
@@ -204,7 +221,7 @@ def _weights(model: ModelMap, share: ZeroShare, excluded: set[str]) -> Iterator[
         place = model.place(loose.name)
         start, length = loose.share
         data = loose.data[start : start + length]
-        if length or (place.numel == 0 and dist.get_rank() == 0):
+        if length or (place.numel == 0 and (place.is_expert or dist.get_rank() == 0)):
             yield _piece(weight_name(loose.name), place, loose.start + start, data)
 
 
@@ -221,22 +238,41 @@ def _piece(tensor: str, place: Place, start: int, data: Tensor) -> OwnedPiece:
     return OwnedPiece.of(tensor, place.shape, place.offset + start, data)
 
 
-def _replicated(model: ModelMap) -> Iterator[OwnedPiece]:
-    """What rank 0 writes for all: buffers, which are small, and what state dicts hold besides."""
+def _replicated(model: ModelMap, topology: Topology) -> Iterator[OwnedPiece]:
+    """What one rank writes for all: buffers, which are small, and what state dicts hold besides.
+
+    Rank 0 writes what every rank has. The buffers of a module expert are written by the first of
+    the ranks that hold the expert; the first replicas of all experts are on the first ranks.
+    """
+    rank = dist.get_rank()
+    spread = model.spread_modules
+    is_first_replica = rank < topology.expert_parallel_size
     tensors = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
     for name, tensor in {**model.buffers, **tensors}.items():
-        flat = tensor.detach().contiguous().view(-1)
-        yield OwnedPiece.of(weight_name(name), tensor.shape, 0, flat)
+        if rank == 0 or (is_first_replica and expert_of(name, spread)):
+            flat = tensor.detach().contiguous().view(-1)
+            yield OwnedPiece.of(weight_name(name), tensor.shape, 0, flat)
 
 
-def _optimizer_info(
-    share: ZeroShare, zero: ZeroState, user_groups: list[NamedGroup] | None
-) -> dict[str, Any]:
+def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:
+    """Groups for JSON, and for other ranks: tensors on the CPU."""
+    return [
+        {
+            "params": group.params,
+            "options": {
+                k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.options.items()
+            },
+        }
+        for group in groups
+    ]
+
+
+def _optimizer_info(whole: Inventory, zero: ZeroState) -> dict[str, Any]:
     return {
         "class": type(zero.zero.optimizer).__name__,
-        "groups": [NamedGroup(f.names, options_of(f.group)).plain() for f in share.flats],
-        "user_groups": [group.plain() for group in user_groups or []],
-        "scalars": shared_scalars(share.flats),
+        "groups": whole.groups,
+        "user_groups": whole.user_groups,
+        "scalars": whole.scalars,
     }
 
 

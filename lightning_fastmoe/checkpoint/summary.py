@@ -71,9 +71,10 @@ def _optimizer(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _layer(manifest: Manifest, layer: str) -> dict[str, Any]:
-    """A layer's stacked expert tensors, by their names inside it."""
+    """A layer's expert tensors, by their names inside it: stacked, or of each module."""
     start = f"{layer}.experts."
-    experts, total = {}, 0
+    experts: dict[str, Any] = {}
+    total = 0
     for tensor, record in manifest.tensors.items():
         state, name = split_name(tensor)
         if name.startswith(start):
@@ -84,5 +85,19 @@ def _layer(manifest: Manifest, layer: str) -> dict[str, Any]:
         "name": layer,
         "num_experts": manifest.moe_layers[layer],
         "experts": experts,
+        "modules": _modules(manifest.module_experts.get(layer, []), experts),
         "bytes_with_optimizer": total,
     }
+
+
+def _modules(experts: list[list[str]], tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Module experts, those with equal tensors together; nothing if the layer stacks them."""
+    kinds: list[dict[str, Any]] = []
+    for i, names in enumerate(experts):
+        own = {name: tensors[full] for name in names if (full := f"{i}.{name}") in tensors}
+        like = next((kind for kind in kinds if kind["tensors"] == own), None)
+        if like is None:
+            kinds.append({"ids": [i], "tensors": own})
+        else:
+            like["ids"].append(i)
+    return kinds

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
-from lightning_fastmoe.checkpoint.loading import check_names, check_shapes
+from lightning_fastmoe.checkpoint.loading import check_experts, check_names, check_shapes
 from lightning_fastmoe.checkpoint.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.records import WEIGHTS, TensorRecord, weight_name
 from lightning_fastmoe.checkpoint.sources import DirectorySource
@@ -73,6 +73,7 @@ def _load(
     with CheckpointReader(path) as reader:
         reader.threads = threads
         source = _Inside(reader, prefix)
+        check_experts(source, model)
         check_names(source, model, strict)
         check_shapes(source, model)
         if share is not None:

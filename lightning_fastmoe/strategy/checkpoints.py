@@ -34,6 +34,7 @@ from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.nn import Experts
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 
@@ -99,15 +100,15 @@ class ExpertCheckpoints(ExpertSteps):
         if user is not None:
             user.push()  # what a scheduler has set for the next step belongs to the state
         together = Together(path, "saved")
-        with together.stage():
-            snapshot = take_snapshot(
-                engine=self.deepspeed_engine,
-                layers=self._expert_state.layers,
-                topology=self._topology(),
-                client_state=checkpoint,
-                user_groups=user.named() if user is not None else None,
-                exclude_frozen=self.exclude_frozen_parameters,
-            )
+        snapshot = take_snapshot(
+            together,
+            engine=self.deepspeed_engine,
+            layers=self._expert_state.layers,
+            topology=self._topology(),
+            client_state=checkpoint,
+            user_groups=user.named() if user is not None else None,
+            exclude_frozen=self.exclude_frozen_parameters,
+        )
         self._writer.submit(path, snapshot)
         if not self._trainer_runs:
             self._writer.wait()  # no step will come in which an error could surface
@@ -236,6 +237,8 @@ class ExpertCheckpoints(ExpertSteps):
                 source: Source
                 checksum = ""
                 if path.is_file():
+                    if training:
+                        self._check_order_is_known(path)
                     groups = user.named() if user is not None else None
                     source = open_file(path, trusted=trusted, user_groups=groups)
                 elif not is_checkpoint(resolve(path)) and (native := find_deepspeed(path)):
@@ -259,6 +262,21 @@ class ExpertCheckpoints(ExpertSteps):
                 trusted=trusted,
                 verify=self.verify_checkpoints,
             )
+
+    def _check_order_is_known(self, path: Path) -> None:
+        """An optimizer's state in a single file knows parameters by their order alone.
+
+        Raises:
+            CheckpointError: if each rank has others.
+        """
+        for name, layer in self._expert_state.layers.items():
+            if layer.is_spread and not isinstance(layer.experts, Experts):
+                raise CheckpointError(
+                    f"Training can't resume from {path}: the optimizer state in a single file knows"
+                    f" parameters by their order, and the experts of layer {name!r}, modules that"
+                    " are spread over ranks, have another one on each. Resume from it with"
+                    " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
+                )
 
     def _take_local_state(self, loaded: Loaded) -> None:
         self._put_gradients = loaded.put_gradients

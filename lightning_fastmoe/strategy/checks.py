@@ -11,9 +11,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_fastmoe.checkpoint.module_experts import why_not_saved
 from lightning_fastmoe.checkpoint.saving import local_path
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
-from lightning_fastmoe.nn import Experts, MoE
+from lightning_fastmoe.nn import MoE
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 _POLICIES = ("raise", "skip", "ignore")
@@ -143,13 +144,10 @@ def check_can_be_saved(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
     """Refuses to begin a run whose first checkpoint would fail.
 
     Raises:
-        ConfigError: for spread experts that are modules, if the Trainer saves checkpoints.
+        ConfigError: for spread experts with state that has no place in a checkpoint, if the Trainer
+            saves any.
     """
-    spread = [n for n, m in layers.items() if m.is_spread and not isinstance(m.experts, Experts)]
-    if spread and trainer.checkpoint_callbacks:
-        raise ConfigError(
-            f"Layer {spread[0]!r} has modules as experts (expert=...), spread over ranks, which"
-            " checkpoints can't hold yet. Keep all of them on each rank with"
-            " MoE(dispatcher='local') or expert_parallel_size=1, or train with"
-            " Trainer(enable_checkpointing=False)."
-        )
+    for name, layer in layers.items():
+        why = why_not_saved(name, layer) if layer.is_spread else None
+        if why and trainer.checkpoint_callbacks:
+            raise ConfigError(f"{why} Or train with Trainer(enable_checkpointing=False).")

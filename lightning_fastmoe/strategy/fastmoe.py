@@ -52,6 +52,7 @@ from lightning_fastmoe.strategy.experts import (
     register_groups,
     tag_experts,
 )
+from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.uneven import UnevenData
@@ -222,6 +223,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._destroy_earlier_engine(self.lightning_module)
         self._setup_experts(self.lightning_module)
         check_can_be_saved(trainer, self._expert_state.layers)
+        if self.zero_stage_3:
+            check_same_structure(self._expert_state.layers)
         super().setup(trainer)
         vars(self.lightning_module)[_ENGINE] = self.model
 
@@ -283,6 +286,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert optimizer is not None
         names = {id(p): name for name, p in model.named_parameters()}
         user = split_expert_groups(optimizer, names, group_name(self.expert_mesh))
+        check_same_groups(optimizer, self._expert_state.layers)
         if lr_scheduler is not None:
             rebind_scheduler(lr_scheduler, optimizer, user)
         self._expert_state.user_groups = user

@@ -19,10 +19,15 @@ def content(path: Path):
     """Everything that the topology must not change."""
     with CheckpointReader(path) as reader:
         reader.verify()
+        experts = reader.manifest.module_experts
+        tied, excluded = reader.manifest.tied, reader.manifest.excluded
         tensors = {name: reader.read(name) for name in reader.manifest.tensors}
         state = reader.read_state()
     optimizer = state["optimizer"]
     about = {
+        "module experts": experts,
+        "tied": tied,
+        "excluded": list(excluded),
         "options": by_parameter(optimizer["groups"], "options"),
         "user options": by_parameter(optimizer["user_groups"], "options"),
         "scalars": by_parameter(optimizer["scalars"], "values"),
@@ -34,11 +39,12 @@ def content(path: Path):
     return tensors, about
 
 
-def assert_same_content(path: Path, again: Path) -> None:
+def assert_same_content(path: Path, again: Path, some_expert: str = "up_proj") -> None:
+    """``some_expert``: a trained parameter of the second layer's experts."""
     (expected, about), (found, about_found) = content(path), content(again)
     assert found.keys() == expected.keys()
     assert {"weights/net.norm.weight", "weights/steps_seen"} <= found.keys()
-    assert "optimizer/exp_avg_sq/net.moes.1.experts.up_proj" in found
+    assert "optimizer/exp_avg_sq/net.moes.1.experts." + some_expert in found
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from strategy.expert_modules import build_modules
 from strategy.models import D_IN, Case, build_net, make_optimizer, make_scheduler
 from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor, nn
@@ -47,13 +48,24 @@ class Batches:
         self.done = state["done"]
 
 
+@dataclass(frozen=True)
+class ModuleCase(Case):
+    """A run with experts that are modules: "class" or "list"."""
+
+    experts: str = "list"
+
+
 class WithDropout(pl.LightningModule):
     """Every forward pass draws random numbers, unless ``dropout`` is 0."""
 
     def __init__(self, case: Case, dropout: float) -> None:
         super().__init__()
         self.case, self.dropout = case, dropout
-        self.net = build_net(case.num_experts, case.coefficients)
+        self.net = (
+            build_modules(case.experts)
+            if isinstance(case, ModuleCase)
+            else build_net(case.num_experts, case.coefficients)
+        )
         self.batch_losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from strategy.expert_modules import FROZEN as MODULES_FROZEN
+from strategy.expert_modules import build_modules
 from strategy.models import D_IN, Case, RankBatches
 from strategy.resume_runs import Resumed, trainer_for
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 STEPS, SAVED = 6, 3
@@ -29,9 +31,14 @@ class Layout:
     exclude_frozen: bool = False
     accelerator: str = "cpu"
     shared_gpu: bool = False
+    experts: str = ""  # "class" or "list": modules instead of the stacked FFNs
 
     def __str__(self) -> str:
-        return f"world{self.world}-ep{self.ep}-zero{self.stage}"
+        return f"{self.experts}world{self.world}-ep{self.ep}-zero{self.stage}"
+
+    def module(self) -> Divided:
+        """The model, from new weights."""
+        return WithModules(self.case(), self.experts) if self.experts else Divided(self.case())
 
     def case(self) -> Case:
         """The same run on any layout: the load-balancing loss, which is not linear, is off."""
@@ -73,6 +80,26 @@ class Divided(Resumed):
         return DataLoader(RankBatches(own[None]), batch_size=None)
 
 
+class WithModules(Divided):
+    """The same with experts that are modules; what a rank doesn't hold has other shapes."""
+
+    def __init__(self, case: Case, experts: str) -> None:
+        super().__init__(case)
+        self.experts = experts
+        self.net = None if case.stage == 3 else self.build()
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = self.build()
+
+    def build(self) -> nn.ModuleDict:
+        net = build_modules(self.experts)
+        for name, parameter in net.named_parameters():
+            if name.endswith(MODULES_FROZEN):
+                parameter.requires_grad_(False)
+        return net
+
+
 class Norms(pl.Callback):
     """Notes the gradient norm of each step."""
 
@@ -108,7 +135,7 @@ class Steps:
 
 def _fit(layout: Layout, saver: SaveAt, seed: int, path: str | None) -> Steps:
     pl.seed_everything(seed, verbose=False)
-    module, tracer = Divided(layout.case()), Norms()
+    module, tracer = layout.module(), Norms()
     trainer = trainer_for(layout.case(), STEPS, callbacks=[tracer, saver])
     trainer.fit(module, ckpt_path=path)
     return Steps(module.batch_losses, tracer.norms)

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import MoE, RouterBiasBalancing, moe_losses
-from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.global_batch import LocalBatch
 
@@ -272,17 +271,3 @@ def leave_out(case: RouterCase, rank: int, layer: int) -> None:
 
     pl.seed_everything(7, verbose=False)
     make_trainer(case).fit(Uneven(case))
-
-
-def refuse_to_save(case: RouterCase, directory: str) -> list[str]:
-    """What a run says that would save module experts, and what saving them by hand says."""
-    said = []
-    for enabled in (True, False):
-        pl.seed_everything(7, verbose=False)
-        trainer = make_trainer(case, enable_checkpointing=enabled, default_root_dir=directory)
-        try:
-            trainer.fit(RouterNet(case))
-            trainer.save_checkpoint(f"{directory}/by_hand.ckpt")
-        except FastMoEError as error:
-            said.append(f"{type(error).__name__}: {error}")
-    return said

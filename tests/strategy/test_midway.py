@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from strategy import midway_runs as runs
@@ -13,8 +15,8 @@ MIDDLES = {2: "two of three batches of the first step", 11: "and in the second e
 """After so many batches."""
 
 
-def case_of(world=2, ep=2, stage=2, **kwargs) -> Case:
-    return Case(world, ep, stage, runs.ACCUMULATE, epochs=runs.EPOCHS, **kwargs)
+def case_of(world=2, ep=2, stage=2, kind=Case, **kwargs) -> Case:
+    return kind(world, ep, stage, runs.ACCUMULATE, epochs=runs.EPOCHS, **kwargs)
 
 
 CASES = [
@@ -30,7 +32,8 @@ CASES = [
 
 def ident(case: Case) -> str:
     offload = "-offload" if case.extra else ""
-    return f"world{case.world}-zero{case.stage}-{case.precision}{offload}"
+    modules = "modules-" if isinstance(case, runs.ModuleCase) else ""
+    return f"{modules}world{case.world}-zero{case.stage}-{case.precision}{offload}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=ident)
@@ -58,6 +61,8 @@ PAIRS = [
     (case_of(2, 1, 1), case_of(4, 4, 2)),
     (case_of(2, 2, 2), case_of(4, 2, 1)),
     (case_of(4, 4, 3), case_of(2, 1, 2)),
+    (case_of(4, 2, 1, runs.ModuleCase), case_of(2, 2, 2, runs.ModuleCase)),
+    (case_of(2, 2, 3, runs.ModuleCase), case_of(4, 4, 1, runs.ModuleCase)),
 ]
 
 
@@ -65,9 +70,7 @@ PAIRS = [
 def test_half_a_step_is_finished_on_other_ranks(rank_pool, tmp_path, before, after):
     """Without load-balancing loss and dropout, which other ranks compute otherwise."""
     path = str(tmp_path / "a.ckpt")
-    before, after = (
-        case_of(c.world, c.ep, c.stage, coefficients=(0, 1e-3)) for c in (before, after)
-    )
+    before, after = (replace(c, coefficients=(0, 1e-3)) for c in (before, after))
     straight = rank_pool.run(runs.fit, before.world, before, 0.0, 7, {5: path})
     kinds = {1: {"gradients/local"}, 2: {"gradients/mean"}, 3: {"gradients/mean"}}
     assert gradients_in(path) == kinds[before.stage]

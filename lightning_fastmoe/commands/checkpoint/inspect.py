@@ -64,11 +64,11 @@ def _lines(s: dict[str, Any]) -> list[str]:
     if s["moe_layers"]:
         rows = [["MoE layer", "experts", "tensors", "with optimizer"]]
         for layer in s["moe_layers"]:
-            tensors = [
-                f"{n} {a['dtype']} {_shape(a['shape'])}" for n, a in layer["experts"].items()
-            ]
             size = readable(layer["bytes_with_optimizer"])
-            rows.append([layer["name"], str(layer["num_experts"]), "; ".join(tensors), size])
+            first, *others = layer["modules"] or [{"tensors": layer["experts"]}]
+            experts = str(layer["num_experts"])
+            rows.append([layer["name"], experts, _kind(first), size])
+            rows += [["", "", _kind(other), ""] for other in others]
         lines += ["", *table(rows)]
     if "tensors" in s:
         rows = [["tensor", "dtype", "shape", "size", "pieces"]]
@@ -78,6 +78,24 @@ def _lines(s: dict[str, Any]) -> list[str]:
             rows.append([name, about["dtype"], shape, size, str(about["pieces"])])
         lines += ["", *table(rows)]
     return lines
+
+
+def _kind(kind: dict[str, Any]) -> str:
+    """Experts that have equal tensors, by their global ids unless the tensors stack them."""
+    tensors = [f"{n} {a['dtype']} {_shape(a['shape'])}" for n, a in kind["tensors"].items()]
+    ids = f"{ranges(kind['ids'])}: " if "ids" in kind else ""
+    return ids + ("; ".join(tensors) or "nothing")
+
+
+def ranges(ids: list[int]) -> str:
+    """``0-2,5`` for 0, 1, 2 and 5."""
+    parts: list[list[int]] = []
+    for i in ids:
+        if parts and i == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], i]
+        else:
+            parts.append([i, i])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _shape(shape: list[int]) -> str:

@@ -1,0 +1,79 @@
+"""What DeepSpeed wants alike on all ranks, though experts that are modules may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from lightning_fastmoe.errors import ConfigError, ParameterGroupError
+from lightning_fastmoe.nn import Experts, MoE
+
+
+def spread_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
+    """The layers whose experts are modules that other ranks don't have; alike on all ranks."""
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if layer.is_spread and not isinstance(layer.experts, Experts)
+    }
+
+
+def check_same_structure(layers: Mapping[str, MoE]) -> None:
+    """For ZeRO 3, which wants the same sequence of modules on all ranks; all ranks call this.
+
+    DeepSpeed would find out in the second step, on some of the ranks, for which the others wait.
+
+    Raises:
+        ConfigError: on all ranks, naming the layer and the rank.
+    """
+    own = {
+        name: [
+            (len(list(module.children())), len(list(module.parameters(recurse=False))))
+            for module in layer.experts.modules()
+        ]
+        for name, layer in spread_module_layers(layers).items()
+    }
+    for rank, theirs in enumerate(_of_all_ranks(own)):
+        for name in own:
+            if theirs[name] != own[name]:
+                raise ConfigError(
+                    f"The experts of layer {name!r} have other modules or parameters inside on rank"
+                    f" {rank} than on rank {dist.get_rank()}, and ZeRO stage 3 wants as many on"
+                    " each. Use stage 1 or 2, or order the list expert=[...] so that each rank gets"
+                    " the same kinds."
+                )
+
+
+def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
+    """Groups must correspond, as DeepSpeed adds up their norms over ranks; all ranks call this.
+
+    Args:
+        optimizer: with its groups split into dense ones and those of experts.
+        layers: name -> MoE layer.
+
+    Raises:
+        ParameterGroupError: on all ranks, naming the rank.
+    """
+    own = [bool(group.get("moe")) for group in optimizer.param_groups]
+    for rank, theirs in enumerate(_of_all_ranks(own if spread_module_layers(layers) else None)):
+        if theirs != own:
+            here = dist.get_rank()
+            raise ParameterGroupError(
+                f"Rank {rank} trains experts in {sum(theirs)} of the optimizer's groups, rank"
+                f" {here} in {sum(own)}, because its experts have no parameters for the others,"
+                " or only frozen ones; DeepSpeed wants as many on each. Order the list"
+                " expert=[...] so that each rank has an expert with parameters for each group, or"
+                " put the parameters into fewer groups."
+            )
+
+
+def _of_all_ranks(own: Any) -> list[Any]:
+    """Every rank's value; nothing if there is none, which is then so on all."""
+    if not own:
+        return []
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
