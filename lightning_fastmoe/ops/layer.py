@@ -58,7 +58,7 @@ class _ExpertLayer(torch.autograd.Function):
     ) -> Tensor:
         groups = (tokens_per_expert, offsets)
         biases = (up_bias, down_bias)
-        ctx.name, ctx.h_is_spent = name, False
+        ctx.name, ctx.h_is_spent, ctx.h_has_bias = name, False, False
         x = x.contiguous()
         if (whole := _whole_layer(x, up, down, *biases)) is not None:
             library, on_hopper = whole
@@ -67,11 +67,12 @@ class _ExpertLayer(torch.autograd.Function):
             )
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
             return out  # type: ignore[no-any-return]
-        if (library := hopper(x, up, down, *_given(biases))) is not None and x.shape[0]:
+        if (library := _biased_layer(x, up, down, *biases)) is not None:
             out, h = biased_layer.forward(
                 library, x, weights, up, down, *biases, order, inverse, offsets, name, keep_h
             )
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
+            ctx.h_has_bias = True
             return out
         h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         a = kernels.activation(h, name, up_bias, offsets)
@@ -95,7 +96,10 @@ class _ExpertLayer(torch.autograd.Function):
         (x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups) = ctx.saved_tensors
         wants = ctx.needs_input_grad
         whole = _whole_layer(x, up, down, up_bias, down_bias)
-        biased = hopper(x, up, down, *_given((up_bias, down_bias))) if x.shape[0] else None
+        # Other products than in the forward may apply: ZeRO 3 gathers weights anew, elsewhere.
+        biased, h_has_bias = None, ctx.h_has_bias
+        if whole is None and (h_has_bias or ctx.h_is_spent):
+            biased = _biased_layer(x, up, down, up_bias, down_bias)
         if ctx.h_is_spent and whole is not None:
             library, on_hopper = whole  # all of the forward, for the same bits
             _, h = library.expert_layer(
@@ -105,7 +109,9 @@ class _ExpertLayer(torch.autograd.Function):
             h = biased_layer.pre_activation(
                 biased, x, weights, up, up_bias, order, groups[1], ctx.name
             )
+            h_has_bias = True
         elif ctx.h_is_spent:
+            h_has_bias = False
             h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         ctx.h_is_spent = True
         none = (None,) * 6
@@ -137,7 +143,8 @@ class _ExpertLayer(torch.autograd.Function):
             d_down_bias = expert_sums(d_out, *groups, weights=row_weights)
         weighted_act = d_act
         d_weights = kernels.activation_backward_(
-            d_h, weighted_act, used, order, ctx.name, up_bias, groups[1]
+            *(d_h, weighted_act, used, order, ctx.name),
+            *(None if h_has_bias else up_bias, groups[1]),
         )
         if wants[1] and down_bias is not None:
             d_weights += biased_layer.bias_dots(grad, down_bias, inverse, groups[1], d_weights)
@@ -173,8 +180,12 @@ def _whole_layer(
     return None if library is None else (library, False)
 
 
-def _given(biases: tuple[Tensor | None, ...]) -> list[Tensor]:
-    return [bias for bias in biases if bias is not None]
+def _biased_layer(
+    x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+) -> Any | None:
+    """Hopper's products, if they take the layer with its biases; see ``biased_layer``."""
+    biases = [bias for bias in (up_bias, down_bias) if bias is not None]
+    return hopper(x, up, down, *biases) if x.shape[0] else None
 
 
 def _needs_graph(*inputs: Tensor | None) -> bool:

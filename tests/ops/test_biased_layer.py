@@ -104,3 +104,22 @@ def test_each_gradient_alone(monkeypatch, leaves, alone):
     inputs = [leaf.detach().requires_grad_(i == alone) for i, leaf in enumerate(leaves)]
     (got,) = torch.autograd.grad(run(inputs, False), inputs[alone], upstream)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("backward", [["slow"], [], ["", "slow"], ["slow", ""]])
+@pytest.mark.parametrize("forward", ["", "slow"])
+def test_products_may_change_between_passes(monkeypatch, leaves, in_order, forward, backward):
+    """As when ZeRO 3 gathers weights to another address: what H holds must not be guessed."""
+    wanted = [t for i, t in enumerate(leaves) if not (in_order and i == 1)]
+    out = run(leaves, in_order)
+    upstream = torch.randn_like(out)
+    want = torch.autograd.grad(out, wanted, upstream)
+    products = {"": None, "slow": SlowProducts()}
+    monkeypatch.setattr(layer_module, "hopper", lambda *_: products[forward])
+    out = run(leaves, in_order)
+    for name in backward or [""]:
+        monkeypatch.setattr(layer_module, "hopper", lambda *_, name=name: products[name])
+        got = torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
