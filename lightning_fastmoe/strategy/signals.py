@@ -53,6 +53,10 @@ class DeferredSignals(pl.Callback):
         """Leaves the Trainer, which sets the handlers back itself."""
         if self in self._callbacks:
             self._callbacks.remove(self)
+        if self._group is not None and self._under_way is None:
+            # Else an error came in between, and the other ranks may never answer.
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted.add(number)

@@ -30,13 +30,13 @@ def some_pairs() -> list[tuple[Layout, Layout]]:
     return list(zip(LAYOUTS, others, strict=True))
 
 
-def module_pairs() -> list[tuple[Layout, Layout]]:
-    """The same for experts that are modules: all of them for a list, a few for one class."""
+def module_pairs(every: bool) -> list[tuple[Layout, Layout]]:
+    """The same for experts that are modules: half of the pairs for a list, a few for one class."""
     pairs = some_pairs()
     return [
         (replace(a, experts=kind), replace(b, experts=kind))
-        for kind, some in (("list", pairs), ("class", pairs[1::4]))
-        for a, b in some
+        for kind, some in (("list", pairs[::2]), ("class", pairs[1::6]))
+        for a, b in (pairs if every else some)
     ]
 
 
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
         every = metafunc.config.getoption("--all-pairs")
         pairs = [(a, b) for a in LAYOUTS for b in LAYOUTS] if every else some_pairs()
-        pairs += module_pairs()
+        pairs += module_pairs(every)
         metafunc.parametrize("pair", pairs, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
 
 
