@@ -135,9 +135,7 @@ class ExpertCheckpoints(ExpertSteps):
         names: list[str] = []
         if self.is_global_zero:
             for folder in dict.fromkeys(str(c.dirpath) for c in callbacks if c.dirpath):
-                with suppress(
-                    OSError
-                ):  # what can't be read or written is for saving to complain of
+                with suppress(OSError):  # of which saving will complain
                     names += [f"{folder}/{name}" for name in put_back(Path(folder))]
         names = self.broadcast(names)
         if names and trainer.ckpt_path is None:
