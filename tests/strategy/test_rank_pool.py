@@ -1,0 +1,19 @@
+"""Worker processes serve many cases, so no case may leave anything behind for the next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from strategy import nonfinite_runs as runs
+from strategy.models import Case
+
+
+def test_zero_3_changes_no_bit_of_a_later_run(rank_pool):
+    case = Case(world=4, ep=2, stage=2, steps=4, extra={"nonfinite": "skip"})
+    before = rank_pool.run(runs.fit, 4, case)[0].at_the_end
+    rank_pool.run(runs.fit, 4, replace(case, stage=3))
+    after = rank_pool.run(runs.fit, 4, case)[0].at_the_end
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight), name
