@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= examples/tiny_lm.yaml
+# pytest's processes. Tests with several ranks have processes of their own, so two keep two cores busy.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -51,7 +53,8 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=10 \
+	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)

@@ -63,3 +63,8 @@ def _poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         return
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poison(getattr(owner, name)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes in one piece goes first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_csrc.py")

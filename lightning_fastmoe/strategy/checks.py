@@ -15,11 +15,19 @@ from lightning_fastmoe.checkpoint.module_experts import why_not_saved
 from lightning_fastmoe.checkpoint.saving import local_path
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
 from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.strategy.elementwise import is_elementwise
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 _POLICIES = ("raise", "skip", "ignore")
 
 
+_ELEMENTWISE_OF_DEEPSPEED = (
+    "FusedAdam",
+    "DeepSpeedCPUAdam",
+    "FusedLion",
+    "DeepSpeedCPULion",
+    "DeepSpeedCPUAdagrad",
+)
 _REFUSED_ARGUMENTS = {
     "load_full_weights": "a single file of weights loads without it: pass it as ckpt_path",
     "remote_device": "parameters are made on the rank's own device, then partitioned;"
@@ -119,13 +127,25 @@ def check_optimizer(optimizer: Any) -> None:
     """Refuses what DeepSpeed trains otherwise than it was told.
 
     Raises:
-        ConfigError: for Adagrad.
+        ConfigError: for Adagrad, and for optimizers that look at parameters as a whole.
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
             "torch.optim.Adagrad is not supported: DeepSpeed makes it anew with all parameters in"
             " one group, so that groups lose their own lr and weight_decay. Use another optimizer,"
             " such as RMSprop or AdamW."
+        )
+    kind = type(optimizer)
+    if kind.__module__.startswith("deepspeed."):
+        elementwise = kind.__name__ in _ELEMENTWISE_OF_DEEPSPEED
+    else:
+        elementwise = is_elementwise(optimizer) is not False
+    if not elementwise:
+        raise ConfigError(
+            f"{kind.__module__}.{kind.__name__} looks at a parameter as a whole, at its shape or"
+            " its norm, but under ZeRO it gets flat pieces of parameters: it would train otherwise"
+            " than on one device, and differently on every number of ranks. Use an optimizer that"
+            " updates each element on its own, such as AdamW, RMSprop or SGD."
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _RUNS_PER_SET = 20
 
@@ -81,9 +82,11 @@ class RankPool:
             RankError: if a rank raises, dies or is late.
         """
         workers = self._start(world_size)
-        port = free_port()
+        # As with torchrun, whoever starts the ranks holds their store, on a port that it has when
+        # it tells them. A free port that rank 0 would listen on later can be taken by then.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(workers):
-            place = (rank, world_size, ranks_per_node or world_size, port)
+            place = (rank, world_size, ranks_per_node or world_size, store.port)
             try:
                 pipe.send((function, args, place))
             except BrokenPipeError:
@@ -162,7 +165,7 @@ def _context() -> Any:
     if torch.cuda.is_available():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_fastmoe.testing.preload"])
+    context.set_forkserver_preload(["lightning_fastmoe.strategy", "torch._inductor.compile_fx"])
     return context
 
 
@@ -170,7 +173,11 @@ def _work(connection: Connection, threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     linear = F.linear
-    frozen = False
+    # What the libraries made while they were imported stays for good. Passing over it took half a
+    # second of each collection, and half of the time of all cases together: _leave() collects, and
+    # so does DeepSpeed whenever it makes an engine.
+    gc.freeze()
+    is_first = True
     while True:
         try:
             function, args, place = connection.recv()
@@ -188,12 +195,9 @@ def _work(connection: Connection, threads: int) -> None:
             # those before it.
             F.linear = linear
         connection.send(outcome)
-        if not frozen:
-            # What the libraries made while they were imported stays for good. Passing over it took
-            # half of a second of each collection, and half of the time of all cases together:
-            # _leave() collects, and so does DeepSpeed whenever it makes an engine.
+        if is_first:  # and imported the rest
             gc.freeze()
-            frozen = True
+            is_first = False
 
 
 def _enter(rank: int, world_size: int, ranks_per_node: int, port: int) -> None:
@@ -209,6 +213,7 @@ def _enter(rank: int, world_size: int, ranks_per_node: int, port: int) -> None:
             "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "GROUP_RANK": str(node),
             "TORCHELASTIC_RUN_ID": f"pool-{port}",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
     )
 

@@ -59,6 +59,14 @@ class Adagrad(Net):
         return torch.optim.Adagrad(self.net.parameters(), lr=0.1)
 
 
+class Adafactor(Net):
+    """Scales its steps by norms of parameters; a scheduler begins at zero."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adafactor(self.net.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, float)]
+
+
 class TwoSchedulers(Net):
     """Both for the same optimizer."""
 
@@ -229,6 +237,7 @@ SCENES: dict[str, Callable[[], Any]] = {
     ),
     "two optimizers": lambda: fit(TwoOptimizers(CASE), gradient_clip_val=None),
     "adagrad": lambda: fit(Adagrad(CASE)),
+    "adafactor": lambda: fit(Adafactor(CASE)),
     "two schedulers": lambda: fit(TwoSchedulers(CASE)),
     "no optimizer": lambda: fit(NoOptimizer(CASE)),
     "clip by value": lambda: fit(gradient_clip_algorithm="value"),

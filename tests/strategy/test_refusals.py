@@ -33,6 +33,7 @@ REFUSED = [
     ("two optimizers", 2, "ConfigError", ["2 optimizer(s)", "one optimizer"]),
     ("two schedulers", 2, "ConfigError", ["2 scheduler(s)", "SequentialLR"]),
     ("adagrad", 2, "ConfigError", ["Adagrad", "one group", "RMSprop"]),
+    ("adafactor", 2, "ConfigError", ["Adafactor", "as a whole", "AdamW"]),
     ("no optimizer", 2, "ParameterGroupError", ["is empty", "configure_optimizers()"]),
     ("clip by value", 2, "ConfigError", ["'value'", "gradient_clip_algorithm='norm'"]),
     ("fp16 on the CPU", 2, "ConfigError", ["'16-mixed'", "'bf16-mixed'"]),
