@@ -1,0 +1,59 @@
+"""What the ranks run in test_saving_memory.py: enough state to show beside small buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from strategy.models import Case
+from strategy.tracing import make_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_fastmoe import MoE
+
+D_MODEL, D_FFN, EXPERTS = 512, 640, 16
+
+
+class Large(pl.LightningModule):
+    """Experts and a dense layer of as many parameters, two times ten million."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = MoE(D_MODEL, D_FFN, EXPERTS, top_k=2, activation="gelu")
+        self.dense = nn.Linear(D_MODEL, 2 * D_FFN * EXPERTS, bias=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.dense(self.moe(batch)).square().mean()
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.ones(2, 4, D_MODEL), batch_size=None)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    with Path("/proc/self/status").open(encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def rise_during_a_save(case: Case, directory: str) -> tuple[int, int]:
+    """How far a rank's memory rose, and the bytes of the state that it has."""
+    trainer = make_trainer(case, gradient_clip_val=None)
+    trainer.fit(Large())
+    zero = trainer.strategy.deepspeed_engine.optimizer
+    flats = [t for s in zero.optimizer.state.values() for t in s.values() if t.numel() > 1]
+    own = sum(flat.nbytes for flat in flats) * 3 // 2  # two states of AdamW, and the weights
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide what is needed
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+    before = resident("VmRSS")
+    trainer.save_checkpoint(directory)
+    return resident("VmHWM") - before, own
