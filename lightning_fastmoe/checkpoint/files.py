@@ -98,13 +98,6 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: Path) -> None:
         done += count
 
 
-def will_read(fd: int, offset: int, length: int) -> None:
-    """Has the system begin to read there; a hint, which changes nothing else."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-
 def read_small(directory: int, name: str, where: Path, limit: int) -> bytes:
     """The whole of a file of at most ``limit`` bytes.
 

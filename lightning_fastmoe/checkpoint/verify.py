@@ -8,12 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly, will_read
+from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly
 from lightning_fastmoe.errors import CheckpointError
-
-_AHEAD = 4
-"""So many buffers are being read from the disk while one is hashed."""
-
 
 @dataclass(frozen=True, order=True)
 class Mark:
@@ -57,8 +53,6 @@ def check_hash(
     for begin in range(0, size, BUFFER_BYTES):
         end = min(begin + BUFFER_BYTES, size)
         view = buffer[: end - begin]
-        ahead = begin + _AHEAD * BUFFER_BYTES if begin else 0
-        will_read(fd, ahead, begin + (_AHEAD + 1) * BUFFER_BYTES - ahead)
         read_exactly(fd, view, begin, where)
         position = begin
         while position < end:
