@@ -11,6 +11,7 @@ from pathlib import Path
 from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly
 from lightning_fastmoe.errors import CheckpointError
 
+
 @dataclass(frozen=True, order=True)
 class Mark:
     """What the hash must be at some place in a file.
