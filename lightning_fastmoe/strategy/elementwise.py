@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_CUT = 7
 _STEPS = 8  # RAdam takes plain steps at first
 _TOLERANCE = 1e-4  # of the longest way that an element went; what depends on norms differs by 1e-2
 
@@ -42,60 +43,55 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool | None:
 
 def _try_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool | None:
     device = next((p.device for p in group["params"]), torch.device("cpu"))
+    start = _numbers(0, device)
     try:
-        whole, again = (_train(optimizer, group, device, seed=seed) for seed in (0, 1))
+        whole, again = (_train(optimizer, group, start.view(4, 6), seed=seed) for seed in (0, 1))
     except Exception:  # noqa: BLE001  whatever a stranger's step raises, at its first real one too
         return None
     if not torch.equal(whole, again):
         return None
-    try:
-        pieces = _train(optimizer, group, device, seed=0, cuts=(7,))
+    try:  # each piece by a copy that sees nothing else, as on a rank
+        pieces = [
+            _train(optimizer, group, start[part], part, seed=0)
+            for part in (slice(_CUT), slice(_CUT, None))
+        ]
     except Exception:  # noqa: BLE001  one that wants matrices, for one
         return False
-    way = (whole - _numbers(0, device)).abs().max()
-    return bool((pieces - whole).abs().max() <= _TOLERANCE * way)
+    way = (whole - start).abs().max()
+    return bool((torch.cat(pieces) - whole).abs().max() <= _TOLERANCE * way)
 
 
 def _train(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
-    device: torch.device,
+    start: Tensor,
+    part: slice = slice(None),
     *,
     seed: int,
-    cuts: tuple[int, ...] = (),
 ) -> Tensor:
-    """The 24 numbers after some steps, as one matrix or cut into flat pieces."""
-    start = _numbers(0, device)
-    bounds = [0, *cuts, start.numel()]
-    slices = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-    parameters = [torch.nn.Parameter(start[s].clone()) for s in slices]
-    if not cuts:
-        parameters = [torch.nn.Parameter(start.view(4, 6).clone())]
-    trial = _copy(optimizer, group, parameters)
-    devices = [device] if device.type == "cuda" else []
+    """What some steps make of a parameter that holds a part of the numbers, flat."""
+    parameter = torch.nn.Parameter(start.clone())
+    trial = _copy(optimizer, group, parameter)
+    devices = [start.device] if start.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for step in range(1, _STEPS + 1):
-            gradient = _numbers(step, device)
-            for parameter, s in zip(parameters, slices, strict=True):
-                parameter.grad = gradient[s].clone().view(parameter.shape)
+            parameter.grad = _numbers(step, start.device)[part].clone().view(start.shape)
             type(trial).step(trial)
-    return torch.cat([p.detach().flatten() for p in parameters])
+    return parameter.detach().flatten()
 
 
 def _copy(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.nn.Parameter
 ) -> torch.optim.Optimizer:
     """With its own state, no hooks, and the options of a group."""
     trial: torch.optim.Optimizer = object.__new__(type(optimizer))
-    for key, value in vars(
-        optimizer
-    ).items():  # copy.copy leaves out what a subclass has of its own
+    for key, value in vars(optimizer).items():  # copy.copy forgets what a subclass adds
         setattr(trial, key, copy.copy(value) if isinstance(value, dict | list | set) else value)
     options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
     if isinstance(rate := options.get("lr"), (float, int, Tensor)):
         options["lr"] = torch.full_like(rate, 0.01) if isinstance(rate, Tensor) else 0.01
-    trial.param_groups = [{**options, "params": parameters}]
+    trial.param_groups = [{**options, "params": [parameter]}]
     trial.state = defaultdict(dict)
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         setattr(trial, hooks, OrderedDict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from strategy import midway_runs
 from strategy import reshard_runs as runs
 
 from lightning_fastmoe.checkpoint import CheckpointReader
@@ -13,6 +14,13 @@ from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, same
 
 def mean_losses(results: list[runs.Steps]) -> list[float]:
     return [sum(step) / len(step) for step in zip(*(r.losses for r in results), strict=True)]
+
+
+def assert_goes_on(straight: midway_runs.Run, rest: midway_runs.Run, done: int) -> None:
+    """The run that resumed after so many batches gives the same bits as the uninterrupted one."""
+    assert rest.losses == straight.losses[done:]
+    assert rest.norms == straight.norms[-len(rest.norms) :]
+    assert all(torch.equal(rest.weights[name], w) for name, w in straight.weights.items())
 
 
 def content(path: Path):

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 STEPS, SAVED = 6, 3
 GLOBAL_BATCH, TOKENS = 4, 5
 FROZEN = ("norm.weight", "moes.0.experts.up_bias")
+SOME_EXPERT = {"": "up_proj", "class": "6.up.weight", "list": "4.first.weight"}
+"""A trained parameter of the second layer, by kind of experts."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,20 @@ class Lars(optim.Optimizer):
                 p.add_(p.grad, alpha=-group["lr"] * float(p.norm() / p.grad.norm()))
 
 
+class OneNormForAll(optim.Optimizer):
+    """Clips by the norm of all its gradients, of which a rank has some."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        every = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.cat([p.grad.flatten() for p in every]).norm()
+        for p in every:
+            p.add_(p.grad / norm, alpha=-0.1)
+
+
 class NoDecayOfVectors(optim.Optimizer):
     """Looks at shapes, not at norms."""
 
@@ -82,7 +96,9 @@ def test_these_are(kind, options):
     assert is_elementwise(make(kind, **options)) is True
 
 
-@pytest.mark.parametrize("kind", [optim.Adafactor, optim.Muon, Adafactor, Lars, NoDecayOfVectors])
+@pytest.mark.parametrize(
+    "kind", [optim.Adafactor, optim.Muon, Adafactor, Lars, OneNormForAll, NoDecayOfVectors]
+)
 def test_these_are_not(kind):
     assert is_elementwise(make(kind)) is False
 

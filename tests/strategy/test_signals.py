@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from strategy import midway_runs
 from strategy import signal_runs as runs
+from strategy.contents import assert_goes_on
 from strategy.models import Case
 
 BATCH = 5
@@ -14,12 +14,6 @@ BATCH = 5
 
 def case_of(world: int, stage: int) -> Case:
     return Case(world, world, stage, midway_runs.ACCUMULATE, epochs=midway_runs.EPOCHS)
-
-
-def assert_goes_on(straight, rest, done: int) -> None:
-    assert rest.losses == straight.losses[done:]
-    assert rest.norms == straight.norms[-len(rest.norms) :]
-    assert all(torch.equal(rest.weights[name], w) for name, w in straight.weights.items())
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3)])
