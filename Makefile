@@ -21,7 +21,7 @@ help:
 	@echo 'make test       lint, types and unit'
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
-	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests)'
+	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests, WORKERS=0 is one process)'
 	@echo 'make format     let ruff mend what it can'
 	@echo 'make clean      remove caches and build products; distclean also removes $(VENV)'
 	@echo 'PYTHON=python3.12 picks the interpreter of a new $(VENV).'

@@ -19,8 +19,7 @@ from lightning_fastmoe.strategy.elementwise import is_elementwise
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 _POLICIES = ("raise", "skip", "ignore")
-
-
+# Known by name, as copies of some of them share memory outside of Python and can't be tried.
 _ELEMENTWISE_OF_DEEPSPEED = (
     "FusedAdam",
     "DeepSpeedCPUAdam",

@@ -72,9 +72,12 @@ def _train(
     """What some steps make of a parameter that holds a part of the numbers, flat."""
     parameter = torch.nn.Parameter(start.clone())
     trial = _copy(optimizer, group, parameter)
-    devices = [start.device] if start.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    is_cuda = start.device.type == "cuda"
+    with torch.random.fork_rng(devices=[start.device] if is_cuda else []):
+        # Not torch.manual_seed(), which seeds every GPU, whose numbers nobody would put back.
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            torch.cuda.default_generators[start.device.index].manual_seed(seed)
         for step in range(1, _STEPS + 1):
             parameter.grad = _numbers(step, start.device)[part].clone().view(start.shape)
             type(trial).step(trial)

@@ -136,7 +136,9 @@ class RankPool:
             workers = []
             for _ in range(world_size):
                 parent, child = context.Pipe()
-                process = context.Process(target=_work, args=(child, self.threads), daemon=True)
+                process = context.Process(
+                    target=_work, args=(child, self.threads, dict(os.environ)), daemon=True
+                )
                 process.start()
                 child.close()
                 workers.append((process, parent))
@@ -169,7 +171,9 @@ def _context() -> Any:
     return context
 
 
-def _work(connection: Connection, threads: int) -> None:
+def _work(connection: Connection, threads: int, environment: dict[str, str]) -> None:
+    os.environ.clear()  # it may be that of a pool that was the first
+    os.environ.update(environment)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     linear = F.linear

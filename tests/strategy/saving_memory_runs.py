@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from saving.meter import begin_anew, resident
 from strategy.models import Case
 from strategy.tracing import make_trainer
 from torch import Tensor, nn
@@ -37,13 +35,6 @@ class Large(pl.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    with Path("/proc/self/status").open(encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def rise_during_a_save(case: Case, directory: str) -> tuple[int, int]:
     """How far a rank's memory rose, and the bytes of the state that it has."""
     trainer = make_trainer(case, gradient_clip_val=None)
@@ -51,9 +42,6 @@ def rise_during_a_save(case: Case, directory: str) -> tuple[int, int]:
     zero = trainer.strategy.deepspeed_engine.optimizer
     flats = [t for s in zero.optimizer.state.values() for t in s.values() if t.numel() > 1]
     own = sum(flat.nbytes for flat in flats) * 3 // 2  # two states of AdamW, and the weights
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide what is needed
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-    before = resident("VmRSS")
+    before = begin_anew()
     trainer.save_checkpoint(directory)
     return resident("VmHWM") - before, own

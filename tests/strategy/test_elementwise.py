@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.lamb import FusedLamb
 from torch import nn, optim
 from transformers.optimization import Adafactor
 
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.strategy.checks import check_optimizer
 from lightning_fastmoe.strategy.elementwise import is_elementwise
 
 
 class Lars(optim.Optimizer):
-    """Steps as long as the parameter; by one element too, if it has but one dimension."""
+    """Steps as long as the parameter is, if the group says so; remembers its calls."""
 
     def __init__(self, params):
-        super().__init__(params, {"lr": 0.1})
+        super().__init__(params, {"lr": 0.1, "by_norm": True})
         self.calls = []
 
     @torch.no_grad()
@@ -22,7 +28,8 @@ class Lars(optim.Optimizer):
         self.calls.append(len(self.calls))
         for group in self.param_groups:
             for p in group["params"]:
-                p.add_(p.grad, alpha=-group["lr"] * float(p.norm() / p.grad.norm()))
+                length = float(p.norm() / p.grad.norm()) if group["by_norm"] else 1.0
+                p.add_(p.grad, alpha=-group["lr"] * length)
 
 
 class OneNormForAll(optim.Optimizer):
@@ -108,10 +115,10 @@ def test_of_these_it_cannot_be_told(kind):
     assert is_elementwise(make(kind)) is None
 
 
-def test_one_group_is_enough():
-    optimizer = make(optim.AdamW)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": "fast"})
-    assert is_elementwise(optimizer) is None
+@pytest.mark.parametrize(("options", "answer"), [((False, False), True), ((False, True), False)])
+def test_each_group_is_tried_with_its_own_options(options, answer):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "by_norm": own} for own in options]
+    assert is_elementwise(Lars(groups)) is answer
 
 
 @pytest.mark.parametrize(("kind", "answer"), [(optim.AdamW, True), (optim.Adafactor, False)])
@@ -129,8 +136,10 @@ def test_the_optimizer_and_random_numbers_stay_as_they_were():
     optimizer.register_step_pre_hook(lambda *_: hooked.append(1))
     other = make(Lars)
     random = torch.get_rng_state()
-    is_elementwise(optimizer)
-    is_elementwise(other)
+    with mock.patch("torch.cuda.manual_seed_all") as seed_gpus:
+        is_elementwise(optimizer)
+        is_elementwise(other)
+    seed_gpus.assert_not_called()
     assert torch.equal(torch.get_rng_state(), random)
     assert (hooked, other.calls) == ([], [])
     for each in (optimizer, other):
@@ -138,3 +147,10 @@ def test_the_optimizer_and_random_numbers_stay_as_they_were():
         assert torch.equal(parameter, torch.ones(3, 2))
         assert parameter.grad is None
         assert not each.state
+
+
+def test_deepspeeds_own_are_known_by_name():
+    # Making one would compile it.
+    check_optimizer(object.__new__(FusedAdam))
+    with pytest.raises(ConfigError, match="FusedLamb looks at a parameter as a whole"):
+        check_optimizer(object.__new__(FusedLamb))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
 from strategy import nonfinite_runs as runs
 from strategy.models import Case
+
+from lightning_fastmoe.testing import RankPool
 
 
 def test_zero_3_changes_no_bit_of_a_later_run(rank_pool):
@@ -17,3 +20,13 @@ def test_zero_3_changes_no_bit_of_a_later_run(rank_pool):
     assert before.keys() == after.keys()
     for name, weight in before.items():
         assert torch.equal(after[name], weight), name
+
+
+def test_new_workers_have_the_environment_of_their_pool(monkeypatch):
+    found = []
+    for value in ("1", "2"):
+        monkeypatch.setenv("OF_THIS_POOL", value)
+        pool = RankPool()
+        found += pool.run(os.getenv, 1, "OF_THIS_POOL")
+        pool.close()
+    assert found == ["1", "2"]

@@ -1,0 +1,1 @@
+"""What checkpoint.py measures, and how; see there."""
