@@ -78,14 +78,18 @@ def main() -> None:
     silence_upstream()
     arguments = ["fit", "--config", known.config, "--trainer.max_steps", str(known.steps)]
     arguments += ["--trainer.limit_val_batches", "0", *rest]
-    FastMoECLI(
-        MoELanguageModel,
-        ByteCorpus,
-        trainer_defaults={"callbacks": [StepTimer()]},
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        args=arguments,
-    )
+    try:
+        FastMoECLI(
+            MoELanguageModel,
+            ByteCorpus,
+            trainer_defaults={"callbacks": [StepTimer()]},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            args=arguments,
+        )
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # or NCCL warns at exit
 
 
 if __name__ == "__main__":

@@ -77,8 +77,11 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "hopper_backward_activation_(Tensor grad, Tensor order, Tensor offsets, Tensor down,"
       " Tensor(a!) h, Tensor weights, str activation) -> (Tensor weighted, Tensor d_weights)");
   // rows (N, k) -> (N, width): rows @ weight[e], (E, k, width), or if transposed (E, width, k).
+  // With order, a permutation, row r of the product is row order[r] of the result, and it is
+  // multiplied by weights[order[r]], (N, 1) fp32, if there are any.
   library.def(
-      "hopper_rows_product(Tensor rows, Tensor offsets, Tensor weight, bool transposed) -> Tensor");
+      "hopper_rows_product(Tensor rows, Tensor offsets, Tensor weight, bool transposed, Tensor? "
+      "order, Tensor? weights) -> Tensor");
   // gathered (T, m), rows (N, n) -> (E, m, n), or if transposed (E, n, m): the sum over the rows of
   // e of the outer products of gathered[order[row] / top_k] and rows[row].
   library.def(

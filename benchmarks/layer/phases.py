@@ -66,11 +66,11 @@ _BACKWARD = (
     ),
     Entry("down product, backward", "d_down = dO.T @ A", GEMM, floors.down_gradient),
     Entry("down product, backward", "zero empty experts", r"zero_empty", floors.empty_experts),
+    Entry("up product, backward", "d_rows = dH @ up", GEMM, floors.rows_gradient),
+    Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
     Entry("permute, backward", "permute x again", r"permute_rows", floors.permute),
     Entry("up product, backward", "d_up = dH.T @ rows", GEMM, floors.up_gradient),
     Entry("up product, backward", "zero empty experts", r"zero_empty", floors.empty_experts),
-    Entry("up product, backward", "d_rows = dH @ up", GEMM, floors.rows_gradient),
-    Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
 )
 
 _FORWARD_HOPPER = (
@@ -86,6 +86,7 @@ _BACKWARD_HOPPER = (
         ROWS,
         floors.fused_down_backward,
     ),
+    Entry("down product, backward", "dw of the column tiles", r"add_dots", None),
     Entry(
         "down product, backward",
         "d_down = dO.T @ A, gathered",
@@ -93,8 +94,8 @@ _BACKWARD_HOPPER = (
         floors.gathered_down_gradient,
     ),
     Entry("down product, backward", "parts of d_down", r"add_parts", None),
-    Entry("permute, backward", "permute x again", r"permute_rows", floors.permute),
-    Entry("up product, backward", "d_up = dH.T @ rows", GEMM, floors.up_gradient),
+    Entry("up product, backward", "d_rows = dH @ up", ROWS, floors.rows_gradient),
+    Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
     Entry(
         "up product, backward",
         "d_up = dH.T @ x, gathered",
@@ -102,9 +103,6 @@ _BACKWARD_HOPPER = (
         floors.gathered_up_gradient,
     ),
     Entry("up product, backward", "parts of d_up", r"add_parts", None),
-    Entry("up product, backward", "zero empty experts", r"zero_empty", floors.empty_experts),
-    Entry("up product, backward", "d_rows = dH @ up", ROWS, floors.rows_gradient),
-    Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
 )
 
 
@@ -122,7 +120,7 @@ GIVEN_ROUTING = (*_FORWARD, *_BACKWARD)
 """A step of ``order_by_expert`` and ``expert_layer`` with PyTorch's products."""
 
 GIVEN_ROUTING_HOPPER = (*_FORWARD_HOPPER, *_BACKWARD_HOPPER)
-"""The same with our own products, some of which may be PyTorch's all the same."""
+"""The same with our own products. With one expert per token there are no sums."""
 
 WHOLE_MODULE = _with_router(_FORWARD, _BACKWARD)
 """A step of the whole module with PyTorch's products."""

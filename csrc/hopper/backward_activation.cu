@@ -8,10 +8,13 @@
 namespace lightning_fastmoe::hopper {
 namespace {
 
-// d_weights[order[row]] = the sum of the row's shares, in the order of the column tiles.
+// d_weights[order[row]] = the sum of the row's shares, in the order of the column tiles. (Pointers
+// are not __restrict__: the compiler may read such ones before the wait.)
 __global__ void __launch_bounds__(kBlock)
-    add_dots_kernel(const float* __restrict__ dots, const int64_t* __restrict__ order,
-                    float* __restrict__ d_weights, int64_t rows, int columns) {
+    add_dots_kernel(const float* dots, const int64_t* order, float* d_weights, int64_t rows,
+                    int columns) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
   if (row >= rows) return;
   float sum = 0.0f;
@@ -56,7 +59,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       using T = typename decltype(tag)::type;
       using Epilogue = BackwardActivation<T, typename K::Act, K::kGated>;
       RaggedRows<T, Epilogue> job{};
-      job.b_map = tensor_map(down, op, width, d_model, 1, experts, 64);
+      job.b_map = tensor_map(down, op, contiguous_boxes(width, d_model, 1, experts, 64));
       job.gathered = static_cast<const T*>(grad.data_ptr());
       job.order = static_cast<const int64_t*>(order.data_ptr());
       job.top_k = static_cast<int>(top_k);
@@ -64,7 +67,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       job.experts = experts;
       job.k = static_cast<int>(d_model);
       job.columns = columns;
-      job.h_map = tensor_map(h, op, h.size(1), rows, 1, 1, kTileM);
+      job.h_map = tensor_map(h, op, contiguous_boxes(h.size(1), rows, 1, 1, kTileM));
       job.epilogue = {static_cast<T*>(h.data_ptr()),
                       static_cast<T*>(weighted.data_ptr()),
                       static_cast<const float*>(weights.data_ptr()),
@@ -75,9 +78,10 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       launch(ragged_rows_kernel<T, Epilogue, true, Major::kMN>, job, current_stream(grad));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
-    add_dots_kernel<<<grid_size(ceil_div(rows, kBlock), op), kBlock, 0, current_stream(grad)>>>(
-        static_cast<const float*>(dots.data_ptr()), static_cast<const int64_t*>(order.data_ptr()),
-        static_cast<float*>(d_weights.data_ptr()), rows, columns);
+    launch_early(add_dots_kernel, grid_size(ceil_div(rows, kBlock), op), kBlock, 0,
+                 current_stream(grad), static_cast<const float*>(dots.data_ptr()),
+                 static_cast<const int64_t*>(order.data_ptr()),
+                 static_cast<float*>(d_weights.data_ptr()), rows, columns);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {weighted, d_weights};

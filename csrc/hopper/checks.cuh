@@ -47,14 +47,13 @@ inline void check_gathered(const Tensor& tensor, const char* op) {
                   tensor.size(0), " of width ", tensor.size(1));
 }
 
-inline CUtensorMap tensor_map(const Tensor& tensor, const char* op, int64_t d0, int64_t d1,
-                              int64_t d2, int64_t d3, int box_rows) {
+inline CUtensorMap tensor_map(const Tensor& tensor, const char* op, const Boxes& boxes) {
   CUtensorMap map;
-  STD_TORCH_CHECK(
-      encode_tensor_map(&map, tensor.data_ptr(), tensor.scalar_type() == ScalarType::BFloat16, d0,
-                        d1, d2, d3, box_rows),
-      op, ": the driver refuses the description of a tensor (", d0, " x ", d1, " x ", d2, " x ", d3,
-      ")");
+  const auto& n = boxes.sizes;
+  STD_TORCH_CHECK(encode_tensor_map(&map, tensor.data_ptr(),
+                                    tensor.scalar_type() == ScalarType::BFloat16, boxes),
+                  op, ": the driver refuses the description of a tensor (", n[0], " x ", n[1],
+                  " x ", n[2], " x ", n[3], " x ", n[4], ")");
   return map;
 }
 

@@ -1,8 +1,9 @@
 // What becomes of a tile of D in registers.
 //
 // Each has: kGated, whether a tile's columns are 128 gate columns and the 128 up columns beside
-// them; prefetch(), called by the producer with one row per thread; and, for the consumers, begin()
-// before the products, load() while the last of them run, and finish().
+// them; chunks(n), how many stages of the ring it reads for column tile n, and fetch(), by which
+// the producer fills one of them; and, for the consumers, begin() before the products, load() while
+// the last of them run, and finish().
 #pragma once
 
 #include "activations.cuh"
@@ -14,30 +15,63 @@ __device__ __forceinline__ void store_vector(void* to, uint4 vector) {
   *reinterpret_cast<uint4*>(to) = vector;
 }
 
-// D itself, as (N, width) in T.
+// D itself, as (N, width) in T: in the order of the rows, or row r as row order[r], times the
+// weight of that place.
 template <typename T>
 struct StoreRows {
   static constexpr bool kGated = false;
-  struct Rows {};
+  struct Rows {
+    int place[2];  // of the result
+    float weight[2];
+  };
 
   T* out;
+  const int64_t* order;  // (N,), or null
+  const float* weights;  // (N,), or null
   int width;
 
   __device__ __forceinline__ int chunks(int) const { return 0; }
   __device__ __forceinline__ void fetch(const Ring&, int, const CUtensorMap*, int, int, int) const {
   }
-  __device__ __forceinline__ void begin(const Tile&, Rows&) const {}
-  __device__ __forceinline__ void load(const Tile&, Rows&) const {}
-  __device__ __forceinline__ void finish(const Tile& tile, Rows&, const float (&d)[kAccumulators],
-                                         const Ring&, Place&) const {
-    const int column = tile.n * kTileN + threadIdx.x % 4 * 8;
+  __device__ __forceinline__ void begin(const Tile& tile, Rows& rows) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.row_of(half);
-      T* to = out + static_cast<int64_t>(row) * width + column;
+      const bool moves = order != nullptr && row < tile.row_end;
+      rows.place[half] = moves ? static_cast<int>(order[row]) : row;
+    }
+  }
+  __device__ __forceinline__ void load(const Tile& tile, Rows& rows) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool weighs = weights != nullptr && tile.row_of(half) < tile.row_end;
+      rows.weight[half] = weighs ? weights[rows.place[half]] : 1.0f;
+    }
+  }
+  __device__ __forceinline__ void finish(const Tile& tile, Rows& rows, float (&d)[kAccumulators],
+                                         const Ring&, Place&) const {
+    if (tile.ordered) {
+      store<true>(tile, rows, d);
+    } else {
+      store<false>(tile, rows, d);
+    }
+  }
+
+  template <bool kOrdered>
+  __device__ __forceinline__ void store(const Tile& tile, Rows& rows,
+                                        float (&d)[kAccumulators]) const {
+    const int column = tile.n * kTileN + threadIdx.x % 4 * 8;
+    if (weights != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) d[i] *= rows.weight[i % 4 / 2];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.row_of(half);
+      T* to = out + static_cast<int64_t>(rows.place[half]) * width + column;
 #pragma unroll
       for (int group = 0; group < kTileN / 32; ++group) {
-        const uint4 vector = eight_columns<T>(d, group, half);
+        const uint4 vector = eight_columns<T, kOrdered>(d, group, half);
         if (row < tile.row_end && column + group * 32 < width)
           store_vector(to + group * 32, vector);
       }
@@ -63,12 +97,16 @@ struct StoreActivation {
   __device__ __forceinline__ void begin(const Tile&, Rows&) const {}
   __device__ __forceinline__ void load(const Tile&, Rows&) const {}
 
-  // Adds the bias of this thread's pairs of columns to one part of D.
-  __device__ __forceinline__ void add_bias(float* d, const T* of_columns, int column) const {
+  // Adds the bias of this thread's pairs of columns to one part of D, whose first column in memory
+  // is `first`.
+  template <bool kOrdered>
+  __device__ __forceinline__ void add_bias(float* d, const T* part, int first) const {
+    const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
-      if (column + 8 * j >= width) continue;
-      const float2 pair = unpack<T>(*reinterpret_cast<const uint32_t*>(of_columns + 8 * j));
+      const int column = first + (kOrdered ? j / 4 * 32 + 8 * lane + j % 4 * 2 : 8 * j + 2 * lane);
+      if (column >= width) continue;
+      const float2 pair = unpack<T>(*reinterpret_cast<const uint32_t*>(part + column));
       d[4 * j] += pair.x;
       d[4 * j + 1] += pair.y;
       d[4 * j + 2] += pair.x;
@@ -78,12 +116,21 @@ struct StoreActivation {
 
   __device__ __forceinline__ void finish(const Tile& tile, Rows&, float (&d)[kAccumulators],
                                          const Ring&, Place&) const {
+    if (tile.ordered) {
+      store<true>(tile, d);
+    } else {
+      store<false>(tile, d);
+    }
+  }
+
+  template <bool kOrdered>
+  __device__ __forceinline__ void store(const Tile& tile, float (&d)[kAccumulators]) const {
     const int width_h = kGated ? 2 * width : width;
     if (bias != nullptr) {
-      const int column = tile.n * kColumns + threadIdx.x % 4 * 2;
-      const T* mine = bias + static_cast<int64_t>(tile.expert) * width_h + column;
-      add_bias(d, mine, column);
-      if constexpr (kGated) add_bias(d + kAccumulators / 2, mine + width, column);
+      const T* part = bias + static_cast<int64_t>(tile.expert) * width_h;
+      const int first = tile.n * kColumns;
+      add_bias<kOrdered>(d, part, first);
+      if constexpr (kGated) add_bias<kOrdered>(d + kAccumulators / 2, part + width, first);
     }
     const int column = tile.n * kColumns + threadIdx.x % 4 * 8;
 #pragma unroll
@@ -95,10 +142,10 @@ struct StoreActivation {
       for (int group = 0; group < kColumns / 32; ++group) {
         const bool writes = row < tile.row_end && column + group * 32 < width;
         if (h != nullptr) {
-          const uint4 gate = eight_columns<T>(d, group, half);
+          const uint4 gate = eight_columns<T, kOrdered>(d, group, half);
           if (writes) store_vector(to_h + group * 32, gate);
           if constexpr (kGated) {
-            const uint4 up = eight_columns<T>(d + kAccumulators / 2, group, half);
+            const uint4 up = eight_columns<T, kOrdered>(d + kAccumulators / 2, group, half);
             if (writes) store_vector(to_h + width + group * 32, up);
           }
         }
@@ -107,10 +154,10 @@ struct StoreActivation {
           if (i % 4 / 2 != half) continue;
           float& gate = d[16 * group + i];
           float slope;
-          gate = Act::apply(gate, &slope);
+          gate = Act::template apply<T>(gate, &slope);
           if constexpr (kGated) gate *= d[kAccumulators / 2 + 16 * group + i];
         }
-        const uint4 activated = eight_columns<T>(d, group, half);
+        const uint4 activated = eight_columns<T, kOrdered>(d, group, half);
         if (writes) store_vector(to_a + group * 32, activated);
       }
     }
@@ -150,9 +197,9 @@ struct BackwardActivation {
     const uint32_t full = ring.full_at(stage);
     const int column = n * kTileN + chunk * kChunk;
     barrier_arrive_expect(full, (kHasGate ? 2 : 1) * kPartBytes);
-    copy_box(ring.a(stage), h_map, full, column, row, 0, 0);
+    copy_box(ring.a(stage), h_map, full, {column, row});
     if constexpr (kHasGate) {
-      copy_box(ring.a(stage) + kPartBytes, h_map, full, width + column, row, 0, 0);
+      copy_box(ring.a(stage) + kPartBytes, h_map, full, {width + column, row});
     }
   }
 
@@ -168,70 +215,101 @@ struct BackwardActivation {
     for (int half = 0; half < 2; ++half) rows.weight[half] = weights[rows.pair[half]];
   }
 
-  // Replaces a pair of H by that of dH and adds that of w A. `at` is its address in the gate part.
-  __device__ __forceinline__ void replace(uint32_t at, uint32_t gate_pair, uint32_t up_pair,
-                                          float2 grad, float weight, float& dot) const {
+  // Replaces a pair of H by that of dH. Returns that of w A.
+  __device__ __forceinline__ uint32_t replace(uint32_t& gate_pair, uint32_t& up_pair, float2 grad,
+                                              float weight, float& dot) const {
     const float2 gate = unpack<T>(gate_pair);
     const float2 up = kHasGate ? unpack<T>(up_pair) : float2{1.0f, 1.0f};
     float2 slope;
-    const float2 bent{Act::apply(gate.x, &slope.x), Act::apply(gate.y, &slope.y)};
+    const float2 bent{Act::template apply<T>(gate.x, &slope.x),
+                      Act::template apply<T>(gate.y, &slope.y)};
     const float2 value{bent.x * up.x, bent.y * up.y};
     const float2 scaled{weight * grad.x, weight * grad.y};
     dot += value.x * grad.x;
     dot += value.y * grad.y;
-    store_shared(at, pack<T>(scaled.x * up.x * slope.x, scaled.y * up.y * slope.y));
-    if constexpr (kHasGate) {
-      store_shared(at + kPartBytes, pack<T>(scaled.x * bent.x, scaled.y * bent.y));
+    gate_pair = pack<T>(scaled.x * up.x * slope.x, scaled.y * up.y * slope.y);
+    if constexpr (kHasGate) up_pair = pack<T>(scaled.x * bent.x, scaled.y * bent.y);
+    return pack<T>(weight * value.x, weight * value.y);
+  }
+
+  // A chunk of H, this warp's 16 rows at `part`, by that of dH, with that of w A behind it; d: of
+  // the same columns.
+  __device__ __forceinline__ void replace_chunk(uint32_t part, const float* d, const Rows& rows,
+                                                float (&dot)[2]) const {
+    // Blocks of 8 x 8: the lower and the upper eight rows, then the same of the next columns.
+    const int lane = threadIdx.x % 32, block = lane / 8;
+    const uint32_t mine = part + block % 2 * 8 * kSwizzleBytes + swizzled(lane % 8, block / 2);
+    constexpr int kAtOnce = 2;  // loads that are under way together
+#pragma unroll
+    for (int first = 0; first < kChunk / 16; first += kAtOnce) {
+      uint32_t gate[kAtOnce][4], up[kAtOnce][4] = {};
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const uint32_t from = mine ^ ((first + n) * 32);  // two 16-byte units on, swizzled
+        load_blocks(gate[n], from);
+        if constexpr (kHasGate) load_blocks(up[n], from + kPartBytes);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        uint32_t scaled[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = d + 8 * (first + n) + 2 * i;
+          scaled[i] =
+              replace(gate[n][i], up[n][i], {pair[0], pair[1]}, rows.weight[i % 2], dot[i % 2]);
+        }
+        const uint32_t to = mine ^ ((first + n) * 32);
+        store_blocks(to, gate[n]);
+        if constexpr (kHasGate) store_blocks(to + kPartBytes, up[n]);
+        store_blocks(to + 2 * kPartBytes, scaled);
+      }
     }
-    store_shared(at + 2 * kPartBytes, pack<T>(weight * value.x, weight * value.y));
+  }
+
+  // 64 columns of this warp's 16 rows from shared memory to `to`, 16 bytes of every fourth row per
+  // lane: `rows_left` of this lane's first row and on exist, and the columns only if `inside`.
+  __device__ __forceinline__ void write_chunk(T* to, int64_t row_size, uint32_t from, int rows_left,
+                                              bool inside) const {
+    const int lane = threadIdx.x % 32;
+    uint4 vectors[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      vectors[i] = load_shared_vector(from + swizzled(lane / 8 + 4 * i, lane % 8));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (4 * i < rows_left && inside) store_vector(to + 4 * i * row_size, vectors[i]);
+    }
   }
 
   __device__ __forceinline__ void finish(const Tile& tile, Rows& rows, float (&d)[kAccumulators],
                                          const Ring& ring, Place& at) const {
-    const int lane = threadIdx.x % 32, quad = lane / 4;
-    // This warp's 16 rows of the tile.
-    const int first = (threadIdx.x - kWarpgroup) / 32 * 16;
-    const int first_row = tile.row + threadIdx.x % kWarpgroup / 32 * 16;
-    const int width_h = kHasGate ? 2 * width : width;
+    const int lane = threadIdx.x % 32;
+    const uint32_t warp_part = (threadIdx.x - kWarpgroup) / 32 * kWarpRows * kSwizzleBytes;
+    // What this lane writes, see write_chunk().
+    const int row = tile.row + threadIdx.x % kWarpgroup / 32 * kWarpRows + lane / 8;
+    const int rows_left = tile.row_end - row;
+    int column = tile.n * kTileN + lane % 8 * 8;
+    const int64_t width_h = kHasGate ? 2 * width : width;
+    T* to_h = d_h + row * width_h + column;
+    T* to_a = weighted + static_cast<int64_t>(row) * width + column;
     float dot[2] = {};
 #pragma unroll
     for (int chunk = 0; chunk < kTileN / kChunk; ++chunk) {
       if (chunk >= tile.chunks) break;
       ring.wait_full(at);
-      const uint32_t part = ring.a(at.stage) + first * kSwizzleBytes;
-      const auto address = [&](int j, int half) {
-        return part + swizzled(quad, j) + half * 8 * kSwizzleBytes + lane % 4 * 4;
-      };
-      constexpr int kAtOnce = 4;  // loads that are under way together
-#pragma unroll
-      for (int first_j = 0; first_j < kChunk / 8; first_j += kAtOnce) {
-        uint32_t gate[2 * kAtOnce], up[2 * kAtOnce] = {};
-#pragma unroll
-        for (int i = 0; i < 2 * kAtOnce; ++i) {
-          gate[i] = load_shared(address(first_j + i / 2, i % 2));
-          if constexpr (kHasGate) up[i] = load_shared(address(first_j + i / 2, i % 2) + kPartBytes);
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * kAtOnce; ++i) {
-          const int j = first_j + i / 2, half = i % 2;
-          const float* pair = d + 4 * (chunk * kChunk / 8 + j) + 2 * half;
-          replace(address(j, half), gate[i], up[i], {pair[0], pair[1]}, rows.weight[half],
-                  dot[half]);
-        }
-      }
+      const uint32_t part = ring.a(at.stage) + warp_part;
+      replace_chunk(part, d + chunk * kChunk / 2, rows, dot);
       __syncwarp();
-      const int unit = lane % 8, column = tile.n * kTileN + chunk * kChunk + unit * 8;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = lane / 8 + 4 * i, row = first_row + r;
-        if (row >= tile.row_end || column >= width) continue;
-        const uint32_t from = part + swizzled(r, unit);
-        T* to = d_h + static_cast<int64_t>(row) * width_h + column;
-        store_vector(to, load_shared_vector(from));
-        if constexpr (kHasGate) store_vector(to + width, load_shared_vector(from + kPartBytes));
-        store_vector(weighted + static_cast<int64_t>(row) * width + column,
-                     load_shared_vector(from + 2 * kPartBytes));
+      const bool inside = column < width;
+      write_chunk(to_h, width_h, part, rows_left, inside);
+      if constexpr (kHasGate) {
+        write_chunk(to_h + width, width_h, part + kPartBytes, rows_left, inside);
       }
+      write_chunk(to_a, width, part + 2 * kPartBytes, rows_left, inside);
+      to_h += kChunk;
+      to_a += kChunk;
+      column += kChunk;
       proxy_fence();  // the copy engine writes here next
       __syncwarp();
       ring.release(at.stage);

@@ -2,6 +2,8 @@
 //
 // Four lanes of a warp (a quad) hold a row of D two columns at a time. After an exchange within the
 // quad each lane has eight neighbouring columns, 16 bytes, and the quad 64 bytes in one piece.
+// Where the columns of D were put in order before the product (see tensor_map.h), each has them
+// already.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -74,13 +76,13 @@ __device__ __forceinline__ void transpose_in_quad(Word& w0, Word& w1, Word& w2, 
 }
 
 // Columns 32 * group + 8 * (lane % 4) ... + 7 of row `half` (0: the lower, 1: the upper) of D.
-template <typename T>
+template <typename T, bool kOrdered = false>
 __device__ __forceinline__ uint4 eight_columns(const float* d, int group, int half) {
   const float* first = d + 16 * group + 2 * half;
   uint32_t w[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) w[i] = pack<T>(first[4 * i], first[4 * i + 1]);
-  transpose_in_quad(w[0], w[1], w[2], w[3]);
+  if constexpr (!kOrdered) transpose_in_quad(w[0], w[1], w[2], w[3]);
   return {w[0], w[1], w[2], w[3]};
 }
 

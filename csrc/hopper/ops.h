@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
 
 // rows_product.cu
 Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& weight,
-                    bool transposed);
+                    bool transposed, const std::optional<Tensor>& order,
+                    const std::optional<Tensor>& weights);
 
 // weight_gradient.cu
 Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_k,

@@ -16,6 +16,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // A value that all lanes of a warp share, said so that the compiler knows.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// Waits until the kernels before this one in the stream are done and what they wrote can be read: a
+// kernel that is launched as launch.cuh does may start before.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start as soon as blocks of this one leave.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // -------------------------------------------------------------------------------------- barriers
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -89,24 +104,31 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// A box of a four-dimensional tensor, whose elements outside of the tensor are zeros. With a mask
-// of several blocks, each of them gets the box and the news, both at the same address.
+// Where a box starts in its tensor, innermost dimension first.
+struct Corner {
+  int c0, c1, c2 = 0, c3 = 0, c4 = 0;
+};
+
+// A box of a five-dimensional tensor, whose elements outside of the tensor are zeros.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                         int c0, int c1, int c2, int c3) {
+                                         const Corner& at) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(at.c0), "r"(at.c1), "r"(at.c2), "r"(at.c3), "r"(at.c4)
       : "memory");
 }
 
+// The same to all `blocks` (a mask) of the cluster: each gets the box and the news, both at the
+// same address.
 __device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtensorMap* map,
-                                                uint32_t barrier, int c0, int c1, int c2, int c3,
+                                                uint32_t barrier, const Corner& at,
                                                 uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(at.c0), "r"(at.c1), "r"(at.c2), "r"(at.c3), "r"(at.c4),
+      "h"(blocks)
       : "memory");
 }
 
@@ -122,12 +144,6 @@ __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ uint32_t load_shared(uint32_t from) {
-  uint32_t word;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
-  return word;
-}
-
 __device__ __forceinline__ uint4 load_shared_vector(uint32_t from) {
   uint4 vector;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -137,17 +153,26 @@ __device__ __forceinline__ uint4 load_shared_vector(uint32_t from) {
   return vector;
 }
 
-// Four blocks of 8 x 8 elements of 2 bytes, as the tensor cores leave them in registers, transposed
-// and by a warp: lane l gives the address for the 16 bytes of column l % 8 of block l / 8.
+// Four blocks of 8 x 8 elements of 2 bytes, by a warp, as the tensor cores have them in registers:
+// lane l gives the address of the 16 bytes of row l % 8 of block l / 8.
+__device__ __forceinline__ void load_blocks(uint32_t (&words)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void store_blocks(uint32_t to, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// Transposed: lane l gives the address for the 16 bytes of column l % 8 of block l / 8.
 __device__ __forceinline__ void store_blocks_transposed(uint32_t to, uint32_t w0, uint32_t w1,
                                                         uint32_t w2, uint32_t w3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                "r"(w0), "r"(w1), "r"(w2), "r"(w3)
                : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t to, uint32_t word) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
 
 // Orders ordinary accesses to shared memory before those of the copy engine and the tensor cores.

@@ -14,10 +14,11 @@ namespace lightning_fastmoe::hopper {
 // Where a consumer's 64 rows of D stand.
 struct Tile {
   int expert;
-  int row;      // the first
-  int row_end;  // of the expert
-  int n;        // number of the column tile
-  int chunks;   // stages that the epilogue reads, the same in both blocks of the cluster
+  int row;       // the first
+  int row_end;   // of the expert
+  int n;         // number of the column tile
+  int chunks;    // stages that the epilogue reads, the same in both blocks of the cluster
+  bool ordered;  // D's columns, see RaggedRows
 
   // The row of this thread's lower (0) or upper (1) half of D.
   __device__ __forceinline__ int row_of(int half) const {
@@ -28,7 +29,7 @@ struct Tile {
 
 template <typename T, typename Epilogue>
 struct RaggedRows {
-  CUtensorMap a_map;  // unless gathered
+  CUtensorMap a_map;  // unless gathered; boxes of one consumer's rows
   CUtensorMap b_map;
   CUtensorMap h_map;     // where the epilogue reads H
   const T* gathered;     // (T, k)
@@ -38,6 +39,10 @@ struct RaggedRows {
   int experts;
   int k;
   int columns;  // number of column tiles
+  int width;    // columns of B, for a gated activation of each half; used if they are ordered
+  // Whether B's columns come in the order of ordered_boxes(), by which each thread of a quad holds
+  // eight neighbours of D rather than every fourth pair.
+  bool ordered;
   Epilogue epilogue;
 };
 
@@ -46,27 +51,34 @@ template <Major kB>
 constexpr int kBoxesB = kB == Major::kK ? 2 : 4;
 
 // Starts the copies of B's tile: of this block's part for both, if they share it, or of all of it.
-template <typename Epilogue, Major kB>
-__device__ __forceinline__ void fetch_columns(const CUtensorMap& map, uint32_t to, uint32_t full,
-                                              int k, int expert, const RowUnit& unit, int rank) {
+template <typename T, typename Epilogue, bool kGathers, Major kB>
+__device__ __forceinline__ void fetch_columns(const RaggedRows<T, Epilogue>& job, uint32_t to,
+                                              uint32_t full, int k, int expert, const RowUnit& unit,
+                                              int rank) {
   constexpr int kBoxes = kBoxesB<kB>, kPart = kBoxes / kCluster;
   constexpr uint16_t kAll = (1 << kCluster) - 1;
 #pragma unroll
   for (int i = 0; i < kBoxes; ++i) {
     if (unit.shares && i / kPart != rank) continue;
-    int c0 = k, c1 = unit.n * kTileN + i * 128, c2 = 0;
+    Corner at;
     if constexpr (kB == Major::kMN) {
-      c0 = unit.n * kTileN + i * 64;
-      c1 = k;
-    } else if constexpr (Epilogue::kGated) {  // gate columns, then the up columns beside them
-      c1 = unit.n * (kTileN / 2);
-      c2 = i;
+      at = {unit.n * kTileN + i * 64, k, 0, expert};
+    } else {
+      // With a gate: its columns, then the up columns beside them.
+      constexpr bool kGated = Epilogue::kGated;
+      const int n = kGated ? unit.n * (kTileN / 2) : unit.n * kTileN + i * 128;
+      const int part = kGated ? i : 0;
+      at = {k, n, part, expert};
+      if (job.ordered) {
+        const int row = (expert * (kGated ? 2 : 1) + part) * job.width + n;
+        at = {k, 0, 0, 0, row / kOrderedRows};
+      }
     }
     const uint32_t box = to + i * (kBytesB / kBoxes);
     if (unit.shares) {
-      copy_box_to_all(box, &map, full, c0, c1, c2, expert, kAll);
+      copy_box_to_all(box, &job.b_map, full, at, kAll);
     } else {
-      copy_box(box, &map, full, c0, c1, c2, expert);
+      copy_box(box, &job.b_map, full, at);
     }
   }
 }
@@ -112,10 +124,14 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
         if (idle) {
           barrier_arrive(full);
         } else {
-          barrier_arrive_expect(full, kBytesB + (kGathers ? 0 : kBytesA));
-          if constexpr (!kGathers) copy_box(ring.a(at.stage), &job.a_map, full, k, row, 0, 0);
-          fetch_columns<Epilogue, kB>(job.b_map, ring.b(at.stage), full, k, walk.expert, unit,
-                                      rank);
+          // Of A no rows for a consumer that has none.
+          const int halves = kGathers ? 0 : row + kConsumerM < end ? kConsumers : 1;
+          barrier_arrive_expect(full, kBytesB + halves * kBoxBytes);
+          for (int i = 0; i < halves; ++i) {
+            copy_box(ring.a(at.stage) + i * kBoxBytes, &job.a_map, full, {k, row + i * kConsumerM});
+          }
+          fetch_columns<T, Epilogue, kGathers, kB>(job, ring.b(at.stage), full, k, walk.expert,
+                                                   unit, rank);
         }
       }
       __syncwarp();
@@ -166,7 +182,7 @@ __device__ __forceinline__ void consume_rows(const RaggedRows<T, Epilogue>& job,
       }
       continue;
     }
-    const Tile tile{walk.expert, row, end, unit.n, chunks};
+    const Tile tile{walk.expert, row, end, unit.n, chunks, job.ordered};
     float d[kAccumulators];
     typename Epilogue::Rows rows;
     job.epilogue.begin(tile, rows);
@@ -183,6 +199,8 @@ LIGHTNING_FASTMOE_KERNEL ragged_rows_kernel(const __grid_constant__ RaggedRows<T
   uint8_t* tiles = tiles_of(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
   const Ring ring = make_ring(shared, tiles, kGathers);
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   if (threadIdx.x < 32) {
     sum_units(shared, job.offsets, job.experts,
               [&](int rows) { return row_units((rows + kTileM - 1) / kTileM, job.columns); });

@@ -57,9 +57,12 @@ struct Walk {
   __device__ __forceinline__ int row_end() const { return shared.row_end[expert]; }
 };
 
-// Tiles that are worked on at the same time should share operands in the L2 cache: bands of
-// kBand * 128 rows, each with all of its columns before the next band starts.
-constexpr int kBand = 16;
+// Tiles that are worked on at the same time should share operands in the L2 cache: bands of pairs
+// of row tiles, each with all of its columns before the next band starts. With few columns a band
+// is one pair, so that rows, which may have to come from memory, are read once; the columns'
+// operand, which is small then, stays in the cache.
+constexpr int kPairsOfBand = 8;
+constexpr int kFewColumns = 4;
 
 struct TilePosition {
   int m;  // in pairs of row tiles
@@ -67,11 +70,11 @@ struct TilePosition {
 };
 
 __host__ __device__ __forceinline__ TilePosition tile_position(int local, int pairs, int columns) {
-  constexpr int kPairs = kBand / kCluster;
-  const int band = local / (kPairs * columns), rest = local - band * kPairs * columns;
-  const int rows = pairs - band * kPairs < kPairs ? pairs - band * kPairs : kPairs;
+  const int most = columns <= kFewColumns ? 1 : kPairsOfBand;
+  const int band = local / (most * columns), rest = local - band * most * columns;
+  const int rows = pairs - band * most < most ? pairs - band * most : most;
   const int n = rest / rows;
-  return {band * kPairs + rest - n * rows, n};
+  return {band * most + rest - n * rows, n};
 }
 
 // What one block of a cluster does of a unit of an expert's `tiles` x `columns` tiles. Two tiles of

@@ -20,18 +20,21 @@ Encode driver_function() {
 
 }  // namespace
 
-bool encode_tensor_map(CUtensorMap* map, const void* address, bool is_bf16, int64_t d0, int64_t d1,
-                       int64_t d2, int64_t d3, int box_rows) {
+bool encode_tensor_map(CUtensorMap* map, const void* address, bool is_bf16, const Boxes& boxes) {
   static const Encode encode = driver_function();
   if (encode == nullptr) return false;
-  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  const cuuint64_t sizes[4] = {size(d0), size(d1), size(d2), size(d3)};
-  const cuuint64_t strides[3] = {size(d0 * 2), size(d0 * d1 * 2), size(d0 * d1 * d2 * 2)};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  constexpr int kRank = 5;
+  cuuint64_t sizes[kRank], strides[kRank - 1];
+  cuuint32_t box[kRank];
+  const cuuint32_t steps[kRank] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < kRank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(boxes.sizes[i]);
+    box[i] = static_cast<cuuint32_t>(boxes.box[i]);
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(boxes.strides[i - 1]) * 2;
+  }
   const auto encoded = [&] {
     return encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  4, const_cast<void*>(address), sizes, strides, box, steps,
+                  kRank, const_cast<void*>(address), sizes, strides, box, steps,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

@@ -5,16 +5,37 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
 
 namespace lightning_fastmoe::hopper {
 
-// A contiguous tensor of 2-byte elements of at most four dimensions, innermost first, of which a
-// copy takes boxes of 64 x `box_rows` elements (of the two innermost dimensions) with the 128-byte
-// swizzle. Returns false if the driver refuses. The address and all rows must be multiples of 16
-// bytes.
-bool encode_tensor_map(CUtensorMap* map, const void* address, bool is_bf16, int64_t d0, int64_t d1,
-                       int64_t d2, int64_t d3, int box_rows);
+// A tensor of 2-byte elements in five dimensions, innermost first, and the box that a copy takes.
+struct Boxes {
+  std::array<int64_t, 5> sizes;
+  std::array<int64_t, 4> strides;  // of all but the innermost, in elements
+  std::array<int, 5> box;
+};
+
+// Contiguous; boxes are 64 x `box_rows` elements of the two innermost dimensions.
+constexpr Boxes contiguous_boxes(int64_t d0, int64_t d1, int64_t d2, int64_t d3, int box_rows) {
+  return {
+      {d0, d1, d2, d3, 1}, {d0, d0 * d1, d0 * d1 * d2, d0 * d1 * d2 * d3}, {64, box_rows, 1, 1, 1}};
+}
+
+// Rows of a K-major operand in an order in which each thread holds eight neighbouring columns of D
+// for every 32: the tensor cores give thread q of a quad columns 8 j + 2 q + i (j < 4, i < 2), and
+// row 8 q + 2 j + i of the matrix is what comes to that place. Boxes are 64 x 128 rows.
+constexpr int kOrderedRows = 32;
+constexpr Boxes ordered_boxes(int64_t k, int64_t rows) {
+  return {{k, 2, 4, 4, rows / kOrderedRows},
+          {k, 8 * k, 2 * k, kOrderedRows * k},
+          {64, 2, 4, 4, 128 / kOrderedRows}};
+}
+
+// With the 128-byte swizzle. Returns false if the driver refuses. The address and all strides must
+// be multiples of 16 bytes.
+bool encode_tensor_map(CUtensorMap* map, const void* address, bool is_bf16, const Boxes& boxes);
 
 int multiprocessors();
 

@@ -40,7 +40,11 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
       using T = typename decltype(tag)::type;
       using Epilogue = StoreActivation<T, typename K::Act, K::kGated>;
       RaggedRows<T, Epilogue> job{};
-      job.b_map = tensor_map(up, op, d_model, width, kParts, experts, 128);
+      job.ordered = width % kOrderedRows == 0;
+      job.b_map = tensor_map(up, op,
+                             job.ordered ? ordered_boxes(d_model, experts * width_h)
+                                         : contiguous_boxes(d_model, width, kParts, experts, 128));
+      job.width = static_cast<int>(width);
       job.gathered = static_cast<const T*>(x.data_ptr());
       job.order = static_cast<const int64_t*>(order.data_ptr());
       job.top_k = static_cast<int>(top_k);

@@ -27,7 +27,7 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
   for_half(gathered.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     WeightGradient<T> job{};
-    job.b_map = tensor_map(rows, op, n, count, 1, 1, kTileK);
+    job.b_map = tensor_map(rows, op, contiguous_boxes(n, count, 1, 1, kTileK));
     job.gathered = static_cast<const T*>(gathered.data_ptr());
     job.order = static_cast<const int64_t*>(order.data_ptr());
     job.top_k = static_cast<int>(top_k);
@@ -46,8 +46,8 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (workspace.numel() == 0) return;  // no expert can have that many rows
-    add_parts_kernel<T><<<static_cast<unsigned>(2 * blocks), kBlock, 0, stream>>>(
-        job.workspace, job.offsets, job.out, experts, job.chunk, m * n);
+    launch_early(add_parts_kernel<T>, static_cast<unsigned>(2 * blocks), kBlock, 0, stream,
+                 job.workspace, job.offsets, job.out, experts, job.chunk, m * n);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;

@@ -152,8 +152,8 @@ __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, c
 #pragma unroll
         for (int i = 0; i < kTileN / 64 / kCluster; ++i) {
           const int box = rank * (kTileN / 64 / kCluster) + i;
-          copy_box_to_all(ring.b(at.stage) + box * kBoxBytes, &job.b_map, full, n + box * 64,
-                          row_begin + step * kTileK, 0, 0, (1 << kCluster) - 1);
+          copy_box_to_all(ring.b(at.stage) + box * kBoxBytes, &job.b_map, full,
+                          {n + box * 64, row_begin + step * kTileK}, (1 << kCluster) - 1);
         }
       }
       __syncwarp();
@@ -300,6 +300,8 @@ LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(const __grid_constant__ WeightGr
   uint8_t* tiles = tiles_of(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
   const Ring ring = make_ring(shared, tiles, true);
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   if (threadIdx.x < 32) {
     const int in_each =
         ((job.m + kTileM * kCluster - 1) / (kTileM * kCluster)) * ((job.n + kTileN - 1) / kTileN);
@@ -323,11 +325,14 @@ LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(const __grid_constant__ WeightGr
 #endif
 }
 
-// Adds the parts of split experts, in their order. Every block takes a share of each.
+// Adds the parts of split experts, in their order. Every block takes a share of each. (Pointers are
+// not __restrict__: the compiler may read such ones before the wait.)
 template <typename T>
 __global__ void __launch_bounds__(256)
-    add_parts_kernel(const float* __restrict__ workspace, const int32_t* __restrict__ offsets,
-                     T* __restrict__ out, int experts, int chunk, int64_t size) {
+    add_parts_kernel(const float* workspace, const int32_t* offsets, T* out, int experts, int chunk,
+                     int64_t size) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   __shared__ int parts[kMaxExperts];
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     parts[e] = chunks_of(offsets[e] - (e == 0 ? 0 : offsets[e - 1]), chunk);

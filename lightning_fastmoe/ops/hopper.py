@@ -134,9 +134,18 @@ def backward_activation_(
 
 
 def rows_product(
-    library: Any, rows: Tensor, offsets: Tensor, weight: Tensor, transposed: bool
+    library: Any,
+    rows: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    order: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """``rows[r] @ weight[e]``, or with ``transposed`` ``rows[r] @ weight[e].T``.
+
+    With ``order`` that is row ``order[r]`` of the result, times ``weights[order[r]]``: where each
+    token has one expert, no sum over its rows is needed.
 
     Args:
         library: what :func:`hopper` returned for ``rows`` and ``weight``.
@@ -144,12 +153,14 @@ def rows_product(
         offsets: (E,) int32.
         weight: (E, k, width), or (E, width, k) if transposed; width a multiple of 8.
         transposed: which of the two.
+        order: (N,) int64, a permutation, or None.
+        weights: (N, 1) fp32, contiguous; only with ``order``.
 
     Returns:
         (N, width).
     """
     return library.hopper_rows_product(  # type: ignore[no-any-return]
-        rows, offsets, weight, transposed
+        rows, offsets, weight, transposed, order, weights
     )
 
 

@@ -106,7 +106,7 @@ def register_fakes() -> None:
             h.new_empty(h.shape[0], down.shape[2]),
             torch.empty_like(weights),
         ),
-        "hopper_rows_product": lambda rows, offsets, weight, transposed: rows.new_empty(
+        "hopper_rows_product": lambda rows, offsets, weight, transposed, *_: rows.new_empty(
             rows.shape[0], weight.shape[1 if transposed else 2]
         ),
         "hopper_weight_gradient": _weight_gradient,

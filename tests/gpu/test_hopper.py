@@ -10,6 +10,7 @@ import torch
 from gpu.test_kernels import close, same_bits
 
 from lightning_fastmoe.ops import ACTIVATIONS, hopper, is_gated, kernels, native
+from lightning_fastmoe.ops.activation import apply_activation
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
@@ -168,6 +169,37 @@ def test_every_activation(library: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_value_and_slope_of_each_number(library: Any, name: str, dtype: torch.dtype) -> None:
+    """Far out, too, where the norms of the other tests see nothing."""
+    h = torch.linspace(-14, 14, 1024, device="cuda").to(dtype)
+    one = torch.zeros(1, 64, dtype=dtype, device="cuda")
+    one[0, 0] = 1
+    up = torch.zeros(1, 1024, 64, dtype=dtype, device="cuda")
+    up[0, :, 0] = h
+    down = torch.zeros(1, 64, 1024, dtype=dtype, device="cuda")
+    down[0, 0] = 1  # so that the gradient of each activation is 1
+    order, offsets = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    order, offsets, weights = order.cuda(), offsets.cuda(), torch.ones(1, 1, device="cuda")
+    got_h, value = hopper.up_forward(library, one, order, 1, offsets, up, name)
+    assert torch.equal(got_h[0], h)
+    slope = got_h
+    hopper.backward_activation_(library, one, order, offsets, down, slope, weights, name)
+    exact = h.double().requires_grad_()
+    want = apply_activation(exact, name)
+    want.sum().backward()
+    assert exact.grad is not None
+    # Half a unit in the last place; and what Phi is off by, in bf16 half of the hardware's tanh.
+    rounding = 1.01 * torch.finfo(dtype).eps / 2
+    phi = 1.3 * (2.0**-12 if dtype == torch.bfloat16 and name == "gelu" else 2.0**-22)
+    smallest = torch.finfo(torch.float16).tiny * torch.finfo(torch.float16).eps
+    value_bound = rounding * want.abs() + phi * h.double().abs() + smallest
+    slope_bound = rounding * exact.grad.abs() + phi + smallest
+    assert bool(((value[0].double() - want).abs() <= value_bound).all())
+    assert bool(((slope[0].double() - exact.grad).abs() <= slope_bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_product(library: Any, case: Any, transposed: bool, dtype: torch.dtype) -> None:
     tokens, d_model, d_ffn, g = case
@@ -176,6 +208,25 @@ def test_rows_product(library: Any, case: Any, transposed: bool, dtype: torch.dt
     weight = randn(len(g.counts), *shape, dtype=dtype, scale=d_ffn**-0.5)
     got = same_bits(lambda: hopper.rows_product(library, rows, g.offsets, weight, transposed))
     close(got, g.product(rows, weight.transpose(1, 2) if transposed else weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_product_to_places(
+    library: Any, case: Any, transposed: bool, dtype: torch.dtype
+) -> None:
+    tokens, d_model, d_ffn, g = case
+    count = tokens * g.top_k
+    rows = randn(count, d_ffn, dtype=dtype)
+    shape = (d_model, d_ffn) if transposed else (d_ffn, d_model)
+    weight = randn(len(g.counts), *shape, dtype=dtype, scale=d_ffn**-0.5)
+    weights = torch.rand(count, 1, device="cuda")
+    product = g.product(rows, weight.transpose(1, 2) if transposed else weight)
+    want = torch.empty_like(product)
+    want[g.order] = product
+    args = (library, rows, g.offsets, weight, transposed, g.order)
+    close(same_bits(lambda: hopper.rows_product(*args)), want)
+    close(same_bits(lambda: hopper.rows_product(*args, weights)), weights.double() * want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -249,8 +300,8 @@ def test_opcheck(library: Any) -> None:
             library.hopper_backward_activation_,
             (x, g.order, g.offsets, down, h, weights, "swiglu"),
         ),
-        (library.hopper_rows_product, (a, g.offsets, down, True)),
-        (library.hopper_rows_product, (h, g.offsets, up, False)),
+        (library.hopper_rows_product, (a, g.offsets, down, True, None, None)),
+        (library.hopper_rows_product, (h, g.offsets, up, False, g.order, weights.view(80, 1))),
         (library.hopper_weight_gradient, (x, g.order, 2, h, g.offsets, True)),
         (library.hopper_weight_gradient, (x, g.order, 2, a, g.offsets, False)),
     ]
@@ -274,6 +325,12 @@ def test_what_they_take_and_what_they_refuse(library: Any) -> None:
     with pytest.raises(RuntimeError, match="must be Int"):
         library.hopper_up_forward(x, g.order, 2, g.offsets.long(), up, None, "swiglu", True)
     with pytest.raises(RuntimeError, match="multiple of 8 elements, not 60"):
-        library.hopper_rows_product(x[:, :60].contiguous(), g.offsets, up, False)
+        library.hopper_rows_product(x[:, :60].contiguous(), g.offsets, up, False, None, None)
+    with pytest.raises(RuntimeError, match="both or none"):
+        library.hopper_rows_product(x, g.offsets, up, False, None, torch.ones(9, 1, device="cuda"))
+    with pytest.raises(RuntimeError, match="weights must have size 9"):
+        library.hopper_rows_product(
+            x, g.offsets, up, False, g.order[:9].contiguous(), torch.ones(8, 1, device="cuda")
+        )
     with pytest.raises(RuntimeError, match="unknown activation 'tanh'"):
         library.hopper_up_forward(x, g.order, 2, g.offsets, up, None, "tanh", True)

@@ -26,7 +26,9 @@ class SlowProducts:
             h = h + bias[experts]
         return (h if keep_h else h[:0]), apply_activation(h, activation)
 
-    def hopper_rows_product(self, rows, offsets, weight, transposed):
+    def hopper_rows_product(self, rows, offsets, weight, transposed, order=None, weights=None):
+        assert order is None
+        assert weights is None
         experts = self._experts(offsets, len(rows))
         matrices = weight.transpose(1, 2) if transposed else weight
         return torch.stack([row @ matrices[e] for e, row in zip(experts, rows, strict=True)])
