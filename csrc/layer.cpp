@@ -50,6 +50,12 @@ Tensor pairs_of(const Tensor& x, const std::optional<Tensor>& order) {
 
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
+// With one expert per token, the product itself can put its rows where the tokens are.
+std::optional<Tensor> places_of(const std::optional<Tensor>& order,
+                                const std::optional<Tensor>& inverse, int64_t top_k, bool hopper) {
+  return hopper && inverse && top_k == 1 ? order : std::nullopt;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
@@ -62,14 +68,12 @@ std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Ten
   STD_TORCH_CHECK(weights.has_value() == inverse.has_value(), op,
                   ": weights and inverse come together or not at all");
   const int64_t top_k = weights ? weights->size(1) : 1;
-  // With one expert per token, the product itself can put its rows where the tokens are.
-  const bool moves = hopper && order && top_k == 1;
+  const auto places = places_of(order, inverse, top_k, hopper);
   Tensor h, a, y;
   if (hopper) {
     const Tensor pairs = pairs_of(x, order);
     std::tie(h, a) = hopper::up_forward(x, pairs, top_k, offsets, up, std::nullopt, name, keep_h);
-    y = hopper::rows_product(a, offsets, down, true, moves ? order : std::nullopt,
-                             moves ? weights : std::nullopt);
+    y = hopper::rows_product(a, offsets, down, true, places, places ? weights : std::nullopt);
   } else {
     h = grouped_mm(rows_of(x, inverse, top_k), transposed(up), offsets);
     a = activation(h, std::nullopt, std::nullopt, name);
@@ -77,7 +81,7 @@ std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Ten
     y = grouped_mm(a, transposed(down), offsets);
   }
   a = nothing(x);
-  if (inverse && !moves) {
+  if (inverse && !places) {
     y = sum_rows(y, *inverse, weights, top_k, std::nullopt, std::nullopt);
   }
   return {y, h};
@@ -111,11 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
   // h holds its gradient by now. Its rows' product comes first, as its N rows of D are gone before
   // the gradient of up is made.
   if (wants_x) {
-    const bool moves = hopper && order && top_k == 1;  // as in the forward
-    d_x = hopper ? hopper::rows_product(h, offsets, up, false, moves ? order : std::nullopt,
-                                        std::nullopt)
+    const auto places = places_of(order, inverse, top_k, hopper);
+    d_x = hopper ? hopper::rows_product(h, offsets, up, false, places, std::nullopt)
                  : grouped_mm(h, up, offsets);
-    if (inverse && !moves) {
+    if (inverse && !places) {
       d_x = sum_rows(d_x, *inverse, std::nullopt, top_k, std::nullopt, std::nullopt);
     }
   }

@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       job.experts = experts;
       job.k = static_cast<int>(d_model);
       job.columns = columns;
+      job.spread = start_spread(rows, d_model, width);
       job.h_map = tensor_map(h, op, contiguous_boxes(h.size(1), rows, 1, 1, kTileM));
       job.epilogue = {static_cast<T*>(h.data_ptr()),
                       static_cast<T*>(weighted.data_ptr()),

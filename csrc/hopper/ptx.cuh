@@ -31,6 +31,12 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+__device__ __forceinline__ void wait_cycles(int64_t cycles) {
+  const int64_t start = clock64();
+  while (clock64() - start < cycles) {
+  }
+}
+
 // -------------------------------------------------------------------------------------- barriers
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {

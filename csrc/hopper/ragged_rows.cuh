@@ -8,6 +8,7 @@
 
 #include "fragment.cuh"
 #include "schedule.cuh"
+#include "tensor_map.h"
 
 namespace lightning_fastmoe::hopper {
 
@@ -39,7 +40,7 @@ struct RaggedRows {
   int experts;
   int k;
   int columns;  // number of column tiles
-  int width;    // columns of B, for a gated activation of each half; used if they are ordered
+  int spread;   // clock cycles over which the clusters start one after the other
   // Whether B's columns come in the order of ordered_boxes(), by which each thread of a quad holds
   // eight neighbours of D rather than every fourth pair.
   bool ordered;
@@ -51,7 +52,7 @@ template <Major kB>
 constexpr int kBoxesB = kB == Major::kK ? 2 : 4;
 
 // Starts the copies of B's tile: of this block's part for both, if they share it, or of all of it.
-template <typename T, typename Epilogue, bool kGathers, Major kB>
+template <typename T, typename Epilogue, Major kB>
 __device__ __forceinline__ void fetch_columns(const RaggedRows<T, Epilogue>& job, uint32_t to,
                                               uint32_t full, int k, int expert, const RowUnit& unit,
                                               int rank) {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void fetch_columns(const RaggedRows<T, Epilogue>& job
       const int part = kGated ? i : 0;
       at = {k, n, part, expert};
       if (job.ordered) {
-        const int row = (expert * (kGated ? 2 : 1) + part) * job.width + n;
+        const int row = (expert * (kGated ? 2 : 1) + part) * job.epilogue.width + n;
         at = {k, 0, 0, 0, row / kOrderedRows};
       }
     }
@@ -81,6 +82,18 @@ __device__ __forceinline__ void fetch_columns(const RaggedRows<T, Epilogue>& job
       copy_box(box, &job.b_map, full, at);
     }
   }
+}
+
+// Clusters that start at once write their results at once, and then the tensor cores of all of them
+// wait for memory. Where tiles are short, and many enough to make up for the late start, clusters
+// start one after the other, over three quarters of the time of one tile, in clock cycles. `width`
+// is that of B.
+inline int start_spread(int64_t rows, int64_t k, int64_t width) {
+  constexpr int64_t kLongestK = 2048, kFewestRounds = 8, kCyclesOfStep = 900, kOtherCycles = 4500;
+  const int64_t clusters = multiprocessors() / kCluster;
+  const int64_t units = rows / (kTileM * kCluster) * (width / kTileN);
+  if (k > kLongestK || units < kFewestRounds * clusters) return 0;
+  return static_cast<int>(k / kTileK * kCyclesOfStep + kOtherCycles);
 }
 
 template <typename T, typename Epilogue, bool kGathers, Major kB>
@@ -96,6 +109,7 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
   static_assert(kPassRows % kSwizzleRows == 0);
   const int steps = (job.k + kTileK - 1) / kTileK;
   Place at;
+  wait_cycles(static_cast<int64_t>(job.spread) * blockIdx.x / gridDim.x);
   for (; walk.find(); walk.next()) {
     const int begin = walk.row_begin(), end = walk.row_end();
     const int tiles = (end - begin + kTileM - 1) / kTileM;
@@ -130,8 +144,7 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
           for (int i = 0; i < halves; ++i) {
             copy_box(ring.a(at.stage) + i * kBoxBytes, &job.a_map, full, {k, row + i * kConsumerM});
           }
-          fetch_columns<T, Epilogue, kGathers, kB>(job, ring.b(at.stage), full, k, walk.expert,
-                                                   unit, rank);
+          fetch_columns<T, Epilogue, kB>(job, ring.b(at.stage), full, k, walk.expert, unit, rank);
         }
       }
       __syncwarp();

@@ -42,7 +42,6 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
                            job.ordered  ? ordered_boxes(k, experts * width)
                            : transposed ? contiguous_boxes(k, width, 1, experts, 128)
                                         : contiguous_boxes(width, k, 1, experts, 64));
-    job.width = static_cast<int>(width);
     job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
     job.experts = experts;
     job.k = static_cast<int>(k);

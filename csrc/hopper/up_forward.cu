@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
       job.b_map = tensor_map(up, op,
                              job.ordered ? ordered_boxes(d_model, experts * width_h)
                                          : contiguous_boxes(d_model, width, kParts, experts, 128));
-      job.width = static_cast<int>(width);
+      job.spread = start_spread(rows, d_model, width_h);
       job.gathered = static_cast<const T*>(x.data_ptr());
       job.order = static_cast<const int64_t*>(order.data_ptr());
       job.top_k = static_cast<int>(top_k);

@@ -1,8 +1,10 @@
 // The gradients of both weights, with the tokens' side gathered inside the product.
+#include <algorithm>
+
 #include "checks.cuh"
+#include "gradient_sums.cuh"
 #include "launch.cuh"
 #include "ops.h"
-#include "weight_gradient.cuh"
 
 namespace lightning_fastmoe::hopper {
 
@@ -22,8 +24,11 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
                           : torch::stable::new_empty(gathered, {experts, m, n});
   if (count == 0) return torch::stable::fill_(out, 0.0);
   const int64_t blocks = multiprocessors(), chunk = gradient_chunk(count, m, n, blocks);
-  Tensor workspace =
-      torch::stable::new_empty(gathered, {gradient_parts(count, chunk), m, n}, ScalarType::Float);
+  const int64_t parts = gradient_parts(count, chunk);
+  Tail tail = gradient_tail(count, m, n, experts, blocks);
+  Tensor workspace = torch::stable::new_empty(gathered, {std::max(parts * m * n, tail.floats())},
+                                              ScalarType::Float);
+  tail.workspace = static_cast<float*>(workspace.data_ptr());
   for_half(gathered.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     WeightGradient<T> job{};
@@ -38,14 +43,22 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
     job.chunk = static_cast<int>(chunk);
     job.out = static_cast<T*>(out.data_ptr());
     job.workspace = static_cast<float*>(workspace.data_ptr());
+    job.tail = tail;
     const cudaStream_t stream = current_stream(gathered);
+    const auto run = [&](auto kernel, auto add_tail) {
+      launch(kernel, job, stream);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      if (tail.units == 0) return;
+      launch_early(add_tail, static_cast<unsigned>(tail.units * kCluster),
+                   static_cast<unsigned>(kConsumers * kWarpgroup), 0, stream, job);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    };
     if (transposed) {
-      launch(weight_gradient_kernel<T, true>, job, stream);
+      run(weight_gradient_kernel<T, true>, add_tail_kernel<T, true>);
     } else {
-      launch(weight_gradient_kernel<T, false>, job, stream);
+      run(weight_gradient_kernel<T, false>, add_tail_kernel<T, false>);
     }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (workspace.numel() == 0) return;  // no expert can have that many rows
+    if (parts == 0) return;  // no expert can have that many rows
     launch_early(add_parts_kernel<T>, static_cast<unsigned>(2 * blocks), kBlock, 0, stream,
                  job.workspace, job.offsets, job.out, experts, job.chunk, m * n);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,13 +1,12 @@
 // Grouped GEMM over ragged K: G[e] = sum over the rows r of expert e of A[r]^T B[r].
 //
 // A is gathered as in ragged_rows.cuh, B is in expert order. Both lie in shared memory as they do
-// in global memory, the summed dimension outermost. An expert of more than `chunk` rows is split,
-// so that one hot expert does not keep a few blocks busy long after the others are done; its parts
-// go to a workspace in fp32 and are added in their order, which makes the sum the same every time.
+// in global memory, the summed dimension outermost. How the sum is split over the chip:
+// gradient_units.cuh.
 #pragma once
 
 #include "fragment.cuh"
-#include "schedule.cuh"
+#include "gradient_units.cuh"
 
 namespace lightning_fastmoe::hopper {
 
@@ -24,16 +23,11 @@ struct WeightGradient {
   int chunk;         // rows, a multiple of 64
   T* out;            // (E, m, n), or (E, n, m) if transposed
   float* workspace;  // parts of split experts, each m * n in the order of `out`
+  Tail tail;         // in the same memory, since there is one or the other
 };
 
-__host__ __device__ __forceinline__ int chunks_of(int rows, int chunk) {
-  return rows <= chunk ? 1 : (rows + chunk - 1) / chunk;
-}
-
-// One unit of work of a cluster; each of its two blocks has 128 of the 256 rows of G.
-struct GradientUnit {
-  int m;  // the first row of G
-  int n;  // the first column
+// One unit of work of a cluster.
+struct GradientUnit : GradientTile {
   int row_begin;
   int row_end;
   int part;    // of this expert
@@ -42,19 +36,25 @@ struct GradientUnit {
 };
 
 template <typename T>
-__device__ __forceinline__ GradientUnit unit_of(const WeightGradient<T>& job, const Walk& walk) {
+__device__ __forceinline__ GradientUnit unit_of(const WeightGradient<T>& job,
+                                                const GradientWalk& position) {
+  const Walk& walk = position.walk;
   const int begin = walk.row_begin(), end = walk.row_end();
-  const int pairs = (job.m + kTileM * kCluster - 1) / (kTileM * kCluster);
-  const int columns = (job.n + kTileN - 1) / kTileN;
-  const int local = walk.local();
+  const int in_each = units_of_part(job.m, job.n), local = walk.local();
   GradientUnit unit;
-  unit.part = local / (pairs * columns);
-  const int tile = local - unit.part * pairs * columns;
-  unit.n = tile / pairs * kTileN;
-  unit.m = (tile % pairs * kCluster + static_cast<int>(cluster_rank())) * kTileM;
+  unit.part = local / in_each;
+  const GradientTile tile(local - unit.part * in_each, job.m, cluster_rank());
+  unit.m = tile.m;
+  unit.n = tile.n;
   unit.split = chunks_of(end - begin, job.chunk) > 1;
-  unit.row_begin = begin + unit.part * job.chunk;
-  unit.row_end = end - unit.row_begin < job.chunk ? end : unit.row_begin + job.chunk;
+  int chunk = job.chunk, skipped = unit.part * chunk;
+  if (position.in_tail >= 0) {
+    chunk = (end - begin + position.parts - 1) / position.parts;
+    chunk = (chunk + kTileK - 1) / kTileK * kTileK;
+    skipped = min(position.part * chunk, end - begin);
+  }
+  unit.row_begin = begin + skipped;
+  unit.row_end = end - unit.row_begin < chunk ? end : unit.row_begin + chunk;
   unit.steps = (unit.row_end - unit.row_begin + kTileK - 1) / kTileK;
   return unit;
 }
@@ -63,12 +63,12 @@ __device__ __forceinline__ GradientUnit unit_of(const WeightGradient<T>& job, co
 template <typename T>
 struct RowGroups {
   const WeightGradient<T>& job;
-  Walk walk;
+  GradientWalk walk;
   GradientUnit unit;
   int first_step;  // of this group
   bool exists;
 
-  __device__ __forceinline__ RowGroups(const WeightGradient<T>& job_, const Walk& walk_)
+  __device__ __forceinline__ RowGroups(const WeightGradient<T>& job_, const GradientWalk& walk_)
       : job(job_), walk(walk_), unit{}, first_step(0), exists(true) {
     find();
   }
@@ -98,7 +98,7 @@ constexpr uint32_t kNoRow = ~0u;
 
 template <typename T>
 __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, const Ring& ring,
-                                                 Shared& shared, const Walk& walk) {
+                                                 Shared& shared, const GradientWalk& walk) {
   constexpr int kUnits = kTileM * 2 / 16;  // 16-byte vectors of a row of A's tile
   constexpr int kPassRows = kWarpgroup / kUnits;
   constexpr int kPasses = kTileK / kPassRows;
@@ -262,11 +262,13 @@ __device__ __forceinline__ void store_part(float* out, const float (&d)[kAccumul
 
 template <typename T, bool kTransposed>
 __device__ __forceinline__ void consume_gradient(const WeightGradient<T>& job, const Ring& ring,
-                                                 uint8_t* tiles, Walk walk, int consumer) {
+                                                 uint8_t* tiles, GradientWalk position,
+                                                 int consumer) {
   const int64_t size = static_cast<int64_t>(job.m) * job.n;
   Place at;
-  for (; walk.find(); walk.next()) {
-    const GradientUnit unit = unit_of(job, walk);
+  const Walk& walk = position.walk;
+  for (; position.find(); position.next()) {
+    const GradientUnit unit = unit_of(job, position);
     float d[kAccumulators];
     if (unit.steps == 0) {
 #pragma unroll
@@ -278,7 +280,13 @@ __device__ __forceinline__ void consume_gradient(const WeightGradient<T>& job, c
     };
     multiply<T, Major::kMN, Major::kMN, true>(d, ring, at, unit.steps, consumer, prepare, [] {});
     const int m = unit.m + consumer * kConsumerM;
-    if (unit.split) {
+    if (position.in_tail >= 0) {
+      float4* to = job.tail.of(position.in_tail, position.part, cluster_rank(), consumer);
+#pragma unroll
+      for (int i = 0; i < kAccumulators; i += 4) {
+        to[i / 4 * kWarpgroup] = {d[i], d[i + 1], d[i + 2], d[i + 3]};
+      }
+    } else if (unit.split) {
       const int64_t part = parts_before(walk.shared, walk.expert, job.chunk) + unit.part;
       store_part<kTransposed>(job.workspace + part * size, d, m, unit.n, job.m, job.n);
     } else {
@@ -303,15 +311,13 @@ LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(const __grid_constant__ WeightGr
   wait_for_earlier_kernels();
   let_next_kernel_start();
   if (threadIdx.x < 32) {
-    const int in_each =
-        ((job.m + kTileM * kCluster - 1) / (kTileM * kCluster)) * ((job.n + kTileN - 1) / kTileN);
+    const int in_each = units_of_part(job.m, job.n);
     sum_units(shared, job.offsets, job.experts,
               [&](int rows) { return in_each * chunks_of(rows, job.chunk); });
   }
   __syncthreads();
   cluster_sync();
-  const Walk walk{shared, job.experts, static_cast<int>(blockIdx.x / kCluster),
-                  static_cast<int>(gridDim.x / kCluster)};
+  const GradientWalk walk(job.tail, job.experts, units_of_part(job.m, job.n), shared);
   const int warpgroup = uniform(threadIdx.x / kWarpgroup);
   if (warpgroup == 0) {
     give_registers_back<kProducerRegisters>();
@@ -323,57 +329,6 @@ LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(const __grid_constant__ WeightGr
   __syncwarp();
   cluster_sync();
 #endif
-}
-
-// Adds the parts of split experts, in their order. Every block takes a share of each. (Pointers are
-// not __restrict__: the compiler may read such ones before the wait.)
-template <typename T>
-__global__ void __launch_bounds__(256)
-    add_parts_kernel(const float* workspace, const int32_t* offsets, T* out, int experts, int chunk,
-                     int64_t size) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-  __shared__ int parts[kMaxExperts];
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-    parts[e] = chunks_of(offsets[e] - (e == 0 ? 0 : offsets[e - 1]), chunk);
-  }
-  __syncthreads();
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * 8;
-  int64_t part = 0;
-  for (int e = 0; e < experts; ++e) {
-    if (parts[e] == 1) continue;
-    for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < size;
-         i += step) {
-      float sum[8] = {};
-      for (int p = 0; p < parts[e]; ++p) {
-        const float4* from = reinterpret_cast<const float4*>(workspace + (part + p) * size + i);
-        const float4 x = from[0], y = from[1];
-        const float values[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[j] += values[j];
-      }
-      *reinterpret_cast<uint4*>(out + e * size + i) = {
-          pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3]), pack<T>(sum[4], sum[5]),
-          pack<T>(sum[6], sum[7])};
-    }
-    part += parts[e];
-  }
-}
-
-// How an expert is split: when its rows would keep a block busy for more than half of the time that
-// all rows take all blocks. Where an expert's tiles keep nearly all blocks busy by themselves it
-// never is, and needs no workspace.
-inline int64_t gradient_chunk(int64_t rows, int64_t m, int64_t n, int64_t blocks) {
-  const int64_t tiles =
-      ((m + kTileM * kCluster - 1) / (kTileM * kCluster)) * kCluster * ((n + kTileN - 1) / kTileN);
-  const bool fills = 5 * tiles >= 4 * blocks;
-  const int64_t wanted = fills ? rows : (rows * tiles + 2 * blocks - 1) / (2 * blocks);
-  return (wanted + kTileK - 1) / kTileK * kTileK;
-}
-
-// Parts that the split experts can have at most, whatever the routing.
-inline int64_t gradient_parts(int64_t rows, int64_t chunk) {
-  return rows <= chunk ? 0 : 2 * rows / chunk;
 }
 
 }  // namespace lightning_fastmoe::hopper

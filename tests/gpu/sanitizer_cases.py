@@ -10,6 +10,7 @@ import torch
 from lightning_fastmoe.ops import (
     ACTIVATIONS,
     expert_layer,
+    hopper,
     is_gated,
     kernels,
     native,
@@ -53,6 +54,19 @@ def sort(pairs: int, experts: int) -> None:
     order_by_expert(torch.randint(experts, (pairs,), device="cuda"), experts)
 
 
+def split_gradients() -> None:
+    """The workspaces of split weight gradients: of as many experts as fit, and the last round's."""
+    for counts, m, n in (([193] * 84 + [172], 256, 256), ([1085] * 15 + [109], 712, 760)):
+        order = torch.randperm(sum(counts), device="cuda")
+        offsets = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+        x, rows = (torch.randn(sum(counts), d, device="cuda").bfloat16() for d in (m, n))
+        weight = torch.randn(len(counts), n, m, device="cuda").bfloat16()
+        if (library := hopper.hopper(x, weight)) is None:
+            return
+        for transposed in (False, True):
+            hopper.weight_gradient(library, x, order, 1, rows, offsets, transposed)
+
+
 def main() -> None:
     """Runs all cases, or those that use shared memory and no library."""
     torch.manual_seed(0)
@@ -65,6 +79,7 @@ def main() -> None:
             run(size, dtype, "swiglu", skewed=False)
         for name in ACTIVATIONS:
             run(SIZES[1], torch.float16, name, skewed=True)
+        split_gradients()
     torch.cuda.synchronize()
     print("all cases ran")
 

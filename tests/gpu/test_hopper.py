@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -85,6 +85,14 @@ def groups(tokens: int, experts: int, top_k: int, skew: str) -> Groups:
     counts = torch.bincount(flat, minlength=experts)
     order = torch.sort(flat, stable=True).indices
     return Groups(order, counts.cumsum(0).to(torch.int32), counts.tolist(), top_k)
+
+
+def kernel_names(function: Callable[[], Any]) -> list[str]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [event.key for event in profile.key_averages()]
 
 
 def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -245,6 +253,53 @@ def test_weight_gradient(library: Any, case: Any, transposed: bool, dtype: torch
     for expert, count in enumerate(g.counts):
         if count == 0:
             assert not bool(got[expert].any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("last", [1024, 100, 0])
+def test_the_last_round_of_weight_gradients_is_split(
+    library: Any, last: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    # 9 units of 256 x 256 for each of 16 experts: two rounds of 66 clusters, and 12 units that come
+    # in four parts. The last expert has most of them, and with 100 rows not all parts have any.
+    if torch.cuda.get_device_properties(0).multi_processor_count != 132:
+        pytest.skip("the shapes are for 132 multiprocessors")
+    m, n, top_k = 712, 760, 2
+    rest = 16384 - last
+    counts = [rest // 15 + (e < rest % 15) for e in range(15)] + [last]
+    torch.manual_seed(last)
+    order = torch.randperm(16384, device="cuda")
+    offsets = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+    g = Groups(order, offsets, counts, top_k)
+    gathered = randn(16384 // top_k, m, dtype=dtype)
+    rows = randn(16384, n, dtype=dtype)
+
+    def gradient() -> torch.Tensor:
+        return hopper.weight_gradient(library, gathered, order, top_k, rows, offsets, transposed)
+
+    got = same_bits(gradient)
+    want = g.outer(gathered[g.tokens], rows)
+    close(got, want.transpose(1, 2) if transposed else want)
+    assert any("add_tail_kernel" in name for name in kernel_names(gradient))
+    assert last > 0 or not bool(got[-1].any())
+
+
+def test_weight_gradients_of_experts_just_long_enough_to_be_split(library: Any) -> None:
+    # As many as there can be: the workspace has room for these parts and no more.
+    rows_in_all, m, n = 16384, 256, 256
+    chunk = -(-rows_in_all // 118 // 64) * 64  # see gradient_chunk, on 132 multiprocessors
+    counts = [chunk + 1] * (rows_in_all // (chunk + 1))
+    counts.append(rows_in_all - sum(counts))
+    order = torch.randperm(rows_in_all, device="cuda")
+    offsets = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+    g = Groups(order, offsets, counts, 1)
+    gathered = randn(rows_in_all, m, dtype=torch.bfloat16)
+    rows = randn(rows_in_all, n, dtype=torch.bfloat16)
+    got = same_bits(
+        lambda: hopper.weight_gradient(library, gathered, order, 1, rows, offsets, False)
+    )
+    close(got, g.outer(gathered[order], rows))
 
 
 def test_an_expert_does_not_see_its_neighbours_infinities(library: Any) -> None:
