@@ -88,7 +88,26 @@ int main() {
       if (chunks > 1) parts += chunks;
     }
     CHECK(parts <= gradient_parts(rows, chunk));
+    // The last round has room for the parts of the tail, and it is of whole experts.
+    const Tail tail = gradient_tail(rows, m, n, experts, 132);
+    const int units = experts * units_of_part(m, n), clusters = 132 / kCluster;
+    CHECK(tail.units == 0 || tail.units == units % clusters);
+    CHECK(tail.units == 0 ? tail.parts == 1 : tail.parts >= 2 && tail.parts <= 4);
+    CHECK(tail.units * tail.parts <= clusters);
   }
+  // The bound on parts is exact: as many experts as can be split, each just long enough.
+  for (int chunk = 64; chunk <= 640; chunk += 64) {
+    for (int rows = 1; rows < 4000; rows += 7) {
+      const int experts = rows / (chunk + 1);
+      const int last = rows - (experts - 1) * (chunk + 1);  // what is left goes to one of them
+      const int parts = experts == 0 ? 0 : 2 * (experts - 1) + chunks_of(last, chunk);
+      CHECK(gradient_parts(rows, chunk) == parts);
+    }
+  }
+  // (32768, 768, 3072, 8, 1): 288 units for 66 clusters, so 24 are left, in two parts each.
+  const Tail tail = gradient_tail(32768, 768, 3072, 8, 132);
+  CHECK(tail.units == 24 && tail.parts == 2);
+  CHECK(gradient_tail(8192, 1024, 4096, 64, 132).units == 0);  // 62 rounds: too little to gain
   CHECK(gradient_chunk(128 * 1536, 1536, 256, 132) > 1536 * 2);
   CHECK(gradient_parts(1000, gradient_chunk(1000, 4096, 14336, 132)) == 0);
   return 0;

@@ -93,7 +93,8 @@ _BACKWARD_HOPPER = (
         r"weight_gradient",
         floors.gathered_down_gradient,
     ),
-    Entry("down product, backward", "parts of d_down", r"add_(parts|tail)", None),
+    Entry("down product, backward", "last round of d_down", r"add_tail", None),
+    Entry("down product, backward", "parts of d_down", r"add_parts", None),
     Entry("up product, backward", "d_rows = dH @ up", ROWS, floors.rows_gradient),
     Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
     Entry(
@@ -102,7 +103,8 @@ _BACKWARD_HOPPER = (
         r"weight_gradient",
         floors.gathered_up_gradient,
     ),
-    Entry("up product, backward", "parts of d_up", r"add_(parts|tail)", None),
+    Entry("up product, backward", "last round of d_up", r"add_tail", None),
+    Entry("up product, backward", "parts of d_up", r"add_parts", None),
 )
 
 

@@ -40,10 +40,12 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Adds the parts of the tail's units, in their order; one block for each tile of G.
+// Adds the parts of the tail's units, in their order; one block for each tile of G, with the
+// consumers' threads and what each of them held.
 template <typename T, bool kTransposed>
 __global__ void __launch_bounds__(kConsumers* kWarpgroup)
     add_tail_kernel(const __grid_constant__ WeightGradient<T> job) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   wait_for_earlier_kernels();
   let_next_kernel_start();
   __shared__ alignas(1024) uint8_t staging[kConsumers * kStagingBytes];
@@ -79,6 +81,7 @@ __global__ void __launch_bounds__(kConsumers* kWarpgroup)
   } else {
     store_gradient<T>(out, d, m, tile.n, job);
   }
+#endif
 }
 
 }  // namespace lightning_fastmoe::hopper

@@ -126,6 +126,7 @@ def test_our_own_products():
     rows = "lightning_fastmoe::hopper::ragged_rows_kernel<bf16, StoreRows<bf16>>(...)"
     dots = "lightning_fastmoe::hopper::add_dots_kernel(...)"
     gradient, parts = "hopper::weight_gradient_kernel<bf16>(...)", "hopper::add_parts_kernel(...)"
+    tail = "hopper::add_tail_kernel<bf16>(...)"
     sums = (total, rows, dots, gradient, parts, rows, total)
     own = [sort, rows, rows, *sums, gradient, parts]
     assert table_for(own, module=False) is GIVEN_ROUTING_HOPPER
@@ -139,6 +140,12 @@ def test_our_own_products():
         *("parts of d_down", "d_rows = dH @ up", "sum of d_rows", "d_up = dH.T @ x, gathered"),
         "parts of d_up",
     ]
+    # An expert's gradient that leaves a last round to be split: both kernels run, one for nothing.
+    split = [n for name in own for n in ((tail, name) if name == parts else (name,))]
+    assert [p for p in phases(split, GIVEN_ROUTING_HOPPER) if p and "last round" not in p] == [
+        *phases(own, GIVEN_ROUTING_HOPPER)
+    ]
+    assert phases(split, GIVEN_ROUTING_HOPPER).count(None) == 0
     one_expert_per_token = [name for name in own if name != total]
     found = phases(one_expert_per_token, GIVEN_ROUTING_HOPPER)
     assert found == [p for p in phases(own, GIVEN_ROUTING_HOPPER) if "sum of" not in p]

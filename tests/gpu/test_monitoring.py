@@ -27,24 +27,30 @@ def _no_traces() -> Iterator[None]:
 
 
 def by_events(dtype: torch.dtype, size: int, repeats: int) -> float:
-    """FLOPs per second of products in a row, timed by the device."""
+    """FLOPs per second of products in a row, timed by the device: the best of five rows.
+
+    Other tests' processes share the device, and a row that meets them says nothing of its peak.
+    """
     a = torch.randn(size, size, device="cuda").to(dtype)
     b = torch.randn(size, size, device="cuda").to(dtype)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.mm(a, b)
-    start.record()
-    for _ in range(repeats):
-        torch.mm(a, b)
-    end.record()
-    torch.cuda.synchronize()
-    return repeats * 2.0 * size**3 / (start.elapsed_time(end) / 1000)
+    milliseconds = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds.append(start.elapsed_time(end))
+    return repeats * 2.0 * size**3 / (min(milliseconds) / 1000)
 
 
 def test_measured_peak() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     measured = measure_peak_flops(device, torch.bfloat16)
     # The best of many single products; a row of them is a little slower as the clock drops.
-    assert 0.9 < measured / by_events(torch.bfloat16, 8192, 50) < 1.35
+    assert 0.9 < measured / by_events(torch.bfloat16, 8192, 10) < 1.35
     for name, peak in DENSE_BF16.items():
         if name in torch.cuda.get_device_name():
             assert 0.55 * peak < measured < peak
