@@ -59,10 +59,16 @@ def test_measured_peak() -> None:
 
 
 def test_utilisation() -> None:
-    logged, peak, seconds = runs.throughput()
     sizes = runs.BUSY
     flops = 6 * sizes.tokens * (sizes.dense + sizes.num_layers * sizes.top_k * sizes.expert)
-    assert logged["train/device/items_per_sec"] == pytest.approx(sizes.tokens / seconds, rel=0.05)
+    for _ in range(3):
+        logged, peak, seconds = runs.throughput()
+        rate = pytest.approx(sizes.tokens / seconds, rel=0.05)
+        if logged["train/device/items_per_sec"] == rate:
+            break
+        # Another test's process may have had the device between one clock and the other.
+        ranks._leave()
+    assert logged["train/device/items_per_sec"] == rate
     assert logged["train/device/flops_per_sec"] == pytest.approx(flops / seconds, rel=0.05)
     mfu = logged["train/device/mfu"]
     assert mfu == pytest.approx(logged["train/device/flops_per_sec"] / peak, rel=1e-6)
