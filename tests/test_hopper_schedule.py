@@ -88,7 +88,7 @@ int main() {
       if (chunks > 1) parts += chunks;
     }
     CHECK(parts <= gradient_parts(rows, chunk));
-    // The last round has room for the parts of the tail, and it is of whole experts.
+    // The last round has room for the parts of the tail.
     const Tail tail = gradient_tail(rows, m, n, experts, 132);
     const int units = experts * units_of_part(m, n), clusters = 132 / kCluster;
     CHECK(tail.units == 0 || tail.units == units % clusters);

@@ -15,7 +15,7 @@ __host__ __device__ __forceinline__ int chunks_of(int rows, int chunk) {
   return rows <= chunk ? 1 : (rows + chunk - 1) / chunk;
 }
 
-// Of G, (m, n).
+// Of a gradient G, (m, n), for each part of its expert.
 __host__ __device__ __forceinline__ int units_of_part(int m, int n) {
   return ((m + kTileM * kCluster - 1) / (kTileM * kCluster)) * ((n + kTileN - 1) / kTileN);
 }
@@ -99,12 +99,11 @@ inline Tail gradient_tail(int64_t rows, int64_t m, int64_t n, int64_t experts, i
 
 // How an expert is split, in chunks of so many rows. One expert's tiles take a share t of all
 // blocks; if it had all rows, in p parts, it would take ceil(p t) / p of the time that they take it
-// alone. Of the p that keep its parts shorter than two thirds of what all blocks together need, we
-// take the fewest that are near the best, for each costs memory. Where an expert's tiles keep
-// nearly all blocks busy by themselves it is never split, and needs no workspace.
+// alone. Of the p that make a part half to two thirds as long as all blocks together need, we take
+// the fewest that are near the best, for each costs memory. Where an expert's tiles keep nearly all
+// blocks busy by themselves it is never split, and needs no workspace.
 inline int64_t gradient_chunk(int64_t rows, int64_t m, int64_t n, int64_t blocks) {
-  const int64_t tiles =
-      ((m + kTileM * kCluster - 1) / (kTileM * kCluster)) * kCluster * ((n + kTileN - 1) / kTileN);
+  const int64_t tiles = int64_t{kCluster} * units_of_part(static_cast<int>(m), static_cast<int>(n));
   int64_t parts = 1;
   if (5 * tiles < 4 * blocks) {
     const int64_t fewest = (3 * blocks + 2 * tiles - 1) / (2 * tiles);

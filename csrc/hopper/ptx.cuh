@@ -31,6 +31,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Lets so many of the multiprocessor's clock cycles pass.
 __device__ __forceinline__ void wait_cycles(int64_t cycles) {
   const int64_t start = clock64();
   while (clock64() - start < cycles) {
