@@ -1,13 +1,17 @@
-// A stable counting sort of the T*K (token, slot) pairs by expert, in one launch of three phases
-// with the whole grid meeting in between:
+// A stable counting sort of the T*K (token, slot) pairs by expert, in one launch in whose middle
+// the whole grid meets:
 //
 //   1. each block counts the ids of its own range, per expert and warp;
-//   2. per expert, a running sum over the blocks;
+//   2. per expert, running sums over the blocks, which each block makes for itself where the counts
+//      are few, and for all of them where they are many, which takes another meeting;
 //   3. each block gives its pairs their rows.
 //
 // Nothing is added to memory by more than one thread: a lane finds its place among equal ids by
 // ballots, warps and blocks theirs by running sums. Each pair's row is thus a function of the ids
 // alone, whatever runs first.
+//
+// There is little to move, so time is the latency of what has to wait for something else. Loads
+// come in batches; what a warp found out about its own ids is kept for the last phase.
 #include "common.cuh"
 #include "ops.h"
 
@@ -22,46 +26,115 @@ namespace {
 constexpr int kMaxExperts = 1024;
 constexpr int kIdsPerLane = 8;
 constexpr int kIdsPerWarpStep = kIdsPerLane * kWarpSize;
+// Experts times blocks up to which each block reads all counts, rather than meet once more.
+constexpr int kFewCounts = 16384;
 
-// Lanes whose `id` is mine, among those that are `active` (inactive lanes get 0).
-__device__ __forceinline__ unsigned lanes_with(int id, bool active, int id_bits) {
-  unsigned same = __ballot_sync(kAllLanes, active);
-  for (int bit = 0; bit < id_bits; ++bit) {
-    const bool set = (id >> bit) & 1;
-    const unsigned lanes = __ballot_sync(kAllLanes, set);
-    same &= set ? lanes : ~lanes;
-  }
-  return active ? same : 0u;
-}
+// A warp's next pairs, kWarpSize apart in a lane.
+struct Step {
+  int64_t first;  // of this lane
+  int64_t last;
+  int id[kIdsPerLane];
+  int place[kIdsPerLane];  // how many of the warp's earlier pairs have the same expert
 
-// Walks the ids [first, last) of this warp in order. `counts[e]` grows by the warp's number of ids
-// e; each pair is visited with the value that it had before.
-template <typename Visit>
-__device__ __forceinline__ void walk(const int64_t* __restrict__ ids, int64_t first, int64_t last,
-                                     int num_experts, int id_bits, int* counts, Visit&& visit) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t step = first; step < last; step += kIdsPerWarpStep) {
-    int id[kIdsPerLane];
+  __device__ __forceinline__ int64_t pair(int i) const { return first + i * kWarpSize; }
+  __device__ __forceinline__ bool exists(int i) const { return pair(i) < last; }
+
+  __device__ __forceinline__ void load_ids(const int64_t* __restrict__ ids, int num_experts) {
+    // No check between these loads, or one would wait for the other.
+    int64_t value[kIdsPerLane];
+#pragma unroll
+    for (int i = 0; i < kIdsPerLane; ++i) value[i] = exists(i) ? ids[pair(i)] : 0;
+    bool valid = true;
 #pragma unroll
     for (int i = 0; i < kIdsPerLane; ++i) {
-      const int64_t pair = step + i * kWarpSize + lane;
-      const int64_t value = pair < last ? ids[pair] : 0;
-      assert(value >= 0 && value < num_experts && "an expert id is outside [0, num_experts)");
-      id[i] = static_cast<int>(value);
+      valid = valid && value[i] >= 0 && value[i] < num_experts;
+      id[i] = static_cast<int>(value[i]);
+    }
+    assert(valid && "an expert id is outside [0, num_experts)");
+  }
+
+  // Finds each pair's place, and adds this step to the warp's `counts`.
+  __device__ __forceinline__ void count(int id_bits, int* counts) {
+    const unsigned lower = (1u << threadIdx.x % kWarpSize) - 1u;
+    unsigned same[kIdsPerLane];  // lanes with this lane's id
+#pragma unroll
+    for (int i = 0; i < kIdsPerLane; ++i) same[i] = __ballot_sync(kAllLanes, exists(i));
+    for (int bit = 0; bit < id_bits; ++bit) {
+#pragma unroll
+      for (int i = 0; i < kIdsPerLane; ++i) {
+        const bool set = (id[i] >> bit) & 1;
+        const unsigned lanes = __ballot_sync(kAllLanes, set);
+        same[i] &= set ? lanes : ~lanes;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kIdsPerLane; ++i) {
-      const int64_t pair = step + i * kWarpSize + lane;
-      const bool active = pair < last;
-      const unsigned same = lanes_with(id[i], active, id_bits);
-      const unsigned before = same & ((1u << lane) - 1u);
-      if (active) visit(pair, counts[id[i]] + __popc(before));
+      const unsigned before = same[i] & lower;
+      const int old = exists(i) ? counts[id[i]] : 0;
+      place[i] = old + __popc(before);
       __syncwarp();  // all have read the old count
-      if (active && before == 0) counts[id[i]] += __popc(same);
+      if (exists(i) && before == 0) counts[id[i]] = old + __popc(same[i]);
       __syncwarp();  // the next round sees the new one
     }
   }
-}
+
+  // Gives the pairs their rows. `rows`: where the warp's pairs of each expert begin.
+  __device__ __forceinline__ void finish(const int* rows, int64_t* __restrict__ order,
+                                         int64_t* inverse) const {
+#pragma unroll
+    for (int i = 0; i < kIdsPerLane; ++i) {
+      if (!exists(i)) continue;
+      const int64_t row = rows[id[i]] + place[i];
+      inverse[pair(i)] = row;
+      order[row] = pair(i);
+    }
+  }
+};
+
+// The pairs [first, last) of a warp, step by step. Between count() and finish() the last step,
+// which for most is the only one, stays in registers; places of those before it wait in `inverse`.
+struct WarpPairs {
+  int64_t first;
+  int64_t last;
+  Step step;
+
+  __device__ __forceinline__ WarpPairs(int64_t first_, int64_t last_)
+      : first(first_), last(last_) {}
+
+  // False at the end.
+  __device__ __forceinline__ bool at(int64_t begin) {
+    step.first = begin + threadIdx.x % kWarpSize;
+    step.last = last;
+    return begin < last;
+  }
+  __device__ __forceinline__ bool is_last(int64_t begin) const {
+    return begin + kIdsPerWarpStep >= last;
+  }
+
+  __device__ __forceinline__ void count(const int64_t* __restrict__ ids, int num_experts,
+                                        int id_bits, int* counts, int64_t* inverse) {
+    for (int64_t begin = first; at(begin); begin += kIdsPerWarpStep) {
+      step.load_ids(ids, num_experts);
+      step.count(id_bits, counts);
+      if (is_last(begin)) break;
+#pragma unroll
+      for (int i = 0; i < kIdsPerLane; ++i) inverse[step.pair(i)] = step.place[i];
+    }
+  }
+
+  __device__ __forceinline__ void finish(const int64_t* __restrict__ ids, int num_experts,
+                                         const int* rows, int64_t* __restrict__ order,
+                                         int64_t* inverse) {
+    if (first >= last) return;
+    step.finish(rows, order, inverse);
+    for (int64_t begin = first; at(begin) && !is_last(begin); begin += kIdsPerWarpStep) {
+      step.load_ids(ids, num_experts);
+#pragma unroll
+      for (int i = 0; i < kIdsPerLane; ++i) step.place[i] = static_cast<int>(inverse[step.pair(i)]);
+      step.finish(rows, order, inverse);
+    }
+  }
+};
 
 // Exclusive sum over the block; `total` is the sum of all. Every thread must take part.
 __device__ __forceinline__ int block_exclusive_scan(int value, int* total) {
@@ -81,66 +154,137 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int* total) {
   return before + inclusive - value;
 }
 
-// The counts of one expert, one per block, become the number of its ids in earlier blocks. One
-// warp.
-__device__ __forceinline__ int scan_over_blocks(int* block_counts, int blocks) {
+// Of one expert.
+struct Counts {
+  int all;
+  int before;  // in earlier blocks
+};
+
+// Counts of one expert after the other, from those of all blocks, (blocks, E), to `counts`, (E,).
+// Every thread must take part.
+__device__ __forceinline__ void sum_all_blocks(const int* block_counts, int num_experts,
+                                               Counts* counts) {
+  __shared__ Counts shares[kBlock];
+  constexpr int kAtOnce = 8;  // loads that are under way together
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int start = 0; start < num_experts; start += kBlock) {
+    // Where experts are few, several threads share the blocks of each.
+    const int width = min(kBlock, num_experts - start), threads = kBlock / width;
+    const int share = thread / width, expert = thread - share * width;
+    Counts sum{0, 0};
+    for (int first = share; share < threads && first < blocks; first += kAtOnce * threads) {
+      int count[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int from = first + i * threads;
+        count[i] = from < blocks ? block_counts[from * num_experts + start + expert] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        sum.all += count[i];
+        if (first + i * threads < block) sum.before += count[i];
+      }
+    }
+    shares[thread] = sum;
+    __syncthreads();
+    if (thread < width) {
+      for (int other = 1; other < threads; ++other) {
+        sum.all += shares[other * width + thread].all;
+        sum.before += shares[other * width + thread].before;
+      }
+      counts[start + thread] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// The counts of one expert, one per block, become the number of its ids in earlier blocks. Returns
+// that of all. One warp.
+__device__ __forceinline__ int scan_over_blocks(int* block_counts, int num_experts, int blocks) {
+  constexpr int kAtOnce = 5;  // loads that are under way together: enough for 160 blocks
   const int lane = threadIdx.x % kWarpSize;
   int running = 0;
-  for (int start = 0; start < blocks; start += kWarpSize) {
-    const int i = start + lane;
-    const int count = i < blocks ? block_counts[i] : 0;
-    const int inclusive = warp_inclusive_scan(count);
-    if (i < blocks) block_counts[i] = running + inclusive - count;
-    running += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
+  for (int start = lane; start - lane < blocks; start += kAtOnce * kWarpSize) {
+    int count[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int block = start + i * kWarpSize;
+      count[i] = block < blocks ? block_counts[static_cast<int64_t>(block) * num_experts] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int block = start + i * kWarpSize;
+      const int inclusive = warp_inclusive_scan(count[i]);
+      if (block < blocks) {
+        block_counts[static_cast<int64_t>(block) * num_experts] = running + inclusive - count[i];
+      }
+      running += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
+    }
   }
   return running;
 }
 
-// block_counts is (E, blocks), so that the scan of one expert reads memory in sequence.
+// block_counts is (blocks, E).
 __global__ void __launch_bounds__(kBlock)
     sort_kernel(const int64_t* __restrict__ ids, int* block_counts, int64_t* tokens_per_expert,
-                int64_t* __restrict__ order, int64_t* __restrict__ inverse,
-                int* __restrict__ offsets, int64_t total, int64_t ids_per_warp, int num_experts,
-                int id_bits) {
-  extern __shared__ int counts[];  // (warps, E): first counts, then each warp's next rows
+                int64_t* __restrict__ order, int64_t* inverse, int* __restrict__ offsets,
+                int64_t total, int64_t ids_per_warp, int num_experts, int id_bits) {
+  // (warps, E): first each warp's counts, then its next rows; and (E,), of all.
+  extern __shared__ int counts[];
+  Counts* const of_experts = reinterpret_cast<Counts*>(counts + kWarpsPerBlock * num_experts);
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int blocks = static_cast<int>(gridDim.x);
   const int64_t global_warp = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp;
   const int64_t first = min(global_warp * ids_per_warp, total);
-  const int64_t last = min(first + ids_per_warp, total);
+  WarpPairs pairs(first, min(first + ids_per_warp, total));
   int* mine = counts + warp * num_experts;
+  int* of_block = block_counts + static_cast<int64_t>(blockIdx.x) * num_experts;
 
-  for (int i = threadIdx.x; i < kWarpsPerBlock * num_experts; i += kBlock) counts[i] = 0;
-  __syncthreads();
-  walk(ids, first, last, num_experts, id_bits, mine, [](int64_t, int) {});
+  for (int i = lane; i < num_experts; i += kWarpSize) mine[i] = 0;
+  __syncwarp();
+  pairs.count(ids, num_experts, id_bits, mine, inverse);
   __syncthreads();
   for (int expert = threadIdx.x; expert < num_experts; expert += kBlock) {
     int sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarpsPerBlock; ++w) sum += counts[w * num_experts + expert];
-    block_counts[static_cast<int64_t>(expert) * blocks + blockIdx.x] = sum;
+    of_block[expert] = sum;
   }
   grid.sync();
 
-  for (int64_t expert = global_warp; expert < num_experts; expert += blocks * kWarpsPerBlock) {
-    const int sum = scan_over_blocks(block_counts + expert * blocks, blocks);
-    if (lane == 0) tokens_per_expert[expert] = sum;
+  if (num_experts * blocks <= kFewCounts) {
+    sum_all_blocks(block_counts, num_experts, of_experts);
+    if (blockIdx.x == 0) {
+      for (int expert = threadIdx.x; expert < num_experts; expert += kBlock) {
+        tokens_per_expert[expert] = of_experts[expert].all;
+      }
+    }
+  } else {
+    for (int64_t expert = global_warp; expert < num_experts; expert += blocks * kWarpsPerBlock) {
+      const int sum = scan_over_blocks(block_counts + expert, num_experts, blocks);
+      if (lane == 0) tokens_per_expert[expert] = sum;
+    }
+    grid.sync();
+    for (int expert = threadIdx.x; expert < num_experts; expert += kBlock) {
+      of_experts[expert] = {static_cast<int>(tokens_per_expert[expert]), of_block[expert]};
+    }
+    __syncthreads();
   }
-  grid.sync();
 
   // Where each expert begins is cheaper to sum here, E numbers per block, than to meet once more.
   int running = 0;
   for (int start = 0; start < num_experts; start += kBlock) {
     const int expert = start + threadIdx.x;
     const bool exists = expert < num_experts;
-    const int count = exists ? static_cast<int>(tokens_per_expert[expert]) : 0;
+    const Counts found = exists ? of_experts[expert] : Counts{0, 0};
     int sum = 0;
-    const int before = running + block_exclusive_scan(count, &sum);
+    const int before = running + block_exclusive_scan(found.all, &sum);
     running += sum;
     if (exists) {
-      if (blockIdx.x == 0) offsets[expert] = before + count;
-      int row = before + block_counts[static_cast<int64_t>(expert) * blocks + blockIdx.x];
+      if (blockIdx.x == 0) offsets[expert] = before + found.all;
+      int row = before + found.before;
 #pragma unroll
       for (int w = 0; w < kWarpsPerBlock; ++w) {
         int* cell = counts + w * num_experts + expert;
@@ -151,10 +295,7 @@ __global__ void __launch_bounds__(kBlock)
     }
   }
   __syncthreads();
-  walk(ids, first, last, num_experts, id_bits, mine, [=](int64_t pair, int row) {
-    inverse[pair] = row;
-    order[row] = pair;
-  });
+  pairs.finish(ids, num_experts, mine, order, inverse);
 }
 
 }  // namespace
@@ -185,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(processors, most_blocks));
   int64_t ids_per_warp = kIdsPerWarpStep * ceil_div(warp_steps, blocks * kWarpsPerBlock);
   Tensor block_counts = torch::stable::new_empty(
-      expert_ids, {num_experts, static_cast<int64_t>(blocks)}, ScalarType::Int);
+      expert_ids, {static_cast<int64_t>(blocks), num_experts}, ScalarType::Int);
 
   int id_bits = 0;
   while ((int64_t{1} << id_bits) < num_experts) ++id_bits;
@@ -199,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   auto* offsets_out = static_cast<int*>(offsets.data_ptr());
   void* arguments[] = {&ids,         &counts, &per_expert,   &order_out, &inverse_out,
                        &offsets_out, &pairs,  &ids_per_warp, &experts,   &id_bits};
-  const size_t shared = sizeof(int) * kWarpsPerBlock * num_experts;
+  const size_t shared = (sizeof(int) * kWarpsPerBlock + sizeof(Counts)) * num_experts;
   STD_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&sort_kernel),
                                              dim3(blocks), dim3(kBlock), arguments, shared,
                                              current_stream(expert_ids)));

@@ -189,14 +189,15 @@ def test_sort(library: Any, experts: int, pairs: int, skew: str) -> None:
     assert offsets.dtype == torch.int32
 
 
-def test_sort_of_many_blocks(library: Any) -> None:
-    """More pairs than the blocks of one launch take at a time."""
-    ids = torch.randint(64, (3_000_001,), device="cuda")
-    order, inverse, counts, _ = library.sort_by_expert(ids, 64)
+@pytest.mark.parametrize("experts", [64, 640])
+def test_sort_of_many_blocks(library: Any, experts: int) -> None:
+    """More pairs than the blocks of one launch take at a time; few counts to add, and many."""
+    ids = torch.randint(experts, (3_000_001,), device="cuda")
+    order, inverse, counts, _ = library.sort_by_expert(ids, experts)
     want = torch.sort(ids, stable=True).indices
     assert torch.equal(order, want)
     assert torch.equal(inverse[order], torch.arange(ids.numel(), device="cuda"))
-    assert torch.equal(counts, torch.bincount(ids, minlength=64))
+    assert torch.equal(counts, torch.bincount(ids, minlength=experts))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint8], ids=str)
