@@ -14,7 +14,7 @@
 namespace lightning_fastmoe {
 namespace {
 
-constexpr int kRowsInFlight = 4;
+constexpr int kLoadsInFlight = 4;
 
 // Unit is what one thread moves at a time: 16 bytes, or one element. A copy does not care for
 // dtypes.
@@ -32,47 +32,62 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-template <typename T, int N, bool kBias>
+// So many 16-byte loads of one thread are under way together: of kRows rows, and of kColumns places
+// in each, a block's width apart. Where a token has few rows it is more places.
+template <typename T, int N, int kRows, bool kBias>
 __global__ void __launch_bounds__(kBlock)
     sum_rows_kernel(const T* __restrict__ rows, const int64_t* __restrict__ inverse,
                     const float* __restrict__ weights, const T* __restrict__ bias,
                     const int* __restrict__ offsets, T* __restrict__ out, int num_experts,
                     int64_t tokens, int64_t width, int top_k) {
+  constexpr int kColumns = kLoadsInFlight / kRows;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= tokens) return;
-  const int64_t first = token * top_k;
-  for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < width;
-       i += static_cast<int64_t>(blockDim.x) * N) {
-    float sum[N] = {};
-    for (int k = 0; k < top_k; k += kRowsInFlight) {
+  const int64_t first = token * top_k, stride = static_cast<int64_t>(blockDim.x) * N;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < width; i += kColumns * stride) {
+    float sum[kColumns][N] = {};
+    for (int k = 0; k < top_k; k += kRows) {
       // All loads of a group start before the first is used.
-      Vector<T, N> row[kRowsInFlight];
+      Vector<T, N> part[kRows][kColumns];
 #pragma unroll
-      for (int j = 0; j < kRowsInFlight; ++j) {
-        if (k + j < top_k) row[j] = load<T, N>(rows + inverse[first + k + j] * width + i);
+      for (int j = 0; j < kRows; ++j) {
+        if (k + j >= top_k) continue;
+        const T* row = rows + inverse[first + k + j] * width + i;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (i + c * stride < width) part[j][c] = load<T, N>(row + c * stride);
+        }
       }
 #pragma unroll
-      for (int j = 0; j < kRowsInFlight; ++j) {
-        if (k + j < top_k) {
-          const float weight = weights == nullptr ? 1.0f : weights[first + k + j];
+      for (int j = 0; j < kRows; ++j) {
+        if (k + j >= top_k) continue;
+        const float weight = weights == nullptr ? 1.0f : weights[first + k + j];
+        int64_t expert = 0;
+        if constexpr (kBias) expert = expert_of(offsets, num_experts, inverse[first + k + j]);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (i + c * stride >= width) continue;
           float value[N];
 #pragma unroll
-          for (int n = 0; n < N; ++n) value[n] = to_float(row[j].element[n]);
+          for (int n = 0; n < N; ++n) value[n] = to_float(part[j][c].element[n]);
           if constexpr (kBias) {
-            const int64_t expert = expert_of(offsets, num_experts, inverse[first + k + j]);
-            const Vector<T, N> shift = load<T, N>(bias + expert * width + i);
+            const Vector<T, N> shift = load<T, N>(bias + expert * width + i + c * stride);
 #pragma unroll
             for (int n = 0; n < N; ++n) value[n] += to_float(shift.element[n]);
           }
 #pragma unroll
-          for (int n = 0; n < N; ++n) sum[n] += weight * value[n];
+          for (int n = 0; n < N; ++n) sum[c][n] += weight * value[n];
         }
       }
     }
-    Vector<T, N> result;
 #pragma unroll
-    for (int n = 0; n < N; ++n) result.element[n] = from_float<T>(sum[n]);
-    store<T, N>(out + token * width + i, result);
+    for (int c = 0; c < kColumns; ++c) {
+      if (i + c * stride >= width) continue;
+      Vector<T, N> result;
+#pragma unroll
+      for (int n = 0; n < N; ++n) result.element[n] = from_float<T>(sum[c][n]);
+      store<T, N>(out + token * width + i + c * stride, result);
+    }
   }
 }
 
@@ -184,17 +199,26 @@ Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<T
   for_floating(rows.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (tokens == 0 || width == 0) return;
-    const auto launch = [&](auto size) {
-      constexpr int N = decltype(size)::value;
-      const dim3 block = row_block(width / N);
+    const auto launch_rows = [&](auto size, auto at_once) {
+      constexpr int N = decltype(size)::value, kRows = decltype(at_once)::value;
+      const dim3 block = row_block(ceil_div(width / N, kLoadsInFlight / kRows));
       const unsigned grid = grid_size(ceil_div(tokens, block.y), op);
-      const auto kernel =
-          row_bias.bias == nullptr ? sum_rows_kernel<T, N, false> : sum_rows_kernel<T, N, true>;
+      const auto kernel = row_bias.bias == nullptr ? sum_rows_kernel<T, N, kRows, false>
+                                                   : sum_rows_kernel<T, N, kRows, true>;
       kernel<<<grid, block, 0, current_stream(rows)>>>(
           static_cast<const T*>(rows.data_ptr()), static_cast<const int64_t*>(inverse.data_ptr()),
           weights ? static_cast<const float*>(weights->data_ptr()) : nullptr,
           static_cast<const T*>(row_bias.bias), row_bias.offsets, static_cast<T*>(out.data_ptr()),
           row_bias.num_experts, tokens, width, static_cast<int>(top_k));
+    };
+    const auto launch = [&](auto size) {
+      if (top_k == 1) {
+        launch_rows(size, std::integral_constant<int, 1>{});
+      } else if (top_k < kLoadsInFlight) {
+        launch_rows(size, std::integral_constant<int, 2>{});
+      } else {
+        launch_rows(size, std::integral_constant<int, kLoadsInFlight>{});
+      }
     };
     if (takes_vectors(width * static_cast<int64_t>(sizeof(T)),
                       {rows.data_ptr(), row_bias.bias, out.data_ptr()})) {

@@ -216,7 +216,9 @@ def test_permute(library: Any, size: tuple[int, int, int], width: int, dtype: to
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(
-    "size", [(37, 3, 5), (1, 1, 1), (64, 8, 8), (33, 10, 11), (0, 2, 4)], ids=str
+    "size",
+    [(37, 3, 5), (1, 1, 1), (70, 1, 6), (50, 2, 4), (64, 8, 8), (33, 10, 11), (0, 2, 4)],
+    ids=str,
 )
 def test_sums(library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
     tokens, k, experts = size
