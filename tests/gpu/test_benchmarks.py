@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer import measure
+from layer import measure, power
 from layer.configs import CONFIGS
 from layer.peers import Layer
 from layer.registry import PEERS
@@ -76,3 +76,14 @@ def test_steps_are_timed():
     assert all(ms > 0 for ms in times["forward"] + times["step"])
     assert sum(times["forward"]) / len(times["forward"]) < sum(times["step"]) / len(times["step"])
     assert torch.cuda.memory_allocated() < 2**30
+
+
+def test_sustained_time_clock_and_power():
+    """Of a kernel that takes a known number of clock cycles, whatever the clock is."""
+    cycles = 1_000_000
+    device = torch.device("cuda")
+    found = power.sustained(lambda: torch.cuda._sleep(cycles), device, 0.5)
+    # Other processes on the device make it longer, never shorter; clocks are means of samples.
+    assert 0.9 * cycles < found.ms * found.mhz * 1e3 < 50 * cycles
+    assert 20 < power.idle_watts(device, 0.3) < 2000
+    assert 20 < found.watts < 2000
