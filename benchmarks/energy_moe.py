@@ -30,6 +30,10 @@ from layer.registry import PEERS, parse_peers
 from layer.routings import parse_routings
 
 
+SHORTEST = 0.3
+"""Seconds in which the driver answers often enough to make a mean."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """What the device needs for simple things.
@@ -132,6 +136,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     configs, (routing, *_) = parse_configs(arguments.configs), parse_routings(arguments.routing)
     peers = [PEERS[name]() for name in parse_peers(arguments.peers)]
+    if not arguments.seconds >= SHORTEST:
+        raise BenchmarkError(f"--seconds {arguments.seconds:g}: take {SHORTEST} or more.")
     if not torch.cuda.is_available():
         raise BenchmarkError("There is no CUDA device, and its power is what is measured.")
     device = torch.device("cuda")

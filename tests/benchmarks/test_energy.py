@@ -96,6 +96,9 @@ def test_without_a_gpu(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_unknown_names(capsys):
-    assert energy_moe.main(["--configs", "switch-8", "--peers", "nobody"]) == 2
-    assert "nobody" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "wrong", [("--peers", "nobody"), ("--seconds", "-1"), ("--seconds", "nan")], ids=" ".join
+)
+def test_options_that_can_not_be_met(capsys, wrong):
+    assert energy_moe.main(["--configs", "switch-8", *wrong]) == 2
+    assert wrong[1] in capsys.readouterr().err
