@@ -29,7 +29,6 @@ from layer.problem import make_problem
 from layer.registry import PEERS, parse_peers
 from layer.routings import parse_routings
 
-
 SHORTEST = 0.3
 """Seconds in which the driver answers often enough to make a mean."""
 
