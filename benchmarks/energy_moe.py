@@ -12,22 +12,23 @@ move if each reads its operands once (`layer/floors.py`).
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from layer import floors, machine, measure, power
-from layer.configs import parse_configs
+from layer.configs import Config, parse_configs
 from layer.errors import BenchmarkError
 from layer.floors import Sizes, Work
+from layer.machine import Yardsticks
 from layer.power import Sustained
-from layer.problem import make_problem
 from layer.registry import PEERS, parse_peers
+from layer.report import add_options, write
 from layer.routings import parse_routings
+from layer.worker import Bench
 
 SHORTEST = 0.3
 """Seconds in which the driver answers often enough to make a mean."""
@@ -38,11 +39,13 @@ class Scale:
     """What the device needs for simple things.
 
     Attributes:
-        dense: a dense bf16 product of :data:`layer.machine.DENSE` rows.
-        copy: copying :data:`layer.machine.COPY_BYTES`.
+        yardsticks: a dense product and a copy.
+        dense: the product.
+        copy: the copy.
         idle: watts without work.
     """
 
+    yardsticks: Yardsticks
     dense: Sustained
     copy: Sustained
     idle: float
@@ -50,13 +53,13 @@ class Scale:
     @property
     def per_flop(self) -> float:
         """Joules, of the dense product, all that the device draws included."""
-        return self.dense.joules / (2 * machine.DENSE**3)
+        return self.dense.joules / self.yardsticks.flops
 
     @property
     def per_byte(self) -> float:
         """Joules, of the copy, read and written counted, beyond what an idle device draws."""
         beyond = (self.copy.watts - self.idle) * self.copy.ms / 1e3
-        return beyond / (2 * machine.COPY_BYTES)
+        return beyond / self.yardsticks.bytes
 
     def of(self, work: Work) -> float:
         """Joules that ``work`` would take."""
@@ -89,24 +92,26 @@ def measure_scale(device: torch.device, seconds: float) -> Scale:
         BenchmarkError: if the driver tells no power.
     """
     idle = power.idle_watts(device, seconds)
-    a, b = (torch.randn(machine.DENSE, machine.DENSE, device=device).bfloat16() for _ in range(2))
-    out = torch.empty_like(a)
-    dense = power.sustained(partial(torch.mm, a, b, out=out), device, seconds)
-    source = torch.randn(machine.COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    copy = power.sustained(partial(target.copy_, source), device, seconds)
-    return Scale(dense, copy, idle)
+    large = machine.yardsticks(device)
+    return Scale(
+        large,
+        power.sustained(large.dense, device, seconds),
+        power.sustained(large.copy, device, seconds),
+        idle,
+    )
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table."""
     lines = ["| what | ms | watts | MHz | joules | against the estimate |", "|" + "---|" * 6]
     for row in report["rows"]:
-        least = row["joules"] / row["estimate_j"] if row["estimate_j"] else None
-        lines.append(
-            f"| {row['name']} | {row['ms']:.3f} | {row['watts']:.0f} | {row['mhz']:.0f} |"
-            f" {row['joules']:.3f} | {'' if least is None else f'{least:.2f}x'} |"
-        )
+        if row["status"] != "ok":
+            lines.append(f"| {row['name']} | {row['status']}: {row['reason']} |" + " |" * 4)
+            continue
+        estimate = row["estimate_j"]
+        cells = [row["name"], f"{row['ms']:.3f}", f"{row['watts']:.0f}", f"{row['mhz']:.0f}"]
+        cells += [f"{row['joules']:.3f}", f"{row['joules'] / estimate:.2f}x" if estimate else ""]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Dense product {report['per_flop'] * 1e12:.2f} pJ per FLOP; copy"
@@ -116,9 +121,11 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _row(name: str, found: Sustained, estimate: float | None) -> dict[str, Any]:
+def row_of(name: str, found: Sustained, estimate: float | None = None) -> dict[str, Any]:
+    """A row of the report: what was measured, and the joules that were estimated."""
     return {
         "name": name,
+        "status": "ok",
         "ms": found.ms,
         "watts": found.watts,
         "mhz": found.mhz,
@@ -127,44 +134,33 @@ def _row(name: str, found: Sustained, estimate: float | None) -> dict[str, Any]:
     }
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the command line asks for.
+def run(
+    configs: list[Config], routing: str, peers: list[str], device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Measures each peer at each configuration, if its answers are right (`layer/worker.py`).
 
     Raises:
-        BenchmarkError: for options that can't be met.
+        BenchmarkError: for a peer that can't run here, or if the driver tells no power.
     """
-    configs, (routing, *_) = parse_configs(arguments.configs), parse_routings(arguments.routing)
-    peers = [PEERS[name]() for name in parse_peers(arguments.peers)]
-    if not arguments.seconds >= SHORTEST:
-        raise BenchmarkError(f"--seconds {arguments.seconds:g}: take {SHORTEST} or more.")
-    if not torch.cuda.is_available():
-        raise BenchmarkError("There is no CUDA device, and its power is what is measured.")
-    device = torch.device("cuda")
-    for peer in peers:
-        if (reason := peer.unavailable(None, device)) is not None:
-            raise BenchmarkError(f"{peer.title}: {reason}")
-        peer.start(device)
-    scale = measure_scale(device, arguments.seconds)
-    rows = [
-        _row(f"dense product of {machine.DENSE} rows", scale.dense, None),
-        _row("copy of 1 GiB", scale.copy, None),
-    ]
-    for config in configs:
-        problem = make_problem(config, routing, device)
-        busy = int(problem.expert_ids.unique().numel())
+    benches = [Bench(PEERS[name](), device.type) for name in peers]
+    for bench in benches:
+        if (reason := bench.start()["reason"]) is not None:
+            raise BenchmarkError(f"{bench.peer.title}: {reason}")
+    scale = measure_scale(device, seconds)
+    rows = [row_of("dense product", scale.dense), row_of("copy", scale.copy)]
+    for config, bench in itertools.product(configs, benches):
+        name = f"{config.name}, {routing}, {bench.peer.title}"
+        found = bench.prepare(config, routing)
+        if bench.layer is None or bench.problem is None:
+            rows.append({"name": name, "status": found["status"], "reason": found["reason"]})
+            continue
+        busy = int(bench.problem.expert_ids.unique().numel())
         estimate = scale.of(work_of(Sizes.of(config, busy)))
-        for peer in peers:
-            if (reason := peer.unavailable(config, device)) is not None:
-                raise BenchmarkError(f"{peer.title}, {config.name}: {reason}")
-            layer = peer.build(problem)
-            step = partial(measure.step, layer, problem.grad)
-            found = power.sustained(step, device, arguments.seconds)
-            name = f"{config.name}, {routing}, {peer.title}"
-            rows.append(_row(name, found, estimate))
-            print(f"{name}: {found.ms:.3f} ms, {found.joules:.3f} J", file=sys.stderr, flush=True)
-            layer.forget_gradients()
-            del layer, step
-            torch.cuda.empty_cache()
+        step = partial(measure.step, bench.layer, bench.problem.grad)
+        rows.append(row_of(name, power.sustained(step, device, seconds), estimate))
+        del step
+        bench.drop()
+        print(f"{name}: {rows[-1]['joules']:.3f} J", file=sys.stderr, flush=True)
     return {
         "machine": machine.describe(device),
         "idle_watts": scale.idle,
@@ -184,26 +180,32 @@ def make_parser() -> argparse.ArgumentParser:
     add("--routing", default="uniform")
     add("--peers", default="ours,torch", help=f"some of {', '.join(PEERS)}")
     add("--seconds", type=float, default=2.0, help="of measuring, for each row")
-    add("--json", type=Path, help="file to write")
-    add("--markdown", type=Path, help="file to write")
+    add_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints, and writes what was asked for; 2 for options that can't be met."""
+    """Measures, prints, and writes what was asked for.
+
+    Returns:
+        0; 1 if a peer was refused; 2 for options that can't be met.
+    """
     arguments = make_parser().parse_args(argv)
     try:
-        report = run(arguments)
+        configs, (routing, *_) = parse_configs(arguments.configs), parse_routings(arguments.routing)
+        peers = parse_peers(arguments.peers)
+        if not arguments.seconds >= SHORTEST:
+            raise BenchmarkError(f"--seconds {arguments.seconds:g}: take {SHORTEST} or more.")
+        if not torch.cuda.is_available():
+            raise BenchmarkError("There is no CUDA device, and its power is what is measured.")
+        report = run(configs, routing, peers, torch.device("cuda"), arguments.seconds)
     except BenchmarkError as error:
         print(f"energy_moe.py: {error}", file=sys.stderr)
         return 2
     text = markdown(report)
     print(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
-    return 0
+    write(arguments, report, text)
+    return int(any(row["status"] == "refused" for row in report["rows"]))
 
 
 if __name__ == "__main__":

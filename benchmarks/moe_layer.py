@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from layer import plot, table
 from layer.configs import parse_configs
 from layer.errors import BenchmarkError
 from layer.registry import PEERS, parse_peers
+from layer.report import add_options, write
 from layer.routings import parse_routings
 from layer.runner import Options, Runner
 from layer.worker import TOLERANCE
@@ -66,8 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), default="bfloat16")
     add("--tiny", action="store_true", help="miniature sizes, to check the script")
     add("--in-process", action="store_true", help="no processes, no limits: for a debugger")
-    add("--json", type=Path, help="file to write")
-    add("--markdown", type=Path, help="file to write")
+    add_options(parser)
     add("--plot", type=Path, help="picture to write; needs matplotlib")
     return parser
 
@@ -158,10 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"rows": []}
     try:
         for report in measure(arguments, lambda line: print(line, file=sys.stderr, flush=True)):
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            if arguments.markdown:
-                arguments.markdown.write_text(table.markdown(report), encoding="utf-8")
+            write(arguments, report, table.markdown(report))
     except BenchmarkError as error:
         print(f"moe_layer.py: {error}", file=sys.stderr)
         return 2

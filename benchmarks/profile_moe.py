@@ -12,11 +12,9 @@ several profiled steps. What the step takes beyond the sum of its kernels are th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from layer.peers import Layer
 from layer.phases import Entry, assign, table_for
 from layer.problem import make_problem
 from layer.registry import PEERS
+from layer.report import add_options, write
 from layer.routings import parse_routings
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -174,8 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--routing", default="uniform")
     add("--module", action="store_true", help="the whole module, with router and losses")
     add("--steps", type=int, default=7, help="profiled steps")
-    add("--json", type=Path, help="file to write")
-    add("--markdown", type=Path, help="file to write")
+    add_options(parser)
     return parser
 
 
@@ -228,10 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"profile_moe.py: {error}", file=sys.stderr)
         return 2
     print(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
+    write(arguments, report, text)
     return 0
 
 

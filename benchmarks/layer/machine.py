@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,29 +49,53 @@ def _driver() -> str | None:
     return (done.stdout.split() or [None])[0]
 
 
+@dataclass(frozen=True)
+class Yardsticks:
+    """Large operations on random numbers, which the layers are compared with.
+
+    Attributes:
+        dense: a square bf16 product.
+        copy: a copy of memory to memory.
+        flops: of the product.
+        bytes: that the copy reads and writes.
+    """
+
+    dense: Callable[[], object]
+    copy: Callable[[], object]
+    flops: int
+    bytes: int
+
+
+def yardsticks(device: torch.device) -> Yardsticks:
+    """A product of :data:`DENSE` rows and a copy of :data:`COPY_BYTES`; small ones on a CPU."""
+    cuda = device.type == "cuda"
+    size, n_bytes = (DENSE, COPY_BYTES) if cuda else (TINY_DENSE, 2**16)
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    source = torch.randn(n_bytes // 4, device=device)
+    return Yardsticks(
+        dense=partial(torch.mm, a, b, out=torch.empty_like(a)),
+        copy=partial(torch.empty_like(source).copy_, source),
+        flops=2 * size**3,
+        bytes=2 * n_bytes,
+    )
+
+
 def rates(device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """The rates of large operations on random numbers, nothing else running.
+    """How fast the :func:`yardsticks` run, nothing else running.
 
     Args:
         device: where; a CPU multiplies and copies small things.
         seconds: for both together.
 
     Returns:
-        ``dense_tflops`` of a square bf16 product of 8192 rows, one number per run, and
-        ``copy_gbs`` of copying 1 GiB, reading and writing counted.
+        ``dense_tflops`` of the product, one number per run, and ``copy_gbs`` of the copy, reading
+        and writing counted.
     """
     cuda = device.type == "cuda"
-    size, n_bytes = (DENSE, COPY_BYTES) if cuda else (TINY_DENSE, 2**16)
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    source = torch.randn(n_bytes // 4, device=device)
-    target = torch.empty_like(source)
     repeats = max(3, min(round(seconds * 300), 300)) if cuda else 3
+    large = yardsticks(device)
     dense, copy = Clock(device), Clock(device)
-    for clock, run in (
-        (dense, lambda: torch.mm(a, b, out=out)),
-        (copy, lambda: target.copy_(source)),
-    ):
+    for clock, run in ((dense, large.dense), (copy, large.copy)):
         for _ in range(3):
             run()
         for _ in range(repeats):
@@ -76,10 +103,10 @@ def rates(device: torch.device, seconds: float) -> dict[str, list[float]]:
             run()
             clock.stop()
     found = {
-        "dense_tflops": [2 * size**3 / ms / 1e9 for ms in dense.read()],
-        "copy_gbs": [2 * n_bytes / ms / 1e6 for ms in copy.read()],
+        "dense_tflops": [large.flops / ms / 1e9 for ms in dense.read()],
+        "copy_gbs": [large.bytes / ms / 1e6 for ms in copy.read()],
     }
     if cuda:
-        del a, b, out, source, target
+        del large, run
         torch.cuda.empty_cache()
     return found

@@ -73,7 +73,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         try:
-            # In a group of its own: in a container, nvidia-smi may be a script around the program.
+            # In a group of its own, with which all ends that could hold the pipe open.
             self.process = subprocess.Popen(  # noqa: S603
                 self.command, stdout=subprocess.PIPE, text=True, start_new_session=True
             )
