@@ -5,6 +5,7 @@
 // `inverse[p]` is the row of the flat (token, slot) pair p, `order[row]` the pair of a row.
 #include <torch/csrc/stable/library.h>
 
+#include "deadline.h"
 #include "hopper/ops.h"
 #include "ops.h"
 
@@ -60,6 +61,9 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 
+  // Which kernel of this process gave up waiting, and for what; "" if none did. See deadline.h.
+  library.def("stall_report() -> str");
+
   // The grouped GEMMs of compute capability 9.0: bf16 and fp16, contiguous, rows of whole 16-byte
   // units, order (N,) int64, offsets (E,) int32. Whether this library has them for a device:
   library.def("hopper_available(int device) -> bool");
@@ -111,4 +115,5 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CompositeExplicitAutograd, library) {
   library.impl("hopper_available", TORCH_BOX(&lightning_fastmoe::hopper::available));
+  library.impl("stall_report", TORCH_BOX(&lightning_fastmoe::stall_report));
 }

@@ -12,13 +12,11 @@
 //
 // There is little to move, so time is the latency of what has to wait for something else. Loads
 // come in batches; what a warp found out about its own ids is kept for the last phase.
-#include "common.cuh"
-#include "ops.h"
-
-// After torch's headers: its warnings about them would be ours otherwise.
-#include <cooperative_groups.h>
-
 #include <cassert>
+
+#include "common.cuh"
+#include "deadline.cuh"
+#include "ops.h"
 
 namespace lightning_fastmoe {
 namespace {
@@ -225,15 +223,15 @@ __device__ __forceinline__ int scan_over_blocks(int* block_counts, int num_exper
   return running;
 }
 
-// block_counts is (blocks, E).
+// block_counts is (blocks, E); arrived is zero.
 __global__ void __launch_bounds__(kBlock)
     sort_kernel(const int64_t* __restrict__ ids, int* block_counts, int64_t* tokens_per_expert,
                 int64_t* __restrict__ order, int64_t* inverse, int* __restrict__ offsets,
-                int64_t total, int64_t ids_per_warp, int num_experts, int id_bits) {
+                int64_t total, int64_t ids_per_warp, int num_experts, int id_bits,
+                unsigned* arrived, const __grid_constant__ Deadline deadline) {
   // (warps, E): first each warp's counts, then its next rows; and (E,), of all.
   extern __shared__ int counts[];
   Counts* const of_experts = reinterpret_cast<Counts*>(counts + kWarpsPerBlock * num_experts);
-  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int blocks = static_cast<int>(gridDim.x);
   const int64_t global_warp = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp;
@@ -252,7 +250,7 @@ __global__ void __launch_bounds__(kBlock)
     for (int w = 0; w < kWarpsPerBlock; ++w) sum += counts[w * num_experts + expert];
     of_block[expert] = sum;
   }
-  grid.sync();
+  grid_sync(arrived, 1, deadline);
 
   if (num_experts * blocks <= kFewCounts) {
     sum_all_blocks(block_counts, num_experts, of_experts);
@@ -266,7 +264,7 @@ __global__ void __launch_bounds__(kBlock)
       const int sum = scan_over_blocks(block_counts + expert, num_experts, blocks);
       if (lane == 0) tokens_per_expert[expert] = sum;
     }
-    grid.sync();
+    grid_sync(arrived, 2, deadline);
     for (int expert = threadIdx.x; expert < num_experts; expert += kBlock) {
       of_experts[expert] = {static_cast<int>(tokens_per_expert[expert]), of_block[expert]};
     }
@@ -303,6 +301,7 @@ __global__ void __launch_bounds__(kBlock)
 std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_ids,
                                                           int64_t num_experts) {
   const char* op = "sort_by_expert";
+  Deadline deadline = deadline_for(op);
   check_tensor(expert_ids, op, "expert_ids", 1, expert_ids);
   check_dtype(expert_ids, op, "expert_ids", ScalarType::Long);
   const int64_t total = expert_ids.numel();
@@ -325,25 +324,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   const int64_t most_blocks = std::max<int64_t>(1, ceil_div(warp_steps, kWarpsPerBlock));
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(processors, most_blocks));
   int64_t ids_per_warp = kIdsPerWarpStep * ceil_div(warp_steps, blocks * kWarpsPerBlock);
-  Tensor block_counts = torch::stable::new_empty(
-      expert_ids, {static_cast<int64_t>(blocks), num_experts}, ScalarType::Int);
+  Tensor workspace = torch::stable::new_empty(
+      expert_ids, {static_cast<int64_t>(blocks) * num_experts + 1}, ScalarType::Int);
 
   int id_bits = 0;
   while ((int64_t{1} << id_bits) < num_experts) ++id_bits;
   int experts = static_cast<int>(num_experts);
   int64_t pairs = total;
   const auto* ids = static_cast<const int64_t*>(expert_ids.data_ptr());
-  auto* counts = static_cast<int*>(block_counts.data_ptr());
+  auto* counts = static_cast<int*>(workspace.data_ptr());
+  auto* arrived = reinterpret_cast<unsigned*>(counts + blocks * num_experts);
   auto* per_expert = static_cast<int64_t*>(tokens_per_expert.data_ptr());
   auto* order_out = static_cast<int64_t*>(order.data_ptr());
   auto* inverse_out = static_cast<int64_t*>(inverse.data_ptr());
   auto* offsets_out = static_cast<int*>(offsets.data_ptr());
-  void* arguments[] = {&ids,         &counts, &per_expert,   &order_out, &inverse_out,
-                       &offsets_out, &pairs,  &ids_per_warp, &experts,   &id_bits};
+  void* arguments[] = {&ids,   &counts,       &per_expert, &order_out, &inverse_out, &offsets_out,
+                       &pairs, &ids_per_warp, &experts,    &id_bits,   &arrived,     &deadline};
   const size_t shared = (sizeof(int) * kWarpsPerBlock + sizeof(Counts)) * num_experts;
+  const cudaStream_t stream = current_stream(expert_ids);
+  STD_CUDA_CHECK(cudaMemsetAsync(arrived, 0, sizeof(*arrived), stream));
   STD_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&sort_kernel),
                                              dim3(blocks), dim3(kBlock), arguments, shared,
-                                             current_stream(expert_ids)));
+                                             stream));
   return {order, inverse, tokens_per_expert, offsets};
 }
 

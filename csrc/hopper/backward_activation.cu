@@ -29,6 +29,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
                                                 const Tensor& h, const Tensor& weights,
                                                 std::string activation) {
   const char* op = "hopper_backward_activation_";
+  const Deadline deadline = deadline_for(op);
   check_matrix(grad, op, "grad", 2, grad);
   STD_TORCH_CHECK(weights.dim() == 1 || weights.dim() == 2, op,
                   ": weights must have 1 or 2 dimensions, not ", weights.dim());
@@ -65,6 +66,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       job.top_k = static_cast<int>(top_k);
       job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
       job.experts = experts;
+      job.deadline = deadline;
       job.k = static_cast<int>(d_model);
       job.columns = columns;
       job.spread = start_spread(rows, d_model, width);

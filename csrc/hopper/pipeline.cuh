@@ -8,8 +8,17 @@
 //
 // Consumers don't wait for each other. One may be up to kStages ahead, so that while it writes its
 // results the tensor cores still have the other's products to do.
+//
+// A wait sees the parity of a phase, not its number. A thread that is held up for a whole round of
+// the stages (by an instruction that has to come from memory, say) finds the parity that it started
+// with and waits for the next phase; after the last one it waits forever, and its cluster with it.
+// So a thread waits only for a phase that can't be followed by another without that thread. A
+// producer thread that waits for an empty stage takes part in filling it: all of them where each
+// copies rows, the first alone where it starts all copies. A consumer's warp releases a stage once
+// all of its lanes have seen it full.
 #pragma once
 
+#include "../deadline.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
@@ -84,6 +93,7 @@ struct Ring {
   uint32_t tiles;  // address of stage 0
   uint32_t full;   // addresses of the first barriers
   uint32_t empty;
+  const Deadline& deadline;
 
   __device__ __forceinline__ uint32_t a(int stage) const { return tiles + stage * kStageBytes; }
   __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + kBytesA; }
@@ -95,22 +105,32 @@ struct Ring {
   __device__ __forceinline__ uint32_t empty_at(int stage) const { return empty + stage * 8; }
 
   __device__ __forceinline__ void wait_full(const Place& at) const {
-    barrier_wait(full_at(at.stage), at.parity);
+    wait(full_at(at.stage), at.parity, WaitFor::kFullStage, at);
   }
   // The first round finds every stage empty.
   __device__ __forceinline__ void wait_empty(const Place& at) const {
-    barrier_wait(empty_at(at.stage), at.parity ^ 1);
+    wait(empty_at(at.stage), at.parity ^ 1, WaitFor::kEmptyStage, at);
+  }
+  __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity, WaitFor what,
+                                       const Place& at) const {
+    delay_at_random(deadline);
+    wait_until(deadline, what, static_cast<uint32_t>(at.stage) << 1 | at.parity,
+               [&] { return barrier_try_wait(barrier, parity); });
   }
   // By a whole warp of a consumer: to the producers of both blocks, since both write here.
   __device__ __forceinline__ void release(int stage) const {
     const int lane = threadIdx.x % 32;
+    delay_at_random(deadline);
+    __syncwarp();
     if (lane < kCluster) barrier_arrive_at(empty_at(stage), lane);
   }
 };
 
 // The start of a kernel, by all threads. `gathers`: whether each producer thread arrives as well.
-__device__ __forceinline__ Ring make_ring(Shared& shared, uint8_t* tiles, bool gathers) {
-  const Ring ring{shared_address(tiles), shared_address(shared.full), shared_address(shared.empty)};
+__device__ __forceinline__ Ring make_ring(Shared& shared, uint8_t* tiles, bool gathers,
+                                          const Deadline& deadline) {
+  const Ring ring{shared_address(tiles), shared_address(shared.full), shared_address(shared.empty),
+                  deadline};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(ring.full_at(stage), 1 + (gathers ? kWarpgroup : 0));

@@ -44,6 +44,7 @@ struct RaggedRows {
   // Whether B's columns come in the order of ordered_boxes(), by which each thread of a quad holds
   // eight neighbours of D rather than every fourth pair.
   bool ordered;
+  Deadline deadline;
   Epilogue epilogue;
 };
 
@@ -108,6 +109,8 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
   const uint32_t to = swizzled(first, vector_of_row);
   static_assert(kPassRows % kSwizzleRows == 0);
   const int steps = (job.k + kTileK - 1) / kTileK;
+  // The others would wait for stages that are filled without them, see pipeline.cuh.
+  if (!kGathers && thread != 0) return;
   Place at;
   wait_cycles(static_cast<int64_t>(job.spread) * blockIdx.x / gridDim.x);
   for (; walk.find(); walk.next()) {
@@ -147,8 +150,8 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
           fetch_columns<T, Epilogue, kB>(job, ring.b(at.stage), full, k, walk.expert, unit, rank);
         }
       }
-      __syncwarp();
       if constexpr (kGathers) {
+        __syncwarp();
         const bool inside = k + vector_of_row * 8 < job.k;
         const uint4* from =
             reinterpret_cast<const uint4*>(job.gathered) + (inside ? k / 8 + vector_of_row : 0);
@@ -168,8 +171,10 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
       ring.wait_empty(at);
       const uint32_t full = ring.full_at(at.stage);
       if (thread == 0) job.epilogue.fetch(ring, at.stage, &job.h_map, row, unit.n, chunk);
-      __syncwarp();
-      if constexpr (kGathers) arrive_after_copies(full);
+      if constexpr (kGathers) {
+        __syncwarp();
+        arrive_after_copies(full);
+      }
       at.advance();
     }
   }
@@ -211,7 +216,7 @@ LIGHTNING_FASTMOE_KERNEL ragged_rows_kernel(const __grid_constant__ RaggedRows<T
   extern __shared__ uint8_t dynamic[];
   uint8_t* tiles = tiles_of(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
-  const Ring ring = make_ring(shared, tiles, kGathers);
+  const Ring ring = make_ring(shared, tiles, kGathers, job.deadline);
   wait_for_earlier_kernels();
   let_next_kernel_start();
   if (threadIdx.x < 32) {

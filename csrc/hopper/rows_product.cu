@@ -11,6 +11,7 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
                     bool transposed, const std::optional<Tensor>& order,
                     const std::optional<Tensor>& weights) {
   const char* op = "hopper_rows_product";
+  const Deadline deadline = deadline_for(op);
   check_matrix(rows, op, "rows", 2, rows);
   check_matrix(weight, op, "weight", 3, rows);
   const int experts = check_groups(offsets, order ? &*order : nullptr, 1, op, rows);
@@ -44,6 +45,7 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
                                         : contiguous_boxes(width, k, 1, experts, 64));
     job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
     job.experts = experts;
+    job.deadline = deadline;
     job.k = static_cast<int>(k);
     job.columns = static_cast<int>(ceil_div(width, kTileN));
     job.epilogue = {static_cast<T*>(out.data_ptr()),

@@ -11,6 +11,7 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
                                       const std::optional<Tensor>& bias, std::string activation,
                                       bool keep_h) {
   const char* op = "hopper_up_forward";
+  const Deadline deadline = deadline_for(op);
   check_matrix(x, op, "x", 2, x);
   check_matrix(up, op, "up", 3, x);
   const int experts = check_groups(offsets, &order, top_k, op, x);
@@ -50,6 +51,7 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
       job.top_k = static_cast<int>(top_k);
       job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
       job.experts = experts;
+      job.deadline = deadline;
       job.k = static_cast<int>(d_model);
       job.columns = static_cast<int>(ceil_div(width, Epilogue::kColumns));
       job.epilogue = {

@@ -11,6 +11,7 @@ namespace lightning_fastmoe::hopper {
 Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_k,
                        const Tensor& rows, const Tensor& offsets, bool transposed) {
   const char* op = "hopper_weight_gradient";
+  const Deadline deadline = deadline_for(op);
   check_matrix(gathered, op, "gathered", 2, gathered);
   check_matrix(rows, op, "rows", 2, gathered);
   const int experts = check_groups(offsets, &order, top_k, op, gathered);
@@ -44,6 +45,7 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
     job.out = static_cast<T*>(out.data_ptr());
     job.workspace = static_cast<float*>(workspace.data_ptr());
     job.tail = tail;
+    job.deadline = deadline;
     const cudaStream_t stream = current_stream(gathered);
     const auto run = [&](auto kernel, auto add_tail) {
       launch(kernel, job, stream);

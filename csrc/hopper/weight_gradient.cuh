@@ -24,6 +24,7 @@ struct WeightGradient {
   T* out;            // (E, m, n), or (E, n, m) if transposed
   float* workspace;  // parts of split experts, each m * n in the order of `out`
   Tail tail;         // in the same memory, since there is one or the other
+  Deadline deadline;
 };
 
 // One unit of work of a cluster.
@@ -307,7 +308,7 @@ LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(const __grid_constant__ WeightGr
   extern __shared__ uint8_t dynamic[];
   uint8_t* tiles = tiles_of(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
-  const Ring ring = make_ring(shared, tiles, true);
+  const Ring ring = make_ring(shared, tiles, true, job.deadline);
   wait_for_earlier_kernels();
   let_next_kernel_start();
   if (threadIdx.x < 32) {

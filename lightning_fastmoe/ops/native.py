@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import _build
+from lightning_fastmoe.ops import _build, stall
 from lightning_fastmoe.ops.activation import is_gated
 
 NAMESPACE = "lightning_fastmoe"
@@ -55,7 +55,9 @@ def _load() -> tuple[Any | None, str]:
             )
         else:
             register_fakes()
-            return getattr(torch.ops, NAMESPACE), ""
+            library = getattr(torch.ops, NAMESPACE)
+            stall.watch(library)
+            return library, ""
     if (
         torch.cuda.is_available()
         and outcome.state != "off"

@@ -79,7 +79,13 @@ def compile_command(nvcc: Path | str, flags: list[str], source: Path, output: Pa
     return [str(nvcc), *flags, f"-I{include}", "-c", str(source), "-o", str(output)]
 
 
-def compile_library(nvcc: Path, record: Record, sources: Sequence[Path], library: Path) -> None:
+def compile_library(
+    nvcc: Path,
+    record: Record,
+    sources: Sequence[Path],
+    library: Path,
+    defines: Sequence[str] = (),
+) -> None:
     """Compile ``sources``, several at once, and link them.
 
     Args:
@@ -87,6 +93,7 @@ def compile_library(nvcc: Path, record: Record, sources: Sequence[Path], library
         record: what the library will say about itself; its ``codes`` are compiled for.
         sources: the files to compile.
         library: the result. It appears complete or not at all, in place of an older one.
+        defines: macros to define beside those of every build, for tests.
 
     Raises:
         KernelsUnavailableError: if the compiler fails, with the end of what it said.
@@ -99,7 +106,7 @@ def compile_library(nvcc: Path, record: Record, sources: Sequence[Path], library
         file=sys.stderr,
         flush=True,
     )
-    flags = [*FLAGS, *flags_of(record.codes)]
+    flags = [*FLAGS, *(f"-D{name}" for name in defines), *flags_of(record.codes)]
     if (threads := min(len(record.codes), jobs // len(sources))) > 1:
         flags.append(f"--threads={threads}")  # architectures of one file at once
     # A folder of this process: what a killed build leaves behind is in nobody's way.
