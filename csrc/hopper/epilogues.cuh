@@ -311,6 +311,7 @@ struct BackwardActivation {
       to_a += kChunk;
       column += kChunk;
       proxy_fence();  // the copy engine writes here next
+      __syncwarp();
       ring.release(at.stage);
       at.advance();
     }

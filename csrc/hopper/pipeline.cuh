@@ -117,11 +117,13 @@ struct Ring {
     wait_until(deadline, what, static_cast<uint32_t>(at.stage) << 1 | at.parity,
                [&] { return barrier_try_wait(barrier, parity); });
   }
-  // By a whole warp of a consumer: to the producers of both blocks, since both write here.
+  // By a whole warp of a consumer: to the producers of both blocks, since both write here. All of the
+  // warp's lanes must have seen the stage full: where no product and no barrier has brought them
+  // together since, a __syncwarp() has to. (Here it would keep the compiler from finding the address
+  // before the products are done.)
   __device__ __forceinline__ void release(int stage) const {
     const int lane = threadIdx.x % 32;
     delay_at_random(deadline);
-    __syncwarp();
     if (lane < kCluster) barrier_arrive_at(empty_at(stage), lane);
   }
 };

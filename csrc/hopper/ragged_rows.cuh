@@ -195,6 +195,7 @@ __device__ __forceinline__ void consume_rows(const RaggedRows<T, Epilogue>& job,
     if (row >= end || unit.n >= job.columns) {  // nothing here, but the ring goes on
       for (int i = 0; i < steps + chunks; ++i) {
         ring.wait_full(at);
+        __syncwarp();
         ring.release(at.stage);
         at.advance();
       }
