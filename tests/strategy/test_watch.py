@@ -45,7 +45,7 @@ def test_a_hang_ends_all_ranks_and_names_layer_phase_and_stacks(trials):
     waiting, stuck = found["output"]
     for output in (waiting, stuck):
         assert "The run stands still" in output
-        assert "hang_timeout=4" in output
+        assert "hang_timeout=5" in output
         assert "optimizer steps done: 1; batches of this run: 2" in output
     assert "net.moes.0, phase counts, for" in waiting
     assert "in exchange_counts" in waiting
@@ -105,10 +105,9 @@ def test_nothing_is_left_after_runs_failed_runs_and_evaluation(rank_pool):
 
 
 def test_batches_of_a_long_validation_are_progress(rank_pool):
-    case = Case(1, 1, steps=1, extra={"hang_timeout": 1.5})
-    seconds, batches = rank_pool.run(watch_runs.long_validation, 1, case)[0]
+    seconds, batches = rank_pool.run(watch_runs.long_validation, 1, Case(1, 1, steps=1))[0]
     assert batches == watch_runs.VALIDATION_BATCHES
-    assert seconds > 2 * 1.5
+    assert seconds > 2 * watch_runs.VALIDATION_LIMIT
 
 
 def test_start_and_stop_leave_no_descriptor_and_no_thread():

@@ -1,6 +1,7 @@
 """Ranks that stand still or get SIGTERM, each a process that ends. Run by test_watch.py.
 
-One process imports everything once and forks the ranks of all trials, which run side by side.
+One process imports everything once and forks the ranks of all trials, which run side by side; those
+with a limit of time while they set up go first, so that the others don't slow them down.
 Prints a line of JSON: for each trial, what became of its ranks.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint
 from strategy.models import Case, Net, RankBatches, make_batches
@@ -72,7 +74,7 @@ class Trial:
     launches: bool = False
 
 
-HANG, TERM = {"hang_timeout": 4, "signal_grace": None}, {"hang_timeout": None, "signal_grace": 1.5}
+HANG, TERM = {"hang_timeout": 5, "signal_grace": None}, {"hang_timeout": None, "signal_grace": 1.5}
 TRIALS = {
     "hang": Trial(2, HANG, stand_still, launches=True),
     "hang with the GIL": Trial(2, HANG, stand_still_with_the_gil, in_exchange=True),
@@ -89,7 +91,7 @@ TRIALS = {
     "two SIGINTs": Trial(
         1,
         {"hang_timeout": None, "signal_grace": NEVER},
-        stand_still_with_the_gil,
+        stand_still,
         signals=[(0.0, signal.SIGINT), (2.5, signal.SIGINT)],
     ),
     "obeyed by one": Trial(1, {}, signals=[(0.0, signal.SIGTERM)]),
@@ -136,6 +138,7 @@ def fork(trial: Trial, rank: int, port: int, directory: Path) -> int:
         return pid
     status = 1
     try:
+        signal.alarm(int(2 * LIMIT))  # should nobody else end it
         output = os.open(directory / f"output_{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -268,32 +271,58 @@ class Evaluated(Net):
         self.net["moes"][0](self.net["norm"](self.net["embed"](batch)))
 
 
-VALIDATION_BATCHES = 40
+VALIDATION_BATCHES, VALIDATION_LIMIT = 30, 1.2
+
+
+class ImpatientValidation(pl.Callback):
+    """Gives the watch a short limit, but not to the set-up of a run, which takes what it takes."""
+
+    began = 0.0
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        watch = trainer.strategy._watch
+        watch.stop()
+        watch._limits = (VALIDATION_LIMIT, None)
+        watch.start(0, trainer.strategy.root_device)
+        self.began = time.monotonic()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seconds = time.monotonic() - self.began
+        trainer.strategy._watch.stop()
 
 
 def long_validation(case: Case) -> tuple[float, int]:
-    """(seconds, batches) of a fit whose validation is longer than ``hang_timeout``."""
+    """(seconds, batches) of a validation that is longer than ``hang_timeout``."""
     Evaluated.seen, Evaluated.seconds = [], 0.1
     batches = make_batches(case)[0, 0].expand(VALIDATION_BATCHES, -1, -1, -1)
     loader = DataLoader(RankBatches(batches), batch_size=None)
-    begin = time.monotonic()
-    make_trainer(case, num_sanity_val_steps=0).fit(Evaluated(case), val_dataloaders=loader)
-    return time.monotonic() - begin, len(Evaluated.seen)
+    impatient = ImpatientValidation()
+    trainer = make_trainer(case, num_sanity_val_steps=0, callbacks=[impatient])
+    trainer.fit(Evaluated(case), val_dataloaders=loader)
+    return impatient.seconds, len(Evaluated.seen)
+
+
+def start(number: int, name: str, directory: Path) -> Running:
+    """Forks the ranks of a trial."""
+    trial = TRIALS[name]
+    folder = directory / str(number)
+    folder.mkdir()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pids = [fork(trial, rank, store.port, folder) for rank in range(trial.world)]
+    everyone = list(range(trial.world))
+    signalled = everyone if trial.stuck is not None else everyone[-1:]
+    return Running(name, folder, store, pids, list(trial.signals), signalled)
 
 
 def main(directory: Path) -> None:
     """Runs all trials."""
-    running = []
-    for number, (name, trial) in enumerate(TRIALS.items()):
-        folder = directory / str(number)
-        folder.mkdir()
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        pids = [fork(trial, rank, store.port, folder) for rank in range(trial.world)]
-        everyone = list(range(trial.world))
-        signalled = everyone if trial.stuck is not None else everyone[-1:]
-        running.append(Running(name, folder, store, pids, list(trial.signals), signalled))
+    waiting = sorted(TRIALS, key=lambda name: TRIALS[name].settings is not HANG)
+    running: list[Running] = []
     deadline = time.monotonic() + LIMIT
-    while any(len(trial.ended) < len(trial.pids) for trial in running):
+    while waiting or any(len(trial.ended) < len(trial.pids) for trial in running):
+        hanging = all(trial.began is not None for trial in running)
+        while waiting and (hanging or TRIALS[waiting[0]].settings is HANG):
+            running.append(start(len(running), waiting.pop(0), directory))
         now = time.monotonic()
         for trial in running:
             trial.step(now)
