@@ -163,6 +163,9 @@ class Sentry:
         for number in data:
             if number in (signal.SIGTERM, signal.SIGINT):
                 first = self.requests.setdefault(number, now)
+                if number == signal.SIGINT and PROGRESS.unpack_from(self.memory)[0] > first:
+                    # Somebody caught the first KeyboardInterrupt, and the run goes on.
+                    first = self.requests[number] = now
                 if now - first > _SAME_REQUEST:
                     self.again = number
                 elif first == now and number == signal.SIGTERM:
@@ -294,7 +297,10 @@ def arguments(
 ) -> list[str]:
     """The arguments with which this file becomes the sentry of the calling process."""
     own = [rank, os.getpid(), *(limit or 0.0 for limit in limits), linger, memory, exchange.format]
-    processes = [f"{pid}:{start_time(pid)}" for pid in launched]
+    processes = []
+    for pid in launched:
+        with suppress(FileNotFoundError):  # it is gone already
+            processes.append(f"{pid}:{start_time(pid)}")
     return [__file__, *map(str, own), *processes]
 
 

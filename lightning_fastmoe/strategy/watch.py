@@ -125,6 +125,9 @@ class Watch:
             device: of this rank.
             launched: processes that this one has launched, ranks themselves. They end with it.
             is_launched: whether this process is one of those.
+
+        Raises:
+            ConfigError: if no process can be started here.
         """
         if self._process is not None or self._limits == (None, None):
             return
@@ -142,7 +145,7 @@ class Watch:
             try:
                 self._process = subprocess.Popen(  # noqa: S603
                     [sys.executable, "-I", "-S", *script],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.PIPE,
                     stderr=_STDERR,
                     pass_fds=[descriptor],
@@ -150,9 +153,13 @@ class Watch:
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        except BaseException:
+        except OSError as error:
             own.close()
-            raise
+            raise ConfigError(
+                f"The process that watches rank {rank} can't be started ({error}). It needs the"
+                f" interpreter, {sys.executable!r}, and room for one more process; or do without"
+                " it: FastMoEStrategy(hang_timeout=None, signal_grace=None)."
+            ) from error
         finally:
             theirs.close()
             os.close(descriptor)
@@ -209,7 +216,9 @@ class Watch:
                 _say("lightning_fastmoe: the sentry is gone; a hang will end nothing any more.\n")
             return
         if not self._is_in_fit():
-            memory[OVER_AT] = 1  # an error skipped the teardown, and somebody caught it
+            # An error skipped the teardown, and somebody caught it.
+            memory[OVER_AT] = 1
+            _say("lightning_fastmoe: but no run goes on any more, so the process is left alone.\n")
             return
         status, linger = int(words[0]), float(words[1])
         begin = time.monotonic()

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def test_a_hang_ends_all_ranks_and_names_layer_phase_and_stacks(trials):
     waiting, stuck = found["output"]
     for output in (waiting, stuck):
         assert "The run stands still" in output
-        assert "hang_timeout=5" in output
+        assert "hang_timeout=3" in output
         assert "optimizer steps done: 1; batches of this run: 2" in output
     assert "net.moes.0, phase counts, for" in waiting
     assert "in exchange_counts" in waiting
@@ -97,6 +98,13 @@ def test_a_run_that_sigterm_ended_is_saved_and_no_success(trials, name):
     assert set(found["status"]) == {TERMINATED}, found["output"]
     assert found["saved"]
     assert "lightning_fastmoe, rank" not in "".join(found["output"])
+    # SIGTERM, once obeyed, is not sent to launched ranks: it would be the second to their watch.
+    assert found["launched_lives"] == (name == "obeyed by two")
+
+
+def test_sigterm_in_a_validation_is_no_success_either(rank_pool):
+    found = rank_pool.run(watch_runs.terminated_while_validating, 1, Case(1, 1, steps=1))
+    assert found == [(TERMINATED, 2)]
 
 
 def test_nothing_is_left_after_runs_failed_runs_and_evaluation(rank_pool):
@@ -123,11 +131,43 @@ def test_start_and_stop_leave_no_descriptor_and_no_thread():
     watch.beat(Activity.TRAINING)  # goes nowhere, as does a save after the run
 
 
+def test_a_process_whose_run_is_over_is_left_alone(capfd):
+    watch = Watch(0.3, None)
+    watch.start(0, torch.device("cpu"))
+    assert watch._process.wait(10) == 0
+    watch.stop()
+    assert "no run goes on any more" in capfd.readouterr().err
+
+
+def test_a_watch_that_dies_does_not_do_so_silently(capfd):
+    watch = Watch(60, 60)
+    watch.start(0, torch.device("cpu"))
+    watch._process.kill()
+    watch._thread.join(10)
+    assert "the sentry is gone" in capfd.readouterr().err
+    watch.stop()
+    assert watch_runs.left() == []
+
+
+def test_where_no_process_can_be_started_the_error_says_so(monkeypatch):
+    before = watch_runs.descriptors()
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(ConfigError, match=r"rank 3 can't be started.*/no/python.*=None"):
+        Watch(60, 60).start(3, torch.device("cpu"))
+    assert watch_runs.left() == []
+    assert watch_runs.descriptors() == before
+
+
 @pytest.mark.parametrize("name", ["hang_timeout", "signal_grace"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "600"])
 def test_limits_are_checked(name, value):
     with pytest.raises(ConfigError, match=rf"FastMoEStrategy\({name}={value!r}\).*positive"):
         FastMoEStrategy(**{name: value})
+
+
+def test_limits_are_those_of_the_strategy():
+    assert FastMoEStrategy()._watch._limits == (600, 30)
+    assert FastMoEStrategy(hang_timeout=None, signal_grace=7)._watch._limits == (None, 7)
 
 
 def sentry_of(hang_timeout: float, grace: float, activity: Activity, beat: float) -> Sentry:
@@ -192,3 +232,30 @@ def test_an_exchange_is_pending_from_its_begin_to_its_end():
     with pytest.raises(ZeroDivisionError), pending("layer 1", "combine"):
         raise ZeroDivisionError
     assert record() == (2, False, "layer 1, phase combine")
+
+
+def test_signals_count_that_are_this_ranks_and_had_no_effect():
+    watched = sentry_of(600, 30, Activity.TRAINING, time.monotonic())
+    own, channel = socket.socketpair()
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    child = os.fork()
+    if child == 0:
+        own.send(bytes([signal.SIGTERM]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    watched._receive(channel)
+    assert watched.requests == {}
+    own.send(bytes([signal.SIGTERM]))
+    watched._receive(channel)
+    assert list(watched.requests) == [signal.SIGTERM]
+    own.send(bytes([signal.SIGINT]))
+    watched._receive(channel)
+    watched.requests[signal.SIGINT] -= 10
+    own.send(bytes([signal.SIGINT]))
+    watched._receive(channel)
+    assert watched.again is None, "the rank has made progress since the first"
+    own.send(sentry.STOP)
+    assert watched._receive(channel) == {sentry.STOP}
+    own.close()
+    assert watched._receive(channel) == set()
+    channel.close()

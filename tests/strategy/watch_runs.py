@@ -1,8 +1,7 @@
 """Ranks that stand still or get SIGTERM, each a process that ends. Run by test_watch.py.
 
-One process imports everything once and forks the ranks of all trials, which run side by side; those
-with a limit of time while they set up go first, so that the others don't slow them down.
-Prints a line of JSON: for each trial, what became of its ranks.
+One process imports everything once and forks the ranks of all trials, which run side by side. Their
+limits of time begin when they train, however long the set-up of so many ranks takes. Prints a line of JSON: for each trial, what became of its ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Trial:
 
     Attributes:
         world: number of ranks.
-        settings: arguments of the strategy.
+        limits: (hang_timeout, signal_grace).
         stuck: what the last rank does in the middle of a batch.
         in_exchange: whether it does so where it should send tokens.
         signals: (seconds after all ranks are in a batch, signal), sent to all ranks if one is
@@ -67,14 +66,14 @@ class Trial:
     """
 
     world: int
-    settings: dict[str, Any]
+    limits: tuple[float | None, float | None]
     stuck: Callable[[], None] | None = None
     in_exchange: bool = False
     signals: list[tuple[float, int]] = field(default_factory=list)
     launches: bool = False
 
 
-HANG, TERM = {"hang_timeout": 5, "signal_grace": None}, {"hang_timeout": None, "signal_grace": 1.5}
+HANG, TERM, PATIENT = (3.0, None), (None, 1.5), (600.0, 600.0)
 TRIALS = {
     "hang": Trial(2, HANG, stand_still, launches=True),
     "hang with the GIL": Trial(2, HANG, stand_still_with_the_gil, in_exchange=True),
@@ -84,19 +83,30 @@ TRIALS = {
     ),
     "two SIGTERMs": Trial(
         1,
-        {"hang_timeout": None, "signal_grace": NEVER},
+        PATIENT,
         stand_still,
         signals=[(0.0, signal.SIGTERM), (0.1, signal.SIGTERM), (2.5, signal.SIGTERM)],
     ),
     "two SIGINTs": Trial(
         1,
-        {"hang_timeout": None, "signal_grace": NEVER},
+        PATIENT,
         stand_still,
         signals=[(0.0, signal.SIGINT), (2.5, signal.SIGINT)],
     ),
-    "obeyed by one": Trial(1, {}, signals=[(0.0, signal.SIGTERM)]),
-    "obeyed by two": Trial(2, {}, signals=[(0.0, signal.SIGTERM)]),
+    "obeyed by one": Trial(1, PATIENT, signals=[(0.0, signal.SIGTERM)]),
+    "obeyed by two": Trial(2, PATIENT, signals=[(0.0, signal.SIGTERM)], launches=True),
 }
+
+
+def set_limits(strategy: Any, limits: tuple[float | None, float | None]) -> None:
+    """Watches with other limits from now on."""
+    watch = strategy._watch
+    watch.stop()
+    watch._limits = limits
+    watch.start(
+        strategy.global_rank, strategy.root_device, [p.pid for p in strategy.launcher.procs]
+    )
+    strategy._spreader.record_exchanges(watch.exchanges())
 
 
 class Stuck(Net):
@@ -109,6 +119,8 @@ class Stuck(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         time.sleep(0.05)
         rank = dist.get_rank()
+        if batch_idx == STUCK_IN_BATCH - 1:
+            set_limits(self.trainer.strategy, self.trial.limits)
         if batch_idx == STUCK_IN_BATCH:
             (self.directory / f"in_batch_{rank}").touch()
             if self.trial.stuck is not None and rank == self.trial.world - 1:
@@ -121,7 +133,7 @@ class Stuck(Net):
 
 def fit(trial: Trial, directory: Path) -> None:
     """What a rank does."""
-    case = Case(trial.world, trial.world, steps=100, extra=trial.settings)
+    case = Case(trial.world, trial.world, steps=100)
     keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
     trainer = make_trainer(case, callbacks=[keep], enable_checkpointing=True)
     if trial.launches and trainer.global_rank == 0:
@@ -190,6 +202,10 @@ class Running:
     def report(self) -> dict[str, Any]:
         """What became of the ranks."""
         launched = self.directory / "launched"
+        pid = int(launched.read_text()) if launched.exists() else 0
+        launched_lives = pid > 0 and lives(pid)
+        if launched_lives:
+            os.kill(pid, signal.SIGKILL)
         return {
             "status": [self.ended[rank][0] for rank in range(len(self.pids))],
             "seconds": [self.ended[rank][1] for rank in range(len(self.pids))],
@@ -197,7 +213,7 @@ class Running:
                 (self.directory / f"output_{rank}").read_text() for rank in range(len(self.pids))
             ],
             "saved": (self.directory / "last.ckpt").exists(),
-            "launched_lives": launched.exists() and lives(int(launched.read_text())),
+            "launched_lives": launched_lives,
         }
 
 
@@ -271,6 +287,25 @@ class Evaluated(Net):
         self.net["moes"][0](self.net["norm"](self.net["embed"](batch)))
 
 
+class Terminated(Evaluated):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated_while_validating(case: Case) -> tuple[Any, int]:
+    """(the exit status, batches that were done)."""
+    Evaluated.seen = []
+    batches = make_batches(case)[0, 0].expand(10, -1, -1, -1)
+    loader = DataLoader(RankBatches(batches), batch_size=None)
+    try:
+        make_trainer(case).validate(Terminated(case), loader, verbose=False)
+    except SystemExit as error:
+        return error.code, len(Evaluated.seen)
+    return None, len(Evaluated.seen)
+
+
 VALIDATION_BATCHES, VALIDATION_LIMIT = 30, 1.2
 
 
@@ -280,10 +315,7 @@ class ImpatientValidation(pl.Callback):
     began = 0.0
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        watch = trainer.strategy._watch
-        watch.stop()
-        watch._limits = (VALIDATION_LIMIT, None)
-        watch.start(0, trainer.strategy.root_device)
+        set_limits(trainer.strategy, (VALIDATION_LIMIT, None))
         self.began = time.monotonic()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -316,13 +348,9 @@ def start(number: int, name: str, directory: Path) -> Running:
 
 def main(directory: Path) -> None:
     """Runs all trials."""
-    waiting = sorted(TRIALS, key=lambda name: TRIALS[name].settings is not HANG)
-    running: list[Running] = []
+    running = [start(number, name, directory) for number, name in enumerate(TRIALS)]
     deadline = time.monotonic() + LIMIT
-    while waiting or any(len(trial.ended) < len(trial.pids) for trial in running):
-        hanging = all(trial.began is not None for trial in running)
-        while waiting and (hanging or TRIALS[waiting[0]].settings is HANG):
-            running.append(start(len(running), waiting.pop(0), directory))
+    while any(len(trial.ended) < len(trial.pids) for trial in running):
         now = time.monotonic()
         for trial in running:
             trial.step(now)
