@@ -1,7 +1,8 @@
 """Ranks that stand still or get SIGTERM, each a process that ends. Run by test_watch.py.
 
 One process imports everything once and forks the ranks of all trials, which run side by side. Their
-limits of time begin when they train, however long the set-up of so many ranks takes. Prints a line of JSON: for each trial, what became of its ranks.
+limits of time begin when they train, however long the set-up of so many ranks takes.
+Prints a line of JSON: for each trial, what became of its ranks.
 """
 
 from __future__ import annotations
