@@ -1,6 +1,11 @@
 """Which rank holds which expert, and moving tokens to it."""
 
-from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
+from lightning_fastmoe.distributed.dispatch import (
+    EXCHANGE,
+    AllToAllDispatcher,
+    ExpertGroup,
+    PendingExchange,
+)
 from lightning_fastmoe.distributed.mesh import (
     EDP_DIM,
     EP_DIM,
@@ -13,10 +18,12 @@ from lightning_fastmoe.distributed.spread import ExpertSpreader
 __all__ = [
     "EDP_DIM",
     "EP_DIM",
+    "EXCHANGE",
     "AllToAllDispatcher",
     "ExpertGroup",
     "ExpertMesh",
     "ExpertSpreader",
+    "PendingExchange",
     "make_expert_mesh",
     "resolve_expert_parallel_size",
 ]

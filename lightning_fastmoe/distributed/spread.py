@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
+from lightning_fastmoe.distributed.dispatch import (
+    AllToAllDispatcher,
+    ExpertGroup,
+    PendingExchange,
+)
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
@@ -107,6 +111,12 @@ class ExpertSpreader:
             groups.reverse()  # others wait first where a layer's first exchange is
         for group in groups:
             group.end_pass(device)
+
+    def record_exchanges(self, pending: PendingExchange) -> None:
+        """Has all exchanges of this rank recorded in ``pending``."""
+        for group in (self.group, self.batch.group if self.batch is not None else None):
+            if group is not None:
+                group.pending = pending
 
     def _attach(self, layer: MoE) -> None:
         assert self.group is not None

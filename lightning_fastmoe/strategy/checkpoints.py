@@ -10,9 +10,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -37,6 +39,7 @@ from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
+from lightning_fastmoe.strategy.watch import TERMINATED_STATUS, Activity
 
 
 class ExpertCheckpoints(ExpertSteps):
@@ -83,6 +86,10 @@ class ExpertCheckpoints(ExpertSteps):
                 "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
                 " files into a directory. Drop the argument."
             )
+        with self._watch.during(Activity.SAVING):
+            self._save(checkpoint, filepath)
+
+    def _save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if trainer.interrupted:
@@ -174,7 +181,8 @@ class ExpertCheckpoints(ExpertSteps):
             signals.detach()
         try:
             if writer is not None:
-                writer.wait()
+                with self._watch.during(Activity.SAVING):
+                    writer.wait()
         except CheckpointError as error:
             assert self.lightning_module is not None
             if not self.lightning_module.trainer.interrupted:
@@ -203,6 +211,10 @@ class ExpertCheckpoints(ExpertSteps):
         Raises:
             CheckpointError: on all ranks, if it is damaged or does not fit.
         """
+        with self._watch.during(Activity.LOADING):
+            return self._load_into_engine(checkpoint_path, weights_only)
+
+    def _load_into_engine(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
         path = local_path(self.broadcast(checkpoint_path))
         if self._made_writer is not None:
@@ -309,7 +321,7 @@ class ExpertCheckpoints(ExpertSteps):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
-        self._signals = DeferredSignals(self.lightning_module.trainer)
+        self._signals = DeferredSignals(self.lightning_module.trainer, self._watch)
         if self.lightning_module.trainer.fit_loop.restarted_mid_epoch:
             # The iterator of a run that was not interrupted was made long before the save.
             self._restore_random_state()
@@ -317,6 +329,24 @@ class ExpertCheckpoints(ExpertSteps):
         if self._put_gradients is not None:
             self._put_gradients()  # not before: Lightning clears gradients when it starts
         self._put_gradients = None
+        self._watch.beat(Activity.TRAINING)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._watch.beat(Activity.ENDING)
+        if isinstance(exception, SIGTERMException) and exception.code is None:
+            # Lightning raises it without a status, and Python would leave with 0.
+            exception.code = self._terminated_status
+
+    @property
+    def _terminated_status(self) -> int:
+        """0 in ranks that Lightning has launched: it kills rank 0 when one leaves with another."""
+        return 0 if self._is_launched else TERMINATED_STATUS
+
+    @property
+    def _is_launched(self) -> bool:
+        return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0
 
     def _restore_random_state(self) -> None:
         assert self.lightning_module is not None

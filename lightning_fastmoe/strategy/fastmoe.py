@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_fastmoe.distributed import (
     ExpertMesh,
     ExpertSpreader,
+    PendingExchange,
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
@@ -56,6 +57,7 @@ from lightning_fastmoe.strategy.module_experts import check_same_groups, check_s
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.uneven import UnevenData
+from lightning_fastmoe.strategy.watch import Watch, check_seconds
 
 _ENGINE = "_fastmoe_engine"
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -93,6 +95,11 @@ class FastMoEStrategy(ExpertCheckpoints):
         async_checkpoint: copy the state into the host's memory and write it while training goes on.
             Needs that much memory, once. An error surfaces at the next step; the end of a run waits
             for the last checkpoint.
+        hang_timeout: seconds after which a run that stands still ends, on every rank, with its
+            stacks on stderr and exit status 75: no batch was finished (in training or evaluation),
+            and no phase of the run began or ended. None switches it off, as for a debugger.
+        signal_grace: seconds after SIGTERM, without a batch that ends, after which the process ends
+            with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -109,9 +116,13 @@ class FastMoEStrategy(ExpertCheckpoints):
         verify_checkpoints: bool = True,
         trust_checkpoints: bool = False,
         async_checkpoint: bool = False,
+        hang_timeout: float | None = 600.0,
+        signal_grace: float | None = 30.0,
         **kwargs: Any,
     ) -> None:
         check_arguments(expert_parallel_size, nonfinite, kwargs)
+        check_seconds("hang_timeout", hang_timeout)
+        check_seconds("signal_grace", signal_grace)
         check_objects("FastMoEStrategy", kwargs.values())
         super().__init__(stage=stage, **kwargs)
         assert isinstance(self.config, dict)
@@ -126,6 +137,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._spreader: ExpertSpreader | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
+        self._watch = Watch(hang_timeout, signal_grace)
         # Called with the model and its optimizer, experts spread, nothing allocated for training.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
@@ -211,6 +223,8 @@ class FastMoEStrategy(ExpertCheckpoints):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        launched = [process.pid for process in getattr(self.launcher, "procs", ())]
+        self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
         if trainer.training:
             check_directories(trainer)
             self._put_back_names(trainer)
@@ -226,6 +240,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
+        self._watch.beat()
         vars(self.lightning_module)[_ENGINE] = self.model
 
     @staticmethod
@@ -249,6 +264,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)
+        spreader.record_exchanges(self._watch.exchanges())
         if self.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), spreader.mesh)
@@ -336,7 +352,12 @@ class FastMoEStrategy(ExpertCheckpoints):
             layer.managed = False
             layer.batch = LocalBatch()
             layer.nonfinite_policy = "raise"
-        super().teardown()
+        try:
+            super().teardown()
+        finally:
+            if self._spreader is not None:
+                self._spreader.record_exchanges(PendingExchange())
+            self._watch.stop()
 
     @classmethod
     @override

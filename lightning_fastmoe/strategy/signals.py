@@ -14,6 +14,8 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from typing_extensions import override
 
+from lightning_fastmoe.strategy.watch import Activity, Watch
+
 
 class DeferredSignals(pl.Callback):
     """Puts off Lightning's handlers of SIGTERM, and of SLURM's signal to requeue.
@@ -22,15 +24,18 @@ class DeferredSignals(pl.Callback):
     exchanges of tokens on one rank, two later on another. The ranks then wait for each other until
     they are killed, or a checkpoint of half a step is saved. Here a signal is only noted; after
     each batch the ranks begin to tell each other, and after the next, if one has got a signal, all
-    run the handlers. (A single rank runs them at once.)
+    run the handlers. (A single rank runs them at once.) If no batch ends any more, the watch ends
+    the process.
 
     Made by the strategy on all ranks together when training starts.
 
     Args:
         trainer: whose handlers to put off.
+        watch: told that SIGTERM is being obeyed.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, watch: Watch) -> None:
+        self._trainer, self._watch = trainer, watch
         self._callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._callbacks.append(self)
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -88,5 +93,10 @@ class DeferredSignals(pl.Callback):
     def _obey(self, noted: torch.Tensor) -> None:
         for number, is_noted in zip(list(self._handlers), noted.tolist(), strict=True):
             if is_noted:
-                # Once: what the handler sends to processes that it knows comes back as an echo.
-                self._handlers.pop(number)(number, None)
+                handler = self._handlers.pop(number)
+                if number == signal.SIGTERM:
+                    self._watch.beat(Activity.ENDING)
+                    # Lightning would send it on to the ranks that it has launched. They know
+                    # already, and to their own watch it would be the second, which ends them.
+                    self._trainer._signal_connector.received_sigterm = True
+                handler(number, None)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_fastmoe.distributed import ExpertSpreader
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.uneven import UnevenData
+from lightning_fastmoe.strategy.watch import Activity, Watch
 
 
 class ExpertSteps(DeepSpeedStrategy):
@@ -21,6 +22,7 @@ class ExpertSteps(DeepSpeedStrategy):
     _spreader: ExpertSpreader | None
     _expert_state: ExpertState
     _uneven: UnevenData
+    _watch: Watch
 
     @property
     @override
@@ -42,6 +44,7 @@ class ExpertSteps(DeepSpeedStrategy):
         self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
         output = super().training_step(*args, **kwargs)
         self._end_pass()
+        self._watch.batch(Activity.TRAINING, loop.epoch_loop.global_step)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and loss.requires_grad:
             # Lightning will divide this loss by the accumulation steps.
@@ -52,18 +55,21 @@ class ExpertSteps(DeepSpeedStrategy):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().validation_step(*args, **kwargs)
         self._end_pass()
+        self._watch.batch(Activity.VALIDATING)
         return output
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().test_step(*args, **kwargs)
         self._end_pass()
+        self._watch.batch(Activity.TESTING)
         return output
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().predict_step(*args, **kwargs)
         self._end_pass()
+        self._watch.batch(Activity.PREDICTING)
         return output
 
     def _end_pass(self) -> None:
@@ -83,17 +89,31 @@ class ExpertSteps(DeepSpeedStrategy):
         return super().reduce(tensor, group, reduce_op)
 
     @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._watch.beat(Activity.TRAINING)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._watch.beat(Activity.ENDING)
+
+    @override
     def process_dataloader(self, dataloader: object) -> object:
+        self._watch.beat()
         return self._uneven.wrap(dataloader)
 
     @override
     def on_validation_start(self) -> None:
+        self._watch.beat(Activity.VALIDATING)
         self._uneven.fill_up("validation_step")
 
     @override
     def on_test_start(self) -> None:
+        self._watch.beat(Activity.TESTING)
         self._uneven.fill_up("test_step")
 
     @override
     def on_predict_start(self) -> None:
+        self._watch.beat(Activity.PREDICTING)
         self._uneven.fill_up("predict_step")

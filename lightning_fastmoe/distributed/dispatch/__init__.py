@@ -2,5 +2,6 @@
 
 from lightning_fastmoe.distributed.dispatch.all_to_all import AllToAllDispatcher
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
+from lightning_fastmoe.distributed.dispatch.pending import EXCHANGE, PendingExchange
 
-__all__ = ["AllToAllDispatcher", "ExpertGroup"]
+__all__ = ["EXCHANGE", "AllToAllDispatcher", "ExpertGroup", "PendingExchange"]

@@ -25,14 +25,23 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+        ctx: Any,
+        x: Tensor,
+        send: list[int],
+        receive: list[int],
+        group: ExpertGroup,
+        layer: str,
+        phase: str,
     ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(x, send, receive, group)
+        ctx.send, ctx.receive, ctx.group, ctx.layer, ctx.phase = send, receive, group, layer, phase
+        with group.pending(layer, phase):
+            return _exchange(x, send, receive, group.group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+        with ctx.group.pending(ctx.layer, f"{ctx.phase} (backward)"):
+            gradient = _exchange(grads[0], ctx.receive, ctx.send, ctx.group.group)
+        return gradient, None, None, None, None, None
 
 
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -51,12 +60,14 @@ class AllToAllHandle:
             local experts, (r0,e0) (r0,e1) (r1,e0) (r1,e1) -> (r0,e0) (r1,e0) (r0,e1) (r1,e1).
         send: rows to each rank.
         receive: rows from each rank.
+        layer: the layer's name.
     """
 
     plan: RowPlan
     arrived: ops.ExpertOrder
     send: list[int]
     receive: list[int]
+    layer: str
 
 
 class AllToAllDispatcher:
@@ -93,19 +104,23 @@ class AllToAllDispatcher:
         receive = block.sum(dim=1).tolist()
         plan = plan_rows(routing, order, x.shape[0], sum(send))
         arrived = self._expert_major(block, sum(receive), x.device)
-        handle = AllToAllHandle(plan, arrived, send, receive)
+        handle = AllToAllHandle(plan, arrived, send, receive, layer)
         return self.send(x, handle), arrived.tokens_per_expert, handle
 
     def send(self, x: Tensor, handle: AllToAllHandle) -> Tensor:
         """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
         rows = handle.plan.gather(x)
-        received: Tensor = _AllToAll.apply(rows, handle.send, handle.receive, self.group.group)
+        received: Tensor = _AllToAll.apply(
+            rows, handle.send, handle.receive, self.group, handle.layer, "dispatch"
+        )
         return permute_any(received, handle.arrived)
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
         """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
         rank_major = ops.permute(y, handle.arrived.inverse, handle.arrived.order)
-        back: Tensor = _AllToAll.apply(rank_major, handle.receive, handle.send, self.group.group)
+        back: Tensor = _AllToAll.apply(
+            rank_major, handle.receive, handle.send, self.group, handle.layer, "combine"
+        )
         return handle.plan.combine(back)
 
     def _expert_major(self, block: Tensor, rows: int, device: torch.device) -> ops.ExpertOrder:

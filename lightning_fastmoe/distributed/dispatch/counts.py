@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_fastmoe.distributed.dispatch.pending import PendingExchange
 from lightning_fastmoe.errors import ExchangeError
 
 _MAGIC = 0x4D6F45  # "MoE"
@@ -29,6 +30,7 @@ class ExpertGroup:
         slots: the largest ``num_experts`` of the model. All count vectors have this length, so
             ranks that have come to different layers still understand each other well enough to say
             so.
+        pending: where this rank is in its exchanges.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -36,6 +38,7 @@ class ExpertGroup:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.slots = 0
+        self.pending = PendingExchange()
         self._sequence = 0
 
     def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor:
@@ -56,8 +59,10 @@ class ExpertGroup:
         self._sequence += 1
         vector = pack_counts(counts, self.slots, self._sequence, width, layer)
         table = vector.new_empty((self.size, vector.numel()))
-        dist.all_gather(list(table.unbind()), vector, group=self.group)
-        return unpack_counts(table.cpu(), counts.numel(), layer)
+        with self.pending(layer, "counts"):
+            dist.all_gather(list(table.unbind()), vector, group=self.group)
+            on_host = table.cpu()
+        return unpack_counts(on_host, counts.numel(), layer)
 
     def end_pass(self, device: torch.device) -> None:
         """Ends a forward pass; each rank calls this after it, before anything waits for others.

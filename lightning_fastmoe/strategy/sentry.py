@@ -1,0 +1,325 @@
+"""A process beside each rank that ends it when it stands still, or does not obey SIGTERM.
+
+It is a process because nothing inside the rank is sure to run. A main thread that waits inside C,
+in a launch or a collective, runs no Python signal handler; if it holds the GIL while it waits, no
+Python thread runs either. This process needs nothing from the rank but some shared memory, in which
+the rank writes when it last made progress, and a socket, into which Python's own signal handler, in
+C, writes the number of every signal that arrives.
+
+When time is up the sentry says so on stderr and asks the rank's own thread to print stacks and to
+exit (see ``watch.py``). If it does not answer, a signal makes faulthandler's handler print the
+stacks, in C again, and SIGKILL ends the rank.
+
+Run as a script, so that it starts in milliseconds: the standard library only.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from mmap import mmap
+
+HANG_STATUS = 75
+"""The exit status of a rank that stood still (EX_TEMPFAIL: try again)."""
+TERMINATED_STATUS = 128 + signal.SIGTERM
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+DUMP_SIGNAL = signal.SIGRTMAX - 5
+"""Makes a rank print its stacks. Nothing of torch, CUDA or NCCL uses real-time signals."""
+STOP = b"\0"
+"""What the rank writes into the socket when it needs no sentry any more; no signal's number."""
+
+PROGRESS = struct.Struct("<dqqB")
+"""When progress was last made (``time.monotonic``), optimizer steps, batches, activity."""
+SPOKEN_AT, OVER_AT, EXCHANGE_AT, MEMORY_BYTES = 64, 65, 128, 4096
+
+_SAME_REQUEST = 2.0
+"""Seconds in which signals are one request: a group gets one, and torchrun passes on its own."""
+_ANSWER = 3.0
+_CREDENTIALS = struct.Struct("3i")
+_MOVED_BYTES = 1 << 20
+
+
+class Activity(enum.IntEnum):
+    """What a rank does."""
+
+    SETTING_UP = 0
+    LOADING = 1
+    TRAINING = 2
+    VALIDATING = 3
+    TESTING = 4
+    PREDICTING = 5
+    SAVING = 6
+    ENDING = 7
+
+
+_WORDS = {
+    Activity.SETTING_UP: "setting up",
+    Activity.LOADING: "loading a checkpoint",
+    Activity.TRAINING: "training",
+    Activity.VALIDATING: "validating",
+    Activity.TESTING: "testing",
+    Activity.PREDICTING: "predicting",
+    Activity.SAVING: "saving a checkpoint",
+    Activity.ENDING: "ending the run",
+}
+_MOVES_BYTES = (Activity.SETTING_UP, Activity.LOADING, Activity.SAVING)
+"""Where no batch comes for long: here bytes that the rank reads or writes are progress."""
+_MAY_FINISH = (Activity.LOADING, Activity.SAVING, Activity.ENDING)
+"""What SIGTERM lets finish: a last checkpoint takes longer than a batch."""
+
+
+def start_time(pid: int) -> str:
+    """When a process started, in ticks; with the pid it names a process for good."""
+    return _stat(pid)[19]
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third, the state, on."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()
+
+
+def _moved_bytes(pid: int) -> int:
+    """How much a process has read and written, caches included; 0 where that is not told."""
+    try:
+        with open(f"/proc/{pid}/io", encoding="ascii") as file:
+            fields = dict(line.split(": ") for line in file)
+        return sum(int(fields[name]) for name in ("rchar", "wchar", "read_bytes"))
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+class Sentry:
+    """Watches one rank.
+
+    Args:
+        rank: for messages.
+        pid: of the rank, the parent of this process.
+        hang_timeout: seconds without progress; 0 is no limit.
+        grace: seconds without progress after SIGTERM; 0 is no limit.
+        linger: seconds between the message and the end, in which other ranks print theirs.
+        memory: shared with the rank.
+        exchange: layout of the record of exchanges.
+        launched: (pid, start time) of processes that the rank has launched, ranks themselves.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        pid: int,
+        hang_timeout: float,
+        grace: float,
+        linger: float,
+        memory: mmap,
+        exchange: struct.Struct,
+        launched: Sequence[tuple[int, str]],
+    ) -> None:
+        self.rank, self.pid, self.linger = rank, pid, linger
+        self.hang_timeout, self.grace = hang_timeout, grace
+        self.memory, self.exchange, self.launched = memory, exchange, launched
+        self.requests: dict[int, float] = {}  # signal -> when it first came
+        self.again: int | None = None
+        self._floor = self._looked = time.monotonic()
+        self._moved = _moved_bytes(pid)
+        limits = [limit for limit in (hang_timeout, grace) if limit]
+        self._interval = max(0.05, min([1.0, *(limit / 10 for limit in limits)]))
+
+    def run(self, channel: socket.socket) -> None:
+        """Watches until the rank says STOP or is gone; then sees to those that it launched."""
+        while os.getppid() == self.pid:
+            if select.select([channel], [], [], self._interval)[0]:
+                numbers = self._receive(channel)
+                if STOP in numbers:
+                    return
+                if not numbers:  # closed: the rank is gone, or will be in a moment
+                    break
+            verdict = self._verdict(time.monotonic())
+            if verdict is not None:
+                status, reason, linger = verdict
+                if not self._end(status, reason, linger):
+                    return
+                self._end_launched(0.0)
+                return
+        self._end_launched(10.0)
+
+    def _receive(self, channel: socket.socket) -> set[bytes]:
+        """The signals that came, and STOP; nothing at the end of the connection."""
+        data, ancillary, *_ = channel.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
+        if not data:
+            return set()
+        # Processes that the rank has forked inherit the socket and Python's handlers.
+        sender = next((_CREDENTIALS.unpack(item[2])[0] for item in ancillary), self.pid)
+        if sender != self.pid:
+            return {b"\xff"}
+        now = time.monotonic()
+        for number in data:
+            if number in (signal.SIGTERM, signal.SIGINT):
+                first = self.requests.setdefault(number, now)
+                if number == signal.SIGINT and PROGRESS.unpack_from(self.memory)[0] > first:
+                    # Somebody caught the first KeyboardInterrupt, and the run goes on.
+                    first = self.requests[number] = now
+                if now - first > _SAME_REQUEST:
+                    self.again = number
+                elif first == now and number == signal.SIGTERM:
+                    self._send_launched(signal.SIGTERM)
+        return {bytes([number]) for number in data}
+
+    def _verdict(self, now: float) -> tuple[int, str, float] | None:
+        """(exit status, why, seconds to linger) if the rank must end."""
+        if self.again is not None:
+            name = signal.Signals(self.again).name
+            return 128 + self.again, f"{name} came a second time.", 0.0
+        beat, *_, activity = PROGRESS.unpack_from(self.memory)
+        if now - self._looked > self._interval + 2:
+            self._floor = now  # this process was stopped for a while, and so was the rank
+        self._looked = now
+        if activity in _MOVES_BYTES:
+            moved = _moved_bytes(self.pid)
+            if moved - self._moved > _MOVED_BYTES:
+                self._moved, self._floor = moved, now
+        since = max(beat, self._floor)
+        asked = self.requests.get(signal.SIGTERM)
+        quiet = now - max(asked, since) if asked is not None else 0.0
+        obeys = not self.grace or activity in _MAY_FINISH or quiet <= self.grace
+        if asked is not None and not obeys and not self._is_stopped(now):
+            return (
+                TERMINATED_STATUS,
+                f"SIGTERM came {now - asked:.0f} s ago, and no batch has ended in the last"
+                f" {quiet:.0f} s (signal_grace={self.grace:g}).",
+                self.linger,
+            )
+        if self.hang_timeout and now - since > self.hang_timeout and not self._is_stopped(now):
+            return (
+                HANG_STATUS,
+                f"The run stands still: no batch has ended, and nothing else has moved, for"
+                f" {now - since:.0f} s (hang_timeout={self.hang_timeout:g}).",
+                self.linger,
+            )
+        return None
+
+    def _is_stopped(self, now: float) -> bool:
+        """Whether somebody has stopped the rank, or looks at it with a debugger."""
+        stopped = _stat(self.pid)[0] in "Tt"
+        if stopped:
+            self._floor = now
+        return stopped
+
+    def _end(self, status: int, reason: str, linger: float) -> bool:
+        """Ends the rank; False if it says that its run is over already."""
+        self._say(self._report(status, reason))
+        with suppress(OSError):
+            os.write(1, f"{status} {linger}\n".encode())
+        begin = time.monotonic()
+        signalled = False
+        while os.getppid() == self.pid:
+            time.sleep(0.02)
+            if self.memory[OVER_AT]:
+                return False
+            waited = time.monotonic() - begin
+            if not (self.memory[SPOKEN_AT] or signalled) and waited > min(_ANSWER, 1 + linger):
+                signalled = True
+                self._say(f"{self._name}: no Python thread answers; the interpreter is locked.\n")
+                os.kill(self.pid, DUMP_SIGNAL)
+            if waited > _ANSWER + linger + 2:
+                self._say(f"{self._name}: ended by SIGKILL.\n")
+                os.kill(self.pid, signal.SIGKILL)
+                while os.getppid() == self.pid:
+                    time.sleep(0.02)
+        return True
+
+    def _report(self, status: int, reason: str) -> str:
+        now = time.monotonic()
+        _, step, batches, activity = PROGRESS.unpack_from(self.memory)
+        number, begun, pending, name = self.exchange.unpack_from(self.memory, EXCHANGE_AT)
+        where = name.rstrip(b"\0").decode(errors="replace")
+        if pending:
+            tokens = f"waits in number {number}: {where}, for {now - begun:.1f} s"
+        elif number:
+            tokens = f"none is pending; the last was number {number}: {where}"
+        else:
+            tokens = "none yet"
+        return (
+            f"\n{self._name}: {reason}\n"
+            f"  doing: {_WORDS[Activity(activity)]}; optimizer steps done: {step}; batches of this"
+            f" run: {batches}\n"
+            f"  exchanges of tokens: {tokens}\n"
+            f"  The stacks of all threads follow; then this process ends with status {status}.\n"
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"lightning_fastmoe, rank {self.rank}"
+
+    @staticmethod
+    def _say(text: str) -> None:
+        # Not into a full pipe that nobody reads: the rank may stand still for the same reason.
+        if select.select([], [2], [], 1.0)[1]:
+            with suppress(OSError):
+                os.write(2, text.encode())  # in one piece: the ranks share the screen
+
+    def _send_launched(self, number: int) -> None:
+        for process in filter(_lives, self.launched):
+            with suppress(ProcessLookupError):
+                os.kill(process[0], number)
+
+    def _end_launched(self, seconds: float) -> None:
+        """Ranks whose launcher is gone get some seconds to notice, and are killed then."""
+        deadline = time.monotonic() + seconds
+        while self.launched and time.monotonic() < deadline:
+            time.sleep(0.2)
+            if not any(map(_lives, self.launched)):
+                return
+        self._send_launched(signal.SIGKILL)
+
+
+def _lives(process: tuple[int, str]) -> bool:
+    try:
+        return start_time(process[0]) == process[1] and _stat(process[0])[0] != "Z"
+    except OSError:
+        return False
+
+
+def arguments(
+    rank: int,
+    limits: tuple[float | None, float | None],
+    linger: float,
+    memory: int,
+    exchange: struct.Struct,
+    launched: Sequence[int],
+) -> list[str]:
+    """The arguments with which this file becomes the sentry of the calling process."""
+    own = [rank, os.getpid(), *(limit or 0.0 for limit in limits), linger, memory, exchange.format]
+    processes = []
+    for pid in launched:
+        with suppress(FileNotFoundError):  # it is gone already
+            processes.append(f"{pid}:{start_time(pid)}")
+    return [__file__, *map(str, own), *processes]
+
+
+def main() -> None:
+    """Watches the process that has started this one."""
+    rank, pid, hang_timeout, grace, linger, memory, exchange, *launched = sys.argv[1:]
+    pairs = [process.split(":") for process in launched]
+    sentry = Sentry(
+        int(rank),
+        int(pid),
+        float(hang_timeout),
+        float(grace),
+        float(linger),
+        mmap(int(memory), MEMORY_BYTES),
+        struct.Struct(exchange),
+        [(int(p), started) for p, started in pairs],
+    )
+    sentry.run(socket.socket(fileno=0))
+
+
+if __name__ == "__main__":
+    main()
