@@ -37,6 +37,7 @@ from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
+from lightning_fastmoe.ops.stall import stall_report
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 from lightning_fastmoe.strategy.watch import TERMINATED_STATUS, Activity
@@ -335,6 +336,8 @@ class ExpertCheckpoints(ExpertSteps):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         self._watch.beat(Activity.ENDING)
+        if report := stall_report():  # CUDA's own error names no kernel
+            exception.add_note(f"lightning_fastmoe: {report}")
         if isinstance(exception, SIGTERMException) and exception.code is None:
             # Lightning raises it without a status, and Python would leave with 0.
             exception.code = self._terminated_status

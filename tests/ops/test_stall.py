@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from lightning_fastmoe import FastMoEStrategy
 from lightning_fastmoe.ops import stall
 
 
@@ -40,3 +41,10 @@ def test_the_report_is_printed_when_the_process_ends(report: str) -> None:
     )
     assert done.returncode == 3
     assert done.stderr == (f"lightning_fastmoe: {report}\n" if report else "")
+
+
+def test_the_report_is_added_to_what_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stall, "_libraries", [Library("the kernel stood still")])
+    error = RuntimeError("CUDA error: unspecified launch failure")
+    FastMoEStrategy().on_exception(error)
+    assert error.__notes__ == ["lightning_fastmoe: the kernel stood still"]
