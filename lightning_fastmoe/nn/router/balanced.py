@@ -166,6 +166,8 @@ def batch_logits(logits: Tensor, over: Over, context: RoutingContext) -> tuple[T
 def sinkhorn_shift(logits: Tensor, iterations: int) -> Tensor:
     """The column factors b of :class:`SinkhornRouter`, ``logits (T, E) -> (E,)``."""
     tokens, experts = logits.shape
+    # The plan is the same, and its rounding that of the differences.
+    logits = logits - logits.amax(dim=1, keepdim=True)
     shift = torch.zeros(experts, dtype=logits.dtype, device=logits.device)
     for _ in range(iterations):
         rows = -torch.logsumexp(logits + shift, dim=1, keepdim=True)
@@ -191,6 +193,7 @@ def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
     if experts == 1 or tokens == 0:
         return torch.zeros(tokens, dtype=torch.int64, device=scores.device)
     value = torch.nan_to_num(scores.to(torch.float64))
+    value = value - value.min()  # only differences count; large numbers would swallow small bids
     ids = torch.arange(experts, device=scores.device)
     room = tokens // experts + (ids < tokens % experts).to(torch.int64)
     spread = float(value.max() - value.min()) or 1.0
