@@ -8,6 +8,7 @@ other ranks' tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,25 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 def z_loss(routing: Routing) -> Tensor:
     """``mean_t (logsumexp_e logits[t, e])^2``, which keeps logits small (ST-MoE, eq. 5)."""
     tokens = max(routing.logits.shape[0], 1)
-    return torch.logsumexp(routing.logits, dim=-1).square().sum() / tokens
+    total: Tensor = _LogSumExp.apply(routing.logits)
+    return total.square().sum() / tokens
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Over the last dimension; its gradient is the softmax.
+
+    PyTorch's is exp(x - result), in which the rounding of a large result becomes a factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.logsumexp(x, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0].unsqueeze(-1) * torch.softmax(x, dim=-1)
 
 
 def importance_loss(routing: Routing) -> Tensor:

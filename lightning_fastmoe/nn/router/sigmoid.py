@@ -96,24 +96,25 @@ class SigmoidTopKRouter(LinearRouter):
         else:
             log_s = F.logsigmoid(logits)
             scores = torch.softmax(log_s, dim=-1)
-            expert_ids = self._select_in_groups(logits.detach(), log_s.detach())
+            expert_ids = self._select_in_groups(logits.detach())
             if normalize:
                 weights = torch.softmax(torch.gather(log_s, 1, expert_ids), dim=-1)
             else:
                 weights = torch.sigmoid(torch.gather(logits, 1, expert_ids))
         return Routing(logits, scores, self.scale * weights, expert_ids)
 
-    def _select_in_groups(self, logits: Tensor, log_s: Tensor) -> Tensor:
+    def _select_in_groups(self, logits: Tensor) -> Tensor:
         s = torch.sigmoid(logits)
         if self.balance_bias is not None:
             s = s + self.balance_bias.to(s.dtype)
         in_groups = (s.shape[0], self.num_groups, -1)
-        grouped, log_grouped = s.view(in_groups), log_s.view(in_groups)
-        pair = min(2, grouped.shape[2])
-        best = grouped.topk(pair, dim=-1).values.sum(dim=-1)
-        # Far below zero all s round to 0, and the logarithm of the sum tells the groups apart.
-        log_best = torch.logsumexp(log_grouped.topk(pair, dim=-1).values, dim=-1)
-        groups = ops.top_k(best, self.limit_groups, log_best)
+        grouped = s.view(in_groups)
+        size = min(2, grouped.shape[2])
+        best = grouped.topk(size, dim=-1).values.sum(dim=-1)
+        # Far from zero all s round to 0 or 1; the logit of their mean tells the groups apart.
+        pair = logits.view(in_groups).topk(size, dim=-1).values
+        mean_logit = F.logsigmoid(pair).logsumexp(dim=-1) - F.logsigmoid(-pair).logsumexp(dim=-1)
+        groups = ops.top_k(best, self.limit_groups, mean_logit)
         open_groups = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
         limited = grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf)
         return ops.top_k(limited.view(s.shape), self.top_k, logits)
