@@ -106,7 +106,10 @@ class _ScoreTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_logits = score_top_k_backward(*ctx.saved_tensors, grads[0], grads[1], *ctx.options)
+        logits, weights, expert_ids = ctx.saved_tensors
+        d_logits = score_top_k_backward(
+            logits, weights, expert_ids, grads[0], grads[1], *ctx.options
+        )
         return d_logits, None, None, None, None, None
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lightning_fastmoe.ops import _build, sigmoid_top_k, softmax_top_k
 
-SIZES = [(1, 1), (2, 5), (4, 70)]
+SIZES = [(2, 5), (4, 70)]
 """(K, E)."""
 
 CALLS = """
@@ -71,11 +71,11 @@ def call(library: ctypes.CDLL, name: str, experts: int, *args: object) -> None:
 def far_logits(experts: int) -> torch.Tensor:
     torch.manual_seed(experts)
     row = torch.randn(experts)
-    rows = [far + row for far in (0.0, -20.0, -90.0, -104.0, -200.0, 20.0, 100.0, 1e4, -1e4)]
-    rows += [torch.full((experts,), far) for far in (0.0, -100.0, 1e4, -1e4)]
+    rows = [far + row for far in (0.0, -90.0, -200.0, 20.0, 100.0, -1e4)]
+    rows.append(torch.full((experts,), -100.0))
     one = row - 150
     one[experts // 2] = 1e4
-    return torch.stack([*rows, one, 100 * row, 1e4 * row])
+    return torch.stack([*rows, one, 100 * row])
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
