@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits,
                                          const std::optional<Tensor>& selection_bias, int64_t top_k,
                                          bool normalize, bool sigmoid);
-Tensor route_backward(const Tensor& scores, const Tensor& expert_ids,
+Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor& expert_ids,
                       const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_weights,
                       bool normalize, bool sigmoid);
 

@@ -1,7 +1,7 @@
 // Scores (softmax or sigmoid), top-k and the K weights of each token in one pass over the logits,
 // and its gradient.
 //
-// One warp per token; lane l holds the scores of experts l, l + 32, ... in registers, so E <= 1024.
+// One warp per token; lane l holds the logits of experts l, l + 32, ... in registers, so E <= 1024.
 // Sizes depend on E and K alone.
 #include "common.cuh"
 #include "ops.h"
@@ -21,9 +21,47 @@ __device__ __forceinline__ unsigned rank_key(float value) {
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// A score is exp(x), or sigmoid(x) = exp(min(x, 0)) / (1 + exp(-|x|)). Weights and the distribution
+// are ratios of scores, so all of them may be divided by exp(highest), where `highest` is the largest
+// exponent among them: the largest one is then 1, or at least 1/2, and no sum vanishes.
+__device__ __forceinline__ float exponent(float x, bool use_sigmoid) {
+  return use_sigmoid ? fminf(x, 0.0f) : x;
+}
 
+__device__ __forceinline__ float scaled_score(float x, float highest, bool use_sigmoid) {
+  const float power = expf(exponent(x, use_sigmoid) - highest);
+  return use_sigmoid ? power / (1.0f + expf(-fabsf(x))) : power;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return scaled_score(x, 0.0f, true); }
+
+// A token's scores over their sum: score = scaled_score(logit, highest) / sum.
 template <int V>  // scores per lane
+__device__ __forceinline__ void distribution(const float* __restrict__ row, int lane,
+                                             int num_experts, bool use_sigmoid, float (&logit)[V],
+                                             float (&score)[V], float& highest, float& sum) {
+  highest = -INFINITY;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int expert = v * kWarpSize + lane;
+    logit[v] = expert < num_experts ? row[expert] : -INFINITY;
+    highest = fmaxf(highest, exponent(logit[v], use_sigmoid));
+  }
+  highest = warp_max(highest);
+  sum = 0.0f;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    // The guard matters: a row of -inf would turn the lanes beyond E into NaN of their own.
+    const bool exists = v * kWarpSize + lane < num_experts;
+    score[v] = exists ? scaled_score(logit[v], highest, use_sigmoid) : 0.0f;
+    sum += score[v];
+  }
+  sum = warp_sum(sum);
+#pragma unroll
+  for (int v = 0; v < V; ++v) score[v] /= sum;
+}
+
+template <int V>
 __global__ void __launch_bounds__(kBlock, 2)
     route_kernel(const float* __restrict__ logits, const float* __restrict__ selection_bias,
                  float* __restrict__ scores, float* __restrict__ weights,
@@ -33,31 +71,12 @@ __global__ void __launch_bounds__(kBlock, 2)
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (token >= tokens) return;
 
-  const float* row = logits + token * num_experts;
-  float score[V];
-  float highest = -INFINITY;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int expert = v * kWarpSize + lane;
-    score[v] = expert < num_experts ? row[expert] : -INFINITY;
-    highest = fmaxf(highest, score[v]);
-  }
-  if (use_sigmoid) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) score[v] = sigmoid(score[v]);
-  } else {
-    highest = warp_max(highest);
-    float sum = 0.0f;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      // The guard matters: a row of -inf would turn the lanes beyond E into NaN of their own.
-      score[v] = v * kWarpSize + lane < num_experts ? expf(score[v] - highest) : 0.0f;
-      sum += score[v];
-    }
-    sum = warp_sum(sum);
-#pragma unroll
-    for (int v = 0; v < V; ++v) score[v] /= sum;
-  }
+  float logit[V], score[V], highest, sum;
+  distribution<V>(logits + token * num_experts, lane, num_experts, use_sigmoid, logit, score,
+                  highest, sum);
+  // Without a bias the logits themselves rank: scores round far-off logits to one number. With one,
+  // the larger logit wins where two sums are equal.
+  const bool biased = selection_bias != nullptr;
   unsigned rank[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -65,36 +84,44 @@ __global__ void __launch_bounds__(kBlock, 2)
     rank[v] = 0;
     if (expert < num_experts) {
       scores[token * num_experts + expert] = score[v];
-      rank[v] = rank_key(selection_bias == nullptr ? score[v] : score[v] + selection_bias[expert]);
+      float value = logit[v];
+      if (biased) value = (use_sigmoid ? sigmoid(logit[v]) : score[v]) + selection_bias[expert];
+      rank[v] = rank_key(value);
     }
   }
 
   unsigned best_key = 0;
-  float best_score = 0.0f;
+  float best_logit = 0.0f;
   int best = 0;
   const auto find_best = [&] {
     best_key = 0;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (rank[v] > best_key) {  // strictly: ties stay with the lower expert
+      // Strictly: what is equal in both stays with the lower expert.
+      if (rank[v] > best_key || (rank[v] == best_key && best_key != 0 && logit[v] > best_logit)) {
         best_key = rank[v];
-        best_score = score[v];
+        best_logit = logit[v];
         best = v;
       }
     }
   };
   find_best();
-  float my_weight = 0.0f, total = 0.0f;
+  float my_logit = 0.0f;
   int my_expert = 0;
 #pragma unroll 1
   for (int k = 0; k < top_k; ++k) {
     const unsigned key = warp_max(best_key);
+    bool leads = best_key == key;
+    if (biased) {
+      const unsigned logit_key = leads ? rank_key(best_logit) : 0;
+      const unsigned highest_key = warp_max(logit_key);  // by all lanes
+      leads = leads && logit_key == highest_key;
+    }
     const unsigned candidate = best * kWarpSize + lane;
-    const unsigned expert = warp_min(best_key == key ? candidate : 0xffffffffu);
-    const float weight = __shfl_sync(kAllLanes, best_score, expert % kWarpSize);
-    total += weight;
+    const unsigned expert = warp_min(leads ? candidate : 0xffffffffu);
+    const float chosen = __shfl_sync(kAllLanes, best_logit, expert % kWarpSize);
     if (lane == k) {
-      my_weight = weight;
+      my_logit = chosen;
       my_expert = static_cast<int>(expert);
     }
     if (lane == expert % kWarpSize) {
@@ -105,15 +132,32 @@ __global__ void __launch_bounds__(kBlock, 2)
       find_best();
     }
   }
+  if (normalize) {
+    highest = warp_max(lane < top_k ? exponent(my_logit, use_sigmoid) : -INFINITY);
+  } else if (use_sigmoid) {
+    highest = 0.0f;
+  }
+  float weight = lane < top_k ? scaled_score(my_logit, highest, use_sigmoid) : 0.0f;
+  if (normalize) {
+    weight /= warp_sum(weight);
+  } else if (!use_sigmoid) {
+    weight /= sum;
+  }
   if (lane < top_k) {
-    weights[token * top_k + lane] = normalize ? my_weight / total : my_weight;
+    weights[token * top_k + lane] = weight;
     expert_ids[token * top_k + lane] = my_expert;
   }
 }
 
+// With q the distribution, G the gradient of q and x the logits:
+//   softmax   d_x = q (G - <q, G>)
+//   sigmoid   the same times sigmoid(-x), the derivative of log sigmoid(x)
+// What comes through normalised weights w is w (g - <w, g>), likewise, at the K chosen experts. No
+// term divides by a score.
 template <int V>
 __global__ void __launch_bounds__(kBlock)
-    route_backward_kernel(const float* __restrict__ scores, const int64_t* __restrict__ expert_ids,
+    route_backward_kernel(const float* __restrict__ logits, const float* __restrict__ weights,
+                          const int64_t* __restrict__ expert_ids,
                           const float* __restrict__ d_scores, const float* __restrict__ d_weights,
                           float* __restrict__ d_logits, int64_t tokens, int num_experts, int top_k,
                           bool normalize, bool use_sigmoid) {
@@ -121,47 +165,61 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (token >= tokens) return;
 
-  float score[V], grad[V];
+  const float* row = logits + token * num_experts;
+  float grad[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int expert = v * kWarpSize + lane;
-    const bool exists = expert < num_experts;
-    score[v] = exists ? scores[token * num_experts + expert] : 0.0f;
-    grad[v] = exists && d_scores != nullptr ? d_scores[token * num_experts + expert] : 0.0f;
+    const bool given = expert < num_experts && d_scores != nullptr;
+    grad[v] = given ? d_scores[token * num_experts + expert] : 0.0f;
   }
+  // Of a chosen expert's logit; of its score where a weight is a score of the distribution.
+  const bool weights_are_scores = !normalize && !use_sigmoid;
+  int my_expert = 0;
+  float my_grad = 0.0f;
   if (d_weights != nullptr) {
-    int expert = 0;
-    float chosen = 0.0f, grad_chosen = 0.0f;
+    float weight = 0.0f;
     if (lane < top_k) {
-      expert = static_cast<int>(expert_ids[token * top_k + lane]);
-      chosen = scores[token * num_experts + expert];
-      grad_chosen = d_weights[token * top_k + lane];
+      my_expert = static_cast<int>(expert_ids[token * top_k + lane]);
+      my_grad = d_weights[token * top_k + lane];
+      weight = weights[token * top_k + lane];
     }
-    if (normalize) {  // weight_k = chosen_k / sum_j chosen_j
-      const float total = warp_sum(chosen);
-      const float shared = warp_sum(lane < top_k ? grad_chosen * (chosen / total) : 0.0f);
-      grad_chosen = (grad_chosen - shared) / total;
+    if (normalize) {
+      my_grad = weight * (my_grad - warp_sum(weight * my_grad));
+    } else if (use_sigmoid) {
+      my_grad *= weight;
     }
+    if (use_sigmoid) my_grad *= sigmoid(-row[my_expert]);
+  }
+  const auto add_chosen = [&] {
     for (int k = 0; k < top_k; ++k) {
-      const int target = __shfl_sync(kAllLanes, expert, k);
-      const float value = __shfl_sync(kAllLanes, grad_chosen, k);
+      const int target = __shfl_sync(kAllLanes, my_expert, k);
+      const float value = __shfl_sync(kAllLanes, my_grad, k);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (v * kWarpSize + lane == target) grad[v] += value;
       }
     }
-  }
-  float inner = 0.0f;
+  };
+  if (d_weights != nullptr && weights_are_scores) add_chosen();
+  if (d_scores != nullptr || weights_are_scores) {
+    float logit[V], score[V], highest, sum;
+    distribution<V>(row, lane, num_experts, use_sigmoid, logit, score, highest, sum);
+    float inner = 0.0f;
 #pragma unroll
-  for (int v = 0; v < V; ++v) inner += score[v] * grad[v];
-  inner = use_sigmoid ? 0.0f : warp_sum(inner);
+    for (int v = 0; v < V; ++v) inner += score[v] * grad[v];
+    inner = warp_sum(inner);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      grad[v] = score[v] * (grad[v] - inner);
+      if (use_sigmoid) grad[v] *= sigmoid(-logit[v]);
+    }
+  }
+  if (d_weights != nullptr && !weights_are_scores) add_chosen();
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int expert = v * kWarpSize + lane;
-    if (expert < num_experts) {
-      const float slope = use_sigmoid ? score[v] * (1.0f - score[v]) : score[v];
-      d_logits[token * num_experts + expert] = slope * (grad[v] - inner);
-    }
+    if (expert < num_experts) d_logits[token * num_experts + expert] = grad[v];
   }
 }
 
@@ -219,38 +277,42 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits,
   return {scores, weights, expert_ids};
 }
 
-Tensor route_backward(const Tensor& scores, const Tensor& expert_ids,
+Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor& expert_ids,
                       const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_weights,
                       bool normalize, bool sigmoid) {
   const char* op = "route_backward";
-  check_tensor(scores, op, "scores", 2, scores);
-  check_dtype(scores, op, "scores", ScalarType::Float);
-  check_tensor(expert_ids, op, "expert_ids", 2, scores);
+  check_tensor(logits, op, "logits", 2, logits);
+  check_dtype(logits, op, "logits", ScalarType::Float);
+  check_tensor(expert_ids, op, "expert_ids", 2, logits);
   check_dtype(expert_ids, op, "expert_ids", ScalarType::Long);
-  const int64_t tokens = scores.size(0), num_experts = scores.size(1), top_k = expert_ids.size(1);
+  const int64_t tokens = logits.size(0), num_experts = logits.size(1), top_k = expert_ids.size(1);
   check_size(expert_ids, op, "expert_ids", 0, tokens);
+  check_tensor(weights, op, "weights", 2, logits);
+  check_dtype(weights, op, "weights", ScalarType::Float);
+  check_size(weights, op, "weights", 0, tokens);
+  check_size(weights, op, "weights", 1, top_k);
   check_sizes(op, num_experts, top_k);
   if (d_scores) {
-    check_tensor(*d_scores, op, "d_scores", 2, scores);
+    check_tensor(*d_scores, op, "d_scores", 2, logits);
     check_dtype(*d_scores, op, "d_scores", ScalarType::Float);
     check_size(*d_scores, op, "d_scores", 0, tokens);
     check_size(*d_scores, op, "d_scores", 1, num_experts);
   }
   if (d_weights) {
-    check_tensor(*d_weights, op, "d_weights", 2, scores);
+    check_tensor(*d_weights, op, "d_weights", 2, logits);
     check_dtype(*d_weights, op, "d_weights", ScalarType::Float);
     check_size(*d_weights, op, "d_weights", 0, tokens);
     check_size(*d_weights, op, "d_weights", 1, top_k);
   }
 
-  const DeviceGuard guard(scores.get_device_index());
-  Tensor d_logits = torch::stable::empty_like(scores);
+  const DeviceGuard guard(logits.get_device_index());
+  Tensor d_logits = torch::stable::empty_like(logits);
   if (tokens == 0) return d_logits;
 
   const unsigned grid = grid_size(ceil_div(tokens, kWarpsPerBlock), op);
   for_scores_per_lane(num_experts, [&](auto per_lane) {
-    route_backward_kernel<decltype(per_lane)::value><<<grid, kBlock, 0, current_stream(scores)>>>(
-        static_cast<const float*>(scores.data_ptr()),
+    route_backward_kernel<decltype(per_lane)::value><<<grid, kBlock, 0, current_stream(logits)>>>(
+        static_cast<const float*>(logits.data_ptr()), static_cast<const float*>(weights.data_ptr()),
         static_cast<const int64_t*>(expert_ids.data_ptr()),
         d_scores ? static_cast<const float*>(d_scores->data_ptr()) : nullptr,
         d_weights ? static_cast<const float*>(d_weights->data_ptr()) : nullptr,

@@ -10,15 +10,17 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
-  // logits (T, E) fp32 -> scores (T, E) fp32, softmax or elementwise sigmoid; weights (T, K) fp32;
-  // expert_ids (T, K) int64, the K largest of scores + selection_bias (E,), best first.
+  // logits (T, E) fp32 -> scores (T, E) fp32, exp or sigmoid of the logits over a token's sum;
+  // weights (T, K) fp32, exp or sigmoid of the chosen logits over their sum with normalize, else the
+  // score or the bare sigmoid; expert_ids (T, K) int64, the K largest of softmax or sigmoid plus
+  // selection_bias (E,), best first. Ratios are right also where each score would be zero in fp32.
   library.def(
       "route(Tensor logits, Tensor? selection_bias, int top_k, bool normalize, bool sigmoid)"
       " -> (Tensor scores, Tensor weights, Tensor expert_ids)");
   // -> d_logits (T, E). An absent gradient is zero.
   library.def(
-      "route_backward(Tensor scores, Tensor expert_ids, Tensor? d_scores, Tensor? d_weights,"
-      " bool normalize, bool sigmoid) -> Tensor");
+      "route_backward(Tensor logits, Tensor weights, Tensor expert_ids, Tensor? d_scores,"
+      " Tensor? d_weights, bool normalize, bool sigmoid) -> Tensor");
   // expert_ids (N,) int64 -> order (N,), inverse (N,), tokens_per_expert (E,), all int64, and their
   // inclusive cumulative sum, offsets (E,) int32.
   library.def(

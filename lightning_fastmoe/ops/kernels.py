@@ -74,7 +74,8 @@ def sum_rows(
     picked = picked.view(-1, top_k, rows.shape[1])
     if weights is None:
         return picked.sum(dim=1, dtype=acc).to(dtype)
-    return (picked.to(acc) * weights.to(acc).unsqueeze(-1)).sum(dim=1).to(dtype)
+    # In place, as `picked` is a copy already.
+    return picked.to(acc).mul_(weights.to(acc).unsqueeze(-1)).sum(dim=1).to(dtype)
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
@@ -190,13 +191,19 @@ def activation_backward_(
     scaled = w * grad
     d_gate = _plain_backward(scaled if up is None else scaled * up, gate, GATED.get(name, name))
     dots = (value * grad).sum(dim=-1).to(weights.dtype)
+    # Nothing reads `h` and `d_act`, nor `gate`, `up` and `grad`, their views in fp32, from here on.
+    d_act.copy_(value.mul_(w))
+    if up is None:
+        h.copy_(d_gate)
+    else:
+        into_gate, into_up = h.chunk(2, dim=-1)
+        into_gate.copy_(d_gate)
+        into_up.copy_(scaled.mul_(bent))
     if order is None:
         d_weights = dots
     else:
         d_weights = torch.empty_like(dots)
         d_weights[order] = dots  # each element once
-    d_act.copy_(w * value)
-    h.copy_(d_gate if up is None else torch.cat((d_gate, scaled * bent), dim=-1))
     return d_weights.view(weights.shape)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import biased_layer, kernels
+from lightning_fastmoe.ops import biased_layer, expert_loop, kernels
 from lightning_fastmoe.ops.grouped_mlp import (
     expert_sums,
     grouped_mlp,
@@ -74,6 +74,12 @@ class _ExpertLayer(torch.autograd.Function):
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
             ctx.h_has_bias = True
             return out
+        if expert_loop.applies(x, *biases):
+            out, h = expert_loop.forward(
+                x, weights, up, down, order, inverse, tokens_per_expert, name, keep_h
+            )
+            ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
+            return out
         h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
         a = kernels.activation(h, name, up_bias, offsets)
         ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
@@ -110,6 +116,8 @@ class _ExpertLayer(torch.autograd.Function):
                 biased, x, weights, up, up_bias, order, groups[1], ctx.name
             )
             h_has_bias = True
+        elif ctx.h_is_spent and expert_loop.applies(x, up_bias, down_bias):
+            h = expert_loop.pre_activation(x, weights, up, order, groups[0])
         elif ctx.h_is_spent:
             h_has_bias = False
             h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
@@ -134,6 +142,12 @@ class _ExpertLayer(torch.autograd.Function):
                 *(order, inverse, *groups, ctx.name, wants),
             )
             return *found, *none
+        if expert_loop.applies(x, up_bias, down_bias):
+            four = expert_loop.backward_(
+                *(grad.contiguous(), x, d_h, weights, up, down, order, inverse, groups[0]),
+                *(ctx.name, wants[:4]),
+            )
+            return *four, None, None, *none
 
         d_x = d_up = d_down = d_up_bias = d_down_bias = None
         d_out = _rows(grad, weights, order, inverse)

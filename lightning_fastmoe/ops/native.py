@@ -90,7 +90,7 @@ def register_fakes() -> None:
     """Shapes and dtypes of all results, for fake tensors and opcheck."""
     fakes: dict[str, Callable[..., Any]] = {
         "route": _route,
-        "route_backward": lambda scores, *_: torch.empty_like(scores),
+        "route_backward": lambda logits, *_: torch.empty_like(logits),
         "sort_by_expert": _sort_by_expert,
         "permute_rows": lambda x, inverse, top_k: x.new_empty(x.shape[0] * top_k, x.shape[1]),
         "sum_rows": _sum_rows,

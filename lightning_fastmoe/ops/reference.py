@@ -34,7 +34,7 @@ from lightning_fastmoe.ops.reference_routers import (
 def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, weights and expert ids of softmax top-k routing, one token at a time.
 
-    Ties go to the lower expert id.
+    Ties go to the larger logit, then to the lower expert id.
 
     Args:
         logits: (T, E).
@@ -44,8 +44,8 @@ def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, 
     Returns:
         ``scores (T, E)``, ``weights (T, K)``, ``expert_ids (T, K)``.
     """
-    scores = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
-    return _choose(scores, scores, top_k, normalize)
+    scores = torch.softmax(logits, dim=1)
+    return _choose(logits, scores, scores, scores, top_k, normalize)
 
 
 def sigmoid_top_k(
@@ -56,29 +56,36 @@ def sigmoid_top_k(
     Args:
         logits: (T, E).
         top_k: experts per token.
-        normalize: divide the chosen scores by their sum.
+        normalize: divide the chosen sigmoids by their sum.
         selection_bias: (E,) or None.
 
     Returns:
-        ``scores (T, E)``, ``weights (T, K)``, ``expert_ids (T, K)``.
+        ``scores (T, E)``, the sigmoids over the sum of all of a token's; ``weights (T, K)``,
+        ``expert_ids (T, K)``.
     """
-    scores = 1 / (1 + torch.exp(-logits))
-    ranked = scores if selection_bias is None else scores + selection_bias
-    return _choose(scores, ranked, top_k, normalize)
+    raw = torch.sigmoid(logits)
+    ranked = raw if selection_bias is None else raw + selection_bias
+    # Ratios of sigmoids from their logarithms, for those that are zero in the dtype of the logits.
+    log_raw = torch.nn.functional.logsigmoid(logits)
+    return _choose(log_raw, torch.softmax(log_raw, dim=1), raw, ranked, top_k, normalize)
 
 
 def _choose(
-    scores: Tensor, ranked: Tensor, top_k: int, normalize: bool
+    log_raw: Tensor, scores: Tensor, raw: Tensor, ranked: Tensor, top_k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts with the largest ``ranked``, weighted by their ``scores``."""
+    """The experts with the largest ``ranked``, of equal ones the more likely, weighted by ``raw``.
+
+    Normalised weights are ``raw / sum of the chosen raw``, by way of the logarithms.
+    """
     num_tokens = scores.shape[0]
     expert_ids = torch.zeros(num_tokens, top_k, dtype=torch.long)
     for t in range(num_tokens):
-        best_first = sorted((-value, e) for e, value in enumerate(ranked[t].tolist()))
-        expert_ids[t] = torch.tensor([e for _, e in best_first[:top_k]])
-    weights = torch.gather(scores, 1, expert_ids)
+        keys = zip(ranked[t].tolist(), log_raw[t].tolist(), strict=True)
+        best_first = sorted((-value, -tie, e) for e, (value, tie) in enumerate(keys))
+        expert_ids[t] = torch.tensor([e for _, _, e in best_first[:top_k]])
+    weights = torch.gather(raw, 1, expert_ids)
     if normalize:
-        weights = weights / weights.sum(dim=1, keepdim=True)
+        weights = torch.softmax(torch.gather(log_raw, 1, expert_ids), dim=1)
     return scores, weights, expert_ids
 
 
@@ -164,7 +171,7 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor) -> Tensor:
 
 def z_loss(logits: Tensor) -> Tensor:
     """``mean_t (log sum_e exp logits[t, e])^2`` (ST-MoE, eq. 5)."""
-    return torch.log(torch.exp(logits).sum(dim=1)).pow(2).mean()
+    return torch.logsumexp(logits, dim=1).pow(2).mean()
 
 
 def sequence_load_balancing_loss(scores: Tensor, expert_ids: Tensor, lengths: list[int]) -> Tensor:

@@ -20,7 +20,8 @@ def best(values: list[float], k: int) -> list[int]:
 
 def softmax(v: Tensor) -> Tensor:
     """Of a vector."""
-    return torch.exp(v) / torch.exp(v).sum()
+    powers = torch.exp(v - v.detach().max())
+    return powers / powers.sum()
 
 
 def random_bits(seed: int, stream: int, token: int, column: int) -> int:
@@ -108,18 +109,17 @@ def grouped_sigmoid_top_k(
     size = logits.shape[1] // groups
     all_scores, weights, ids = [], [], []
     for row in logits:
-        s = 1 / (1 + torch.exp(-row))
-        shifted = (s + bias).tolist()
+        log_s = torch.nn.functional.logsigmoid(row)  # ratios of s are softmaxes of it
+        shifted = (torch.sigmoid(row) + bias).tolist()
         of_group = [
             sum(sorted(shifted[g * size : (g + 1) * size], reverse=True)[:2]) for g in range(groups)
         ]
         open_groups = best(of_group, limit)
         allowed = [v if e // size in open_groups else -math.inf for e, v in enumerate(shifted)]
         chosen = best(allowed, top_k)
-        total = sum((s[e] for e in chosen), s.new_zeros(()))
-        weights.append(torch.stack([scale * s[e] / total for e in chosen]))
+        weights.append(scale * softmax(log_s[chosen]))
         ids.append(chosen)
-        all_scores.append(s / s.sum())
+        all_scores.append(softmax(log_s))
     return torch.stack(all_scores), torch.stack(weights), torch.tensor(ids)
 
 

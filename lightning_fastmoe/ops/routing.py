@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe.ops.native import native
@@ -38,7 +39,7 @@ class ExpertOrder:
     offsets: Tensor
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
+def top_k(scores: Tensor, k: int, tie_break: Tensor | None = None) -> Tensor:
     """The ``k`` best experts of each token, best first, ties to the lower expert id.
 
     ``torch.topk`` leaves the order of ties open (and it differs between devices); a stable sort
@@ -47,11 +48,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     Args:
         scores: (T, E), any floating dtype.
         k: experts per token.
+        tie_break: (T, E); of equal scores the one with the larger entry comes first. For scores
+            that round different logits to one number, as a sigmoid does far from zero.
 
     Returns:
         (T, K) int64.
     """
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
+    if tie_break is None:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
+    order = torch.sort(tie_break, dim=-1, descending=True, stable=True).indices
+    return torch.gather(order, 1, top_k(torch.gather(scores, 1, order), k))
 
 
 def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
@@ -92,7 +98,7 @@ class _ScoreTopK(torch.autograd.Function):
         scores, weights, expert_ids = library.route(
             logits.contiguous(), selection_bias, k, normalize, sigmoid
         )
-        ctx.save_for_backward(scores, expert_ids)
+        ctx.save_for_backward(logits, weights, expert_ids)
         ctx.options = (normalize, sigmoid)
         ctx.mark_non_differentiable(expert_ids)
         ctx.set_materialize_grads(False)
@@ -100,13 +106,16 @@ class _ScoreTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        scores, expert_ids = ctx.saved_tensors
-        d_logits = score_top_k_backward(scores, expert_ids, grads[0], grads[1], *ctx.options)
+        logits, weights, expert_ids = ctx.saved_tensors
+        d_logits = score_top_k_backward(
+            logits, weights, expert_ids, grads[0], grads[1], *ctx.options
+        )
         return d_logits, None, None, None, None, None
 
 
 def score_top_k_backward(
-    scores: Tensor,
+    logits: Tensor,
+    weights: Tensor,
     expert_ids: Tensor,
     d_scores: Tensor | None,
     d_weights: Tensor | None,
@@ -115,13 +124,16 @@ def score_top_k_backward(
 ) -> Tensor | None:
     """The gradient of the logits of :func:`softmax_top_k` or :func:`sigmoid_top_k`.
 
+    Nothing is divided by a score, and ``1 - sigmoid(x)`` is ``sigmoid(-x)``: no logit loses it.
+
     Args:
-        scores: (T, E).
+        logits: (T, E).
+        weights: (T, K), as the forward pass returned them.
         expert_ids: (T, K).
         d_scores: (T, E), or None for zeros.
         d_weights: (T, K), or None for zeros.
         normalize: as in the forward pass.
-        sigmoid: whether the scores are sigmoids.
+        sigmoid: whether an expert's score is its sigmoid.
 
     Returns:
         (T, E), or None if both gradients are None.
@@ -129,41 +141,65 @@ def score_top_k_backward(
     given = [grad for grad in (d_scores, d_weights) if grad is not None]
     if not given:
         return None
-    if (library := native(scores, *given)) is not None:
+    if (library := native(logits, weights, *given)) is not None:
         d_scores, d_weights = (
             None if grad is None else grad.contiguous() for grad in (d_scores, d_weights)
         )
         d_logits: Tensor = library.route_backward(
-            scores, expert_ids, d_scores, d_weights, normalize, sigmoid
+            logits.contiguous(), weights, expert_ids, d_scores, d_weights, normalize, sigmoid
         )
         return d_logits
-    grad = torch.zeros_like(scores) if d_scores is None else d_scores
+    through_scores, to_chosen = d_scores, None
     if d_weights is not None:
-        if normalize:
-            chosen = torch.gather(scores, 1, expert_ids)
-            total = chosen.sum(dim=-1, keepdim=True)
-            inner = (d_weights * chosen / total).sum(dim=-1, keepdim=True)
-            d_weights = (d_weights - inner) / total
+        on_chosen = d_weights
+        if normalize:  # a softmax of the logarithms of the chosen scores
+            inner = (weights * d_weights).sum(dim=-1, keepdim=True)
+            on_chosen = weights * (d_weights - inner)
+        elif sigmoid:
+            on_chosen = weights * d_weights
+        if sigmoid:
+            on_chosen = on_chosen * torch.sigmoid(-torch.gather(logits, 1, expert_ids))
         # The K experts of a token differ, so nothing is written twice.
-        grad = grad + torch.zeros_like(scores).scatter(1, expert_ids, d_weights)
+        scattered = torch.zeros_like(logits).scatter(1, expert_ids, on_chosen)
+        if normalize or sigmoid:
+            to_chosen = scattered
+        else:
+            through_scores = scattered if d_scores is None else d_scores + scattered
+    if through_scores is None:
+        return to_chosen
+    scores = torch.softmax(_log_scores(logits, sigmoid), dim=-1)
+    grad = scores * (through_scores - (scores * through_scores).sum(dim=-1, keepdim=True))
     if sigmoid:
-        return scores * (1 - scores) * grad
-    return scores * (grad - (scores * grad).sum(dim=-1, keepdim=True))
+        grad = grad * torch.sigmoid(-logits)
+    return grad if to_chosen is None else grad + to_chosen
 
 
-def softmax_top_k(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _log_scores(logits: Tensor, sigmoid: bool) -> Tensor:
+    """The logarithms of the scores, up to a constant per token: they can't underflow."""
+    return F.logsigmoid(logits) if sigmoid else logits
+
+
+def softmax_top_k(
+    logits: Tensor, k: int, normalize: bool, selection_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the experts, the ``k`` best of each token, and their weights.
+
+    Normalised weights are ratios of scores. They come from the logits, so they are right however
+    small the scores are, also where these underflow.
 
     Args:
         logits: (T, E).
         k: experts per token.
         normalize: divide the chosen scores by their sum.
+        selection_bias: (E,), added to the scores for the choice alone: it has no part in the
+            weights and gets no gradient.
 
     Returns:
-        ``scores (T, E)``, ``weights (T, K)`` (best first, ties to the lower expert id) and
-        ``expert_ids (T, K)`` int64: K distinct experts of ``[0, E)``, also for a row of NaN.
+        ``scores (T, E)``, ``weights (T, K)`` and ``expert_ids (T, K)`` int64, in descending order
+        of the biased score, ties to the larger logit, then to the lower expert id: K distinct
+        experts of ``[0, E)``, also for a row of NaN.
     """
-    return _score_top_k(logits, k, normalize, None, sigmoid=False)
+    return _score_top_k(logits, k, normalize, selection_bias, sigmoid=False)
 
 
 def sigmoid_top_k(
@@ -174,12 +210,12 @@ def sigmoid_top_k(
     Args:
         logits: (T, E).
         k: experts per token.
-        normalize: divide the chosen scores by their sum.
-        selection_bias: (E,), added to the scores for the choice alone: it has no part in the
-            weights and gets no gradient.
+        normalize: divide the chosen sigmoids by their sum.
+        selection_bias: (E,), added to the sigmoids for the choice alone.
 
     Returns:
-        As :func:`softmax_top_k`; experts stand in descending order of the biased score.
+        As :func:`softmax_top_k`: the scores are the sigmoids over the sum of all E, so that each
+        row is a distribution; weights that are not normalised are the sigmoids themselves.
     """
     return _score_top_k(logits, k, normalize, selection_bias, sigmoid=True)
 
@@ -196,10 +232,17 @@ def _score_top_k(
             logits, bias, k, normalize, sigmoid, library
         )
         return routed
-    scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, dim=-1)
-    ranked = scores.detach()
-    expert_ids = top_k(ranked if bias is None else ranked + bias, k)
-    weights = torch.gather(scores, 1, expert_ids)
+    log_scores = _log_scores(logits, sigmoid)
+    scores = torch.softmax(log_scores, dim=-1)
+    raw = logits.detach()
+    if bias is None:  # the order of the scores, without their rounding
+        expert_ids = top_k(raw, k)
+    else:
+        expert_ids = top_k((torch.sigmoid(raw) if sigmoid else scores.detach()) + bias, k, raw)
     if normalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = torch.softmax(torch.gather(log_scores, 1, expert_ids), dim=-1)
+    elif sigmoid:
+        weights = torch.sigmoid(torch.gather(logits, 1, expert_ids))
+    else:
+        weights = torch.gather(scores, 1, expert_ids)
     return scores, weights, expert_ids

@@ -115,22 +115,86 @@ def test_route(library: Any, size: tuple[int, int, int], normalize: bool, score:
     bias = torch.randn(experts, device="cuda") if score == "biased sigmoid" else None
     scores, weights, ids = same_bits(lambda: library.route(logits, bias, k, normalize, sigmoid))
     exact = torch.sigmoid(logits.double()) if sigmoid else torch.softmax(logits.double(), dim=-1)
-    close(scores, exact)
+    close(scores, exact / exact.sum(-1, keepdim=True))
     assert ids.dtype == torch.int64
-    assert torch.equal(ids, top_k(scores if bias is None else scores + bias, k))
-    chosen = scores.double().gather(1, ids)
+    if bias is None:
+        assert torch.equal(ids, top_k(logits, k))
+    else:  # but for what the last bit of a sigmoid decides
+        ranked = (exact + bias).gather(1, ids)
+        best = (exact + bias).sort(dim=1, descending=True).values[:, :k]
+        torch.testing.assert_close(ranked, best, rtol=0, atol=1e-6)
+    chosen = exact.gather(1, ids)
     close(weights, chosen / chosen.sum(-1, keepdim=True) if normalize else chosen)
 
     d_scores, d_weights = torch.randn_like(scores), torch.randn_like(weights)
+    saved = (logits, weights, ids)
     for given in [(d_scores, d_weights), (None, d_weights), (d_scores, None)]:
         got = same_bits(
-            lambda given=given: library.route_backward(scores, ids, *given, normalize, sigmoid)
+            lambda given=given: library.route_backward(*saved, *given, normalize, sigmoid)
         )
         wide = [None if g is None else g.double() for g in given]
-        want = score_top_k_backward(scores.double(), ids, *wide, normalize, sigmoid)
+        wide_saved = (logits.double(), weights.double(), ids)
+        want = score_top_k_backward(*wide_saved, *wide, normalize, sigmoid)
         assert want is not None
         # With K = 1 or E = 1 large terms may cancel to nothing.
         close(got, want, factor=10, floor=1e-6 * (tokens * experts) ** 0.5)
+
+
+def far_logits(experts: int) -> torch.Tensor:
+    """(T, E): far from zero on either side, equal, or one far above or below the rest."""
+    torch.manual_seed(experts)
+    row = torch.randn(experts)
+    rows = [far + row for far in (0.0, -20.0, -90.0, -104.0, -200.0, 20.0, 100.0, 1e4, -1e4)]
+    rows += [torch.full((experts,), far) for far in (0.0, -100.0, 1e4, -1e4)]
+    for value, rest in ((1e4, -150.0), (-1e4, 0.0)):
+        one = rest + row
+        one[experts // 2] = value
+        rows.append(one)
+    return torch.stack([*rows, 100 * row, 1e4 * row]).cuda()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 33), (8, 64), (32, 100), (4, 1000)], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("biased", [None, 0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_route_far_from_zero(
+    library: Any,
+    size: tuple[int, int],
+    normalize: bool,
+    sigmoid: bool,
+    biased: float | None,
+    dtype: torch.dtype,
+) -> None:
+    """Each number by itself against fp64; the dtype is that which rounded the logits."""
+    k, experts = size
+    logits = far_logits(experts).to(dtype).float()
+    bias = None if biased is None else biased * torch.randn(experts, device="cuda")
+    scores, weights, ids = same_bits(lambda: library.route(logits, bias, k, normalize, sigmoid))
+    wide = logits.double().requires_grad_()
+    log_scores = torch.nn.functional.logsigmoid(wide) if sigmoid else wide
+    exact = torch.softmax(log_scores, dim=-1)
+    if biased != 1.0:  # with a bias of zero the logits decide
+        assert torch.equal(ids, top_k(logits, k))
+    chosen = log_scores.gather(1, ids)
+    if normalize:
+        exact_weights = torch.softmax(chosen, dim=-1)
+    else:
+        exact_weights = chosen.exp() if sigmoid else exact.gather(1, ids)
+    torch.testing.assert_close(scores.double(), exact, rtol=2e-6, atol=1e-37)
+    torch.testing.assert_close(weights.double(), exact_weights, rtol=2e-6, atol=1e-37)
+
+    d_scores, d_weights = torch.randn_like(scores), torch.randn_like(weights)
+    saved = (logits, weights, ids)
+    for given in [(d_scores, d_weights), (None, d_weights), (d_scores, None)]:
+        got = same_bits(
+            lambda given=given: library.route_backward(*saved, *given, normalize, sigmoid)
+        )
+        outputs = [o for o, g in zip((exact, exact_weights), given, strict=True) if g is not None]
+        upstream = [g.double() for g in given if g is not None]
+        (want,) = torch.autograd.grad(outputs, wide, upstream, retain_graph=True)
+        # <scores, d_scores> cancels to its own rounding.
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
 
 
 def test_a_negative_selection_bias_orders_as_numbers_do(library: Any) -> None:
@@ -149,11 +213,15 @@ def test_route_ties_nan_and_infinities(library: Any) -> None:
     logits[6] = torch.nan
     logits[6].view(torch.int32).bitwise_or_(-(2**31))  # NaN with the sign bit
     logits[7, 40:] = 1
-    ids = library.route(logits, None, 9, True, False)[2].cpu()
     first = list(range(9))
-    for row in range(7):
-        assert ids[row].tolist() == first, row
-    assert ids[7].tolist() == list(range(40, 49))
+    want = [first, [33, *first[:8]], first, first, first, [69, *first[:8]], first]
+    want.append(list(range(40, 49)))
+    assert library.route(logits, None, 9, True, False)[2].tolist() == want
+    bias = torch.zeros(70, device="cuda")  # which leaves ties, that the logits break
+    for sigmoid in (False, True):
+        got = library.route(logits, bias, 9, True, sigmoid)[2].tolist()
+        assert len(set(got[1])) == 9  # a NaN among ties stands anywhere
+        assert got[:1] + got[2:] == want[:1] + want[2:]
 
 
 def test_softmax_top_k_gradients() -> None:
@@ -313,7 +381,7 @@ def test_opcheck(library: Any) -> None:
     rows, h = torch.randn(18, 8, device="cuda"), torch.randn(18, 16, device="cuda")
     calls = {
         library.route: (logits, None, 2, True, True),
-        library.route_backward: (scores, chosen, None, weights, True, False),
+        library.route_backward: (logits, weights, chosen, None, weights, True, False),
         library.sort_by_expert: (ids.flatten(), 5),
         library.permute_rows: (x, order.inverse, 2),
         library.sum_rows: (rows, order.inverse, weights, 2, None, None),

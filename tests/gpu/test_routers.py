@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from lightning_fastmoe import MoE
 from lightning_fastmoe.nn import LocalDispatcher
 from lightning_fastmoe.nn.random import random_bits, uniform
-from lightning_fastmoe.nn.router import ROUTERS
+from lightning_fastmoe.nn.router import ROUTERS, RoutingContext, loss_value
 
 T, D, F, E = 96, 32, 48, 8
 CASES = {
@@ -71,6 +72,46 @@ def test_equals_the_cpu(name: str, chain: bool) -> None:
                 assert torch.equal(a.cpu(), b)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4)
+
+
+FAR = [
+    *itertools.product(
+        ["softmax", "sigmoid", "gshard", "cosine", "swipe"], [-1e4, -200.0, -104.0, 100.0, 1e4]
+    ),
+    # Farther off, two groups with the same best expert tie in fp32 but not in fp64.
+    ("in groups", -200.0),
+    ("in groups", -104.0),
+]
+
+
+@pytest.mark.parametrize(("name", "far"), FAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_far_from_zero(name: str, dtype: torch.dtype, far: float) -> None:
+    """Choices, weights, losses and gradients, against the same router in fp64 on the CPU."""
+    torch.manual_seed(0)
+    router = MoE(E, F, E, **CASES[name]).router
+    x = (far + 16 * torch.randn(T, E)).to(dtype)
+    if name != "cosine":
+        with torch.no_grad():
+            router.weight.copy_(torch.eye(E))
+    twin = copy.deepcopy(router).double()
+    leaf, wide = x.cuda().requires_grad_(), x.double().requires_grad_()
+    context = RoutingContext(training=True, seed=3, grid=(4, T // 4))
+    got, want = router.cuda()(leaf, context), twin(wide, context)
+    if name != "cosine":  # whose logits are products
+        assert torch.equal(got.expert_ids.cpu(), want.expert_ids)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 if name == "cosine" else 1e-37}
+    torch.testing.assert_close(got.weights.double().cpu(), want.weights, **tolerance)
+    torch.testing.assert_close(got.scores.double().cpu(), want.scores, **tolerance)
+    terms = [
+        (r.weights[:, 0].sum() + sum(loss_value(n, r, context) for n in sorted(router.losses)), i)
+        for r, i in ((got, leaf), (want, wide))
+    ]
+    torch.testing.assert_close(terms[0][0].double().cpu(), terms[1][0], rtol=1e-5, atol=0)
+    a, b = (torch.autograd.grad(*pair)[0].double().cpu() for pair in terms)
+    assert a.isfinite().all()
+    step = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(a, b, rtol=step, atol=step * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in READS_THE_DEVICE])

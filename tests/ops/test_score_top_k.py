@@ -51,19 +51,22 @@ def test_backward_equals_autograd(function, given, normalize):
     left = iter(grads)
     d_scores, d_weights = (next(left) if wanted else None for wanted in given)
     sigmoid = function is sigmoid_top_k
-    got = score_top_k_backward(scores.detach(), expert_ids, d_scores, d_weights, normalize, sigmoid)
+    saved = (logits.detach(), weights.detach(), expert_ids)
+    got = score_top_k_backward(*saved, d_scores, d_weights, normalize, sigmoid)
     torch.testing.assert_close(got, want)
 
 
 def test_no_gradient_gives_none():
-    scores = torch.rand(2, 3)
+    logits = torch.rand(2, 3)
     ids = torch.zeros(2, 1, dtype=torch.int64)
-    assert score_top_k_backward(scores, ids, None, None, True) is None
+    assert score_top_k_backward(logits, torch.ones(2, 1), ids, None, None, True) is None
 
 
-def test_a_row_of_nan_gives_distinct_experts():
-    logits = torch.randn(3, 6)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_row_of_nan_gives_distinct_experts(biased):
+    logits = torch.arange(6.0).flip(0).repeat(3, 1)
     logits[1, 4] = torch.nan
     logits[2] = torch.inf
-    expert_ids = softmax_top_k(logits, 4, True)[2]
-    assert expert_ids[1:].tolist() == [[0, 1, 2, 3]] * 2
+    bias = torch.zeros(6) if biased else None
+    expert_ids = softmax_top_k(logits, 4, True, bias)[2]
+    assert expert_ids[1:].tolist() == [[4, 0, 1, 2], [0, 1, 2, 3]]

@@ -15,6 +15,9 @@ from lightning_fastmoe.nn.router.noisy import check_at_least
 
 Over = Literal["rank", "global"]
 
+_FINEST_TOLERANCE = 1e-12
+"""Of the auction, whose numbers are fp64."""
+
 
 class BaseRouter(LinearRouter):
     """In training every expert gets equally many tokens, so that the sum of logits is largest.
@@ -166,6 +169,8 @@ def batch_logits(logits: Tensor, over: Over, context: RoutingContext) -> tuple[T
 def sinkhorn_shift(logits: Tensor, iterations: int) -> Tensor:
     """The column factors b of :class:`SinkhornRouter`, ``logits (T, E) -> (E,)``."""
     tokens, experts = logits.shape
+    # The plan is the same, and its rounding that of the differences.
+    logits = logits - logits.amax(dim=1, keepdim=True)
     shift = torch.zeros(experts, dtype=logits.dtype, device=logits.device)
     for _ in range(iterations):
         rows = -torch.logsumexp(logits + shift, dim=1, keepdim=True)
@@ -191,12 +196,15 @@ def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
     if experts == 1 or tokens == 0:
         return torch.zeros(tokens, dtype=torch.int64, device=scores.device)
     value = torch.nan_to_num(scores.to(torch.float64))
+    value = value - value.min()  # only differences count, and large numbers would round them
     ids = torch.arange(experts, device=scores.device)
     room = tokens // experts + (ids < tokens % experts).to(torch.int64)
     spread = float(value.max() - value.min()) or 1.0
     # An expert without room must not be bid for.
     price = torch.where(room > 0, 0.0, torch.inf).to(torch.float64)
     step = 0.25 * spread
+    # A step that vanishes beside a price would raise no bid, and the auction would never end.
+    tolerance = max(tolerance, _FINEST_TOLERANCE)
     while True:
         owner, price = _auction(value, room, price, step)
         if step <= tolerance * spread:

@@ -47,6 +47,8 @@ class Routing(NamedTuple):
         load: (T, E), the probability that a token picks an expert once more if its noise is drawn
             anew; for the load loss of noisy routers.
         tokens_per_expert: (E,) int64, counts of the active pairs, if they are known already.
+        balanced_slots: how many slots, from the first, the load-balancing losses count; None for
+            all.
     """
 
     logits: Tensor
@@ -60,6 +62,7 @@ class Routing(NamedTuple):
     combine_mix: Tensor | None = None
     load: Tensor | None = None
     tokens_per_expert: Tensor | None = None
+    balanced_slots: int | None = None
 
     @property
     def dispatched(self) -> Tensor | None:
@@ -71,6 +74,14 @@ class Routing(NamedTuple):
         if self.tokens_per_expert is not None:
             return self.tokens_per_expert
         return count_experts(self.expert_ids, self.logits.shape[1], self.active)
+
+    def balanced_counts(self) -> Tensor:
+        """(E,) int64: the routed pairs that the load-balancing losses count."""
+        if self.balanced_slots is None:
+            return self.routed_counts()
+        first = slice(self.balanced_slots)
+        active = None if self.active is None else self.active[:, first]
+        return count_experts(self.expert_ids[:, first], self.logits.shape[1], active)
 
     def kept_counts(self) -> Tensor:
         """(E,) int64: the pairs that reach their expert."""
@@ -261,26 +272,46 @@ class Router(nn.Module):
         """``x @ weight.T`` in the dtype of ``x``."""
         return F.linear(x, weight.to(x.dtype))
 
-    def token_choice(self, logits: Tensor, scores: Tensor, *, normalize: bool = True) -> Routing:
+    def token_choice(
+        self,
+        logits: Tensor,
+        scores: Tensor,
+        *,
+        normalize: bool = True,
+        log_scores: Tensor | None = None,
+    ) -> Routing:
         """The K best scores of each token, plus the balance bias if there is one.
 
         Args:
             logits: (T, E).
             scores: (T, E), a distribution.
             normalize: divide the chosen scores by their sum.
+            log_scores: (T, E), the logarithms of the scores up to a constant per token, such as the
+                logits of a softmax. Normalised weights come from them where given. Without them, a
+                token whose chosen scores all underflow gets equal weights and no gradient.
         """
-        expert_ids = self.select(scores)
+        expert_ids = self.select(scores, log_scores)
         weights = torch.gather(scores, 1, expert_ids)
-        if normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if normalize and log_scores is not None:
+            weights = torch.softmax(torch.gather(log_scores, 1, expert_ids), dim=-1)
+        elif normalize:
+            total = weights.sum(dim=-1, keepdim=True)
+            # Beneath it gradients, which go with 1 / total, overflow.
+            lost = total < torch.finfo(total.dtype).tiny ** 0.75
+            weights = torch.where(lost, 1 / self.top_k, weights / total.masked_fill(lost, 1.0))
         return Routing(logits, scores, weights, expert_ids)
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Ids of the K best of ``scores (T, E)`` plus bias, best first, ties to the lower id."""
+    def select(self, scores: Tensor, tie_break: Tensor | None = None) -> Tensor:
+        """Ids of the K best of ``scores (T, E)`` plus bias, best first, ties to the lower id.
+
+        Args:
+            scores: (T, E).
+            tie_break: see :func:`~lightning_fastmoe.ops.top_k`.
+        """
         chosen = scores.detach()
         if self.balance_bias is not None:
             chosen = chosen + self.balance_bias.to(chosen.dtype)
-        return ops.top_k(chosen, self.top_k)
+        return ops.top_k(chosen, self.top_k, None if tie_break is None else tie_break.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Casts of the whole model leave the balance bias in fp32: bf16 can't hold its steps."""
@@ -325,6 +356,16 @@ class LinearRouter(Router):
     def logits(self, x: Tensor) -> Tensor:
         """``x (T, D) -> (T, E)`` in the dtype of ``x``."""
         return self.linear(x, self.weight)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """``x / |x|`` along the last dimension, of any finite length; zeros stay zeros.
+
+    ``F.normalize`` squares the entries as they are: beyond 1e19 a vector becomes zero, below 1e-12
+    it keeps its length.
+    """
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1.0), dim=-1)
 
 
 def init_gate(weight: Tensor, d_model: int, init_std: float | None) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.base import (
+    Router,
+    Routing,
+    RoutingContext,
+    init_gate,
+    unit_vectors,
+)
 from lightning_fastmoe.nn.router.softmax import check_normalized
 
 _LOWEST_TEMPERATURE = 0.01
@@ -78,8 +83,8 @@ class CosineTopKRouter(Router):
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
-        projected = F.normalize(self.linear(x, self.projection), dim=-1)
-        cosine = projected @ F.normalize(self.embedding.to(x.dtype), dim=-1).T
+        projected = unit_vectors(self.linear(x, self.projection))
+        cosine = projected @ unit_vectors(self.embedding.to(x.dtype)).T
         scale = self.log_scale.to(x.dtype).clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()
         logits = cosine * scale
         normalize = self.top_k > 1 if self._normalize is None else self._normalize

@@ -66,7 +66,10 @@ class ExpertChoiceRouter(LinearRouter):
         scores = torch.softmax(logits, dim=-1)
         # (G, E, n): each expert ranks the tokens of a group.
         by_expert = scores.view(groups, n, experts).transpose(1, 2)
-        picked = ops.top_k(by_expert.detach().reshape(groups * experts, n), taken)
+        # By the logarithm, which still has an order where scores underflow to zero.
+        log_scores = torch.log_softmax(logits.detach(), dim=-1)
+        ranked = log_scores.view(groups, n, experts).transpose(1, 2)
+        picked = ops.top_k(ranked.reshape(groups * experts, n), taken)
         picked = picked.view(groups, experts, taken)
         start = torch.arange(groups, device=x.device).view(-1, 1, 1) * n
         token_ids = (picked + start).reshape(-1)

@@ -18,7 +18,8 @@ class GShardRouter(LinearRouter):
     ``scores = softmax(x W^T)``; the weights g1, g2 are the two best scores over their sum. With u
     uniform in [0, 1), the second expert is used in training if ``2 * g2 > u``, and always in
     evaluation. A second expert that isn't used contributes zero and counts as not routed. The
-    layer's capacity factors default to FastMoE's 1.2 in training and 2.4 in evaluation.
+    layer's capacity factors default to FastMoE's 1.2 in training and 2.4 in evaluation. The
+    load-balancing losses count first choices alone (c_e of the paper's algorithm 1).
 
     Args:
         d_model: width of a token, D.
@@ -58,7 +59,8 @@ class GShardRouter(LinearRouter):
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
         logits = self.logits(x)
-        routing = Routing(logits, *ops.softmax_top_k(logits, self.top_k, True))
+        routed = ops.softmax_top_k(logits, self.top_k, True)
+        routing = Routing(logits, *routed, balanced_slots=1)
         if not (context.training and self.random_second):
             return routing
         second = routing.weights.detach()[:, 1:]

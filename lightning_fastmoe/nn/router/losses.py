@@ -8,6 +8,7 @@ other ranks' tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     """``E * sum_e f_e P_e``: 1 when the router is uniform, E when one expert gets everything.
 
     ``f_e`` is the share of (token, slot) pairs that chose expert e (no gradient), ``P_e`` the mean
-    score of e (GShard; Switch Transformer, eq. 4-6). Computed over the tokens of this rank's
-    micro-batch, as if each rank added the term to its own loss. Dropped pairs count: they were
-    chosen.
+    score of e (Switch Transformer, eq. 4-6). GShard's router sets ``routing.balanced_slots`` to 1:
+    then f counts first choices alone. Computed over the tokens of this rank's micro-batch, as if
+    each rank added the term to its own loss. Dropped pairs count: they were chosen.
     """
     tokens, num_experts = routing.scores.shape
-    counts = routing.routed_counts().to(routing.scores.dtype)
+    counts = routing.balanced_counts().to(routing.scores.dtype)
     share = counts / counts.sum().clamp_min(1)
     mean_score = routing.scores.sum(dim=0) / max(tokens, 1)
     return num_experts * (share * mean_score).sum()
@@ -33,7 +34,25 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 def z_loss(routing: Routing) -> Tensor:
     """``mean_t (logsumexp_e logits[t, e])^2``, which keeps logits small (ST-MoE, eq. 5)."""
     tokens = max(routing.logits.shape[0], 1)
-    return torch.logsumexp(routing.logits, dim=-1).square().sum() / tokens
+    total: Tensor = _LogSumExp.apply(routing.logits)
+    return total.square().sum() / tokens
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Over the last dimension; its gradient is the softmax.
+
+    PyTorch's is exp(x - result), in which the rounding of a large result becomes a factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.logsumexp(x, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0].unsqueeze(-1) * torch.softmax(x, dim=-1)
 
 
 def importance_loss(routing: Routing) -> Tensor:
@@ -66,7 +85,9 @@ def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> T
     slots = torch.ones_like(routing.expert_ids, dtype=scores.dtype)
     if routing.active is not None:
         slots = routing.active.to(scores.dtype)
-    for k in range(slots.shape[1]):  # one by one: a token may have chosen an expert twice
+    for k in range(slots.shape[1])[
+        : routing.balanced_slots
+    ]:  # one by one: a token may have chosen an expert twice
         chosen = chosen + torch.zeros_like(scores).scatter(
             1, routing.expert_ids[:, k : k + 1], slots[:, k : k + 1]
         )
@@ -96,7 +117,7 @@ def global_load_balancing_loss(routing: Routing, context: RoutingContext) -> Ten
     """
     scores = routing.scores
     tokens, num_experts = scores.shape
-    own = torch.cat([routing.routed_counts(), scores.new_full((1,), tokens, dtype=torch.int64)])
+    own = torch.cat([routing.balanced_counts(), scores.new_full((1,), tokens, dtype=torch.int64)])
     table = context.batch.gather_counts(own, context.layer)
     totals = table.sum(dim=0).to(device=scores.device, dtype=scores.dtype)
     share = totals[:-1] / totals[:-1].sum().clamp_min(1)
@@ -122,5 +143,6 @@ _PLAIN: dict[str, Callable[[Routing], Tensor]] = {
 
 
 def _cv_squared(values: Tensor) -> Tensor:
-    mean = values.mean()
-    return values.var(correction=0) / mean.square().clamp_min(torch.finfo(values.dtype).tiny)
+    # Before squaring, which would underflow. All are zero if their mean is.
+    ratios = values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
+    return ratios.var(correction=0)

@@ -13,6 +13,10 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.random import normal_from_uniform
 from lightning_fastmoe.nn.router.base import LOSSES, Router, Routing, RoutingContext, init_gate
 
+_SMALLEST_NOISE = 1e-26
+"""What the noise's size is at least: softplus falls to zero far below it. Smaller noise decides
+nothing but ties, while the load and its gradient, which go with 1 / size, would leave fp32."""
+
 
 class NoisyTopKRouter(Router):
     """Top-k of logits with noise whose size the router learns; CV^2 losses keep experts even.
@@ -22,6 +26,8 @@ class NoisyTopKRouter(Router):
         h = c + noise * s * z                    (T, E)
         weights = softmax over the K largest h   (T, K)
         load[t, e] = Phi((c[t, e] - kth[t, e]) / (noise * s[t, e]))
+
+    where ``noise * s`` is at least 1e-26.
 
     ``kth[t, e]`` is the K-th largest of h[t] with e left out, so ``load`` is the probability that e
     is chosen if only its own noise is drawn anew; a differentiable stand-in for the counts. The
@@ -73,6 +79,7 @@ class NoisyTopKRouter(Router):
         if context.training and self.noise > 0:
             z = normal_from_uniform(context.uniform(x, self.num_experts))
             size = self.noise * F.softplus(self.linear(x, self.noise_weight))
+            size = size.clamp_min(_SMALLEST_NOISE)
             noisy = clean + size * z.to(clean.dtype)
             load = self._load(clean, noisy, size)
         expert_ids = ops.top_k(noisy.detach(), self.top_k)
@@ -89,7 +96,8 @@ class NoisyTopKRouter(Router):
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(1, order[:, :k], True)
         # Without a chosen one, the K-th largest of the others is the (K+1)-th of all.
         kth = torch.where(chosen, best[:, k : k + 1], best[:, k - 1 : k])
-        probability: Tensor = torch.special.ndtr((clean - kth) / size)
+        # A product, as the gradient of a quotient has the square of `size` in it, which underflows.
+        probability: Tensor = torch.special.ndtr((clean - kth) * torch.exp(-torch.log(size)))
         return probability
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe import ops
@@ -18,10 +19,13 @@ class SigmoidTopKRouter(LinearRouter):
 
     The experts form G groups of E/G neighbours. A group's score is the sum of its two best
     ``s + bias``; the ``limit`` best groups remain, and of their experts the K best ``s + bias``.
-    Ties go to the lower id, for groups too. The bias acts on the choice alone::
+    Ties go to the larger logits, then to the lower id, for groups too. The bias acts on the choice
+    alone::
 
         weights[t, k] = scale * s[t, e_k] / sum_j s[t, e_j]       (T, K)
         scores[t, e]  = s[t, e] / sum_j s[t, j]                   (T, E), for losses and metrics
+
+    Both ratios come from the logarithms of s: they are right also where s is zero in fp32.
 
     Args:
         d_model: width of a token, D.
@@ -87,22 +91,30 @@ class SigmoidTopKRouter(LinearRouter):
         normalize = self.top_k > 1 if self._normalize is None else self._normalize
         if self.limit_groups == self.num_groups:
             bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
-            s, weights, expert_ids = ops.sigmoid_top_k(logits, self.top_k, normalize, bias)
+            routed = ops.sigmoid_top_k(logits, self.top_k, normalize, bias)
+            scores, weights, expert_ids = routed
         else:
-            s = torch.sigmoid(logits)
-            expert_ids = self._select_in_groups(s.detach())
-            weights = torch.gather(s, 1, expert_ids)
+            log_s = F.logsigmoid(logits)
+            scores = torch.softmax(log_s, dim=-1)
+            expert_ids = self._select_in_groups(logits.detach())
             if normalize:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
-        scores = s / s.sum(dim=-1, keepdim=True)
+                weights = torch.softmax(torch.gather(log_s, 1, expert_ids), dim=-1)
+            else:
+                weights = torch.sigmoid(torch.gather(logits, 1, expert_ids))
         return Routing(logits, scores, self.scale * weights, expert_ids)
 
-    def _select_in_groups(self, s: Tensor) -> Tensor:
+    def _select_in_groups(self, logits: Tensor) -> Tensor:
+        s = torch.sigmoid(logits)
         if self.balance_bias is not None:
             s = s + self.balance_bias.to(s.dtype)
-        grouped = s.view(s.shape[0], self.num_groups, -1)
-        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
-        groups = ops.top_k(best, self.limit_groups)
+        in_groups = (s.shape[0], self.num_groups, -1)
+        grouped = s.view(in_groups)
+        size = min(2, grouped.shape[2])
+        best = grouped.topk(size, dim=-1).values.sum(dim=-1)
+        # Far from zero all s round to 0 or 1; the logit of their mean tells the groups apart.
+        pair = logits.view(in_groups).topk(size, dim=-1).values
+        mean_logit = F.logsigmoid(pair).logsumexp(dim=-1) - F.logsigmoid(-pair).logsumexp(dim=-1)
+        groups = ops.top_k(best, self.limit_groups, mean_logit)
         open_groups = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
         limited = grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf)
-        return ops.top_k(limited.view(s.shape), self.top_k)
+        return ops.top_k(limited.view(s.shape), self.top_k, logits)

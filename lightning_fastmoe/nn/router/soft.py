@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext
+from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, unit_vectors
 
 
 class SoftRouter(Router):
@@ -57,8 +56,8 @@ class SoftRouter(Router):
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
         groups, n = context.sequences(x.shape[0])
-        directions = F.normalize(self.weight.to(x.dtype), dim=-1)
-        per_slot = self.scale.to(x.dtype) * (F.normalize(x, dim=-1) @ directions.T)
+        directions = unit_vectors(self.weight.to(x.dtype))
+        per_slot = self.scale.to(x.dtype) * (unit_vectors(x) @ directions.T)
         slots = per_slot.shape[1]
         grid = per_slot.view(groups, n, slots)
         combine = torch.softmax(grid, dim=-1)

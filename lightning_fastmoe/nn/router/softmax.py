@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
@@ -13,8 +12,8 @@ from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingConte
 class SoftmaxTopKRouter(LinearRouter):
     """``scores = softmax(x W^T)`` in fp32; the K best experts, weighted by their scores.
 
-    Ties go to the lower expert id. The product, the softmax and the weights are fp32 whatever the
-    dtype of the tokens, also under autocast.
+    Ties go to the larger logit, then to the lower expert id. The product, the softmax and the
+    weights are fp32 whatever the dtype of the tokens, also under autocast.
 
     Args:
         d_model: width of a token, D.
@@ -24,7 +23,8 @@ class SoftmaxTopKRouter(LinearRouter):
             for K = 1, where the only weight would always be 1 and the router would get no gradient.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
         score_after_selection: weights are the softmax over the K chosen logits alone, as in Mixtral
-            and FastMoE's naive gate. In exact arithmetic the same as normalised weights.
+            and FastMoE's naive gate. Normalised weights, the default for K > 1, are the same
+            numbers; this refuses settings that have others.
         balance_bias: a bias per expert that only the selection sees, moved by
             :class:`~lightning_fastmoe.RouterBiasBalancing` (Wang et al. 2024, "Auxiliary-loss-free
             load balancing").
@@ -70,16 +70,10 @@ class SoftmaxTopKRouter(LinearRouter):
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
         logits = self.logits(x)
-        if self.score_after_selection:
-            scores = torch.softmax(logits, dim=-1)
-            expert_ids = self.select(scores)
-            weights = torch.softmax(torch.gather(logits, 1, expert_ids), dim=-1)
-            return Routing(logits, scores, weights, expert_ids)
-        if self.balance_bias is not None:
-            scores = torch.softmax(logits, dim=-1)
-            return self.token_choice(logits, scores, normalize=self.normalize_weights)
-        scores, weights, expert_ids = ops.softmax_top_k(logits, self.top_k, self.normalize_weights)
-        return Routing(logits, scores, weights, expert_ids)
+        bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
+        # Normalised weights are computed as a softmax after the selection in any case.
+        routed = ops.softmax_top_k(logits, self.top_k, self.normalize_weights, bias)
+        return Routing(logits, *routed)
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

@@ -9,6 +9,7 @@ from nn.thread_ranks import on_ranks
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, Routing, moe_losses
 from lightning_fastmoe.nn.router import (
+    GShardRouter,
     RoutingContext,
     global_load_balancing_loss,
     importance_loss,
@@ -58,6 +59,25 @@ def test_slots_that_are_not_used_do_not_count_but_dropped_ones_do():
     assert_same(got, want, logits)
     kept = active & (torch.rand(9, 2) < 0.5)
     assert load_balancing_loss(routing._replace(active=active, kept=kept)) == got
+
+
+def test_gshard_balances_first_choices():
+    """The paper's c_e: second choices, used or not, are no part of the three losses."""
+    torch.manual_seed(0)
+    router = GShardRouter(4, E).double()
+    x = torch.randn(12, 4, dtype=torch.float64)
+    context = RoutingContext(training=True, grid=(3, 4))
+    routing = router(x, context)
+    assert routing.active is not None
+    first, scores = routing.expert_ids[:, :1], routing.scores
+    want = reference.load_balancing_loss(scores, first)
+    assert_same(load_balancing_loss(routing), want, router.weight)
+    assert_same(global_load_balancing_loss(routing, context), want, router.weight)
+    want = reference.sequence_load_balancing_loss(scores, first, [4, 4, 4])
+    assert_same(sequence_load_balancing_loss(routing, context), want, router.weight)
+    both = load_balancing_loss(routing._replace(balanced_slots=None))
+    assert abs(float(both - load_balancing_loss(routing))) > 1e-3
+    assert int(routing.routed_counts().sum()) == int(routing.active.sum())  # loads count both
 
 
 def test_an_expert_chosen_twice_counts_twice():
