@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_fastmoe.checkpoint.consistency import unlisted_layers
 from lightning_fastmoe.checkpoint.module_experts import why_not_saved
 from lightning_fastmoe.checkpoint.saving import local_path
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
@@ -159,13 +160,24 @@ def check_directories(trainer: pl.Trainer) -> None:
             local_path(callback.dirpath)
 
 
-def check_can_be_saved(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
+def check_can_be_saved(
+    trainer: pl.Trainer, module: torch.nn.Module, layers: Mapping[str, MoE]
+) -> None:
     """Refuses to begin a run whose first checkpoint would fail.
 
     Raises:
-        ConfigError: for spread experts with state that has no place in a checkpoint, if the Trainer
-            saves any.
+        ConfigError: for spread experts with state that has no place in a checkpoint, and for
+            modules whose parameters are named as those of a MoE layer, if the Trainer saves any.
     """
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for layer in unlisted_layers(names, layers):
+        if trainer.checkpoint_callbacks:
+            raise ConfigError(
+                f"{layer!r} is no MoE layer of this package, but has a router and stacked experts"
+                f" under the same names ({layer}.experts.up_proj, ...), by which a checkpoint is"
+                " told that its list of MoE layers is whole. Use MoE, or rename its parts. Or train"
+                " with Trainer(enable_checkpointing=False)."
+            )
     for name, layer in layers.items():
         why = why_not_saved(name, layer) if layer.is_spread else None
         if why and trainer.checkpoint_callbacks:

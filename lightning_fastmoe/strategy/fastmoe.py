@@ -222,7 +222,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         check_deepspeed_config(self.config)
         self._destroy_earlier_engine(self.lightning_module)
         self._setup_experts(self.lightning_module)
-        check_can_be_saved(trainer, self._expert_state.layers)
+        check_can_be_saved(trainer, self.lightning_module, self._expert_state.layers)
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
