@@ -97,6 +97,11 @@ class Manifest:
         return json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode()
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a manifest may list a file of that name."""
+    return _LISTED.fullmatch(name) is not None
+
+
 def parse_manifest(data: bytes, where: object) -> Manifest:
     """Reads a manifest, each field of the type and range that it must have.
 
@@ -208,7 +213,7 @@ def _files(rows: list[Any], where: object) -> dict[str, FileRecord]:
     last = ""
     for row in rows:
         name, size, sha256 = _row(row, (str, int, str), f"{where}: files")
-        if not _LISTED.fullmatch(name):
+        if not is_file_name(name):
             raise CheckpointError(
                 f"{where}: {name[:80]!r} is no name of a checkpoint's file ({FILE_NAME.pattern},"
                 " and of a kind that the format describes). The manifest was not written by this"

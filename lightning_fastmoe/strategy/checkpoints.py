@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
 from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
+from lightning_fastmoe.checkpoint.discard import check_replaceable
 from lightning_fastmoe.checkpoint.foreign import open_file
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
 from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
@@ -35,6 +36,7 @@ from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
+from lightning_fastmoe.strategy.checks import fixed_paths
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 
@@ -144,6 +146,22 @@ class ExpertCheckpoints(ExpertSteps):
                 " and has it again now. It was not there when this run looked for a checkpoint to"
                 " resume from. Start again, and 'last' finds it."
             )
+
+    def _check_names(self, trainer: pl.Trainer) -> None:
+        """What will be saved to and can't be replaced is refused now, not hours later.
+
+        Raises:
+            CheckpointError: on all ranks, naming the file that is in the way.
+        """
+        fault = ""
+        if self.is_global_zero:
+            try:
+                for path in fixed_paths(trainer):
+                    check_replaceable(path)
+            except CheckpointError as error:
+                fault = str(error)
+        if fault := self.broadcast(fault):
+            raise CheckpointError(fault)
 
     def _is_pending(self, path: Path) -> bool:
         writer = self._made_writer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -158,6 +159,20 @@ def check_directories(trainer: pl.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             local_path(callback.dirpath)
+
+
+def fixed_paths(trainer: pl.Trainer) -> list[Path]:
+    """Where callbacks will save whatever is there; elsewhere they look for a name that is free."""
+    paths = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            if getattr(callback, "_enable_version_counter", True):
+                continue
+            last = callback.CHECKPOINT_NAME_LAST if callback.save_last else None
+            for name in (last, callback.filename):
+                if name is not None and "{" not in name:
+                    paths.append(local_path(callback.dirpath) / f"{name}{callback.FILE_EXTENSION}")
+    return paths
 
 
 def check_can_be_saved(

@@ -213,6 +213,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         check_trainer(trainer, self.lightning_module)
         if trainer.training:
             check_directories(trainer)
+            self._check_names(trainer)
             self._put_back_names(trainer)
         if self.async_checkpoint:
             check_links(trainer)
