@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class WholeTensors:
 
     topology: Topology | None = None
     excluded: tuple[str, ...] = ()
+    tied: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self, path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any] | None = None

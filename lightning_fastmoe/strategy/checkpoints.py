@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
+from lightning_fastmoe.checkpoint.canonical import map_model
 from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
 from lightning_fastmoe.checkpoint.discard import check_replaceable
 from lightning_fastmoe.checkpoint.foreign import open_file
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
 from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
 from lightning_fastmoe.checkpoint.random_state import set_random_state
+from lightning_fastmoe.checkpoint.records import DTYPES, split_name
 from lightning_fastmoe.checkpoint.saving import (
     batches_of_epoch,
     loaders_of,
@@ -37,6 +39,8 @@ from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
 from lightning_fastmoe.strategy.checks import fixed_paths
+from lightning_fastmoe.strategy.engine import FastMoEEngine
+from lightning_fastmoe.strategy.hook_edits import WeightNames
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 
@@ -51,6 +55,7 @@ class ExpertCheckpoints(ExpertSteps):
     _random_state: dict[str, Any] | None = None
     _put_gradients: Callable[[], None] | None = None
     _forget_pending: Callable[[], None] | None = None
+    _weight_names: WeightNames | None = None
     _signals: DeferredSignals | None = None
 
     @property
@@ -62,8 +67,13 @@ class ExpertCheckpoints(ExpertSteps):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Empty: each rank writes its weights in :meth:`save_checkpoint`."""
-        return {}
+        """Names and shapes alone: each rank writes its weights in :meth:`save_checkpoint`."""
+        self._attached("lightning_module_state_dict")
+        model = map_model(self.deepspeed_engine.module, self._expert_state.layers)
+        shapes = {name: (place.shape, p.dtype) for name, (p, place) in model.parameters.items()}
+        shapes |= {name: (tuple(b.shape), b.dtype) for name, b in model.buffers.items()}
+        self._weight_names = WeightNames(shapes, model.tied)
+        return self._weight_names.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -77,16 +87,16 @@ class ExpertCheckpoints(ExpertSteps):
         """Writes a checkpoint directory; every rank calls this.
 
         Raises:
-            CheckpointError: on all ranks, if one can't write; training may go on.
-            ConfigError: for storage options.
+            CheckpointError: on all ranks, if one can't write, or if hooks have edited weights in
+                ``checkpoint``; training may go on.
+            ConfigError: for storage options, and without a model that a Trainer has set up.
         """
         if storage_options is not None:
             raise ConfigError(
                 "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
                 " files into a directory. Drop the argument."
             )
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        trainer = self._attached("save_checkpoint").trainer
         if trainer.interrupted:
             meet_after_error(local_path(filepath), trainer.global_step)
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -102,6 +112,11 @@ class ExpertCheckpoints(ExpertSteps):
         if user is not None:
             user.push()  # what a scheduler has set for the next step belongs to the state
         together = Together(path, "saved")
+        names, self._weight_names = self._weight_names, None
+        if names is not None:
+            with together.stage():
+                optimizers = len(trainer.optimizers)
+                names.check(checkpoint, optimizers, "on_save_checkpoint", trainer)
         snapshot = take_snapshot(
             together,
             engine=self.deepspeed_engine,
@@ -220,12 +235,12 @@ class ExpertCheckpoints(ExpertSteps):
 
         Raises:
             CheckpointError: on all ranks, if it is damaged or does not fit.
+            ConfigError: without a model that a Trainer has set up.
         """
-        assert self.lightning_module is not None
+        trainer = self._attached("load_checkpoint").trainer
         path = local_path(self.broadcast(checkpoint_path))
         if self._made_writer is not None:
             self._made_writer.wait()
-        trainer = self.lightning_module.trainer
         loaded = self._load(
             path,
             training=bool(trainer.training),
@@ -235,13 +250,40 @@ class ExpertCheckpoints(ExpertSteps):
         if trainer.training and user is not None:
             user.load_named(loaded.user_groups, path)
         self._take_local_state(loaded)
-        loaded.lightning.setdefault("state_dict", {})
+        assert self._weight_names is not None
+        loaded.lightning["state_dict"] = self._weight_names.state_dict()
         # Without it, Lightning takes a state dict of another program for a very old checkpoint.
         loaded.lightning.setdefault("pytorch-lightning_version", version("pytorch-lightning"))
         if trainer.training:
             # Lightning looks for it; what it stands for is restored.
             loaded.lightning.setdefault("optimizer_states", [])
         return loaded.lightning
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing to do: :meth:`load_checkpoint` has restored the weights. Comes after the hooks.
+
+        Raises:
+            CheckpointError: on all ranks, if a hook has edited weights in ``checkpoint``.
+        """
+        names, self._weight_names = self._weight_names, None
+        if names is not None:
+            trainer = self._attached("load_model_state_dict").trainer
+            with Together(Path("The checkpoint"), "loaded").stage():
+                names.check(checkpoint, 0, "on_load_checkpoint", trainer)
+
+    def _attached(self, method: str) -> pl.LightningModule:
+        """The module, once there is an engine around it."""
+        module = self.lightning_module
+        if module is None or not isinstance(self.model, FastMoEEngine):
+            raise ConfigError(
+                f"FastMoEStrategy.{method}() needs a model that a Trainer has set up, and there is"
+                " none yet. Pass the path to Trainer.fit(..., ckpt_path=...), validate, test or"
+                " predict; without a Trainer, make a module of a checkpoint with"
+                " Module.load_from_checkpoint(path), or fill one with"
+                " lightning_fastmoe.checkpoint.weights.load_weights(path, module)."
+            )
+        return module
 
     def _load(self, path: Path, *, training: bool, trusted: bool) -> Loaded:
         assert self.lightning_module is not None
@@ -268,6 +310,7 @@ class ExpertCheckpoints(ExpertSteps):
                     f"{path}: ranks see different checkpoints there. It was replaced at this"
                     " moment, or they don't share the file system."
                 )
+            self._weight_names = _names_in(source)
             return load(
                 source,
                 together,
@@ -340,3 +383,14 @@ class ExpertCheckpoints(ExpertSteps):
         assert self.lightning_module is not None
         if self._random_state is not None and self.lightning_module.trainer.training:
             set_random_state(self._random_state, torch.device(self.root_device))
+
+
+def _names_in(source: Source) -> WeightNames:
+    """The weights of a checkpoint, for hooks."""
+    shapes = {
+        name: (record.shape, DTYPES[record.dtype])
+        for tensor, record in source.tensors.items()
+        for kind, name in [split_name(tensor)]
+        if kind is None
+    }
+    return WeightNames(shapes, source.tied)
