@@ -131,7 +131,8 @@ def _decode_tagged(key: str, content: Any, objects: Sized, where: object) -> Any
         case "$bytes":
             return base64.b64decode(_a(content, str), validate=True)
         case "$tensor":
-            return _tensor(*_a_list(content, 3), where)
+            dtype, shape, values = _a_list(content, 3)
+            return _tensor(dtype, shape, values, where)
         case "$object":
             if not 0 <= _a(content, int) < len(objects):
                 raise IndexError(f"there is no object {str(content)[:40]} among {len(objects)}")
@@ -149,8 +150,9 @@ def _tensor(name: Any, shape: Any, values: Any, where: object) -> Tensor:
     count = math.prod(shape)
     if count > _MAX_TENSOR or len(_a_list(values)) != count:
         raise ValueError(f"the shape {str(shape)[:80]} does not fit {len(values)} values")
-    kinds = (bool,) if dtype == torch.bool else (int,)
-    kinds = (int, float) if dtype.is_floating_point else kinds
+    kinds: tuple[type, ...] = (bool,) if dtype == torch.bool else (int,)
+    if dtype.is_floating_point:
+        kinds = (int, float)
     plain = [decode(v, [], where) for v in values]
     if not all(any(is_a(v, kind) for kind in kinds) for v in plain):
         raise TypeError(f"a value is not of the dtype {name}")

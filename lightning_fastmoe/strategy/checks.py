@@ -185,11 +185,11 @@ def check_can_be_saved(
             modules whose parameters are named as those of a MoE layer, if the Trainer saves any.
     """
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for layer in unlisted_layers(names, layers):
+    for other in unlisted_layers(names, layers):
         if trainer.checkpoint_callbacks:
             raise ConfigError(
-                f"{layer!r} is no MoE layer of this package, but has a router and stacked experts"
-                f" under the same names ({layer}.experts.up_proj, ...), by which a checkpoint is"
+                f"{other!r} is no MoE layer of this package, but has a router and stacked experts"
+                f" under the same names ({other}.experts.up_proj, ...), by which a checkpoint is"
                 " told that its list of MoE layers is whole. Use MoE, or rename its parts. Or train"
                 " with Trainer(enable_checkpointing=False)."
             )

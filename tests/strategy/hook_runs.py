@@ -158,3 +158,35 @@ def without_a_module(case: Case, directory: str) -> list[tuple[str, str]]:
         error_of(early.strategy.load_checkpoint, directory),
         error_of(early.strategy.save_checkpoint, {}, directory),
     ]
+
+
+class Lookalike(Resumed):
+    """A dense layer of the user's whose parameters are named as those of MoE."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, "cosine")
+        experts = nn.ParameterDict({n: torch.ones(2, 3, 3) for n in ("up_proj", "down_proj")})
+        self.net["mine"] = nn.ModuleDict({"router": nn.Linear(3, 2), "experts": experts})
+
+
+def refused_at_set_up(case: Case, directory: str) -> dict[str, tuple[str, str]]:
+    """Errors before the first batch of what could not be saved later."""
+    folder = Path(directory)
+    found = {}
+
+    def fit(name: str, module: Resumed, **options: Any) -> None:
+        callback = ModelCheckpoint(directory, **options)
+        trainer = trainer_for(case, 1, callbacks=[callback], enable_checkpointing=True)
+        found[name] = error_of(trainer.fit, module)
+        assert not module.batch_losses
+
+    fit("lookalike", Lookalike(case))
+    if torch.distributed.get_rank() == 0:
+        for name in ("last.ckpt", "best.ckpt"):
+            (folder / name).mkdir()
+            (folder / name / "thesis.txt").write_text("years of work")
+    torch.distributed.barrier()
+    fixed = {"enable_version_counter": False}
+    fit("last", Resumed(case, "cosine"), save_last=True, **fixed)
+    fit("name", Resumed(case, "cosine"), filename="best", **fixed)
+    return found

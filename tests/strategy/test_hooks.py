@@ -49,3 +49,17 @@ def test_a_strategy_without_a_module(rank_pool, tmp_path):
         assert kind == "ConfigError", message
         assert f"FastMoEStrategy.{method}" in message
         assert "ckpt_path" in message
+
+
+def test_what_could_not_be_saved_is_refused_before_training(rank_pool, tmp_path):
+    for found in rank_pool.run(runs.refused_at_set_up, 2, CASE, str(tmp_path)):
+        kind, message = found["lookalike"]
+        assert kind == "ConfigError", message
+        assert "'net.mine' is no MoE layer" in message
+        assert "enable_checkpointing=False" in message
+        for name, file in (("last", "last.ckpt"), ("name", "best.ckpt")):
+            kind, message = found[name]
+            assert kind == "CheckpointError", message
+            assert f"{file} is a directory with other files" in message
+            assert "thesis.txt" in message
+    assert (tmp_path / "last.ckpt" / "thesis.txt").read_text() == "years of work"
