@@ -25,7 +25,6 @@ from lightning_fastmoe.checkpoint.foreign import open_file
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
 from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.records import DTYPES, split_name
 from lightning_fastmoe.checkpoint.saving import (
     batches_of_epoch,
     loaders_of,
@@ -69,10 +68,12 @@ class ExpertCheckpoints(ExpertSteps):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Names and shapes alone: each rank writes its weights in :meth:`save_checkpoint`."""
         self._attached("lightning_module_state_dict")
-        model = map_model(self.deepspeed_engine.module, self._expert_state.layers)
-        shapes = {name: (place.shape, p.dtype) for name, (p, place) in model.parameters.items()}
-        shapes |= {name: (tuple(b.shape), b.dtype) for name, b in model.buffers.items()}
-        self._weight_names = WeightNames(shapes, model.tied)
+        self._weight_names = None
+        try:
+            model = map_model(self.deepspeed_engine.module, self._expert_state.layers)
+        except CheckpointError:
+            return {}  # on this rank, maybe: save_checkpoint is where all ranks meet and say it
+        self._weight_names = WeightNames.of_model(model)
         return self._weight_names.state_dict()
 
     @override
@@ -310,7 +311,7 @@ class ExpertCheckpoints(ExpertSteps):
                     f"{path}: ranks see different checkpoints there. It was replaced at this"
                     " moment, or they don't share the file system."
                 )
-            self._weight_names = _names_in(source)
+            self._weight_names = WeightNames.of_source(source)
             return load(
                 source,
                 together,
@@ -383,14 +384,3 @@ class ExpertCheckpoints(ExpertSteps):
         assert self.lightning_module is not None
         if self._random_state is not None and self.lightning_module.trainer.training:
             set_random_state(self._random_state, torch.device(self.root_device))
-
-
-def _names_in(source: Source) -> WeightNames:
-    """The weights of a checkpoint, for hooks."""
-    shapes = {
-        name: (record.shape, DTYPES[record.dtype])
-        for tensor, record in source.tensors.items()
-        for kind, name in [split_name(tensor)]
-        if kind is None
-    }
-    return WeightNames(shapes, source.tied)

@@ -98,7 +98,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(callback, WeightAveraging):
             raise ConfigError(
                 f"{type(callback).__name__} averages copies of whole models, but parameters are"
-                " split over ranks here. Drop the callback."
+                " split over ranks here. Drop the callback; to average weights, keep checkpoints"
+                " (ModelCheckpoint(save_top_k=-1)) and average the files that `lightning-fastmoe"
+                " checkpoint consolidate` writes of them."
             )
     plugin = trainer.strategy.precision_plugin
     on_cpu = trainer.strategy.root_device.type == "cpu"

@@ -15,6 +15,9 @@ import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.canonical import ModelMap
+from lightning_fastmoe.checkpoint.loading import Source
+from lightning_fastmoe.checkpoint.records import DTYPES, split_name
 from lightning_fastmoe.errors import CheckpointError
 
 _SHOWN = 3
@@ -53,6 +56,20 @@ class WeightNames:
             }
         tensors |= {name: tensors[first] for name, first in tied.items() if first in tensors}
         self._tensors = tensors
+
+    @classmethod
+    def of_model(cls, model: ModelMap) -> WeightNames:
+        """What will be saved of a model, as far as this rank knows its names."""
+        shapes = {name: (place.shape, p.dtype) for name, (p, place) in model.parameters.items()}
+        shapes |= {name: (tuple(b.shape), b.dtype) for name, b in model.buffers.items()}
+        return cls(shapes, model.tied)
+
+    @classmethod
+    def of_source(cls, source: Source) -> WeightNames:
+        """What a checkpoint holds."""
+        weights = ((split_name(tensor), record) for tensor, record in source.tensors.items())
+        shapes = {n: (r.shape, DTYPES[r.dtype]) for (kind, n), r in weights if kind is None}
+        return cls(shapes, source.tied)
 
     def state_dict(self) -> dict[str, Tensor]:
         """For Lightning's checkpoint dictionary."""
