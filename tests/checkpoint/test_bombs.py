@@ -177,17 +177,17 @@ def test_a_deflated_file_of_another_program(tmp_path):
 
 
 def test_a_key_twice_among_many():
-    """In time that grows with their number, not with its square: that would be 40 minutes."""
-    keys = ",".join(f'"{i}": 0' for i in range(1_000_000))
-    with pytest.raises(CheckpointError, match="the key '999999' is there twice"):
-        load_json(f'{{{keys}, "999999": 1}}'.encode(), "manifest.json")
+    """In time that grows with their number, not with its square: that would be minutes."""
+    keys = ",".join(f'"{i}": 0' for i in range(300_000))
+    with pytest.raises(CheckpointError, match="the key '299999' is there twice"):
+        load_json(f'{{{keys}, "299999": 1}}'.encode(), "manifest.json")
 
 
 def test_many_layers_and_many_tensors(path):
     """As above: names are not compared with all layers."""
     content = read_manifest(path)
     empty = {"dtype": "F32", "shape": [0], "pieces": []}
-    count = 40_000
+    count = 15_000
     content["moe_layers"] |= {f"{i}.moe": 1 for i in range(count)}
     content["tensors"] |= {f"weights/{i}.moe.experts.0.a": empty for i in range(count)}
     content["module_experts"] = {f"{i}.moe": [["a"]] for i in range(count)}
