@@ -1,6 +1,7 @@
 """Expert parallelism for PyTorch Lightning.
 
-Importing the package registers ``strategy="fastmoe"`` and its variants with Lightning's Trainer.
+Importing the package registers ``strategy="fastmoe"`` and its variants with Lightning's Trainer,
+and lets ``load_from_checkpoint`` of any module read this package's checkpoints.
 """
 
 from importlib import import_module
@@ -23,7 +24,9 @@ if TYPE_CHECKING or not starts_as_own_command():
     )
     from lightning_fastmoe.nn import MoE, moe_losses
     from lightning_fastmoe.strategy import FastMoEStrategy
+    from lightning_fastmoe.strategy.plain_loading import register_loaders
 
+    register_loaders()
     FastMoEStrategy.register_strategies(StrategyRegistry)
 else:
     # `lightning-fastmoe env` and its like start without Lightning and DeepSpeed; code that they

@@ -45,6 +45,8 @@ NAMES = [
     "_reassign_or_swap_out_partitioned_parameters",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue",
     # Lightning
+    "pytorch_lightning.core.saving:pl_load",
+    "lightning_fabric.plugins.io.torch_io:pl_load",
     "pytorch_lightning.core.optimizer:_init_optimizers_and_lr_schedulers",
     "pytorch_lightning.core.module:LightningModule.device_mesh",
     "pytorch_lightning.callbacks.throughput_monitor:ThroughputMonitor._update",

@@ -16,6 +16,7 @@ from lightning_fastmoe.checkpoint.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.records import split_name
 from lightning_fastmoe.checkpoint.stream import StreamedTensor, write_safetensors
 from lightning_fastmoe.checkpoint.torch_file import write_torch
+from lightning_fastmoe.checkpoint.whole import extra_state
 from lightning_fastmoe.errors import ConfigError
 
 SAFETENSORS, TORCH = "safetensors", "torch"
@@ -120,11 +121,7 @@ def consolidate(
 
 
 def _extra_state(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """What ``get_extra_state()`` of modules gave, under the names of a state dict."""
-    named = {
-        f"{module}._extra_state" if module else "_extra_state": value
-        for module, value in state.get("extra_state", {}).items()
-    }
+    named = extra_state(state)
     return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from lightning_fastmoe.checkpoint.manifest import Topology
 from lightning_fastmoe.checkpoint.optimizer_state import NamedGroup
+from lightning_fastmoe.checkpoint.pickles import check_archive
 from lightning_fastmoe.checkpoint.records import (
     DTYPE_NAMES,
     TensorRecord,
@@ -36,6 +39,7 @@ class WholeTensors:
 
     topology: Topology | None = None
     excluded: tuple[str, ...] = ()
+    tied: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self, path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any] | None = None
@@ -169,8 +173,12 @@ def torch_load(path: Path, trusted: bool) -> Any:
     """``torch.load`` on the CPU, mapped into memory where possible.
 
     Raises:
-        CheckpointError: if the file is damaged, or not trusted and holds more than plain data.
+        CheckpointError: if the file is damaged, or not trusted and holds more than plain data or
+            asks for more memory than it has bytes.
     """
+    if not trusted and zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            check_archive(file, path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=True)

@@ -56,6 +56,11 @@ class Source(Protocol):
         ...
 
     @property
+    def tied(self) -> Mapping[str, str]:
+        """Further name of a parameter -> the name under which it is stored."""
+        ...
+
+    @property
     def moe_layers(self) -> Mapping[str, int]:
         """Layer name -> num_experts, as far as known."""
         ...

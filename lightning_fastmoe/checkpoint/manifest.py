@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 from lightning_fastmoe.checkpoint.files import FILE_NAME
-from lightning_fastmoe.checkpoint.records import (
-    WEIGHTS,
-    FileRecord,
-    Piece,
-    TensorRecord,
-    check_coverage,
-    check_tensor,
-    itemsize,
-    split_name,
-)
+from lightning_fastmoe.checkpoint.json_file import MAX_INTEGER, Fields, is_a, load_json
+from lightning_fastmoe.checkpoint.records import MAX_NAME, FileRecord, Piece, TensorRecord
 from lightning_fastmoe.errors import CheckpointError
 
 FORMAT = "lightning_fastmoe.checkpoint"
@@ -25,6 +18,17 @@ FORMAT_VERSION = 1
 MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"
 STATE, OBJECTS = "state.json", "objects.pt"
 MAX_MANIFEST_BYTES = 2**30
+
+_CONTENTS = (["weights"], ["weights", "optimizer"])
+_LISTED = re.compile(
+    r"(weights|optimizer)_\d{5,9}(_\d{1,9})?\.safetensors|rank_\d{5,9}\.(json|pt)"
+    r"|state\.json|objects\.pt",
+    re.ASCII,
+)
+"""The names of files that a manifest may list."""
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -92,81 +96,26 @@ class Manifest:
         }
         return json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode()
 
-    def check(self, where: object) -> None:
-        """Refuses what contradicts itself; looks at no file.
 
-        Raises:
-            CheckpointError: naming the file or tensor.
-        """
-        data: dict[str, int] = {}
-        for name, record in self.tensors.items():
-            check_tensor(name, record.dtype, record.shape, where)
-            check_coverage(name, record, where)
-            for piece in record.pieces:
-                data[piece.file] = data.get(piece.file, 0) + piece.length * itemsize(record.dtype)
-        for file, size in data.items():
-            if not file.endswith(".safetensors") or size > self.files[file].size:
-                raise CheckpointError(
-                    f"{where}: {file} is to hold {size} bytes of tensors, but it has"
-                    f" {self.files[file].size} in all."
-                )
-        self._check_experts(where)
-        for fault in self.module_expert_faults(where):
-            raise CheckpointError(fault)
-
-    def module_expert_faults(self, where: object) -> Iterator[str]:
-        """Module experts of which something is nowhere, or there though it is not theirs."""
-        start = f"{WEIGHTS}/"  # names may be forged: they are not split
-        weights = {name.removeprefix(start) for name in self.tensors if name.startswith(start)}
-        known = weights | self.tied.keys() | set(self.excluded)
-        for layer, experts in self.module_experts.items():
-            if self.moe_layers.get(layer) != len(experts):
-                yield (
-                    f"{where}: module_experts lists {len(experts)} experts of layer {layer!r},"
-                    f" which has num_experts={self.moe_layers.get(layer)}."
-                )
-                continue
-            listed = set()
-            for i, names in enumerate(experts):
-                full = [f"{layer}.experts.{i}.{name}" for name in names]
-                listed.update(full)
-                if lost := [name for name in full if name not in known]:
-                    yield (
-                        f"{where}: layer {layer!r}: expert {i} is missing: {', '.join(lost[:4])}"
-                        f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} in no file."
-                    )
-            for name in sorted(known - listed):
-                if name.startswith(f"{layer}.experts."):
-                    yield f"{where}: tensor {name!r} belongs to no expert of layer {layer!r}."
-
-    def _check_experts(self, where: object) -> None:
-        for name, record in self.tensors.items():
-            kind, parameter = split_name(name)
-            layer, found, rest = parameter.rpartition(".experts.")
-            experts = self.moe_layers.get(layer)
-            shape = record.shape[1:] if kind == "gradients/local" else record.shape
-            if not found or "." in rest or experts is None or not shape:
-                continue
-            if shape[0] != experts:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has {shape[0]} experts, but layer {layer!r} has"
-                    f" num_experts={experts}."
-                )
+def is_file_name(name: str) -> bool:
+    """Whether a manifest may list a file of that name."""
+    return _LISTED.fullmatch(name) is not None
 
 
-def parse_manifest(data: bytes, where: object, *, check: bool = True) -> Manifest:
-    """Reads and checks a manifest.
+def parse_manifest(data: bytes, where: object) -> Manifest:
+    """Reads a manifest, each field of the type and range that it must have.
+
+    What fields say together is for :func:`~lightning_fastmoe.checkpoint.consistency.faults`.
 
     Args:
         data: the file's bytes.
         where: its path, for messages.
-        check: False leaves :meth:`Manifest.check` to the caller, who wants all contradictions.
 
     Raises:
-        CheckpointError: if it is no manifest, of another version, or contradicts itself.
+        CheckpointError: if it is no manifest, or of another version.
     """
     content = load_json(data, where)
-    read = _Fields(content, where)
+    read = Fields(content, where)
     if read.get("format", str) != FORMAT:
         raise CheckpointError(
             f"{where} has format {content['format']!r}, not {FORMAT!r}: it is no checkpoint of this"
@@ -176,154 +125,136 @@ def parse_manifest(data: bytes, where: object, *, check: bool = True) -> Manifes
     if version != FORMAT_VERSION:
         age = "a newer" if version > FORMAT_VERSION else "an unknown"
         raise CheckpointError(
-            f"{where} has format_version {version}; this version of lightning_fastmoe reads"
-            f" {FORMAT_VERSION}. It was written by {age} version"
-            f" ({content.get('written_by')!r}): upgrade lightning_fastmoe."
+            f"{where} has format_version {str(version)[:40]}; this version of lightning_fastmoe"
+            f" reads {FORMAT_VERSION}. It was written by {age} version"
+            f" ({str(content.get('written_by'))[:80]!r}): upgrade lightning_fastmoe."
+        )
+    contents = read.strings("contents")
+    if contents not in _CONTENTS:
+        raise CheckpointError(
+            f"{where}: contents is {str(contents)[:80]}; it must be {_CONTENTS[0]} or"
+            f" {_CONTENTS[1]}."
         )
     files = _files(read.get("files", list), where)
     manifest = Manifest(
         written_by=read.get("written_by", str),
-        contents=tuple(read.strings("contents")),
+        contents=tuple(contents),
         topology=_topology(read.get("topology", dict), where),
-        progress=read.mapping("progress", int),
-        moe_layers=read.mapping("moe_layers", int),
+        progress=_progress(read.get("progress", dict), where),
+        moe_layers=read.counts("moe_layers", least=1),
         module_experts=_module_experts(read, where),
         excluded=tuple(read.strings("excluded")),
-        tied=read.mapping("tied", str),
+        tied=read.names("tied"),
         files=files,
         tensors=_tensors(read.get("tensors", dict), list(files), where),
     )
     read.nothing_else()
-    if check:
-        manifest.check(where)
+    _check_names(manifest, where)
     return manifest
 
 
-def load_json(data: bytes, where: object) -> dict[str, Any]:
-    """A JSON object; no key twice, no NaN, no depth that breaks the parser.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{where}: the key {twice!r} is there twice.")
-        return result
-
-    def constant(text: str) -> Any:
-        raise CheckpointError(f"{where}: {text} is not JSON.")
-
-    try:
-        value = json.loads(data, object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is not a JSON object.")
-    return cast(dict[str, Any], value)
-
-
-def is_a(value: Any, kind: type) -> bool:
-    """``isinstance``, but a bool is no int."""
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-
-
-class _Fields:
-    """The fields of a JSON object, each taken once and of the expected type."""
-
-    def __init__(self, content: dict[str, Any], where: object) -> None:
-        self.content, self.where, self.left = content, where, set(content)
-
-    def get(self, name: str, kind: type) -> Any:
-        if not is_a(self.content.get(name), kind):
+def _check_names(manifest: Manifest, where: object) -> None:
+    """Names of the model's parts are short enough to be taken apart quickly, whatever they are."""
+    experts = (n for layer in manifest.module_experts.values() for names in layer for n in names)
+    tied = (*manifest.tied, *manifest.tied.values())
+    layers = (*manifest.moe_layers, *manifest.module_experts)
+    for name in chain(manifest.tensors, manifest.excluded, tied, layers, experts):
+        if len(name) > MAX_NAME:
             raise CheckpointError(
-                f"{self.where}: the field {name!r} is missing or no {kind.__name__}."
-            )
-        self.left.discard(name)
-        return self.content[name]
-
-    def strings(self, name: str) -> list[str]:
-        return [str(v) for v in self._all(name, self.get(name, list), str)]
-
-    def mapping(self, name: str, kind: type) -> dict[str, Any]:
-        value = self.get(name, dict)
-        self._all(name, value.values(), kind)
-        return dict(value)
-
-    def _all(self, name: str, values: Any, kind: type) -> Any:
-        if not all(is_a(v, kind) for v in values):
-            raise CheckpointError(f"{self.where}: the field {name!r} holds no {kind.__name__}.")
-        return values
-
-    def nothing_else(self) -> None:
-        if self.left:
-            raise CheckpointError(
-                f"{self.where}: unknown fields {sorted(self.left)}. This version does not know"
-                " what they mean."
+                f"{where}: a name of {len(name)} characters, {name[:80]!r}...: names have"
+                f" {MAX_NAME} at most."
             )
 
 
 def _topology(value: dict[str, Any], where: object) -> Topology:
-    read = _Fields(value, f"{where}: topology")
+    read = Fields(value, f"{where}: topology")
     result = Topology(
-        read.get("world_size", int),
-        read.get("expert_parallel_size", int),
-        read.get("zero_stage", int),
+        read.count("world_size", least=1),
+        read.count("expert_parallel_size", least=1),
+        read.count("zero_stage"),
         read.get("precision", str),
     )
+    read.nothing_else()
+    if result.world_size % result.expert_parallel_size or result.zero_stage > 3:
+        raise CheckpointError(
+            f"{where}: no run has the topology {vars(result)}: expert_parallel_size divides"
+            " world_size, and zero_stage is 0 to 3."
+        )
+    return result
+
+
+def _progress(value: dict[str, Any], where: object) -> dict[str, int]:
+    read = Fields(value, f"{where}: progress")
+    result = {name: read.count(name) for name in ("epoch", "global_step")}
     read.nothing_else()
     return result
 
 
-def _module_experts(read: _Fields, where: object) -> dict[str, list[list[str]]]:
+def _module_experts(read: Fields, where: object) -> dict[str, list[list[str]]]:
     """Only there if the model has such experts."""
     if "module_experts" not in read.content:
         return {}
-    layers = read.mapping("module_experts", list)
+    layers = read.lists("module_experts")
     for layer, experts in layers.items():
         for names in experts:
             if not is_a(names, list) or not all(is_a(name, str) for name in names):
                 raise CheckpointError(
                     f"{where}: module_experts of layer {layer!r} is no list of lists of names."
                 )
+            if len(set(names)) != len(names):
+                raise CheckpointError(
+                    f"{where}: module_experts of layer {layer!r} lists a name twice in one expert."
+                )
     return layers
 
 
 def _files(rows: list[Any], where: object) -> dict[str, FileRecord]:
     files: dict[str, FileRecord] = {}
+    last = ""
     for row in rows:
         name, size, sha256 = _row(row, (str, int, str), f"{where}: files")
-        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, CHECKSUM):
+        if not is_file_name(name):
             raise CheckpointError(
-                f"{where}: {name!r} is no name of a checkpoint's file ({FILE_NAME.pattern}). The"
-                " manifest was not written by this package: don't load it."
+                f"{where}: {name[:80]!r} is no name of a checkpoint's file ({FILE_NAME.pattern},"
+                " and of a kind that the format describes). The manifest was not written by this"
+                " package: don't load it."
             )
         if name in files:
             raise CheckpointError(f"{where}: the file {name!r} is listed twice.")
-        if size < 0 or len(sha256) != 64:
+        if name < last:
+            raise CheckpointError(
+                f"{where}: files must be sorted by name: {name!r} after {last!r}."
+            )
+        if not 0 <= size <= MAX_INTEGER or not _SHA256.fullmatch(sha256):
             raise CheckpointError(f"{where}: {name} has no proper size and SHA-256.")
         files[name] = FileRecord(size, sha256)
+        last = name
     return files
 
 
 def _tensors(content: dict[str, Any], files: list[str], where: object) -> dict[str, TensorRecord]:
     tensors = {}
     for name, value in content.items():
-        here = f"{where}: tensor {name!r}"
-        read = _Fields(value if isinstance(value, dict) else {}, here)
+        here = f"{where}: tensor {name[:200]!r}"
+        read = Fields(value if isinstance(value, dict) else {}, here)
         dtype, shape = read.get("dtype", str), read.get("shape", list)
         rows = read.get("pieces", list)
         read.nothing_else()
         if not all(is_a(d, int) for d in shape):
-            raise CheckpointError(f"{here}: the shape {shape} is no list of integers.")
+            raise CheckpointError(f"{here}: the shape {str(shape)[:80]} is no list of integers.")
         pieces = []
         for row in rows:
             start, length, file, digest = _row(row, (int, int, int, str), here)
             if not 0 <= file < len(files):
-                raise CheckpointError(f"{here}: there is no file number {file}.")
+                raise CheckpointError(f"{here}: there is no file number {str(file)[:40]}.")
+            if not (0 <= start <= MAX_INTEGER and 0 <= length <= MAX_INTEGER):
+                raise CheckpointError(
+                    f"{here} has a piece at an impossible place: {str(row)[:80]}."
+                )
+            if not _DIGEST.fullmatch(digest):
+                raise CheckpointError(
+                    f"{here} has a piece with the digest {digest[:80]!r}, not 8 hexadecimal digits."
+                )
             pieces.append(Piece(start, length, files[file], digest))
         tensors[name] = TensorRecord(dtype, tuple(shape), tuple(pieces))
     return tensors

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.records import DTYPE_NAMES, DTYPES
+from lightning_fastmoe.checkpoint.json_file import is_a
+from lightning_fastmoe.checkpoint.records import DTYPE_NAMES, DTYPES, MAX_NUMEL
 from lightning_fastmoe.errors import CheckpointError
 
 _MAX_TENSOR = 1024
+_FLOATS = ("nan", "inf", "-inf")
 _JSON_DTYPES = {
     torch.float64,
     torch.float32,
@@ -72,7 +74,15 @@ def _fits(value: Tensor) -> bool:
     return plain and value.dtype in _JSON_DTYPES and value.numel() <= _MAX_TENSOR
 
 
-def decode(value: Any, objects: list[Any], where: object) -> Any:
+class Sized(Protocol):
+    """What objects are taken from: a list, or what stands for one that is not loaded."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def decode(value: Any, objects: Sized, where: object) -> Any:
     """The opposite of :func:`encode`.
 
     Args:
@@ -92,29 +102,71 @@ def decode(value: Any, objects: list[Any], where: object) -> Any:
         if key.startswith("$"):
             try:
                 return _decode_tagged(key, content, objects, where)
-            except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
-                if isinstance(error, CheckpointError):
+            except CheckpointError:
+                raise
+            except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
+                if isinstance(error, RecursionError):
                     raise
                 raise CheckpointError(f"{where}: {key!r} can't be read: {error}") from error
+    for key in value:
+        if key.startswith("$"):
+            raise CheckpointError(f"{where}: the key {key[:80]!r} is not alone in its object.")
     return {k: decode(v, objects, where) for k, v in value.items()}
 
 
-def _decode_tagged(key: str, content: Any, objects: list[Any], where: object) -> Any:
+def _decode_tagged(key: str, content: Any, objects: Sized, where: object) -> Any:
     match key:
         case "$float":
-            return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[content]
+            if content not in _FLOATS:
+                raise ValueError(f"{str(content)[:80]} is none of {', '.join(_FLOATS)}")
+            return float(content)  # a new object: two NaN can be keys of one map
         case "$tuple":
-            return tuple(decode(v, objects, where) for v in content)
+            return tuple(decode(v, objects, where) for v in _a_list(content))
         case "$dict":
-            return {decode(k, objects, where): decode(v, objects, where) for k, v in content}
+            pairs = [_a_list(pair, 2) for pair in _a_list(content)]
+            result = {decode(k, objects, where): decode(v, objects, where) for k, v in pairs}
+            if len(result) != len(pairs):
+                raise ValueError("a key is there twice")
+            return result
         case "$bytes":
-            return base64.b64decode(content, validate=True)
+            return base64.b64decode(_a(content, str), validate=True)
         case "$tensor":
-            dtype, shape, values = content
-            flat = torch.tensor([decode(v, objects, where) for v in values], dtype=DTYPES[dtype])
-            return flat.reshape(shape)
+            dtype, shape, values = _a_list(content, 3)
+            return _tensor(dtype, shape, values, where)
         case "$object":
-            if not 0 <= content < len(objects):
-                raise IndexError(f"there is no object {content}")
+            if not 0 <= _a(content, int) < len(objects):
+                raise IndexError(f"there is no object {str(content)[:40]} among {len(objects)}")
             return objects[content]
-    raise CheckpointError(f"{where}: {key!r} is unknown. It may come from a newer version.")
+    raise CheckpointError(f"{where}: {key[:80]!r} is unknown. It may come from a newer version.")
+
+
+def _tensor(name: Any, shape: Any, values: Any, where: object) -> Tensor:
+    dtype = DTYPES.get(_a(name, str))
+    if dtype not in _JSON_DTYPES:
+        raise ValueError(f"dtype {name[:40]!r} is not stored like this")
+    for size in _a_list(shape):
+        if not 0 <= _a(size, int) <= MAX_NUMEL:
+            raise ValueError(f"the shape {str(shape)[:80]} is impossible")
+    count = math.prod(shape)
+    if count > _MAX_TENSOR or len(_a_list(values)) != count:
+        raise ValueError(f"the shape {str(shape)[:80]} does not fit {len(values)} values")
+    kinds: tuple[type, ...] = (bool,) if dtype == torch.bool else (int,)
+    if dtype.is_floating_point:
+        kinds = (int, float)
+    plain = [decode(v, [], where) for v in values]
+    if not all(any(is_a(v, kind) for kind in kinds) for v in plain):
+        raise TypeError(f"a value is not of the dtype {name}")
+    return torch.tensor(plain, dtype=dtype).reshape(shape)
+
+
+def _a(value: Any, kind: type) -> Any:
+    if not is_a(value, kind):
+        raise TypeError(f"{str(value)[:80]} is no {kind.__name__}")
+    return value
+
+
+def _a_list(value: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        expected = "a list" if length is None else f"a list of {length}"
+        raise TypeError(f"{str(value)[:80]} is not {expected}")
+    return value

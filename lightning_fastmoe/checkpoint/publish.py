@@ -24,7 +24,8 @@ import time
 import warnings
 from pathlib import Path
 
-from lightning_fastmoe.checkpoint.files import FILE_NAME, fsync_directory
+from lightning_fastmoe.checkpoint.discard import check_replaceable, discard
+from lightning_fastmoe.checkpoint.files import fsync_directory
 from lightning_fastmoe.checkpoint.manifest import CHECKSUM, MANIFEST
 from lightning_fastmoe.errors import CheckpointError
 
@@ -84,27 +85,27 @@ class Publication:
         try:
             _recover(path)
             _clean_others(path)
-            _check_replaceable(path)
+            check_replaceable(path)
             self.directory.mkdir()
         except BaseException:
             self._release()
             raise
 
     def commit(self) -> None:
-        """Gives the directory its name. Whatever had it is deleted afterwards."""
+        """Gives the directory its name. The checkpoint that had it is deleted afterwards."""
         fsync_directory(self.directory)
         parent = self.path.parent
         if not os.path.lexists(self.path):
             os.rename(self.directory, self.path)
         elif exchange(self.directory, self.path):
             fsync_directory(parent)
-            _delete(self.directory, strict=False)
+            discard(self.directory, self.path, strict=False)
         else:
             old = _old_name(self.path)
             os.rename(self.path, old)
             os.rename(self.directory, self.path)
             fsync_directory(parent)
-            _delete(old, strict=False)
+            discard(old, self.path, strict=False)
         fsync_directory(parent)
         self._release()
 
@@ -162,6 +163,9 @@ def _is_lost(path: Path) -> bool:
 def remove(path: Path) -> None:
     """Deletes a checkpoint, a file or a link. It loses its name first, so no half of it is found.
 
+    What is in its directory and not a part of it is kept, see
+    :func:`~lightning_fastmoe.checkpoint.discard.discard`.
+
     What has the hidden name when the process dies is deleted by the next save beside it.
     """
     if path.is_symlink() or not path.is_dir():
@@ -169,9 +173,9 @@ def remove(path: Path) -> None:
         return
     removed = path.with_name(f".{path.name}.fastmoe-removed")
     if removed.exists():
-        shutil.rmtree(removed)
+        discard(removed, path)
     os.rename(path, removed)
-    shutil.rmtree(removed)
+    discard(removed, path)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -199,7 +203,7 @@ def _recover(path: Path) -> None:
         os.rename(next(filter(_is_complete, _saving(path)), old), path)
     for left in (old, *_saving(path), path.with_name(f".{path.name}.fastmoe-removed")):
         if os.path.lexists(left):
-            _delete(left)
+            discard(left, path)
 
 
 def _clean_others(path: Path) -> None:
@@ -215,28 +219,6 @@ def _clean_others(path: Path) -> None:
             _recover(other)
         finally:
             lock.release()
-
-
-def _check_replaceable(path: Path) -> None:
-    """What saving will delete must be a checkpoint, a file or a link."""
-    if path.is_symlink() or not path.is_dir():
-        return
-    found = os.listdir(path)
-    others = [name for name in found if not FILE_NAME.fullmatch(name) and name[0] != "."]
-    if others or (found and MANIFEST not in found):
-        what = (others or found)[0]
-        raise CheckpointError(
-            f"{path} holds other files than a checkpoint's ({what!r}, ...), which saving would"
-            " delete. Choose another path."
-        )
-
-
-def _delete(path: Path, strict: bool = True) -> None:
-    """Unless ``strict``, what can't be deleted is left for the next save to complain about."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=not strict)
 
 
 class _Lock:

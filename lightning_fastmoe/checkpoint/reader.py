@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import io
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,23 +16,31 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint import files, publish
+from lightning_fastmoe.checkpoint.consistency import check_manifest
+from lightning_fastmoe.checkpoint.directory import (
+    check_checksum,
+    open_listed,
+    pieces_by_file,
+    read_manifest,
+    strangers,
+    verify_file,
+)
 from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly
 from lightning_fastmoe.checkpoint.manifest import (
     CHECKSUM,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     OBJECTS,
     STATE,
     Manifest,
-    load_json,
     parse_manifest,
 )
-from lightning_fastmoe.checkpoint.plain import decode
+from lightning_fastmoe.checkpoint.pickles import TRUST_STRATEGY, load_objects
 from lightning_fastmoe.checkpoint.records import DTYPES, Piece, TensorRecord, itemsize, piece_key
 from lightning_fastmoe.checkpoint.shards import HeaderEntry, chunks, read_header
+from lightning_fastmoe.checkpoint.state_files import decode_rank_state, decode_state
 from lightning_fastmoe.checkpoint.stream import byte_view
 from lightning_fastmoe.checkpoint.threads import run_all
-from lightning_fastmoe.checkpoint.verify import Mark, check_hash, damaged
+from lightning_fastmoe.checkpoint.verify import damaged
 from lightning_fastmoe.errors import CheckpointError
 
 _MAX_OPEN = 64
@@ -55,6 +61,7 @@ class CheckpointReader:
     Attributes:
         threads: how many files are verified, or parts of a large tensor read, at a time; 1 unless
             it is set. Whatever it is, a reader serves one caller at a time.
+        advice: what the caller's user can do about objects that are not plain data.
 
     Raises:
         CheckpointError: if it is no complete checkpoint of this package and version, or if files
@@ -64,6 +71,7 @@ class CheckpointReader:
     def __init__(self, path: Path | str) -> None:
         self.path = publish.resolve(Path(path))
         self.threads = 1
+        self.advice = TRUST_STRATEGY
         self._directory = files.open_directory(self.path)
         self._open: OrderedDict[str, tuple[int, dict[str, HeaderEntry]]] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
@@ -103,48 +111,25 @@ class CheckpointReader:
                 f"{self.path} holds no {MANIFEST}, so it is no complete checkpoint of"
                 " FastMoEStrategy: saving writes that file last. Choose another checkpoint."
             )
-        data = files.read_small(self._directory, MANIFEST, self.path, MAX_MANIFEST_BYTES)
-        line = files.read_small(self._directory, CHECKSUM, self.path, 1000)
-        checksum = hashlib.sha256(data).hexdigest()
-        if line.decode("ascii", "replace").split() != [checksum, MANIFEST]:
-            raise CheckpointError(
-                f"{self.path / MANIFEST} does not match {CHECKSUM}: one of them is damaged. Choose"
-                " another checkpoint."
-            )
-        return parse_manifest(data, self.path / MANIFEST), checksum
+        where = self.path / MANIFEST
+        data = read_manifest(self._directory, self.path)
+        checksum = check_checksum(self._directory, self.path, data)
+        manifest = parse_manifest(data, where)
+        check_manifest(manifest, where)
+        return manifest, checksum
 
     def _check_files(self) -> None:
         """Exactly the files of the manifest, as large as it says."""
         for name, record in self.manifest.files.items():
-            fd, size = files.open_regular(self._directory, name, self.path)
+            fd, _ = open_listed(self._directory, self.path, name, record, self.pieces_of(name))
             os.close(fd)
-            if size != record.size:
-                raise CheckpointError(
-                    f"{self.path / name} has {size} bytes, the manifest says {record.size}: it was"
-                    f" cut short or replaced.{self._tensors_of(name)}"
-                )
-        expected = {*self.manifest.files, MANIFEST, CHECKSUM}
-        for name in sorted(os.listdir(self._directory)):
-            if name not in expected and not name.startswith("."):
-                raise CheckpointError(
-                    f"{self.path / name} is not part of the checkpoint: the manifest does not know"
-                    " it. If it is yours, move it elsewhere."
-                )
-
-    def _tensors_of(self, file: str) -> str:
-        names = list(dict.fromkeys(tensor for tensor, _, _ in self.pieces_of(file)))
-        if not names:
-            return ""
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        return f" It holds {', '.join(map(repr, names[:2]))}{more}."
+        for _, fault in strangers(self._directory, self.path, self.manifest):
+            raise CheckpointError(fault)
 
     def pieces_of(self, file: str) -> list[tuple[str, str, Piece]]:
         """(tensor, dtype, piece) of every piece in a file."""
         if self._by_file is None:
-            self._by_file = {}
-            for name, record in self.manifest.tensors.items():
-                for piece in record.pieces:
-                    self._by_file.setdefault(piece.file, []).append((name, record.dtype, piece))
+            self._by_file = pieces_by_file(self.manifest)
         return self._by_file.get(file, [])
 
     def _shard(self, file: str) -> tuple[int, dict[str, HeaderEntry]]:
@@ -186,19 +171,8 @@ class CheckpointReader:
         run_all([partial(self._verify_file, name) for name in wanted], self.threads, on_bytes)
 
     def _verify_file(self, name: str, on_bytes: Callable[[int], None]) -> None:
-        where = self.path / name
-        fd, size = files.open_regular(self._directory, name, self.path)
-        try:
-            marks = []
-            if name.endswith(".safetensors"):
-                header = read_header(fd, size, self.pieces_of(name), where)
-                for tensor, _, piece in self.pieces_of(name):
-                    end = header[piece_key(tensor, piece.start, piece.stop)].end
-                    what = f"tensor {tensor!r}, elements {piece.start} to {piece.stop}"
-                    marks.append(Mark(end, piece.digest, what))
-            check_hash(fd, where, self.manifest.files[name].sha256, marks, on_bytes)
-        finally:
-            os.close(fd)
+        record = self.manifest.files[name]
+        verify_file(self._directory, self.path, name, record, self.pieces_of(name), on_bytes)
 
     # -------------------------------------------------------------------------------------- tensors
 
@@ -297,10 +271,6 @@ class CheckpointReader:
             raise damaged(self.path / name, "all of it")
         return data
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file, its hash checked."""
-        return load_json(self.read_file(name), self.path / name)
-
     def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
         """``state.json``, with the objects that JSON could not hold put back in their places.
 
@@ -310,7 +280,9 @@ class CheckpointReader:
         Raises:
             CheckpointError: see :meth:`read_objects`.
         """
-        return self._decoded(STATE, self.read_objects(trusted=trusted))
+        objects = self.read_objects(trusted=trusted)
+        data, where = self.read_file(STATE), self.path / STATE
+        return decode_state(data, objects, self.manifest.contents, where)
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
         """What a rank wrote for itself alone; None if it did not.
@@ -322,17 +294,8 @@ class CheckpointReader:
         name = f"rank_{rank:05d}.json"
         if name not in self.manifest.files:
             return None
-        return self._decoded(name, self.read_objects(f"rank_{rank:05d}.pt", trusted=trusted))
-
-    def _decoded(self, name: str, objects: list[Any]) -> dict[str, Any]:
-        where = self.path / name
-        try:
-            value = decode(self.read_json(name), objects, where)
-        except RecursionError as error:
-            raise CheckpointError(f"{where} is nested too deeply: don't load it.") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{where} holds no object.")
-        return value
+        objects = self.read_objects(f"rank_{rank:05d}.pt", trusted=trusted)
+        return decode_rank_state(self.read_file(name), objects, self.path / name)
 
     def read_objects(self, name: str = OBJECTS, *, trusted: bool = False) -> list[Any]:
         """What JSON could not hold; empty if there was nothing of the kind.
@@ -347,21 +310,8 @@ class CheckpointReader:
         """
         if name not in self.manifest.files:
             return []
-        where = self.path / name
-        data = io.BytesIO(self.read_file(name))
-        try:
-            objects = torch.load(data, map_location="cpu", weights_only=not trusted)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{where} holds objects that are not plain data: {error} If you trust its origin,"
-                " allow their classes with torch.serialization.add_safe_globals([...]) before"
-                " loading, or pass weights_only=False."
-            ) from error
-        except (RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(f"{where} can't be read: {error}") from error
-        if not isinstance(objects, list):
-            raise CheckpointError(f"{where} holds no list: it was not written by this package.")
-        return objects
+        data = self.read_file(name)
+        return load_objects(data, self.path / name, trusted=trusted, advice=self.advice)
 
 
 def is_checkpoint(path: Path) -> bool:

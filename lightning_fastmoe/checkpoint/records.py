@@ -34,10 +34,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_NUMEL = 2**60
 MAX_DIMENSIONS = 64
+MAX_NAME = 4096
+"""Characters of a tensor's name; Python's own names of modules are far shorter."""
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 
 _TENSOR_NAME = re.compile(r"(weights|optimizer/[^/]+|gradients/(mean|local))/.+", re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and no file can hold."""
 
 
 @dataclass(frozen=True)
@@ -151,20 +155,20 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -
     Raises:
         CheckpointError: naming the tensor.
     """
-    if not _TENSOR_NAME.fullmatch(name):
+    if len(name) > MAX_NAME or not _TENSOR_NAME.fullmatch(name) or _SURROGATE.search(name):
         raise CheckpointError(
-            f"{where}: {name!r} is no tensor's name: weights/NAME, optimizer/STATE/NAME or"
-            " gradients/KIND/NAME."
+            f"{where}: {name[:200]!r} is no tensor's name: weights/NAME, optimizer/STATE/NAME or"
+            f" gradients/KIND/NAME, of up to {MAX_NAME} characters of Unicode."
         )
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{where}: tensor {name!r} has dtype {dtype!r}, which is none of"
+            f"{where}: tensor {name!r} has dtype {dtype[:40]!r}, which is none of"
             f" {', '.join(DTYPES)}. It may come from a newer version."
         )
     sane = len(shape) <= MAX_DIMENSIONS and all(0 <= d <= MAX_NUMEL for d in shape)
     if not sane or math.prod(shape) > MAX_NUMEL:
         raise CheckpointError(
-            f"{where}: tensor {name!r} has the impossible shape {list(shape)[:9]}."
+            f"{where}: tensor {name!r} has the impossible shape {str(list(shape)[:9])[:200]}."
         )
 
 

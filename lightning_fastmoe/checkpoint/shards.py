@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.files import BUFFER_BYTES, read_exactly
-from lightning_fastmoe.checkpoint.manifest import is_a, load_json
+from lightning_fastmoe.checkpoint.json_file import MAX_INTEGER, is_a, load_json
 from lightning_fastmoe.checkpoint.records import (
     DTYPE_NAMES,
     FileRecord,
@@ -138,8 +138,8 @@ def read_header(
         result[key] = entry
     if entries:
         raise CheckpointError(
-            f"{where} holds {next(iter(entries))!r}, of which the manifest knows nothing: the file"
-            " is damaged or another's."
+            f"{where} holds {next(iter(entries))[:200]!r}, of which the manifest knows nothing:"
+            " the file is damaged or another's."
         )
     position = begin
     for key, entry in sorted(result.items(), key=lambda item: item[1].begin):
@@ -172,14 +172,18 @@ def _parse_header(fd: int, size: int, where: Path) -> tuple[dict[str, HeaderEntr
     data = bytearray(length)
     read_exactly(fd, memoryview(data), 8, where)
     content = load_json(bytes(data), where)
-    content.pop("__metadata__", None)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(is_a(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{where}: the header's __metadata__ is no map of strings.")
     begin = 8 + length
     entries = {key: _entry(key, value, begin, where) for key, value in content.items()}
     return entries, begin
 
 
 def _entry(key: str, value: Any, begin: int, where: Path) -> HeaderEntry:
-    bad = CheckpointError(f"{where}: the header's entry of {key!r} is damaged: {str(value)[:80]}.")
+    bad = CheckpointError(
+        f"{where}: the header's entry of {key[:200]!r} is damaged: {str(value)[:80]}."
+    )
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise bad
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -188,7 +192,7 @@ def _entry(key: str, value: Any, begin: int, where: Path) -> HeaderEntry:
     for numbers, count in ((shape, 1), (offsets, 2)):
         if not isinstance(numbers, list) or len(numbers) != count:
             raise bad
-        if not all(is_a(n, int) and n >= 0 for n in numbers):
+        if not all(is_a(n, int) and 0 <= n <= MAX_INTEGER for n in numbers):
             raise bad
     first, last = offsets
     if last - first != shape[0] * itemsize(dtype):

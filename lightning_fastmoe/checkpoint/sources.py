@@ -49,6 +49,11 @@ class DirectorySource:
         return self.reader.manifest.excluded
 
     @property
+    def tied(self) -> Mapping[str, str]:
+        """Further name of a parameter -> the name under which it is stored."""
+        return self.reader.manifest.tied
+
+    @property
     def moe_layers(self) -> Mapping[str, int]:
         """Layer name -> num_experts."""
         return self.reader.manifest.moe_layers

@@ -68,6 +68,11 @@ def check_hash(
             on_bytes(end - begin)
     if digest.hexdigest() != expected:
         raise damaged(where, mark.what)
+    if not expected.startswith(mark.digest):  # the last piece ends with the file
+        raise CheckpointError(
+            f"{where}: the manifest contradicts itself: the digest of {mark.what} is"
+            f" {mark.digest!r}, which does not begin the file's SHA-256."
+        )
 
 
 def damaged(where: Path, what: str) -> CheckpointError:

@@ -116,6 +116,11 @@ class _Inside(DirectorySource):
         return tuple(n.removeprefix(self._prefix) for n in super().excluded)
 
     @property
+    def tied(self) -> Mapping[str, str]:
+        pairs = super().tied.items()
+        return {n.removeprefix(self._prefix): f.removeprefix(self._prefix) for n, f in pairs}
+
+    @property
     def moe_layers(self) -> Mapping[str, int]:
         return {n.removeprefix(self._prefix): e for n, e in super().moe_layers.items()}
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_fastmoe.checkpoint.consistency import check_manifest
+from lightning_fastmoe.checkpoint.directory import checksum_line
 from lightning_fastmoe.checkpoint.files import write_small
 from lightning_fastmoe.checkpoint.layout import divide
 from lightning_fastmoe.checkpoint.manifest import CHECKSUM, MANIFEST, OBJECTS, STATE, Manifest
@@ -112,9 +114,9 @@ def write_manifest(directory: Path, manifest: Manifest, written: Iterable[Writte
         manifest.files.update(one.files)
         pieces += one.pieces
     manifest.tensors = merge(pieces, directory)
-    manifest.check(directory / MANIFEST)
+    check_manifest(manifest, directory / MANIFEST)
     _, sha256 = write_small(directory / MANIFEST, manifest.dumps())
-    write_small(directory / CHECKSUM, f"{sha256}  {MANIFEST}\n".encode())
+    write_small(directory / CHECKSUM, checksum_line(sha256))
 
 
 def write_checkpoint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -10,17 +10,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
+from lightning_fastmoe.checkpoint.canonical import map_model
 from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
+from lightning_fastmoe.checkpoint.discard import check_replaceable
 from lightning_fastmoe.checkpoint.foreign import open_file
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
 from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
@@ -37,10 +37,12 @@ from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
-from lightning_fastmoe.ops.stall import stall_report
+from lightning_fastmoe.strategy.checks import fixed_paths
+from lightning_fastmoe.strategy.engine import FastMoEEngine
+from lightning_fastmoe.strategy.hook_edits import WeightNames
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
-from lightning_fastmoe.strategy.watch import TERMINATED_STATUS, Activity
+from lightning_fastmoe.strategy.watch import Activity
 
 
 class ExpertCheckpoints(ExpertSteps):
@@ -53,6 +55,7 @@ class ExpertCheckpoints(ExpertSteps):
     _random_state: dict[str, Any] | None = None
     _put_gradients: Callable[[], None] | None = None
     _forget_pending: Callable[[], None] | None = None
+    _weight_names: WeightNames | None = None
     _signals: DeferredSignals | None = None
 
     @property
@@ -64,8 +67,15 @@ class ExpertCheckpoints(ExpertSteps):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Empty: each rank writes its weights in :meth:`save_checkpoint`."""
-        return {}
+        """Names and shapes alone: each rank writes its weights in :meth:`save_checkpoint`."""
+        self._attached("lightning_module_state_dict")
+        self._weight_names = None
+        try:
+            model = map_model(self.deepspeed_engine.module, self._expert_state.layers)
+        except CheckpointError:
+            return {}  # on this rank, maybe: save_checkpoint is where all ranks meet and say it
+        self._weight_names = WeightNames.of_model(model)
+        return self._weight_names.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -79,8 +89,9 @@ class ExpertCheckpoints(ExpertSteps):
         """Writes a checkpoint directory; every rank calls this.
 
         Raises:
-            CheckpointError: on all ranks, if one can't write; training may go on.
-            ConfigError: for storage options.
+            CheckpointError: on all ranks, if one can't write, or if hooks have edited weights in
+                ``checkpoint``; training may go on.
+            ConfigError: for storage options, and without a model that a Trainer has set up.
         """
         if storage_options is not None:
             raise ConfigError(
@@ -91,8 +102,7 @@ class ExpertCheckpoints(ExpertSteps):
             self._save(checkpoint, filepath)
 
     def _save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        trainer = self._attached("save_checkpoint").trainer
         if trainer.interrupted:
             meet_after_error(local_path(filepath), trainer.global_step)
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -108,6 +118,11 @@ class ExpertCheckpoints(ExpertSteps):
         if user is not None:
             user.push()  # what a scheduler has set for the next step belongs to the state
         together = Together(path, "saved")
+        names, self._weight_names = self._weight_names, None
+        if names is not None:
+            with together.stage():
+                optimizers = len(trainer.optimizers)
+                names.check(checkpoint, optimizers, "on_save_checkpoint", trainer)
         snapshot = take_snapshot(
             together,
             engine=self.deepspeed_engine,
@@ -152,6 +167,22 @@ class ExpertCheckpoints(ExpertSteps):
                 " and has it again now. It was not there when this run looked for a checkpoint to"
                 " resume from. Start again, and 'last' finds it."
             )
+
+    def _check_names(self, trainer: pl.Trainer) -> None:
+        """What will be saved to and can't be replaced is refused now, not hours later.
+
+        Raises:
+            CheckpointError: on all ranks, naming the file that is in the way.
+        """
+        fault = ""
+        if self.is_global_zero:
+            try:
+                for path in fixed_paths(trainer):
+                    check_replaceable(path)
+            except CheckpointError as error:
+                fault = str(error)
+        if fault := self.broadcast(fault):
+            raise CheckpointError(fault)
 
     def _is_pending(self, path: Path) -> bool:
         writer = self._made_writer
@@ -211,16 +242,16 @@ class ExpertCheckpoints(ExpertSteps):
 
         Raises:
             CheckpointError: on all ranks, if it is damaged or does not fit.
+            ConfigError: without a model that a Trainer has set up.
         """
         with self._watch.during(Activity.LOADING):
             return self._load_into_engine(checkpoint_path, weights_only)
 
     def _load_into_engine(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
-        assert self.lightning_module is not None
+        trainer = self._attached("load_checkpoint").trainer
         path = local_path(self.broadcast(checkpoint_path))
         if self._made_writer is not None:
             self._made_writer.wait()
-        trainer = self.lightning_module.trainer
         loaded = self._load(
             path,
             training=bool(trainer.training),
@@ -230,13 +261,40 @@ class ExpertCheckpoints(ExpertSteps):
         if trainer.training and user is not None:
             user.load_named(loaded.user_groups, path)
         self._take_local_state(loaded)
-        loaded.lightning.setdefault("state_dict", {})
+        assert self._weight_names is not None
+        loaded.lightning["state_dict"] = self._weight_names.state_dict()
         # Without it, Lightning takes a state dict of another program for a very old checkpoint.
         loaded.lightning.setdefault("pytorch-lightning_version", version("pytorch-lightning"))
         if trainer.training:
             # Lightning looks for it; what it stands for is restored.
             loaded.lightning.setdefault("optimizer_states", [])
         return loaded.lightning
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing to do: :meth:`load_checkpoint` has restored the weights. Comes after the hooks.
+
+        Raises:
+            CheckpointError: on all ranks, if a hook has edited weights in ``checkpoint``.
+        """
+        names, self._weight_names = self._weight_names, None
+        if names is not None:
+            trainer = self._attached("load_model_state_dict").trainer
+            with Together(Path("The checkpoint"), "loaded").stage():
+                names.check(checkpoint, 0, "on_load_checkpoint", trainer)
+
+    def _attached(self, method: str) -> pl.LightningModule:
+        """The module, once there is an engine around it."""
+        module = self.lightning_module
+        if module is None or not isinstance(self.model, FastMoEEngine):
+            raise ConfigError(
+                f"FastMoEStrategy.{method}() needs a model that a Trainer has set up, and there is"
+                " none yet. Pass the path to Trainer.fit(..., ckpt_path=...), validate, test or"
+                " predict; without a Trainer, make a module of a checkpoint with"
+                " Module.load_from_checkpoint(path), or fill one with"
+                " lightning_fastmoe.checkpoint.weights.load_weights(path, module)."
+            )
+        return module
 
     def _load(self, path: Path, *, training: bool, trusted: bool) -> Loaded:
         assert self.lightning_module is not None
@@ -263,6 +321,7 @@ class ExpertCheckpoints(ExpertSteps):
                     f"{path}: ranks see different checkpoints there. It was replaced at this"
                     " moment, or they don't share the file system."
                 )
+            self._weight_names = WeightNames.of_source(source)
             return load(
                 source,
                 together,
@@ -331,25 +390,6 @@ class ExpertCheckpoints(ExpertSteps):
             self._put_gradients()  # not before: Lightning clears gradients when it starts
         self._put_gradients = None
         self._watch.beat(Activity.TRAINING)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._watch.beat(Activity.ENDING)
-        if report := stall_report():  # CUDA's own error names no kernel
-            exception.add_note(f"lightning_fastmoe: {report}")
-        if isinstance(exception, SIGTERMException) and exception.code is None:
-            # Lightning raises it without a status, and Python would leave with 0.
-            exception.code = self._terminated_status
-
-    @property
-    def _terminated_status(self) -> int:
-        """0 in ranks that Lightning has launched: it kills rank 0 when one leaves with another."""
-        return 0 if self._is_launched else TERMINATED_STATUS
-
-    @property
-    def _is_launched(self) -> bool:
-        return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0
 
     def _restore_random_state(self) -> None:
         assert self.lightning_module is not None

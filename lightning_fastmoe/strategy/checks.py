@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_fastmoe.checkpoint.consistency import unlisted_layers
 from lightning_fastmoe.checkpoint.module_experts import why_not_saved
 from lightning_fastmoe.checkpoint.saving import local_path
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
@@ -96,7 +98,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(callback, WeightAveraging):
             raise ConfigError(
                 f"{type(callback).__name__} averages copies of whole models, but parameters are"
-                " split over ranks here. Drop the callback."
+                " split over ranks here. Drop the callback; to average weights, keep checkpoints"
+                " (ModelCheckpoint(save_top_k=-1)) and average the files that `lightning-fastmoe"
+                " checkpoint consolidate` writes of them."
             )
     plugin = trainer.strategy.precision_plugin
     on_cpu = trainer.strategy.root_device.type == "cpu"
@@ -159,13 +163,38 @@ def check_directories(trainer: pl.Trainer) -> None:
             local_path(callback.dirpath)
 
 
-def check_can_be_saved(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
+def fixed_paths(trainer: pl.Trainer) -> list[Path]:
+    """Where callbacks will save whatever is there; elsewhere they look for a name that is free."""
+    paths = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            if getattr(callback, "_enable_version_counter", True):
+                continue
+            last = callback.CHECKPOINT_NAME_LAST if callback.save_last else None
+            for name in (last, callback.filename):
+                if name is not None and "{" not in name:
+                    paths.append(local_path(callback.dirpath) / f"{name}{callback.FILE_EXTENSION}")
+    return paths
+
+
+def check_can_be_saved(
+    trainer: pl.Trainer, module: torch.nn.Module, layers: Mapping[str, MoE]
+) -> None:
     """Refuses to begin a run whose first checkpoint would fail.
 
     Raises:
-        ConfigError: for spread experts with state that has no place in a checkpoint, if the Trainer
-            saves any.
+        ConfigError: for spread experts with state that has no place in a checkpoint, and for
+            modules whose parameters are named as those of a MoE layer, if the Trainer saves any.
     """
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for other in unlisted_layers(names, layers):
+        if trainer.checkpoint_callbacks:
+            raise ConfigError(
+                f"{other!r} is no MoE layer of this package, but has a router and stacked experts"
+                f" under the same names ({other}.experts.up_proj, ...), by which a checkpoint is"
+                " told that its list of MoE layers is whole. Use MoE, or rename its parts. Or train"
+                " with Trainer(enable_checkpointing=False)."
+            )
     for name, layer in layers.items():
         why = why_not_saved(name, layer) if layer.is_spread else None
         if why and trainer.checkpoint_callbacks:

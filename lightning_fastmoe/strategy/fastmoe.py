@@ -41,6 +41,7 @@ from lightning_fastmoe.strategy.checks import (
     check_trainer,
 )
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
+from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
     FastMoEEngine,
@@ -57,7 +58,7 @@ from lightning_fastmoe.strategy.module_experts import check_same_groups, check_s
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Watch, check_seconds
+from lightning_fastmoe.strategy.watch import Activity, Watch, check_seconds
 
 _ENGINE = "_fastmoe_engine"
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -227,6 +228,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
         if trainer.training:
             check_directories(trainer)
+            self._check_names(trainer)
             self._put_back_names(trainer)
         if self.async_checkpoint:
             check_links(trainer)
@@ -236,7 +238,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         check_deepspeed_config(self.config)
         self._destroy_earlier_engine(self.lightning_module)
         self._setup_experts(self.lightning_module)
-        check_can_be_saved(trainer, self._expert_state.layers)
+        check_can_be_saved(trainer, self.lightning_module, self._expert_state.layers)
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
@@ -345,6 +347,16 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _device_rank(self) -> int:
         index = self.root_device.index
         return self.local_rank if index is None else index
+
+    @property
+    def _is_launched(self) -> bool:
+        return is_launched(self.cluster_environment, self.local_rank)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._watch.beat(Activity.ENDING)
+        prepare_ending(exception, self._is_launched)
 
     @override
     def teardown(self) -> None:

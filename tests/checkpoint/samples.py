@@ -20,8 +20,13 @@ from lightning_fastmoe.checkpoint.writer import (
 
 STATE = {
     "lightning": {"epoch": 1, "global_step": 3, "callbacks": {"a": (1, 2.5)}},
-    "optimizer": None,
-    "engine": None,
+    "optimizer": {
+        "class": "AdamW",
+        "groups": [{"params": ["head.weight"], "options": {"lr": 0.5, "betas": (0.9, 0.99)}}],
+        "user_groups": [{"params": ["head.weight"], "options": {"lr": 0.5}}],
+        "scalars": [{"params": ["head.weight"], "values": {"step": torch.tensor(3.0)}}],
+    },
+    "engine": {"counters": {"global_steps": 3}, "loss_scaler": {"cur_scale": 1.0}},
     "extra_state": {},
 }
 
@@ -37,7 +42,7 @@ def make_tensors(seed: int = 0) -> dict[str, Tensor]:
         "weights/nothing": torch.empty(0, 3),
         "weights/seen": torch.tensor(7),
         "optimizer/exp_avg/head.weight": torch.randn(5, 7, generator=g),
-        "optimizer/step/head.weight": torch.tensor(3.0),
+        "optimizer/exp_avg_sq/head.weight": torch.randn(5, 7, generator=g),
     }
 
 
@@ -78,7 +83,8 @@ def write_sample(path: Path, tensors: dict[str, Tensor] | None = None, ranks: in
         write_rank(publication.directory, rank, pieces, small_files(rank))
         for rank, pieces in enumerate(pieces_of(tensors or make_tensors(), ranks))
     ]
-    write_manifest(publication.directory, make_manifest(), written)
+    layers = {"moe": 4} if "weights/moe.experts.up_proj" in (tensors or make_tensors()) else {}
+    write_manifest(publication.directory, make_manifest(moe_layers=layers), written)
     publication.commit()
     return path
 
@@ -102,6 +108,24 @@ def forge_file(path: Path, name: str, data: bytes) -> None:
     for row in content["files"]:
         if row[0] == name:
             row[1:] = [len(data), hashlib.sha256(data).hexdigest()]
+    write_manifest_again(path, content)
+
+
+def write_state(path: Path, **changes: Any) -> None:
+    """Puts other JSON values into ``state.json``, as they are written there."""
+    state = json.loads((path / "state.json").read_text())
+    forge_file(path, "state.json", json.dumps({**state, **changes}).encode())
+
+
+def add_file(path: Path, name: str, data: bytes) -> None:
+    """Adds a file, and lists it in its place by name; pieces know files by their number."""
+    (path / name).write_bytes(data)
+    content = read_manifest(path)
+    place = sum(row[0] < name for row in content["files"])
+    content["files"].insert(place, [name, len(data), hashlib.sha256(data).hexdigest()])
+    for tensor in content["tensors"].values():
+        for piece in tensor["pieces"]:
+            piece[2] += piece[2] >= place
     write_manifest_again(path, content)
 
 

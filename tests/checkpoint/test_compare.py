@@ -46,13 +46,15 @@ def test_another_layout_is_no_difference(path, other):
 def test_names_shapes_and_dtypes(path, other, tensors):
     del tensors["weights/seen"]
     tensors["weights/new"] = torch.ones(2)
-    tensors[HEAD] = tensors[HEAD].T.contiguous()
+    states = [name for name in tensors if name.startswith("optimizer/")]
+    for name in (HEAD, *states):
+        tensors[name] = tensors[name].T.contiguous()
     tensors["weights/half"] = tensors["weights/half"].float()
     found = differences(path, other())
     assert {name: (d.kind, d.detail) for name, d in found.items()} == {
         "weights/seen": ("only in first", "I64 []"),
         "weights/new": ("only in second", "F32 [2]"),
-        HEAD: ("shape", "[5, 7] and [7, 5]"),
+        **{name: ("shape", "[5, 7] and [7, 5]") for name in (HEAD, *states)},
         "weights/half": ("dtype", "BF16 and F32"),
     }
     assert found["weights/half"].elements == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.samples import (
+    add_file,
     forge_file,
     make_tensors,
     read_manifest,
@@ -144,13 +144,12 @@ def test_tied_weights_and_extra_state(path, tmp_path):
 def test_objects_that_are_no_plain_data(path, tmp_path, capsys):
     buffer = io.BytesIO()
     torch.save([Path("/tmp")], buffer)  # noqa: S108 (never opened)
-    (path / "objects.pt").write_bytes(buffer.getvalue())
-    content = read_manifest(path)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    content["files"].append(["objects.pt", len(buffer.getvalue()), digest])
-    write_manifest_again(path, content)
+    add_file(path, "objects.pt", buffer.getvalue())
     assert main(["checkpoint", "consolidate", str(path), str(tmp_path / "m.pt")]) == 3
-    assert "objects that are not plain data" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "objects that are not plain data" in error
+    assert "PosixPath" in error
+    assert "Write a .safetensors file" in error
     assert not (tmp_path / "m.pt").exists()
     assert main(["checkpoint", "consolidate", str(path), str(tmp_path / "m.safetensors")]) == 0
 

@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import torch
 from checkpoint.samples import (
+    add_file,
     forge_file,
     join_header,
     make_tensors,
@@ -18,9 +19,11 @@ from checkpoint.samples import (
     split_header,
     write_manifest_again,
     write_sample,
+    write_state,
 )
 
 from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.checkpoint.audit import Audit
 from lightning_fastmoe.errors import CheckpointError
 
 W0, W1 = "weights_00000.safetensors", "weights_00001.safetensors"
@@ -124,6 +127,9 @@ def tensor(content, name="weights/head.weight"):
     return content["tensors"][name]
 
 
+EXP_AVG = "optimizer/exp_avg/head.weight"
+
+
 def drop_expert(content):
     tensor(content, "weights/moe.experts.up_proj")["pieces"].pop()
 
@@ -145,22 +151,25 @@ def rename(name):
 
 
 FORGED = [
-    (drop_expert, "weights/moe.experts.up_proj.*are in no file"),
-    (repeat_expert, "weights/moe.experts.up_proj.*are there twice"),
+    (drop_expert, "experts 2 to 3 are missing in tensor 'weights/moe.experts.up_proj'"),
+    (repeat_expert, "experts 0 to 1 are there twice in tensor 'weights/moe.experts.up_proj'"),
     (lambda c: c["moe_layers"].update(moe=8), "up_proj.*has 4 experts.*num_experts=8"),
     (swap, "weights/head.weight.*are in no file"),
     (lambda c: tensor(c)["shape"].append(2), "weights/head.weight.*its pieces end at 35"),
     (lambda c: tensor(c).update(shape=[2**40, 2**40]), "weights/head.weight.*impossible shape"),
     (lambda c: tensor(c).update(shape=[-5, -7]), "weights/head.weight.*impossible shape"),
     (lambda c: tensor(c).update(shape=[True, 35]), "weights/head.weight.*no list of integers"),
-    (lambda c: tensor(c).update(shape=[2**61], pieces=[[0, 2**61, 5, ""]]), "impossible shape"),
     (
-        lambda c: tensor(c).update(shape=[2**50], pieces=[[0, 2**50, 5, ""]]),
+        lambda c: tensor(c).update(shape=[2**61], pieces=[[0, 2**61, 5, "0" * 8]]),
+        "impossible shape",
+    ),
+    (
+        lambda c: tensor(c).update(shape=[2**50], pieces=[[0, 2**50, 5, "0" * 8]]),
         "weights_00000.*in all",
     ),
     (lambda c: tensor(c).update(dtype="F128"), "weights/head.weight.*dtype 'F128'"),
     (lambda c: tensor(c).update(dtype=["F32"]), "weights/head.weight.*'dtype' is missing or no"),
-    (lambda c: tensor(c)["pieces"].__setitem__(0, [0, 0, 5, ""]), "head.weight.*piece of 0"),
+    (lambda c: tensor(c)["pieces"].__setitem__(0, [0, 0, 5, "0" * 8]), "head.weight.*piece of 0"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(2, 99), "head.weight.*no file number 99"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(2, -1), "head.weight.*no file number -1"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(1, 1.5), "head.weight.*expected"),
@@ -180,6 +189,49 @@ FORGED = [
     (lambda c: c.pop("tied"), "'tied' is missing"),
     (lambda c: c["topology"].update(world_size="2"), "'world_size' is missing or no int"),
     (lambda c: c.update(excluded=[1]), "'excluded' holds no str"),
+    (lambda c: c.update(excluded=["a", "a"]), "'excluded' lists something twice"),
+    (lambda c: c.update(contents=[]), "contents is ..; it must be"),
+    (lambda c: c.update(contents=["optimizer", "weights"]), "contents is .*it must be"),
+    (lambda c: c.update(contents=["weights"]), "exp_avg/head.weight.*but contents is"),
+    (lambda c: c["progress"].update(epoch=-1), "'epoch' holds -1, which must be 0 to"),
+    (lambda c: c["progress"].update(epoch=2**63), "'epoch' holds 9223372036854775808"),
+    (lambda c: c["progress"].update(epoch=1.0), "'epoch' is missing or no int"),
+    (lambda c: c["progress"].update(epoch=True), "'epoch' is missing or no int"),
+    (lambda c: c["progress"].pop("epoch"), "progress: the field 'epoch' is missing"),
+    (lambda c: c["progress"].update(loss=1), "progress: unknown fields"),
+    (lambda c: c["topology"].update(world_size=0), "'world_size' holds 0, which must be 1 to"),
+    (lambda c: c["topology"].update(expert_parallel_size=3), "no run has the topology"),
+    (lambda c: c["topology"].update(zero_stage=4), "no run has the topology"),
+    (lambda c: c["moe_layers"].update(moe=0), "'moe_layers' holds 0, which must be 1 to"),
+    (lambda c: c["moe_layers"].update(moe=4.0), "'moe_layers' holds no int"),
+    (lambda c: c["moe_layers"].update(other=4), "'other': none of its 4 experts"),
+    (lambda c: c.update(tied={"a": "gone"}), "'a' is said to be stored as 'gone'"),
+    (lambda c: c.update(tied={"half": "mask"}), "'half' is said to be .* but is there itself"),
+    (lambda c: c.update(tied={"a" * 5000: "mask"}), "a name of 5000 characters"),
+    (lambda c: c.update(module_experts={"moe": [["a", "a"], [], [], []]}), "lists a name twice"),
+    (lambda c: c["files"].reverse(), "files must be sorted by name"),
+    (lambda c: c["files"][0].__setitem__(1, 10**30), "no proper size"),
+    (lambda c: c["files"][0].__setitem__(1, 350.0), "expected .str, int, str."),
+    (lambda c: c["files"][0].__setitem__(2, "g" * 64), "no proper size and SHA-256"),
+    (lambda c: c["files"][0].__setitem__(2, c["files"][0][2].upper()), "no proper size and SHA-2"),
+    (rename("a.json"), "'a.json' is no name of a checkpoint's file"),
+    (lambda c: c["files"].pop(), "there is no file number"),
+    (lambda c: c["files"].insert(0, ["a.json", 1, "0" * 64]), "'a.json' is no name"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(0, -1), "impossible place"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(1, 10**4000), "impossible place"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(3, ""), "digest ''"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(3, "ABCDEF01"), "digest 'ABCDEF01'"),
+    (lambda c: tensor(c)["pieces"][0].append(1), "head.weight.*expected"),
+    (lambda c: tensor(c).update(shape=[10**4000, 10**4000]), "head.weight.*impossible shape"),
+    (lambda c: tensor(c).update(shape=[1] * 65 + [35]), "head.weight.*impossible shape"),
+    (lambda c: tensor(c).update(extra=1), "head.weight.*unknown fields"),
+    (lambda c: c["tensors"].update({"weights/\ud800": tensor(c)}), "is no tensor's name"),
+    (lambda c: tensor(c, EXP_AVG).update(shape=[7, 5]), "7, 5., which does not fit parameter"),
+    (lambda c: c["tensors"].pop("weights/head.weight"), "there is no 'head.weight'"),
+    (
+        lambda c: c["tensors"].update({"weights/a": c["tensors"].pop(EXP_AVG)}),
+        "'weights/a' is said to be in optimizer_00000.safetensors, which is no file of its kind",
+    ),
 ]
 
 
@@ -203,11 +255,62 @@ def test_a_forged_manifest(path, change, match):
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not JSON"),
         (b"\xff\xfe{", "not JSON"),
+        (b'{"a": 1e999}', "1e999 is larger than any"),
+        (b'{"a": 1}'.decode().encode("utf-16"), "not JSON"),
+        (b'{"a": 1}'.decode().encode("utf-32"), "not JSON"),
     ],
 )
 def test_a_manifest_that_breaks_parsers(path, text, match):
     write_manifest_again(path, text)
     refused(path, match)
+
+
+def test_experts_of_a_layer_that_is_not_listed(tmp_path):
+    layer = {"moe.router.weight": (4, 2), "moe.experts.down_proj": (4, 2, 3)}
+    tensors = make_tensors() | {f"weights/{name}": torch.ones(s) for name, s in layer.items()}
+    path = write_sample(tmp_path / "a.ckpt", tensors)
+    write_manifest_again(path, {**read_manifest(path), "moe_layers": {}})
+    refused(path, "moe_layers does not list layer 'moe', whose experts are there")
+    assert ["moe_layers does not list" in d.message for d in Audit(path).damages()] == [True]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_good_manifest_in_another_encoding(path, encoding):
+    write_manifest_again(path, (path / "manifest.json").read_text().encode(encoding))
+    refused(path, "manifest.json is not JSON")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: line[:-1] + b" ",
+        lambda line: line[:-1],
+        lambda line: line + b"\n",
+        lambda line: line.replace(b"  ", b" *"),
+        lambda line: line[:64].upper() + line[64:],
+    ],
+    ids=["blank", "cut", "longer", "star", "capitals"],
+)
+def test_a_checksum_that_is_written_otherwise(path, change):
+    line = (path / "manifest.sha256").read_bytes()
+    (path / "manifest.sha256").write_bytes(change(line))
+    refused(path, "does not match manifest.sha256")
+
+
+def test_the_digest_of_the_last_piece(path):
+    """Where a file ends its own hash says the same, so nothing else would notice."""
+    content = read_manifest(path)
+    ends = {}
+    for name, about in content["tensors"].items():
+        for piece in about["pieces"]:
+            file, _, sha256 = content["files"][piece[2]]
+            if sha256.startswith(piece[3]):
+                ends[file] = (name, piece)
+    assert ends.keys() >= {W0, W1}
+    name, piece = ends[W1]
+    piece[3] = f"{int(piece[3], 16) ^ 1:08x}"
+    write_manifest_again(path, content)
+    refused(path, f"the digest of tensor '{name}'")
 
 
 def test_links_are_not_followed(path, tmp_path):
@@ -258,6 +361,12 @@ HEADERS = [
     (edit(lambda h: h[KEY].update(data_offsets=[400, 468])), "begins at byte|tensors end at"),
     (lambda d: d + b"\0" * 8, "tensors end at"),
     (lambda d: join_header([], split_header(d)[1]), "not a JSON object"),
+    (edit(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ is no map of strings"),
+    (edit(lambda h: h[KEY].update(shape=[True])), "entry of 'weights/head.weight.0:17.'"),
+    (edit(lambda h: h[KEY].update(shape=[17.0])), "entry of 'weights/head.weight.0:17.'"),
+    (edit(lambda h: h[KEY].update(shape=[10**4000])), "entry of 'weights/head.weight.0:17.'"),
+    (edit(lambda h: h[KEY].update(extra=1)), "entry of 'weights/head.weight.0:17.'"),
+    (edit(swap_offsets), "begins at byte|entry of"),
 ]
 
 
@@ -288,12 +397,7 @@ def pickled(zipped: bool) -> bytes:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_runs_code_is_refused(path, tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
-    (path / "objects.pt").write_bytes(b"")
-    content = read_manifest(path)
-    # At the end, so that the pieces' indices stay.
-    content["files"].append(["objects.pt", 0, "0" * 64])
-    write_manifest_again(path, content)
-    forge_file(path, "objects.pt", pickled(zipped))
+    add_file(path, "objects.pt", pickled(zipped))
     with CheckpointReader(path) as reader:
         reader.verify()
         with pytest.raises(CheckpointError, match=r"objects.pt"):
@@ -326,19 +430,74 @@ def test_no_other_file_is_unpickled(path, tmp_path, monkeypatch):
     assert not (tmp_path / "BOMB_WENT_OFF").exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b'{"a": ' + b'{"$tuple": [' * 450 + b"]}" * 450 + b"}",
-        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"$tuple": [1]}',
-        b'{"a": {"$object": 0}}',
-    ],
-    ids=["deep", "deeper", "no object", "no objects.pt"],
-)
-def test_a_forged_state_that_breaks_parsers(path, text):
-    forge_file(path, "state.json", text)
+DEEP = b'{"$tuple": [' * 450 + b"]}" * 450
+EXTRA = {
+    "deep": DEEP,
+    "deeper": b"[" * 100_000 + b"]" * 100_000,
+    "no objects.pt": b'{"$object": 0}',
+    "far object": b'{"$object": 1000000000}',
+    "object before": b'{"$object": -1}',
+    "object true": b'{"$object": true}',
+    "object float": b'{"$object": 0.0}',
+    "tensor -1": b'{"$tensor": ["F32", [-1], [1.0, 2.0]]}',
+    "tensor true": b'{"$tensor": ["F32", [true], [1.0]]}',
+    "tensor short": b'{"$tensor": ["F32", [2], [1.0]]}',
+    "tensor huge": b'{"$tensor": ["F32", [1000000000000000000000, 0], []]}',
+    "tensor long": b'{"$tensor": ["U8", [2000], [' + b"1," * 1999 + b"1]]}",
+    "tensor dtype": b'{"$tensor": ["F128", [1], [1.0]]}',
+    "tensor cut": b'{"$tensor": ["I64", [1], [1.5]]}',
+    "tensor bool": b'{"$tensor": ["BOOL", [1], [2]]}',
+    "tensor overflow": b'{"$tensor": ["I8", [1], [300]]}',
+    "tensor overflow 64": b'{"$tensor": ["I64", [1], [1' + b"0" * 40 + b"]]}",
+    "tensor flat": b'{"$tensor": ["F32", 1, [1.0]]}',
+    "tuple of text": b'{"$tuple": "abc"}',
+    "tuple of map": b'{"$tuple": {"a": 1}}',
+    "float": b'{"$float": "1.0"}',
+    "float list": b'{"$float": ["nan"]}',
+    "bytes": b'{"$bytes": "a!b"}',
+    "bytes list": b'{"$bytes": [1]}',
+    "dict twice": b'{"$dict": [[1, 2], [1, 3]]}',
+    "dict of map": b'{"$dict": {"a": 1}}',
+    "dict of text": b'{"$dict": ["ab", "cd"]}',
+    "dict of lists": b'{"$dict": [[[1], 2]]}',
+    "two keys": b'{"$tuple": [1], "a": 2}',
+    "unknown": b'{"$set": [1]}',
+    "infinite": b"1e999",
+    "nan": b"NaN",
+    "twice": b'{"a": 1, "a": 2}',
+}
+"""Values that no save writes."""
+
+
+def with_extra(path, value: bytes) -> bytes:
+    text = (path / "state.json").read_bytes()
+    assert text.count(b'"extra_state": {}') == 1
+    return text.replace(b'"extra_state": {}', b'"extra_state": {"a": ' + value + b"}")
+
+
+@pytest.mark.parametrize("value", EXTRA.values(), ids=EXTRA.keys())
+def test_a_value_that_no_save_writes(path, value):
+    forge_file(path, "state.json", with_extra(path, value))
     with CheckpointReader(path) as reader:
         reader.verify()
         with pytest.raises(CheckpointError, match=r"state\.json"):
             reader.read_state()
+
+
+OTHER_STATES = [
+    ({"lightning": None}, "'lightning' is missing or no dict"),
+    ({"optimizer": None}, "lacks the optimizer or engine"),
+    ({"engine": None}, "lacks the optimizer or engine"),
+    ({"engine": {"counters": {}}}, "'loss_scaler' is missing"),
+    ({"engine": {"counters": {"global_steps": -1}, "loss_scaler": {}}}, "holds -1"),
+    ({"engine": {"counters": {"global_steps": 1.5}, "loss_scaler": {}}}, "holds no int"),
+    ({"optimizer": {"class": "AdamW"}}, "'groups' is missing"),
+    ({"more": 1}, "unknown fields"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), OTHER_STATES, ids=[m for _, m in OTHER_STATES])
+def test_a_state_without_what_loading_needs(path, changes, match):
+    write_state(path, **changes)
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=match):
+        reader.read_state()

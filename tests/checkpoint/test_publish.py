@@ -10,9 +10,15 @@ import time
 
 import pytest
 import torch
-from checkpoint.samples import make_tensors, write_sample
+from checkpoint.samples import make_tensors, read_manifest, write_sample
 
-from lightning_fastmoe.checkpoint import CheckpointReader, Publication, is_checkpoint, publish
+from lightning_fastmoe.checkpoint import (
+    CheckpointReader,
+    Publication,
+    discard,
+    is_checkpoint,
+    publish,
+)
 from lightning_fastmoe.errors import CheckpointError
 
 HEAD = "weights/head.weight"
@@ -74,16 +80,114 @@ def test_replaces_a_file_or_a_link(tmp_path, replacing, kind):
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_never_deletes_what_is_no_checkpoint(tmp_path, beside):
+NOT_A_CHECKPOINT = [
+    ["thesis.txt"],
+    ["manifest.json"],
+    ["manifest.json", "manifest.sha256.txt", "state.json"],
+    [".notes"],
+    ["weights_00000.safetensors"],
+]
+
+
+@pytest.mark.parametrize("names", NOT_A_CHECKPOINT, ids=str)
+def test_never_deletes_what_is_no_checkpoint(tmp_path, names):
     path = tmp_path / "last.ckpt"
-    if beside:
-        write_sample(path)
-    path.mkdir(exist_ok=True)
-    (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="thesis.txt"):
+    path.mkdir()
+    for name in names:
+        (path / name).write_text("years of work")
+    with pytest.raises(CheckpointError, match=names[0]):
         write_sample(path, make_tensors(1))
-    assert (path / "thesis.txt").read_text() == "years of work"
+    assert sorted(os.listdir(path)) == names
+    assert all((path / name).read_text() == "years of work" for name in names)
+    assert hidden(tmp_path) == []
+
+
+def add_own_files(path, tmp_path) -> dict[str, str]:
+    """What a user may put into a checkpoint's directory, and its content."""
+    (path / "notes.txt").write_text("mine")
+    (path / "model.safetensors").write_text("exported")
+    (path / "weights_00002.safetensors").write_text("a shard of another checkpoint")
+    (path / ".hidden").write_text("too")
+    (path / "plots").mkdir()
+    (path / "plots" / "loss.png").write_text("curve")
+    (tmp_path / "target").write_text("far")
+    (path / "link.json").symlink_to(tmp_path / "target")
+    return contents(path, (p for p in path.rglob("*") if p.name not in seen_by_manifest(path)))
+
+
+def seen_by_manifest(path) -> set[str]:
+    return {row[0] for row in read_manifest(path)["files"]} | {"manifest.json", "manifest.sha256"}
+
+
+def contents(path, files) -> dict[str, str]:
+    return {str(p.relative_to(path)): p.read_text() for p in files if p.is_file()}
+
+
+def replace(path) -> None:
+    write_sample(path, make_tensors(1))
+    assert seed_of(path) == 1
+
+
+def delete(path) -> None:
+    publish.remove(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("way", [replace, delete])
+def test_files_of_the_user_are_kept(tmp_path, replacing, way):
+    path = write_sample(tmp_path / "last.ckpt")
+    own = add_own_files(path, tmp_path)
+    assert len(own) == 6
+    kept = tmp_path / "last.ckpt.kept"
+    with pytest.warns(UserWarning, match=r"model.safetensors.* is in .*last.ckpt.kept now"):
+        way(path)
+    assert contents(kept, kept.rglob("*")) == own
+    assert (kept / "link.json").is_symlink()
+    assert hidden(tmp_path) == []
+
+
+def test_files_of_the_user_are_kept_each_time(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for i in range(3):
+        write_sample(path, make_tensors(i))
+        (path / "notes.txt").write_text(f"notes {i}")
+        with pytest.warns(UserWarning, match="notes.txt"):
+            write_sample(path, make_tensors(i))
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == ["last.ckpt", "last.ckpt.kept", "last.ckpt.kept-1", "last.ckpt.kept-2"]
+    assert [(tmp_path / n / "notes.txt").read_text() for n in found[1:]] == [
+        f"notes {i}" for i in range(3)
+    ]
+
+
+def test_files_of_the_user_are_kept_of_a_damaged_checkpoint(tmp_path):
+    path = write_sample(tmp_path / "last.ckpt")
+    (path / "manifest.json").write_text("{")
+    (path / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="held notes.txt, which"):
+        replace(path)
+    assert os.listdir(tmp_path / "last.ckpt.kept") == ["notes.txt"]
+
+
+@pytest.mark.parametrize("way", ["", "publish.exchange = lambda a, b: False"])
+def test_files_of_the_user_outlive_a_save_that_died(tmp_path, way):
+    path = write_sample(tmp_path / "last.ckpt")
+    (path / "notes.txt").write_text("mine")
+    killed(path, BEFORE_DELETING.format(way=way))
+    with pytest.warns(UserWarning, match="held notes.txt, which"):
+        write_sample(tmp_path / "another.ckpt", make_tensors(2))
+    assert (tmp_path / "last.ckpt.kept" / "notes.txt").read_text() == "mine"
+    assert seed_of(path) == 1
+    assert hidden(tmp_path) == []
+
+
+def test_a_read_only_checkpoint_is_not_replaced(tmp_path, monkeypatch):
+    """The superuser, as whom tests may run, may write anywhere."""
+    path = write_sample(tmp_path / "last.ckpt")
+    monkeypatch.setattr(discard.os, "access", lambda p, mode: p != path)
+    with pytest.raises(CheckpointError, match="last.ckpt is read-only"):
+        write_sample(path, make_tensors(1))
+    assert seed_of(path) == 0
     assert hidden(tmp_path) == []
 
 
@@ -147,7 +251,7 @@ write_sample(path, make_tensors(1))
 """
 BEFORE_DELETING = """
 {way}
-publish._delete = stop
+publish.discard = stop
 write_sample(path, make_tensors(1))
 """
 

@@ -55,6 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     options = Consolidation(torch_dtype(arguments.dtype), arguments.prefix)
     with CheckpointReader(arguments.checkpoint) as reader:
+        reader.advice = (
+            "Write a .safetensors file, which holds weights alone. If you trust the checkpoint's"
+            " origin, load_from_checkpoint(..., weights_only=False) makes a module of it."
+        )
         tensors = options.tensors(reader)
         verify_unless_told(reader, arguments, weights=True)
         with progress("writing") as bar:

@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lightning_fastmoe.checkpoint.huggingface import export
 
     with CheckpointReader(arguments.checkpoint) as reader:
+        reader.advice = "Pass --config with the model's config.json: then they are not needed."
         verify_unless_told(reader, arguments, weights=True)
         with progress("writing") as bar:
             written = export(

@@ -1,0 +1,69 @@
+"""A whole checkpoint in one process's memory, as the dictionary that a single file would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.records import split_name
+from lightning_fastmoe.checkpoint.threads import thread_count
+
+_EXTRA = "_extra_state"
+_ADVICE = (
+    "If you trust the checkpoint's origin, pass weights_only=False, or allow their classes with"
+    " torch.serialization.add_safe_globals([...]) before loading."
+)
+
+
+def read_whole(
+    path: Path, *, trusted: bool = False, place: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Any]:
+    """Lightning's checkpoint dictionary, with all weights and without optimizer states.
+
+    Every byte that is read is compared with its hash first.
+
+    Args:
+        path: of the directory.
+        trusted: also unpickle arbitrary objects, which can run any code.
+        place: moves a tensor to where it is wanted.
+
+    Returns:
+        What Lightning and hooks saved, and ``"state_dict"`` under the names of the module's own:
+        experts by their global ids, tied weights one tensor.
+
+    Raises:
+        CheckpointError: if it is damaged, or holds more than plain data and isn't trusted.
+    """
+    with CheckpointReader(path) as reader:
+        reader.advice, reader.threads = _ADVICE, thread_count(1)
+        # What only a run that resumes needs stays unread.
+        skipped = ("optimizer_", "rank_")
+        reader.verify(name for name in reader.manifest.files if not name.startswith(skipped))
+        state = reader.read_state(trusted=trusted)
+        weights: dict[str, Any] = {}
+        for tensor in reader.manifest.tensors:
+            kind, name = split_name(tensor)
+            if kind is None:
+                weights[name] = place(reader.read(tensor))
+        for name, first in reader.manifest.tied.items():
+            if first in weights:  # a frozen one may have been left out
+                weights[name] = weights[first]
+    return {**state["lightning"], "state_dict": weights | extra_state(state)}
+
+
+def extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What ``get_extra_state()`` of modules gave, under the names of a state dict.
+
+    Runs write these names; the names of modules alone are accepted, too.
+    """
+    return {_extra_name(name): value for name, value in state["extra_state"].items()}
+
+
+def _extra_name(name: str) -> str:
+    if name.rpartition(".")[2] == _EXTRA:
+        return name
+    return f"{name}.{_EXTRA}" if name else _EXTRA

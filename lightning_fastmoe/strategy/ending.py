@@ -1,0 +1,30 @@
+"""What an exception that ends a run takes along: the kernel that stood still, an exit status."""
+
+from __future__ import annotations
+
+from lightning_fabric.plugins.environments import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from lightning_fastmoe.ops.stall import stall_report
+from lightning_fastmoe.strategy.watch import TERMINATED_STATUS
+
+
+def is_launched(environment: ClusterEnvironment | None, local_rank: int) -> bool:
+    """Whether Lightning itself has started this rank, beside rank 0."""
+    return isinstance(environment, LightningEnvironment) and local_rank > 0
+
+
+def prepare_ending(exception: BaseException, launched: bool) -> None:
+    """Completes the exception that ends a run; called on each rank.
+
+    Args:
+        exception: changed in place.
+        launched: see :func:`is_launched`.
+    """
+    if report := stall_report():  # CUDA's own error names no kernel
+        exception.add_note(f"lightning_fastmoe: {report}")
+    if isinstance(exception, SIGTERMException) and exception.code is None:
+        # Lightning raises it without a status, and Python would leave with 0. A launched rank does
+        # so on purpose: Lightning kills rank 0 when one leaves with another status.
+        exception.code = 0 if launched else TERMINATED_STATUS

@@ -1,0 +1,163 @@
+"""``load_from_checkpoint`` of a plain module, and other strategies, on checkpoints of ours."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import lightning_fabric.utilities.cloud_io
+import pytest
+import pytorch_lightning as pl
+import torch
+from checkpoint.test_verdicts import damage
+from lightning_fabric.plugins.io import torch_io
+from pytorch_lightning.core import saving
+from strategy import plain_loading_runs as runs
+from strategy.models import Case
+from strategy.plain_loading_runs import Data, Plain
+
+from lightning_fastmoe.cli import main
+from lightning_fastmoe.errors import CheckpointError
+from lightning_fastmoe.strategy.plain_loading import register_loaders
+
+
+@pytest.fixture(scope="module")
+def trained(rank_pool, tmp_path_factory):
+    """(a checkpoint of two ranks, the weights that it must hold)."""
+    path = tmp_path_factory.mktemp("plain") / "last.ckpt"
+    weights = rank_pool.run(runs.train, 2, Case(2, 2, 3), str(path), {"width": 5})
+    return path, weights[0]
+
+
+def assert_holds(module, weights) -> None:
+    state = dict(module.named_parameters())
+    assert state.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(state[name], weight), name
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
+def test_a_plain_module(trained, kind):
+    path, weights = trained
+    module = Plain.load_from_checkpoint(kind(path))
+    assert_holds(module, weights)
+    assert module.hparams["width"] == 5, "hyperparameters are those of the run"
+    assert module.tied.weight is module.extra.weight
+    assert int(module.seen) == 3
+    assert module.counter.count == 3
+    assert module.loaded == {"mine": (1, 2), "epoch": 1}
+
+
+@pytest.mark.parametrize("case", [Case(2, 1, 1), Case(2, 2, 2)], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize("experts", ["stacked", "list"])
+def test_every_stage_and_kind_of_experts(rank_pool, tmp_path, case, experts):
+    path = tmp_path / "a.ckpt"
+    weights = rank_pool.run(runs.train, 2, case, str(path), {"experts": experts})[0]
+    assert_holds(Plain.load_from_checkpoint(path), weights)
+
+
+def test_arguments_win_over_hyperparameters(trained):
+    path, weights = trained
+    with pytest.raises(RuntimeError, match="size mismatch for extra.weight"):
+        Plain.load_from_checkpoint(path, width=4)
+    assert_holds(Plain.load_from_checkpoint(path, origin="mine"), weights)
+
+
+class Deeper(Plain):
+    """Has a layer that the checkpoint lacks."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.deeper = torch.nn.Linear(2, 2)
+
+
+def test_strict(trained):
+    path, weights = trained
+    with pytest.raises(RuntimeError, match="Missing key.*deeper.weight"):
+        Deeper.load_from_checkpoint(path)
+    module = Deeper.load_from_checkpoint(path, strict=False)
+    del module.deeper
+    assert_holds(module, weights)
+
+
+LOCATIONS = {
+    "cpu": "cpu",
+    "meta": "meta",
+    "device": torch.device("meta"),
+    "map": {"cpu": "meta"},
+    "other map": {"cuda:0": "cuda:1"},
+    "function": lambda storage, location: {"cpu": torch.UntypedStorage(1, device="meta")}[location],
+    "function without an answer": lambda storage, location: None,
+}
+
+
+@pytest.mark.parametrize("name", LOCATIONS)
+def test_map_location(trained, name):
+    path, weights = trained
+    state = saving.pl_load(path, map_location=LOCATIONS[name])["state_dict"]
+    is_meta = name in ("meta", "device", "map", "function")
+    assert {state[n].device.type for n in weights} == {"meta" if is_meta else "cpu"}
+    if not is_meta:
+        module = Plain.load_from_checkpoint(path, map_location=LOCATIONS[name])
+        assert_holds(module, weights)
+
+
+def test_a_link_and_a_data_module(trained, tmp_path):
+    path, weights = trained
+    (tmp_path / "link.ckpt").symlink_to(path)
+    assert_holds(Plain.load_from_checkpoint(tmp_path / "link.ckpt"), weights)
+    assert Data.load_from_checkpoint(path, case=Case()).place == 7
+
+
+def test_hyperparameters_that_are_no_plain_data(rank_pool, tmp_path):
+    path = tmp_path / "a.ckpt"
+    rank_pool.run(runs.train, 1, Case(), str(path), {"origin": PurePosixPath("/data")})
+    with pytest.raises(CheckpointError, match=r"PurePosixPath.*pass weights_only=False"):
+        Plain.load_from_checkpoint(path)
+    module = Plain.load_from_checkpoint(path, weights_only=False)
+    assert module.hparams["origin"] == PurePosixPath("/data")
+    with torch.serialization.safe_globals([PurePosixPath]):
+        assert Plain.load_from_checkpoint(path).hparams["origin"] == PurePosixPath("/data")
+
+
+def test_a_damaged_checkpoint(rank_pool, tmp_path):
+    path = tmp_path / "a.ckpt"
+    rank_pool.run(runs.train, 1, Case(), str(path), {})
+    damage(path, "weights_00000.safetensors", "flipped")
+    with pytest.raises(CheckpointError, match=r"weights_00000.safetensors is damaged"):
+        Plain.load_from_checkpoint(path)
+
+
+def test_other_files_are_loaded_as_before(trained, tmp_path):
+    path, weights = trained
+    file = tmp_path / "model.ckpt"
+    assert main(["checkpoint", "consolidate", str(path), str(file)]) == 0
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "mine": 1}, file)
+    module = Plain.load_from_checkpoint(file)
+    assert_holds(module, weights)
+    assert module.counter.count == 3
+    with pytest.raises(IsADirectoryError):
+        Plain.load_from_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Plain.load_from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_registering_again_changes_nothing():
+    before = saving.pl_load, torch_io.pl_load
+    register_loaders()
+    assert (saving.pl_load, torch_io.pl_load) == before
+    assert before[0].__wrapped__ is lightning_fabric.utilities.cloud_io._load
+    assert lightning_fabric.utilities.cloud_io._load.__module__.startswith("lightning_fabric")
+
+
+@pytest.mark.parametrize("method", ["fit", "validate"])
+def test_another_strategy_says_what_to_type(trained, method):
+    path, _ = trained
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, **dict.fromkeys(quiet, False))
+    run = getattr(trainer, method)
+    command = f"`lightning-fastmoe checkpoint consolidate {path} model.ckpt`"
+    with pytest.raises(CheckpointError) as caught:
+        run(Plain(width=5), datamodule=Data(Case()), ckpt_path=path)
+    assert command in str(caught.value)
+    assert "strategy=FastMoEStrategy()" in str(caught.value)
