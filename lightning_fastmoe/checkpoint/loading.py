@@ -83,7 +83,7 @@ class Loaded:
 
     Attributes:
         lightning: Lightning's checkpoint dictionary.
-        user_groups: rows of parameter names and options, as schedulers saw them.
+        user_groups: rows of parameter names and options, as the user wrote them.
         local_state: of the rank of the same number, if the run had as many ranks; else None.
         topology: of the run that saved, if known.
         put_gradients: gives the half accumulated gradients, if there are any, to the engine; to be

@@ -97,7 +97,7 @@ def take_snapshot(
         layers: name -> MoE layer.
         topology: of this run.
         client_state: Lightning's checkpoint dictionary.
-        user_groups: the optimizer's groups as schedulers see them, or None.
+        user_groups: the optimizer's groups as the user wrote them, or None.
         exclude_frozen: leave out parameters that are not trained; they must be there on loading.
 
     Raises:

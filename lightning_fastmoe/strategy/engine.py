@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_fastmoe.errors import ConfigError, NonFiniteError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
-from lightning_fastmoe.strategy.param_groups import UserParamGroups, name_groups_apart
+from lightning_fastmoe.strategy.param_groups import UserParamGroups
 
 _KNOWN_OPTIMIZERS = (
     NoneType,  # inference, stages 1 and 2
@@ -41,7 +41,7 @@ class ExpertState:
         layers: name -> MoE layer, spread or not.
         loss_scale: shared by all layers.
         nonfinite: what to do when NaN or Inf reaches a router.
-        user_groups: the optimizer's groups as schedulers see them; None without an optimizer.
+        user_groups: the optimizer's groups as the user wrote them; None without an optimizer.
     """
 
     layers: dict[str, MoE] = field(default_factory=dict)
@@ -79,8 +79,6 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         self._awaits_step = False
         self.mid_accumulation = False
         super().__init__(**kwargs)
-        if self.basic_optimizer is not None:
-            name_groups_apart(self.basic_optimizer)
         if type(self.optimizer) not in _KNOWN_OPTIMIZERS:
             raise ConfigError(
                 f"The DeepSpeed config leads to {type(self.optimizer).__name__}, which was never"
@@ -137,11 +135,10 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " rate or look for the bad batch; FastMoEStrategy(nonfinite='skip') skips such"
                 " steps on all ranks, 'ignore' lets them pass."
             )
-        if bad:
-            with self._overflowing_step():
-                super()._take_model_step(lr_kwargs)
-        else:
+        with self._overflowing_step() if bad else nullcontext():
             super()._take_model_step(lr_kwargs)
+        if state.user_groups is not None:
+            state.user_groups.pull()
 
     def _nonfinite_layers(self) -> list[str]:
         """The layers that saw NaN or Inf on any rank since the last step; alike on all ranks."""
