@@ -24,6 +24,7 @@ from lightning_fastmoe.checkpoint.records import (
     weight_name,
 )
 from lightning_fastmoe.checkpoint.saving import COUNTERS
+from lightning_fastmoe.checkpoint.step_counts import restore_counts
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.checkpoint.zero_state import FlatPartition, ZeroShare, ZeroState
 from lightning_fastmoe.errors import CheckpointError
@@ -153,6 +154,7 @@ def load(
             _load_engine(engine, zero, state["engine"])
             gradients = PartialGradients(zero, model, share)
             put = _putter(gradients, source, zero.scaler(), state["engine"]["loss_scaler"])
+            restore_counts(source, layers, together.rank, together.world_size, trusted)
     zero.finish_loading()
     groups = state["optimizer"]["user_groups"] if training else []
     return Loaded(state["lightning"], groups, local, source.topology, put)
