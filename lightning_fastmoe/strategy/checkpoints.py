@@ -97,9 +97,10 @@ class ExpertCheckpoints(ExpertSteps):
             )
         path = local_path(self.broadcast(filepath))
         user = self._expert_state.user_groups
-        if user is not None:
-            user.push()  # what a scheduler has set for the next step belongs to the state
         together = Together(path, "saved")
+        with together.stage():
+            # What was set for the next step, and written to weights, belongs to the state.
+            self.deepspeed_engine.take_over_edits()
         snapshot = take_snapshot(
             together,
             engine=self.deepspeed_engine,
@@ -208,6 +209,9 @@ class ExpertCheckpoints(ExpertSteps):
         if self._made_writer is not None:
             self._made_writer.wait()
         trainer = self.lightning_module.trainer
+        edits = self.deepspeed_engine.edits
+        if edits is not None:
+            edits.settle()  # what is loaded replaces it, where parameters have their memory
         loaded = self._load(
             path,
             training=bool(trainer.training),
@@ -216,6 +220,8 @@ class ExpertCheckpoints(ExpertSteps):
         user = self._expert_state.user_groups
         if trainer.training and user is not None:
             user.load_named(loaded.user_groups, path)
+        if edits is not None:
+            edits.forget()
         self._take_local_state(loaded)
         loaded.lightning.setdefault("state_dict", {})
         # Without it, Lightning takes a state dict of another program for a very old checkpoint.
@@ -316,6 +322,7 @@ class ExpertCheckpoints(ExpertSteps):
         self._random_state = None
         if self._put_gradients is not None:
             self._put_gradients()  # not before: Lightning clears gradients when it starts
+            self.deepspeed_engine.has_accumulated = True
         self._put_gradients = None
 
     def _restore_random_state(self) -> None:

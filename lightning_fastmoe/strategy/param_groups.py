@@ -274,7 +274,7 @@ def split_expert_groups(
 def release(optimizer: Optimizer) -> None:
     """Gives an optimizer that an earlier fit has used its own class back."""
     if isinstance(optimizer, EngineOptimizer):
-        optimizer.__class__ = optimizer._fastmoe_class
+        optimizer.__class__ = optimizer._fastmoe_class  # type: ignore[assignment]
         for name in ("step", "_fastmoe_class", "_fastmoe_zero_grad"):
             vars(optimizer).pop(name, None)
 
