@@ -40,6 +40,10 @@ class ParameterGroupError(FastMoEError, ValueError):
     """An optimizer's parameter groups would train a parameter wrongly."""
 
 
+class ParameterEditError(FastMoEError, RuntimeError):
+    """A parameter was changed while training in a way that would be lost."""
+
+
 class CheckpointError(FastMoEError, RuntimeError):
     """A checkpoint can't be written, or doesn't fit the run that loads it."""
 

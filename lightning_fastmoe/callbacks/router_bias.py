@@ -42,6 +42,7 @@ class RouterBiasBalancing(pl.Callback):
         self.rate = rate
         self._routers: list[Router] = []
         self._step = 0
+        self._restored_step: int | None = None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,13 +55,17 @@ class RouterBiasBalancing(pl.Callback):
                 "RouterBiasBalancing found no router with a balance bias. Use"
                 " MoE(router='sigmoid'), or router_options={'balance_bias': True}."
             )
+        for router in self._routers:
+            _load(router).zero_()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not before: a checkpoint sets the step after on_fit_start.
-        self._step = trainer.global_step
-        for router in self._routers:
-            _load(router).zero_()
+        # Not before: a checkpoint sets the step after on_fit_start, and what was counted in a step
+        # that it found half accumulated.
+        self._step, restored = trainer.global_step, self._restored_step
+        self._restored_step = None
+        if restored is not None and restored != self._step:
+            self.move()  # saved between the step and the move that belongs to it
 
     @override
     def on_train_batch_end(
@@ -74,6 +79,14 @@ class RouterBiasBalancing(pl.Callback):
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self.move()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored_step = state_dict["step"]
 
     @torch.no_grad()
     def move(self) -> None:

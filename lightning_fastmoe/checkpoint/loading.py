@@ -24,6 +24,7 @@ from lightning_fastmoe.checkpoint.records import (
     weight_name,
 )
 from lightning_fastmoe.checkpoint.saving import COUNTERS
+from lightning_fastmoe.checkpoint.step_counts import restore_counts
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.checkpoint.zero_state import FlatPartition, ZeroShare, ZeroState
 from lightning_fastmoe.errors import CheckpointError
@@ -88,7 +89,7 @@ class Loaded:
 
     Attributes:
         lightning: Lightning's checkpoint dictionary.
-        user_groups: rows of parameter names and options, as schedulers saw them.
+        user_groups: rows of parameter names and options, as the user wrote them.
         local_state: of the rank of the same number, if the run had as many ranks; else None.
         topology: of the run that saved, if known.
         put_gradients: gives the half accumulated gradients, if there are any, to the engine; to be
@@ -158,6 +159,7 @@ def load(
             _load_engine(engine, zero, state["engine"])
             gradients = PartialGradients(zero, model, share)
             put = _putter(gradients, source, zero.scaler(), state["engine"]["loss_scaler"])
+            restore_counts(source, layers, together.rank, together.world_size, trusted)
     zero.finish_loading()
     groups = state["optimizer"]["user_groups"] if training else []
     return Loaded(state["lightning"], groups, local, source.topology, put)

@@ -72,7 +72,7 @@ class Inventory:
         tied: further name of a parameter -> its first.
         experts: layer whose experts are modules -> global id -> names inside the expert.
         groups: rows of parameter names and the optimizer's options.
-        user_groups: the same, as schedulers see them.
+        user_groups: the same, as the user wrote them.
         scalars: rows of parameter names and scalar states of the optimizer.
     """
 

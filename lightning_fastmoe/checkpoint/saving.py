@@ -30,6 +30,7 @@ from lightning_fastmoe.checkpoint.publish import Publication, saving_name
 from lightning_fastmoe.checkpoint.random_state import random_state
 from lightning_fastmoe.checkpoint.records import state_name, weight_name
 from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.step_counts import COUNTS, counts_of
 from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.checkpoint.writer import (
@@ -97,7 +98,7 @@ def take_snapshot(
         layers: name -> MoE layer.
         topology: of this run.
         client_state: Lightning's checkpoint dictionary.
-        user_groups: the optimizer's groups as schedulers see them, or None.
+        user_groups: the optimizer's groups as the user wrote them, or None.
         exclude_frozen: leave out parameters that are not trained; they must be there on loading.
 
     Raises:
@@ -117,6 +118,8 @@ def take_snapshot(
                 pieces += PartialGradients(zero, model, share).pieces()
         pieces += _replicated(model, topology)
         local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
+        if with_optimizer:
+            local[COUNTS] = counts_of(layers)
         snapshot = Snapshot(pieces, pack_rank_state(together.rank, local))
         inventory = Inventory(sorted(excluded), model.tied, model.names_by_expert())
         if with_optimizer:

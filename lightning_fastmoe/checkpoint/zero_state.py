@@ -153,7 +153,7 @@ class ZeroState:
             for parameter in zero.fp16_groups[i]:
                 name = self.names[id(parameter)]
                 names.append(name)
-                start, length = _partition(parameter)
+                start, length = partition_of(parameter)
                 if length:
                     fragments.append(Fragment(name, start, length, offset))
                 offset += parameter.partition_numel()
@@ -167,7 +167,7 @@ class ZeroState:
 
     def _loose(self, name: str, parameter: nn.Parameter) -> LooseParameter:
         if self.partitions_parameters:
-            start, length = _partition(parameter)
+            start, length = partition_of(parameter)
             data: Any = parameter
             flat = data.ds_tensor.detach().view(-1)[:length]
             return LooseParameter(name, flat, start, (0, length))
@@ -230,7 +230,7 @@ class ZeroState:
                 setattr(scaler, name, value)
 
 
-def _partition(parameter: Any) -> tuple[int, int]:
+def partition_of(parameter: Any) -> tuple[int, int]:
     """(start, length without padding) of this rank's ZeRO 3 partition."""
     size = parameter.partition_numel()
     start = parameter.ds_zero_partition_rank * size

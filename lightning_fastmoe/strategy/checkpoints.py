@@ -37,7 +37,7 @@ from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
-from lightning_fastmoe.strategy.checks import fixed_paths
+from lightning_fastmoe.strategy.checks import fixed_paths, warn_within_batch
 from lightning_fastmoe.strategy.engine import FastMoEEngine
 from lightning_fastmoe.strategy.hook_edits import WeightNames
 from lightning_fastmoe.strategy.signals import DeferredSignals
@@ -105,24 +105,17 @@ class ExpertCheckpoints(ExpertSteps):
         trainer = self._attached("save_checkpoint").trainer
         if trainer.interrupted:
             meet_after_error(local_path(filepath), trainer.global_step)
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        if batches.ready > batches.processed:
-            rank_zero_warn(
-                f"{filepath} is saved in the middle of a training batch. The batch is repeated when"
-                " training resumes from it, with other random numbers, and if its backward pass had"
-                " begun, with a gradient that is not exact in this one step. A data loader that"
-                " keeps its state goes on after the batch."
-            )
+        warn_within_batch(trainer, filepath)
         path = local_path(self.broadcast(filepath))
         user = self._expert_state.user_groups
-        if user is not None:
-            user.push()  # what a scheduler has set for the next step belongs to the state
         together = Together(path, "saved")
         names, self._weight_names = self._weight_names, None
         if names is not None:
             with together.stage():
-                optimizers = len(trainer.optimizers)
-                names.check(checkpoint, optimizers, "on_save_checkpoint", trainer)
+                names.check(checkpoint, len(trainer.optimizers), "on_save_checkpoint", trainer)
+        with together.stage():
+            # What was set for the next step, and written to weights, belongs to the state.
+            self.deepspeed_engine.take_over_edits()
         snapshot = take_snapshot(
             together,
             engine=self.deepspeed_engine,
@@ -252,6 +245,9 @@ class ExpertCheckpoints(ExpertSteps):
         path = local_path(self.broadcast(checkpoint_path))
         if self._made_writer is not None:
             self._made_writer.wait()
+        edits = self.deepspeed_engine.edits
+        if edits is not None:
+            edits.settle()  # what is loaded replaces it, where parameters have their memory
         loaded = self._load(
             path,
             training=bool(trainer.training),
@@ -260,6 +256,8 @@ class ExpertCheckpoints(ExpertSteps):
         user = self._expert_state.user_groups
         if trainer.training and user is not None:
             user.load_named(loaded.user_groups, path)
+        if edits is not None:
+            edits.forget()
         self._take_local_state(loaded)
         assert self._weight_names is not None
         loaded.lightning["state_dict"] = self._weight_names.state_dict()
@@ -388,6 +386,7 @@ class ExpertCheckpoints(ExpertSteps):
         self._random_state = None
         if self._put_gradients is not None:
             self._put_gradients()  # not before: Lightning clears gradients when it starts
+            self.deepspeed_engine.has_accumulated = True
         self._put_gradients = None
         self._watch.beat(Activity.TRAINING)
 

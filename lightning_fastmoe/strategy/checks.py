@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_fastmoe.checkpoint.consistency import unlisted_layers
@@ -199,3 +200,15 @@ def check_can_be_saved(
         why = why_not_saved(name, layer) if layer.is_spread else None
         if why and trainer.checkpoint_callbacks:
             raise ConfigError(f"{why} Or train with Trainer(enable_checkpointing=False).")
+
+
+def warn_within_batch(trainer: pl.Trainer, filepath: Any) -> None:
+    """Says what a checkpoint lacks that is saved in the middle of a training batch."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if batches.ready > batches.processed:
+        rank_zero_warn(
+            f"{filepath} is saved in the middle of a training batch. The batch is repeated when"
+            " training resumes from it, with other random numbers, and if its backward pass had"
+            " begun, with a gradient that is not exact in this one step. A data loader that"
+            " keeps its state goes on after the batch."
+        )

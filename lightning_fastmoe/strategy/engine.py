@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal
@@ -18,10 +18,16 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from lightning_fastmoe.errors import ConfigError, NonFiniteError
+from lightning_fastmoe.errors import (
+    ConfigError,
+    FastMoEError,
+    NonFiniteError,
+    ParameterEditError,
+)
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
-from lightning_fastmoe.strategy.param_groups import UserParamGroups, name_groups_apart
+from lightning_fastmoe.strategy.param_groups import UserParamGroups
+from lightning_fastmoe.strategy.weight_edits import WeightEdits
 
 _KNOWN_OPTIMIZERS = (
     NoneType,  # inference, stages 1 and 2
@@ -41,7 +47,7 @@ class ExpertState:
         layers: name -> MoE layer, spread or not.
         loss_scale: shared by all layers.
         nonfinite: what to do when NaN or Inf reaches a router.
-        user_groups: the optimizer's groups as schedulers see them; None without an optimizer.
+        user_groups: the optimizer's groups as the user wrote them; None without an optimizer.
     """
 
     layers: dict[str, MoE] = field(default_factory=dict)
@@ -71,22 +77,27 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         kwargs: as for the base class.
 
     Attributes:
+        edits: takes over what the user does to parameters; None without an optimizer.
         mid_accumulation: whether there are gradients that wait for more before a step.
+        has_accumulated: whether there are gradients of earlier micro-batches of the step.
     """
 
     def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
         self.expert_state = expert_state
         self._awaits_step = False
-        self.mid_accumulation = False
+        self.mid_accumulation = self.has_accumulated = False
+        self.edits: WeightEdits | None = None
         super().__init__(**kwargs)
-        if self.basic_optimizer is not None:
-            name_groups_apart(self.basic_optimizer)
         if type(self.optimizer) not in _KNOWN_OPTIMIZERS:
             raise ConfigError(
                 f"The DeepSpeed config leads to {type(self.optimizer).__name__}, which was never"
                 " checked to train experts. Drop the options that ask for it (data_types,"
                 " super_offload, ...)."
             )
+        user = expert_state.user_groups
+        if user is not None:
+            optimized = [p for group in user.optimizer.param_groups for p in group["params"]]
+            self.edits = WeightEdits(self, optimized)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
@@ -120,6 +131,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             )
         self._awaits_step = bool(self.is_gradient_accumulation_boundary())
         self.mid_accumulation = not self._awaits_step
+        self.has_accumulated |= self.mid_accumulation
         kwargs["scale_wrt_gas"] = False
         with self.expert_state.loss_scale.of(loss):
             return super().backward(loss, *args, **kwargs)
@@ -127,9 +139,18 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         state = self.expert_state
         self._awaits_step = self.mid_accumulation = False
-        if state.user_groups is not None:
-            state.user_groups.push()
-        bad = self._nonfinite_layers()
+        refusal: FastMoEError | None = None
+        try:
+            self.take_over_edits()
+            _refuse(self.edits.assigned_gradients() if self.edits is not None else [])
+        except FastMoEError as error:
+            refusal = error
+        bad, is_refused = self._meet(refusal is not None)
+        if is_refused:
+            raise refusal or ParameterEditError(
+                "Another rank has refused what was done to parameters or to the optimizer's groups"
+                " there: see its error. Do the same on all ranks."
+            )
         if bad and state.nonfinite == "raise":
             raise NonFiniteError(
                 f"NaN or Inf reached the router of {', '.join(bad)} on at least one rank; step"
@@ -137,20 +158,64 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " rate or look for the bad batch; FastMoEStrategy(nonfinite='skip') skips such"
                 " steps on all ranks, 'ignore' lets them pass."
             )
-        if bad:
-            with self._overflowing_step():
-                super()._take_model_step(lr_kwargs)
-        else:
+        self._collect_gradients()
+        with self._overflowing_step() if bad else nullcontext():
             super()._take_model_step(lr_kwargs)
+        self._drop_gradients()
+        if state.user_groups is not None:
+            state.user_groups.pull()
+        if self.edits is not None:
+            self.edits.remember()
 
-    def _nonfinite_layers(self) -> list[str]:
-        """The layers that saw NaN or Inf on any rank since the last step; alike on all ranks."""
+    def _collect_gradients(self) -> None:
+        """ZeRO 3 with the optimizer on the host sends it those of the last micro-batch alone."""
+        zero = self.optimizer
+        if self.has_accumulated and getattr(zero, "offload_optimizer", False):
+            zero._offload_boundary_param_ids = {
+                p.ds_id for group in zero.fp16_groups for p in group
+            }
+            zero._finalize_offload_gradient_accumulation()
+        self.has_accumulated = False
+
+    def _drop_gradients(self) -> None:
+        """ZeRO 3 would use them again in a next step in which their parameters take no part."""
+        if self.zero_optimization_partition_weights():
+            zero = self.optimizer
+            zero.grad_partitions_flat_buffer.zero_()
+            if zero.offload_optimizer:
+                zero.norm_for_param_grads.clear()
+                for flat in zero.fp32_partitioned_groups_flat:
+                    if flat.grad is not None:
+                        flat.grad.zero_()
+
+    def take_over_edits(self) -> None:
+        """Makes what the user has done to parameters and to the optimizer's groups count.
+
+        Raises:
+            ParameterEditError: if something done to a parameter can't hold.
+            ParameterGroupError: if groups or parameters were added, dropped or moved.
+        """
+        if self.expert_state.user_groups is not None:
+            self.expert_state.user_groups.push()
+        if self.edits is not None:
+            _refuse(self.edits.settle())
+
+    def _meet(self, refused: bool) -> tuple[list[str], bool]:
+        """Which layers saw NaN or Inf since the last step, and whether to refuse this one.
+
+        Identical on all ranks; with nonfinite="ignore" ranks don't ask each other.
+        """
         state = self.expert_state
         if state.nonfinite == "ignore" or not state.layers:
-            return []
-        flags = torch.stack([_take_flag(layer, self.device) for layer in state.layers.values()])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return [name for name, bad in zip(state.layers, flags.tolist(), strict=True) if bad]
+            return [], refused
+        flags = [_take_flag(layer, self.device) for layer in state.layers.values()]
+        own = torch.tensor(refused, dtype=torch.int32, device=self.device)
+        everyone = torch.stack([*flags, own])
+        dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+        *bad, is_refused = everyone.tolist()
+        return [name for name, flag in zip(state.layers, bad, strict=True) if flag], bool(
+            is_refused
+        )
 
     @contextmanager
     def _overflowing_step(self) -> Iterator[None]:
@@ -174,6 +239,12 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         finally:
             delattr(optimizer, name)
             optimizer.check_grad_overflow = checked
+
+
+def _refuse(complaints: list[str]) -> None:
+    if complaints:
+        more = f" ({len(complaints) - 1} more like it.)" if len(complaints) > 1 else ""
+        raise ParameterEditError(complaints[0] + more)
 
 
 def _take_flag(layer: MoE, device: torch.device) -> Tensor:

@@ -55,7 +55,7 @@ from lightning_fastmoe.strategy.experts import (
     tag_experts,
 )
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
-from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
+from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch, check_seconds
@@ -139,7 +139,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
         self._watch = Watch(hang_timeout, signal_grace)
-        # Called with the model and its optimizer, experts spread, nothing allocated for training.
+        # Called with the model and an optimizer whose groups hold either experts or other
+        # parameters, experts spread, nothing allocated for training.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
     # ---------------------------------------------------------------- set-up of ranks and groups
@@ -293,6 +294,7 @@ class FastMoEStrategy(ExpertCheckpoints):
                 " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
                 " schedulers with torch.optim.lr_scheduler.SequentialLR."
             )
+        release(optimizers[0])
         check_optimizer(optimizers[0])
         return optimizers[0], schedulers[0] if schedulers else None
 
@@ -304,21 +306,20 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert optimizer is not None
         names = {id(p): name for name, p in model.named_parameters()}
         user = split_expert_groups(optimizer, names, group_name(self.expert_mesh))
-        check_same_groups(optimizer, self._expert_state.layers)
-        if lr_scheduler is not None:
-            rebind_scheduler(lr_scheduler, optimizer, user)
+        check_same_groups(user.twin, self._expert_state.layers)
         self._expert_state.user_groups = user
         for call in list(self.before_engine):
-            call(model, optimizer)
+            call(model, user.twin)
         engine = make_engine(
             model=model,
             config=self.config,
             device_rank=self._device_rank,
             expert_state=self._expert_state,
-            optimizer=optimizer,
+            optimizer=user.twin,
             lr_scheduler=lr_scheduler,
         )
-        return engine, engine.optimizer
+        user.attach(engine.optimizer)
+        return engine, optimizer
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:

@@ -1,20 +1,18 @@
 """Optimizer groups: DeepSpeed wants experts apart, users and schedulers want theirs as written.
 
-The user's optimizer goes to DeepSpeed with every group split into a dense part and an expert part.
-Schedulers, and monitors through them, keep working on a stand-in that has the groups as the user
-wrote them; what they write there (learning rate, momentum, ...) is pushed to the split groups
-before each step. So any scheduler works, whatever it keeps per group.
+The user's optimizer stays what ``configure_optimizers`` returned: the Trainer, schedulers and
+monitors have that very object, with its groups in their order. DeepSpeed gets a twin of it whose
+groups are split into a dense part and an expert part each. What stands in the user's groups is
+written to the twin's right before each step, so there is one place to read and to set a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fastmoe.checkpoint.optimizer_state import (
     NamedGroup,
@@ -22,49 +20,25 @@ from lightning_fastmoe.checkpoint.optimizer_state import (
     common,
     options_of,
     restored,
+    same,
 )
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.strategy.experts import is_tagged
 
+_OWN_KEYS = frozenset({"params", "name", "moe"})
+"""What a group of the twin has for itself."""
+_MISSING = object()
 
-class UserParamGroups(Optimizer):
-    """Stands where a scheduler expects the optimizer; holds the groups as the user wrote them.
 
-    It never steps. It compares equal to the optimizer that it stands for, so that tools which list
-    optimizers and schedulers' optimizers (LearningRateMonitor) see one, not two.
+class EngineOptimizer(Optimizer):
+    """Mixed into the class of the user's optimizer while an engine steps for it.
+
+    The parameters' gradients and master weights belong to ZeRO, so whatever would act on them
+    through this object acts through ZeRO, or raises.
     """
 
-    def __new__(
-        cls, optimizer: Optimizer, names: Mapping[int, str] | None = None
-    ) -> UserParamGroups:
-        """An instance of a subclass named like the optimizer's: monitors show the class name."""
-        return object.__new__(type(type(optimizer).__name__, (cls,), {}))
-
-    def __init__(self, optimizer: Optimizer, names: Mapping[int, str] | None = None) -> None:
-        self._names = names or {}
-        # Not super().__init__(): that would add hooks and validate groups a second time.
-        self._real = optimizer
-        self.defaults = optimizer.defaults
-        self.param_groups = [dict(group) for group in optimizer.param_groups]
-        self._sources: list[int] = []
-        self._pushed: list[dict[str, Any]] = []
-        # Schedulers warn when they step before an optimizer that they watch; DeepSpeed's engine
-        # steps, not this object.
-        self._opt_called = True
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The real optimizer's state."""
-        return self._real.state
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or other is self._real
-
-    def __hash__(self) -> int:
-        return id(self._real)
-
-    def __repr__(self) -> str:
-        return f"UserParamGroups of {self._real!r}"
+    _fastmoe_class: type[Optimizer]
+    _fastmoe_zero_grad: Callable[[bool], None]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Never called: the engine steps.
@@ -73,69 +47,192 @@ class UserParamGroups(Optimizer):
             ConfigError: always.
         """
         raise ConfigError(
-            "optimizer.step() was called on the parameter groups that schedulers see. Under"
-            " FastMoEStrategy the engine steps; call it through self.optimizers() instead."
+            "optimizer.step() was called on the optimizer that configure_optimizers returned. Under"
+            " FastMoEStrategy the engine steps; call self.optimizers().step() instead."
         )
 
+    # Schedulers warn when nobody has stepped an optimizer that they watch, or replaced its step().
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    _opt_called = True
 
-    def split_from(self, sources: list[int]) -> None:
-        """Notes that the real optimizer's group j was split from our group ``sources[j]``."""
-        self._sources = sources
-        self._pushed = [self._hyperparameters(i) for i in sources]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of a step that has begun, wherever ZeRO keeps them."""
+        self._fastmoe_zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: ZeRO has partitioned the groups.
+
+        Raises:
+            ParameterGroupError: always.
+        """
+        raise ParameterGroupError(_FIXED_GROUPS.format("add_param_group() was called"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: each rank has a part of the state.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "optimizer.state_dict() is not available: the optimizer's state is partitioned over"
+            " ranks. Save it with Trainer.save_checkpoint()."
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refused: each rank has a part of the state.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "optimizer.load_state_dict() is not available: the optimizer's state is partitioned"
+            " over ranks. Resume with Trainer.fit(ckpt_path=...)."
+        )
+
+
+_FIXED_GROUPS = (
+    "{} after training was set up, when ZeRO had partitioned the optimizer's groups. Give the"
+    " optimizer all parameters in configure_optimizers(); a group with lr=0 and weight_decay=0"
+    " stays as it is until you set its rate."
+)
+
+
+class UserParamGroups:
+    """The groups of the user's optimizer, and the twin that has them split.
+
+    Args:
+        optimizer: the user's.
+        names: ``id(parameter)`` -> name, of the whole model.
+        twin: steps in its place.
+        sources: the twin's group j was split from the user's group ``sources[j]``.
+
+    Attributes:
+        twin: as above.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        names: Mapping[int, str],
+        twin: Optimizer,
+        sources: list[int],
+    ) -> None:
+        self.optimizer, self.twin = optimizer, twin
+        self._names, self._sources = names, sources
+        self._steppers = [twin]
+        self._members = self._parameter_ids()
+        self._seen = [_options(group) for group in optimizer.param_groups]
+
+    def attach(self, zero: Any) -> None:
+        """Makes the user's optimizer act through ZeRO's, which the engine has built.
+
+        Args:
+            zero: DeepSpeed's optimizer around the twin.
+        """
+        optimizer, kind = self.optimizer, type(self.optimizer)
+        # DeepSpeed steps this one for partitions that "offload_optimizer.ratio" leaves on the GPU.
+        backup = getattr(zero, "backup_optimizer", None)
+        self._steppers = [self.twin] if backup is None else [self.twin, backup]
+        vars(optimizer).pop("step", None)  # a scheduler's wrapper around the class's
+        vars(optimizer).pop("_opt_called", None)
+        optimizer._fastmoe_class = kind  # type: ignore[attr-defined]
+        optimizer._fastmoe_zero_grad = zero.zero_grad  # type: ignore[attr-defined]
+        names = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        optimizer.__class__ = type(kind.__name__, (EngineOptimizer, kind), names)
 
     def push(self) -> None:
-        """Writes what changed here since the last push into the real optimizer's groups.
+        """Writes what changed in the user's groups since the last call into the twin's.
 
-        What did not change here is left alone, so a value that the user set on
-        ``trainer.optimizers`` directly stands.
+        Raises:
+            ParameterGroupError: if groups or parameters were added, dropped or moved.
         """
+        if self._parameter_ids() != self._members:
+            raise ParameterGroupError(_FIXED_GROUPS.format("optimizer.param_groups has changed"))
+        options = [_options(group) for group in self.optimizer.param_groups]
         for j, source in enumerate(self._sources):
-            now, before = self._hyperparameters(source), self._pushed[j]
-            for key, value in now.items():
-                if key not in before or not _equal(before[key], value):
-                    self._real.param_groups[j][key] = value
-            self._pushed[j] = now
+            now, before = options[source], self._seen[source]
+            changed = {k: v for k, v in now.items() if not _equal(before.get(k, _MISSING), v)}
+            for stepper in self._steppers:
+                group = stepper.param_groups[j]
+                group.update(changed)
+                for key in before.keys() - now.keys():
+                    group.pop(key, None)
+        self._seen = options
+
+    def pull(self) -> None:
+        """Shows in the user's groups what the twin's own step has written into its groups.
+
+        Some optimizers count there. A value in which dense parameters and experts of a group differ
+        has no place in the user's and stays where it is.
+        """
+        for source, group in enumerate(self.optimizer.param_groups):
+            parts = [
+                _options(self.twin.param_groups[j])
+                for j, part_of in enumerate(self._sources)
+                if part_of == source
+            ]
+            for key, value in (parts[0] if parts else {}).items():
+                is_ours = not key.startswith("_") and not _equal(group.get(key, _MISSING), value)
+                if is_ours and all(_equal(part.get(key, _MISSING), value) for part in parts):
+                    group[key] = self._seen[source][key] = value
 
     def named(self) -> list[NamedGroup]:
         """The groups by the names of their parameters, for a checkpoint."""
         return [
             NamedGroup([self._names[id(p)] for p in group["params"]], options_of(group))
-            for group in self.param_groups
+            for group in self.optimizer.param_groups
         ]
 
     def load_named(self, rows: list[dict[str, Any]], where: object) -> None:
-        """Restores :meth:`named`; the real optimizer has restored its own.
+        """Restores :meth:`named`, once the options of the twin's groups are restored.
+
+        Where the two differ, the twin's are those that the run which saved has trained with.
 
         Raises:
             CheckpointError: if parameters that are in one group here had different options.
         """
         saved = by_parameter(rows, "options")
-        for group, own in zip(self.param_groups, self.named(), strict=True):
+        for group, own in zip(self.optimizer.param_groups, self.named(), strict=True):
             options = common(own.params, saved, "the optimizer options", where) or {}
             group.update({k: restored(v, group.get(k)) for k, v in options.items()})
-        self._pushed = [self._hyperparameters(i) for i in self._sources]
+        self._seen = [_options(group) for group in self.optimizer.param_groups]
+        for j, source in enumerate(self._sources):
+            for key, value in self._seen[source].items():
+                for stepper in self._steppers:
+                    group = stepper.param_groups[j]
+                    if key in group and same(group[key], value):
+                        group[key] = value  # one tensor, which a scheduler changes in place
+        self.pull()
 
     @property
     def has_experts(self) -> bool:
-        """Whether some of the real optimizer's groups hold spread experts."""
-        return any(group.get("moe") for group in self._real.param_groups)
+        """Whether some of the twin's groups hold spread experts."""
+        return any(group.get("moe") for group in self.twin.param_groups)
 
-    def _hyperparameters(self, index: int) -> dict[str, Any]:
-        # Schedulers write a learning rate that is a tensor in place, so a copy is compared.
-        return options_of(self.param_groups[index])
+    def _parameter_ids(self) -> list[list[int]]:
+        return [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _OWN_KEYS}
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return bool(a == b)
+    """Whether nothing need be written. Tensors are shared, so only another one is a change."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
+        return False
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # containers of tensors
+        return False
 
 
 def split_expert_groups(
     optimizer: Optimizer, names: Mapping[int, str], expert_group: str
 ) -> UserParamGroups:
-    """Splits each group of ``optimizer`` in place into a dense and an expert group.
+    """Splits each group of ``optimizer`` into a dense and an expert group of a twin.
 
     Args:
         optimizer: fresh, as ``configure_optimizers`` returned it.
@@ -143,27 +240,27 @@ def split_expert_groups(
         expert_group: DeepSpeed's name of the expert data parallel group.
 
     Returns:
-        The groups as they were, for schedulers.
+        Both, once the engine exists to be attached to.
 
     Raises:
+        ConfigError: if the optimizer steps through another one.
         ParameterGroupError: if a parameter is in two groups, or is not part of the model, or if
             there is none to be trained.
     """
     _check_membership(optimizer, names)
-    user = UserParamGroups(optimizer, names)
     groups: list[dict[str, Any]] = []
     sources: list[int] = []
     for i, group in enumerate(optimizer.param_groups):
         parameters = group["params"]
         dense = [p for p in parameters if not is_tagged(p)]
         experts = [p for p in parameters if is_tagged(p)]
-        label = group.get("name", f"group_{i}")
+        options = _options(group)
         # DeepSpeed drops frozen parameters, and fails on a group that is left with none.
         if any(p.requires_grad for p in dense):
-            groups.append({**group, "params": dense, "name": label})
+            groups.append({**options, "params": dense, "name": f"group_{i}"})
             sources.append(i)
         if any(p.requires_grad for p in experts):
-            groups.append({**group, "params": experts, "name": expert_group, "moe": True})
+            groups.append({**options, "params": experts, "name": expert_group, "moe": True})
             sources.append(i)
     if not groups:
         raise ParameterGroupError(
@@ -171,31 +268,42 @@ def split_expert_groups(
             " or all are frozen. Return an optimizer of self.parameters() from"
             " configure_optimizers(), and set requires_grad=True on what should be trained."
         )
-    optimizer.param_groups[:] = groups
-    user.split_from(sources)
-    return user
+    return UserParamGroups(optimizer, names, _twin(optimizer, groups), sources)
 
 
-def name_groups_apart(optimizer: Optimizer) -> None:
-    """Gives expert groups unique names, once DeepSpeed has looked their process group up.
+def release(optimizer: Optimizer) -> None:
+    """Gives an optimizer that an earlier fit has used its own class back."""
+    if isinstance(optimizer, EngineOptimizer):
+        optimizer.__class__ = optimizer._fastmoe_class  # type: ignore[assignment]
+        for name in ("step", "_fastmoe_class", "_fastmoe_zero_grad"):
+            vars(optimizer).pop(name, None)
 
-    Several share DeepSpeed's name, and LearningRateMonitor refuses duplicates.
+
+def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer that steps as the user's does, with its state and hooks, on other groups.
+
+    Raises:
+        ConfigError: if it steps through another optimizer, or by a method of its own instance.
     """
-    for i, group in enumerate(optimizer.param_groups):
-        if group.get("moe"):
-            group["name"] = f"experts_{i}"
-
-
-def rebind_scheduler(scheduler: Any, optimizer: Optimizer, stand_in: Optimizer) -> None:
-    """Points a scheduler at the stand-in, and those inside it, however it holds them."""
-    for key, value in list(vars(scheduler).items()):
-        if value is optimizer:
-            setattr(scheduler, key, stand_in)
-            continue
-        parts = value.values() if isinstance(value, dict) else value
-        for part in parts if isinstance(value, dict | list | tuple) else [value]:
-            if isinstance(part, LRScheduler) or getattr(part, "optimizer", None) is optimizer:
-                rebind_scheduler(part, optimizer, stand_in)
+    kind = type(optimizer).__name__
+    twin: Optimizer = object.__new__(type(optimizer))
+    for key, value in vars(optimizer).items():  # copy.copy forgets what a subclass adds
+        if isinstance(value, Optimizer):
+            raise ConfigError(
+                f"{kind} steps through another optimizer, its attribute {key!r}, whose groups"
+                " DeepSpeed would not see. Return an optimizer that updates parameters itself."
+            )
+        if key == "step" and not hasattr(value, "_wrapped_by_lr_sched"):
+            raise ConfigError(
+                f"step() was replaced on the {kind} object, and the engine would not call it."
+                " Override it in a subclass."
+            )
+        if key not in ("step", "param_groups"):
+            setattr(twin, key, value)
+    twin.param_groups = groups
+    # Some have memory outside of Python that goes with the first object.
+    twin._fastmoe_origin = optimizer  # type: ignore[attr-defined]
+    return twin
 
 
 def _check_membership(optimizer: Optimizer, names: Mapping[int, str]) -> None:

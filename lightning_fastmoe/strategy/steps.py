@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from pytorch_lightning.strategies import DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
+from lightning_fastmoe.errors import ParameterEditError
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
@@ -40,6 +41,7 @@ class ExpertSteps(DeepSpeedStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
+        self._look_at_parameters()
         loop = self.lightning_module.trainer.fit_loop
         self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
         output = super().training_step(*args, **kwargs)
@@ -53,6 +55,7 @@ class ExpertSteps(DeepSpeedStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_at_parameters()
         output = super().validation_step(*args, **kwargs)
         self._end_pass()
         self._watch.batch(Activity.VALIDATING)
@@ -71,6 +74,45 @@ class ExpertSteps(DeepSpeedStrategy):
         self._end_pass()
         self._watch.batch(Activity.PREDICTING)
         return output
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.deepspeed_engine.take_over_edits()
+        self._watch.beat(Activity.ENDING)
+
+    @contextmanager
+    def edit_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Parameters that may be read and written whole, in any hook while training.
+
+        At the end what was written is in the master weights that ZeRO trains, at every stage and
+        whatever wrote it. ZeRO 3 gathers the parameters, each rank those of its own experts. ::
+
+            with trainer.strategy.edit_parameters([self.head.bias]), torch.no_grad():
+                self.head.bias.zero_()
+
+        Every rank calls this with the same parameters in the same order, and writes the same into
+        those that are not experts.
+
+        Args:
+            parameters: of the LightningModule.
+
+        Raises:
+            ParameterEditError: if there is no training, or if one is not the model's.
+        """
+        edits = getattr(self.model, "edits", None)
+        if edits is None:
+            raise ParameterEditError(
+                "edit_parameters() was called outside of training. It may be called from"
+                " on_fit_start to on_train_end; at other times write into the parameters."
+            )
+        with edits.editing(parameters):
+            yield
+
+    def _look_at_parameters(self) -> None:
+        edits = self.deepspeed_engine.edits
+        if edits is not None:
+            edits.look()
 
     def _end_pass(self) -> None:
         """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
@@ -92,11 +134,6 @@ class ExpertSteps(DeepSpeedStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._watch.beat(Activity.TRAINING)
-
-    @override
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        self._watch.beat(Activity.ENDING)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

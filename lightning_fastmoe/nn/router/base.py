@@ -254,7 +254,8 @@ class Router(nn.Module):
         :class:`~lightning_fastmoe.RouterBiasBalancing` moves it. fp32 whatever the model is.
         """
         self.register_buffer("balance_bias", torch.zeros(self.num_experts, dtype=torch.float32))
-        # What a rank has routed since the bias last moved. Not saved: it is empty between steps.
+        # What a rank has routed since the bias last moved. Not in state dicts, as each
+        # rank has its own; it is empty between steps.
         load = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("load_since_update", load, persistent=False)
 

@@ -1,0 +1,78 @@
+"""What layers have counted since the last step, for a save that finds a step half accumulated.
+
+That is how many tokens went to each expert, by which a balance bias will move, and whether NaN or
+Inf reached the router. Each rank counts its own tokens; the step adds up all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from lightning_fastmoe.checkpoint.manifest import Topology
+from lightning_fastmoe.nn import MoE, Router
+
+COUNTS = "layers"
+"""Their key in what a rank keeps for itself."""
+
+
+class RankStates(Protocol):
+    """The part of a checkpoint source that this module needs."""
+
+    @property
+    def topology(self) -> Topology | None:
+        """Of the run that saved."""
+        ...
+
+    def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
+        """What a rank kept for itself."""
+        ...
+
+
+def counts_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
+    """This rank's counts, for JSON."""
+    return {
+        name: {
+            "load": load.tolist() if (load := _load_of(layer)) is not None else None,
+            "nonfinite": bool(layer.nonfinite) if layer.nonfinite is not None else False,
+        }
+        for name, layer in layers.items()
+    }
+
+
+def restore_counts(
+    source: RankStates, layers: Mapping[str, MoE], rank: int, world_size: int, trusted: bool
+) -> None:
+    """Puts counts back: each rank its own; on another number of ranks, rank 0 all of them.
+
+    Checkpoints of earlier versions have none.
+
+    Args:
+        source: the checkpoint.
+        layers: name -> MoE layer.
+        rank: this one.
+        world_size: of this run.
+        trusted: see :meth:`RankStates.read_rank_state`.
+    """
+    saved_world = source.topology.world_size if source.topology is not None else 0
+    own = [rank] if saved_world == world_size else []
+    ranks = own or (range(saved_world) if rank == 0 else [])
+    states = [source.read_rank_state(r, trusted=trusted) for r in ranks]
+    saved = [state[COUNTS] for state in states if state is not None and COUNTS in state]
+    for name, layer in layers.items():
+        rows = [counts[name] for counts in saved if name in counts]
+        load = _load_of(layer)
+        if load is not None:
+            load.zero_()
+            for row in rows:
+                if row["load"] is not None and len(row["load"]) == load.numel():
+                    load += torch.tensor(row["load"], dtype=load.dtype, device=load.device)
+        if any(row["nonfinite"] for row in rows):
+            layer.nonfinite = torch.ones((), dtype=torch.int32)
+
+
+def _load_of(layer: MoE) -> torch.Tensor | None:
+    router = layer.router
+    return router.load_since_update if isinstance(router, Router) else None

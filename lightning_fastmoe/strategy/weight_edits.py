@@ -1,0 +1,370 @@
+"""What a user does to parameters while training: written to ZeRO's master weights, or refused.
+
+ZeRO trains a flat fp32 copy of the weights and overwrites the module's after each step, so a weight
+that is written in a hook would be lost. Before each step and each save the module's parameters are
+therefore compared with what they were after the step before:
+
+* ``parameter._version``, which every operation in place counts up, and the address of the memory,
+  which ``parameter.data = ...`` changes. Both are known on the host.
+* A sample of each parameter's elements, others in each step: operations in place on
+  ``parameter.data`` leave no other trace.
+
+Where something has changed, those elements that the master weights don't have are written to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from lightning_fastmoe.checkpoint.zero_state import (
+    FlatPartition,
+    Fragment,
+    ZeroState,
+    partition_of,
+)
+from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.strategy.weight_samples import Sampler, differ, sample_each
+
+
+@dataclass
+class _Watched:
+    """A parameter of the module.
+
+    Attributes:
+        name: of the parameter.
+        parameter: a parameter of ZeRO 3 has more attributes than others.
+        holders: (a module's parameters, key) of each place in the module.
+        is_optimized: whether it is in the user's optimizer, trained or frozen.
+        is_trained: whether it is in ZeRO's.
+        place: (group, offset) in ZeRO 1 and 2's flat buffers.
+    """
+
+    name: str
+    parameter: Any
+    is_optimized: bool
+    holders: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    is_trained: bool = False
+    place: tuple[int, int] | None = None
+
+
+class WeightEdits:
+    """Notices what was done to parameters since the last step, and makes it hold.
+
+    Args:
+        engine: the DeepSpeed engine, with its optimizer.
+        optimized: the parameters of the user's optimizer, frozen ones too.
+    """
+
+    def __init__(self, engine: Any, optimized: Iterable[nn.Parameter]) -> None:
+        names = {id(p): name for name, p in engine.module.named_parameters()}
+        self._state = ZeroState(engine, names)
+        self._zero = engine.optimizer
+        self._partitioned = self._state.partitions_parameters
+        self._watched = self._find(engine.module, names, {id(p) for p in optimized})
+        self._parameters = [one.parameter for one in self._watched]
+        self._by_name = {one.name: one.parameter for one in self._watched}
+        self._holders = [(*holder, one) for one in self._watched for holder in one.holders]
+        self._trainable = [p.requires_grad for p in self._parameters]
+        index = {one.name: i for i, one in enumerate(self._watched)}
+        self._samplers = [Sampler(f.fragments, index) for f in self._state.share().flats]
+        self._complaints: dict[str, str] = {}
+        self._turn = 0
+        self.remember()
+
+    def _find(
+        self, module: nn.Module, names: dict[int, str], optimized: set[int]
+    ) -> list[_Watched]:
+        found = {id(p): _Watched(names[id(p)], p, id(p) in optimized) for p in module.parameters()}
+        for owner in module.modules():
+            for key in owner._parameters:
+                parameter = _peek(owner._parameters, key)
+                if parameter is not None:
+                    found[id(parameter)].holders.append((owner._parameters, key))
+        zero = self._zero
+        if self._partitioned:
+            for parameter in (p for group in zero.fp16_groups for p in group):
+                found[id(parameter)].is_trained = True
+        else:
+            for i, group in enumerate(zero.round_robin_bit16_groups):
+                offsets = zero.round_robin_bit16_offsets[i]
+                for parameter, offset in zip(group, offsets, strict=True):
+                    one = found[id(parameter)]
+                    one.is_trained, one.place = True, (i, offset)
+        return list(found.values())
+
+    # ---------------------------------------------------------------------------------- noticing
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Takes all parameters for what they should be, as after a step."""
+        self._turn += 1
+        self._versions = [p._version for p in self._parameters]
+        self._addresses = [p.data_ptr() for p in self._parameters]
+        if self._partitioned:
+            self._share_versions = [p.ds_tensor._version for p in self._parameters]
+            self._whole = [i for i, p in enumerate(self._parameters) if _is_whole(p)]
+            self._whole_samples = self._sample_whole()
+        self._share_samples = [
+            sampler.sample(share, self._turn)
+            for sampler, share in zip(self._samplers, self._shares(), strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Everything was loaded: what was done before does not matter."""
+        self._complaints.clear()
+        self.remember()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Before a forward pass of ZeRO 3, which overwrites what it gathers.
+
+        Raises:
+            ParameterEditError: if a parameter was replaced by one that ZeRO can't gather.
+        """
+        if not self._partitioned:
+            return
+        if replaced := self._replaced():
+            raise ParameterEditError(replaced[0])
+        parameters = self._parameters
+        versions = [p._version for p in parameters]
+        addresses = [p.data_ptr() for p in parameters]
+        shares = [p.ds_tensor._version for p in parameters]
+        written = _unequal(versions, self._versions)
+        for i in written - _unequal(shares, self._share_versions):
+            if not _is_whole(parameters[i]):
+                self._complain_of_partition(self._watched[i], "written to")
+        for i, parameter in enumerate(parameters):
+            if addresses[i] and not _is_whole(parameter):
+                self._complain_of_partition(self._watched[i], "assigned new data")
+        # Those that it still has whole from an earlier pass it may free in this one.
+        written |= _unequal(addresses, self._addresses)
+        self._take_over({i for i in written if _is_whole(parameters[i])}, set())
+        self._versions, self._addresses = versions, addresses
+        self._share_versions = [p.ds_tensor._version for p in parameters]
+
+    @torch.no_grad()
+    def settle(self) -> list[str]:
+        """Takes over what was written to parameters since :meth:`remember`.
+
+        Returns:
+            For each edit that can't hold, what it is, why, and what does hold.
+        """
+        self.look()
+        standing = [*self._replaced(), *self._frozen_or_unfrozen()]
+        written, share_written = self._edited()
+        self._take_over(written, share_written)
+        if written or share_written:
+            self.remember()
+        return [*standing, *self._complaints.values()]
+
+    def assigned_gradients(self) -> list[str]:
+        """Right before a step, when ZeRO has taken all over: those that were set since."""
+        return [
+            f"The gradient of {one.name!r} was set after the backward pass, when ZeRO had taken"
+            " gradients over and reduced them, so it would be lost. Change gradients in a hook:"
+            " parameter.register_hook(lambda gradient: ...)."
+            for one in self._watched
+            if one.is_trained and one.parameter.grad is not None
+        ]
+
+    def _edited(self) -> tuple[set[int], set[int]]:
+        """Parameters that were written to, and those of which this rank's share was."""
+        parameters = self._parameters
+        written = _unequal([p._version for p in parameters], self._versions)
+        moved = _unequal([p.data_ptr() for p in parameters], self._addresses)
+        share_written: set[int] = set()
+        samples = [
+            sampler.sample(share, self._turn)
+            for sampler, share in zip(self._samplers, self._shares(), strict=True)
+        ]
+        if differ(samples, self._share_samples):
+            for sampler, now, before in zip(
+                self._samplers, samples, self._share_samples, strict=True
+            ):
+                share_written |= sampler.owners_of(now != before)
+        if not self._partitioned:
+            return written | moved | share_written, set()
+        # ZeRO 3 itself frees and gathers parameters.
+        written |= {i for i in moved if _is_whole(parameters[i])}
+        share_written |= _unequal([p.ds_tensor._version for p in parameters], self._share_versions)
+        if [i for i, p in enumerate(parameters) if _is_whole(p)] != self._whole or differ(
+            self._sample_whole(), self._whole_samples
+        ):
+            written |= {i for i, p in enumerate(parameters) if _is_whole(p)} - share_written
+        return written, share_written
+
+    def _shares(self) -> list[Tensor]:
+        """This rank's part of the weights in the model's precision, laid out as the masters."""
+        zero = self._zero
+        if self._partitioned:
+            return list(zero.fp16_partitioned_groups_flat)
+        return [
+            partitions[torch.distributed.get_rank(group=group)]
+            for partitions, group in zip(
+                zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group, strict=True
+            )
+        ]
+
+    def _sample_whole(self) -> list[Tensor]:
+        """Of parameters that ZeRO 3 keeps whole, being small."""
+        return sample_each([self._parameters[i].detach() for i in self._whole], self._turn)
+
+    # ---------------------------------------------------------------------------------- complaints
+
+    def _replaced(self) -> list[str]:
+        return [
+            f"Parameter {one.name!r} was replaced by another object after training was set up, and"
+            " ZeRO goes on with the first. Write into it instead: with torch.no_grad():"
+            " parameter.copy_(values). load_state_dict() does so, unless assign=True."
+            for owner, key, one in self._holders
+            if _peek(owner, key) is not one.parameter
+        ]
+
+    def _frozen_or_unfrozen(self) -> list[str]:
+        trainable = [p.requires_grad for p in self._parameters]
+        if trainable == self._trainable:
+            return []
+        result = []
+        for i in sorted(_unequal(trainable, self._trainable)):
+            one = self._watched[i]
+            if one.is_trained and not trainable[i]:
+                result.append(
+                    f"Parameter {one.name!r} was frozen (requires_grad=False) while training: ZeRO"
+                    " would move it on by its momentum and weight decay. Freeze it before training"
+                    " is set up (in __init__, configure_model or setup), or give it a group of its"
+                    " own in the optimizer and set that group's lr to 0."
+                )
+            elif one.is_optimized and trainable[i]:
+                result.append(
+                    f"Parameter {one.name!r} was unfrozen (requires_grad=True) while training: ZeRO"
+                    " left it out, as it was frozen when training was set up. Leave it trainable"
+                    " from the start, in a group of its own whose lr is 0 until then."
+                )
+        return result
+
+    def _complain_of_partition(self, one: _Watched, what: str) -> None:
+        self._complaints[one.name] = (
+            f"Parameter {one.name!r} was {what} while ZeRO stage 3 had it partitioned, which"
+            " changes nothing. Write to it inside 'with"
+            " trainer.strategy.edit_parameters([parameter]):', on all ranks."
+        )
+
+    # -------------------------------------------------------------------------------------- writing
+
+    def _take_over(self, written: set[int], share_written: set[int]) -> None:
+        """Writes to the masters what parameters have, or this rank's share of them."""
+        names = {
+            self._watched[i].name
+            for i in written | share_written
+            if self._is_taken(i, i in written)
+        }
+        for flat in self._state.share().flats if names else ():
+            for fragment in flat.fragments:
+                if fragment.name in names:
+                    _write_through(self._weights(fragment), flat, fragment)
+
+    def _is_taken(self, i: int, written: bool) -> bool:
+        """Brings a parameter and this rank's share together; False if they can't be."""
+        one, parameter = self._watched[i], self._parameters[i]
+        if not self._partitioned:
+            return one.place is not None and self._put_back(one)
+        if written and _is_whole(parameter):
+            if parameter.shape != parameter.ds_shape:
+                self._complain_of_shape(one, parameter.ds_shape)
+                return False
+            start, length = partition_of(parameter)
+            share = parameter.ds_tensor.detach().view(-1)[:length]
+            share.copy_(parameter.detach().reshape(-1)[start : start + length])
+        return True
+
+    def _put_back(self, one: _Watched) -> bool:
+        """Gives a parameter whose ``.data`` was replaced its place in the flat buffer again."""
+        assert one.place is not None
+        group, offset = one.place
+        meta = next(
+            m
+            for p, m in zip(
+                self._zero.round_robin_bit16_groups[group],
+                self._zero.round_robin_bit16_meta[group],
+                strict=True,
+            )
+            if p is one.parameter
+        )
+        if one.parameter.shape != meta.shape:
+            self._complain_of_shape(one, meta.shape)
+            return False
+        flat = self._zero.bit16_groups_flat[group].detach()
+        own = flat.narrow(0, offset, meta.numel()).view(meta.shape)
+        if own.data_ptr() != one.parameter.data_ptr():
+            own.copy_(one.parameter.detach())
+            one.parameter.data = own
+        return True
+
+    def _complain_of_shape(self, one: _Watched, shape: Sequence[int]) -> None:
+        self._complaints[one.name] = (
+            f"Parameter {one.name!r} was assigned data of shape {list(one.parameter.shape)} while"
+            f" training; it has {list(shape)}. Write values of that shape."
+        )
+
+    def _weights(self, fragment: Fragment) -> Tensor:
+        parameter = self._by_name[fragment.name]
+        if self._partitioned:
+            share: Tensor = parameter.ds_tensor.detach().view(-1)
+            return share[: fragment.length]
+        flat: Tensor = parameter.detach().view(-1)
+        return flat[fragment.start : fragment.start + fragment.length]
+
+    @contextmanager
+    def editing(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """See :meth:`FastMoEStrategy.edit_parameters`."""
+        index = {id(p): i for i, p in enumerate(self._parameters)}
+        chosen = list({id(p): p for p in parameters}.values())
+        if any(id(p) not in index for p in chosen):
+            raise ParameterEditError(
+                "edit_parameters() was given a tensor that is not a parameter of the model that"
+                " trains. Pass parameters of the LightningModule."
+            )
+        self.settle()
+        gathered: list[Any] = []
+        if self._partitioned:
+            gathered = [p for p in chosen if not _is_whole(p)]
+            for parameter in gathered:
+                parameter.all_gather()
+        try:
+            yield
+            with torch.no_grad():
+                self._take_over({index[id(parameter)] for parameter in chosen}, set())
+        finally:
+            for parameter in gathered:
+                parameter.partition()
+            self.remember()
+
+
+def _unequal(now: Sequence[Any], before: Sequence[Any]) -> set[int]:
+    if now == before:
+        return set()
+    return {i for i, (a, b) in enumerate(zip(now, before, strict=True)) if a != b}
+
+
+def _peek(parameters: dict[str, Any], key: str) -> nn.Parameter | None:
+    """A module's parameter, without gathering it, which ZeRO 3 does where it is looked up."""
+    return dict.get(parameters, key)
+
+
+def _is_whole(parameter: Any) -> bool:
+    return bool(parameter.ds_status is ZeroParamStatus.AVAILABLE)
+
+
+def _write_through(weights: Tensor, flat: FlatPartition, fragment: Fragment) -> None:
+    """Writes what differs: elements that were not changed keep the precision of the master."""
+    master = flat.view(flat.master, fragment)
+    weights = weights.to(master.device)
+    is_same = master.to(weights.dtype) == weights
+    master.copy_(torch.where(is_same, master, weights.to(master.dtype)))

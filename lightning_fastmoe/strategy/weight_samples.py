@@ -1,0 +1,72 @@
+"""Samples of weights: a few elements of each, other ones each time, compared by their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.zero_state import Fragment
+
+_SAMPLES = 64
+"""Elements of a fragment that are looked at in a step."""
+_SHIFT = 7919
+"""How far the sample moves from step to step: a prime, so that every element gets its turn."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Sampler:
+    """Picks elements of each fragment of a flat partition."""
+
+    def __init__(self, fragments: Sequence[Fragment], index: Mapping[str, int]) -> None:
+        counts = [min(_SAMPLES, f.length) for f in fragments]
+        self.owners = _repeated([index[f.name] for f in fragments], counts)
+        self.offsets = _repeated([f.offset for f in fragments], counts)
+        self.lengths = _repeated([f.length for f in fragments], counts)
+        steps = [
+            i * f.length // n for f, n in zip(fragments, counts, strict=True) for i in range(n)
+        ]
+        self.steps = torch.tensor(steps, dtype=torch.int64)
+
+    def sample(self, flat: Tensor, turn: int) -> Tensor:
+        """The bits of some elements, the same for the same turn."""
+        if self.steps.device != flat.device:
+            for name in ("offsets", "lengths", "steps"):
+                setattr(self, name, getattr(self, name).to(flat.device))
+        positions = self.offsets + (self.steps + turn * _SHIFT) % self.lengths
+        return _bits(flat.detach()[positions])
+
+    def owners_of(self, hits: Tensor) -> set[int]:
+        """The parameters, by number, of which elements were hit."""
+        return set(self.owners[hits.cpu()].tolist())
+
+
+def sample_each(tensors: Sequence[Tensor], turn: int) -> list[Tensor]:
+    """The bits of some elements of small tensors, those of one kind together."""
+    parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        part = flat[turn * _SHIFT % step :: step]
+        parts.setdefault((part.dtype, part.device), []).append(part)
+    return [_bits(torch.cat(same)) for same in parts.values()]
+
+
+def _repeated(values: list[int], counts: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).repeat_interleave(
+        torch.tensor(counts, dtype=torch.int64)
+    )
+
+
+def _bits(values: Tensor) -> Tensor:
+    """A copy that can be compared also where it is NaN."""
+    return values.contiguous().view(_INTEGERS[values.element_size()])
+
+
+def differ(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    """Whether some tensor differs; waits for each device once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for a, b in zip(now, before, strict=True):
+        by_device.setdefault(a.device, []).append((a != b).any())
+    return any(bool(torch.stack(flags).any()) for flags in by_device.values())
