@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_fastmoe.checkpoint.json_file import Fields, load_json
+from lightning_fastmoe.checkpoint.json_file import MAX_INTEGER, Fields, is_a, load_json
 from lightning_fastmoe.checkpoint.plain import Sized, decode
+from lightning_fastmoe.checkpoint.step_counts import COUNTS
 from lightning_fastmoe.errors import CheckpointError
 
 
@@ -52,6 +53,9 @@ def decode_rank_state(data: bytes, objects: Sized, where: object) -> dict[str, A
     read = Fields(value, where)
     read.get("rng", dict)
     read.any("loaders")
+    if COUNTS in value:  # checkpoints of earlier versions have none
+        for layer, row in read.get(COUNTS, dict).items():
+            _check_counts(row, f"{where}: {COUNTS}: {layer}")
     read.nothing_else()
     return value
 
@@ -64,6 +68,15 @@ def _decoded(data: bytes, objects: Sized, where: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds no object.")
     return value
+
+
+def _check_counts(value: Any, where: str) -> None:
+    read = Fields(value, where)
+    read.get("nonfinite", bool)
+    load = read.optional("load", list)
+    if not all(is_a(n, int) and 0 <= n <= MAX_INTEGER for n in load or ()):
+        raise CheckpointError(f"{where}: the field 'load' must hold counts, 0 to 2^63 - 1.")
+    read.nothing_else()
 
 
 def _check_optimizer(value: dict[str, Any], where: str) -> None:

@@ -67,7 +67,19 @@ def test_forged_values(path, value):
 
 
 @pytest.mark.parametrize("name", ["rank_00000.json", "rank_00001.json"])
-@pytest.mark.parametrize("data", [b"{}", b'{"rng": {}}', b'{"rng": 1, "loaders": null}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{}",
+        b'{"rng": {}}',
+        b'{"rng": 1, "loaders": null}',
+        b'{"rng": {}, "loaders": null, "layers": []}',
+        b'{"rng": {}, "loaders": null, "layers": {"a": {"load": [1]}}}',
+        b'{"rng": {}, "loaders": null, "layers": {"a": {"load": [-1], "nonfinite": false}}}',
+        b'{"rng": {}, "loaders": null, "layers": {"a": {"load": [true], "nonfinite": false}}}',
+        b'{"rng": {}, "loaders": null, "layers": {"a": {"load": null, "nonfinite": 0}}}',
+    ],
+)
 def test_forged_states_of_ranks(path, name, data):
     forge_file(path, name, data)
     both_refuse(path)
