@@ -16,6 +16,9 @@ from torch import Tensor
 from lightning_fastmoe.ops import kernels
 
 
+_ALIGNMENT = 64
+
+
 def applies(x: Tensor, *biases: Tensor | None) -> bool:
     """Whether to take this path. Graphs that a compiler records can't depend on counts."""
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -49,7 +52,7 @@ def forward(
     Returns:
         Like ``x``, and (N, 2F) or (N, F), without rows unless ``keep_h``.
     """
-    tokens = _tokens(weights, order)
+    tokens, up, down = _tokens(weights, order), _aligned(up), _aligned(down)
     rows = x.shape[0] if order is None else order.shape[0]
     h = x.new_empty(rows if keep_h else 0, up.shape[1])
     y = x.new_empty(rows, x.shape[1])
@@ -66,7 +69,7 @@ def pre_activation(
     x: Tensor, weights: Tensor | None, up: Tensor, order: Tensor | None, tokens_per_expert: Tensor
 ) -> Tensor:
     """H of all rows, as :func:`forward` keeps it."""
-    tokens = _tokens(weights, order)
+    tokens, up = _tokens(weights, order), _aligned(up)
     h = x.new_empty(x.shape[0] if order is None else order.shape[0], up.shape[1])
     for e, mine in _experts(tokens_per_expert):
         torch.mm(_gathered(x, tokens, mine), up[e].T, out=h[mine])
@@ -101,7 +104,7 @@ def backward_(
         name: the activation.
         wants: of the four gradients.
     """
-    tokens = _tokens(weights, order)
+    tokens, up, down = _tokens(weights, order), _aligned(up), _aligned(down)
     used = x.new_ones(h.shape[0], dtype=kernels.accumulation_dtype(x.dtype))
     if weights is not None and order is not None:
         used = weights.reshape(-1).index_select(0, order)
@@ -149,6 +152,15 @@ def _tokens(weights: Tensor | None, order: Tensor | None) -> Tensor | None:
     if weights is None or order is None:
         return None
     return torch.div(order, weights.shape[1], rounding_mode="floor")
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """Weights at an address at which torch itself allocates.
+
+    The bits of a product of one row depend on how its operands are aligned, and ZeRO 3 gathers a
+    parameter now here, now there.
+    """
+    return weight if weight.data_ptr() % _ALIGNMENT == 0 else weight.clone()
 
 
 def _gathered(x: Tensor, tokens: Tensor | None, mine: slice) -> Tensor:

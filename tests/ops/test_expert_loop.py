@@ -101,3 +101,25 @@ def test_rows_that_come_by_expert():
         torch.autograd.grad(got.square().sum(), leaves),
         torch.autograd.grad(want.square().sum(), leaves),
     )
+
+
+def test_where_weights_lie_changes_no_bit() -> None:
+    """ZeRO 3 gathers them now here, now there, and a product of one row sees how they are aligned."""
+    torch.manual_seed(0)
+    x, weights, grad = torch.randn(6, 12), torch.rand(6, 1), torch.randn(6, 12)
+    up, down = torch.randn(3, 40, 12), torch.randn(3, 12, 20)
+    order = order_by_expert(torch.tensor([[0], [1], [1], [2], [2], [2]]), 3)
+
+    def results(shift: int) -> list[torch.Tensor]:
+        moved = []
+        for weight in (up, down):
+            memory = torch.empty(weight.numel() + shift)
+            moved.append(memory[shift:].view(weight.shape).copy_(weight))
+            assert moved[-1].data_ptr() % 64 == 4 * shift
+        inputs = [t.detach().requires_grad_() for t in (x, weights, *moved)]
+        out = expert_layer(inputs[0], inputs[1], order, inputs[2], inputs[3], "swiglu")
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    aligned = results(0)
+    for shift in (1, 2, 3, 5, 8):
+        assert all(map(torch.equal, results(shift), aligned)), shift
