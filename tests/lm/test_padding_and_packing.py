@@ -230,6 +230,23 @@ def test_labels_that_are_not_learned_and_none_that_are():
     assert none["loss"] == 0
 
 
+def test_the_mean_of_val_loss_is_over_tokens_however_they_are_batched():
+    module = our_own("mixtral").eval()
+    documents = list(draw(sum(LENGTHS)).split(LENGTHS))
+
+    def mean(batches) -> float:
+        seen = []
+        module.log = lambda name, value, **kwargs: seen.append((value, kwargs["batch_size"]))
+        for batch in batches:
+            module.validation_step(batch, 0)
+        return float(sum(v * n for v, n in seen) / sum(n for _, n in seen))
+
+    want = mean([one_row_of(documents)])
+    assert mean([document.unsqueeze(0) for document in documents]) == pytest.approx(want, rel=1e-9)
+    pairs = [rows_of(documents[:2], "left"), rows_of(documents[2:], "right")]
+    assert mean(pairs) == pytest.approx(want, rel=1e-9)
+
+
 def test_what_a_batch_must_not_have():
     module = our_own("mixtral")
     tokens = draw(2, 6)
