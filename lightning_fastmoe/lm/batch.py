@@ -258,7 +258,8 @@ class _Facts:
         ]
         found = torch.stack([flag.long() for flag in flags]).tolist()
         disagreeing = [key for key, other in zip(begins, found[7:], strict=True) if other]
-        return cls(*map(bool, found[:6]), found[6], disagreeing)
+        padded, crossing, shifts, not_binary, holes, wrong = map(bool, found[:6])
+        return cls(padded, crossing, shifts, not_binary, holes, wrong, found[6], disagreeing)
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Refuses what the keys' rules forbid.

@@ -117,7 +117,8 @@ class DecoderLayer(nn.Module):
             y = self.mlp(inputs)
         if layout.real is not None:
             y = y.new_zeros(rows.shape).index_copy(0, layout.real, y)
-        return y.view(h.shape)
+        out: Tensor = y.view(h.shape)
+        return out
 
 
 class _Backbone(nn.Module):

@@ -163,7 +163,7 @@ REFUSED = {
                             r"cu_seq_lens_q is .*float32.*\(documents \+ 1,\)"),
     "boundaries and padding": ({"cu_seq_lens_q": torch.tensor([0, 6]),
                                 "attention_mask": ids([1, 1, 1, 1, 1, 0])}, DataError,
-                               r"attention_mask has padding, but cu_seq_lens_q is for rows without"),
+                               r"attention_mask has padding, but cu_seq_lens_q is for rows"),
     "another longest": ({"position_ids": PACKED["position_ids"], "max_length_q": 4}, DataError,
                         r"max_length_q is 4, but the longest .* has 3 tokens"),
     "no length": ({"max_length_k": 2.5}, ShapeError, r"max_length_k is a float.*an integer"),

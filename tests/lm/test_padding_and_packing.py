@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoint.huggingface.families import CONFIGS, SIZES, make_model
@@ -225,7 +227,9 @@ def test_labels_that_are_not_learned_and_none_that_are():
     labels[:, 3:] = -100
     loss = step(module, {"input_ids": tokens, "labels": labels})["loss"]
     logits = module(tokens)[:, :2]
-    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:3].flatten()))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:3].flatten())
+    )
     none = step(module, {"input_ids": tokens, "labels": torch.full_like(tokens, -100)})
     assert none["loss"] == 0
 
@@ -245,6 +249,12 @@ def test_the_mean_of_val_loss_is_over_tokens_however_they_are_batched():
     assert mean([document.unsqueeze(0) for document in documents]) == pytest.approx(want, rel=1e-9)
     pairs = [rows_of(documents[:2], "left"), rows_of(documents[2:], "right")]
     assert mean(pairs) == pytest.approx(want, rel=1e-9)
+
+
+def test_the_example_of_the_docs_runs():
+    page = Path(__file__).parents[2] / "docs" / "padding_and_packing.md"
+    block = page.read_text().split("```python\n")[1].split("```")[0]
+    exec(block, {})  # noqa: S102  it asserts by itself
 
 
 def test_what_a_batch_must_not_have():

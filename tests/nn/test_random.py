@@ -202,7 +202,9 @@ def test_masked_tokens_take_no_numbers(name, sizes):
     torch.manual_seed(1)
     x = torch.randn(2, 18, 6, dtype=torch.float64)
     mask = torch.rand(2, 18) < 0.4
-    want = joined(choices(make(name), [part[~hidden] for part, hidden in zip(x, mask, strict=True)]))
+    want = joined(
+        choices(make(name), [part[~hidden] for part, hidden in zip(x, mask, strict=True)])
+    )
     layers = [make(name) for _ in sizes]
 
     def run(rank, batch):

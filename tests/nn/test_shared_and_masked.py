@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nn.thread_ranks import on_ranks
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError, ShapeError
@@ -213,14 +214,14 @@ def test_a_padded_batch_equals_the_batch(name, by, over):
         )
         for _ in range(2)
     )  # fmt: skip
-    x = tokens(3, 6)
+    x, seen = tokens(3, 6), []
+    for one in (layer, twin):
+        one.register_routing_observer(lambda _, routing: seen.append(routing))
     for step, side in enumerate(("left", "right")):
         rows = padded(x, side)
         hidden = rows.detach()[..., 0] == 1e4
         ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(step))
-        seen = []
-        for one in (layer, twin):
-            one.register_routing_observer(lambda _, routing: seen.append(routing))
+        seen.clear()
         got = layer(rows, mask=hidden, token_ids=ids)
         want = twin(x, token_ids=ids[~hidden].view(3, 6))
         assert not got[hidden].any()
@@ -232,6 +233,39 @@ def test_a_padded_batch_equals_the_batch(name, by, over):
             torch.testing.assert_close(layer.last_losses[loss], twin.last_losses[loss])
         for a, b in zip(layer.buffers(), twin.buffers(), strict=True):  # loads, tokens seen
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("by", ["position", "score"])
+def test_ranks_with_different_numbers_of_real_tokens(by):
+    """Capacity, loads and the global term equal those of one process with all rows."""
+    coefficients = {"global_balancing": 0.5, "sequence_balancing": 0.3}
+    layers = [
+        make(
+            router="noisy", capacity_factor=0.6, capacity_over="global", drop_by=by, **coefficients
+        )
+        for _ in range(3)
+    ]
+    x, mask = tokens(4, 6), torch.rand(4, 6) < 0.2
+    mask[2:, :4] = True
+
+    def run(rank, batch):
+        layer, rows, seen = layers[rank], slice(2 * rank, 2 * rank + 2), []
+        layer.batch = batch
+        layer.register_routing_observer(lambda _, routing: seen.append(routing))
+        return layer(x[rows], mask=mask[rows]), seen[0]
+
+    seen = []
+    layers[2].register_routing_observer(lambda _, routing: seen.append(routing))
+    want = layers[2](x, mask=mask)
+    (y0, r0), (y1, r1) = on_ranks(run, 2)
+    assert r0.kept.shape[0] > 2 * r1.kept.shape[0]
+    assert not seen[0].kept.all()
+    assert torch.equal(torch.cat([r0.kept, r1.kept]), seen[0].kept)
+    assert torch.equal(r0.routed_counts() + r1.routed_counts(), seen[0].routed_counts())
+    torch.testing.assert_close(torch.cat([y0, y1]), want)
+    for name in coefficients:
+        mean = (layers[0].last_losses[name] + layers[1].last_losses[name]) / 2
+        torch.testing.assert_close(mean, layers[2].last_losses[name])
 
 
 def test_packed_documents_are_balanced_as_sequences():

@@ -147,9 +147,9 @@ class RoutingContext:
         """
         if self.sequence_ids is not None:
             raise ConfigError(
-                f"{self.layer}: this router looks at whole rows of the batch, but sequence_ids= says"
-                " that rows hold several sequences, which it would mix. Give each sequence a row of"
-                " its own, or choose a router that treats each token alone."
+                f"{self.layer}: this router looks at whole rows of the batch, but sequence_ids="
+                " says that rows hold several sequences, which it would mix. Give each sequence a"
+                " row of its own, or choose a router that treats each token alone."
             )
         if self.positions is not None:
             raise ConfigError(

@@ -57,7 +57,8 @@ def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> T
 
     ``mean_s E * sum_e f_se P_se``, with share and mean score over the tokens of sequence s; those
     without tokens are left out. Sequences lie along the input's first dimension, a 2-dimensional
-    input is one; or the layer was given ``sequence_ids``. Invariant under how sequences are spread over ranks and micro-batches.
+    input is one; or the layer was given ``sequence_ids``. Invariant under how sequences are divided
+    over ranks and micro-batches, if each gets as many.
     """
     scores = routing.scores
     tokens, num_experts = scores.shape
