@@ -1,7 +1,8 @@
 """A batch of token ids: which of them are padding, and which documents are packed into its rows.
 
-Keys and conventions are those of transformers. What they say is read once per batch, in one wait
-for the device; a batch that has neither padding nor packing costs nothing further.
+Keys and conventions are those of transformers. What they say is read and checked on the host once
+per batch, not in each layer; a batch that turns out to have neither padding nor packing runs as if
+it had none of the keys.
 """
 
 from __future__ import annotations

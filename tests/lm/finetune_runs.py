@@ -110,14 +110,14 @@ class Notes(pl.Callback):
         )
 
 
-def train_on(config: dict[str, Any], world: int, ep: int, accumulate: int) -> Trained:
+def train_on(config: dict[str, Any], world: int, ep: int, stage: int, accumulate: int) -> Trained:
     """Three steps, in each of which all ranks and micro-batches make up both uneven batches."""
     pl.seed_everything(7, verbose=False)
     module, notes = Small(config=config, load_balancing=0.5, z_loss=0.1), Notes()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy=FastMoEStrategy(expert_parallel_size=ep, stage=2),
+        strategy=FastMoEStrategy(expert_parallel_size=ep, stage=stage),
         max_epochs=3,
         accumulate_grad_batches=accumulate,
         callbacks=[notes],

@@ -271,14 +271,14 @@ def test_what_a_batch_must_not_have():
 # ----------------------------------------------------------------------------------- several ranks
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_ranks_with_different_numbers_of_tokens(rank_pool, ep):
+@pytest.mark.parametrize(("ep", "stage"), [(1, 2), (2, 2), (2, 3)])
+def test_ranks_with_different_numbers_of_tokens(rank_pool, ep, stage):
     """Two ranks equal one process that accumulates their batches: losses, terms, weights."""
     config = make_model("qwen3_moe").config.to_dict()
-    (one,) = rank_pool.run(train_on, 1, config, 1, 1, 2)
+    (one,) = rank_pool.run(train_on, 1, config, 1, 1, 2, 2)
     counts = [int(uneven_batch(rank)["attention_mask"].sum()) for rank in range(2)]
     assert counts[0] > 3 * counts[1]
-    for rank, trained in enumerate(rank_pool.run(train_on, 2, config, 2, ep, 1)):
+    for rank, trained in enumerate(rank_pool.run(train_on, 2, config, 2, ep, stage, 1)):
         assert trained.losses == pytest.approx(one.losses[rank::2], rel=1e-5)
         for got, want in zip(trained.terms, one.terms[rank::2], strict=True):
             assert got == pytest.approx(want, rel=1e-5)
