@@ -49,7 +49,7 @@ class CheckpointError(FastMoEError, RuntimeError):
 
 
 class DataError(FastMoEError, ValueError):
-    """A data source is missing, empty, or can't be divided over the ranks."""
+    """Data is missing, contradicts itself, or can't be divided over the ranks."""
 
 
 class ForeignObjectError(FastMoEError, TypeError):

@@ -15,10 +15,10 @@ from lightning_fastmoe.checkpoint import CheckpointReader
 from lightning_fastmoe.checkpoint.huggingface import Architecture, kept_config, read_config
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.lm.batch import IGNORED, TokenBatch, read_batch
 from lightning_fastmoe.lm.decoder import MoEDecoder
 
-IGNORED = -100
-"""A label that is not predicted, as in transformers."""
+Batch = Tensor | Mapping[str, Any]
 
 
 class MoECausalLM(LightningModule):
@@ -27,9 +27,20 @@ class MoECausalLM(LightningModule):
     ``MoECausalLM(weights="qwen3.ckpt")`` starts from what ``lightning-fastmoe checkpoint import``
     wrote; ``checkpoint export`` turns checkpoints of its training into a model for transformers.
 
-    Batches are token ids (batch, seq_len), or maps with ``input_ids`` and, if not every token is to
-    be learned, ``labels`` of the same shape with -100 for the others (not shifted, as transformers
-    takes them). Override ``configure_optimizers`` as in any LightningModule.
+    Batches are token ids (batch, seq_len), or maps with ``input_ids`` and, in transformers'
+    conventions:
+
+    - ``labels`` of the same shape if not every token is to be learned, -100 for the others (not
+      shifted);
+    - ``attention_mask`` of the same shape, 0 for padding, before or after a row's tokens. Padding
+      takes part in nothing;
+    - ``position_ids``, which restart from 0 with each document packed into a row; or ``seq_idx``,
+      or ``cu_seq_lens_q`` and ``_k`` (``DataCollatorWithFlattening``). A document sees itself
+      alone, and its first token is not predicted.
+
+    The loss is the mean over the tokens that are predicted in the rank's micro-batch, zero if there
+    are none; gradients are those of its mean over ranks and micro-batches. Other keys are refused.
+    Override ``configure_optimizers`` as in any LightningModule.
 
     Args:
         weights: a checkpoint to start from; None starts from random weights.
@@ -74,39 +85,58 @@ class MoECausalLM(LightningModule):
                 load_weights(self._weights, self.network, prefix="network.")
 
     @override
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Predicts each next token: (batch, seq_len) to logits (batch, seq_len, vocab_size)."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Predicts each next token.
+
+        Args:
+            batch: token ids (batch, seq_len), or a map as for training.
+
+        Returns:
+            Logits, (batch, seq_len, vocab_size); those of padding mean nothing.
+
+        Raises:
+            DataError: if the map has an unknown key, or keys that contradict each other.
+            ShapeError: if a tensor has the wrong shape or dtype.
+        """
+        return self._logits(read_batch(batch))
+
+    def _logits(self, batch: TokenBatch) -> Tensor:
         if self.network is None:
             raise ConfigError(
                 "The network isn't built yet. A Trainer builds it; outside of one, call"
                 " configure_model() first."
             )
-        logits: Tensor = self.network(tokens)
+        logits: Tensor = self.network(batch.tokens, batch.layout)
         return logits
 
     @override
-    def training_step(self, batch: Tensor | Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._loss(read_batch(batch))
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
     @override
-    def validation_step(self, batch: Tensor | Mapping[str, Tensor], batch_idx: int) -> None:
-        tokens = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        self.log("val_loss", self._loss(batch), sync_dist=True, batch_size=len(tokens))
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        read = read_batch(batch)
+        # Weighted by what was predicted, so that the mean doesn't depend on how sequences are
+        # padded, packed and batched.
+        predicted = int((read.targets != IGNORED).sum())
+        self.log("val_loss", self._loss(read), sync_dist=True, batch_size=predicted)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
-    def _loss(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Mean cross-entropy of the tokens that are predicted, in nats."""
-        tokens = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        labels = tokens if isinstance(batch, Tensor) else batch.get("labels", tokens)
-        logits = self(tokens)[:, :-1].float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].long().flatten(), ignore_index=IGNORED
+    def _loss(self, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy of the tokens that are predicted, in nats; 0 if there are none."""
+        logits = self._logits(batch)[:, :-1]
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        targets = batch.targets.flatten()
+        total = F.cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
         )
+        return total / (targets != IGNORED).sum().clamp_min(1)
 
 
 def _content(config: dict[str, Any] | str | None, weights: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.huggingface import Architecture
+from lightning_fastmoe.lm.batch import Layout
 from lightning_fastmoe.lm.model import Embedding, Linear, rotary_table, rotate
 from lightning_fastmoe.nn import MoE
 
@@ -39,18 +40,24 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(widths[0], about.norm_eps)
             self.k_norm = nn.RMSNorm(widths[1], about.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """Mixes ``x (batch, seq_len, d_model)`` over positions."""
-        query = self._heads(self.q_proj(x), self.q_norm)
-        key = self._heads(self.k_proj(x), self.k_norm)
+    def forward(self, x: Tensor, table: Tensor, layout: Layout | None = None) -> Tensor:
+        """Mixes ``x (batch, seq_len, d_model)`` over the positions of each sequence."""
+        query = rotate(self._heads(self.q_proj(x), self.q_norm), table)
+        key = rotate(self._heads(self.k_proj(x), self.k_norm), table)
         value = self._heads(self.v_proj(x), None)
+        mask = None if layout is None else layout.attention_mask
+        if mask is not None:
+            # With a mask and grouped queries torch has no kernel that is spare with memory.
+            shared = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
         mixed = F.scaled_dot_product_attention(
-            rotate(query, table),
-            rotate(key, table),
+            query,
+            key,
             value,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            enable_gqa=True,
+            is_causal=mask is None,
+            enable_gqa=mask is None,
         )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
@@ -92,10 +99,25 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(about.d_model, about.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(about.d_model, about.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, layout: Layout | None = None) -> Tensor:
         """Transforms ``x (batch, seq_len, d_model)``."""
-        x = x + self.self_attn(self.input_layernorm(x), table)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), table, layout)
+        h = self.post_attention_layernorm(x)
+        out: Tensor = x + (self.mlp(h) if layout is None else self._feed_forward(h, layout))
+        return out
+
+    def _feed_forward(self, h: Tensor, layout: Layout) -> Tensor:
+        """The MLP or experts for all tokens but padding, which gets zeros."""
+        rows = h.flatten(0, 1)
+        # Taken out here and not by MoE(mask=), which would wait for the device in each layer.
+        inputs = rows if layout.real is None else rows.index_select(0, layout.real)
+        if isinstance(self.mlp, MoE):
+            y = self.mlp(inputs, sequence_ids=layout.real_sequence_ids)
+        else:
+            y = self.mlp(inputs)
+        if layout.real is not None:
+            y = y.new_zeros(rows.shape).index_copy(0, layout.real, y)
+        out: Tensor = y.view(h.shape)
         return out
 
 
@@ -147,18 +169,26 @@ class MoEDecoder(nn.Module):
         self.model = _Backbone(about, load_balancing, z_loss)
         self.lm_head = Linear(about.d_model, about.vocab_size, about.init_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Predicts each next token.
 
         Args:
             tokens: (batch, seq_len), any integer dtype.
+            layout: where padding and packed documents lie, from
+                :func:`~lightning_fastmoe.lm.batch.read_layout`; None without.
 
         Returns:
-            Logits, (batch, seq_len, vocab_size).
+            Logits, (batch, seq_len, vocab_size); those of padding mean nothing.
         """
-        table = rotary_table(tokens.shape[1], self.head_dim, tokens.device, self.rope_theta)
+        positions = None if layout is None else layout.positions
+        table = rotary_table(
+            tokens.shape[1], self.head_dim, tokens.device, self.rope_theta, positions
+        )
+        if layout is not None:
+            # Whatever id stands for padding, the table needn't have it.
+            tokens = tokens.masked_fill(layout.sequence_ids < 0, 0)
         x = self.model.embed_tokens(tokens.long())
         for layer in self.model.layers:
-            x = layer(x, table)
+            x = layer(x, table, layout)
         logits: Tensor = self.lm_head(self.model.norm(x))
         return logits

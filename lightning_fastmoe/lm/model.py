@@ -43,19 +43,34 @@ class Embedding(nn.Embedding):
 
 
 def rotary_table(
-    seq_len: int, head_dim: int, device: torch.device, base: float = 10_000.0
+    seq_len: int,
+    head_dim: int,
+    device: torch.device,
+    base: float = 10_000.0,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Angles of rotary position embedding (Su et al. 2021), as cosines and sines.
 
     Computed in fp32 at each forward pass: as a buffer it would be cast to bf16 together with the
     weights, and bf16 can't tell position 1000 from 1001.
 
+    Args:
+        seq_len: Positions, from 0.
+        head_dim: Width of a head.
+        device: Of the table.
+        base: Of the angles' geometric series.
+        positions: Where they are not 0, 1, ..., seq_len - 1 in each row: (batch, seq_len) integers.
+
     Returns:
-        fp32, shape (2, seq_len, head_dim / 2).
+        fp32, shape (2, seq_len, head_dim / 2), or (2, batch, 1, seq_len, head_dim / 2) of
+        ``positions``.
     """
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    positions = torch.arange(seq_len, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, base**-exponents)
+    if positions is None:
+        places = torch.arange(seq_len, device=device, dtype=torch.float32)
+    else:
+        places = positions.unsqueeze(1).to(torch.float32)
+    angles = places.unsqueeze(-1) * base**-exponents
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -70,7 +85,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         Shape and dtype of ``x``.
     """
     cos, sin = table
-    first, second = x.float().chunk(2, dim=-1)
+    wide = x if x.dtype == torch.float64 else x.float()
+    first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -245,6 +244,7 @@ class MoE(LayerSettings):
         mask: Tensor | None = None,
         masked_values: MaskedValues | None = None,
         token_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
     ) -> Any:
         """Applies the layer to each token.
 
@@ -257,17 +257,30 @@ class MoE(LayerSettings):
             masked_values: what masked tokens return: a number, a tensor (d_model,), or for an
                 integer mask a value for each label. None is zero.
             token_ids: (...), vocabulary ids, for hash routing.
+            sequence_ids: (...), integers, where rows hold several sequences (packed documents):
+                neighbours in a row with the same number belong together. Only
+                ``sequence_balancing`` looks at it. None: each row of the first dimension is one.
 
         Returns:
             The same shape and dtype; what the experts return, if they are modules.
 
         Raises:
-            ShapeError: if the last dimension is not ``d_model`` or the dtype is not floating.
+            ShapeError: if the last dimension is not ``d_model`` or the dtype is not floating; if a
+                mask or ids have another shape than the tokens, or a floating dtype.
+            ConfigError: if the router looks at whole sequences, and ``mask`` or ``sequence_ids``
+                leave none.
             UnmanagedExpertsError: if the experts are spread over ranks and no strategy trains them.
             NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
                 would stall the device, FastMoEStrategy checks once a step.
         """
-        inputs = read_inputs(x, self.d_model, mask, token_ids, self.layer_name)
+        inputs = read_inputs(
+            x,
+            self.d_model,
+            self.layer_name,
+            mask=mask,
+            token_ids=token_ids,
+            sequence_ids=sequence_ids,
+        )
         check_managed(self)
         context = self._context(inputs)
         routing = self._route(inputs.leaves[0], context)
@@ -281,6 +294,7 @@ class MoE(LayerSettings):
             training=self.training,
             grid=inputs.grid,
             positions=inputs.positions,
+            sequence_ids=inputs.sequence_ids,
             token_ids=inputs.token_ids,
             capacity_factor=self._capacity_factors[0 if self.training else 1],
             seed=self._seed,
@@ -289,7 +303,7 @@ class MoE(LayerSettings):
         )
         seen = getattr(self.router, "tokens_seen", None)
         if self.training and seen is not None:
-            tokens = math.prod(inputs.grid)
+            tokens = inputs.leaves[0].shape[0]
             context.first_token = self._passes.first_token(
                 seen, tokens, self.batch, self.layer_name, replay=is_recomputing()
             )

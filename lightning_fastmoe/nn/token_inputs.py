@@ -27,6 +27,7 @@ class TokenInputs:
         positions: (T,) int64, where the tokens that a mask left stand; None for all.
         labels: (prod(lead),), 0 for active tokens; None without a mask.
         token_ids: (T,) vocabulary ids, or None.
+        sequence_ids: (T,) numbers of sequences, ascending and below prod(lead), or None.
     """
 
     leaves: list[Tensor]
@@ -35,6 +36,7 @@ class TokenInputs:
     positions: Tensor | None = None
     labels: Tensor | None = None
     token_ids: Tensor | None = None
+    sequence_ids: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,7 +63,13 @@ class TokenInputs:
 
 
 def read_inputs(
-    x: Any, d_model: int, mask: Tensor | None, token_ids: Tensor | None, layer: str
+    x: Any,
+    d_model: int,
+    layer: str,
+    *,
+    mask: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
 ) -> TokenInputs:
     """Takes a call's arguments apart.
 
@@ -93,14 +101,24 @@ def read_inputs(
                 " per token."
             )
         inputs = TokenInputs(leaves, spec, (first.shape[0],))
-    for name, value in (("mask", mask), ("token_ids", token_ids)):
-        if value is not None and tuple(value.shape) != inputs.lead:
+    per_token = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
+    for name, value in per_token.items():
+        if value is None:
+            continue
+        if tuple(value.shape) != inputs.lead:
             raise ShapeError(
                 f"{layer} got {name} of shape {tuple(value.shape)} for tokens of shape"
                 f" {inputs.lead}. It needs one element per token."
             )
+        if value.is_floating_point() or value.is_complex():
+            raise ShapeError(
+                f"{layer} got {name} of dtype {value.dtype}. It must be bool or an integer dtype:"
+                " rounding would change what it says. Convert it, as by mask != 0."
+            )
     if token_ids is not None:
         inputs.token_ids = token_ids.reshape(-1)
+    if sequence_ids is not None:
+        inputs.sequence_ids = _numbered(sequence_ids.reshape(inputs.grid))
     if mask is not None:
         _take_out_masked(inputs, mask)
     return inputs
@@ -112,3 +130,12 @@ def _take_out_masked(inputs: TokenInputs, mask: Tensor) -> None:
     inputs.leaves = [leaf.index_select(0, inputs.positions) for leaf in inputs.leaves]
     if inputs.token_ids is not None:
         inputs.token_ids = inputs.token_ids.index_select(0, inputs.positions)
+    if inputs.sequence_ids is not None:
+        inputs.sequence_ids = inputs.sequence_ids.index_select(0, inputs.positions)
+
+
+def _numbered(sequence_ids: Tensor) -> Tensor:
+    """(G, n) -> (G * n,): the runs of equal ids in each row, numbered from 0."""
+    begins = torch.ones_like(sequence_ids, dtype=torch.bool)
+    begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    return begins.reshape(-1).cumsum(0) - 1

@@ -195,15 +195,28 @@ def test_a_replay_without_the_random_state_is_refused():
         y.sum().backward()
 
 
-def test_a_mask_does_not_move_the_numbers_of_other_tokens():
-    layer, twin = make("switch"), make("switch")
-    x = torch.randn(2, 9, 6, dtype=torch.float64)
-    mask = torch.rand(2, 9) < 0.4
-    masked, whole = [], []
-    layer.register_routing_observer(lambda _, routing: masked.append(routing.logits))
-    twin.register_routing_observer(lambda _, routing: whole.append(routing.logits))
-    for _ in range(2):
-        layer(x, mask=mask)
-        twin(x)
-    for a, b in zip(masked, whole, strict=True):
-        torch.testing.assert_close(a, b[~mask.flatten()])
+@pytest.mark.parametrize("sizes", [(18,), (9, 9)])
+@pytest.mark.parametrize("name", RANDOM)
+def test_masked_tokens_take_no_numbers(name, sizes):
+    """The tokens that a mask left draw what they draw without the others, on any ranks."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 18, 6, dtype=torch.float64)
+    mask = torch.rand(2, 18) < 0.4
+    want = joined(
+        choices(make(name), [part[~hidden] for part, hidden in zip(x, mask, strict=True)])
+    )
+    layers = [make(name) for _ in sizes]
+
+    def run(rank, batch):
+        layer, seen = layers[rank], []
+        layer.batch = batch
+        layer.register_routing_observer(lambda _, routing: seen.append(routing))
+        for part, hidden in zip(x, mask, strict=True):
+            layer(part.split(sizes)[rank], mask=hidden.split(sizes)[rank])
+        return seen
+
+    found = on_ranks(run, len(sizes))
+    got = joined([seen[step] for step in range(2) for seen in found])
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
+    assert int(layers[0].router.tokens_seen) == int((~mask).sum())

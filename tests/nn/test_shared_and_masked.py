@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nn.thread_ranks import on_ranks
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError, ShapeError
@@ -174,10 +175,139 @@ def test_each_router_takes_a_mask_or_says_why_not(name):
         assert y[~mask].any()
 
 
-@pytest.mark.parametrize("name", ["mask", "token_ids"])
+def padded(x, side, by=3):
+    """``x (G, n, D)`` with ``by`` more tokens in each row, none of which a router could miss."""
+    extra = torch.full((x.shape[0], by, x.shape[2]), 1e4, dtype=x.dtype)
+    rows = [x, extra] if side == "right" else [extra, x]
+    return torch.cat(rows, dim=1)
+
+
+def assert_twins(got, want, x):
+    """Two layers' (output, layer): the same values and gradients, those of the losses too."""
+    torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-13)
+    upstream = torch.randn_like(got[0])
+    grads = [
+        torch.autograd.grad(y, [x, *layer.parameters()], upstream, allow_unused=True)
+        for y, layer in (got, want)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+COEFFICIENTS = ("load_balancing", "z_loss", "importance", "load", "sequence_balancing",
+                "global_balancing")  # fmt: skip
+
+
+@pytest.mark.parametrize("over", ["rank", "global"])
+@pytest.mark.parametrize("by", ["position", "score"])
+@pytest.mark.parametrize("name", [n for n in ROUTERS if n != "soft"])
+def test_a_padded_batch_equals_the_batch(name, by, over):
+    """Outputs, gradients, losses, drops, and what moves the balance bias, in two steps."""
+    known = ROUTERS[name].losses
+    own = {c: 0.1 for c in COEFFICIENTS if c in known}
+    options = {"balance_bias": True} if name in ("softmax", "sigmoid") else {}
+    if name == "expert_choice":  # refuses a mask over sequences
+        options = {"over": "rank"}
+    layer, twin = (
+        make(
+            router=name, router_options=options, capacity_factor=0.7, capacity_over=over,
+            drop_by=by, **{"load_balancing": None, "z_loss": None, **own},
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    x, seen = tokens(3, 6), []
+    for one in (layer, twin):
+        one.register_routing_observer(lambda _, routing: seen.append(routing))
+    for step, side in enumerate(("left", "right")):
+        rows = padded(x, side)
+        hidden = rows.detach()[..., 0] == 1e4
+        ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(step))
+        seen.clear()
+        got = layer(rows, mask=hidden, token_ids=ids)
+        want = twin(x, token_ids=ids[~hidden].view(3, 6))
+        assert not got[hidden].any()
+        assert_twins((got[~hidden].view(3, 6, D), layer), (want, twin), x)
+        for a, b in zip(seen[0], seen[1], strict=True):
+            torch.testing.assert_close(a, b)
+        assert layer.last_losses.keys() == own.keys()
+        for loss in own:
+            torch.testing.assert_close(layer.last_losses[loss], twin.last_losses[loss])
+        for a, b in zip(layer.buffers(), twin.buffers(), strict=True):  # loads, tokens seen
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("by", ["position", "score"])
+def test_ranks_with_different_numbers_of_real_tokens(by):
+    """Capacity, loads and the global term equal those of one process with all rows."""
+    coefficients = {"global_balancing": 0.5, "sequence_balancing": 0.3}
+    layers = [
+        make(
+            router="noisy", capacity_factor=0.6, capacity_over="global", drop_by=by, **coefficients
+        )
+        for _ in range(3)
+    ]
+    x, mask = tokens(4, 6), torch.rand(4, 6) < 0.2
+    mask[2:, :4] = True
+
+    def run(rank, batch):
+        layer, rows, seen = layers[rank], slice(2 * rank, 2 * rank + 2), []
+        layer.batch = batch
+        layer.register_routing_observer(lambda _, routing: seen.append(routing))
+        return layer(x[rows], mask=mask[rows]), seen[0]
+
+    seen = []
+    layers[2].register_routing_observer(lambda _, routing: seen.append(routing))
+    want = layers[2](x, mask=mask)
+    (y0, r0), (y1, r1) = on_ranks(run, 2)
+    assert r0.kept.shape[0] > 2 * r1.kept.shape[0]
+    assert not seen[0].kept.all()
+    assert torch.equal(torch.cat([r0.kept, r1.kept]), seen[0].kept)
+    assert torch.equal(r0.routed_counts() + r1.routed_counts(), seen[0].routed_counts())
+    torch.testing.assert_close(torch.cat([y0, y1]), want)
+    for name in coefficients:
+        mean = (layers[0].last_losses[name] + layers[1].last_losses[name]) / 2
+        torch.testing.assert_close(mean, layers[2].last_losses[name])
+
+
+def test_packed_documents_are_balanced_as_sequences():
+    """Documents of different lengths in one row, with padding, equal rows of their own."""
+    lengths, n = (5, 1, 3), 5
+    layer, twin = (make(sequence_balancing=0.3) for _ in range(2))
+    documents = tokens(len(lengths), n)
+    hidden = torch.arange(n) >= torch.tensor(lengths).unsqueeze(1)
+    want = twin(documents, mask=hidden)
+    row = torch.cat([documents[~hidden], torch.ones(2, D, dtype=torch.float64)])
+    ids = torch.tensor([7] * 5 + [3] + [7] * 3 + [0, 0])
+    padding = torch.arange(11) >= 9
+    got = layer(row.unsqueeze(0), mask=padding.unsqueeze(0), sequence_ids=ids.unsqueeze(0))
+    assert_twins((got[0, :9], layer), (want[~hidden], twin), documents)
+    torch.testing.assert_close(layer.last_losses, twin.last_losses)
+    other = make(sequence_balancing=0.3)
+    other(row.unsqueeze(0), mask=padding.unsqueeze(0))
+    difference = other.last_losses["sequence_balancing"] - twin.last_losses["sequence_balancing"]
+    assert abs(float(difference)) > 1e-3
+
+
+def test_rows_are_different_sequences_whatever_their_ids():
+    layer, twin = (make(sequence_balancing=0.3) for _ in range(2))
+    x = tokens(2, 6)
+    layer(x, sequence_ids=torch.zeros(2, 6, dtype=torch.int32))
+    twin(x)
+    torch.testing.assert_close(layer.last_losses, twin.last_losses)
+
+
+@pytest.mark.parametrize("name", ["soft", "expert_choice"])
+def test_routers_of_whole_sequences_refuse_packed_ones(name):
+    layer = MoE(D, 3, E, router=name)
+    with pytest.raises(ConfigError, match=r"sequence_ids= says that rows hold several sequences"):
+        layer(torch.randn(2, 6, D), sequence_ids=torch.zeros(2, 6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["mask", "token_ids", "sequence_ids"])
 def test_one_element_per_token(name):
     with pytest.raises(ShapeError, match=rf"{name} of shape \(3,\) for tokens of shape \(2, 3\)"):
         make()(tokens(2, 3), **{name: torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ShapeError, match=rf"{name} of dtype torch.float32. It must be bool or"):
+        make()(tokens(2, 3), **{name: torch.zeros(2, 3)})
 
 
 def test_hash_routing_needs_ids():

@@ -110,6 +110,8 @@ class RoutingContext:
         training: whether the layer is training.
         grid: (G, n): the tokens are G sequences of n each, one after the other.
         positions: (T,) int64, the places in the grid of the tokens that a mask left; None for all.
+        sequence_ids: (T,) int64, numbers of the sequences that the tokens belong to, ascending
+            and below G * n; None if each row of the grid is one.
         token_ids: (T,) integers, the vocabulary ids that the layer was called with, or None.
         capacity_factor: the layer's, for training or evaluation; None is dropless.
         seed: differs between layers.
@@ -122,6 +124,7 @@ class RoutingContext:
     training: bool = False
     grid: tuple[int, int] | None = None
     positions: Tensor | None = None
+    sequence_ids: Tensor | None = None
     token_ids: Tensor | None = None
     capacity_factor: float | None = None
     seed: int = 0
@@ -133,16 +136,15 @@ class RoutingContext:
         """(T, columns) numbers of [0, 1) in the dtype of ``like (T, ...)``.
 
         Token i of the global batch gets the same numbers on any number of ranks, with any number of
-        micro-batches, on the CPU and on CUDA.
+        micro-batches, on the CPU and on CUDA. Masked tokens are not counted, so padding changes
+        nothing.
 
         Args:
             like: T tokens.
             columns: numbers per token.
             stream: a second call in the same pass takes another one.
         """
-        at = self.positions
-        if at is None:
-            at = torch.arange(like.shape[0], dtype=torch.int64, device=like.device)
+        at = torch.arange(like.shape[0], dtype=torch.int64, device=like.device)
         if self.first_token is not None:
             at = at + self.first_token
         return uniform(self.seed, stream, at, columns).to(like.dtype)
@@ -151,8 +153,15 @@ class RoutingContext:
         """:attr:`grid`, for routers that work on whole sequences.
 
         Raises:
-            ConfigError: if a mask has left sequences of different lengths.
+            ConfigError: if a mask has left sequences of different lengths, or the tokens are packed
+                documents.
         """
+        if self.sequence_ids is not None:
+            raise ConfigError(
+                f"{self.layer}: this router looks at whole rows of the batch, but sequence_ids="
+                " says that rows hold several sequences, which it would mix. Give each sequence a"
+                " row of its own, or choose a router that treats each token alone."
+            )
         if self.positions is not None:
             raise ConfigError(
                 f"{self.layer}: this router looks at whole sequences, so mask= can't take tokens"

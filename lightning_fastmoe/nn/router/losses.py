@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.nn.router.base import Routing, RoutingContext
+from lightning_fastmoe.nn.router.base import Routing, RoutingContext, count_experts
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -75,8 +75,9 @@ def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> T
     """The load-balancing loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17-20).
 
     ``mean_s E * sum_e f_se P_se``, with share and mean score over the tokens of sequence s; those
-    without tokens are left out. Sequences lie along the input's first dimension; a 2-dimensional
-    input is one. Invariant under how sequences are spread over ranks and micro-batches.
+    without tokens are left out. Sequences lie along the input's first dimension, a 2-dimensional
+    input is one; or the layer was given ``sequence_ids``. Invariant under how sequences are divided
+    over ranks and micro-batches, if each gets as many.
     """
     scores = routing.scores
     tokens, num_experts = scores.shape
@@ -92,15 +93,21 @@ def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> T
             1, routing.expert_ids[:, k : k + 1], slots[:, k : k + 1]
         )
     valid = scores.new_ones(tokens, 1)
-    if context.positions is not None:
-        scores, chosen, valid = (
-            t.new_zeros(groups * n, t.shape[1]).index_copy(0, context.positions, t)
-            for t in (scores, chosen, valid)
+    if context.sequence_ids is not None:
+        sizes = count_experts(context.sequence_ids, groups * n)
+        length, picked, total = (_sum_runs(t, sizes) for t in (valid, chosen, scores))
+    else:
+        if context.positions is not None:
+            scores, chosen, valid = (
+                t.new_zeros(groups * n, t.shape[1]).index_copy(0, context.positions, t)
+                for t in (scores, chosen, valid)
+            )
+        length, picked, total = (
+            t.view(groups, n, t.shape[1]).sum(dim=1) for t in (valid, chosen, scores)
         )
-    length = valid.view(groups, n).sum(dim=1)
-    picked = chosen.view(groups, n, num_experts).sum(dim=1)
+    length = length.squeeze(1)
     share = picked / picked.sum(dim=1, keepdim=True).clamp_min(1)
-    mean = scores.view(groups, n, num_experts).sum(dim=1) / length.clamp_min(1).unsqueeze(1)
+    mean = total / length.clamp_min(1).unsqueeze(1)
     full = (length > 0).to(scores.dtype)
     per_sequence = num_experts * (share * mean).sum(dim=1)
     return (per_sequence * full).sum() / full.sum().clamp_min(1)
@@ -140,6 +147,15 @@ _PLAIN: dict[str, Callable[[Routing], Tensor]] = {
     "importance": importance_loss,
     "load": load_loss,
 }
+
+
+def _sum_runs(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Sums of the next ``sizes (G,)`` rows of ``rows (T, n)`` at a time, (G, n).
+
+    Not ``index_add``, which adds in another order each time on CUDA.
+    """
+    sums: Tensor = torch.segment_reduce(rows, "sum", lengths=sizes, axis=0, unsafe=True)
+    return sums
 
 
 def _cv_squared(values: Tensor) -> Tensor:

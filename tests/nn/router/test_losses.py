@@ -109,6 +109,15 @@ def test_sequence_loss_of_what_a_mask_left():
     assert_same(got, want, logits)
 
 
+def test_sequence_loss_of_packed_documents():
+    logits, routing = route(12)
+    ids = torch.tensor([0, 0, 0, 0, 0, 2, 3, 3, 5, 5, 5, 5])  # 1 and 4 were masked altogether
+    got = sequence_load_balancing_loss(routing, RoutingContext(grid=(2, 8), sequence_ids=ids))
+    lengths = [5, 1, 2, 4]
+    want = reference.sequence_load_balancing_loss(routing.scores, routing.expert_ids, lengths)
+    assert_same(got, want, logits)
+
+
 @pytest.mark.parametrize("sizes", [(6, 6), (3, 9), (4, 0, 8), (12,)])
 def test_global_loss_is_the_loss_of_all_tokens(sizes):
     """The mean over ranks of the terms, and of their gradients, also for uneven ranks."""

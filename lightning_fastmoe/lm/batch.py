@@ -1,0 +1,340 @@
+"""A batch of token ids: which of them are padding, and which documents are packed into its rows.
+
+Keys and conventions are those of transformers. What they say is read and checked on the host once
+per batch, not in each layer; a batch that turns out to have neither padding nor packing runs as if
+it had none of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.errors import DataError, ShapeError
+
+IGNORED = -100
+"""A label that is not predicted, as in transformers."""
+
+PER_TOKEN = ("attention_mask", "position_ids", "seq_idx")
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
+LONGEST = ("max_length_q", "max_length_k")
+KEYS = ("input_ids", "labels", *PER_TOKEN, *BOUNDARIES, *LONGEST)
+"""What a batch map may hold. The last four are what ``DataCollatorWithFlattening`` adds."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a batch lie. A sequence is a document, or all of a row.
+
+    Attributes:
+        sequence_ids: (batch, seq_len) int64, ascending over the batch; -1 for padding.
+        positions: (batch, seq_len) int64, each token's place in its sequence; 0 for padding.
+        real: (N,) int64, where the tokens that are not padding lie in the flattened batch; None if
+            all are.
+        crossing: whether a row has tokens before a sequence that the sequence must not see, so
+            that causal attention alone won't do.
+    """
+
+    sequence_ids: Tensor
+    positions: Tensor
+    real: Tensor | None
+    crossing: bool
+
+    @cached_property
+    def attention_mask(self) -> Tensor | None:
+        """(batch, 1, seq_len, seq_len) bool, True where a query sees a key; None if causal."""
+        if not self.crossing:
+            # Padding on the right is seen by nothing but padding.
+            return None
+        ids = self.sequence_ids
+        # Padding sees padding, as a softmax over nothing would be NaN.
+        return (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
+
+    @cached_property
+    def real_sequence_ids(self) -> Tensor:
+        """(N,) of the tokens that are not padding."""
+        ids = self.sequence_ids.flatten()
+        return ids if self.real is None else ids.index_select(0, self.real)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a batch of the data loader says.
+
+    Attributes:
+        tokens: (batch, seq_len), any integer dtype.
+        targets: (batch, seq_len - 1) int64: the label of the token after each, or
+            :data:`IGNORED`; so is what follows padding, is padding, or begins a document.
+        layout: None without padding and packing.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    layout: Layout | None
+
+
+def read_batch(batch: Tensor | Mapping[str, Any]) -> TokenBatch:
+    """Reads token ids, or a map with the keys of :data:`KEYS`; a value of None counts as absent.
+
+    Raises:
+        DataError: for an unknown key, a missing one, or values that contradict each other.
+        ShapeError: for another shape or dtype than the key has.
+    """
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if unknown := sorted(str(key) for key in given if key not in KEYS):
+        raise DataError(
+            f"The batch has {', '.join(unknown)}, which MoECausalLM would have to ignore. It may"
+            f" have: {', '.join(KEYS)}. Drop the others in the data set or the collate function."
+        )
+    given = {key: value for key, value in given.items() if value is not None}
+    if "input_ids" not in given:
+        raise DataError(
+            f"The batch has no input_ids, only: {', '.join(given) or 'nothing'}. A batch is token"
+            " ids (batch, seq_len), or a map with at least input_ids."
+        )
+    tokens = given.pop("input_ids")
+    _check("input_ids", tokens)
+    labels = given.pop("labels", tokens)
+    _check("labels", labels, tuple(tokens.shape))
+    layout = read_layout(tokens, given)
+    targets = labels[:, 1:].long()
+    if layout is not None:
+        ids = layout.sequence_ids
+        inside = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+        targets = targets.masked_fill(~inside, IGNORED)
+    return TokenBatch(tokens, targets, layout)
+
+
+def read_layout(tokens: Tensor, given: Mapping[str, Any]) -> Layout | None:
+    """Where the sequences of ``tokens (batch, seq_len)`` lie, or None if each fills its row.
+
+    Args:
+        tokens: token ids.
+        given: the other keys of the batch: ``attention_mask``, 1 for a token and 0 for padding, at
+            either end of a row; ``position_ids``, which restart from 0 with each document;
+            ``seq_idx``, another number for each document of a row; ``cu_seq_lens_q`` and ``_k``,
+            where the documents of a single row begin and end; ``max_length_q`` and ``_k``, the
+            longest of them. Those that are there must agree.
+
+    Raises:
+        DataError: for values that break these rules.
+        ShapeError: for another shape or dtype than the key has.
+    """
+    if not given or not tokens.numel():
+        return None
+    shape = tuple(tokens.shape)
+    for key in PER_TOKEN:
+        if key in given:
+            # transformers' models make position_ids (1, seq_len) for all rows.
+            lead = {shape, (1, shape[1])} if key == "position_ids" else {shape}
+            _check(key, given[key], *sorted(lead, reverse=True), boolean=key == "attention_mask")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    begins = _begins_of_each_key(real, given)
+    facts = _Facts.read(real, begins, given)
+    facts.check(given)
+    first = next(iter(begins.values()))
+    if not (facts.padded or facts.crossing or facts.shifted):
+        return None
+    if positions is None:
+        places = torch.arange(shape[1], device=tokens.device).expand(shape)
+        positions = places - places.where(first, 0).cummax(dim=1).values
+    return Layout(
+        sequence_ids=(first.flatten().cumsum(0) - 1).view(shape).masked_fill(~real, -1),
+        positions=positions.long().expand(shape).masked_fill(~real, 0),
+        real=torch.nonzero(real.flatten()).squeeze(1) if facts.padded else None,
+        crossing=facts.crossing,
+    )
+
+
+def _begins_of_each_key(real: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Key -> (batch, seq_len) bool, the first token of each sequence as this key has it."""
+    after_padding = real.clone()
+    after_padding[:, 1:] &= ~real[:, :-1]
+    found = {}
+    if "position_ids" in given:
+        positions = given["position_ids"].long().expand(real.shape)
+        jumps = torch.zeros_like(real)
+        jumps[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        found["position_ids"] = after_padding | (real & jumps)
+    if "seq_idx" in given:
+        ids = given["seq_idx"]
+        changes = torch.zeros_like(real)
+        changes[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        found["seq_idx"] = after_padding | (real & changes)
+    for key in BOUNDARIES:
+        if key in given:
+            begins = torch.zeros_like(real)
+            begins[0, _read_boundaries(key, given[key], real)] = True
+            found[key] = begins
+    # A mask alone says nothing of documents, so it can contradict none of the others.
+    return found or {"attention_mask": after_padding}
+
+
+def _read_boundaries(key: str, bounds: Any, real: Tensor) -> list[int]:
+    """Where the documents of a single row begin, from ``cu_seq_lens (documents + 1,)``."""
+    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or not _is_integer(bounds):
+        raise ShapeError(
+            f"{key} is {_describe(bounds)}. It must be a tensor (documents + 1,) of an integer"
+            " dtype, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes it."
+        )
+    values, total = bounds.tolist(), real.shape[1]
+    ascending = all(a <= b for a, b in zip(values, values[1:], strict=False))
+    if real.shape[0] != 1 or len(values) < 2 or (values[0], values[-1]) != (0, total):
+        raise DataError(
+            f"{key} goes from {values[0] if values else None} to {values[-1] if values else None},"
+            f" but input_ids are {tuple(real.shape)}. It says where the documents of a single row"
+            " (1, total) begin and end: from 0 to total. For several rows give position_ids."
+        )
+    if not ascending:
+        raise DataError(f"{key}={values} descends. A document begins where the last one ends.")
+    return sorted({begin for begin in values[:-1] if begin < total})
+
+
+def _read_length(key: str, value: Any) -> int:
+    one = isinstance(value, Tensor) and value.numel() == 1 and _is_integer(value)
+    if not one and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ShapeError(f"{key} is {_describe(value)}. It must be an integer.")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the host must know of a batch: the flags that were read from the device.
+
+    Attributes:
+        padded: some token is padding.
+        crossing: some sequence begins after the first place of its row.
+        shifted: some row's positions begin above 0.
+        not_binary: the mask holds another value than 0 and 1.
+        holes: padding lies between tokens of a row.
+        bad_positions: positions that neither count on nor restart from 0.
+        longest: tokens of the longest sequence.
+        disagreeing: keys whose documents are not those of the first key.
+    """
+
+    padded: bool
+    crossing: bool
+    shifted: bool
+    not_binary: bool
+    holes: bool
+    bad_positions: bool
+    longest: int
+    disagreeing: list[str]
+
+    @classmethod
+    def read(cls, real: Tensor, begins: dict[str, Tensor], given: Mapping[str, Any]) -> _Facts:
+        """Waits for the device once."""
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        first = next(iter(begins.values()))
+        never = torch.zeros((), dtype=torch.bool, device=real.device)
+        edges = real[:, 1:] & ~real[:, :-1]
+        runs = edges.sum(dim=1) + real[:, 0]
+        shifted = bad = never
+        if positions is not None:
+            places = positions.long().expand(real.shape)
+            begin = first & (places != 0)
+            # A row may begin at any position: rotary ones are relative. Each further document
+            # begins at 0, as anything else could as well be a gap.
+            opening = real & (real.cumsum(dim=1) == 1)
+            shifted = (begin & opening).any()
+            bad = (begin & ~opening).any() | (real & (places < 0)).any()
+        numbers = (first.flatten().cumsum(0) - 1).masked_fill(~real.flatten(), real.numel())
+        lengths = torch.zeros(real.numel() + 1, dtype=torch.int64, device=real.device)
+        lengths = lengths.scatter_add_(0, numbers, torch.ones_like(numbers))[:-1]
+        flags = [
+            ~real.all(),
+            first[:, 1:].any(),
+            shifted,
+            never if mask is None else ((mask != 0) & (mask != 1)).any(),
+            (runs > 1).any(),
+            bad,
+            lengths.max(),
+            *((other != first).any() for other in begins.values()),
+        ]
+        found = torch.stack([flag.long() for flag in flags]).tolist()
+        disagreeing = [key for key, other in zip(begins, found[7:], strict=True) if other]
+        padded, crossing, shifts, not_binary, holes, wrong = map(bool, found[:6])
+        return cls(padded, crossing, shifts, not_binary, holes, wrong, found[6], disagreeing)
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuses what the keys' rules forbid.
+
+        Raises:
+            DataError: naming the key.
+        """
+        if self.not_binary:
+            raise DataError(
+                "attention_mask holds other values than 0 and 1. It is 1 for a token and 0 for"
+                " padding; to pack documents into a row, give position_ids or seq_idx."
+            )
+        if self.holes:
+            raise DataError(
+                "attention_mask has zeros between the ones of a row. Padding stands before a row's"
+                " tokens or after them; take out tokens in between in the data set, or give them"
+                " the label -100 if they are only not to be learned."
+            )
+        if self.bad_positions:
+            raise DataError(
+                "position_ids neither count up by 1 nor restart from 0 at some token. Inside a"
+                " document they count up, and each further document of a row begins at 0. Number"
+                " them so, or leave position_ids out."
+            )
+        if self.padded and (mixed := [key for key in BOUNDARIES if key in given]):
+            raise DataError(
+                f"attention_mask has padding, but {mixed[0]} is for rows without. Use one of them."
+            )
+        if self.disagreeing:
+            first = next(key for key in ("position_ids", "seq_idx", *BOUNDARIES) if key in given)
+            raise DataError(
+                f"{first} and {self.disagreeing[0]} begin documents at different tokens. They must"
+                " say the same; give one of them."
+            )
+        for key in LONGEST:
+            if key in given and (said := _read_length(key, given[key])) != self.longest:
+                raise DataError(
+                    f"{key} is {said}, but the longest sequence of the batch has"
+                    f" {self.longest} tokens. Correct it, or leave it out: it is not needed."
+                )
+
+
+def _check(key: str, value: Any, *shapes: tuple[int, ...], boolean: bool = False) -> None:
+    """Refuses another shape than those, and dtypes that are not integers.
+
+    Raises:
+        ShapeError: naming the key.
+    """
+    good = isinstance(value, Tensor) and (_is_integer(value) or (boolean and _is_bool(value)))
+    fits = good and (value.dim() == 2 if not shapes else tuple(value.shape) in shapes)
+    if fits:
+        return
+    shape = f"of shape {' or '.join(map(str, shapes))}" if shapes else "(batch, seq_len)"
+    hint = ""
+    if boolean:
+        hint = (
+            " Masks of attention scores, with 4 dimensions or floating, are not taken: give a 1"
+            " for each token and a 0 for padding, and position_ids to keep documents apart."
+        )
+    raise ShapeError(
+        f"{key} is {_describe(value)}. It must be a tensor {shape} of"
+        f" {'bool or ' if boolean else ''}an integer dtype.{hint}"
+    )
+
+
+def _is_bool(value: Tensor) -> bool:
+    return value.dtype == torch.bool
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex() or _is_bool(value))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"a {type(value).__name__}"
