@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_fastmoe.ops import kernels
 
-
 _ALIGNMENT = 64
 
 

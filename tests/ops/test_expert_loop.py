@@ -104,7 +104,7 @@ def test_rows_that_come_by_expert():
 
 
 def test_where_weights_lie_changes_no_bit() -> None:
-    """ZeRO 3 gathers them now here, now there, and a product of one row sees how they are aligned."""
+    """ZeRO 3 gathers them now here, now there; a product of one row sees how they are aligned."""
     torch.manual_seed(0)
     x, weights, grad = torch.randn(6, 12), torch.rand(6, 1), torch.randn(6, 12)
     up, down = torch.randn(3, 40, 12), torch.randn(3, 12, 20)
