@@ -29,6 +29,7 @@ from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
     check_arguments,
@@ -58,14 +59,6 @@ from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.uneven import UnevenData
 
 _ENGINE = "_fastmoe_engine"
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "_stage_1": {"stage": 1},
-    "_stage_2": {"stage": 2},
-    "_stage_3": {"stage": 3},
-    "_stage_2_offload": {"stage": 2, "offload_optimizer": True},
-    "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
-}
 
 
 class FastMoEStrategy(ExpertCheckpoints):
@@ -99,7 +92,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         ConfigError: if an option is unknown or would train experts wrongly.
     """
 
-    strategy_name = "fastmoe"
+    strategy_name = NAME
 
     def __init__(
         self,
@@ -342,9 +335,4 @@ class FastMoEStrategy(ExpertCheckpoints):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Registers "fastmoe" and its variants for ``Trainer(strategy=...)``."""
-        for suffix, arguments in _VARIANTS.items():
-            name = cls.strategy_name + suffix
-            if name not in strategy_registry:
-                strategy_registry.register(
-                    name, cls, description=f"Expert parallelism, ZeRO: {arguments}", **arguments
-                )
+        register_names(strategy_registry, cls)
