@@ -30,9 +30,9 @@ from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 from lightning_fastmoe.registration import NAME, register_names
+from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
-    check_arguments,
     check_can_be_saved,
     check_directories,
     check_links,
@@ -104,18 +104,29 @@ class FastMoEStrategy(ExpertCheckpoints):
         async_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_arguments(expert_parallel_size, nonfinite, kwargs)
+        own = {
+            "expert_parallel_size": expert_parallel_size,
+            "stage": stage,
+            "nonfinite": nonfinite,
+            "verify_checkpoints": verify_checkpoints,
+            "trust_checkpoints": trust_checkpoints,
+            "async_checkpoint": async_checkpoint,
+        }
         check_objects("FastMoEStrategy", kwargs.values())
+        checked = check_arguments(FastMoEStrategy.__init__, own, kwargs)
+        kwargs.update((name, checked[name]) for name in kwargs)
+        stage, expert_parallel_size = checked["stage"], checked["expert_parallel_size"]
         super().__init__(stage=stage, **kwargs)
         assert isinstance(self.config, dict)
         # DeepSpeed demands its own CPU Adam for offloading unless told that any optimizer will do.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         check_deepspeed_config(self.config)
+        check_stage_beside_config(stage, self.config)
         self.expert_parallel_size = expert_parallel_size
         self._nonfinite = nonfinite
-        self.verify_checkpoints = verify_checkpoints
-        self.trust_checkpoints = trust_checkpoints
-        self.async_checkpoint = async_checkpoint
+        self.verify_checkpoints: bool = checked["verify_checkpoints"]
+        self.trust_checkpoints: bool = checked["trust_checkpoints"]
+        self.async_checkpoint: bool = checked["async_checkpoint"]
         self._spreader: ExpertSpreader | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
