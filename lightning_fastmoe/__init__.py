@@ -35,7 +35,16 @@ __all__ = [
     "moe_losses",
 ]
 
-_COMPONENTS = ("callbacks", "checkpoint", "distributed", "errors", "metrics", "nn", "ops", "strategy")
+_COMPONENTS = (
+    "callbacks",
+    "checkpoint",
+    "distributed",
+    "errors",
+    "metrics",
+    "nn",
+    "ops",
+    "strategy",
+)
 _HOMES = {"FastMoEStrategy": "strategy", "MoE": "nn", "moe_losses": "nn"}  # the rest: callbacks
 
 

@@ -40,7 +40,7 @@ _FIX = (
 
 
 class ForeignPackageWarning(UserWarning):
-    """The package ``lightning``, whose classes are not those of ``pytorch_lightning``, is loaded."""
+    """The package ``lightning`` is imported, whose classes are not ``pytorch_lightning``'s."""
 
 
 def register_names(registry: Any, make_strategy: Callable[..., Any]) -> None:

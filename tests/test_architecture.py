@@ -1,6 +1,7 @@
 """Imports point one way, and files stay short.
 
-    errors <- argument_types, registration, load_log, co_activation_log, ops <- nn <- distributed, sizes <- checkpoint <- strategy
+    errors <- argument_types, registration, load_log, co_activation_log, ops <- nn
+        <- distributed, sizes <- checkpoint <- strategy
         <- callbacks, metrics, lm, report
         <- commands <- cli
 

@@ -108,11 +108,15 @@ def test_the_other_lightning_is_named_once(
     order: str, foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, registration._Watcher)]
-    with pytest.warns(ForeignPackageWarning, match="import pytorch_lightning as pl") as caught:
+
+    def load_both() -> None:
         if order == "before us":
             importlib.import_module("lightning")
         registration.register_with_lightning(lambda **_: None)
         importlib.import_module("lightning")
+
+    with pytest.warns(ForeignPackageWarning, match="import pytorch_lightning as pl") as caught:
+        load_both()
     assert len(caught) == 1
     registry = sys.modules["lightning.pytorch.strategies"].StrategyRegistry
     assert registry.available_strategies() == list(VARIANTS)
