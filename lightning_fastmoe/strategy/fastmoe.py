@@ -53,6 +53,7 @@ from lightning_fastmoe.strategy.experts import (
     register_groups,
     tag_experts,
 )
+from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
@@ -218,6 +219,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         if trainer.training:
             check_directories(trainer)
             self._put_back_names(trainer)
+            correct_summary(trainer, dict(moe_layers(self.lightning_module)))
         if self.async_checkpoint:
             check_links(trainer)
             self._forget_pending = count_pending_names(trainer, self._is_pending)
