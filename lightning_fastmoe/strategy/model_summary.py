@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelSummary
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.experts import Experts
