@@ -1,19 +1,17 @@
 """Expert parallelism for PyTorch Lightning.
 
 Importing the package registers ``strategy="fastmoe"`` and its variants with Lightning's Trainer,
-and lets ``load_from_checkpoint`` of any module read this package's checkpoints.
+and lets ``load_from_checkpoint`` of any module read this package's checkpoints. It imports neither
+torch nor Lightning nor DeepSpeed: what it exports is loaded when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_fastmoe.commands import starts_as_own_command
+from lightning_fastmoe.lightning_loaders import register_loaders
+from lightning_fastmoe.registration import register_with_lightning
 
-__version__ = "0.1.0"
-
-if TYPE_CHECKING or not starts_as_own_command():
-    from pytorch_lightning.strategies import StrategyRegistry
-
+if TYPE_CHECKING:
     from lightning_fastmoe.callbacks import (
         CapacitySchedule,
         CoActivationMonitor,
@@ -24,21 +22,8 @@ if TYPE_CHECKING or not starts_as_own_command():
     )
     from lightning_fastmoe.nn import MoE, moe_losses
     from lightning_fastmoe.strategy import FastMoEStrategy
-    from lightning_fastmoe.strategy.plain_loading import register_loaders
 
-    register_loaders()
-    FastMoEStrategy.register_strategies(StrategyRegistry)
-else:
-    # `lightning-fastmoe env` and its like start without Lightning and DeepSpeed; code that they
-    # load may still ask for what the package exports.
-    def __getattr__(name: str) -> Any:
-        if name in __all__:
-            for component in ("callbacks", "nn", "strategy"):
-                module = import_module(f"{__name__}.{component}")
-                if hasattr(module, name):
-                    return getattr(module, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__version__ = "0.1.0"
 
 __all__ = [
     "CapacitySchedule",
@@ -51,3 +36,39 @@ __all__ = [
     "ThroughputMonitor",
     "moe_losses",
 ]
+
+_COMPONENTS = (
+    "callbacks",
+    "checkpoint",
+    "distributed",
+    "errors",
+    "metrics",
+    "nn",
+    "ops",
+    "strategy",
+)
+_HOMES = {"FastMoEStrategy": "strategy", "MoE": "nn", "moe_losses": "nn"}  # the rest: callbacks
+
+
+def _load(name: str) -> Any:
+    if name in _COMPONENTS:
+        return import_module(f"{__name__}.{name}")
+    if name in __all__:
+        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'callbacks')}"), name)
+        globals()[name] = value  # the next time without this function
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # or every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        return _load(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_COMPONENTS})
+
+
+register_with_lightning(lambda **arguments: _load("FastMoEStrategy")(**arguments))
+register_loaders(lambda: import_module(f"{__name__}.strategy.plain_loading"))

@@ -17,6 +17,11 @@ TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
+_ENOUGH = (
+    *("-c", "--config", "-h", "--help", "--print_config"),
+    *("--trainer.max_", "--trainer.fast_dev_run"),
+)
+"""How an argument of ``fit`` starts that ends the run, or that makes it none."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +91,11 @@ def _run(words: list[str], args: Sequence[str] | None) -> int:
         return run_command(first, words[1:])
     if first not in TRAINING and not first.startswith("-"):
         raise ConfigError(f"there is no command {first!r}; the commands are {commands}")
+    if first == "fit" and not any(word.startswith(_ENOUGH) for word in words[1:]):
+        raise ConfigError(
+            "fit needs a configuration, as nothing else says what to train and for how long:"
+            f" {PROGRAM} fit --config examples/tiny_lm.yaml (a file of the repository)"
+        )
     from lightning_fastmoe.lm.cli import run
 
     run(args)

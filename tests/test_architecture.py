@@ -1,6 +1,7 @@
 """Imports point one way, and files stay short.
 
-    errors <- load_log, co_activation_log, ops <- nn <- distributed, sizes <- checkpoint <- strategy
+    errors <- argument_types, registration, load_log, co_activation_log, ops <- nn
+        <- distributed, sizes <- checkpoint <- strategy
         <- callbacks, metrics, lm, report
         <- commands <- cli
 
@@ -24,6 +25,9 @@ MAX_LINES = 400
 
 LEVELS = {
     "errors": 0,
+    "argument_types": 1,
+    "lightning_loaders": 1,
+    "registration": 1,
     "load_log": 1,
     "co_activation_log": 1,
     "ops": 1,

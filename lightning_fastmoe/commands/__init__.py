@@ -9,16 +9,11 @@ A group of commands calls ``parser.add_subparsers`` in ``add_arguments``. Module
 what else is heavy inside ``run``, so that help and errors in arguments come at once. Errors that
 the user can mend are raised as :class:`~lightning_fastmoe.errors.FastMoEError`: one line, exit
 status 2.
-
-This file imports the standard library only: the package's ``__init__`` reads it.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 PROGRAM = "lightning-fastmoe"
 
@@ -62,28 +57,3 @@ TRAINING = {
     "predict": "Run it on a data set.",
 }
 """The commands of LightningCLI."""
-
-
-def is_own_command(argv: Sequence[str], original: Sequence[str]) -> bool:
-    """Whether this process is one of :data:`COMMANDS`, or prints the list of them.
-
-    Such a process needs neither Lightning nor DeepSpeed until it says so, and ``env`` must also run
-    where they can't be imported.
-
-    Args:
-        argv: ``sys.argv``.
-        original: ``sys.orig_argv``.
-    """
-    if not argv:  # an embedded interpreter
-        return False
-    program, *arguments = argv
-    if program == "-m":  # python -m, before the module is found
-        started = "lightning_fastmoe.cli" in original
-    else:
-        started = Path(program).name == PROGRAM
-    return started and (not arguments or arguments[0] in {*COMMANDS, "-h", "--help", "--version"})
-
-
-def starts_as_own_command() -> bool:
-    """:func:`is_own_command` for this process."""
-    return is_own_command(getattr(sys, "argv", []), sys.orig_argv)

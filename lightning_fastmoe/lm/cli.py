@@ -131,6 +131,8 @@ def run(args: Sequence[str] | None = None) -> None:
             "training from the command line needs jsonargparse:"
             " pip install 'lightning-fastmoe[cli]'"
         ) from None
+    from lightning_fastmoe.lm.parser import OneLineParser
+
     try:
         FastMoECLI(
             MoELanguageModel,
@@ -139,6 +141,7 @@ def run(args: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_class=OneLineParser,
             args=None if args is None else list(args),
         )
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fastmoe.argument_types import check_types
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import AttachedLosses, LossScale, is_recomputing
 from lightning_fastmoe.nn.capacity import (
@@ -29,6 +30,7 @@ from lightning_fastmoe.nn.layer_losses import attach_losses
 from lightning_fastmoe.nn.layer_settings import LayerSettings
 from lightning_fastmoe.nn.module_experts import ExpertFactory
 from lightning_fastmoe.nn.moe_options import (
+    DEFAULT_COEFFICIENTS,
     RouterArgument,
     capacity_factors,
     check_sizes,
@@ -42,6 +44,13 @@ from lightning_fastmoe.nn.random import PassNumbers
 from lightning_fastmoe.nn.router import ROUTERS, Router, Routing, RoutingContext
 from lightning_fastmoe.nn.shared_expert import SharedExpert
 from lightning_fastmoe.nn.token_inputs import MaskedValues, TokenInputs, read_inputs
+
+_CHECKED = (
+    *("d_model", "d_ffn", "num_experts", "top_k", "activation", "bias", "normalize_weights"),
+    *("router_options", "shared_expert", "shared_expert_gate", "dispatcher", "init_std"),
+    *("autoregressive", *DEFAULT_COEFFICIENTS),
+)
+"""The arguments whose types are checked at once; the others are looked at where they are used."""
 
 RoutingObserver = Callable[["MoE", Routing], None]
 """Called once per forward pass (not when a checkpoint replays it), without gradients."""
@@ -137,7 +146,11 @@ class MoE(LayerSettings):
         init_std: float | None = None,
         autoregressive: bool = False,
     ) -> None:
+        values = {name: value for name, value in locals().items() if name in _CHECKED}
         super().__init__()
+        values = check_types("MoE", MoE.__init__, values)
+        d_model, d_ffn, num_experts, top_k = (values[name] for name in _CHECKED[:4])
+        shared_expert = values["shared_expert"]
         if (
             num_experts is None
             and not isinstance(expert, str)
@@ -160,15 +173,8 @@ class MoE(LayerSettings):
         self.router = make_router(
             router, router_options, d_model, num_experts, top_k, normalize_weights, init_std
         )
-        self.loss_coefficients = loss_coefficients(
-            self.router,
-            load_balancing=load_balancing,
-            z_loss=z_loss,
-            importance=importance,
-            load=load,
-            sequence_balancing=sequence_balancing,
-            global_balancing=global_balancing,
-        )
+        losses = {name: values[name] for name in DEFAULT_COEFFICIENTS}
+        self.loss_coefficients = loss_coefficients(self.router, **losses)
         self._capacity_factors = capacity_factors(self.router, capacity_factor)
         usual: CapacityOver = getattr(self.router, "capacity_over", "rank")
         self.capacity_over = usual if capacity_over is None else capacity_over

@@ -21,7 +21,6 @@ from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.strategy.elementwise import is_elementwise
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
-_POLICIES = ("raise", "skip", "ignore")
 # Known by name, as copies of some of them share memory outside of Python and can't be tried.
 _ELEMENTWISE_OF_DEEPSPEED = (
     "FusedAdam",
@@ -30,32 +29,6 @@ _ELEMENTWISE_OF_DEEPSPEED = (
     "DeepSpeedCPULion",
     "DeepSpeedCPUAdagrad",
 )
-_REFUSED_ARGUMENTS = {
-    "load_full_weights": "a single file of weights loads without it: pass it as ckpt_path",
-    "remote_device": "parameters are made on the rank's own device, then partitioned;"
-    " offload_parameters=True moves them to the host",
-}
-
-
-def check_arguments(expert_parallel_size: Any, nonfinite: Any, others: Mapping[str, Any]) -> None:
-    """Checks our own arguments, and refuses those of DeepSpeedStrategy that would have no effect.
-
-    Raises:
-        ConfigError: if one is of the wrong type or unknown.
-    """
-    is_size = isinstance(expert_parallel_size, int) and not isinstance(expert_parallel_size, bool)
-    if expert_parallel_size != "auto" and not (is_size and expert_parallel_size >= 1):
-        raise ConfigError(
-            f"expert_parallel_size={expert_parallel_size!r} is invalid: it must be 'auto' or an"
-            " integer of at least 1."
-        )
-    if nonfinite not in _POLICIES:
-        raise ConfigError(
-            f"nonfinite={nonfinite!r} is unknown. It must be one of: {', '.join(_POLICIES)}."
-        )
-    for name, reason in _REFUSED_ARGUMENTS.items():
-        if others.get(name):
-            raise ConfigError(f"{name}={others[name]!r} is refused: {reason}. Drop the argument.")
 
 
 def check_objects(owner: str, objects: Iterable[Any]) -> None:

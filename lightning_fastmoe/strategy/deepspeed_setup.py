@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.strategy.arguments import check_stage
 
 if not torch.cuda.is_available():
     # Saves DeepSpeed's guess, and its warning about the guess. Must precede its first import.
@@ -62,14 +63,14 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the option, the rule and the fix.
     """
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage not in (1, 2, 3):
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, Mapping) or "stage" not in zero:
         raise ConfigError(
-            f"stage={stage} is not supported: it must be 1, 2 or 3. DeepSpeed's stage 0 leaves the"
-            " experts' gradients out of the clipping norm with a client optimizer (DeepSpeed #8475,"
-            " #8613). Stage 1 computes the same with less memory."
+            "The DeepSpeed config names no ZeRO stage, and takes the place of FastMoEStrategy's own"
+            " stage. Put 'zero_optimization': {'stage': 2} into it, or give no config and"
+            " FastMoEStrategy(stage=2)."
         )
+    check_stage(zero["stage"])
     for name, reason in _REFUSED_SECTIONS.items():
         if config.get(name):
             raise ConfigError(f"The DeepSpeed config sets {name!r}, which is refused: {reason}.")

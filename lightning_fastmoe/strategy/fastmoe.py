@@ -30,9 +30,10 @@ from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.registration import NAME, register_names
+from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
-    check_arguments,
     check_can_be_saved,
     check_directories,
     check_links,
@@ -54,6 +55,7 @@ from lightning_fastmoe.strategy.experts import (
     register_groups,
     tag_experts,
 )
+from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
@@ -61,14 +63,6 @@ from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch, check_seconds
 
 _ENGINE = "_fastmoe_engine"
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "_stage_1": {"stage": 1},
-    "_stage_2": {"stage": 2},
-    "_stage_3": {"stage": 3},
-    "_stage_2_offload": {"stage": 2, "offload_optimizer": True},
-    "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
-}
 
 
 class FastMoEStrategy(ExpertCheckpoints):
@@ -107,7 +101,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         ConfigError: if an option is unknown or would train experts wrongly.
     """
 
-    strategy_name = "fastmoe"
+    strategy_name = NAME
 
     def __init__(
         self,
@@ -121,20 +115,33 @@ class FastMoEStrategy(ExpertCheckpoints):
         signal_grace: float | None = 30.0,
         **kwargs: Any,
     ) -> None:
-        check_arguments(expert_parallel_size, nonfinite, kwargs)
+        own = {
+            "expert_parallel_size": expert_parallel_size,
+            "stage": stage,
+            "nonfinite": nonfinite,
+            "verify_checkpoints": verify_checkpoints,
+            "trust_checkpoints": trust_checkpoints,
+            "async_checkpoint": async_checkpoint,
+            "hang_timeout": hang_timeout,
+            "signal_grace": signal_grace,
+        }
         check_seconds("hang_timeout", hang_timeout)
         check_seconds("signal_grace", signal_grace)
         check_objects("FastMoEStrategy", kwargs.values())
+        checked = check_arguments(FastMoEStrategy.__init__, own, kwargs)
+        kwargs.update((name, checked[name]) for name in kwargs)
+        stage, expert_parallel_size = checked["stage"], checked["expert_parallel_size"]
         super().__init__(stage=stage, **kwargs)
         assert isinstance(self.config, dict)
         # DeepSpeed demands its own CPU Adam for offloading unless told that any optimizer will do.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         check_deepspeed_config(self.config)
+        check_stage_beside_config(stage, self.config)
         self.expert_parallel_size = expert_parallel_size
         self._nonfinite = nonfinite
-        self.verify_checkpoints = verify_checkpoints
-        self.trust_checkpoints = trust_checkpoints
-        self.async_checkpoint = async_checkpoint
+        self.verify_checkpoints: bool = checked["verify_checkpoints"]
+        self.trust_checkpoints: bool = checked["trust_checkpoints"]
+        self.async_checkpoint: bool = checked["async_checkpoint"]
         self._spreader: ExpertSpreader | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
@@ -231,6 +238,7 @@ class FastMoEStrategy(ExpertCheckpoints):
             check_directories(trainer)
             self._check_names(trainer)
             self._put_back_names(trainer)
+            correct_summary(trainer, dict(moe_layers(self.lightning_module)))
         if self.async_checkpoint:
             check_links(trainer)
             self._forget_pending = count_pending_names(trainer, self._is_pending)
@@ -376,9 +384,4 @@ class FastMoEStrategy(ExpertCheckpoints):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Registers "fastmoe" and its variants for ``Trainer(strategy=...)``."""
-        for suffix, arguments in _VARIANTS.items():
-            name = cls.strategy_name + suffix
-            if name not in strategy_registry:
-                strategy_registry.register(
-                    name, cls, description=f"Expert parallelism, ZeRO: {arguments}", **arguments
-                )
+        register_names(strategy_registry, cls)

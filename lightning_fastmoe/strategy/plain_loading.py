@@ -1,24 +1,12 @@
-"""Lightning's own loaders, and checkpoints that are directories.
-
-``MyModule.load_from_checkpoint("last.ckpt")`` is what people type, and their module is a plain
-LightningModule: no method of ours is called, and Lightning has no place to register a loader. It
-opens the path by a function that ``pytorch_lightning.core.saving`` imports by name. That name, in
-that one module, is given a function which looks whether the path is a checkpoint of this package
-and otherwise calls the former: nothing changes for other files, for ``torch.load`` or for other
-libraries. So is the name by which strategies that know single files alone open them; there the
-function can only say what to do, as such a strategy may want the optimizer's state.
-"""
+"""What Lightning's own loaders do with a checkpoint of ours; see ``lightning_loaders.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from lightning_fabric.plugins.io import torch_io
-from pytorch_lightning.core import saving
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.publish import resolve
@@ -26,36 +14,23 @@ from lightning_fastmoe.checkpoint.reader import is_checkpoint
 from lightning_fastmoe.checkpoint.whole import read_whole
 from lightning_fastmoe.errors import CheckpointError
 
-_NAME = "pl_load"
-_MARK = "_loads_fastmoe_checkpoints"
 
-Load = Callable[..., Any]
-
-
-def register_loaders() -> None:
-    """Lets Lightning's loaders know the directories of this package. Again is the same as once."""
-    for module, function in ((saving, _read), (torch_io, _refuse)):
-        former: Load = getattr(module, _NAME)
-        if not hasattr(former, _MARK):
-            setattr(module, _NAME, _for_directories(function, former))
+def is_ours(path: str | Path) -> bool:
+    """Whether a path is a checkpoint of this package."""
+    return is_checkpoint(resolve(Path(path)))
 
 
-def _for_directories(function: Load, former: Load) -> Load:
-    @wraps(former)
-    def load(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(path, str | Path) and is_checkpoint(resolve(Path(path))):
-            return function(Path(path), *args, **kwargs)
-        return former(path, *args, **kwargs)
-
-    setattr(load, _MARK, True)
-    return load
-
-
-def _read(path: Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+def read(path: Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """What a single file of Lightning's would hold, less what only the strategy can restore."""
     return read_whole(path, trusted=weights_only is False, place=_placer(map_location))
 
 
-def _refuse(path: Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+def refuse(path: Path, map_location: Any = None, weights_only: bool | None = None) -> NoReturn:
+    """For strategies that know single files alone.
+
+    Raises:
+        CheckpointError: always, naming the ways that work.
+    """
     raise CheckpointError(
         f"{path} is a checkpoint of FastMoEStrategy, which other strategies can't read. Pass"
         " Trainer(strategy=FastMoEStrategy()), on one device, too; or write its weights into a"

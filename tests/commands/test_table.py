@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import subprocess
 import sys
 
 import pytest
 
 from lightning_fastmoe import __version__, cli
-from lightning_fastmoe.commands import COMMANDS, TRAINING, is_own_command
+from lightning_fastmoe.commands import COMMANDS, TRAINING
 
 HEAVY = ("torch", "pytorch_lightning", "deepspeed", "jsonargparse", "numpy")
 
@@ -72,26 +71,7 @@ def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize(
-    ("argv", "original", "own"),
-    [
-        (["/usr/bin/lightning-fastmoe", "env", "--json"], [], True),
-        (["lightning-fastmoe", "--help"], [], True),
-        (["lightning-fastmoe"], [], True),
-        (["-m", "build"], ["python", "-m", "lightning_fastmoe.cli", "build"], True),
-        (["lightning-fastmoe", "fit", "--help"], [], False),
-        (["lightning-fastmoe", "--config", "a.yaml", "fit"], [], False),
-        (["-m", "env"], ["python", "-m", "somebody.else", "env"], False),
-        (["train.py", "env"], ["python", "train.py", "env"], False),
-        ([""], ["python"], False),
-        ([], [], False),
-    ],
-)
-def test_what_starts_without_lightning(argv: list[str], original: list[str], own: bool) -> None:
-    assert is_own_command(argv, original) is own
-
-
-def test_help_imports_nothing_heavy_and_exports_stay_within_reach() -> None:
+def test_help_imports_nothing_heavy() -> None:
     """In a process of its own, as the console script would start it."""
     code = f"""
 import sys
@@ -105,20 +85,9 @@ for name in COMMANDS:
     except SystemExit as stopped:
         assert stopped.code == 0
 assert not set(sys.modules) & set({HEAVY!r}), set(sys.modules) & set({HEAVY!r})
-import lightning_fastmoe
-assert lightning_fastmoe.MoE.__name__ == "MoE"
-from lightning_fastmoe import *
-assert FastMoEStrategy.strategy_name == "fastmoe"
-try:
-    lightning_fastmoe.nonsense
-except AttributeError as error:
-    assert "nonsense" in str(error)
-else:
-    raise AssertionError
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -17,7 +17,8 @@ from strategy.plain_loading_runs import Data, Plain
 
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError
-from lightning_fastmoe.strategy.plain_loading import register_loaders
+from lightning_fastmoe.lightning_loaders import register_loaders
+from lightning_fastmoe.strategy import plain_loading
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_other_files_are_loaded_as_before(trained, tmp_path):
 
 def test_registering_again_changes_nothing():
     before = saving.pl_load, torch_io.pl_load
-    register_loaders()
+    register_loaders(lambda: plain_loading)
     assert (saving.pl_load, torch_io.pl_load) == before
     assert before[0].__wrapped__ is lightning_fabric.utilities.cloud_io._load
     assert lightning_fabric.utilities.cloud_io._load.__module__.startswith("lightning_fabric")

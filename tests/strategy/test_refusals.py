@@ -17,7 +17,7 @@ REFUSED = [
     ("nonfinite", 1, "ConfigError", ["'panic'", "raise, skip, ignore"]),
     ("stage 0", 1, "ConfigError", ["stage=0", "1, 2 or 3"]),
     ("stage 0 in config", 1, "ConfigError", ["stage=0", "1, 2 or 3"]),
-    ("no stage in config", 1, "ConfigError", ["stage=0", "1, 2 or 3"]),
+    ("no stage in config", 1, "ConfigError", ["names no ZeRO stage", "FastMoEStrategy(stage=2)"]),
     ("reduce_scatter", 2, "ConfigError", ["reduce_scatter=False", "Drop the option"]),
     ("contiguous_gradients", 2, "ConfigError", ["contiguous_gradients=False"]),
     ("quantized", 2, "ConfigError", ["zero_quantized_gradients=True"]),

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from lightning_fastmoe.errors import KernelsUnavailableError
 from lightning_fastmoe.ops._build.architectures import codes_of_list, flags_of
+from lightning_fastmoe.ops._build.compilers import Compilers, check_status, unwound_by_signals
 from lightning_fastmoe.ops._build.record import Record, read_record
 
 # The oldest torch whose stable ABI has all that csrc/ calls, 2.11, as the headers spell versions.
@@ -110,7 +110,11 @@ def compile_library(
     if (threads := min(len(record.codes), jobs // len(sources))) > 1:
         flags.append(f"--threads={threads}")  # architectures of one file at once
     # A folder of this process: what a killed build leaves behind is in nobody's way.
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=TEMPORARY) as name:
+    with (
+        unwound_by_signals(),
+        tempfile.TemporaryDirectory(dir=library.parent, prefix=TEMPORARY) as name,
+        Compilers(jobs) as compilers,
+    ):
         folder = Path(name)
         about = folder / "record.cpp"
         about.write_text(record.source(), encoding="ascii")
@@ -121,35 +125,37 @@ def compile_library(
             compile_command(nvcc, flags, source, output)
             for source, output in zip((*ordered, about), objects, strict=True)
         ]
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(_run, commands))
+        compilers.run(commands)
         linked = folder / "kernels.so"
-        _run(link_command(nvcc, objects, linked, folder))
+        for step in link_commands(nvcc, objects, linked, folder):
+            compilers.run([step])
         if read_record(linked) != record:
             raise KernelsUnavailableError(f"{nvcc} made a library without its build record")
         linked.replace(library)  # atomic: other processes see all of it or nothing
 
 
-def link_command(nvcc: Path, objects: list[Path], output: Path, folder: Path) -> list[str]:
-    """The command that links ``objects``, against torch's libraries by name alone.
+def link_commands(nvcc: Path, objects: list[Path], output: Path, folder: Path) -> list[list[str]]:
+    """The commands that link ``objects``, in turn, against torch's libraries by name alone.
 
     They are in the process by the time that the library is loaded, as is a CUDA runtime of the same
     major version, torch's own. A torch without CUDA has no libtorch_cuda.so; an empty library of
     that name then stands in for it, so that images can be built with one.
     """
     lib = Path(torch.__file__).parent / "lib"
+    commands = []
     paths = [f"-L{lib}"]
     if not (lib / "libtorch_cuda.so").exists():
         empty = folder / "empty.cpp"
         empty.write_text("", encoding="ascii")
         name = "libtorch_cuda.so"
         soname = ["-Xlinker", "-soname", "-Xlinker", name]
-        _run([str(nvcc), "-shared", *soname, str(empty), "-o", str(folder / name)])
+        commands.append([str(nvcc), "-shared", *soname, str(empty), "-o", str(folder / name)])
         paths.append(f"-L{folder}")
     # Some linkers drop a library that nothing seems to need, which the one that stands in is.
     names = ["-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
-    inputs = [str(path) for path in objects]
-    return [str(nvcc), "-shared", "-cudart", "shared", *inputs, *paths, *names, "-o", str(output)]
+    inputs = [*(str(path) for path in objects), *paths, *names]
+    commands.append([str(nvcc), "-shared", "-cudart", "shared", *inputs, "-o", str(output)])
+    return commands
 
 
 def _max_jobs() -> int:
@@ -165,7 +171,5 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(  # noqa: S603 - the compiler, without a shell
         command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
-    if done.returncode != 0:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-        raise KernelsUnavailableError(f"this failed: {' '.join(command)}\n{tail}")
+    check_status(command, done.returncode, done.stdout + done.stderr)
     return done.stdout

@@ -24,7 +24,6 @@ import sys, time
 from pathlib import Path
 
 folder, started = Path(sys.argv[1]), Path(sys.argv[2])
-sys.argv[:] = ["lightning-fastmoe", "build"]  # spares the import of Lightning and DeepSpeed
 from ops.toolkit import Machine
 from lightning_fastmoe.ops import _build
 
@@ -123,3 +122,56 @@ def test_a_killed_builder_is_in_nobodys_way(machine: Machine, processes: Process
     assert library is not None
     assert compilations(machine.calls()) == sorted(units())
     assert sorted(path.name for path in library.parent.iterdir()) == ["lock", "sm_90a.so"]
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=["SIGTERM", "SIGHUP", "SIGINT"]
+)
+def test_a_builder_that_is_told_to_end_leaves_nothing(
+    machine: Machine,
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    temporary = machine.folder / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    children = machine.folder / "children"
+    # As nvcc does, it leaves the work, and the pipes, to a child.
+    machine.install(
+        f'case "$*" in *sort.cu*) touch "$TMPDIR/x"; sleep 600 & echo $! > {children}; wait;; esac'
+    )
+    processes.start(1)
+    wait_for(lambda: children.exists() and children.read_text().endswith("\n"))
+    child = int(children.read_text())
+    assert any(temporary.rglob("x"))
+    (builder,) = processes.running
+    os.kill(builder.pid, number)  # it alone
+    builder.wait(timeout=TIMEOUT)
+    assert builder.returncode == -number  # as without a build
+    wait_for(lambda: is_gone(child))
+    (folder,) = machine.cache.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert list(temporary.iterdir()) == []
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, waited for by its parent or not yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_handler_of_the_user_stays_in_place(
+    machine: Machine,
+) -> None:
+    """SIGTERM to a run that has its own plans, while kernels are compiled in it."""
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        machine.install(f'case "$*" in *" -c "*sort.cu*) kill -TERM {os.getpid()};; esac')
+        assert _build.build().library is not None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [signal.SIGTERM]

@@ -1,0 +1,128 @@
+"""The arguments of FastMoEStrategy: which exist, what they may be, and which do not go together."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from lightning_fastmoe.argument_types import check_known, check_types, parameters
+from lightning_fastmoe.errors import ConfigError
+
+OWNER = "FastMoEStrategy"
+STAGES = (1, 2, 3)
+DEFAULT_STAGE = 2
+_POLICIES = ("raise", "skip", "ignore")
+_REFUSED = {
+    "load_full_weights": "a single file of weights loads without it: pass it as ckpt_path",
+    "remote_device": "parameters are made on the rank's own device, then partitioned;"
+    " offload_parameters=True moves them to the host",
+}
+
+
+def check_arguments(
+    init: Callable[..., Any], own: Mapping[str, Any], others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Checks our arguments, and refuses those of DeepSpeedStrategy that would have no effect.
+
+    Args:
+        init: FastMoEStrategy's, for the types of its own arguments.
+        own: FastMoEStrategy's own arguments.
+        others: those that DeepSpeedStrategy gets.
+
+    Returns:
+        ``own`` and ``others`` together, numbers of NumPy replaced by Python's.
+
+    Raises:
+        ConfigError: if one is unknown, of the wrong type or out of range, or has no effect.
+    """
+    base = DeepSpeedStrategy.__init__
+    check_known(OWNER, others, [*parameters(init), *parameters(base)])
+    size, stage, policy = own["expert_parallel_size"], own["stage"], own["nonfinite"]
+    if type(size) is str and size != "auto" or type(size) in (bool, float) or size is None:
+        raise _wrong_size(size)
+    if type(stage) is str or type(stage) is bool or stage is None:
+        raise ConfigError(
+            f"{OWNER}: stage={stage!r} ({type(stage).__name__}) is invalid: it must be the integer"
+            f" 1, 2 or 3, as in stage={DEFAULT_STAGE}."
+        )
+    if policy not in _POLICIES:
+        raise ConfigError(
+            f"{OWNER}: nonfinite={policy!r} is unknown. It must be one of: {', '.join(_POLICIES)}."
+        )
+    checked = check_types(OWNER, init, own)
+    if checked["expert_parallel_size"] != "auto" and checked["expert_parallel_size"] < 1:
+        raise _wrong_size(size)
+    check_stage(checked["stage"])
+    names = {k: v for k, v in others.items() if k != "logging_level" or not _is_level(v)}
+    checked |= {**others, **check_types(OWNER, base, names, whole_floats=True)}
+    for name, reason in _REFUSED.items():
+        if others.get(name):
+            raise ConfigError(f"{name}={others[name]!r} is refused: {reason}. Drop the argument.")
+    if not checked.get("zero_optimization", True):
+        raise ConfigError(
+            "zero_optimization=False is refused: experts are trained by ZeRO stage 1, 2 or 3. Drop"
+            " the argument."
+        )
+    if others.get("config") is not None:
+        _check_beside_config(others)
+    return checked
+
+
+def check_stage(stage: Any) -> None:
+    """Refuses ZeRO stages that do not exist, or that train experts wrongly.
+
+    Raises:
+        ConfigError: naming the stages that do.
+    """
+    if stage == 0 and type(stage) is int:
+        raise ConfigError(
+            "stage=0 is not supported: it must be 1, 2 or 3. DeepSpeed's stage 0 leaves the"
+            " experts' gradients out of the clipping norm with a client optimizer (DeepSpeed #8475,"
+            " #8613). Stage 1 computes the same with less memory."
+        )
+    if type(stage) is not int or stage not in STAGES:
+        raise ConfigError(
+            f"stage={stage!r} is not supported: the ZeRO stage must be the integer 1 (optimizer"
+            " states are partitioned), 2 (and gradients) or 3 (and parameters)."
+        )
+
+
+def check_stage_beside_config(stage: int, config: Mapping[str, Any]) -> None:
+    """Refuses a stage that the DeepSpeed config overrules.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    configured = config["zero_optimization"]["stage"]
+    if stage not in (DEFAULT_STAGE, configured):
+        raise ConfigError(
+            f"{OWNER}: stage={stage} has no effect, as the DeepSpeed config sets"
+            f" zero_optimization.stage to {configured}. Give one of the two."
+        )
+
+
+def _wrong_size(size: Any) -> ConfigError:
+    return ConfigError(
+        f"{OWNER}: expert_parallel_size={size!r} is invalid: it must be 'auto' or an integer of at"
+        " least 1."
+    )
+
+
+def _is_level(value: Any) -> bool:
+    return isinstance(value, str) and value in logging.getLevelNamesMapping()
+
+
+def _check_beside_config(others: Mapping[str, Any]) -> None:
+    """DeepSpeedStrategy makes no config of these arguments if it is given one."""
+    into_config = parameters(DeepSpeedStrategy._create_default_config)
+    usual = inspect.signature(DeepSpeedStrategy.__init__).parameters
+    for name, value in others.items():
+        if name in into_config and value != usual[name].default:
+            raise ConfigError(
+                f"{OWNER}: {name}={value!r} has no effect beside config=, which takes the place of"
+                " all arguments that DeepSpeed's configuration holds. Set it there, or drop config."
+            )

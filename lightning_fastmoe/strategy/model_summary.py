@@ -1,0 +1,44 @@
+"""What Lightning's own table of parameters leaves out: the experts of other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelSummary
+from pytorch_lightning.utilities import rank_zero_info
+
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.sizes import numel
+
+
+def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
+    """Says how many parameters Lightning's summary, printed just before, did not count.
+
+    A model built in ``configure_model`` holds this rank's experts only when Lightning counts them,
+    and its "Total params" would pass for the whole model's.
+
+    Args:
+        trainer: whose callbacks tell whether there was a summary.
+        layers: the MoE layers by name, as they were when it was printed.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    printed = any(isinstance(c, ModelSummary) and c._max_depth != 0 for c in callbacks)
+    divided = {name: layer for name, layer in layers.items() if layer.is_spread}
+    if not printed or not divided:
+        return
+    name, first = next(iter(divided.items()))
+    text = (
+        "The summary above counts the experts of one rank only, such as"
+        f" {first.num_local_experts} of {first.num_experts} in {name}."
+    )
+    if all(isinstance(layer.experts, Experts) for layer in divided.values()):
+        text += f" The other ranks hold {sum(map(_elsewhere, divided.values())):,} parameters more."
+    rank_zero_info(f"{text} Add the callback MoESummary for the whole model's numbers.")
+
+
+def _elsewhere(layer: MoE) -> int:
+    """Parameters of the experts that this rank does not hold; stacked experts are of one size."""
+    here = sum(map(numel, layer.experts.parameters()))
+    return here // layer.num_local_experts * (layer.num_experts - layer.num_local_experts)

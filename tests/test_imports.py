@@ -1,0 +1,137 @@
+"""What each import loads, and that the strategy's names are there without loading the strategy."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_fastmoe
+from lightning_fastmoe import registration
+from lightning_fastmoe.errors import ConfigError, ForeignObjectError
+from lightning_fastmoe.registration import VARIANTS, ForeignPackageWarning
+
+STAGES = """
+import sys
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+
+HEAVY = ("torch", "torchmetrics", "transformers", "pytorch_lightning", "deepspeed", "jsonargparse")
+import lightning_fastmoe
+assert loaded(*HEAVY) == [], loaded(*HEAVY)
+import lightning_fastmoe.ops
+assert loaded(*HEAVY) == ["torch"], loaded(*HEAVY)
+from lightning_fastmoe import MoE, moe_losses
+assert loaded(*HEAVY) == ["torch"], loaded(*HEAVY)
+assert MoE.__module__ == "lightning_fastmoe.nn.moe"
+
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import StrategyRegistry
+names = [name for name in StrategyRegistry.available_strategies() if name.startswith("fastmoe")]
+assert len(names) == 6, names
+assert loaded("deepspeed", "lightning_fastmoe.strategy", "lightning_fastmoe.callbacks") == []
+strategy = StrategyRegistry.get("fastmoe_stage_3")
+assert type(strategy) is lightning_fastmoe.FastMoEStrategy
+assert strategy.config["zero_optimization"]["stage"] == 3
+from lightning_fastmoe import *
+assert ExpertLoadMonitor.__module__ == "lightning_fastmoe.callbacks.expert_load"
+"""
+
+
+def test_each_import_loads_what_it_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STAGES], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_not_there() -> None:
+    with pytest.raises(AttributeError, match=r"'lightning_fastmoe' has no attribute 'nonsense'"):
+        _ = lightning_fastmoe.nonsense
+    with pytest.raises(ImportError, match="nonsense"):
+        from lightning_fastmoe import nonsense  # noqa: F401
+
+
+def test_all_names_can_be_listed_and_loaded() -> None:
+    assert set(lightning_fastmoe.__all__) < set(dir(lightning_fastmoe))
+    for name in lightning_fastmoe.__all__:
+        assert getattr(lightning_fastmoe, name).__name__ == name
+    for name in ("nn", "ops", "callbacks", "checkpoint", "metrics", "strategy", "errors"):
+        assert getattr(lightning_fastmoe, name) is sys.modules[f"lightning_fastmoe.{name}"]
+
+
+@pytest.mark.parametrize("name", ["fastmoe_stage2", "fastmoe_2", "FastMoE-stage-2"])
+def test_an_unknown_name_lists_ours(name: str) -> None:
+    import pytorch_lightning as pl
+
+    with pytest.raises(ConfigError) as raised:
+        pl.Trainer(strategy=name, accelerator="cpu", devices=1, logger=False)
+    for known in (name.lower(), *VARIANTS, "FastMoEStrategy"):
+        assert known in str(raised.value)
+
+
+def test_other_unknown_names_stay_lightnings() -> None:
+    import pytorch_lightning as pl
+
+    with pytest.raises(ValueError, match="invalid strategy name") as raised:
+        pl.Trainer(strategy="dpp", accelerator="cpu", devices=1, logger=False)
+    assert not isinstance(raised.value, ConfigError)
+
+
+REGISTRY = """
+from lightning_fabric.strategies.registry import _StrategyRegistry
+StrategyRegistry = _StrategyRegistry()
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for the package ``lightning``, with nothing but a registry of strategies."""
+    folder = tmp_path / "lightning" / "pytorch"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("from lightning.pytorch import strategies\n")
+    (folder / "__init__.py").write_text("")
+    (folder / "strategies.py").write_text(REGISTRY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "lightning"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("order", ["before us", "after us"])
+def test_the_other_lightning_is_named_once(
+    order: str, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, registration._Watcher)]
+
+    def load_both() -> None:
+        if order == "before us":
+            importlib.import_module("lightning")
+        registration.register_with_lightning(lambda **_: None)
+        importlib.import_module("lightning")
+
+    with pytest.warns(ForeignPackageWarning, match="import pytorch_lightning as pl") as caught:
+        load_both()
+    assert len(caught) == 1
+    registry = sys.modules["lightning.pytorch.strategies"].StrategyRegistry
+    assert registry.available_strategies() == list(VARIANTS)
+    with pytest.raises(ForeignObjectError, match="do not mix"):
+        registry.get("fastmoe_stage_2")
+
+
+def test_an_import_that_fails_may_be_tried_again(foreign: Path) -> None:
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, registration._Watcher)]
+    registration.register_with_lightning(lambda **_: None)
+    file = foreign / "lightning" / "pytorch" / "strategies.py"
+    file.write_text("raise RuntimeError('once')\n")
+    with pytest.raises(RuntimeError, match="once"):
+        importlib.import_module("lightning")
+    file.write_text(REGISTRY + "# whole\n")
+    importlib.invalidate_caches()
+    with pytest.warns(ForeignPackageWarning):
+        importlib.import_module("lightning")
