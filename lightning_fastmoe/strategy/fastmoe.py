@@ -39,6 +39,7 @@ from lightning_fastmoe.strategy.checks import (
     check_optimizer,
     check_trainer,
 )
+from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
@@ -100,6 +101,8 @@ class FastMoEStrategy(ExpertCheckpoints):
     """
 
     strategy_name = "fastmoe"
+    _module: pl.LightningModule | None = None
+    _compiled_steps: CompiledSteps | None = None
 
     def __init__(
         self,
@@ -191,6 +194,20 @@ class FastMoEStrategy(ExpertCheckpoints):
 
     # ------------------------------------------------------------------------ set-up of the model
 
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:  # type: ignore[override]
+        return self._module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        """Set by the Trainer, just before it refuses compiled modules for all but its own."""
+        if module is not self._module:
+            self._compiled_steps = None
+        self._module = module
+        if getattr(module, "_compiler_ctx", None) is not None:
+            assert module is not None
+            self._compiled_steps = CompiledSteps(module)
+
     @override
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -211,6 +228,7 @@ class FastMoEStrategy(ExpertCheckpoints):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        unwrap_compiled(self.lightning_module)
         if trainer.training:
             check_directories(trainer)
             self._put_back_names(trainer)
@@ -227,6 +245,8 @@ class FastMoEStrategy(ExpertCheckpoints):
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
         vars(self.lightning_module)[_ENGINE] = self.model
+        if self._compiled_steps is not None:
+            self._compiled_steps.apply()
 
     @staticmethod
     def _destroy_earlier_engine(module: pl.LightningModule) -> None:
@@ -332,6 +352,8 @@ class FastMoEStrategy(ExpertCheckpoints):
 
     @override
     def teardown(self) -> None:
+        if self._compiled_steps is not None:
+            self._compiled_steps.undo()
         for layer in self._expert_state.layers.values():
             layer.managed = False
             layer.batch = LocalBatch()

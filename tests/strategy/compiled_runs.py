@@ -1,0 +1,142 @@
+"""Models that are compiled in the ways that people use, beside one that is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from strategy.models import D_IN, D_MODEL, Case, RankBatches, make_batches
+from strategy.tracing import make_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_fastmoe import MoE
+from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.nn import moe_layers
+
+WAYS = ("method", "attribute", "list", "blocks", "module", "whole", "engine", "late")
+
+
+class Block(nn.Module):
+    """A normalised MoE layer on a residual stream."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D_MODEL)
+        self.moe = MoE(D_MODEL, 20, experts, 2, load_balancing=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(self.norm(x))
+
+
+class Inner(nn.Module):
+    """Two blocks between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(D_IN, D_MODEL), nn.Linear(D_MODEL, 1)
+        self.blocks = nn.ModuleList(Block(experts) for experts in (4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Model(pl.LightningModule):
+    """What is compiled is said by ``way``; "plain" is nothing."""
+
+    def __init__(self, case: Case, way: str, backend: str = "eager") -> None:
+        super().__init__()
+        self.case, self.way, self.backend = case, way, backend
+        self.batch_losses: list[float] = []
+        net: Any = Inner()
+        if way == "method":
+            net.compile(backend=backend)
+        if way == "attribute":
+            net = torch.compile(net, backend=backend)
+        for i, block in enumerate(net.blocks):
+            if way == "list":
+                net.blocks[i] = torch.compile(block, backend=backend)
+            if way == "blocks":
+                block.compile(backend=backend)
+        self.net = net
+        if way == "module":
+            self.compile(backend=backend)
+
+    def on_train_start(self) -> None:
+        if self.way == "engine":
+            self.trainer.strategy.deepspeed_engine.compile(backend=self.backend)
+        if self.way == "late":
+            self.net = torch.compile(self.net, backend=self.backend)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.traced = torch.compiler.is_compiling()
+        target = torch.sin(3 * batch.sum(-1, keepdim=True))
+        return (self.net(batch) - target).square().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        self.batch_losses.append(float(outputs["loss"]))
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("loss", self.net(batch).square().mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        batches = make_batches(self.case)[:, :, self.trainer.global_rank].flatten(0, 1)
+        return DataLoader(RankBatches(batches), batch_size=None)
+
+    val_dataloader = train_dataloader
+
+
+@dataclass
+class Outcome:
+    """What a run did: its losses, the loss of validating after it, and its layers' names."""
+
+    losses: list[float]
+    validated: float
+    layers: list[str]
+    checkpoint: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train(case: Case, way: str, path: Path, resumed: Path | None = None, **kwargs: Any) -> Outcome:
+    """Trains, saves to ``path`` and validates a model compiled in one way."""
+    pl.seed_everything(7, verbose=False)
+    torch._dynamo.reset()
+    model = Model(case, way, **kwargs)
+    epochs = 1 if resumed is None else 2
+    trainer = make_trainer(case, max_steps=-1, max_epochs=epochs, limit_val_batches=0)
+    given = torch.compile(model, backend=model.backend) if way == "whole" else model
+    trainer.fit(given, ckpt_path=resumed)
+    trainer.save_checkpoint(path)
+    names = [name for name, _ in moe_layers(model)]
+    assert [layer.layer_name for _, layer in moe_layers(model)] == names
+    assert not any("_orig_mod" in name for name, _ in model.named_parameters())
+    (validated,) = make_trainer(case, strategy=trainer.strategy.__class__(case.ep, case.stage)).validate(
+        given, verbose=False
+    )
+    with CheckpointReader(path) as reader:
+        tensors = {name: reader.read(name) for name in reader.manifest.tensors}
+    return Outcome(model.batch_losses, validated["loss"], names, tensors)
+
+
+def all_ways(case: Case, folder: str, ways: tuple[str, ...]) -> dict[str, tuple[Outcome, Outcome]]:
+    """For each way: a run, and one of it that goes on from the plain run's checkpoint.
+
+    "from <way>" is a plain run that goes on from that way's checkpoint.
+    """
+    outcomes: dict[str, tuple[Outcome, Outcome]] = {}
+    plain = Path(folder) / "plain"
+    for way in ("plain", *ways):
+        own = Path(folder) / way
+        first = train(case, way, own)
+        outcomes[way] = first, train(case, way, Path(folder) / f"{way}-again", resumed=plain)
+        if way != "plain":
+            outcomes[f"from {way}"] = first, train(case, "plain", Path(folder) / f"{way}-from", resumed=own)
+    return outcomes
