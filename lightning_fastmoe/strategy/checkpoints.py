@@ -35,7 +35,6 @@ from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Experts
-from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 
@@ -96,7 +95,7 @@ class ExpertCheckpoints(ExpertSteps):
                 " begun, with a gradient that is not exact in this one step. A data loader that"
                 " keeps its state goes on after the batch."
             )
-        unwrap_compiled(self.lightning_module)  # what was compiled since set-up
+        self._unwrap_compiled()
         path = local_path(self.broadcast(filepath))
         user = self._expert_state.user_groups
         if user is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,16 +19,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import (
+    AutoPlacement,
     ExpertMesh,
     ExpertSpreader,
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
 from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
-from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.global_batch import LocalBatch
-from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
 from lightning_fastmoe.strategy.checks import (
     check_arguments,
@@ -67,6 +68,10 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "_stage_2_offload": {"stage": 2, "offload_optimizer": True},
     "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
 }
+
+
+def _divided_experts(layers: Iterable[tuple[str, MoE]]) -> dict[str, int]:
+    return {n: m.num_experts for n, m in layers if m.dispatcher_name != "local"}
 
 
 class FastMoEStrategy(ExpertCheckpoints):
@@ -183,7 +188,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self._spreader is None:
             raise UnmanagedExpertsError(
                 "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
-                " expert_parallel_size='auto' when the first MoE layer is known."
+                " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
             )
         return self._spreader.mesh
 
@@ -216,13 +221,23 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self._spreader is not None and self.lightning_module is not None:
             self.lightning_module._device_mesh = self.device_mesh
 
-        def rule(num_experts: int) -> Placement | None:
-            return self._mesh_for({"being built": num_experts}).placement(num_experts)
-
         # DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense
         # parameters are partitioned when the engine is built.
-        with expert_placement(rule):
+        if self._spreader is not None:
+            with expert_placement(self._spreader.placement):
+                yield
+            return
+        module = self.lightning_module
+        auto = AutoPlacement(
+            self.global_rank,
+            self.world_size,
+            self.num_processes,
+            _divided_experts(moe_layers(module) if module is not None else ()).values(),
+        )
+        with expert_placement(auto):
             yield
+        if auto.built:
+            self._mesh_for(auto.num_experts)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -262,10 +277,7 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _setup_experts(self, module: nn.Module) -> None:
         state = self._expert_state
         state.layers = dict(moe_layers(module))
-        divided = {
-            n: m.num_experts for n, m in state.layers.items() if m.dispatcher_name != "local"
-        }
-        spreader = self._mesh_for(divided)
+        spreader = self._mesh_for(_divided_experts(state.layers.items()))
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
+from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.uneven import UnevenData
 
@@ -86,14 +87,27 @@ class ExpertSteps(DeepSpeedStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         return self._uneven.wrap(dataloader)
 
+    def _unwrap_compiled(self) -> None:
+        """What a hook of the user's has compiled since set-up has no part in ZeRO 3."""
+        assert self.lightning_module is not None
+        unwrap_compiled(self.lightning_module)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._unwrap_compiled()
+
     @override
     def on_validation_start(self) -> None:
+        self._unwrap_compiled()
         self._uneven.fill_up("validation_step")
 
     @override
     def on_test_start(self) -> None:
+        self._unwrap_compiled()
         self._uneven.fill_up("test_step")
 
     @override
     def on_predict_start(self) -> None:
+        self._unwrap_compiled()
         self._uneven.fill_up("predict_step")

@@ -118,9 +118,9 @@ def train(case: Case, way: str, path: Path, resumed: Path | None = None, **kwarg
     names = [name for name, _ in moe_layers(model)]
     assert [layer.layer_name for _, layer in moe_layers(model)] == names
     assert not any("_orig_mod" in name for name, _ in model.named_parameters())
-    (validated,) = make_trainer(case, strategy=trainer.strategy.__class__(case.ep, case.stage)).validate(
-        given, verbose=False
-    )
+    (validated,) = make_trainer(
+        case, strategy=trainer.strategy.__class__(case.ep, case.stage)
+    ).validate(given, verbose=False)
     with CheckpointReader(path) as reader:
         tensors = {name: reader.read(name) for name in reader.manifest.tensors}
     return Outcome(model.batch_losses, validated["loss"], names, tensors)
@@ -138,5 +138,8 @@ def all_ways(case: Case, folder: str, ways: tuple[str, ...]) -> dict[str, tuple[
         first = train(case, way, own)
         outcomes[way] = first, train(case, way, Path(folder) / f"{way}-again", resumed=plain)
         if way != "plain":
-            outcomes[f"from {way}"] = first, train(case, "plain", Path(folder) / f"{way}-from", resumed=own)
+            outcomes[f"from {way}"] = (
+                first,
+                train(case, "plain", Path(folder) / f"{way}-from", resumed=own),
+            )
     return outcomes
