@@ -106,6 +106,17 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " experts under ZeRO 3. Set it to 1."
             )
 
+    def let_go(self) -> None:
+        """After the last step: removes its hooks from gradients; it can still be saved.
+
+        They hold the engine, and with it model, optimizer and Trainer, where Python's garbage
+        collector doesn't see it, so none of them would ever be freed.
+        """
+        hooks = getattr(self.optimizer, "_grad_acc_hooks", None) or []
+        for hook in hooks:
+            hook.remove()
+        hooks.clear()
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the base class, but the loss is not divided by the accumulation steps again.
 

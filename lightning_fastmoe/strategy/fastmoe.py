@@ -370,6 +370,8 @@ class FastMoEStrategy(ExpertCheckpoints):
             layer.managed = False
             layer.batch = LocalBatch()
             layer.nonfinite_policy = "raise"
+        if isinstance(self.model, FastMoEEngine):
+            self.model.let_go()
         super().teardown()
 
     @classmethod
