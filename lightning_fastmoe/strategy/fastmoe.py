@@ -57,6 +57,7 @@ from lightning_fastmoe.strategy.experts import (
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import rebind_scheduler, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
+from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
 from lightning_fastmoe.strategy.uneven import UnevenData
 
 _ENGINE = "_fastmoe_engine"
@@ -146,6 +147,10 @@ class FastMoEStrategy(ExpertCheckpoints):
                 f"accelerator={type(self.accelerator).__name__} is not supported: FastMoEStrategy"
                 " runs on 'cuda' (NCCL) and 'cpu' (gloo)."
             )
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            # Before callbacks are set up, some of which fail for reasons of their own.
+            check_trainer_options(module._trainer, module)
         # Past DeepSpeedStrategy's own method, which refuses the CPU.
         DDPStrategy.setup_environment(self)
 
@@ -307,6 +312,7 @@ class FastMoEStrategy(ExpertCheckpoints):
                 " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
                 " schedulers with torch.optim.lr_scheduler.SequentialLR."
             )
+        check_has_no_closure(optimizers[0])
         check_optimizer(optimizers[0])
         return optimizers[0], schedulers[0] if schedulers else None
 
