@@ -11,13 +11,14 @@ import torch
 from strategy.models import D_IN, D_MODEL, Case, RankBatches, make_batches
 from strategy.tracing import make_trainer
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import MoE
 from lightning_fastmoe.checkpoint import CheckpointReader
 from lightning_fastmoe.nn import moe_layers
 
-WAYS = ("method", "attribute", "list", "blocks", "module", "whole", "engine", "late")
+WAYS = ("attribute", "method", "list", "blocks", "module", "whole", "engine", "late")
 
 
 class Block(nn.Module):
@@ -75,7 +76,6 @@ class Model(pl.LightningModule):
             self.net = torch.compile(self.net, backend=self.backend)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.traced = torch.compiler.is_compiling()
         target = torch.sin(3 * batch.sum(-1, keepdim=True))
         return (self.net(batch) - target).square().mean()
 
@@ -97,24 +97,40 @@ class Model(pl.LightningModule):
 
 @dataclass
 class Outcome:
-    """What a run did: its losses, the loss of validating after it, and its layers' names."""
+    """What a run did: its losses, the loss of validating after it, and its layers' names.
+
+    ``graphs`` is how many torch.compile has made.
+    """
 
     losses: list[float]
     validated: float
+    graphs: int
     layers: list[str]
     checkpoint: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train(case: Case, way: str, path: Path, resumed: Path | None = None, **kwargs: Any) -> Outcome:
+def train(
+    case: Case,
+    way: str,
+    path: Path,
+    resumed: Path | None = None,
+    backend: str = "eager",
+    epochs: int = 2,
+) -> Outcome:
     """Trains, saves to ``path`` and validates a model compiled in one way."""
     pl.seed_everything(7, verbose=False)
     torch._dynamo.reset()
-    model = Model(case, way, **kwargs)
-    epochs = 1 if resumed is None else 2
+    counters.clear()
+    model = Model(case, way, backend)
+    epochs = 1 if resumed is None else epochs
     trainer = make_trainer(case, max_steps=-1, max_epochs=epochs, limit_val_batches=0)
     given = torch.compile(model, backend=model.backend) if way == "whole" else model
-    trainer.fit(given, ckpt_path=resumed)
+    # What ZeRO 3's hooks make of it is compiled again and again, up to this limit.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        trainer.fit(given, ckpt_path=resumed)
     trainer.save_checkpoint(path)
+    graphs = counters["stats"]["unique_graphs"]
+    validated = 0.0
     names = [name for name, _ in moe_layers(model)]
     assert [layer.layer_name for _, layer in moe_layers(model)] == names
     assert not any("_orig_mod" in name for name, _ in model.named_parameters())
@@ -123,23 +139,24 @@ def train(case: Case, way: str, path: Path, resumed: Path | None = None, **kwarg
     ).validate(given, verbose=False)
     with CheckpointReader(path) as reader:
         tensors = {name: reader.read(name) for name in reader.manifest.tensors}
-    return Outcome(model.batch_losses, validated["loss"], names, tensors)
+    if way == "whole":  # once the Trainer is done, it is as it was
+        assert not {"forward", "training_step"} & vars(model).keys()
+    return Outcome(model.batch_losses, validated, graphs, names, tensors)
 
 
-def all_ways(case: Case, folder: str, ways: tuple[str, ...]) -> dict[str, tuple[Outcome, Outcome]]:
-    """For each way: a run, and one of it that goes on from the plain run's checkpoint.
+def all_ways(
+    case: Case, folder: str, ways: tuple[str, ...], backend: str = "eager"
+) -> dict[str, Outcome]:
+    """A second epoch in each way, from the checkpoint of a plain first one.
 
-    "from <way>" is a plain run that goes on from that way's checkpoint.
+    "back" is a plain third epoch from the checkpoint of the first way, "third" one from plain's.
     """
-    outcomes: dict[str, tuple[Outcome, Outcome]] = {}
-    plain = Path(folder) / "plain"
-    for way in ("plain", *ways):
-        own = Path(folder) / way
-        first = train(case, way, own)
-        outcomes[way] = first, train(case, way, Path(folder) / f"{way}-again", resumed=plain)
-        if way != "plain":
-            outcomes[f"from {way}"] = (
-                first,
-                train(case, "plain", Path(folder) / f"{way}-from", resumed=own),
-            )
+    path = Path(folder)
+    train(case, "plain", path / "first")
+    outcomes = {
+        way: train(case, way, path / way, path / "first", backend=backend)
+        for way in ("plain", *ways)
+    }
+    outcomes["third"] = train(case, "plain", path / "third", path / "plain", epochs=3)
+    outcomes["back"] = train(case, "plain", path / "back", path / ways[0], epochs=3)
     return outcomes
