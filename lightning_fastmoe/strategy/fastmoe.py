@@ -40,7 +40,7 @@ from lightning_fastmoe.strategy.checks import (
     check_optimizer,
     check_trainer,
 )
-from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
+from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
@@ -107,8 +107,6 @@ class FastMoEStrategy(ExpertCheckpoints):
     """
 
     strategy_name = "fastmoe"
-    _module: pl.LightningModule | None = None
-    _compiled_steps: CompiledSteps | None = None
 
     def __init__(
         self,
@@ -203,20 +201,6 @@ class FastMoEStrategy(ExpertCheckpoints):
         return self.expert_mesh.device_mesh
 
     # ------------------------------------------------------------------------ set-up of the model
-
-    @property
-    def _lightning_module(self) -> pl.LightningModule | None:  # type: ignore[override]
-        return self._module
-
-    @_lightning_module.setter
-    def _lightning_module(self, module: pl.LightningModule | None) -> None:
-        """Set by the Trainer, just before it refuses compiled modules for all but its own."""
-        if module is not self._module:
-            self._compiled_steps = None
-        self._module = module
-        if getattr(module, "_compiler_ctx", None) is not None:
-            assert module is not None
-            self._compiled_steps = CompiledSteps(module)
 
     @override
     @contextmanager

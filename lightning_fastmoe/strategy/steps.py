@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
-from lightning_fastmoe.strategy.compiled import unwrap_compiled
+from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.uneven import UnevenData
 
@@ -22,6 +23,22 @@ class ExpertSteps(DeepSpeedStrategy):
     _spreader: ExpertSpreader | None
     _expert_state: ExpertState
     _uneven: UnevenData
+    _module: pl.LightningModule | None = None
+    _compiled_steps: CompiledSteps | None = None
+
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:
+        return self._module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        """Set by the Trainer, just before it refuses compiled modules for all but its own."""
+        if module is not self._module:
+            self._compiled_steps = None
+        self._module = module
+        if getattr(module, "_compiler_ctx", None) is not None:
+            assert module is not None
+            self._compiled_steps = CompiledSteps(module)
 
     @property
     @override
