@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_fastmoe.checkpoint.saving import Snapshot, write
 from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.errors import CheckpointError
 
 
@@ -60,8 +61,8 @@ class BackgroundWriter:
     """
 
     def __init__(self) -> None:
-        self._threads_group = dist.new_group(backend="gloo")
-        self._group = dist.new_group(backend="gloo")
+        self._threads_group = lasting_group("checkpoint threads", backend="gloo")
+        self._group = lasting_group("checkpoints", backend="gloo")
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._path: Path | None = None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.foreign import WholeTensors, torch_load
+from lightning_fastmoe.checkpoint.foreign import WholeTensors, plain_name, torch_load
 from lightning_fastmoe.checkpoint.records import weight_name
 from lightning_fastmoe.errors import CheckpointError
 
@@ -68,11 +68,11 @@ def open_deepspeed(directory: Path, *, trusted: bool) -> WholeTensors:
     experts: dict[str, dict[int, dict[str, Tensor]]] = {}
     weights: dict[str, Tensor] = {}
     for key, value in content["module"].items():
-        _sort_in(key, value, weights, experts)
+        _sort_in(plain_name(key), value, weights, experts)
     for file in sorted(directory.iterdir()):
         if _EXPERT_FILE.fullmatch(file.name):
             for key, value in torch_load(file, trusted).items():
-                _sort_in(key, value, weights, experts)
+                _sort_in(plain_name(key), value, weights, experts)
     for layer, found in experts.items():
         weights |= _stack(directory, layer, found)
     tensors = {weight_name(name): tensor for name, tensor in weights.items()}

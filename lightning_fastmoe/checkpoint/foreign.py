@@ -28,6 +28,11 @@ from lightning_fastmoe.errors import CheckpointError
 _NOT_STATE = ("state_dict", "optimizer_states")
 
 
+def plain_name(key: str) -> str:
+    """A key of a state dict without torch.compile's wrapper, which is in no name here."""
+    return key.replace("_orig_mod.", "")
+
+
 class WholeTensors:
     """A source of tensors that each lie in one piece.
 
@@ -105,26 +110,29 @@ class SafetensorsFile(WholeTensors):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, {})
+        self._keys: dict[str, str] = {}
         try:
             self._file = safe_open(str(path), framework="pt")
             for key in self._file.keys():  # noqa: SIM118  no mapping
                 part = self._file.get_slice(key)
                 record = TensorRecord(part.get_dtype(), tuple(part.get_shape()), ())
-                self._records[weight_name(key)] = record
+                name = weight_name(plain_name(key))
+                self._records[name], self._keys[name] = record, key
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
         """Fills ``out`` with the elements from ``start`` on; reads whole rows."""
         record = self._records[tensor]
-        part = self._file.get_slice(tensor.split("/", 1)[1])
+        key = self._keys[tensor]
+        part = self._file.get_slice(key)
         first = 0
         if record.shape and out.numel():
             row = math.prod(record.shape[1:])
             rows = slice(start // row, -(-(start + out.numel()) // row))
             values, first = part[rows], rows.start * row
         else:
-            values = part[:] if record.shape else self._file.get_tensor(tensor.split("/", 1)[1])
+            values = part[:] if record.shape else self._file.get_tensor(key)
         WholeTensors(self.path, {tensor: values}).read_into(tensor, start - first, out)
 
 
@@ -154,7 +162,7 @@ def open_file(
     state: dict[str, Any] = {
         "lightning": {k: v for k, v in content.items() if k not in _NOT_STATE},
         "extra_state": {
-            k: v for k, v in content["state_dict"].items() if not isinstance(v, Tensor)
+            plain_name(k): v for k, v in content["state_dict"].items() if not isinstance(v, Tensor)
         },
     }
     optimizers = content.get("optimizer_states") or []
@@ -195,7 +203,9 @@ def torch_load(path: Path, trusted: bool) -> Any:
 
 
 def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {weight_name(k): v for k, v in state_dict.items() if isinstance(v, Tensor)}
+    tensors = {
+        weight_name(plain_name(k)): v for k, v in state_dict.items() if isinstance(v, Tensor)
+    }
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors: it is no state dict of a model.")
     return tensors

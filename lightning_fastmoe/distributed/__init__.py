@@ -1,5 +1,6 @@
 """Which rank holds which expert, and moving tokens to it."""
 
+from lightning_fastmoe.distributed.auto_placement import AutoPlacement
 from lightning_fastmoe.distributed.dispatch import (
     EXCHANGE,
     AllToAllDispatcher,
@@ -16,6 +17,7 @@ from lightning_fastmoe.distributed.mesh import (
 from lightning_fastmoe.distributed.spread import ExpertSpreader
 
 __all__ = [
+    "AutoPlacement",
     "EDP_DIM",
     "EP_DIM",
     "EXCHANGE",

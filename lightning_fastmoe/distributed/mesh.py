@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.errors import TopologyError
 
 EDP_DIM, EP_DIM = "expert_data_parallel", "expert_parallel"
@@ -75,13 +76,18 @@ def make_expert_mesh(
     world = dist.get_world_size()
     check_expert_parallel_size(expert_parallel_size, world, {})
     grid = torch.arange(world).view(-1, expert_parallel_size)
-    groups = [_own_group(grid.T.tolist(), timeout), _own_group(grid.tolist(), timeout)]
+    groups = [
+        _own_group(EDP_DIM, grid.T.tolist(), timeout),
+        _own_group(EP_DIM, grid.tolist(), timeout),
+    ]
     return ExpertMesh(
         DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=(EDP_DIM, EP_DIM))
     )
 
 
-def _own_group(partition: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
+def _own_group(
+    purpose: str, partition: list[list[int]], timeout: timedelta | None
+) -> dist.ProcessGroup:
     """Creates the groups of a partition of the world; returns the one that this rank is in.
 
     Not left to ``init_device_mesh``, which splits the world's group and so needs a back end that
@@ -90,7 +96,7 @@ def _own_group(partition: list[list[int]], timeout: timedelta | None) -> dist.Pr
     rank = dist.get_rank()
     own: dist.ProcessGroup | None = None
     for ranks in partition:
-        group = dist.new_group(ranks, timeout=timeout)
+        group = lasting_group(purpose, ranks, timeout=timeout)
         if rank in ranks:
             own = group
     assert own is not None

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_fastmoe.distributed.dispatch import (
@@ -14,6 +13,7 @@ from lightning_fastmoe.distributed.dispatch import (
     ExpertGroup,
     PendingExchange,
 )
+from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
@@ -48,7 +48,8 @@ class ExpertSpreader:
             group = self.group if mesh.ep_size == world else None
             if group is None:
                 alone = mesh.ep_size == 1
-                group = ExpertGroup(mesh.edp_group if alone else dist.new_group(timeout=timeout))
+                own = mesh.edp_group if alone else lasting_group("global batch", timeout=timeout)
+                group = ExpertGroup(own)
             self.batch = WorldBatch(group, mesh, ranks_per_node or world)
 
     def placement(self, num_experts: int, name: str = "being built") -> Placement | None:

@@ -12,8 +12,13 @@ from lightning_fastmoe.nn.moe_options import warn_if_not_causal
 
 
 def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoE]]:
-    """The MoE layers inside ``module``, with their names, in registration order."""
-    return ((name, m) for name, m in module.named_modules() if isinstance(m, MoE))
+    """The MoE layers inside ``module``, with their names, in registration order.
+
+    A layer inside a module that ``torch.compile`` wrapped has the name that it has without.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, MoE):
+            yield name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip("."), layer
 
 
 def moe_losses(module: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -180,17 +181,18 @@ class MoE(LayerSettings):
         self.capacity_over = usual if capacity_over is None else capacity_over
         self.drop_by = drop_by
         placement = None if dispatcher == "local" else current_placement(num_experts)
-        self.experts = make_experts(
+        make = partial(
+            make_experts,
             expert,
             d_model,
             d_ffn,
             num_experts,
-            placement,
-            self._seed,
+            layer_seed=self._seed,
             activation=activation,
             bias=bias,
             init_std=init_std,
         )
+        self.experts = make(placement)
         self.shared_expert: SharedExpert | None = None
         if shared_expert is not None:
             if not isinstance(shared_expert, nn.Module):
@@ -223,6 +225,8 @@ class MoE(LayerSettings):
             warn_if_not_causal(self, self.layer_name)
         if placement:
             placement.attach(self)
+            if placement.remember:
+                placement.remember(self, make)
 
     @property
     def num_local_experts(self) -> int:

@@ -22,11 +22,14 @@ class Placement:
         first_expert: global id of the first local expert.
         num_local_experts: experts on this rank.
         attach: called with the finished layer, to give it its dispatcher and tags.
+        remember: called with the finished layer and the function that makes its experts for
+            another placement; None if this placement is final.
     """
 
     first_expert: int
     num_local_experts: int
     attach: Callable[[Any], None]
+    remember: Callable[[Any, Callable[[Placement | None], Any]], None] | None = None
 
 
 PlacementRule = Callable[[int], Placement | None]

@@ -11,6 +11,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from lightning_fastmoe.argument_types import check_known, check_types, parameters
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.strategy.watch import check_seconds
 
 OWNER = "FastMoEStrategy"
 STAGES = (1, 2, 3)
@@ -53,6 +54,8 @@ def check_arguments(
         raise ConfigError(
             f"{OWNER}: nonfinite={policy!r} is unknown. It must be one of: {', '.join(_POLICIES)}."
         )
+    for name in ("hang_timeout", "signal_grace"):
+        check_seconds(name, own[name])
     checked = check_types(OWNER, init, own)
     if checked["expert_parallel_size"] != "auto" and checked["expert_parallel_size"] < 1:
         raise _wrong_size(size)

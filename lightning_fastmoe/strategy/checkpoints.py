@@ -106,6 +106,7 @@ class ExpertCheckpoints(ExpertSteps):
         if trainer.interrupted:
             meet_after_error(local_path(filepath), trainer.global_step)
         warn_within_batch(trainer, filepath)
+        self._unwrap_compiled()
         path = local_path(self.broadcast(filepath))
         user = self._expert_state.user_groups
         together = Together(path, "saved")

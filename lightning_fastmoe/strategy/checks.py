@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,4 +184,19 @@ def warn_within_batch(trainer: pl.Trainer, filepath: Any) -> None:
             " training resumes from it, with other random numbers, and if its backward pass had"
             " begun, with a gradient that is not exact in this one step. A data loader that"
             " keeps its state goes on after the batch."
+        )
+
+
+def check_single(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
+    """Refuses several optimizers or schedulers, which one engine can't step.
+
+    Raises:
+        ConfigError: with what can be done instead.
+    """
+    if len(optimizers) != 1 or len(schedulers) > 1:
+        raise ConfigError(
+            f"configure_optimizers returned {len(optimizers)} optimizer(s) and"
+            f" {len(schedulers)} scheduler(s); FastMoEStrategy takes exactly one optimizer and"
+            " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
+            " schedulers with torch.optim.lr_scheduler.SequentialLR."
         )

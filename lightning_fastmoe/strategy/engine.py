@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -87,14 +89,21 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         self._awaits_step = False
         self.mid_accumulation = self.has_accumulated = False
         self.edits: WeightEdits | None = None
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+            self._take_optimizer()
+        except BaseException:
+            self.let_go()
+            raise
+
+    def _take_optimizer(self) -> None:
         if type(self.optimizer) not in _KNOWN_OPTIMIZERS:
             raise ConfigError(
                 f"The DeepSpeed config leads to {type(self.optimizer).__name__}, which was never"
                 " checked to train experts. Drop the options that ask for it (data_types,"
                 " super_offload, ...)."
             )
-        user = expert_state.user_groups
+        user = self.expert_state.user_groups
         if user is not None:
             optimized = [p for group in user.optimizer.param_groups for p in group["params"]]
             self.edits = WeightEdits(self, optimized)
@@ -116,6 +125,24 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 f"sequence_parallel_size={self.sequence_parallel_size} can't be combined with"
                 " experts under ZeRO 3. Set it to 1."
             )
+
+    def let_go(self) -> None:
+        """After the last step: undoes what keeps it alive; it can still be saved and evaluated.
+
+        Its hooks on gradients, which Python's garbage collector does not see, and a list of
+        DeepSpeed's hold the engine, and with it model, optimizer and Trainer, so that none of them
+        would ever be freed. ZeRO 3's own ``torch.nn.functional.linear`` would stay for every model
+        of the process, and it rounds otherwise.
+        """
+        hooks = getattr(vars(self).get("optimizer"), "_grad_acc_hooks", None) or []
+        for hook in hooks:
+            hook.remove()
+        hooks.clear()
+        stack = parameter_offload.FWD_MODULE_STACK
+        own = set(map(id, self.modules())) if "_modules" in vars(self) else set()
+        stack[:] = [module for module in stack if id(module) not in own]
+        if F.linear is partition_parameters.zero3_linear_wrap:
+            F.linear = partition_parameters.InsertPostInitMethodToModuleSubClasses.linear_bk
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the base class, but the loss is not divided by the accumulation steps again.

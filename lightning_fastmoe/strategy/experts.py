@@ -64,3 +64,8 @@ def register_groups(mesh: ExpertMesh) -> None:
     row, column = divmod(int(mesh.device_mesh.get_rank()), mesh.ep_size)
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = ranks[row].tolist()
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks[:, column].tolist()
+
+
+def divided_experts(layers: Iterable[tuple[str, MoE]]) -> dict[str, int]:
+    """``num_experts`` of the layers, by name, whose experts are divided over ranks."""
+    return {n: m.num_experts for n, m in layers if m.dispatcher_name != "local"}

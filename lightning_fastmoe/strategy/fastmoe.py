@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import (
+    AutoPlacement,
     ExpertMesh,
     ExpertSpreader,
     PendingExchange,
@@ -29,7 +30,7 @@ from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.global_batch import LocalBatch
-from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
 from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
@@ -39,8 +40,10 @@ from lightning_fastmoe.strategy.checks import (
     check_links,
     check_objects,
     check_optimizer,
+    check_single,
     check_trainer,
 )
+from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
 from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engine import (
@@ -51,6 +54,7 @@ from lightning_fastmoe.strategy.engine import (
 )
 from lightning_fastmoe.strategy.experts import (
     check_tags,
+    divided_experts,
     group_name,
     register_groups,
     tag_experts,
@@ -59,8 +63,9 @@ from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
+from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
 from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Activity, Watch, check_seconds
+from lightning_fastmoe.strategy.watch import Activity, Watch
 
 _ENGINE = "_fastmoe_engine"
 
@@ -125,8 +130,6 @@ class FastMoEStrategy(ExpertCheckpoints):
             "hang_timeout": hang_timeout,
             "signal_grace": signal_grace,
         }
-        check_seconds("hang_timeout", hang_timeout)
-        check_seconds("signal_grace", signal_grace)
         check_objects("FastMoEStrategy", kwargs.values())
         checked = check_arguments(FastMoEStrategy.__init__, own, kwargs)
         kwargs.update((name, checked[name]) for name in kwargs)
@@ -146,8 +149,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
         self._watch = Watch(hang_timeout, signal_grace)
-        # Called with the model and an optimizer whose groups hold either experts or other
-        # parameters, experts spread, nothing allocated for training.
+        # Called with the model, experts spread, and an optimizer whose groups hold experts or none.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
     # ---------------------------------------------------------------- set-up of ranks and groups
@@ -159,6 +161,10 @@ class FastMoEStrategy(ExpertCheckpoints):
                 f"accelerator={type(self.accelerator).__name__} is not supported: FastMoEStrategy"
                 " runs on 'cuda' (NCCL) and 'cpu' (gloo)."
             )
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            # Before callbacks are set up, some of which fail for reasons of their own.
+            check_trainer_options(module._trainer, module)
         # Past DeepSpeedStrategy's own method, which refuses the CPU.
         DDPStrategy.setup_environment(self)
 
@@ -201,7 +207,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self._spreader is None:
             raise UnmanagedExpertsError(
                 "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
-                " expert_parallel_size='auto' when the first MoE layer is known."
+                " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
             )
         return self._spreader.mesh
 
@@ -220,13 +226,19 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self._spreader is not None and self.lightning_module is not None:
             self.lightning_module._device_mesh = self.device_mesh
 
-        def rule(num_experts: int) -> Placement | None:
-            return self._mesh_for({"being built": num_experts}).placement(num_experts)
-
         # DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense
         # parameters are partitioned when the engine is built.
-        with expert_placement(rule):
+        if self._spreader is not None:
+            with expert_placement(self._spreader.placement):
+                yield
+            return
+        module = self.lightning_module
+        built = divided_experts(moe_layers(module) if module is not None else ()).values()
+        auto = AutoPlacement(self.global_rank, self.world_size, self.num_processes, built)
+        with expert_placement(auto):
             yield
+        if auto.built:
+            self._mesh_for(auto.num_experts)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -234,6 +246,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         check_trainer(trainer, self.lightning_module)
         launched = [process.pid for process in getattr(self.launcher, "procs", ())]
         self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
+        unwrap_compiled(self.lightning_module)
         if trainer.training:
             check_directories(trainer)
             self._check_names(trainer)
@@ -253,6 +266,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         super().setup(trainer)
         self._watch.beat()
         vars(self.lightning_module)[_ENGINE] = self.model
+        if self._compiled_steps is not None:
+            self._compiled_steps.apply()
 
     @staticmethod
     def _destroy_earlier_engine(module: pl.LightningModule) -> None:
@@ -268,10 +283,7 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _setup_experts(self, module: nn.Module) -> None:
         state = self._expert_state
         state.layers = dict(moe_layers(module))
-        divided = {
-            n: m.num_experts for n, m in state.layers.items() if m.dispatcher_name != "local"
-        }
-        spreader = self._mesh_for(divided)
+        spreader = self._mesh_for(divided_experts(state.layers.items()))
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)
@@ -295,14 +307,9 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
         assert self.lightning_module is not None
         optimizers, schedulers = _init_optimizers_and_lr_schedulers(self.lightning_module)
-        if len(optimizers) != 1 or len(schedulers) > 1:
-            raise ConfigError(
-                f"configure_optimizers returned {len(optimizers)} optimizer(s) and"
-                f" {len(schedulers)} scheduler(s); FastMoEStrategy takes exactly one optimizer and"
-                " at most one scheduler. Put all parameters into groups of one optimizer, and chain"
-                " schedulers with torch.optim.lr_scheduler.SequentialLR."
-            )
+        check_single(optimizers, schedulers)
         release(optimizers[0])
+        check_has_no_closure(optimizers[0])
         check_optimizer(optimizers[0])
         return optimizers[0], schedulers[0] if schedulers else None
 
@@ -369,11 +376,15 @@ class FastMoEStrategy(ExpertCheckpoints):
 
     @override
     def teardown(self) -> None:
+        if self._compiled_steps is not None:
+            self._compiled_steps.undo()
         for layer in self._expert_state.layers.values():
             layer.managed = False
             layer.batch = LocalBatch()
             layer.nonfinite_policy = "raise"
         try:
+            if isinstance(self.model, FastMoEEngine):
+                self.model.let_go()
             super().teardown()
         finally:
             if self._spreader is not None:

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
 from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
@@ -24,6 +26,22 @@ class ExpertSteps(DeepSpeedStrategy):
     _expert_state: ExpertState
     _uneven: UnevenData
     _watch: Watch
+    _module: pl.LightningModule | None = None
+    _compiled_steps: CompiledSteps | None = None
+
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:
+        return self._module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        """Set by the Trainer, just before it refuses compiled modules for all but its own."""
+        if module is not self._module:
+            self._compiled_steps = None
+        self._module = module
+        if getattr(module, "_compiler_ctx", None) is not None:
+            assert module is not None
+            self._compiled_steps = CompiledSteps(module)
 
     @property
     @override
@@ -140,17 +158,30 @@ class ExpertSteps(DeepSpeedStrategy):
         self._watch.beat()
         return self._uneven.wrap(dataloader)
 
+    def _unwrap_compiled(self) -> None:
+        """What a hook of the user's has compiled since set-up has no part in ZeRO 3."""
+        assert self.lightning_module is not None
+        unwrap_compiled(self.lightning_module)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._unwrap_compiled()
+
     @override
     def on_validation_start(self) -> None:
         self._watch.beat(Activity.VALIDATING)
+        self._unwrap_compiled()
         self._uneven.fill_up("validation_step")
 
     @override
     def on_test_start(self) -> None:
         self._watch.beat(Activity.TESTING)
+        self._unwrap_compiled()
         self._uneven.fill_up("test_step")
 
     @override
     def on_predict_start(self) -> None:
         self._watch.beat(Activity.PREDICTING)
+        self._unwrap_compiled()
         self._uneven.fill_up("predict_step")

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import callbacks
+from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.utilities import grad_norm
 from strategy.models import Case, Net, make_optimizer
 from strategy.tracing import make_trainer, run_case
 from torch import Tensor, nn
@@ -81,6 +85,32 @@ class NoOptimizer(Net):
 
     def configure_optimizers(self) -> None:
         return None
+
+
+class OwnBackward(Net):
+    """Means to scale the loss."""
+
+    def backward(self, loss: Tensor) -> None:
+        (2 * loss).backward()
+
+
+class LogsNorms(Net):
+    """Lightning's own example of logging gradients."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log_dict(grad_norm(self, norm_type=2))
+
+
+class ClosureOptimizer(Net):
+    """Evaluates the loss several times in a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.net.parameters())
+
+
+def find_learning_rate() -> None:
+    """As in Lightning's documentation."""
+    Tuner(make_trainer(CASE)).lr_find(Net(CASE))
 
 
 class Foreign(Net):
@@ -241,6 +271,20 @@ SCENES: dict[str, Callable[[], Any]] = {
     "two schedulers": lambda: fit(TwoSchedulers(CASE)),
     "no optimizer": lambda: fit(NoOptimizer(CASE)),
     "clip by value": lambda: fit(gradient_clip_algorithm="value"),
+    "sync_batchnorm": lambda: fit(sync_batchnorm=True),
+    "checkpoint plugin": lambda: fit(plugins=[AsyncCheckpointIO()]),
+    "own backward": lambda: fit(OwnBackward(CASE)),
+    "grad_norm": lambda: fit(LogsNorms(CASE)),
+    "lbfgs": lambda: fit(ClosureOptimizer(CASE)),
+    "lr_find": find_learning_rate,
+    "accumulation scheduler": lambda: fit(
+        callbacks=[callbacks.GradientAccumulationScheduler({0: 2})], accumulate_grad_batches=1
+    ),
+    "lr finder": lambda: fit(callbacks=[callbacks.LearningRateFinder()]),
+    "batch size finder": lambda: fit(callbacks=[callbacks.BatchSizeFinder()]),
+    "finetuning": lambda: fit(callbacks=[callbacks.BackboneFinetuning()]),
+    "pruning": lambda: fit(callbacks=[callbacks.ModelPruning("l1_unstructured")]),
+    "swa": lambda: fit(callbacks=[callbacks.StochasticWeightAveraging(0.1)]),
     "fp16 on the CPU": lambda: fit(precision="16-mixed"),
     "callback": foreign_callback,
     "plugin": foreign_plugin,

@@ -1,0 +1,105 @@
+"""Placement of experts while "auto" has not seen all layers yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_fastmoe.distributed.mesh import resolve_expert_parallel_size
+from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.placement import Placement
+
+
+class AutoPlacement:
+    """A placement rule whose expert parallel size shrinks until it divides every layer built.
+
+    A layer gets its slice for the largest size that divides the layers known so far. If a later
+    layer needs a smaller size, the experts of the earlier ones are made again: their initial values
+    depend on the seed and on their global ids alone, so they are those of any other order. No
+    process group is needed before the size is final.
+
+    Args:
+        rank: of this process in the world.
+        world: number of ranks.
+        ranks_per_node: a group stays inside a node.
+        existing: ``num_experts`` of the layers that the model has already.
+    """
+
+    def __init__(
+        self, rank: int, world: int, ranks_per_node: int, existing: Iterable[int] = ()
+    ) -> None:
+        self.num_experts = {f"existing {i}": n for i, n in enumerate(existing)}
+        self.built = 0
+        self._rank, self._world, self._ranks_per_node = rank, world, ranks_per_node
+        self._layers: list[_Built] = []
+
+    @property
+    def size(self) -> int:
+        """The largest size that divides all layers known so far."""
+        return resolve_expert_parallel_size(
+            "auto", self._world, self._ranks_per_node, self.num_experts
+        )
+
+    def __call__(self, num_experts: int) -> Placement | None:
+        """The placement of a layer that is built now; None if all its experts are here.
+
+        Raises:
+            TopologyError: if an earlier layer, which the new one makes too small, was changed.
+        """
+        before = self.size
+        self.num_experts[f"built {self.built}"] = num_experts
+        self.built += 1
+        if self.size != before:
+            for layer in self._layers:
+                layer.make_again(self._place(layer.num_experts), before, self.size, num_experts)
+        return self._place(num_experts)
+
+    def _place(self, num_experts: int) -> Placement | None:
+        if self.size == 1:
+            return None
+        each = num_experts // self.size
+        return Placement(self._rank % self.size * each, each, lambda layer: None, self._remember)
+
+    def _remember(self, layer: Any, make: Callable[[Placement | None], nn.Module]) -> None:
+        self._layers.append(_Built(layer, make))
+
+
+@dataclass
+class _Built:
+    """A layer, and how its experts were made."""
+
+    layer: Any
+    make: Callable[[Placement | None], nn.Module]
+
+    def __post_init__(self) -> None:
+        self.dtype, self.device = torch.get_default_dtype(), torch.get_default_device()
+        self.num_experts: int = self.layer.num_experts
+        self.untouched = self._state()
+
+    def _state(self) -> list[Any]:
+        """What changes if somebody writes to the experts or replaces them."""
+        tensors = [*self.layer.experts.parameters(), *self.layer.experts.buffers()]
+        return [(id(t), t._version, t.dtype, t.device, t.requires_grad) for t in tensors]
+
+    def make_again(
+        self, placement: Placement | None, before: int, size: int, num_experts: int
+    ) -> None:
+        if self._state() != self.untouched:
+            raise TopologyError(
+                f"expert_parallel_size='auto' took {before} for a layer of {self.num_experts}"
+                f" experts, then came a layer of {num_experts}, which allows {size} only; but the"
+                " first one's experts were changed since they were built, and would be lost."
+                f" Pass expert_parallel_size={size}, or change weights after all layers are built."
+            )
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                self.layer.experts = self.make(placement)
+        finally:
+            torch.set_default_dtype(default)
+        self.untouched = self._state()

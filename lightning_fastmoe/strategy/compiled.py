@@ -1,0 +1,89 @@
+"""torch.compile under the strategy: parameters and layers keep the names of the plain module.
+
+``torch.compile(module)`` puts a wrapper around a module, and its ``_orig_mod.`` into every name
+below. Here the module takes the wrapper's place and is compiled as by ``module.compile()``, so that
+checkpoints, metrics and errors know one name for one parameter. ``trainer.fit(torch.compile(m))``
+is the same for the LightningModule itself, whose steps are compiled while the Trainer runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.compile import to_uncompiled
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from lightning_fastmoe.errors import ConfigError
+
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unwrap_compiled(module: nn.Module) -> None:
+    """Puts every module inside ``module`` that torch.compile wrapped in the place of its wrapper.
+
+    It stays compiled, with the wrapper's back end and options.
+
+    Raises:
+        ConfigError: if a wrapper has hooks, which would be lost with it.
+    """
+    for prefix, parent in list(module.named_modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, OptimizedModule):
+                path = f"{prefix}.{name}" if prefix else name
+                parent._modules[name] = _compiled_in_place(child, path)
+
+
+def _compiled_in_place(wrapper: OptimizedModule, path: str) -> nn.Module:
+    inner: Any = wrapper
+    while isinstance(inner, OptimizedModule):
+        if any(vars(inner).get(hooks) for hooks in _HOOKS):
+            raise ConfigError(
+                f"A hook is registered on {path.replace('_orig_mod.', '')!r} after torch.compile"
+                " wrapped it; the strategy drops the wrapper, so that its name does not get into"
+                " checkpoints. Register the hook before torch.compile, or compile with"
+                " module.compile()."
+            )
+        inner = inner._orig_mod
+    inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)
+    plain: nn.Module = inner
+    return plain
+
+
+class CompiledSteps:
+    """A whole LightningModule that was given to the Trainer compiled.
+
+    Lightning marks such a module, and refuses the mark for strategies that it does not know. The
+    mark is taken off here, and the steps are compiled between :meth:`apply` and :meth:`undo`.
+
+    Args:
+        module: as ``pytorch_lightning.utilities.compile.from_compiled`` made it.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        assert module._compiler_ctx is not None
+        self.module = module
+        self._compile: Callable[..., Any] = module._compiler_ctx["dynamo_ctx"]
+        self._replaced: dict[str, Any] = {}
+        to_uncompiled(module)
+        for name in _STEPS:  # which leaves methods of the class on the instance
+            if vars(module).get(name) == MethodType(getattr(type(module), name), module):
+                del vars(module)[name]
+
+    def apply(self) -> None:
+        """Compiles the steps."""
+        for name in _STEPS:
+            self._replaced[name] = vars(self.module).get(name)
+            vars(self.module)[name] = self._compile(getattr(self.module, name))
+
+    def undo(self) -> None:
+        """Leaves the module as it was."""
+        for name, before in self._replaced.items():
+            vars(self.module).pop(name, None)
+            if before is not None:
+                vars(self.module)[name] = before
+        self._replaced.clear()

@@ -1,0 +1,104 @@
+"""What Lightning offers and this strategy does not do, refused before anything is built.
+
+The table in docs/lightning_features.md lists all of it, and what works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from lightning_fastmoe.errors import ConfigError
+
+_CALLBACKS: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "Lightning refuses it for every strategy on DeepSpeed. Set"
+    " trainer.accumulate_grad_batches in your own on_train_epoch_start, which is exact here",
+    LearningRateFinder: "it sets the learning rate of an optimizer that the engine has taken over"
+    " by then. Search with another strategy, with a small model on one device",
+    BatchSizeFinder: "one rank runs out of memory where the others go on, and they would wait for"
+    " it. Try a few batch sizes by hand; MoESummary shows the memory of each",
+    BaseFinetuning: "it adds parameters to the optimizer while training, which ZeRO would never"
+    " update. Set requires_grad in __init__ or configure_model, and start a second fit for the"
+    " next phase",
+    ModelPruning: "it replaces parameters, of which ZeRO keeps its own copies. Prune the exported"
+    " model",
+    StochasticWeightAveraging: "it averages copies of whole models, but parameters are split over"
+    " ranks here. Average checkpoints instead",
+}
+
+
+def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuses options of the Trainer, callbacks and hooks that would have no effect or fail.
+
+    Raises:
+        ConfigError: naming the option and what to do instead.
+    """
+    strategy: Any = trainer.strategy
+    if strategy._layer_sync is not None:
+        raise ConfigError(
+            "sync_batchnorm=True would have no effect: the strategy does not convert modules."
+            " Convert them in __init__ or configure_model with"
+            " torch.nn.SyncBatchNorm.convert_sync_batchnorm, which needs GPUs; no expert may hold"
+            " one, as ranks hold different experts."
+        )
+    if type(strategy.checkpoint_io) is not TorchCheckpointIO:
+        raise ConfigError(
+            f"The plugin {type(strategy.checkpoint_io).__name__} would have no effect: every rank"
+            " writes its own files of a checkpoint directory. Drop it; to write in the background"
+            " use FastMoEStrategy(async_checkpoint=True)."
+        )
+    if not trainer.training:
+        return
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for kind, reason in _CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"{type(callback).__name__} is not supported: {reason}.")
+    if is_overridden("backward", module, pl.LightningModule):
+        raise ConfigError(
+            f"{type(module).__name__} overrides backward(), which would never be called: the engine"
+            " runs the backward pass. Use on_before_backward and on_after_backward, or manual"
+            " optimization."
+        )
+    for owner in (module, *callbacks):
+        if "grad_norm" in _names(getattr(owner, "on_before_optimizer_step", None)):
+            raise ConfigError(
+                f"{type(owner).__name__}.on_before_optimizer_step calls grad_norm, which would"
+                " find no gradients: ZeRO keeps them partitioned over ranks. Log"
+                " trainer.strategy.deepspeed_engine.get_global_grad_norm() in on_train_batch_end;"
+                " it is the norm before clipping."
+            )
+
+
+def check_has_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses optimizers that evaluate the loss several times in a step.
+
+    Raises:
+        ConfigError: for LBFGS.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "torch.optim.LBFGS is not supported: it evaluates the loss several times in a step,"
+            " and the engine does so once. Use AdamW, or another optimizer of one evaluation."
+        )
+
+
+def _names(hook: Any) -> Iterator[str]:
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    if isinstance(code, CodeType):
+        yield from code.co_names
