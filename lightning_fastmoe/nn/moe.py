@@ -283,14 +283,8 @@ class MoE(LayerSettings):
             NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
                 would stall the device, FastMoEStrategy checks once a step.
         """
-        inputs = read_inputs(
-            x,
-            self.d_model,
-            self.layer_name,
-            mask=mask,
-            token_ids=token_ids,
-            sequence_ids=sequence_ids,
-        )
+        options = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
+        inputs = read_inputs(x, self.d_model, self.layer_name, **options)
         check_managed(self)
         context = self._context(inputs)
         routing = self._route(inputs.leaves[0], context)
