@@ -117,6 +117,7 @@ def train_in_a_loop(steps: int, compiled: bool, deterministic: bool) -> list[str
         network = MoETransformer(**{**usual, **arguments})
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
     run = torch.compile(network) if compiled else network
+    print("built", flush=True)
     windows = torch.randint(256, (4, 16, seq_len + 1), generator=torch.Generator().manual_seed(0))
     losses = []
     for step in range(steps):
@@ -129,6 +130,7 @@ def train_in_a_loop(steps: int, compiled: bool, deterministic: bool) -> list[str
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
+        print(f"launched step {step}", flush=True)
     return [value.item().hex() for value in losses]
 
 
@@ -141,6 +143,7 @@ def start(args: argparse.Namespace, rank: int, port: int, folder: str, core: int
     if core >= 0:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[(core + rank) % len(cores)]})
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or there is one for each of the others
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     world = args.gpus
     if world > 1:
@@ -364,6 +367,7 @@ def long_run(args: argparse.Namespace) -> bool:
             # Half-way between two checkpoints, whose threads are done by then.
             if trainer.global_step % SAMPLE_EVERY == SAMPLE_EVERY // 2:
                 self.samples.append({"step": trainer.global_step, **resources()})
+                print(self.samples[-1], file=sys.stderr, flush=True)
 
     silence_upstream()
     pl.seed_everything(0, verbose=False)
