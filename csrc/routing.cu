@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 // What comes through normalised weights w is w (g - <w, g>), likewise, at the K chosen experts. No
 // term divides by a score.
 template <int V>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     route_backward_kernel(const float* __restrict__ logits, const float* __restrict__ weights,
                           const int64_t* __restrict__ expert_ids,
                           const float* __restrict__ d_scores, const float* __restrict__ d_weights,

@@ -45,13 +45,14 @@ def check_replaceable(path: Path) -> None:
         )
 
 
-def discard(directory: Path, path: Path, *, strict: bool = True) -> None:
+def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: bool = False) -> None:
     """Deletes a checkpoint's own files; what else lies there is moved beside it, with a warning.
 
     Args:
         directory: of the checkpoint, which has lost its name already; or a file or a link.
         path: how it was called.
         strict: raise if something can't be deleted; else leave it for the next save.
+        unfinished: it is of a save that died, which may have been writing its manifest.
 
     Raises:
         OSError: if ``strict``.
@@ -60,7 +61,7 @@ def discard(directory: Path, path: Path, *, strict: bool = True) -> None:
         if directory.is_symlink() or not directory.is_dir():
             directory.unlink()
             return
-        own = _own_files(directory)
+        own = _own_files(directory, unfinished)
         # The manifest goes last: who is stopped before still knows what to delete.
         for name in sorted(own, key=lambda name: (name == MANIFEST, name)):
             entry = directory / name
@@ -80,7 +81,7 @@ def discard(directory: Path, path: Path, *, strict: bool = True) -> None:
             os.rmdir(directory)
 
 
-def _own_files(directory: Path) -> set[str]:
+def _own_files(directory: Path, unfinished: bool = False) -> set[str]:
     """The files that belong to a checkpoint: as its manifest says, else by their names."""
     found = {name for name in os.listdir(directory) if not (directory / name).is_dir()}
     listed = _listed(directory)
@@ -88,7 +89,8 @@ def _own_files(directory: Path) -> set[str]:
         return found & {*listed, MANIFEST, CHECKSUM}
     own = {name for name in found if is_file_name(name)}
     # Other programs have files called manifest.json; that pair is ours, be it damaged.
-    return own | ({MANIFEST, CHECKSUM} if {MANIFEST, CHECKSUM} <= found else set())
+    pair = found & {MANIFEST, CHECKSUM}
+    return own | pair if unfinished or len(pair) == 2 else own
 
 
 def _listed(directory: Path) -> set[str] | None:

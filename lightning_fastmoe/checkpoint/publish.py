@@ -201,7 +201,9 @@ def _recover(path: Path) -> None:
     old = _old_name(path)
     if old.exists() and not path.exists():
         os.rename(next(filter(_is_complete, _saving(path)), old), path)
-    for left in (old, *_saving(path), path.with_name(f".{path.name}.fastmoe-removed")):
+    for left in _saving(path):
+        discard(left, path, unfinished=True)
+    for left in (old, path.with_name(f".{path.name}.fastmoe-removed")):
         if os.path.lexists(left):
             discard(left, path)
 

@@ -321,3 +321,15 @@ for i in range(100000):
     assert len(seen) > 1
     assert errors <= {True}
     assert seed_of(path) in (0, 1, 2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+@pytest.mark.parametrize("other", ["last.ckpt", "other.ckpt"])
+def test_half_a_manifest_of_a_dead_save_is_nobodys_file(tmp_path, name, other):
+    dead = tmp_path / f".{other}.fastmoe-saving-0123abcd"
+    dead.mkdir()
+    (dead / "rank_00000.json").write_bytes(b"{}")
+    (dead / name).write_bytes(b'{"format": "lightning_fast')
+    write_sample(tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
