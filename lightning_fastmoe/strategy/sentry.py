@@ -31,7 +31,7 @@ HANG_STATUS = 75
 """The exit status of a rank that stood still (EX_TEMPFAIL: try again)."""
 TERMINATED_STATUS = 128 + signal.SIGTERM
 INTERRUPTED_STATUS = 128 + signal.SIGINT
-DUMP_SIGNAL = signal.SIGRTMAX - 5
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", signal.NSIG) - 5  # which Linux alone has
 """Makes a rank print its stacks. Nothing of torch, CUDA or NCCL uses real-time signals."""
 STOP = b"\0"
 """What the rank writes into the socket when it needs no sentry any more; no signal's number."""

@@ -21,6 +21,8 @@ from pytorch_lightning.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_fastmoe.errors import ConfigError
@@ -45,6 +47,8 @@ _CALLBACKS: dict[type[Callback], str] = {
 def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuses options of the Trainer, callbacks and hooks that would have no effect or fail.
 
+    A logger's wish to trace the model is left out with a warning.
+
     Raises:
         ConfigError: naming the option and what to do instead.
     """
@@ -62,6 +66,7 @@ def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> No
             " writes its own files of a checkpoint directory. Drop it; to write in the background"
             " use FastMoEStrategy(async_checkpoint=True)."
         )
+    _leave_out_graphs(trainer)
     if not trainer.training:
         return
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -82,6 +87,21 @@ def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> No
                 " find no gradients: ZeRO keeps them partitioned over ranks. Log"
                 " trainer.strategy.deepspeed_engine.get_global_grad_norm() in on_train_batch_end;"
                 " it is the norm before clipping."
+            )
+
+
+def _leave_out_graphs(trainer: pl.Trainer) -> None:
+    """Keeps loggers from tracing the model, with a warning.
+
+    They run it on rank 0 alone, where experts on other ranks can't be reached.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and logger._log_graph:
+            logger._log_graph = False
+            rank_zero_warn(
+                "TensorBoardLogger(log_graph=True) logs no graph under FastMoEStrategy: it runs the"
+                " model on rank 0 alone, which can't reach the experts of other ranks. Log it from"
+                " a run on one process without the strategy."
             )
 
 

@@ -39,6 +39,7 @@ _LINGER = 2.0
 _LINGER_OF_LAUNCHED = 7.0
 """Lightning kills the whole run once it finds a launched rank gone: rank 0 is to end first."""
 _STDERR = 2
+_ON_LINUX = sys.platform.startswith("linux")
 
 
 def check_seconds(name: str, value: Any) -> None:
@@ -118,7 +119,7 @@ class Watch:
         launched: Sequence[int] = (),
         is_launched: bool = False,
     ) -> None:
-        """Starts the sentry.
+        """Starts the sentry; only on Linux, whose kernel it asks about the rank.
 
         Args:
             rank: of this process.
@@ -129,7 +130,7 @@ class Watch:
         Raises:
             ConfigError: if no process can be started here.
         """
-        if self._process is not None or self._limits == (None, None):
+        if self._process is not None or self._limits == (None, None) or not _ON_LINUX:
             return
         self._device = device
         linger = _LINGER_OF_LAUNCHED if is_launched else _LINGER

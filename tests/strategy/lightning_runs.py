@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from strategy.models import Case, Net, build_net, loss_of, make_batches
 from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor
@@ -49,6 +51,20 @@ def trained(case: Case, kind: str) -> Weights:
     make_trainer(case, callbacks=callbacks, gradient_clip_val=None).fit(module)
     assert module.net is not None
     return whole_weights(module.net)
+
+
+def with_a_graph(case: Case, folder: str) -> tuple[bool, list[str]]:
+    """Whether training with a logger of graphs came to its end, and what was warned of."""
+    pl.seed_everything(7, verbose=False)
+    module = Plain(case)
+    module.example_input_array = make_batches(case)[0, 0, 0]
+    logger = TensorBoardLogger(folder, log_graph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(case, logger=logger, gradient_clip_val=None)
+        trainer.fit(module)
+    texts = [str(warning.message) for warning in caught]
+    return trainer.state.finished, [text for text in texts if "log_graph" in text]
 
 
 def scheduled_reference(case: Case) -> Weights:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategy.lightning_runs import scheduled_reference, trained
+from strategy.lightning_runs import scheduled_reference, trained, with_a_graph
 from strategy.models import Case
 
 CASE = Case(world=2, ep=2, coefficients=(0.0, 0.0))
@@ -30,3 +30,12 @@ def test_accumulation_that_changes_between_epochs(stage: int, rank_pool) -> None
         assert weights.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_logger_of_graphs_warns_once_and_leaves_ranks_together(rank_pool, tmp_path) -> None:
+    (first, warned), (second, silent) = rank_pool.run(with_a_graph, 2, CASE, str(tmp_path))
+    assert first
+    assert second
+    assert len(warned) == 1
+    assert "log_graph=True" in warned[0]
+    assert silent == []
