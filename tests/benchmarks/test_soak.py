@@ -45,13 +45,14 @@ def test_outcomes(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(soak, "start", target)
+    others = set(multiprocessing.active_children())  # of tests before
     args = argparse.Namespace(gpus=2, limit=2.0, scratch=str(tmp_path))
     found = soak.one_start(multiprocessing.get_context("fork"), 0, args)
     assert found["outcome"] == outcome
     if outcome == "ended":
         assert found["losses"] == [json.dumps([(2.5).hex()])] * 2
     assert list(tmp_path.iterdir()) == []
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_every_third_start_has_one_core(tmp_path: Path) -> None:
