@@ -1,4 +1,4 @@
-"""What the parts of a manifest must say together. Who loads and who verifies ask here alike.
+"""What the parts of a manifest must say together, for loading and for verifying.
 
 A reader stops at the first fault and an audit lists them all; there is one list, so that they can't
 come to different verdicts. It takes time in proportion to the manifest, whatever that says.
