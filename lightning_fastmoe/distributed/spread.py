@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_fastmoe.distributed.dispatch import (
     AllToAllDispatcher,
+    ExchangeWait,
     ExpertGroup,
     PendingExchange,
 )
@@ -113,11 +114,11 @@ class ExpertSpreader:
         for group in groups:
             group.end_pass(device)
 
-    def record_exchanges(self, pending: PendingExchange) -> None:
-        """Has all exchanges of this rank recorded in ``pending``."""
+    def record_exchanges(self, pending: PendingExchange, wait: ExchangeWait) -> None:
+        """Has all exchanges of this rank recorded in ``pending``, and limited by ``wait``."""
         for group in (self.group, self.batch.group if self.batch is not None else None):
             if group is not None:
-                group.pending = pending
+                group.pending, group.wait = pending, wait
 
     def _attach(self, layer: MoE) -> None:
         assert self.group is not None

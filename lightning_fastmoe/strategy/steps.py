@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
-from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.errors import ExchangeError, ParameterEditError
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
+from lightning_fastmoe.strategy.peers import Peers, is_broken_connection
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
 
@@ -42,6 +43,8 @@ class ExpertSteps(DeepSpeedStrategy):
         if getattr(module, "_compiler_ctx", None) is not None:
             assert module is not None
             self._compiled_steps = CompiledSteps(module)
+    _peers: Peers | None = None
+    _failed_peer: tuple[str, BaseException] | None = None
 
     @property
     @override
@@ -131,6 +134,34 @@ class ExpertSteps(DeepSpeedStrategy):
         edits = self.deepspeed_engine.edits
         if edits is not None:
             edits.look()
+    def _tell_peers(self, exception: BaseException) -> None:
+        """An error of one rank ends the run on all: none waits for a rank that is gone."""
+        peers = self._peers
+        if peers is None or not isinstance(exception, Exception):
+            return
+        kind = type(exception)
+        if is_broken_connection(exception) and (failure := peers.failure()) is not None:
+            self._failed_peer = failure, exception
+        peers.leave(f"rank {self.global_rank} has left the run by {kind.__name__}: {exception}")
+
+    def _raise_for_peers(self) -> None:
+        """At the end of a run: the connection was broken for a reason, and that is the error.
+
+        Raises:
+            ExchangeError: if another rank had given up.
+        """
+        failed, self._failed_peer = self._failed_peer, None
+        if failed is None:
+            return
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        # What the Trainer would do after this.
+        if (loop := trainer._active_loop) is not None:
+            loop.teardown()
+        trainer._logger_connector.teardown()
+        trainer._signal_connector.teardown()
+        trainer.state.stage = None
+        raise ExchangeError(f"rank {self.global_rank}: {failed[0]}") from failed[1]
 
     def _end_pass(self) -> None:
         """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
