@@ -40,14 +40,13 @@ class Peers:
     Args:
         doing: says what this rank does, in a few words.
         exchange: where it is in its exchanges.
-        still: seconds in one place after which a rank says that it waits there.
     """
 
     def __init__(
-        self, doing: Callable[[], str], exchange: PendingExchange, still: float = _STILL
+        self, doing: Callable[[], str], exchange: PendingExchange
     ) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._doing, self._exchange, self._still = doing, exchange, still
+        self._doing, self._exchange = doing, exchange
         default = dist.distributed_c10d._get_default_store().clone()
         # Ranks begin the same runs in the same order; each counts its own.
         run = default.add(f"fastmoe/runs/{self.rank}", 1)
@@ -190,7 +189,7 @@ class Peers:
         now = time.monotonic()
         if place is None or place != self._place:
             self._place, self._since = place, now
-        elif now - self._since >= self._still:
+        elif now - self._since >= _STILL:
             self._beats += 1
             self._store.set(f"waits/{self.rank}", f"{self._beats} {place}")
 
@@ -249,18 +248,14 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def _stack(frame: FrameType | None) -> str:
-    """The innermost function outside of torch, and the innermost of the user's."""
-    inner = user = None
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if inner is None and not file.startswith((_TORCH, _OWN)):
-            inner = frame
-        if "site-packages" not in file and not file.startswith((_OWN, "<", sys.base_prefix)):
-            user = frame
-            break
+    """The innermost function outside of torch and this package, and the user's that led there."""
+    at: list[str] = []
+    while frame is not None and len(at) < 3:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        is_users = "site-packages" not in file and not file.startswith((sys.base_prefix, "<"))
+        if not file.startswith((_TORCH, _OWN)) and (is_users or not at) and function != "<module>":
+            at.append(f"{function} ({Path(file).name}:{frame.f_lineno})")
         frame = frame.f_back
-    at = [f"{f.f_code.co_name} ({Path(f.f_code.co_filename).name}:{f.f_lineno})"
-          for f in dict.fromkeys((inner, user)) if f is not None]
     return "in " + ", called from ".join(at or ["an unknown place"])
 
 

@@ -1,0 +1,61 @@
+"""Ranks that wait for each other in vain get an error that says where each of them is."""
+
+from __future__ import annotations
+
+import pytest
+from strategy import waiting_runs as runs
+
+from lightning_fastmoe import FastMoEStrategy
+from lightning_fastmoe.errors import ConfigError
+
+
+def assert_all_ranks_say(results, *words: str) -> None:
+    for rank, (kind, message, _) in enumerate(results):
+        assert kind == "ExchangeError", (rank, kind, message)
+        for word in words:
+            assert word in message, (rank, message)
+
+
+def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline_on_all_ranks(rank_pool):
+    results = rank_pool.run(
+        runs.fails, 2, runs.RankZeroSample, 1000.0, {"exchange_timeout": 2.0}, timeout=60
+    )
+    assert_all_ranks_say(
+        results,
+        "net.moes.0, exchange of tokens number",
+        "phase counts: rank 0 has waited 2",
+        "exchange_timeout=2",
+        "rank 0: training, optimizer steps done: 1; waits in exchange of tokens",
+        "in on_train_epoch_end (waiting_runs.py",
+        "rank 1: training, optimizer steps done: 1; no exchange of tokens is pending",
+        "in _broadcast_sigterm_tensor (training_epoch_loop.py",
+        "on_rank_zero",
+    )
+    assert max(seconds for *_, seconds in results) < 40
+
+
+def test_ranks_that_wait_for_each_other_are_found_before_the_deadline(rank_pool):
+    results = rank_pool.run(runs.fails, 2, runs.RankZeroSample, 2.0, {}, timeout=60)
+    assert_all_ranks_say(
+        results, "net.moes.0", "rank 0 waits in an exchange of tokens, and no rank will ever come"
+    )
+
+
+def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool):
+    waiting, left = rank_pool.run(runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, timeout=60)
+    assert left[:2] == ("ValueError", "the disk of rank 1 is full")
+    assert_all_ranks_say([waiting], "rank 1 has left the run by ValueError: the disk of rank 1")
+
+
+def test_a_late_rank_is_waited_for(rank_pool):
+    results = rank_pool.run(runs.fails, 2, runs.RankIsLate, 1.0, {"exchange_timeout": 30.0})
+    assert [kind for kind, *_ in results] == ["nothing"] * 2
+
+
+def test_the_deadline_is_nine_tenths_of_the_hang_timeout_unless_given():
+    assert FastMoEStrategy().exchange_timeout == 540.0
+    assert FastMoEStrategy(hang_timeout=100).exchange_timeout == 90.0
+    assert FastMoEStrategy(hang_timeout=None).exchange_timeout is None
+    assert FastMoEStrategy(exchange_timeout=7).exchange_timeout == 7
+    with pytest.raises(ConfigError, match=r"exchange_timeout=0"):
+        FastMoEStrategy(exchange_timeout=0)
