@@ -20,10 +20,8 @@ from typing_extensions import override
 
 from lightning_fastmoe.distributed import (
     AutoPlacement,
-    ExchangeWait,
     ExpertMesh,
     ExpertSpreader,
-    PendingExchange,
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
@@ -46,13 +44,14 @@ from lightning_fastmoe.strategy.checks import (
 )
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
-from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
+from lightning_fastmoe.strategy.ending import is_launched
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
     FastMoEEngine,
     NonFinitePolicy,
     make_engine,
 )
+from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.experts import (
     check_tags,
     divided_experts,
@@ -63,11 +62,10 @@ from lightning_fastmoe.strategy.experts import (
 from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
-from lightning_fastmoe.strategy.peers import Peers
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
 from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.watch import Watch
 
 _ENGINE = "_fastmoe_engine"
 
@@ -100,12 +98,9 @@ class FastMoEStrategy(ExpertCheckpoints):
         hang_timeout: seconds after which a run that stands still ends, on every rank, with its
             stacks on stderr and exit status 75: no batch was finished (in training or evaluation),
             and no phase of the run began or ended. None switches it off, as for a debugger.
-        exchange_timeout: seconds that a rank waits for the others in an exchange of tokens; then it
-            raises an ExchangeError that names the layer and what each rank was doing, and the other
-            ranks end too. "auto" is nine tenths of ``hang_timeout``: a rank may be late for minutes
-            (its data, its first compilation, a file that it writes alone), and no wait is cut that
-            ``hang_timeout`` would let pass. Ranks that wait for each other, in an exchange and in a
-            collective, are found before, within half a minute. None waits as long as it takes.
+        exchange_timeout: seconds that a rank waits for the others in an exchange of tokens. Then it
+            raises an ExchangeError that says where each rank is, as do the others. "auto" is nine
+            tenths of ``hang_timeout``: no wait is cut that may be legitimate. None is no limit.
         signal_grace: seconds after SIGTERM, without a batch that ends, after which the process ends
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
@@ -159,9 +154,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
         self._watch = Watch(hang_timeout, signal_grace)
-        if exchange_timeout == "auto":
-            exchange_timeout = None if hang_timeout is None else 0.9 * hang_timeout
-        self.exchange_timeout = exchange_timeout
+        self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
         # Called with the model, experts spread, and an optimizer whose groups hold experts or none.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
@@ -300,11 +293,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)
-        pending = self._watch.exchanges()
-        if self.world_size > 1 and self._peers is None:
-            self._peers = Peers(self._watch.doing, pending)
-        wait = ExchangeWait(self.exchange_timeout, self._peers, self.global_rank)
-        spreader.record_exchanges(pending, wait)
+        self._waits.begin(spreader, self._watch)
         if self.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), spreader.mesh)
@@ -386,13 +375,6 @@ class FastMoEStrategy(ExpertCheckpoints):
         return is_launched(self.cluster_environment, self.local_rank)
 
     @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._watch.beat(Activity.ENDING)
-        prepare_ending(exception, self._is_launched)
-        self._tell_peers(exception)
-
-    @override
     def teardown(self) -> None:
         if self._compiled_steps is not None:
             self._compiled_steps.undo()
@@ -405,13 +387,9 @@ class FastMoEStrategy(ExpertCheckpoints):
                 self.model.let_go()
             super().teardown()
         finally:
-            if self._spreader is not None:
-                self._spreader.record_exchanges(PendingExchange(), ExchangeWait())
-            peers, self._peers = self._peers, None
-            if peers is not None:
-                peers.stop()
+            self._waits.end(self._spreader)
             self._watch.stop()
-        self._raise_for_peers()
+        self._waits.raise_for_peer(self.lightning_module)
 
     @classmethod
     @override

@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from lightning_fastmoe.distributed import PendingExchange
 from lightning_fastmoe.strategy.sentry import HANG_STATUS
@@ -42,15 +44,14 @@ class Peers:
         exchange: where it is in its exchanges.
     """
 
-    def __init__(
-        self, doing: Callable[[], str], exchange: PendingExchange
-    ) -> None:
+    def __init__(self, doing: Callable[[], str], exchange: PendingExchange) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._doing, self._exchange = doing, exchange
-        default = dist.distributed_c10d._get_default_store().clone()
+        default: Any = dist.distributed_c10d._get_default_store()
+        default = default.clone()
         # Ranks begin the same runs in the same order; each counts its own.
         run = default.add(f"fastmoe/runs/{self.rank}", 1)
-        self._store = dist.PrefixStore(f"fastmoe/peers/{run}", default)
+        self._store = PrefixStore(f"fastmoe/peers/{run}", default)
         self._main = threading.get_ident()
         self._stop = threading.Event()
         self._over = False

@@ -72,9 +72,12 @@ def _serve(layers: Mapping[str, MoE], progress: Callable[[], None]) -> None:
                 raise ExchangeError(f"The function that runs on rank 0 alone failed there: {x}")
             return
         layer = layers[name]
-        device = next(layer.parameters()).device
-        x = pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
-        layer(x, token_ids=token_ids if token_ids is None else token_ids.to(device))
+        x, token_ids = _to(next(layer.parameters()).device, (x, token_ids))
+        layer(x, token_ids=token_ids)
+
+
+def _to(device: torch.device, values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
-from lightning_fastmoe.errors import ConfigError, ExchangeError, ParameterEditError
+from lightning_fastmoe.errors import ConfigError, ParameterEditError
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
+from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engine import ExpertState
-from lightning_fastmoe.strategy.peers import Peers, is_broken_connection
+from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
@@ -30,6 +31,7 @@ class ExpertSteps(DeepSpeedStrategy):
     _expert_state: ExpertState
     _uneven: UnevenData
     _watch: Watch
+    _waits: ExchangeWaits
     _module: pl.LightningModule | None = None
     _compiled_steps: CompiledSteps | None = None
 
@@ -46,8 +48,6 @@ class ExpertSteps(DeepSpeedStrategy):
         if getattr(module, "_compiler_ctx", None) is not None:
             assert module is not None
             self._compiled_steps = CompiledSteps(module)
-    _peers: Peers | None = None
-    _failed_peer: tuple[str, BaseException] | None = None
 
     @property
     @override
@@ -181,34 +181,12 @@ class ExpertSteps(DeepSpeedStrategy):
                 *args,
             )
 
-    def _tell_peers(self, exception: BaseException) -> None:
-        """An error of one rank ends the run on all: none waits for a rank that is gone."""
-        peers = self._peers
-        if peers is None or not isinstance(exception, Exception):
-            return
-        kind = type(exception)
-        if is_broken_connection(exception) and (failure := peers.failure()) is not None:
-            self._failed_peer = failure, exception
-        peers.leave(f"rank {self.global_rank} has left the run by {kind.__name__}: {exception}")
-
-    def _raise_for_peers(self) -> None:
-        """At the end of a run: the connection was broken for a reason, and that is the error.
-
-        Raises:
-            ExchangeError: if another rank had given up.
-        """
-        failed, self._failed_peer = self._failed_peer, None
-        if failed is None:
-            return
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        # What the Trainer would do after this.
-        if (loop := trainer._active_loop) is not None:
-            loop.teardown()
-        trainer._logger_connector.teardown()
-        trainer._signal_connector.teardown()
-        trainer.state.stage = None
-        raise ExchangeError(f"rank {self.global_rank}: {failed[0]}") from failed[1]
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._watch.beat(Activity.ENDING)
+        prepare_ending(exception, is_launched(self.cluster_environment, self.local_rank))
+        self._waits.leave(exception)
 
     def _end_pass(self) -> None:
         """A rank that left out its last MoE layers meets the ranks that wait for it in them."""

@@ -89,11 +89,12 @@ def test_sleeps_stay_within_a_sixteenth_of_the_wait_and_a_millisecond(monkeypatc
 def test_the_deadline_names_layer_rank_limit_and_the_others(kind):
     peers = Peers()
     wait = ExchangeWait(0.2, peers, rank=5)
+    wait_for, what = {
+        "work": (wait.for_work, Work(float("inf"))),
+        "event": (wait.for_event, Event(float("inf"))),
+    }[kind]
     with pytest.raises(ExchangeError) as caught:
-        if kind == "work":
-            wait.for_work(Work(float("inf")), WHERE)
-        else:
-            wait.for_event(Event(float("inf")), WHERE)
+        wait_for(what, WHERE)
     message = str(caught.value)
     assert message.startswith(f"{WHERE}: rank 5 has waited 0.2")
     assert "(exchange_timeout=0.2).\n  rank 1: saving\n" in message

@@ -53,9 +53,9 @@ def test_a_late_rank_is_waited_for(rank_pool):
 
 
 def test_the_deadline_is_nine_tenths_of_the_hang_timeout_unless_given():
-    assert FastMoEStrategy().exchange_timeout == 540.0
-    assert FastMoEStrategy(hang_timeout=100).exchange_timeout == 90.0
-    assert FastMoEStrategy(hang_timeout=None).exchange_timeout is None
-    assert FastMoEStrategy(exchange_timeout=7).exchange_timeout == 7
+    assert FastMoEStrategy()._waits.seconds == 540.0
+    assert FastMoEStrategy(hang_timeout=100)._waits.seconds == 90.0
+    assert FastMoEStrategy(hang_timeout=None)._waits.seconds is None
+    assert FastMoEStrategy(exchange_timeout=7)._waits.seconds == 7
     with pytest.raises(ConfigError, match=r"exchange_timeout=0"):
         FastMoEStrategy(exchange_timeout=0)

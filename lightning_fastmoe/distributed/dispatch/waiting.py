@@ -70,7 +70,9 @@ class ExchangeWait:
                     raise ExchangeError(self._failed(where, error)) from error
             self._look(time.monotonic() - begin, where)
 
-    def for_event(self, event: Any, where: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    def for_event(
+        self, event: Any, where: str, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         """Waits until the device has reached ``event``, a CUDA event.
 
         ``Work.wait(timeout)`` of NCCL polls coarsely, and a synchronisation has no deadline.
