@@ -18,6 +18,7 @@ from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
+from lightning_fastmoe.strategy.resumable import resumable
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
 
@@ -212,6 +213,10 @@ class ExpertSteps(DeepSpeedStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         self._watch.beat()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training:
+            dataloader = resumable(dataloader, trainer.fit_loop)
         return self._uneven.wrap(dataloader)
 
     def _unwrap_compiled(self) -> None:
