@@ -114,6 +114,19 @@ class ExpertSpreader:
         for group in groups:
             group.end_pass(device)
 
+    def meet(self, what: str) -> None:
+        """All ranks of the run meet here, if the host is what waits in their exchanges.
+
+        Args:
+            what: where this rank is.
+
+        Raises:
+            ExchangeError: on all ranks, if they are in different places.
+        """
+        if self.batch is not None and not self.batch.group.is_on_stream:
+            none = torch.zeros(self.batch.group.slots, dtype=torch.int64)
+            self.batch.group.exchange_counts(none, 0, what)
+
     def record_exchanges(self, pending: PendingExchange, wait: ExchangeWait) -> None:
         """Has all exchanges of this rank recorded in ``pending``, and limited by ``wait``."""
         for group in (self.group, self.batch.group if self.batch is not None else None):

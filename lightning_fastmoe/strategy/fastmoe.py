@@ -59,6 +59,7 @@ from lightning_fastmoe.strategy.experts import (
     register_groups,
     tag_experts,
 )
+from lightning_fastmoe.strategy.gathering import meet_before_gathering
 from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
@@ -251,7 +252,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
         launched = [process.pid for process in getattr(self.launcher, "procs", ())]
-        self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
+        self._watch.start(
+            self.global_rank,
+            self.root_device,
+            launched,
+            is_launched(self.cluster_environment, self.local_rank),
+        )
         unwrap_compiled(self.lightning_module)
         if trainer.training:
             check_directories(trainer)
@@ -270,6 +276,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
+        if self.zero_stage_3 and self._spreader is not None:
+            meet_before_gathering(self.deepspeed_engine, self._spreader.meet)
         self._watch.beat()
         vars(self.lightning_module)[_ENGINE] = self.model
         if self._compiled_steps is not None:
@@ -369,10 +377,6 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _device_rank(self) -> int:
         index = self.root_device.index
         return self.local_rank if index is None else index
-
-    @property
-    def _is_launched(self) -> bool:
-        return is_launched(self.cluster_environment, self.local_rank)
 
     @override
     def teardown(self) -> None:

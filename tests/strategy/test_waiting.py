@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from strategy import waiting_runs as runs
 
 from lightning_fastmoe import FastMoEStrategy
@@ -50,6 +51,25 @@ def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool):
 def test_a_late_rank_is_waited_for(rank_pool):
     results = rank_pool.run(runs.fails, 2, runs.RankIsLate, 1.0, {"exchange_timeout": 30.0})
     assert [kind for kind, *_ in results] == ["nothing"] * 2
+
+
+@pytest.mark.parametrize("skipped", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layers_that_one_rank_leaves_out_are_an_error_on_all(rank_pool, stage, skipped):
+    results = rank_pool.run(runs.leaves_out, 2, stage, skipped, timeout=60)
+    assert_all_ranks_say(results, "in different exchanges", "must run the same MoE layers")
+    assert max(seconds for *_, seconds in results) < 30
+
+
+@pytest.mark.parametrize("skipped", [(0,), (0, 1)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_takes_part_without_tokens(rank_pool, stage, skipped):
+    losses, weights = runs.in_one_process(skipped)
+    results = rank_pool.run(runs.takes_part, 2, stage, skipped, timeout=60)
+    for rank, (own, last) in enumerate(results):
+        assert own == pytest.approx(losses[rank], rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(last[name], weight, rtol=2e-5, atol=2e-6)
 
 
 def test_the_deadline_is_nine_tenths_of_the_hang_timeout_unless_given():

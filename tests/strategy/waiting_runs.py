@@ -8,7 +8,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from strategy.models import D_IN, Case, Net
+from strategy.models import (
+    D_IN,
+    Case,
+    Net,
+    make_batches,
+    make_optimizer,
+    make_scheduler,
+)
 from strategy.tracing import Tracer, make_trainer
 
 from lightning_fastmoe.strategy import peers
@@ -57,6 +64,83 @@ def fails(callback: type[pl.Callback], still: float, extra: dict[str, Any]) -> A
         return outcome(make_trainer(case, callbacks=[callback()]), Net(case))
     finally:
         peers._STILL = before
+
+
+class LeavesOut(Net):
+    """Rank 1 skips some MoE layers in its second step, as LayerDrop does.
+
+    Args:
+        case: of the run.
+        skipped: indices of the layers.
+        takes_part: whether rank 1 calls them all the same, without tokens.
+    """
+
+    def __init__(self, case: Case, skipped: tuple[int, ...], takes_part: bool = False) -> None:
+        super().__init__(case)
+        self.skipped, self.takes_part = skipped, takes_part
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        here = self.trainer.global_rank == 1 and self.trainer.global_step == 1
+        loss = self.loss(batch, self.skipped if here else (), self.takes_part)
+        self.batch_losses.append(loss.item())
+        return loss
+
+    def loss(self, batch: Any, skipped: tuple[int, ...], takes_part: bool) -> torch.Tensor:
+        """That of ``loss_of`` without the skipped layers."""
+        h = self.net["embed"](batch)
+        for i, layer in enumerate(self.net["moes"]):
+            if i not in skipped:
+                h = h + layer(self.net["norm"](h))
+            elif takes_part:
+                h = h + layer(self.net["norm"](h)[:0]).sum()
+        target = torch.sin(3 * batch.sum(-1, keepdim=True))
+        return (self.net["head"](h) - target).square().mean()
+
+
+def make_gathering_trainer(case: Case, **options: Any) -> pl.Trainer:
+    """At stage 3 it gathers each parameter whenever it is used, however small."""
+    trainer = make_trainer(case, **options)
+    zero = trainer.strategy.config["zero_optimization"]
+    for name in ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters"):
+        zero[f"stage3_{name}"] = 0
+    return trainer
+
+
+def leaves_out(stage: int, skipped: tuple[int, ...]) -> Any:
+    """What a rank gets where rank 1 leaves layers out."""
+    case = Case(2, 2, stage, steps=4, extra={"exchange_timeout": 60.0})
+    return outcome(make_gathering_trainer(case), LeavesOut(case, skipped))
+
+
+WITHOUT_TERMS: dict[str, Any] = {"coefficients": (0.0, 0.0), "clip": 1e9}
+
+
+def takes_part(stage: int, skipped: tuple[int, ...]) -> Any:
+    """Losses and last weights where rank 1 takes part in the layers that it leaves out."""
+    pl.seed_everything(7, verbose=False)
+    case = Case(2, 2, stage, **WITHOUT_TERMS)
+    module, tracer = LeavesOut(case, skipped, takes_part=True), Tracer()
+    make_gathering_trainer(case, callbacks=[tracer]).fit(module)
+    return module.batch_losses, tracer.trace.weights[-1]
+
+
+def in_one_process(skipped: tuple[int, ...]) -> Any:
+    """The same in plain PyTorch: losses of both ranks, and last weights."""
+    pl.seed_everything(7, verbose=False)
+    case = Case(2, 2, **WITHOUT_TERMS)
+    module = LeavesOut(case, skipped)
+    optimizer = make_optimizer(module.net)
+    scheduler = make_scheduler(optimizer)
+    losses: list[list[float]] = [[], []]
+    for step, (micro,) in enumerate(make_batches(case)):
+        optimizer.zero_grad()
+        for rank, batch in enumerate(micro):
+            loss = module.loss(batch, skipped if (rank, step) == (1, 1) else (), False)
+            losses[rank].append(loss.item())
+            (loss / 2).backward()
+        optimizer.step()
+        scheduler.step()
+    return losses, {name: p.detach() for name, p in module.net.named_parameters()}
 
 
 class Samples(pl.Callback):

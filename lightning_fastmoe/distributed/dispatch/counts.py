@@ -35,6 +35,7 @@ class ExpertGroup:
             so.
         pending: where this rank is in its exchanges.
         wait: how the host waits for the other ranks.
+        is_on_stream: whether exchanges are enqueued on the device, and the host goes on.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -45,7 +46,7 @@ class ExpertGroup:
         self.pending = PendingExchange()
         self.wait = ExchangeWait()
         self._sequence = 0
-        self._on_stream = "nccl" in dist.get_backend(group)
+        self.is_on_stream = "nccl" in dist.get_backend(group)
         self._pinned: Tensor | None = None
 
     def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor:
@@ -88,7 +89,7 @@ class ExpertGroup:
             self._run(layer, phase, collective, *args)
 
     def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
-        if self._on_stream:
+        if self.is_on_stream:
             collective(*args, group=self.group)
         else:
             work = collective(*args, group=self.group, async_op=True)
@@ -96,7 +97,7 @@ class ExpertGroup:
 
     def _read(self, table: Tensor, layer: str) -> Tensor:
         """``table`` on the host."""
-        if not (self._on_stream and table.is_cuda):
+        if not (self.is_on_stream and table.is_cuda):
             return table.cpu()
         if self._pinned is None or self._pinned.shape != table.shape:
             self._pinned = torch.empty_like(table, device="cpu", pin_memory=True)
