@@ -291,6 +291,11 @@ def loaders_of(client_state: dict[str, Any]) -> Any:
     return None
 
 
+def set_loaders(client_state: dict[str, Any], states: Any) -> None:
+    """Replaces what :func:`loaders_of` has found in it, or in another rank's."""
+    client_state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
+
+
 def batches_of_epoch(client_state: dict[str, Any]) -> int:
     """How many batches of an epoch were done, on each rank; 0 between epochs."""
     with suppress(KeyError, TypeError):

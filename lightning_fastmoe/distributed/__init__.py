@@ -4,6 +4,7 @@ from lightning_fastmoe.distributed.auto_placement import AutoPlacement
 from lightning_fastmoe.distributed.dispatch import (
     EXCHANGE,
     AllToAllDispatcher,
+    ExchangeWait,
     ExpertGroup,
     PendingExchange,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "EP_DIM",
     "EXCHANGE",
     "AllToAllDispatcher",
+    "ExchangeWait",
     "ExpertGroup",
     "ExpertMesh",
     "ExpertSpreader",

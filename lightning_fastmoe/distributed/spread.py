@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_fastmoe.distributed.dispatch import (
     AllToAllDispatcher,
+    ExchangeWait,
     ExpertGroup,
     PendingExchange,
 )
@@ -113,11 +114,24 @@ class ExpertSpreader:
         for group in groups:
             group.end_pass(device)
 
-    def record_exchanges(self, pending: PendingExchange) -> None:
-        """Has all exchanges of this rank recorded in ``pending``."""
+    def meet(self, what: str) -> None:
+        """All ranks of the run meet here, if the host is what waits in their exchanges.
+
+        Args:
+            what: where this rank is.
+
+        Raises:
+            ExchangeError: on all ranks, if they are in different places.
+        """
+        if self.batch is not None and not self.batch.group.is_on_stream:
+            none = torch.zeros(self.batch.group.slots, dtype=torch.int64)
+            self.batch.group.exchange_counts(none, 0, what)
+
+    def record_exchanges(self, pending: PendingExchange, wait: ExchangeWait) -> None:
+        """Has all exchanges of this rank recorded in ``pending``, and limited by ``wait``."""
         for group in (self.group, self.batch.group if self.batch is not None else None):
             if group is not None:
-                group.pending = pending
+                group.pending, group.wait = pending, wait
 
     def _attach(self, layer: MoE) -> None:
         assert self.group is not None

@@ -60,8 +60,7 @@ class WorldBatch:
         padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in lengths]
-        with self.group.pending(layer, "rows of the global batch"):
-            dist.all_gather(parts, padded, group=self.group.group)
+        self.group.run(layer, "rows of the global batch", dist.all_gather, parts, padded)
         everyone = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
         return everyone, sum(lengths[: self.rank])
 

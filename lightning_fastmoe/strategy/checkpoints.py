@@ -29,6 +29,7 @@ from lightning_fastmoe.checkpoint.saving import (
     batches_of_epoch,
     loaders_of,
     local_path,
+    set_loaders,
     take_snapshot,
 )
 from lightning_fastmoe.checkpoint.sources import DirectorySource
@@ -40,6 +41,7 @@ from lightning_fastmoe.nn import Experts
 from lightning_fastmoe.strategy.checks import fixed_paths, warn_within_batch
 from lightning_fastmoe.strategy.engine import FastMoEEngine
 from lightning_fastmoe.strategy.hook_edits import WeightNames
+from lightning_fastmoe.strategy.resumable import for_other_ranks, is_own_state
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 from lightning_fastmoe.strategy.watch import Activity
@@ -353,8 +355,7 @@ class ExpertCheckpoints(ExpertSteps):
         if local is not None:
             self._random_state = local["rng"]
             if local["loaders"] is not None:
-                fit_loop = loaded.lightning["loops"]["fit_loop"]
-                fit_loop["state_dict"]["combined_loader"] = local["loaders"]
+                set_loaders(loaded.lightning, local["loaders"])
             return
         if (batches := batches_of_epoch(loaded.lightning)) and loaded.topology is not None:
             rank_zero_warn(
@@ -364,7 +365,9 @@ class ExpertCheckpoints(ExpertSteps):
                 " as before. Keep the global batch by the batch size of a rank, not by"
                 " accumulate_grad_batches."
             )
-        if loaders_of(loaded.lightning) is not None:
+        if (states := loaders_of(loaded.lightning)) is not None:
+            set_loaders(loaded.lightning, for_other_ranks(states))
+        if not all(map(is_own_state, states or ())):
             rank_zero_warn(
                 "The checkpoint was saved on another number of ranks: every data loader resumes"
                 " from the state of rank 0's. Check that its state does not depend on the rank."

@@ -22,7 +22,6 @@ from lightning_fastmoe.distributed import (
     AutoPlacement,
     ExpertMesh,
     ExpertSpreader,
-    PendingExchange,
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
@@ -45,13 +44,14 @@ from lightning_fastmoe.strategy.checks import (
 )
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
-from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
+from lightning_fastmoe.strategy.ending import is_launched
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
     FastMoEEngine,
     NonFinitePolicy,
     make_engine,
 )
+from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.experts import (
     check_tags,
     divided_experts,
@@ -59,13 +59,14 @@ from lightning_fastmoe.strategy.experts import (
     register_groups,
     tag_experts,
 )
+from lightning_fastmoe.strategy.gathering import meet_before_gathering
 from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
 from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.watch import Watch
 
 _ENGINE = "_fastmoe_engine"
 
@@ -98,6 +99,9 @@ class FastMoEStrategy(ExpertCheckpoints):
         hang_timeout: seconds after which a run that stands still ends, on every rank, with its
             stacks on stderr and exit status 75: no batch was finished (in training or evaluation),
             and no phase of the run began or ended. None switches it off, as for a debugger.
+        exchange_timeout: seconds that a rank waits for the others in an exchange of tokens. Then it
+            raises an ExchangeError that says where each rank is, as do the others. "auto" is nine
+            tenths of ``hang_timeout``: no wait is cut that may be legitimate. None is no limit.
         signal_grace: seconds after SIGTERM, without a batch that ends, after which the process ends
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
@@ -118,6 +122,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         async_checkpoint: bool = False,
         hang_timeout: float | None = 600.0,
         signal_grace: float | None = 30.0,
+        exchange_timeout: float | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
         own = {
@@ -129,6 +134,7 @@ class FastMoEStrategy(ExpertCheckpoints):
             "async_checkpoint": async_checkpoint,
             "hang_timeout": hang_timeout,
             "signal_grace": signal_grace,
+            "exchange_timeout": exchange_timeout,
         }
         check_objects("FastMoEStrategy", kwargs.values())
         checked = check_arguments(FastMoEStrategy.__init__, own, kwargs)
@@ -149,6 +155,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
         self._watch = Watch(hang_timeout, signal_grace)
+        self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
         # Called with the model, experts spread, and an optimizer whose groups hold experts or none.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
@@ -245,7 +252,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
         launched = [process.pid for process in getattr(self.launcher, "procs", ())]
-        self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
+        self._watch.start(
+            self.global_rank,
+            self.root_device,
+            launched,
+            is_launched(self.cluster_environment, self.local_rank),
+        )
         unwrap_compiled(self.lightning_module)
         if trainer.training:
             check_directories(trainer)
@@ -264,6 +276,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
+        if self.zero_stage_3 and self._spreader is not None:
+            meet_before_gathering(self.deepspeed_engine, self._spreader.meet)
         self._watch.beat()
         vars(self.lightning_module)[_ENGINE] = self.model
         if self._compiled_steps is not None:
@@ -287,7 +301,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = spreader.mesh.device_mesh
         spreader.spread(module)
-        spreader.record_exchanges(self._watch.exchanges())
+        self._waits.begin(spreader, self._watch)
         if self.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), spreader.mesh)
@@ -364,16 +378,6 @@ class FastMoEStrategy(ExpertCheckpoints):
         index = self.root_device.index
         return self.local_rank if index is None else index
 
-    @property
-    def _is_launched(self) -> bool:
-        return is_launched(self.cluster_environment, self.local_rank)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._watch.beat(Activity.ENDING)
-        prepare_ending(exception, self._is_launched)
-
     @override
     def teardown(self) -> None:
         if self._compiled_steps is not None:
@@ -387,9 +391,9 @@ class FastMoEStrategy(ExpertCheckpoints):
                 self.model.let_go()
             super().teardown()
         finally:
-            if self._spreader is not None:
-                self._spreader.record_exchanges(PendingExchange())
+            self._waits.end(self._spreader)
             self._watch.stop()
+        self._waits.raise_for_peer(self.lightning_module)
 
     @classmethod
     @override

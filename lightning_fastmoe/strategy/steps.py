@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fastmoe.distributed import ExpertSpreader
-from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.errors import ConfigError, ParameterEditError
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
+from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engine import ExpertState
+from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
+from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
+from lightning_fastmoe.strategy.resumable import resumable
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
+
+_Result = TypeVar("_Result")
 
 
 class ExpertSteps(DeepSpeedStrategy):
@@ -26,6 +32,7 @@ class ExpertSteps(DeepSpeedStrategy):
     _expert_state: ExpertState
     _uneven: UnevenData
     _watch: Watch
+    _waits: ExchangeWaits
     _module: pl.LightningModule | None = None
     _compiled_steps: CompiledSteps | None = None
 
@@ -132,6 +139,56 @@ class ExpertSteps(DeepSpeedStrategy):
         if edits is not None:
             edits.look()
 
+    def on_rank_zero(self, function: Callable[..., _Result], *args: Any) -> _Result | None:
+        """Runs ``function(*args)`` on rank 0 alone, a callback's sample say.
+
+        Every rank calls this at the same point, also those where nothing runs: while rank 0 runs
+        the model, they take part in its MoE layers without tokens of their own. The model is in
+        evaluation mode meanwhile, without gradients and in the precision of the run.
+
+        Args:
+            function: may run the LightningModule any number of times.
+            args: for it.
+
+        Returns:
+            What ``function`` returned on rank 0; None on the others.
+
+        Raises:
+            ConfigError: on all ranks, at stage 3, where rank 0 can't gather a dense layer's
+                parameters alone; on rank 0, if ``function`` trains.
+            ExchangeError: on the other ranks, if ``function`` raised on rank 0, where its own error
+                is.
+
+        Example:
+            >>> class Sample(pl.Callback):
+            ...     def on_train_epoch_end(self, trainer, pl_module):
+            ...         text = trainer.strategy.on_rank_zero(generate, pl_module, "Once")
+            ...         if trainer.is_global_zero:
+            ...             print(text)
+        """
+        assert self.lightning_module is not None
+        if self.zero_stage_3:
+            raise ConfigError(
+                "on_rank_zero does not work at stage 3: the parameters of dense layers are"
+                " partitioned over all ranks, and rank 0 can't gather them alone. Call the function"
+                " on every rank, with the same inputs, or use stage 2."
+            )
+        with self.precision_plugin.forward_context():
+            return run_on_rank_zero(
+                self.lightning_module,
+                self._expert_state.layers,
+                self._watch.beat,
+                function,
+                *args,
+            )
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._watch.beat(Activity.ENDING)
+        prepare_ending(exception, is_launched(self.cluster_environment, self.local_rank))
+        self._waits.leave(exception)
+
     def _end_pass(self) -> None:
         """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
         if self._spreader is not None:
@@ -156,6 +213,10 @@ class ExpertSteps(DeepSpeedStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         self._watch.beat()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training:
+            dataloader = resumable(dataloader, trainer.fit_loop)
         return self._uneven.wrap(dataloader)
 
     def _unwrap_compiled(self) -> None:

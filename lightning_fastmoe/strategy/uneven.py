@@ -173,6 +173,16 @@ class _Loader:
             raise AttributeError(name)
         return getattr(self._loader, name)
 
+    # By name, as Lightning looks for them without __getattr__.
+
+    def state_dict(self) -> Any:
+        """That of the loader itself; every training loader has one."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Loads it into the loader itself."""
+        self._loader.load_state_dict(state)
+
 
 class SizedLoader(_Loader):
     """A loader of known length: cut to the shortest rank's in training, whole in evaluation.

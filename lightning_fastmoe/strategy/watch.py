@@ -29,6 +29,7 @@ from lightning_fastmoe.strategy.sentry import (
     SPOKEN_AT,
     STOP,
     TERMINATED_STATUS,
+    WORDS,
     Activity,
     arguments,
 )
@@ -99,6 +100,10 @@ class Watch:
         """Notes that the forward pass of a batch is done."""
         self._batches += 1
         self.beat(activity, step)
+
+    def doing(self) -> str:
+        """What this rank does, in a few words."""
+        return f"{WORDS[self._activity]}, optimizer steps done: {self._step}"
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:

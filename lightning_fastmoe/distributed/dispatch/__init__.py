@@ -3,5 +3,6 @@
 from lightning_fastmoe.distributed.dispatch.all_to_all import AllToAllDispatcher
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
 from lightning_fastmoe.distributed.dispatch.pending import EXCHANGE, PendingExchange
+from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 
-__all__ = ["EXCHANGE", "AllToAllDispatcher", "ExpertGroup", "PendingExchange"]
+__all__ = ["EXCHANGE", "AllToAllDispatcher", "ExchangeWait", "ExpertGroup", "PendingExchange"]

@@ -34,19 +34,20 @@ class _AllToAll(torch.autograd.Function):
         phase: str,
     ) -> Tensor:
         ctx.send, ctx.receive, ctx.group, ctx.layer, ctx.phase = send, receive, group, layer, phase
-        with group.pending(layer, phase):
-            return _exchange(x, send, receive, group.group)
+        return _exchange(x, send, receive, group, layer, phase)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.group.pending(ctx.layer, f"{ctx.phase} (backward)"):
-            gradient = _exchange(grads[0], ctx.receive, ctx.send, ctx.group.group)
+        phase = f"{ctx.phase} (backward)"
+        gradient = _exchange(grads[0], ctx.receive, ctx.send, ctx.group, ctx.layer, phase)
         return gradient, None, None, None, None, None
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(
+    x: Tensor, send: list[int], receive: list[int], group: ExpertGroup, layer: str, phase: str
+) -> Tensor:
     out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    group.run(layer, phase, dist.all_to_all_single, out, x.contiguous(), receive, send)
     return out
 
 
