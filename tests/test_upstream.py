@@ -64,6 +64,12 @@ NAMES = [
     "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop._build_step_args_from_hook_kwargs",
     "pytorch_lightning.loops.prediction_loop:_PredictionLoop._build_kwargs",
     "pytorch_lightning.trainer.call:_call_strategy_hook",
+    # what decides by logged values
+    "pytorch_lightning.callbacks:ModelCheckpoint._monitor_candidates",
+    "pytorch_lightning.callbacks:EarlyStopping._run_early_stopping_check",
+    "pytorch_lightning.loops.training_epoch_loop:_TrainingEpochLoop._get_monitor_value",
+    "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection._forked_name",
+    "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection.valid_items",
     "pytorch_lightning.utilities.data:_update_dataloader",
     "pytorch_lightning.overrides.distributed:UnrepeatedDistributedSamplerWrapper",
     "pytorch_lightning.trainer.connectors.signal_connector:_SignalConnector.teardown",
@@ -103,6 +109,15 @@ SOURCES = {
         "if self.micro_step_id == 0:  # don't accumulate",
     ],
     "deepspeed.runtime.zero.partition_parameters:Init": ["param.ds_zero_partition_rank ="],
+    # Where logged values are kept between two decisions.
+    "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection._get_cache": [
+        "cache = result_metric._forward_cache",
+        "cache = result_metric._computed",
+    ],
+    "pytorch_lightning.trainer.connectors.logger_connector.logger_connector:_LoggerConnector": [
+        "on_step = self._first_loop_iter is not None",
+        "self._callback_metrics.update(metrics)",
+    ],
     # Lightning divides the loss, so the engine must not.
     "pytorch_lightning.loops.optimization.automatic:_AutomaticOptimization._training_step": [
         "trainer.accumulate_grad_batches"

@@ -57,6 +57,7 @@ class ExpertCheckpoints(ExpertSteps):
     _forget_pending: Callable[[], None] | None = None
     _weight_names: WeightNames | None = None
     _signals: DeferredSignals | None = None
+    _saves_after_error: int = 0
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -104,7 +105,8 @@ class ExpertCheckpoints(ExpertSteps):
     def _save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
         trainer = self._attached("save_checkpoint").trainer
         if trainer.interrupted:
-            meet_after_error(local_path(filepath), trainer.global_step)
+            meet_after_error(local_path(filepath), trainer.global_step, self._saves_after_error)
+            self._saves_after_error += 1
         warn_within_batch(trainer, filepath)
         self._unwrap_compiled()
         path = local_path(self.broadcast(filepath))

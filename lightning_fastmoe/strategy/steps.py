@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_fastmoe.distributed import ExpertSpreader
 from lightning_fastmoe.errors import ParameterEditError
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
+from lightning_fastmoe.strategy.monitored import share_monitored
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
 
@@ -28,6 +29,7 @@ class ExpertSteps(DeepSpeedStrategy):
     _watch: Watch
     _module: pl.LightningModule | None = None
     _compiled_steps: CompiledSteps | None = None
+    _unshare_monitored: Callable[[], None] | None = None
 
     @property
     def _lightning_module(self) -> pl.LightningModule | None:
@@ -55,6 +57,19 @@ class ExpertSteps(DeepSpeedStrategy):
     def block_backward_sync(self) -> Iterator[None]:
         """Nothing to block: the engine reduces as its stage needs, and steps when told."""
         yield
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.training:
+            self._unshare_monitored = share_monitored(trainer)
+
+    @override
+    def teardown(self) -> None:
+        undo, self._unshare_monitored = self._unshare_monitored, None
+        if undo is not None:
+            undo()
+        super().teardown()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
