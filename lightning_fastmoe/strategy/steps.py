@@ -16,6 +16,7 @@ from lightning_fastmoe.errors import ParameterEditError
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.monitored import share_monitored
+from lightning_fastmoe.strategy.quiet import modernise_collectives, quiet_logs, quiet_warnings
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
 
@@ -30,6 +31,18 @@ class ExpertSteps(DeepSpeedStrategy):
     _module: pl.LightningModule | None = None
     _compiled_steps: CompiledSteps | None = None
     _unshare_monitored: Callable[[], None] | None = None
+    _unquiet_warnings: Callable[[], None] | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        quiet_logs()
+        super().__init__(**kwargs)
+
+    @override
+    def _init_deepspeed_distributed(self) -> None:
+        if self._unquiet_warnings is None:
+            self._unquiet_warnings = quiet_warnings()
+        super()._init_deepspeed_distributed()
+        modernise_collectives()
 
     @property
     def _lightning_module(self) -> pl.LightningModule | None:
@@ -66,9 +79,10 @@ class ExpertSteps(DeepSpeedStrategy):
 
     @override
     def teardown(self) -> None:
-        undo, self._unshare_monitored = self._unshare_monitored, None
-        if undo is not None:
-            undo()
+        undo = (self._unshare_monitored, self._unquiet_warnings)
+        self._unshare_monitored = self._unquiet_warnings = None
+        for call in filter(None, undo):
+            call()
         super().teardown()
 
     @override
