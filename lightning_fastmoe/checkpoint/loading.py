@@ -284,8 +284,8 @@ def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], stri
         unknown = model.module.load_state_dict(extra, strict=False).unexpected_keys
         if unknown and strict:
             raise CheckpointError(
-                f"{source.path} holds extra state of {unknown[0]!r}, of which the model knows"
-                " nothing. Set strict_loading=False on the LightningModule to leave it out."
+                f"{source.path} holds extra state of {unknown[0]!r}, which the model does not"
+                " have. Set strict_loading=False on the LightningModule to leave it out."
             )
 
 
@@ -312,8 +312,8 @@ class _OptimizerLoader:
         if self.saved_class is not None and own != self.saved_class:
             raise CheckpointError(
                 f"{path} holds the state of {self.saved_class}, but configure_optimizers returned"
-                f" {own}. Use the same optimizer to resume; to start anew with these weights, load"
-                " them into the module before Trainer.fit."
+                f" {own}. Use the same optimizer to resume; to start a new run with these weights,"
+                " load them into the module before Trainer.fit."
             )
         options = common(flat.names, self.options, "the optimizer options", path)
         for key, value in (options or {}).items():
@@ -368,9 +368,9 @@ class _OptimizerLoader:
         for name, states in having.items():
             if states != keys and self.strict:
                 raise CheckpointError(
-                    f"{self.source.path} holds no optimizer state {min(keys - states)!r} of"
-                    f" {name!r}, but of others in the same group of the optimizer. Set"
-                    " strict_loading=False on the LightningModule to begin it with zeros."
+                    f"{self.source.path} has no optimizer state {min(keys - states)!r} for"
+                    f" {name!r}, but has it for others in the same optimizer group. Set"
+                    " strict_loading=False on the LightningModule to initialise it with zeros."
                 )
         return sorted(keys)
 

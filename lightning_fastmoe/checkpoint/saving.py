@@ -73,8 +73,8 @@ def local_path(path: Any) -> Path:
         text = text.removeprefix("file://")
     if "://" in text:
         raise CheckpointError(
-            f"{path} is no path of a file system: checkpoints are directories that all ranks write"
-            " to at once, and that get their name in one step. Save to a file system that they"
+            f"{path} is not a file-system path: checkpoints are directories that all ranks write"
+            " to at once, and that are renamed in one step. Save to a file system that they"
             " share, and copy the finished directory to where you want it."
         )
     return Path(text)

@@ -106,8 +106,8 @@ def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"{path} was not saved after the error: {world_size - here} of {world_size} ranks"
-                f" did not come within {seconds:g} seconds, as the error was not theirs. Resume"
-                " from the checkpoint before."
+                f" did not come within {seconds:g} seconds, as they did not fail. Resume"
+                " from the previous checkpoint."
             )
         time.sleep(0.02)
         here = store.add(key, 0)

@@ -159,8 +159,8 @@ class ExpertCheckpoints(ExpertSteps):
         names = self.broadcast(names)
         if names and trainer.ckpt_path is None:
             raise CheckpointError(
-                f"A run was stopped while it replaced {names[0]}, which had no name for a moment"
-                " and has it again now. It was not there when this run looked for a checkpoint to"
+                f"A run was stopped while it replaced {names[0]}, which was missing and has now"
+                " been restored. It was not there when this run looked for a checkpoint to"
                 " resume from. Start again, and 'last' finds it."
             )
 
@@ -319,8 +319,8 @@ class ExpertCheckpoints(ExpertSteps):
                     source, checksum = DirectorySource(reader), reader.checksum
             if len(set(together.gather(checksum))) > 1:
                 raise CheckpointError(
-                    f"{path}: ranks see different checkpoints there. It was replaced at this"
-                    " moment, or they don't share the file system."
+                    f"{path}: ranks see different checkpoints there. It was replaced during"
+                    " loading, or they don't share the file system."
                 )
             self._weight_names = WeightNames.of_source(source)
             return load(
@@ -345,7 +345,7 @@ class ExpertCheckpoints(ExpertSteps):
                 raise CheckpointError(
                     f"Training can't resume from {path}: the optimizer state in a single file knows"
                     f" parameters by their order, and the experts of layer {name!r}, modules that"
-                    " are spread over ranks, have another one on each. Resume from it with"
+                    " are sharded over ranks, are in another order on each. Resume from it with"
                     " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
                 )
 

@@ -108,8 +108,8 @@ def check_optimizer(optimizer: Any) -> None:
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
-            "torch.optim.Adagrad is not supported: DeepSpeed makes it anew with all parameters in"
-            " one group, so that groups lose their own lr and weight_decay. Use another optimizer,"
+            "torch.optim.Adagrad is not supported: DeepSpeed recreates it with all parameters in"
+            " one group, so groups lose their own lr and weight_decay. Use another optimizer,"
             " such as RMSprop or AdamW."
         )
     kind = type(optimizer)
@@ -120,9 +120,9 @@ def check_optimizer(optimizer: Any) -> None:
     if not elementwise:
         raise ConfigError(
             f"{kind.__module__}.{kind.__name__} looks at a parameter as a whole, at its shape or"
-            " its norm, but under ZeRO it gets flat pieces of parameters: it would train otherwise"
-            " than on one device, and differently on every number of ranks. Use an optimizer that"
-            " updates each element on its own, such as AdamW, RMSprop or SGD."
+            " its norm, but under ZeRO it gets flat pieces of parameters: it would train"
+            " differently from one device, and differently on every number of ranks. Use an"
+            " optimizer that updates each element on its own, such as AdamW, RMSprop or SGD."
         )
 
 
@@ -164,10 +164,10 @@ def check_can_be_saved(
     for other in unlisted_layers(names, layers):
         if trainer.checkpoint_callbacks:
             raise ConfigError(
-                f"{other!r} is no MoE layer of this package, but has a router and stacked experts"
-                f" under the same names ({other}.experts.up_proj, ...), by which a checkpoint is"
-                " told that its list of MoE layers is whole. Use MoE, or rename its parts. Or train"
-                " with Trainer(enable_checkpointing=False)."
+                f"{other!r} is not a MoE layer of this package, but has a router and stacked"
+                f" experts under the same names ({other}.experts.up_proj, ...), by which"
+                " checkpoints are checked to list every MoE layer. Use MoE, or rename its parts. Or"
+                " train with Trainer(enable_checkpointing=False)."
             )
     for name, layer in layers.items():
         why = why_not_saved(name, layer) if layer.is_spread else None

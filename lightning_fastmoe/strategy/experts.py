@@ -48,8 +48,8 @@ def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
         if is_tagged(parameter) and id(parameter) not in ours:
             raise ParameterGroupError(
                 f"Parameter {name!r} has allreduce=False, so its gradient would not be averaged"
-                " over all ranks, but it belongs to no MoE layer of this package. DeepSpeed's own"
-                " MoE can't be mixed in; for other parameters remove the attribute."
+                " over all ranks, but it does not belong to any MoE layer of this package."
+                " DeepSpeed's own MoE can't be mixed in; for other parameters remove the attribute."
             )
 
 
