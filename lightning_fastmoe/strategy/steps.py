@@ -11,8 +11,10 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_fastmoe.checkpoint.averages import Averages
 from lightning_fastmoe.distributed import ExpertSpreader
 from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.strategy.averaging import AveragedRun, prepare_averaging
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.monitored import share_monitored
@@ -32,6 +34,7 @@ class ExpertSteps(DeepSpeedStrategy):
     _compiled_steps: CompiledSteps | None = None
     _unshare_monitored: Callable[[], None] | None = None
     _unquiet_warnings: Callable[[], None] | None = None
+    _averaged_run: AveragedRun | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         quiet_logs()
@@ -39,6 +42,9 @@ class ExpertSteps(DeepSpeedStrategy):
 
     @override
     def _init_deepspeed_distributed(self) -> None:
+        module = self.lightning_module
+        if module is not None and module.trainer.training:  # before callbacks are set up
+            self._averaged_run = prepare_averaging(module.trainer)
         if self._unquiet_warnings is None:
             self._unquiet_warnings = quiet_warnings()
         super()._init_deepspeed_distributed()
@@ -76,6 +82,8 @@ class ExpertSteps(DeepSpeedStrategy):
         super().setup(trainer)
         if trainer.training:
             self._unshare_monitored = share_monitored(trainer)
+            if self._averaged_run is not None:
+                self._averaged_run.begin(self.deepspeed_engine, self.root_device)
 
     @override
     def teardown(self) -> None:
@@ -83,7 +91,14 @@ class ExpertSteps(DeepSpeedStrategy):
         self._unshare_monitored = self._unquiet_warnings = None
         for call in filter(None, undo):
             call()
+        averaged, self._averaged_run = self._averaged_run, None
+        if averaged is not None:
+            averaged.end()
         super().teardown()
+
+    def _averages(self) -> Averages | None:
+        """For a checkpoint: what WeightAveraging keeps beside the weights."""
+        return self._averaged_run.averages() if self._averaged_run is not None else None
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

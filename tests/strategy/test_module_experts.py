@@ -117,7 +117,7 @@ NUMBERS = [
 ]
 FILE_NUMBERS = [
     ("more experts", "layer 'net.moes.0' has no expert 4 in the file, but here num_experts=8"),
-    ("fewer experts", "layer 'net.moes.1' has an expert 7 there, but here num_experts=4"),
+    ("fewer experts", "layer 'net.moes.1' has an expert 7 in the file, but here num_experts=4"),
 ]
 SHAPE = ("another shape", f"'{LAST}.up.weight' has the shape [14, 12] there and [99, 12]")
 
