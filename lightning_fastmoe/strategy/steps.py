@@ -17,6 +17,7 @@ from lightning_fastmoe.errors import ParameterEditError
 from lightning_fastmoe.strategy.averaging import AveragedRun, prepare_averaging
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.engine import ExpertState
+from lightning_fastmoe.strategy.experts import check_batch_norms
 from lightning_fastmoe.strategy.monitored import share_monitored
 from lightning_fastmoe.strategy.quiet import modernise_collectives, quiet_logs, quiet_warnings
 from lightning_fastmoe.strategy.uneven import UnevenData
@@ -79,6 +80,7 @@ class ExpertSteps(DeepSpeedStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        check_batch_norms(self._expert_state.layers)
         super().setup(trainer)
         if trainer.training:
             self._unshare_monitored = share_monitored(trainer)
