@@ -35,7 +35,7 @@ class ShardedAverage(AveragedModel):
 
     Args:
         engine: the DeepSpeed engine, with its optimizer.
-        device: where the averages are kept.
+        device: where the averages are kept; None is beside what they are of.
         options: of ``AveragedModel``.
 
     Attributes:
@@ -136,11 +136,11 @@ class AveragedRun:
         }
         vars(callback).update(replacements)
 
-    def begin(self, engine: Any, device: torch.device) -> None:
+    def begin(self, engine: Any) -> None:
         """The engine is there, and has what the average begins with."""
         callback = self._callback
         options = {"use_buffers": callback._use_buffers, **callback._kwargs}
-        callback._average_model = ShardedAverage(engine, callback._device or device, options)
+        callback._average_model = ShardedAverage(engine, callback._device, options)
 
     def end(self) -> None:
         """Gives the callback its methods back. What trains has the averages by now."""

@@ -102,14 +102,12 @@ class _SharedValues:
             ConfigError: on all ranks, for a value that other ranks have and rank 0 has not.
         """
         trainer = self._trainer
-        if trainer.interrupted or trainer.world_size == 1:
-            return  # after an error, ranks do not meet
+        wanted = sorted(name for name in names if name is not None)
+        # After an error, ranks do not meet.
+        if not wanted or trainer.world_size == 1 or trainer.interrupted:
+            return
         logged = trainer.callback_metrics
-        own = {
-            name: torch.as_tensor(logged[name]).detach().cpu()
-            for name in sorted(name for name in names if name is not None)
-            if name in logged
-        }
+        own = {n: torch.as_tensor(logged[n]).detach().cpu() for n in wanted if n in logged}
         everyone: list[dict[str, Tensor]] = [{}] * trainer.world_size
         dist.all_gather_object(everyone, own)
         first = everyone[0]

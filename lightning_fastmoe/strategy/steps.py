@@ -85,7 +85,7 @@ class ExpertSteps(DeepSpeedStrategy):
         if trainer.training:
             self._unshare_monitored = share_monitored(trainer)
             if self._averaged_run is not None:
-                self._averaged_run.begin(self.deepspeed_engine, self.root_device)
+                self._averaged_run.begin(self.deepspeed_engine)
 
     @override
     def teardown(self) -> None:

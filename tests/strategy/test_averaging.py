@@ -74,6 +74,16 @@ def test_bf16_averages_fp32_masters(rank_pool) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+def test_masters_on_the_host(stage, rank_pool, one_process) -> None:
+    case = replace(CASE, stage=stage, extra={"offload_optimizer": True})
+    for seen in rank_pool.run(runs.fit, 2, case, "ema", EPOCHS):
+        for validated, average in zip(seen.validated, by_hand(one_process, "ema"), strict=True):
+            assert_close(validated, average)
+        for restored, trained in zip(seen.restored, seen.trained, strict=True):
+            assert_same(restored, trained)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 def test_buffers_and_parameters_outside_of_the_optimizer(stage, rank_pool) -> None:
     """Buffers are averaged unless use_buffers=False, parameters in any case, as in Lightning."""
     case = replace(CASE, stage=stage)
