@@ -64,6 +64,15 @@ NAMES = [
     "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop._build_step_args_from_hook_kwargs",
     "pytorch_lightning.loops.prediction_loop:_PredictionLoop._build_kwargs",
     "pytorch_lightning.trainer.call:_call_strategy_hook",
+    # averaging weights
+    "pytorch_lightning.callbacks:WeightAveraging._swap_models",
+    "pytorch_lightning.callbacks:WeightAveraging._copy_average_to_current",
+    # what decides by logged values
+    "pytorch_lightning.callbacks:ModelCheckpoint._monitor_candidates",
+    "pytorch_lightning.callbacks:EarlyStopping._run_early_stopping_check",
+    "pytorch_lightning.loops.training_epoch_loop:_TrainingEpochLoop._get_monitor_value",
+    "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection._forked_name",
+    "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection.valid_items",
     "pytorch_lightning.utilities.data:_update_dataloader",
     "pytorch_lightning.overrides.distributed:UnrepeatedDistributedSamplerWrapper",
     "pytorch_lightning.trainer.connectors.signal_connector:_SignalConnector.teardown",
@@ -103,6 +112,28 @@ SOURCES = {
         "if self.micro_step_id == 0:  # don't accumulate",
     ],
     "deepspeed.runtime.zero.partition_parameters:Init": ["param.ds_zero_partition_rank ="],
+    # Where logged values are kept between two decisions.
+    "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection._get_cache": [
+        "cache = result_metric._forward_cache",
+        "cache = result_metric._computed",
+    ],
+    "pytorch_lightning.trainer.connectors.logger_connector.logger_connector:_LoggerConnector": [
+        "on_step = self._first_loop_iter is not None",
+        "self._callback_metrics.update(metrics)",
+    ],
+    # What WeightAveraging does with its model; its other methods are replaced.
+    "pytorch_lightning.callbacks:WeightAveraging.on_train_batch_end": [
+        "self._average_model.update_parameters(pl_module)"
+    ],
+    "pytorch_lightning.callbacks:WeightAveraging.on_validation_epoch_start": [
+        "if self._average_model is not None:",
+        "self._swap_models(pl_module)",
+    ],
+    "pytorch_lightning.callbacks:WeightAveraging.__init__": [
+        "self._use_buffers = use_buffers",
+        "self._kwargs = kwargs",
+        "self._device",
+    ],
     # Lightning divides the loss, so the engine must not.
     "pytorch_lightning.loops.optimization.automatic:_AutomaticOptimization._training_step": [
         "trainer.accumulate_grad_batches"

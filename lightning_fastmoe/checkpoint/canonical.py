@@ -131,7 +131,7 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
             raise CheckpointError(
                 f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
-                " other ones, and checkpoints have no place for them. Make them parameters."
+                " other ones, and checkpoints can't hold them. Make them parameters."
             )
     return result
 

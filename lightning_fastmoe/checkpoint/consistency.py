@@ -97,7 +97,7 @@ def _expert_faults(
         position = max(position, piece.stop)
     if position < record.numel:
         gaps.append((position, record.numel))
-    for spans, what in ((gaps, "missing"), (overlaps, "there twice")):
+    for spans, what in ((gaps, "missing"), (overlaps, "duplicated")):
         for start, stop in spans:
             if start < record.numel:
                 first, last = start // size, max(start, min(stop, record.numel) - 1) // size
@@ -113,11 +113,14 @@ def _state_faults(
     if kind is None:
         return
     if OPTIMIZER not in manifest.contents:
-        yield f"{where}: tensor {name!r} is there, but contents is {list(manifest.contents)}."
+        yield f"{where}: tensor {name!r} is present, but contents is {list(manifest.contents)}."
         return
     weight = manifest.tensors.get(weight_name(parameter))
     if weight is None:
-        yield f"{where}: tensor {name!r} belongs to no parameter: there is no {parameter!r}."
+        yield (
+            f"{where}: tensor {name!r} does not belong to any parameter: {parameter!r} does not"
+            " exist."
+        )
         return
     replicas, shape = 1, record.shape
     if kind == _LOCAL:
@@ -147,11 +150,11 @@ def _file_faults(
             if not piece.file.startswith(kind):
                 strange.setdefault(piece.file, name)
     for file, name in strange.items():
-        yield f"{where}: tensor {name!r} is said to be in {file}, which is no file of its kind."
+        yield f"{where}: tensor {name!r} is listed in {file}, which holds another kind of tensor."
     for file, size in data.items():
         if size > manifest.files[file].size:
             yield (
-                f"{where}: {file} is to hold {size} bytes of tensors, but it has"
+                f"{where}: {file} should hold {size} bytes of tensors, but it has"
                 f" {manifest.files[file].size} in all."
             )
     if STATE not in manifest.files:
@@ -162,9 +165,11 @@ def _tied_faults(manifest: Manifest, where: object) -> Iterator[str]:
     excluded = set(manifest.excluded)
     for name, first in manifest.tied.items():
         if weight_name(first) not in manifest.tensors and first not in excluded:
-            yield f"{where}: {name!r} is said to be stored as {first!r}, which isn't there."
+            yield f"{where}: {name!r} is listed as stored under {first!r}, which is missing."
         if weight_name(name) in manifest.tensors:
-            yield f"{where}: {name!r} is said to be stored as {first!r}, but is there itself."
+            yield (
+                f"{where}: {name!r} is listed as stored under {first!r}, but is also stored itself."
+            )
 
 
 def _layer_faults(
@@ -189,16 +194,16 @@ def _layer_faults(
             if lost := [name for name in full if name not in known]:
                 yield (
                     f"{where}: layer {layer!r}: expert {i} is missing: {', '.join(lost[:4])}"
-                    f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} in no file."
+                    f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} not in any file."
                 )
         for name in sorted(set(inside.get(layer, ())) - listed):
-            yield f"{where}: tensor {name!r} belongs to no expert of layer {layer!r}."
+            yield f"{where}: tensor {name!r} does not belong to any expert of layer {layer!r}."
     for layer, number in manifest.moe_layers.items():
         # Module experts may have no parameters at all; what they have is listed.
         if layer not in inside and layer not in manifest.module_experts:
             yield f"{where}: layer {layer!r}: none of its {number} experts is in the checkpoint."
     for layer in unlisted_layers(known, manifest.moe_layers):
-        yield f"{where}: moe_layers does not list layer {layer!r}, whose experts are there."
+        yield f"{where}: moe_layers does not list layer {layer!r}, whose experts are present."
 
 
 def unlisted_layers(names: Set[str], listed: Container[str]) -> list[str]:

@@ -64,7 +64,7 @@ def open_deepspeed(directory: Path, *, trusted: bool) -> WholeTensors:
         )
     content = torch_load(dense, trusted)
     if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
-        raise CheckpointError(f"{dense} holds no weights: it was not written by DeepSpeed.")
+        raise CheckpointError(f"{dense} contains no weights: it was not written by DeepSpeed.")
     experts: dict[str, dict[int, dict[str, Tensor]]] = {}
     weights: dict[str, Tensor] = {}
     for key, value in content["module"].items():
@@ -105,7 +105,9 @@ def _stack(
     """The experts of a layer as this package has them, in the order of their global ids."""
     missing = sorted(set(range(max(experts) + 1)) - experts.keys())
     if missing:
-        raise CheckpointError(f"{directory}: expert {missing[0]} of layer {layer!r} is in no file.")
+        raise CheckpointError(
+            f"{directory}: expert {missing[0]} of layer {layer!r} is not in any file."
+        )
     parts = [_as_ours(directory, layer, experts[i]) for i in range(len(experts))]
     if any(part.keys() != parts[0].keys() for part in parts):
         raise CheckpointError(f"{directory}: the experts of layer {layer!r} differ in their parts.")

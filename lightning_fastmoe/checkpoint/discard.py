@@ -73,7 +73,7 @@ def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: boo
             os.rename(directory, kept)
             warnings.warn(
                 f"{path} held {', '.join(left[:4])}{' and more' if left[4:] else ''}, which belongs"
-                f" to no checkpoint. It was not deleted with it, but is in {kept} now.",
+                f" to no checkpoint. It was kept, and is in {kept} now.",
                 stacklevel=2,
             )
             return

@@ -57,7 +57,7 @@ def open_regular(directory: int, name: str, where: Path) -> tuple[int, int]:
     """
     if not FILE_NAME.fullmatch(name):
         raise CheckpointError(
-            f"{where}: {name!r} is no name of a checkpoint's file ({FILE_NAME.pattern}). The"
+            f"{where}: {name!r} is not a checkpoint file name ({FILE_NAME.pattern}). The"
             " manifest was not written by this package: don't load it."
         )
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

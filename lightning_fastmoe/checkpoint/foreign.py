@@ -207,7 +207,7 @@ def _tensors(path: Path, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         weight_name(plain_name(k)): v for k, v in state_dict.items() if isinstance(v, Tensor)
     }
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors: it is no state dict of a model.")
+        raise CheckpointError(f"{path} contains no tensors: it is not a model's state dict.")
     return tensors
 
 

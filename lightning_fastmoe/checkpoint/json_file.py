@@ -27,7 +27,7 @@ def load_json(data: bytes, where: object) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{where}: the key {twice!r} is there twice.")
+            raise CheckpointError(f"{where}: the key {twice!r} occurs twice.")
         return result
 
     def constant(text: str) -> Any:
@@ -79,7 +79,7 @@ class Fields:
         """The value of a field that must be there."""
         if not is_a(self.content.get(name), kind):
             raise CheckpointError(
-                f"{self.where}: the field {name!r} is missing or no {kind.__name__}."
+                f"{self.where}: the field {name!r} is missing or not of type {kind.__name__}."
             )
         self.left.discard(name)
         return self.content[name]
@@ -109,7 +109,7 @@ class Fields:
         values = self.get(name, list)
         self._check_all(name, values, str)
         if len(set(values)) != len(values):
-            raise CheckpointError(f"{self.where}: the field {name!r} lists something twice.")
+            raise CheckpointError(f"{self.where}: the field {name!r} lists an entry twice.")
         return list(values)
 
     def names(self, name: str) -> dict[str, str]:
@@ -142,7 +142,9 @@ class Fields:
 
     def _check_all(self, name: str, values: Iterable[Any], kind: type) -> None:
         if not all(is_a(v, kind) for v in values):
-            raise CheckpointError(f"{self.where}: the field {name!r} holds no {kind.__name__}.")
+            raise CheckpointError(
+                f"{self.where}: the field {name!r} is not of type {kind.__name__}."
+            )
 
     def _check_range(self, name: str, value: int, least: int) -> None:
         if not least <= value <= MAX_INTEGER:

@@ -118,8 +118,8 @@ def parse_manifest(data: bytes, where: object) -> Manifest:
     read = Fields(content, where)
     if read.get("format", str) != FORMAT:
         raise CheckpointError(
-            f"{where} has format {content['format']!r}, not {FORMAT!r}: it is no checkpoint of this"
-            " package."
+            f"{where} has format {content['format']!r}, not {FORMAT!r}: it is not a checkpoint of"
+            " this package."
         )
     version = read.get("format_version", int)
     if version != FORMAT_VERSION:
@@ -199,7 +199,7 @@ def _module_experts(read: Fields, where: object) -> dict[str, list[list[str]]]:
         for names in experts:
             if not is_a(names, list) or not all(is_a(name, str) for name in names):
                 raise CheckpointError(
-                    f"{where}: module_experts of layer {layer!r} is no list of lists of names."
+                    f"{where}: module_experts of layer {layer!r} is not a list of lists of names."
                 )
             if len(set(names)) != len(names):
                 raise CheckpointError(
@@ -215,7 +215,7 @@ def _files(rows: list[Any], where: object) -> dict[str, FileRecord]:
         name, size, sha256 = _row(row, (str, int, str), f"{where}: files")
         if not is_file_name(name):
             raise CheckpointError(
-                f"{where}: {name[:80]!r} is no name of a checkpoint's file ({FILE_NAME.pattern},"
+                f"{where}: {name[:80]!r} is not a checkpoint file name ({FILE_NAME.pattern},"
                 " and of a kind that the format describes). The manifest was not written by this"
                 " package: don't load it."
             )
@@ -226,7 +226,7 @@ def _files(rows: list[Any], where: object) -> dict[str, FileRecord]:
                 f"{where}: files must be sorted by name: {name!r} after {last!r}."
             )
         if not 0 <= size <= MAX_INTEGER or not _SHA256.fullmatch(sha256):
-            raise CheckpointError(f"{where}: {name} has no proper size and SHA-256.")
+            raise CheckpointError(f"{where}: {name} has an invalid size or SHA-256.")
         files[name] = FileRecord(size, sha256)
         last = name
     return files
@@ -241,15 +241,15 @@ def _tensors(content: dict[str, Any], files: list[str], where: object) -> dict[s
         rows = read.get("pieces", list)
         read.nothing_else()
         if not all(is_a(d, int) for d in shape):
-            raise CheckpointError(f"{here}: the shape {str(shape)[:80]} is no list of integers.")
+            raise CheckpointError(f"{here}: the shape {str(shape)[:80]} is not a list of integers.")
         pieces = []
         for row in rows:
             start, length, file, digest = _row(row, (int, int, int, str), here)
             if not 0 <= file < len(files):
-                raise CheckpointError(f"{here}: there is no file number {str(file)[:40]}.")
+                raise CheckpointError(f"{here}: file number {str(file)[:40]} does not exist.")
             if not (0 <= start <= MAX_INTEGER and 0 <= length <= MAX_INTEGER):
                 raise CheckpointError(
-                    f"{here} has a piece at an impossible place: {str(row)[:80]}."
+                    f"{here} has a piece at an invalid position: {str(row)[:80]}."
                 )
             if not _DIGEST.fullmatch(digest):
                 raise CheckpointError(

@@ -124,11 +124,12 @@ def merged(everyone: Sequence[Inventory], num_experts: Mapping[str, int]) -> Inv
                 if whole.setdefault(i, names) != names:
                     raise CheckpointError(
                         f"Ranks disagree about expert {i} of layer {layer!r}: {names} on rank"
-                        f" {rank}, {whole[i]} on another. expert=... must give all ranks the same."
+                        f" {rank}, {whole[i]} on another. expert=... must build the same experts on"
+                        " every rank."
                     )
     for layer, experts in result.experts.items():
         if lost := sorted(set(range(num_experts[layer])) - experts.keys()):
-            raise CheckpointError(f"Expert {lost[0]} of layer {layer!r} is on no rank.")
+            raise CheckpointError(f"Expert {lost[0]} of layer {layer!r} is not on any rank.")
     result.excluded = sorted(excluded)
     result.groups = _merged_rows([one.groups for one in everyone])
     result.user_groups = _merged_rows([one.user_groups for one in everyone])
@@ -169,7 +170,11 @@ def check_expert_ids(
         strange = [i for i in there[layer] if i >= num_experts]
         lost = sorted(here[layer] - there[layer]) if there[layer] else []
         if strange or lost:
-            what = f"an expert {max(strange)} there" if strange else f"no expert {lost[0]} there"
+            what = (
+                f"an expert {max(strange)} in the file"
+                if strange
+                else f"no expert {lost[0]} in the file"
+            )
             raise CheckpointError(
                 f"{where}: layer {layer!r} has {what}, but here num_experts={num_experts}. Experts"
                 " can't be added or dropped on loading: build the model with as many experts as"

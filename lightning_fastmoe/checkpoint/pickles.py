@@ -84,7 +84,9 @@ def load_objects(data: bytes, where: Path, *, trusted: bool, advice: str) -> lis
     except Exception as error:  # whatever a forged file makes the unpickler stumble over
         raise CheckpointError(f"{where} can't be read: {_reason(error)}.") from error
     if not isinstance(objects, list):
-        raise CheckpointError(f"{where} holds no list: it was not written by this package.")
+        raise CheckpointError(
+            f"{where} does not contain a list: it was not written by this package."
+        )
     return objects
 
 
@@ -106,7 +108,9 @@ def count_objects(data: bytes, where: Path) -> int:
     if top is None:
         return 2**62  # of instructions that are not known here
     if not isinstance(top, _List):
-        raise CheckpointError(f"{where} holds no list: it was not written by this package.")
+        raise CheckpointError(
+            f"{where} does not contain a list: it was not written by this package."
+        )
     return top.length
 
 
@@ -151,7 +155,7 @@ def _read_archive(file: IO[bytes], where: Path) -> _Archive:
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{where} can't be read: it is no archive of torch.save.") from error
+        raise CheckpointError(f"{where} can't be read: it is not a torch.save archive.") from error
 
 
 def _follow(archive: _Archive, where: Path, *, bounded: bool = True) -> Any:
@@ -344,5 +348,5 @@ class _DryRun:
     def _refuse(self, what: str) -> None:
         raise CheckpointError(
             f"{self.where} asks for {what}, which may take more memory than the file has bytes;"
-            " torch.save writes no such thing. Don't load it."
+            " torch.save never writes that. Don't load it."
         )

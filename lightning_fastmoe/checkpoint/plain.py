@@ -118,7 +118,7 @@ def _decode_tagged(key: str, content: Any, objects: Sized, where: object) -> Any
     match key:
         case "$float":
             if content not in _FLOATS:
-                raise ValueError(f"{str(content)[:80]} is none of {', '.join(_FLOATS)}")
+                raise ValueError(f"{str(content)[:80]} is not one of {', '.join(_FLOATS)}")
             return float(content)  # a new object: two NaN can be keys of one map
         case "$tuple":
             return tuple(decode(v, objects, where) for v in _a_list(content))
@@ -126,7 +126,7 @@ def _decode_tagged(key: str, content: Any, objects: Sized, where: object) -> Any
             pairs = [_a_list(pair, 2) for pair in _a_list(content)]
             result = {decode(k, objects, where): decode(v, objects, where) for k, v in pairs}
             if len(result) != len(pairs):
-                raise ValueError("a key is there twice")
+                raise ValueError("a key occurs twice")
             return result
         case "$bytes":
             return base64.b64decode(_a(content, str), validate=True)
@@ -135,7 +135,9 @@ def _decode_tagged(key: str, content: Any, objects: Sized, where: object) -> Any
             return _tensor(dtype, shape, values, where)
         case "$object":
             if not 0 <= _a(content, int) < len(objects):
-                raise IndexError(f"there is no object {str(content)[:40]} among {len(objects)}")
+                raise IndexError(
+                    f"object {str(content)[:40]} does not exist; there are {len(objects)}"
+                )
             return objects[content]
     raise CheckpointError(f"{where}: {key[:80]!r} is unknown. It may come from a newer version.")
 
@@ -146,7 +148,7 @@ def _tensor(name: Any, shape: Any, values: Any, where: object) -> Tensor:
         raise ValueError(f"dtype {name[:40]!r} is not stored like this")
     for size in _a_list(shape):
         if not 0 <= _a(size, int) <= MAX_NUMEL:
-            raise ValueError(f"the shape {str(shape)[:80]} is impossible")
+            raise ValueError(f"the shape {str(shape)[:80]} is invalid")
     count = math.prod(shape)
     if count > _MAX_TENSOR or len(_a_list(values)) != count:
         raise ValueError(f"the shape {str(shape)[:80]} does not fit {len(values)} values")
@@ -161,7 +163,7 @@ def _tensor(name: Any, shape: Any, values: Any, where: object) -> Tensor:
 
 def _a(value: Any, kind: type) -> Any:
     if not is_a(value, kind):
-        raise TypeError(f"{str(value)[:80]} is no {kind.__name__}")
+        raise TypeError(f"{str(value)[:80]} is not of type {kind.__name__}")
     return value
 
 

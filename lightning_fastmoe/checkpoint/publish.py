@@ -240,7 +240,7 @@ class _Lock:
             owner = os.pread(fd, 1000, 0).decode("utf-8", "replace") or "not known yet"
             os.close(fd)
             raise CheckpointError(
-                f"{path} is being saved by another process at this moment ({owner}). Give each run"
+                f"{path} is being saved by another process right now ({owner}). Give each run"
                 " a directory of its own."
             ) from None
         except OSError as error:
@@ -248,7 +248,8 @@ class _Lock:
                 os.close(fd)
                 raise
             warnings.warn(
-                f"The file system of {path} has no locks ({error.strerror}): two runs that save to"
+                f"The file system of {path} does not support locks ({error.strerror}): two runs"
+                " that save to"
                 " the same name at once won't notice.",
                 stacklevel=2,
             )

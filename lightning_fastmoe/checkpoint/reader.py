@@ -108,7 +108,7 @@ class CheckpointReader:
     def _read_manifest(self) -> tuple[Manifest, str]:
         if not is_checkpoint(self.path):
             raise CheckpointError(
-                f"{self.path} holds no {MANIFEST}, so it is no complete checkpoint of"
+                f"{self.path} has no {MANIFEST}, so it is not a complete checkpoint of"
                 " FastMoEStrategy: saving writes that file last. Choose another checkpoint."
             )
         where = self.path / MANIFEST
@@ -185,7 +185,7 @@ class CheckpointReader:
         try:
             return self.manifest.tensors[tensor]
         except KeyError:
-            raise CheckpointError(f"{self.path} holds no tensor {tensor!r}.") from None
+            raise CheckpointError(f"{self.path} has no tensor {tensor!r}.") from None
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
         """Fills ``out`` with the elements from ``start`` on; reads nothing else.
@@ -264,7 +264,7 @@ class CheckpointReader:
             CheckpointError: if it is damaged.
         """
         if name not in self.manifest.files:
-            raise CheckpointError(f"{self.path} holds no {name}: the manifest does not list it.")
+            raise CheckpointError(f"{self.path} has no {name}: the manifest does not list it.")
         record = self.manifest.files[name]
         data = files.read_small(self._directory, name, self.path, record.size)
         if hashlib.sha256(data).hexdigest() != record.sha256:

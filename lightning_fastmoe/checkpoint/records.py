@@ -157,18 +157,19 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -
     """
     if len(name) > MAX_NAME or not _TENSOR_NAME.fullmatch(name) or _SURROGATE.search(name):
         raise CheckpointError(
-            f"{where}: {name[:200]!r} is no tensor's name: weights/NAME, optimizer/STATE/NAME or"
-            f" gradients/KIND/NAME, of up to {MAX_NAME} characters of Unicode."
+            f"{where}: {name[:200]!r} is not a tensor name: expected weights/NAME,"
+            f" optimizer/STATE/NAME or gradients/KIND/NAME, of at most {MAX_NAME} Unicode"
+            " characters."
         )
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{where}: tensor {name!r} has dtype {dtype[:40]!r}, which is none of"
+            f"{where}: tensor {name!r} has dtype {dtype[:40]!r}, which is not one of"
             f" {', '.join(DTYPES)}. It may come from a newer version."
         )
     sane = len(shape) <= MAX_DIMENSIONS and all(0 <= d <= MAX_NUMEL for d in shape)
     if not sane or math.prod(shape) > MAX_NUMEL:
         raise CheckpointError(
-            f"{where}: tensor {name!r} has the impossible shape {str(list(shape)[:9])[:200]}."
+            f"{where}: tensor {name!r} has an invalid shape, {str(list(shape)[:9])[:200]}."
         )
 
 
@@ -187,16 +188,16 @@ def check_coverage(name: str, record: TensorRecord, where: object) -> None:
         if piece.start > position:
             raise CheckpointError(
                 f"{where}: elements {position} to {piece.start} of tensor {name!r} with shape"
-                f" {list(record.shape)} are in no file: the checkpoint is incomplete."
+                f" {list(record.shape)} are not in any file: the checkpoint is incomplete."
             )
         if piece.start < position:
             raise CheckpointError(
-                f"{where}: elements from {piece.start} on of tensor {name!r} are there twice, the"
-                f" second time in {piece.file}: the checkpoint contradicts itself."
+                f"{where}: elements from {piece.start} on of tensor {name!r} occur twice, the"
+                f" second time in {piece.file}: the checkpoint is inconsistent."
             )
         position = piece.stop
     if position != record.numel:
-        what = "are in no file" if position < record.numel else "are more than it has"
+        what = "are missing" if position < record.numel else "exceed its size"
         raise CheckpointError(
             f"{where}: tensor {name!r} has shape {list(record.shape)}, {record.numel} elements, but"
             f" its pieces end at {position}: elements {what}."

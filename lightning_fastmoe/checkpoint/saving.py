@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.averages import Averages, training_name
 from lightning_fastmoe.checkpoint.canonical import ModelMap, Place, map_model
 from lightning_fastmoe.checkpoint.layout import files_per_rank
 from lightning_fastmoe.checkpoint.manifest import Manifest, Topology
@@ -73,8 +74,8 @@ def local_path(path: Any) -> Path:
         text = text.removeprefix("file://")
     if "://" in text:
         raise CheckpointError(
-            f"{path} is no path of a file system: checkpoints are directories that all ranks write"
-            " to at once, and that get their name in one step. Save to a file system that they"
+            f"{path} is not a file-system path: checkpoints are directories that all ranks write"
+            " to at once, and that are renamed in one step. Save to a file system that they"
             " share, and copy the finished directory to where you want it."
         )
     return Path(text)
@@ -89,6 +90,7 @@ def take_snapshot(
     client_state: dict[str, Any],
     user_groups: list[NamedGroup] | None,
     exclude_frozen: bool = False,
+    averages: Averages | None = None,
 ) -> Snapshot:
     """Finds what this rank owns; copies nothing. Every rank calls this.
 
@@ -100,6 +102,7 @@ def take_snapshot(
         client_state: Lightning's checkpoint dictionary.
         user_groups: the optimizer's groups as the user wrote them, or None.
         exclude_frozen: leave out parameters that are not trained; they must be there on loading.
+        averages: of a run that averages its weights; they become the checkpoint's weights.
 
     Raises:
         CheckpointError: on all ranks, if some state has no place in a checkpoint.
@@ -111,12 +114,24 @@ def take_snapshot(
         with_optimizer = "optimizer_states" in client_state and zero.trains
         excluded = model.frozen() if exclude_frozen else set()
         share = zero.share()
-        pieces = list(_weights(model, share, excluded))
+        weights, buffers = share, model.buffers
+        training, training_buffers = weights, buffers
+        if averages is not None:
+            beside = (averages.beside(share), averages.buffers)
+            if averages.swapped:
+                training, training_buffers = beside
+            else:
+                weights, buffers = beside
+        pieces = list(_weights(model, weights, excluded, weight_name))
         if with_optimizer:
             pieces += _optimizer(model, share)
+            if averages is not None:
+                pieces += _weights(model, training, excluded, training_name)
+                pieces += _replicated(model, training_buffers, topology, training_name)
             if engine.mid_accumulation:
                 pieces += PartialGradients(zero, model, share).pieces()
-        pieces += _replicated(model, topology)
+        extra = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
+        pieces += _replicated(model, {**buffers, **extra}, topology, weight_name)
         local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
         if with_optimizer:
             local[COUNTS] = counts_of(layers)
@@ -212,12 +227,14 @@ def _warn_of_objects(small: Mapping[str, bytes]) -> None:
                 )
 
 
-def _weights(model: ModelMap, share: ZeroShare, excluded: set[str]) -> Iterator[OwnedPiece]:
+def _weights(
+    model: ModelMap, share: ZeroShare, excluded: set[str], named: Callable[[str], str]
+) -> Iterator[OwnedPiece]:
     for flat in share.flats:
         for fragment in flat.fragments:
             place = model.place(fragment.name)
             data = flat.view(flat.master, fragment)
-            yield _piece(weight_name(fragment.name), place, fragment.start, data)
+            yield _piece(named(fragment.name), place, fragment.start, data)
     for loose in share.loose:
         if loose.name in excluded:
             continue
@@ -225,7 +242,7 @@ def _weights(model: ModelMap, share: ZeroShare, excluded: set[str]) -> Iterator[
         start, length = loose.share
         data = loose.data[start : start + length]
         if length or (place.numel == 0 and (place.is_expert or dist.get_rank() == 0)):
-            yield _piece(weight_name(loose.name), place, loose.start + start, data)
+            yield _piece(named(loose.name), place, loose.start + start, data)
 
 
 def _optimizer(model: ModelMap, share: ZeroShare) -> Iterator[OwnedPiece]:
@@ -241,7 +258,12 @@ def _piece(tensor: str, place: Place, start: int, data: Tensor) -> OwnedPiece:
     return OwnedPiece.of(tensor, place.shape, place.offset + start, data)
 
 
-def _replicated(model: ModelMap, topology: Topology) -> Iterator[OwnedPiece]:
+def _replicated(
+    model: ModelMap,
+    tensors: Mapping[str, Tensor],
+    topology: Topology,
+    named: Callable[[str], str],
+) -> Iterator[OwnedPiece]:
     """What one rank writes for all: buffers, which are small, and what state dicts hold besides.
 
     Rank 0 writes what every rank has. The buffers of a module expert are written by the first of
@@ -250,11 +272,10 @@ def _replicated(model: ModelMap, topology: Topology) -> Iterator[OwnedPiece]:
     rank = dist.get_rank()
     spread = model.spread_modules
     is_first_replica = rank < topology.expert_parallel_size
-    tensors = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
-    for name, tensor in {**model.buffers, **tensors}.items():
+    for name, tensor in tensors.items():
         if rank == 0 or (is_first_replica and expert_of(name, spread)):
             flat = tensor.detach().contiguous().view(-1)
-            yield OwnedPiece.of(weight_name(name), tensor.shape, 0, flat)
+            yield OwnedPiece.of(named(name), tensor.shape, 0, flat)
 
 
 def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:

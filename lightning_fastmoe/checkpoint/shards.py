@@ -174,7 +174,7 @@ def _parse_header(fd: int, size: int, where: Path) -> tuple[dict[str, HeaderEntr
     content = load_json(bytes(data), where)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(is_a(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{where}: the header's __metadata__ is no map of strings.")
+        raise CheckpointError(f"{where}: the header's __metadata__ is not a map of strings.")
     begin = 8 + length
     entries = {key: _entry(key, value, begin, where) for key, value in content.items()}
     return entries, begin

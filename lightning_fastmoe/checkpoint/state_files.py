@@ -66,7 +66,7 @@ def _decoded(data: bytes, objects: Sized, where: object) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(f"{where} is nested too deeply: don't load it.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds no object.")
+        raise CheckpointError(f"{where} is not a JSON object.")
     return value
 
 

@@ -111,7 +111,7 @@ def _header(tensors: Sequence[StreamedTensor], path: Path) -> bytes:
                 f" hold. Convert it to one of {', '.join(map(str, DTYPE_NAMES))}."
             )
         if tensor.key in entries:
-            raise CheckpointError(f"{path}: {tensor.key!r} would be in the file twice.")
+            raise CheckpointError(f"{path}: {tensor.key!r} would be written twice.")
         entries[tensor.key] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -151,7 +151,7 @@ class _Stream:
         for part in parts:
             self._fill(part.detach())
         if (found := self._size + self._used - begin) != size:
-            raise CheckpointError(f"{self.path}: a tensor of {size} bytes came with {found}.")
+            raise CheckpointError(f"{self.path}: expected a tensor of {size} bytes, got {found}.")
         self._ends.append(self._used)
 
     def _fill(self, data: Tensor) -> None:

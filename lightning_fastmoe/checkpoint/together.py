@@ -83,30 +83,31 @@ class Together:
         return f"{self.path} could not be {self.doing}: {who} failed. Rank {rank}: {text}"
 
 
-def meet_after_error(path: Path, step: int, seconds: float = 60.0) -> None:
+def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60.0) -> None:
     """Waits until all ranks are here, without the collectives that other ranks may be in.
 
     An error stops some ranks, and not always all. Those that save because of it would wait for the
     others for ever.
 
     Args:
-        path: that will be saved to.
+        path: that will be saved to. Its name may differ between ranks, as logged values do.
         step: of training.
+        number: how many saves have met before this one; the same on all ranks.
         seconds: how long to wait.
 
     Raises:
         CheckpointError: if some rank does not come.
     """
     store = dist.distributed_c10d._get_default_store()
-    key = f"fastmoe-after-error/{step}/{path}"
+    key = f"fastmoe-after-error/{step}/{number}/{path.parent}"
     here, world_size = store.add(key, 1), dist.get_world_size()
     deadline = time.monotonic() + seconds
     while here < world_size:
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"{path} was not saved after the error: {world_size - here} of {world_size} ranks"
-                f" did not come within {seconds:g} seconds, as the error was not theirs. Resume"
-                " from the checkpoint before."
+                f" did not come within {seconds:g} seconds, as they did not fail. Resume"
+                " from the previous checkpoint."
             )
         time.sleep(0.02)
         here = store.add(key, 0)

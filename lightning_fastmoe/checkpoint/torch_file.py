@@ -106,7 +106,9 @@ def _fill(
         if on_bytes is not None:
             on_bytes(len(part))
     if written != place.size:
-        raise CheckpointError(f"{place.name}: a tensor of {place.size} bytes came with {written}.")
+        raise CheckpointError(
+            f"{place.name}: expected a tensor of {place.size} bytes, got {written}."
+        )
     for position in place.checksums:
         file.seek(position)
         file.write(crc.to_bytes(4, "little"))

@@ -70,7 +70,7 @@ def check_hash(
         raise damaged(where, mark.what)
     if not expected.startswith(mark.digest):  # the last piece ends with the file
         raise CheckpointError(
-            f"{where}: the manifest contradicts itself: the digest of {mark.what} is"
+            f"{where}: the manifest is inconsistent: the digest of {mark.what} is"
             f" {mark.digest!r}, which does not begin the file's SHA-256."
         )
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
+from lightning_fastmoe.checkpoint.averages import has_training_weights
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
 from lightning_fastmoe.checkpoint.canonical import map_model
 from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
@@ -37,8 +38,11 @@ from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
-from lightning_fastmoe.nn import Experts
-from lightning_fastmoe.strategy.checks import fixed_paths, warn_within_batch
+from lightning_fastmoe.strategy.checks import (
+    check_order_is_known,
+    fixed_paths,
+    warn_within_batch,
+)
 from lightning_fastmoe.strategy.engine import FastMoEEngine
 from lightning_fastmoe.strategy.hook_edits import WeightNames
 from lightning_fastmoe.strategy.resumable import for_other_ranks, is_own_state
@@ -59,6 +63,7 @@ class ExpertCheckpoints(ExpertSteps):
     _forget_pending: Callable[[], None] | None = None
     _weight_names: WeightNames | None = None
     _signals: DeferredSignals | None = None
+    _saves_after_error: int = 0
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -106,7 +111,8 @@ class ExpertCheckpoints(ExpertSteps):
     def _save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
         trainer = self._attached("save_checkpoint").trainer
         if trainer.interrupted:
-            meet_after_error(local_path(filepath), trainer.global_step)
+            meet_after_error(local_path(filepath), trainer.global_step, self._saves_after_error)
+            self._saves_after_error += 1
         warn_within_batch(trainer, filepath)
         self._unwrap_compiled()
         path = local_path(self.broadcast(filepath))
@@ -127,6 +133,7 @@ class ExpertCheckpoints(ExpertSteps):
             client_state=checkpoint,
             user_groups=user.named() if user is not None else None,
             exclude_frozen=self.exclude_frozen_parameters,
+            averages=self._averages(),
         )
         self._writer.submit(path, snapshot)
         if not self._trainer_runs:
@@ -159,8 +166,8 @@ class ExpertCheckpoints(ExpertSteps):
         names = self.broadcast(names)
         if names and trainer.ckpt_path is None:
             raise CheckpointError(
-                f"A run was stopped while it replaced {names[0]}, which had no name for a moment"
-                " and has it again now. It was not there when this run looked for a checkpoint to"
+                f"A run was stopped while it replaced {names[0]}, which was missing and has now"
+                " been restored. It was not there when this run looked for a checkpoint to"
                 " resume from. Start again, and 'last' finds it."
             )
 
@@ -308,7 +315,7 @@ class ExpertCheckpoints(ExpertSteps):
                 checksum = ""
                 if path.is_file():
                     if training:
-                        self._check_order_is_known(path)
+                        check_order_is_known(path, self._expert_state.layers)
                     groups = user.named() if user is not None else None
                     source = open_file(path, trusted=trusted, user_groups=groups)
                 elif not is_checkpoint(resolve(path)) and (native := find_deepspeed(path)):
@@ -319,10 +326,16 @@ class ExpertCheckpoints(ExpertSteps):
                     source, checksum = DirectorySource(reader), reader.checksum
             if len(set(together.gather(checksum))) > 1:
                 raise CheckpointError(
-                    f"{path}: ranks see different checkpoints there. It was replaced at this"
-                    " moment, or they don't share the file system."
+                    f"{path}: ranks see different checkpoints there. It was replaced during"
+                    " loading, or they don't share the file system."
                 )
             self._weight_names = WeightNames.of_source(source)
+            averages = self._averages() if training else None
+            if training and averages is None and has_training_weights(source.tensors):
+                rank_zero_warn(
+                    f"{path} was saved with WeightAveraging, and this run has no such callback: it"
+                    " trains on from the averages."
+                )
             return load(
                 source,
                 together,
@@ -332,22 +345,8 @@ class ExpertCheckpoints(ExpertSteps):
                 strict=self.lightning_module.strict_loading,
                 trusted=trusted,
                 verify=self.verify_checkpoints,
+                averages=averages,
             )
-
-    def _check_order_is_known(self, path: Path) -> None:
-        """An optimizer's state in a single file knows parameters by their order alone.
-
-        Raises:
-            CheckpointError: if each rank has others.
-        """
-        for name, layer in self._expert_state.layers.items():
-            if layer.is_spread and not isinstance(layer.experts, Experts):
-                raise CheckpointError(
-                    f"Training can't resume from {path}: the optimizer state in a single file knows"
-                    f" parameters by their order, and the experts of layer {name!r}, modules that"
-                    " are spread over ranks, have another one on each. Resume from it with"
-                    " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
-                )
 
     def _take_local_state(self, loaded: Loaded) -> None:
         self._put_gradients = loaded.put_gradients

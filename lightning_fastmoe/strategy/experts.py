@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from lightning_fastmoe.distributed import ExpertMesh
-from lightning_fastmoe.errors import ParameterGroupError
+from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.nn import MoE
 
 
@@ -48,9 +48,26 @@ def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
         if is_tagged(parameter) and id(parameter) not in ours:
             raise ParameterGroupError(
                 f"Parameter {name!r} has allreduce=False, so its gradient would not be averaged"
-                " over all ranks, but it belongs to no MoE layer of this package. DeepSpeed's own"
-                " MoE can't be mixed in; for other parameters remove the attribute."
+                " over all ranks, but it does not belong to any MoE layer of this package."
+                " DeepSpeed's own MoE can't be mixed in; for other parameters remove the attribute."
             )
+
+
+def check_batch_norms(layers: Mapping[str, MoE]) -> None:
+    """Refuses experts that wait for all ranks whenever they see tokens.
+
+    Raises:
+        ConfigError: naming the layer and the module.
+    """
+    for name, layer in layers.items():
+        for path, module in layer.experts.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise ConfigError(
+                    f"{name}.experts.{path} is a SyncBatchNorm, which waits for every rank, but"
+                    " ranks hold different experts and an expert may get no tokens: training would"
+                    " hang or mix the statistics of different experts. Convert the modules outside"
+                    " of MoE layers alone, and use LayerNorm or RMSNorm in experts."
+                )
 
 
 def register_groups(mesh: ExpertMesh) -> None:

@@ -41,9 +41,9 @@ def check_same_structure(layers: Mapping[str, MoE]) -> None:
             if theirs[name] != own[name]:
                 raise ConfigError(
                     f"The experts of layer {name!r} have other modules or parameters inside on rank"
-                    f" {rank} than on rank {dist.get_rank()}, and ZeRO stage 3 wants as many on"
-                    " each. Use stage 1 or 2, or order the list expert=[...] so that each rank gets"
-                    " the same kinds."
+                    f" {rank} than on rank {dist.get_rank()}, and ZeRO stage 3 needs the same"
+                    " number on each. Use stage 1 or 2, or order the list expert=[...] so that each"
+                    " rank gets the same kinds."
                 )
 
 
@@ -64,7 +64,7 @@ def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
             raise ParameterGroupError(
                 f"Rank {rank} trains experts in {sum(theirs)} of the optimizer's groups, rank"
                 f" {here} in {sum(own)}, because its experts have no parameters for the others,"
-                " or only frozen ones; DeepSpeed wants as many on each. Order the list"
+                " or only frozen ones; DeepSpeed needs the same number on each. Order the list"
                 " expert=[...] so that each rank has an expert with parameters for each group, or"
                 " put the parameters into fewer groups."
             )

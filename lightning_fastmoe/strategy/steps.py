@@ -11,12 +11,17 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_fastmoe.checkpoint.averages import Averages
 from lightning_fastmoe.distributed import ExpertSpreader
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
+from lightning_fastmoe.strategy.averaging import AveragedRun, prepare_averaging
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
+from lightning_fastmoe.strategy.experts import check_batch_norms
+from lightning_fastmoe.strategy.monitored import share_monitored
+from lightning_fastmoe.strategy.quiet import modernise_collectives, quiet_logs, quiet_warnings
 from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
 from lightning_fastmoe.strategy.resumable import resumable
 from lightning_fastmoe.strategy.uneven import UnevenData
@@ -35,6 +40,23 @@ class ExpertSteps(DeepSpeedStrategy):
     _waits: ExchangeWaits
     _module: pl.LightningModule | None = None
     _compiled_steps: CompiledSteps | None = None
+    _unshare_monitored: Callable[[], None] | None = None
+    _unquiet_warnings: Callable[[], None] | None = None
+    _averaged_run: AveragedRun | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        quiet_logs()
+        super().__init__(**kwargs)
+
+    @override
+    def _init_deepspeed_distributed(self) -> None:
+        module = self.lightning_module
+        if module is not None and module.trainer.training:  # before callbacks are set up
+            self._averaged_run = prepare_averaging(module.trainer)
+        if self._unquiet_warnings is None:
+            self._unquiet_warnings = quiet_warnings()
+        super()._init_deepspeed_distributed()
+        modernise_collectives()
 
     @property
     def _lightning_module(self) -> pl.LightningModule | None:
@@ -62,6 +84,30 @@ class ExpertSteps(DeepSpeedStrategy):
     def block_backward_sync(self) -> Iterator[None]:
         """Nothing to block: the engine reduces as its stage needs, and steps when told."""
         yield
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        check_batch_norms(self._expert_state.layers)
+        super().setup(trainer)
+        if trainer.training:
+            self._unshare_monitored = share_monitored(trainer)
+            if self._averaged_run is not None:
+                self._averaged_run.begin(self.deepspeed_engine)
+
+    @override
+    def teardown(self) -> None:
+        undo = (self._unshare_monitored, self._unquiet_warnings)
+        self._unshare_monitored = self._unquiet_warnings = None
+        for call in filter(None, undo):
+            call()
+        averaged, self._averaged_run = self._averaged_run, None
+        if averaged is not None:
+            averaged.end()
+        super().teardown()
+
+    def _averages(self) -> Averages | None:
+        """For a checkpoint: what WeightAveraging keeps beside the weights."""
+        return self._averaged_run.averages() if self._averaged_run is not None else None
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -219,12 +219,18 @@ class Watch:
         words = os.read(process.stdout.fileno(), 100).split()
         if not words:
             if not self._stopping:
-                _say("lightning_fastmoe: the sentry is gone; a hang will end nothing any more.\n")
+                _say(
+                    "lightning_fastmoe: the sentry is gone; a hang will no longer end the"
+                    " process.\n"
+                )
             return
         if not self._is_in_fit():
             # An error skipped the teardown, and somebody caught it.
             memory[OVER_AT] = 1
-            _say("lightning_fastmoe: but no run goes on any more, so the process is left alone.\n")
+            _say(
+                "lightning_fastmoe: but no run is in progress any more, so the process is left"
+                " alone.\n"
+            )
             return
         status, linger = int(words[0]), float(words[1])
         begin = time.monotonic()

@@ -154,7 +154,7 @@ def test_an_expert_that_is_there_twice(path):
 
     forge(path, repeat)
     found = damages(path)
-    match = f"layer 'moe': expert 3 is there twice in tensor '{UP}'"
+    match = f"layer 'moe': expert 3 is duplicated in tensor '{UP}'"
     assert re.search(match, found[0]), found
 
 
@@ -165,7 +165,7 @@ def test_a_layer_without_experts(path):
 
 def test_tied_to_nothing(path):
     forge(path, lambda content: content["tied"].update({"a.weight": "gone.weight"}))
-    only(path, "'a.weight' is said to be stored as 'gone.weight'")
+    only(path, "'a.weight' is listed as stored under 'gone.weight'")
 
 
 def test_two_contradictions_in_one_manifest(path):
@@ -201,7 +201,7 @@ def test_a_malicious_pickle(path, tmp_path, monkeypatch, zipped):
         only(path, "objects.pt holds objects that are not plain data.*--trusted")
         assert damages(path, trusted=True) == []  # its hash is right, and it is not loaded
     else:
-        only(path, "objects.pt can't be read: it is no archive of torch.save")
+        only(path, "objects.pt can't be read: it is not a torch.save archive")
         assert damages(path, trusted=True) == damages(path)
     assert not (tmp_path / "BOMB_WENT_OFF").exists()
 
@@ -213,7 +213,7 @@ def test_plain_objects(path):
     write_state(path, extra_state={"a": {"$object": 1}})
     assert damages(path) == damages(path, trusted=True) == []
     write_state(path, extra_state={"a": {"$object": 2}})
-    only(path, "there is no object 2 among 2")
+    only(path, "object 2 does not exist; there are 2")
     assert damages(path, trusted=True) == damages(path)
 
 

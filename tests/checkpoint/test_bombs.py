@@ -179,7 +179,7 @@ def test_a_deflated_file_of_another_program(tmp_path):
 def test_a_key_twice_among_many():
     """In time that grows with their number, not with its square: that would be minutes."""
     keys = ",".join(f'"{i}": 0' for i in range(300_000))
-    with pytest.raises(CheckpointError, match="the key '299999' is there twice"):
+    with pytest.raises(CheckpointError, match="the key '299999' occurs twice"):
         load_json(f'{{{keys}, "299999": 1}}'.encode(), "manifest.json")
 
 

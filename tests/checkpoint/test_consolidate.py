@@ -82,7 +82,7 @@ def test_a_streamed_torch_file_equals_one_of_torch_save(tmp_path):
 
 def test_a_tensor_with_too_few_elements(tmp_path):
     short = [StreamedTensor("x", torch.float32, (7,), lambda: [torch.ones(3)])]
-    with pytest.raises(CheckpointError, match="28 bytes came with 12"):
+    with pytest.raises(CheckpointError, match="of 28 bytes, got 12"):
         write_torch(tmp_path / "a.pt", short, {}, {})
 
 

@@ -88,7 +88,7 @@ def test_a_cut_file(path, name):
 @pytest.mark.parametrize("name", [W0, "state.json", "manifest.json", "manifest.sha256"])
 def test_a_missing_file(path, name):
     (path / name).unlink()
-    refused(path, "is missing|holds no manifest")
+    refused(path, "is missing|has no manifest")
 
 
 def test_an_extra_file(path):
@@ -152,16 +152,16 @@ def rename(name):
 
 FORGED = [
     (drop_expert, "experts 2 to 3 are missing in tensor 'weights/moe.experts.up_proj'"),
-    (repeat_expert, "experts 0 to 1 are there twice in tensor 'weights/moe.experts.up_proj'"),
+    (repeat_expert, "experts 0 to 1 are duplicated in tensor 'weights/moe.experts.up_proj'"),
     (lambda c: c["moe_layers"].update(moe=8), "up_proj.*has 4 experts.*num_experts=8"),
-    (swap, "weights/head.weight.*are in no file"),
+    (swap, "weights/head.weight.*are not in any file"),
     (lambda c: tensor(c)["shape"].append(2), "weights/head.weight.*its pieces end at 35"),
-    (lambda c: tensor(c).update(shape=[2**40, 2**40]), "weights/head.weight.*impossible shape"),
-    (lambda c: tensor(c).update(shape=[-5, -7]), "weights/head.weight.*impossible shape"),
-    (lambda c: tensor(c).update(shape=[True, 35]), "weights/head.weight.*no list of integers"),
+    (lambda c: tensor(c).update(shape=[2**40, 2**40]), "weights/head.weight.*invalid shape"),
+    (lambda c: tensor(c).update(shape=[-5, -7]), "weights/head.weight.*invalid shape"),
+    (lambda c: tensor(c).update(shape=[True, 35]), "weights/head.weight.*not a list of integers"),
     (
         lambda c: tensor(c).update(shape=[2**61], pieces=[[0, 2**61, 5, "0" * 8]]),
-        "impossible shape",
+        "invalid shape",
     ),
     (
         lambda c: tensor(c).update(shape=[2**50], pieces=[[0, 2**50, 5, "0" * 8]]),
@@ -170,67 +170,67 @@ FORGED = [
     (lambda c: tensor(c).update(dtype="F128"), "weights/head.weight.*dtype 'F128'"),
     (lambda c: tensor(c).update(dtype=["F32"]), "weights/head.weight.*'dtype' is missing or no"),
     (lambda c: tensor(c)["pieces"].__setitem__(0, [0, 0, 5, "0" * 8]), "head.weight.*piece of 0"),
-    (lambda c: tensor(c)["pieces"][0].__setitem__(2, 99), "head.weight.*no file number 99"),
-    (lambda c: tensor(c)["pieces"][0].__setitem__(2, -1), "head.weight.*no file number -1"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(2, 99), "head.weight.*file number 99"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(2, -1), "head.weight.*file number -1"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(1, 1.5), "head.weight.*expected"),
-    (lambda c: c["tensors"].update({"other/a": tensor(c)}), "other/a.*is no tensor's name"),
+    (lambda c: c["tensors"].update({"other/a": tensor(c)}), "other/a.*is not a tensor name"),
     (lambda c: c["tensors"].update({"weights/a": 3}), "weights/a.*missing"),
-    (rename("../../etc/passwd"), r"\.\./\.\./etc/passwd.*no name of a checkpoint's file"),
-    (rename("/etc/passwd"), "/etc/passwd.*no name of a checkpoint's file"),
-    (rename("a\n.json"), "no name of a checkpoint's file"),
-    (rename("manifest.json"), "no name of a checkpoint's file"),
+    (rename("../../etc/passwd"), r"\.\./\.\./etc/passwd.*not a checkpoint file name"),
+    (rename("/etc/passwd"), "/etc/passwd.*not a checkpoint file name"),
+    (rename("a\n.json"), "not a checkpoint file name"),
+    (rename("manifest.json"), "not a checkpoint file name"),
     (lambda c: c["files"].append(list(c["files"][0])), "listed twice"),
-    (lambda c: c["files"][0].__setitem__(1, -1), "no proper size"),
+    (lambda c: c["files"][0].__setitem__(1, -1), "an invalid size"),
     (lambda c: c["files"][0].__setitem__(1, 10**9), "the manifest says 1000000000"),
-    (lambda c: c.update(format="zip"), "no checkpoint of this package"),
+    (lambda c: c.update(format="zip"), "not a checkpoint of this package"),
     (lambda c: c.update(format_version=2), "format_version 2.*newer.*upgrade"),
-    (lambda c: c.update(format_version=True), "'format_version' is missing or no int"),
+    (lambda c: c.update(format_version=True), "'format_version' is missing or not of type int"),
     (lambda c: c.update(surprise=1), "unknown fields.*surprise"),
     (lambda c: c.pop("tied"), "'tied' is missing"),
-    (lambda c: c["topology"].update(world_size="2"), "'world_size' is missing or no int"),
-    (lambda c: c.update(excluded=[1]), "'excluded' holds no str"),
-    (lambda c: c.update(excluded=["a", "a"]), "'excluded' lists something twice"),
+    (lambda c: c["topology"].update(world_size="2"), "'world_size' is missing or not of type int"),
+    (lambda c: c.update(excluded=[1]), "'excluded' is not of type str"),
+    (lambda c: c.update(excluded=["a", "a"]), "'excluded' lists an entry twice"),
     (lambda c: c.update(contents=[]), "contents is ..; it must be"),
     (lambda c: c.update(contents=["optimizer", "weights"]), "contents is .*it must be"),
     (lambda c: c.update(contents=["weights"]), "exp_avg/head.weight.*but contents is"),
     (lambda c: c["progress"].update(epoch=-1), "'epoch' holds -1, which must be 0 to"),
     (lambda c: c["progress"].update(epoch=2**63), "'epoch' holds 9223372036854775808"),
-    (lambda c: c["progress"].update(epoch=1.0), "'epoch' is missing or no int"),
-    (lambda c: c["progress"].update(epoch=True), "'epoch' is missing or no int"),
+    (lambda c: c["progress"].update(epoch=1.0), "'epoch' is missing or not of type int"),
+    (lambda c: c["progress"].update(epoch=True), "'epoch' is missing or not of type int"),
     (lambda c: c["progress"].pop("epoch"), "progress: the field 'epoch' is missing"),
     (lambda c: c["progress"].update(loss=1), "progress: unknown fields"),
     (lambda c: c["topology"].update(world_size=0), "'world_size' holds 0, which must be 1 to"),
     (lambda c: c["topology"].update(expert_parallel_size=3), "no run has the topology"),
     (lambda c: c["topology"].update(zero_stage=4), "no run has the topology"),
     (lambda c: c["moe_layers"].update(moe=0), "'moe_layers' holds 0, which must be 1 to"),
-    (lambda c: c["moe_layers"].update(moe=4.0), "'moe_layers' holds no int"),
+    (lambda c: c["moe_layers"].update(moe=4.0), "'moe_layers' is not of type int"),
     (lambda c: c["moe_layers"].update(other=4), "'other': none of its 4 experts"),
-    (lambda c: c.update(tied={"a": "gone"}), "'a' is said to be stored as 'gone'"),
-    (lambda c: c.update(tied={"half": "mask"}), "'half' is said to be .* but is there itself"),
+    (lambda c: c.update(tied={"a": "gone"}), "'a' is listed as stored under 'gone'"),
+    (lambda c: c.update(tied={"half": "mask"}), "'half' is listed .* but is also stored itself"),
     (lambda c: c.update(tied={"a" * 5000: "mask"}), "a name of 5000 characters"),
     (lambda c: c.update(module_experts={"moe": [["a", "a"], [], [], []]}), "lists a name twice"),
     (lambda c: c["files"].reverse(), "files must be sorted by name"),
-    (lambda c: c["files"][0].__setitem__(1, 10**30), "no proper size"),
+    (lambda c: c["files"][0].__setitem__(1, 10**30), "an invalid size"),
     (lambda c: c["files"][0].__setitem__(1, 350.0), "expected .str, int, str."),
-    (lambda c: c["files"][0].__setitem__(2, "g" * 64), "no proper size and SHA-256"),
-    (lambda c: c["files"][0].__setitem__(2, c["files"][0][2].upper()), "no proper size and SHA-2"),
-    (rename("a.json"), "'a.json' is no name of a checkpoint's file"),
-    (lambda c: c["files"].pop(), "there is no file number"),
-    (lambda c: c["files"].insert(0, ["a.json", 1, "0" * 64]), "'a.json' is no name"),
-    (lambda c: tensor(c)["pieces"][0].__setitem__(0, -1), "impossible place"),
-    (lambda c: tensor(c)["pieces"][0].__setitem__(1, 10**4000), "impossible place"),
+    (lambda c: c["files"][0].__setitem__(2, "g" * 64), "an invalid size or SHA-256"),
+    (lambda c: c["files"][0].__setitem__(2, c["files"][0][2].upper()), "an invalid size or SHA-2"),
+    (rename("a.json"), "'a.json' is not a checkpoint file name"),
+    (lambda c: c["files"].pop(), "file number .* does not exist"),
+    (lambda c: c["files"].insert(0, ["a.json", 1, "0" * 64]), "'a.json' is not a checkpoint file"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(0, -1), "invalid position"),
+    (lambda c: tensor(c)["pieces"][0].__setitem__(1, 10**4000), "invalid position"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(3, ""), "digest ''"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(3, "ABCDEF01"), "digest 'ABCDEF01'"),
     (lambda c: tensor(c)["pieces"][0].append(1), "head.weight.*expected"),
-    (lambda c: tensor(c).update(shape=[10**4000, 10**4000]), "head.weight.*impossible shape"),
-    (lambda c: tensor(c).update(shape=[1] * 65 + [35]), "head.weight.*impossible shape"),
+    (lambda c: tensor(c).update(shape=[10**4000, 10**4000]), "head.weight.*invalid shape"),
+    (lambda c: tensor(c).update(shape=[1] * 65 + [35]), "head.weight.*invalid shape"),
     (lambda c: tensor(c).update(extra=1), "head.weight.*unknown fields"),
-    (lambda c: c["tensors"].update({"weights/\ud800": tensor(c)}), "is no tensor's name"),
+    (lambda c: c["tensors"].update({"weights/\ud800": tensor(c)}), "is not a tensor name"),
     (lambda c: tensor(c, EXP_AVG).update(shape=[7, 5]), "7, 5., which does not fit parameter"),
-    (lambda c: c["tensors"].pop("weights/head.weight"), "there is no 'head.weight'"),
+    (lambda c: c["tensors"].pop("weights/head.weight"), "'head.weight' does not exist"),
     (
         lambda c: c["tensors"].update({"weights/a": c["tensors"].pop(EXP_AVG)}),
-        "'weights/a' is said to be in optimizer_00000.safetensors, which is no file of its kind",
+        "'weights/a' is listed in optimizer_00000.safetensors, which holds another kind",
     ),
 ]
 
@@ -251,7 +251,7 @@ def test_a_forged_manifest(path, change, match):
         (b"", "not JSON"),
         (b"[]", "not a JSON object"),
         (b'{"a": NaN}', "NaN is not JSON"),
-        (b'{"a": 1, "a": 2}', "'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not JSON"),
         (b"\xff\xfe{", "not JSON"),
@@ -270,7 +270,7 @@ def test_experts_of_a_layer_that_is_not_listed(tmp_path):
     tensors = make_tensors() | {f"weights/{name}": torch.ones(s) for name, s in layer.items()}
     path = write_sample(tmp_path / "a.ckpt", tensors)
     write_manifest_again(path, {**read_manifest(path), "moe_layers": {}})
-    refused(path, "moe_layers does not list layer 'moe', whose experts are there")
+    refused(path, "moe_layers does not list layer 'moe', whose experts are present")
     assert ["moe_layers does not list" in d.message for d in Audit(path).damages()] == [True]
 
 
@@ -348,7 +348,7 @@ def swap_offsets(header):
 HEADERS = [
     (lambda d: (2**63).to_bytes(8, "little") + d[8:], "claims a header of 9223372036854775808"),
     (lambda d: len(d).to_bytes(8, "little") + d[8:], "claims a header of"),
-    (lambda d: d[:5], "is to hold|cut short"),
+    (lambda d: d[:5], "should hold|cut short"),
     (edit(lambda h: h.pop(KEY)), "does not hold elements 0 to 17 of tensor 'weights/head.weight'"),
     (edit(lambda h: h.update({"x[0:1]": h[KEY]})), "holds 'x.0:1.', of which the manifest"),
     (edit(lambda h: h[KEY].update(shape=[1, 17])), "entry of 'weights/head.weight.0:17.'"),
@@ -361,7 +361,7 @@ HEADERS = [
     (edit(lambda h: h[KEY].update(data_offsets=[400, 468])), "begins at byte|tensors end at"),
     (lambda d: d + b"\0" * 8, "tensors end at"),
     (lambda d: join_header([], split_header(d)[1]), "not a JSON object"),
-    (edit(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ is no map of strings"),
+    (edit(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ is not a map of strings"),
     (edit(lambda h: h[KEY].update(shape=[True])), "entry of 'weights/head.weight.0:17.'"),
     (edit(lambda h: h[KEY].update(shape=[17.0])), "entry of 'weights/head.weight.0:17.'"),
     (edit(lambda h: h[KEY].update(shape=[10**4000])), "entry of 'weights/head.weight.0:17.'"),
@@ -485,12 +485,12 @@ def test_a_value_that_no_save_writes(path, value):
 
 
 OTHER_STATES = [
-    ({"lightning": None}, "'lightning' is missing or no dict"),
+    ({"lightning": None}, "'lightning' is missing or not of type dict"),
     ({"optimizer": None}, "lacks the optimizer or engine"),
     ({"engine": None}, "lacks the optimizer or engine"),
     ({"engine": {"counters": {}}}, "'loss_scaler' is missing"),
     ({"engine": {"counters": {"global_steps": -1}, "loss_scaler": {}}}, "holds -1"),
-    ({"engine": {"counters": {"global_steps": 1.5}, "loss_scaler": {}}}, "holds no int"),
+    ({"engine": {"counters": {"global_steps": 1.5}, "loss_scaler": {}}}, "is not of type int"),
     ({"optimizer": {"class": "AdamW"}}, "'groups' is missing"),
     ({"more": 1}, "unknown fields"),
 ]

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import grad_norm
-from strategy.models import Case, Net, make_optimizer
+from strategy.models import D_MODEL, Case, Net, make_optimizer
 from strategy.tracing import make_trainer, run_case
 from torch import Tensor, nn
 
@@ -85,6 +85,17 @@ class NoOptimizer(Net):
 
     def configure_optimizers(self) -> None:
         return None
+
+
+class Normed(Net):
+    """Experts whose batch norms would meet on all ranks."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        experts = [
+            nn.Sequential(nn.Linear(D_MODEL, D_MODEL), nn.SyncBatchNorm(D_MODEL)) for _ in range(4)
+        ]
+        self.net["moes"][0] = MoE(D_MODEL, D_MODEL, 4, expert=experts)
 
 
 class OwnBackward(Net):
@@ -272,6 +283,7 @@ SCENES: dict[str, Callable[[], Any]] = {
     "no optimizer": lambda: fit(NoOptimizer(CASE)),
     "clip by value": lambda: fit(gradient_clip_algorithm="value"),
     "sync_batchnorm": lambda: fit(sync_batchnorm=True),
+    "sync_batchnorm in an expert": lambda: fit(Normed(CASE)),
     "checkpoint plugin": lambda: fit(plugins=[AsyncCheckpointIO()]),
     "own backward": lambda: fit(OwnBackward(CASE)),
     "grad_norm": lambda: fit(LogsNorms(CASE)),

@@ -107,7 +107,7 @@ class Architecture:
                 init_std=float(fields["initializer_range"]),
             )
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ConfigError(f"config.json has a value of the wrong kind: {error}") from error
+            raise ConfigError(f"config.json has a value of the wrong type: {error}") from error
 
     @property
     def moe_layers(self) -> list[int]:

@@ -122,8 +122,8 @@ class _Weights:
             for key in self._files[name].keys():  # noqa: SIM118 (it is no dict)
                 if key in self._places:
                     raise CheckpointError(
-                        f"{source}: {key} is in {self._places[key]} and in {name}; which one is"
-                        " meant?"
+                        f"{source}: {key} is in {self._places[key]} and in {name}; remove"
+                        " one of them."
                     )
                 self._places[key] = name
 
@@ -143,7 +143,7 @@ class _Weights:
                 some = sorted(names)
                 more = f" and {len(some) - 3} more" if len(some) > 3 else ""
                 raise ConfigError(
-                    f"{self.source}: for the model of its config.json the files {what}"
+                    f"{self.source}: compared with the model in config.json, the files {what}"
                     f" {', '.join(some[:3])}{more}."
                 )
         for key, shape in shapes.items():
@@ -187,10 +187,12 @@ def _file_names(source: Path) -> list[str]:
         places = json.loads((source / INDEX).read_bytes())["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{source / INDEX} is no index of safetensors files: {error}") from error
+        raise ConfigError(
+            f"{source / INDEX} is not an index of safetensors files: {error}"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"{source / INDEX} names {name!r}, which lies elsewhere.")
+            raise ConfigError(f"{source / INDEX} names {name!r}, which is outside this directory.")
     return names
 
 

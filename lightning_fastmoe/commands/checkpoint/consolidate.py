@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     file_format = arguments.format or FORMATS.get(output.suffix)
     if file_format is None:
         raise ConfigError(
-            f"The name {output.name!r} ends with none of {', '.join(FORMATS)}: pass --format."
+            f"The name {output.name!r} does not end with any of {', '.join(FORMATS)}: pass"
+            " --format."
         )
     options = Consolidation(torch_dtype(arguments.dtype), arguments.prefix)
     with CheckpointReader(arguments.checkpoint) as reader:

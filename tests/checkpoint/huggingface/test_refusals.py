@@ -89,8 +89,8 @@ def test_fields_under_the_names_of_transformers_4():
         ({"quantization_config": {"bits": 4}}, "quantization_config=True"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ({"num_experts": 9}, "num_experts and num_local_experts differ"),
-        ({"hidden_size": "wide"}, "wrong kind"),
-        ({"num_attention_heads": 0}, "wrong kind"),
+        ({"hidden_size": "wide"}, "wrong type"),
+        ({"num_attention_heads": 0}, "wrong type"),
     ],
 )
 def test_models_that_we_can_not_be(source, tmp_path, capsys, values, match):
@@ -166,9 +166,9 @@ def test_files_that_are_cut_missing_or_elsewhere(source, tmp_path, capsys):
     refused(capsys, 3, file.name, "import", source, tmp_path / "b.ckpt")
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    refused(capsys, 2, "lies elsewhere", "import", source, tmp_path / "b.ckpt")
+    refused(capsys, 2, "outside this directory", "import", source, tmp_path / "b.ckpt")
     index.write_text("[]")
-    refused(capsys, 2, "is no index", "import", source, tmp_path / "b.ckpt")
+    refused(capsys, 2, "is not an index", "import", source, tmp_path / "b.ckpt")
     index.unlink()
     (source / "pytorch_model.bin").write_bytes(b"\x80")
     refused(capsys, 2, "pickle files", "import", source, tmp_path / "b.ckpt")
@@ -183,7 +183,7 @@ def test_a_tensor_in_two_files(source, tmp_path, capsys):
     save_file(load_file(file), source / "again.safetensors")
     index["weight_map"]["x"] = "again.safetensors"
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(capsys, 3, "which one is meant", "import", source, tmp_path / "b.ckpt")
+    refused(capsys, 3, "remove one of them", "import", source, tmp_path / "b.ckpt")
 
 
 # ----------------------------------------------------------------------------------------- export

@@ -91,9 +91,9 @@ def test_inspect_of_what_is_no_checkpoint(tmp_path, capsys):
     assert main(["checkpoint", "inspect", str(tmp_path)]) == 3
     out, err = capsys.readouterr()
     assert out == ""
-    assert "holds no manifest.json" in err
+    assert "has no manifest.json" in err
     assert main(["checkpoint", "inspect", str(tmp_path), "--json"]) == 3
-    assert "holds no manifest.json" in json.loads(capsys.readouterr().out)["error"]
+    assert "has no manifest.json" in json.loads(capsys.readouterr().out)["error"]
 
 
 START = """
