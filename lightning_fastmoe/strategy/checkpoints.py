@@ -36,7 +36,6 @@ from lightning_fastmoe.checkpoint.threads import thread_count
 from lightning_fastmoe.checkpoint.together import Together, meet_after_error
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
-from lightning_fastmoe.nn import Experts
 from lightning_fastmoe.strategy.checks import fixed_paths, warn_within_batch
 from lightning_fastmoe.strategy.engine import FastMoEEngine
 from lightning_fastmoe.strategy.hook_edits import WeightNames
@@ -339,7 +338,7 @@ class ExpertCheckpoints(ExpertSteps):
             CheckpointError: if each rank has others.
         """
         for name, layer in self._expert_state.layers.items():
-            if layer.is_spread and not isinstance(layer.experts, Experts):
+            if layer.is_spread and not layer.experts.is_stacked:
                 raise CheckpointError(
                     f"Training can't resume from {path}: the optimizer state in a single file knows"
                     f" parameters by their order, and the experts of layer {name!r}, modules that"
