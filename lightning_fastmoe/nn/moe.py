@@ -177,7 +177,7 @@ class MoE(nn.Module):
         self.experts = make(placement.expert_ids if placement else None)
         shared = values["shared_expert"]
         self.shared_expert = make_shared_expert(shared, shared_expert_gate, d_model, **ffn)
-        self.schedule: Schedule
+        self.schedule: Schedule = LocalSchedule(num_experts)
         self.batch: GlobalBatch
         self.disconnect()
         self._observers: OrderedDict[int, RoutingObserver] = OrderedDict()
@@ -317,8 +317,10 @@ class MoE(nn.Module):
 
     def disconnect(self) -> None:
         """Leaves the ranks of a run. A layer that holds only some experts refuses to run then."""
-        across = self.dispatcher_name == "all_to_all"
-        self.schedule = UnmanagedSchedule() if across else LocalSchedule(self.num_experts)
+        if self.is_spread or self.dispatcher_name == "all_to_all":
+            self.schedule = UnmanagedSchedule(self.schedule.dispatcher)
+        else:
+            self.schedule = LocalSchedule(self.num_experts)
         self.batch = LocalBatch()
         self.nonfinite.policy = "raise"
 

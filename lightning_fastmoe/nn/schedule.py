@@ -23,7 +23,12 @@ class Schedule:
     A layer doesn't know which schedule it has: all give the outputs and the gradients of
     :class:`LocalSchedule` with all experts on one rank. A subclass defines :meth:`run_routed`; one
     that overlaps the shared expert with something else overrides :meth:`run`.
+
+    Attributes:
+        dispatcher: how rows cross ranks.
     """
+
+    dispatcher: Dispatcher
 
     def run(
         self,
@@ -176,8 +181,15 @@ class LocalSchedule(SequentialSchedule):
 class UnmanagedSchedule(Schedule):
     """Refuses to run: experts are to be sharded, and nobody here knows how to train them.
 
-    A layer with ``dispatcher="all_to_all"`` has it until a strategy connects it to its ranks.
+    A layer with ``dispatcher="all_to_all"`` has it until a strategy connects it to its ranks, and
+    one with sharded experts after the run that sharded them.
+
+    Args:
+        dispatcher: which would reach the other ranks.
     """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
 
     def run(
         self,

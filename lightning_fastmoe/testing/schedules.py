@@ -164,9 +164,11 @@ def _inputs(
         leaves.append(normal(tokens, 2, 3))
         spec = pytree.tree_flatten(tuple(leaves))[1]
     routing, weights = _routing(case, tokens, generator, normal)
-    routing = Routing(
-        *(t.to(device) if isinstance(t, Tensor) else t for t in routing[: len(Routing._fields)])
-    )
+    there: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in routing._asdict().items()
+    }
+    routing = Routing(**there)
     return TokenInputs(list(leaves), spec, (tokens,)), routing, [*leaves, *weights]
 
 
