@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_fastmoe.nn import MoE, moe_layers
-from lightning_fastmoe.nn.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,11 @@ def numel(parameter: nn.Parameter) -> int:
 def _layer_size(layer: MoE) -> LayerSize:
     held = float(sum(numel(p) for p in layer.experts.parameters()))
     counted = layer.num_local_experts
-    if layer.is_spread and not isinstance(layer.experts, Experts):
+    if layer.is_spread and not layer.experts.is_stacked:
         # Experts of other ranks may be other modules.
         device = next((p.device for p in layer.experts.parameters()), torch.device("cpu"))
         total = torch.tensor(held, dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=layer.dispatcher.group.group)  # type: ignore[attr-defined]
+        dist.all_reduce(total, group=layer.schedule.dispatcher.group.group)  # type: ignore[attr-defined]
         held, counted = float(total), layer.num_experts
     return LayerSize(
         layer.num_experts, layer.num_local_experts, held / counted, _experts_per_token(layer)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.module_experts import expert_of, names_by_expert, why_not_saved
 from lightning_fastmoe.errors import CheckpointError
-from lightning_fastmoe.nn import Experts, MoE
-from lightning_fastmoe.nn.module_experts import ModuleExperts
+from lightning_fastmoe.nn import ModuleExperts, MoE
+from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
     result.buffers = dict(_persistent_buffers(module))
     for name, layer in layers.items():
-        stacked = layer.is_spread and isinstance(layer.experts, Experts)
+        stacked = layer.is_spread and layer.experts.is_stacked
         if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
             raise CheckpointError(
                 f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
@@ -152,14 +152,19 @@ def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
     if layer is None:
         return Place(name, shape, 0, numel, is_expert=False)
     experts = layer.experts
-    if not isinstance(experts, Experts):  # its name says which expert it is
+    if not experts.is_stacked:  # its name says which expert it is
         return Place(name, shape, 0, numel, is_expert=True)
     assert shape[0] == experts.num_local_experts, name
+    if not is_interval(experts.local_ids):
+        raise CheckpointError(
+            f"The experts {describe_ids(experts.local_ids)} of {name!r} are on one rank."
+            " Checkpoints have a place for experts that are neighbours."
+        )
     row = math.prod(shape[1:])
     return Place(
         name,
         (experts.num_experts, *shape[1:]),
-        experts.first_expert * row,
+        experts.local_ids[0] * row,
         numel,
         is_expert=True,
     )

@@ -20,6 +20,7 @@ from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.placement import Placement
+from lightning_fastmoe.nn.schedule import SequentialSchedule
 
 
 class ExpertSpreader:
@@ -63,8 +64,7 @@ class ExpertSpreader:
             return None
         world = self.mesh.ep_size * self.mesh.edp_size
         check_expert_parallel_size(self.mesh.ep_size, world, {name: num_experts})
-        experts = self.mesh.local_experts(num_experts)
-        return Placement(experts.start, len(experts), self._attach)
+        return Placement(tuple(self.mesh.local_experts(num_experts)))
 
     def spread(self, module: nn.Module) -> None:
         """Cuts every layer of ``module`` that still holds all experts down to this rank's slice.
@@ -73,22 +73,23 @@ class ExpertSpreader:
             TopologyError: if a layer's experts can't be divided, or were divided in another way.
         """
         for name, layer in moe_layers(module):
-            layer.layer_name = name or type(layer).__name__
+            name = name or type(layer).__name__
             if self.batch is not None:
                 self.batch.reserve(layer.exchanged_counts)
-                layer.batch = self.batch
             local = layer.dispatcher_name == "local"
-            placement = None if local else self.placement(layer.num_experts, layer.layer_name)
-            if placement is None:
-                if layer.is_spread:
-                    raise self._spread_otherwise(layer)
-                continue
-            if not layer.is_spread:
-                layer.experts.keep(placement.first_expert, placement.num_local_experts)
-            here = (layer.experts.first_expert, layer.experts.num_local_experts)
-            if here != (placement.first_expert, placement.num_local_experts):
-                raise self._spread_otherwise(layer)
-            self._attach(layer)
+            placement = None if local else self.placement(layer.num_experts, name)
+            schedule = None
+            if placement is not None:
+                if not layer.is_spread:
+                    layer.experts.keep(placement.expert_ids)
+                assert self.group is not None
+                blocks = self.mesh.placement(layer.num_experts)
+                dispatcher = AllToAllDispatcher(self.group, layer.num_experts, blocks)
+                schedule = SequentialSchedule(dispatcher)
+            held = tuple(range(layer.num_experts)) if placement is None else placement.expert_ids
+            if layer.experts.local_ids != held:
+                raise self._spread_otherwise(name, layer)
+            layer.connect(name, self.batch, schedule)
 
     def end_pass(self, layers: Iterable[MoE], device: torch.device) -> None:
         """Ends a forward pass; each rank calls this after it, before anything waits for others.
@@ -133,13 +134,9 @@ class ExpertSpreader:
             if group is not None:
                 group.pending, group.wait = pending, wait
 
-    def _attach(self, layer: MoE) -> None:
-        assert self.group is not None
-        layer.dispatcher = AllToAllDispatcher(self.group, layer.num_experts)
-
-    def _spread_otherwise(self, layer: MoE) -> TopologyError:
+    def _spread_otherwise(self, name: str, layer: MoE) -> TopologyError:
         return TopologyError(
-            f"Layer {layer.layer_name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
+            f"Layer {name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
             f" experts from an earlier run; that does not fit expert_parallel_size="
             f"{self.mesh.ep_size}. Build the model anew, or keep the same expert_parallel_size."
         )

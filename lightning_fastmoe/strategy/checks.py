@@ -17,7 +17,7 @@ from lightning_fastmoe.checkpoint.consistency import unlisted_layers
 from lightning_fastmoe.checkpoint.module_experts import why_not_saved
 from lightning_fastmoe.checkpoint.saving import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
-from lightning_fastmoe.nn import Experts, MoE
+from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.strategy.elementwise import is_elementwise
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
@@ -174,7 +174,7 @@ def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
         CheckpointError: if each rank has another order.
     """
     for name, layer in layers.items():
-        if layer.is_spread and not isinstance(layer.experts, Experts):
+        if layer.is_spread and not layer.experts.is_stacked:
             raise CheckpointError(
                 f"Training can't resume from {path}: the optimizer state in a single file knows"
                 f" parameters by their order, and the experts of layer {name!r}, modules that"

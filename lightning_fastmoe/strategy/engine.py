@@ -235,7 +235,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         state = self.expert_state
         if state.nonfinite == "ignore" or not state.layers:
             return [], refused
-        flags = [_take_flag(layer, self.device) for layer in state.layers.values()]
+        flags = [layer.nonfinite.take(self.device) for layer in state.layers.values()]
         own = torch.tensor(refused, dtype=torch.int32, device=self.device)
         everyone = torch.stack([*flags, own])
         dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
@@ -272,13 +272,6 @@ def _refuse(complaints: list[str]) -> None:
     if complaints:
         more = f" ({len(complaints) - 1} more like it.)" if len(complaints) > 1 else ""
         raise ParameterEditError(complaints[0] + more)
-
-
-def _take_flag(layer: MoE, device: torch.device) -> Tensor:
-    flag, layer.nonfinite = layer.nonfinite, None
-    if flag is None:
-        return torch.zeros((), dtype=torch.int32, device=device)
-    return flag.to(device=device, dtype=torch.int32)
 
 
 def make_engine(

@@ -28,7 +28,6 @@ from lightning_fastmoe.distributed import (
 from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
-from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
@@ -276,8 +275,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
-        if self.zero_stage_3 and self._spreader is not None:
-            meet_before_gathering(self.deepspeed_engine, self._spreader.meet)
+        if self.zero_stage_3:
+            meet_before_gathering(self.deepspeed_engine, self._mesh_for({}).meet)
         self._watch.beat()
         vars(self.lightning_module)[_ENGINE] = self.model
         if self._compiled_steps is not None:
@@ -307,9 +306,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         tag_experts(state.layers.values(), spreader.mesh)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
-            layer.managed = True
-            layer.loss_scale = state.loss_scale
-            layer.nonfinite_policy = "ignore" if self._nonfinite == "ignore" else "collect"
+            layer.balancing.scale = state.loss_scale
+            layer.nonfinite.policy = "ignore" if self._nonfinite == "ignore" else "collect"
 
     @override
     def _auto_select_batch_size(self) -> int:
@@ -383,9 +381,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self._compiled_steps is not None:
             self._compiled_steps.undo()
         for layer in self._expert_state.layers.values():
-            layer.managed = False
-            layer.batch = LocalBatch()
-            layer.nonfinite_policy = "raise"
+            layer.disconnect()
         try:
             if isinstance(self.model, FastMoEEngine):
                 self.model.let_go()

@@ -26,7 +26,7 @@ def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
 
     def fetch_together(module: nn.Module, forward: bool) -> None:
         if any(
-            parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
+            parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
             for parameter in module.parameters(recurse=False)
         ):
             meet(f"the parameters of {names.get(id(module), type(module).__name__)}")

@@ -9,7 +9,6 @@ from pytorch_lightning.callbacks import ModelSummary
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.sizes import numel
 
 
@@ -33,7 +32,7 @@ def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
         "The summary above counts the experts of one rank only, such as"
         f" {first.num_local_experts} of {first.num_experts} in {name}."
     )
-    if all(isinstance(layer.experts, Experts) for layer in divided.values()):
+    if all(layer.experts.is_stacked for layer in divided.values()):
         text += f" The other ranks hold {sum(map(_elsewhere, divided.values())):,} parameters more."
     rank_zero_info(f"{text} Add the callback MoESummary for the whole model's numbers.")
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
-from lightning_fastmoe.nn import Experts, MoE
+from lightning_fastmoe.nn import MoE
 
 
 def spread_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
@@ -17,7 +17,7 @@ def spread_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
     return {
         name: layer
         for name, layer in layers.items()
-        if layer.is_spread and not isinstance(layer.experts, Experts)
+        if layer.is_spread and not layer.experts.is_stacked
     }
 
 

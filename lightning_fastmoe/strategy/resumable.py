@@ -138,7 +138,7 @@ class ResumableLoader:
     def _iterate(self, skip: int, sampled: dict[str, Any] | None) -> Iterator[Any]:
         if self._indices is not None:
             return self._indices.iterate(self._loader, skip, sampled)
-        iterator = iter(self._loader)
+        iterator: Iterator[Any] = iter(self._loader)
         for _ in itertools.islice(iterator, skip):
             pass
         return iterator

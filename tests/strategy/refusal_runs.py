@@ -352,7 +352,7 @@ def meshes(case: Case) -> dict[str, Any]:
         "names": mesh.mesh_dim_names,
         "ranks": mesh.mesh.tolist(),
         "local": [layer.num_local_experts for layer in module.net["moes"]],
-        "first": [layer.experts.first_expert for layer in module.net["moes"]],
+        "first": [layer.experts.local_ids[0] for layer in module.net["moes"]],
     }
 
 

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.capacity import CapacityFactors, check_factor
-from lightning_fastmoe.nn.experts import Experts
-from lightning_fastmoe.nn.module_experts import ExpertFactory, ModuleExperts
-from lightning_fastmoe.nn.placement import Placement
+from lightning_fastmoe.nn.experts import (
+    ExpertFactory,
+    Experts,
+    ModuleExperts,
+    SharedExpert,
+    StackedExperts,
+)
 from lightning_fastmoe.nn.router import ROUTERS, Router
-from lightning_fastmoe.nn.router.base import LOSSES
-
-DEFAULT_COEFFICIENTS = {
-    "load_balancing": 0.01,
-    "z_loss": 0.001,
-    "importance": 0.1,
-    "load": 0.1,
-    "sequence_balancing": 0.0,
-    "global_balancing": 0.0,
-}
-"""Coefficients of the losses that a router has switched on if the layer isn't told."""
+from lightning_fastmoe.nn.router.traits import RouterTraits
 
 RouterArgument = str | nn.Module | Callable[..., nn.Module]
 
@@ -134,26 +126,47 @@ def _import(argument: str, path: str, others: str = "") -> Callable[..., nn.Modu
     return found  # type: ignore[no-any-return]
 
 
+def resolve_num_experts(num_experts: int | None, expert: Any) -> int:
+    """``num_experts``, or if it is None the length of a list of experts.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    listed = isinstance(expert, Sequence | nn.ModuleList) and not isinstance(expert, str)
+    found = len(expert) if num_experts is None and listed else num_experts
+    check_sizes(num_experts=found)
+    assert found is not None
+    return found
+
+
 def make_experts(
     expert: ExpertFactory | Sequence[nn.Module] | str | None,
     d_model: int,
     d_ffn: int | None,
     num_experts: int,
-    placement: Placement | None,
-    layer_seed: int,
+    local_ids: Iterable[int] | None,
     *,
+    layer_seed: int,
     activation: str,
     bias: bool,
     init_std: float | None,
-) -> Experts | ModuleExperts:
+) -> Experts:
     """The local experts of a layer: stacked FFNs, or modules.
+
+    Args:
+        expert: what ``MoE(expert=...)`` takes; None for FFNs.
+        d_model: D.
+        d_ffn: F; None with modules that don't take it.
+        num_experts: E of the whole model.
+        local_ids: global ids of the experts to make; None for all.
+        layer_seed: seeds each expert together with its global id.
+        activation: of FFNs.
+        bias: of FFNs.
+        init_std: of FFNs.
 
     Raises:
         ConfigError: if ``expert`` doesn't fit ``num_experts``, or ``d_ffn`` is missing.
     """
-    first = placement.first_expert if placement else 0
-    local = placement.num_local_experts if placement else num_experts
-    place = {"first_expert": first, "num_local_experts": local, "layer_seed": layer_seed}
     if expert is not None:
         if isinstance(expert, str):
             expert = _import("expert", expert)
@@ -170,98 +183,40 @@ def make_experts(
                     " holds all experts of the whole model."
                 )
         sizes = (d_model,) if d_ffn is None else (d_model, d_ffn)
-        return ModuleExperts(expert, sizes, num_experts, **place)
+        return ModuleExperts(expert, sizes, num_experts, local_ids, layer_seed=layer_seed)
     assert d_ffn is not None
-    return Experts(
-        d_model, d_ffn, num_experts, **place, activation=activation, bias=bias, init_std=init_std
+    return StackedExperts(
+        d_model,
+        d_ffn,
+        num_experts,
+        local_ids,
+        layer_seed=layer_seed,
+        activation=activation,
+        bias=bias,
+        init_std=init_std,
     )
 
 
-def loss_coefficients(router: nn.Module, **given: float | None) -> dict[str, float]:
-    """Each loss's coefficient: as given, else the default if the router has the loss switched on.
+def make_shared_expert(
+    ffn: int | nn.Module | None, gate: bool, d_model: int, **options: Any
+) -> SharedExpert | None:
+    """The shared expert of a layer, if it has one.
 
     Raises:
-        ConfigError: for a coefficient that is negative or not finite, or a loss that means nothing
-            to this router.
+        ConfigError: for a gate without an expert.
     """
-    known: frozenset[str] = getattr(router, "losses", LOSSES)
-    usual: frozenset[str] = getattr(router, "default_losses", Router.default_losses)
-    coefficients = {}
-    for name, value in given.items():
-        if name not in DEFAULT_COEFFICIENTS:
-            raise ConfigError(
-                f"{name} is no loss of a MoE layer. They are: {', '.join(DEFAULT_COEFFICIENTS)}."
-            )
-        if value is None:
-            value = DEFAULT_COEFFICIENTS[name] if name in usual else 0.0
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value >= 0):
-            raise ConfigError(
-                f"{name}={value!r} is invalid: a loss coefficient must be finite and at least 0"
-                " (0 switches the loss off)."
-            )
-        if value > 0 and name not in known:
-            raise ConfigError(
-                f"{name}={value!r}, but this loss has no meaning for {type(router).__name__}."
-                f" Its losses are: {', '.join(sorted(known)) or 'none'}."
-            )
-        coefficients[name] = value
-    return coefficients
+    if ffn is not None:
+        return SharedExpert(d_model, ffn, gate=gate, **options)
+    if gate:
+        raise ConfigError("shared_expert_gate=True without shared_expert: there is none to gate.")
+    return None
 
 
-def capacity_factors(
-    router: nn.Module, given: CapacityFactors | str
-) -> tuple[float | None, float | None]:
-    """The capacity factors in training and evaluation; "router" asks the router.
-
-    Raises:
-        ConfigError: if one is not positive, or the router has no use for it.
-    """
-    if isinstance(given, str):
-        if given != "router":
-            raise ConfigError(
-                f"capacity_factor={given!r} is unknown: give a number, a pair (training,"
-                " evaluation), None for dropless, or 'router' for the router's own."
-            )
-        usual: tuple[float | None, float | None]
-        usual = getattr(router, "capacity_factors", (None, None))
-        return usual
-    pair = tuple(given) if isinstance(given, tuple | list) else (given, given)
-    if len(pair) != 2:
-        raise ConfigError(
-            f"capacity_factor={given!r} is invalid: a pair is (training, evaluation)."
-        )
-    train, evaluate = (check_factor("capacity_factor", value) for value in pair)
-    check_takes_capacity(router, train)
-    check_takes_capacity(router, evaluate)
-    return train, evaluate
-
-
-def check_takes_capacity(router: nn.Module, factor: float | None) -> None:
-    """Refuses a factor that the router couldn't act on.
-
-    Raises:
-        ConfigError: for expert choice without a factor, or Soft MoE with one.
-    """
-    if not getattr(router, "own_capacity", False):
-        return
-    needs = getattr(router, "capacity_factors", (None, None))[0] is not None
-    if needs != (factor is not None):
-        raise ConfigError(
-            f"capacity_factor={factor!r} doesn't suit {type(router).__name__}: "
-            + (
-                "its experts take that many times T/E tokens, so it must be a number."
-                if needs
-                else "it drops nothing and takes none. Drop the argument."
-            )
-        )
-
-
-def warn_if_not_causal(layer: Any, name: str) -> None:
+def warn_if_not_causal(traits: RouterTraits, layer: str) -> None:
     """Warns if the router of a MoE layer in an autoregressive model sees later tokens."""
-    if not getattr(layer.router, "causal", True):
+    if not traits.causal:
         warnings.warn(
-            f"{name}: {type(layer.router).__name__} is not causal: which expert a token meets"
+            f"{layer}: {traits.name} is not causal: which expert a token meets"
             " depends on later tokens, so an autoregressive model learns from what it must predict"
             " and does worse when it generates. Choose a router that treats each token alone.",
             CausalityWarning,
@@ -271,7 +226,7 @@ def warn_if_not_causal(layer: Any, name: str) -> None:
 
 def check_sizes(**sizes: Any) -> None:
     """Raises:
-    ConfigError: if one is no integer of at least 1.
+    ConfigError: if one is not an integer of at least 1.
     """
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

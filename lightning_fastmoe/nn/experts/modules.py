@@ -1,9 +1,9 @@
-"""Experts of one's own: any modules, alike or not, each called with its own tokens."""
+"""Experts that are modules of the user's own, each called with its own tokens."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_fastmoe.errors import ConfigError, ShapeError
-from lightning_fastmoe.nn.init import expert_generator
+from lightning_fastmoe.nn.experts.base import Experts
+from lightning_fastmoe.nn.experts.init import expert_generator
 
 ExpertFactory = Callable[..., nn.Module]
 
 
-class ModuleExperts(nn.Module):
-    """The local ones of E experts, each a module named after its global id.
+class ModuleExperts(Experts):
+    """The routed experts of one layer that live on this rank, each a module named after its id.
 
     Every local expert is called in each pass, with no tokens if it has none, so that every
     parameter gets a gradient. Splitting the tokens reads their counts on the host.
@@ -26,8 +27,7 @@ class ModuleExperts(nn.Module):
         expert: called once per local expert, as ``expert(*arguments)``; or the E modules.
         arguments: for ``expert``.
         num_experts: E of the whole model.
-        first_expert: global id of the first local expert.
-        num_local_experts: e.
+        local_ids: global ids of the experts on this rank, ascending; None for all.
         layer_seed: seeds torch's global generator for each expert, together with its global id, so
             an expert starts from the same weights on any topology.
 
@@ -35,19 +35,18 @@ class ModuleExperts(nn.Module):
         ConfigError: if ``expert`` yields no modules, or one twice.
     """
 
+    is_stacked = False
+
     def __init__(
         self,
         expert: ExpertFactory | Sequence[nn.Module],
         arguments: tuple[int, ...],
         num_experts: int,
+        local_ids: Iterable[int] | None = None,
         *,
-        first_expert: int,
-        num_local_experts: int,
         layer_seed: int,
     ) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.first_expert, self.num_local_experts = first_expert, num_local_experts
+        super().__init__(num_experts, local_ids)
         for i in self.local_ids:
             module = _build(expert, arguments, layer_seed, i) if callable(expert) else expert[i]
             if not isinstance(module, nn.Module):
@@ -63,22 +62,13 @@ class ModuleExperts(nn.Module):
             self.add_module(str(i), module)
 
     @property
-    def local_ids(self) -> range:
-        """Global ids of the experts on this rank."""
-        return range(self.first_expert, self.first_expert + self.num_local_experts)
-
-    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the first floating parameter, None without any."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
 
-    def keep(self, first_expert: int, num_local_experts: int) -> None:
-        """Drops all experts but ``[first_expert, first_expert + num_local_experts)``."""
-        kept = range(first_expert, first_expert + num_local_experts)
-        for i in self.local_ids:
-            if i not in kept:
-                delattr(self, str(i))
-        self.first_expert, self.num_local_experts = first_expert, num_local_experts
+    def _keep(self, ids: tuple[int, ...]) -> None:
+        for i in set(self.local_ids) - set(ids):
+            delattr(self, str(i))
 
     def forward(self, x: Any, tokens_per_expert: Tensor) -> Any:
         """Calls each local expert with its rows.
@@ -109,7 +99,7 @@ class ModuleExperts(nn.Module):
                 )
             if outputs and y_spec != out_spec:
                 raise ShapeError(
-                    f"Expert {i} returned another structure than expert {self.first_expert}:"
+                    f"Expert {i} returned another structure than expert {self.local_ids[0]}:"
                     f" {y_spec} and {out_spec}. All experts of a layer must return the same."
                 )
             outputs.append(y_leaves)
@@ -124,11 +114,6 @@ class ModuleExperts(nn.Module):
             if key[len(prefix) :].split(".")[0] in others:
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        """The arguments, for ``print(model)``."""
-        last = self.first_expert + self.num_local_experts - 1
-        return f"experts {self.first_expert}..{last} of {self.num_experts}"
 
 
 def _build(

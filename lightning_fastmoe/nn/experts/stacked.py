@@ -1,18 +1,19 @@
-"""Stacked expert weights."""
+"""Experts that are FFNs of one shape: their weights stacked, their products grouped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.nn.init import init_experts_
+from lightning_fastmoe.nn.experts.base import Experts
+from lightning_fastmoe.nn.experts.init import init_experts_
 
 
-class Experts(nn.Module):
+class StackedExperts(Experts):
     """The routed FFNs of one layer that live on this rank, stacked along the first dimension.
 
     The layout is that of Hugging Face transformers 5 (``Qwen3MoeExperts`` and its kin), so weights
@@ -28,33 +29,32 @@ class Experts(nn.Module):
         d_model: D.
         d_ffn: F, the inner width of one expert.
         num_experts: E of the whole model.
-        first_expert: global id of the first local expert.
-        num_local_experts: e.
+        local_ids: global ids of the experts on this rank, ascending; None for all.
         layer_seed: seeds each expert together with its global id.
         activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`, or "clamped_swiglu".
         bias: whether both projections have biases (initially zero).
         init_std: see :func:`~lightning_fastmoe.nn.init.init_experts_`.
     """
 
+    is_stacked = True
+
     def __init__(
         self,
         d_model: int,
         d_ffn: int,
         num_experts: int,
+        local_ids: Iterable[int] | None = None,
         *,
-        first_expert: int,
-        num_local_experts: int,
         layer_seed: int,
         activation: str = "swiglu",
         bias: bool = False,
         init_std: float | None = None,
     ) -> None:
-        super().__init__()
-        self.d_model, self.d_ffn, self.num_experts = d_model, d_ffn, num_experts
-        self.first_expert, self.num_local_experts = first_expert, num_local_experts
+        super().__init__(num_experts, local_ids)
+        self.d_model, self.d_ffn = d_model, d_ffn
         self.layer_seed, self.activation, self.init_std = layer_seed, activation, init_std
         up_rows = (2 if ops.is_gated(activation) else 1) * d_ffn
-        e = num_local_experts
+        e = self.num_local_experts
         self.up_proj = nn.Parameter(torch.empty(e, up_rows, d_model))
         self.down_proj = nn.Parameter(torch.empty(e, d_model, d_ffn))
         self.up_bias = nn.Parameter(torch.empty(e, up_rows)) if bias else None
@@ -70,7 +70,7 @@ class Experts(nn.Module):
                 getattr(self, name),
                 name=name,
                 layer_seed=self.layer_seed,
-                first_expert=self.first_expert,
+                expert_ids=self.local_ids,
                 fan_in=fan_in,
                 std=self.init_std,
             )
@@ -78,17 +78,12 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    @torch.no_grad()
-    def keep(self, first_expert: int, num_local_experts: int) -> None:
-        """Drops all experts but ``[first_expert, first_expert + num_local_experts)`` (global ids).
-
-        Parameters are replaced by copies of their slices, so that the memory of the rest is freed.
-        """
-        start = first_expert - self.first_expert
+    def _keep(self, ids: tuple[int, ...]) -> None:
+        """Parameters are replaced by copies of their slices, so that the rest is freed."""
         for name, parameter in self.named_parameters():
-            kept = parameter[start : start + num_local_experts].detach().clone()
+            rows = _rows(self.local_ids, ids)
+            kept = parameter.detach()[rows].clone()
             setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-        self.first_expert, self.num_local_experts = first_expert, num_local_experts
 
     def forward(
         self,
@@ -120,17 +115,13 @@ class Experts(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""
-        for name in self._local_names():
-            value = state_dict.get(prefix + name)
-            if not isinstance(value, Tensor) or self.num_local_experts == self.num_experts:
-                continue
-            if value.shape[:1] == (self.num_experts,):
-                first = self.first_expert
-                state_dict[prefix + name] = value[first : first + self.num_local_experts]
+        if self.num_local_experts < self.num_experts:
+            for name, _ in self.named_parameters(recurse=False):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and value.shape[:1] == (self.num_experts,):
+                    rows = _rows(range(self.num_experts), self.local_ids)
+                    state_dict[prefix + name] = value[rows]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _local_names(self) -> Iterator[str]:
-        return (name for name, _ in self.named_parameters(recurse=False))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,8 +130,13 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
-        last = self.first_expert + self.num_local_experts - 1
-        return (
-            f"d_model={self.d_model}, d_ffn={self.d_ffn}, activation={self.activation},"
-            f" experts {self.first_expert}..{last} of {self.num_experts}"
-        )
+        sizes = f"d_model={self.d_model}, d_ffn={self.d_ffn}, activation={self.activation}"
+        return f"{sizes}, {super().extra_repr()}"
+
+
+def _rows(held: Sequence[int], wanted: Sequence[int]) -> slice | list[int]:
+    """Where experts ``wanted`` stand among ``held``; a slice, which makes no copy, if it can be."""
+    rows = [held.index(i) for i in wanted]
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,14 +39,34 @@ class TokenInputs:
     sequence_ids: Tensor | None = None
 
     @property
+    def tokens(self) -> Tensor:
+        """(T, D): the tensor by which the router chooses, the first."""
+        return self.leaves[0]
+
+    def with_leaves(self, leaves: list[Tensor]) -> TokenInputs:
+        """The same call with other tensors."""
+        return replace(self, leaves=leaves)
+
+    def to(self, dtype: torch.dtype) -> TokenInputs:
+        """The same call with its floating-point tensors in ``dtype``."""
+        return self.with_leaves([t.to(dtype) if t.is_floating_point() else t for t in self.leaves])
+
+    def structure(self, leaves: list[Tensor]) -> Any:
+        """``leaves`` in the structure of the input."""
+        return leaves[0] if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(sequences, tokens of each) before a mask; sequences lie along the first dimension."""
         if len(self.lead) < 2:
             return 1, math.prod(self.lead)
         return self.lead[0], math.prod(self.lead[1:])
 
-    def restore(self, y: Tensor, masked_values: MaskedValues | None) -> Tensor:
-        """``y (T, ...)`` -> (*lead, ...), with the masked tokens' values put in."""
+    def restore(self, y: Any, masked_values: MaskedValues | None) -> Any:
+        """Tensors ``(T, ...)`` -> (*lead, ...), with the masked tokens' values put in."""
+        return pytree.tree_map(lambda leaf: self._restore(leaf, masked_values), y)
+
+    def _restore(self, y: Tensor, masked_values: MaskedValues | None) -> Tensor:
         if self.positions is not None:
             assert self.labels is not None
             full = y.new_zeros((self.labels.shape[0], *y.shape[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ def init_experts_(
     *,
     name: str,
     layer_seed: int,
-    first_expert: int,
+    expert_ids: Iterable[int],
     fan_in: int,
     std: float | None,
 ) -> None:
-    """Fills ``stacked (e, ...)`` with the initial values of experts ``first_expert + i``.
+    """Fills ``stacked (e, ...)`` with the initial values of these experts.
 
     Drawn in fp32 on the CPU, so that every device and dtype starts from the same numbers.
 
@@ -44,13 +45,13 @@ def init_experts_(
         stacked: one slice per local expert.
         name: the parameter's name, part of the seed.
         layer_seed: from :func:`draw_layer_seed`.
-        first_expert: global id of ``stacked[0]``.
+        expert_ids: global ids, one for each slice.
         fan_in: inputs of the projection.
         std: standard deviation of a normal distribution; None draws from U(-b, b) with
             ``b = 1 / sqrt(fan_in)``, as ``torch.nn.Linear`` does.
     """
-    for i, target in enumerate(stacked):
-        generator = expert_generator(layer_seed, name, first_expert + i)
+    for i, target in zip(expert_ids, stacked, strict=True):
+        generator = expert_generator(layer_seed, name, i)
         values = torch.empty(target.shape, dtype=torch.float32, device="cpu")
         if std is None:
             bound = fan_in**-0.5

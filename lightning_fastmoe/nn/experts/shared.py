@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.nn.router.base import init_gate
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.router.interface import init_gate
 
 
 class SharedExpert(nn.Module):
@@ -23,6 +24,9 @@ class SharedExpert(nn.Module):
         bias: of the FFN.
         gate: have the gate.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
+
+    Raises:
+        ConfigError: if the width is less than 1.
     """
 
     def __init__(
@@ -36,6 +40,10 @@ class SharedExpert(nn.Module):
         init_std: float | None,
     ) -> None:
         super().__init__()
+        if not isinstance(ffn, nn.Module) and ffn < 1:
+            raise ConfigError(
+                f"shared_expert={ffn!r} is invalid: it must be an integer of at least 1."
+            )
         self.ffn = (
             ffn
             if isinstance(ffn, nn.Module)

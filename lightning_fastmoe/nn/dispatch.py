@@ -1,4 +1,4 @@
-"""How tokens reach their experts and come back: the interface, and the one-rank case."""
+"""How rows cross ranks, and the order they have there: the interface, and the one-rank case."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.nn.router.base import Routing
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.router import Routing
 
 DISPATCHERS = ("auto", "local", "all_to_all")
-"""Names that ``MoE(dispatcher=...)`` takes. "auto" is "local" until experts are spread."""
+"""Names that ``MoE(dispatcher=...)`` takes. "auto" is "local" until experts are sharded."""
+
+
+def check_dispatcher(name: str) -> None:
+    """Raises:
+    ConfigError: if ``name`` is not one of :data:`DISPATCHERS`.
+    """
+    if name not in DISPATCHERS:
+        raise ConfigError(
+            f"dispatcher={name!r} is unknown. It must be one of: {', '.join(DISPATCHERS)}."
+        )
 
 
 class Dispatcher(Protocol):
-    """Moves tokens to experts and back. Not a module: it owns no parameters.
+    """Moves rows to the ranks of their experts and back. Not a module: it owns no parameters.
 
-    All dispatchers are interchangeable; each gives the same numbers as :class:`LocalDispatcher`
-    with all experts.
+    A part that schedules use. All dispatchers are interchangeable: each gives the numbers of
+    :class:`LocalDispatcher` with all experts on one rank.
     """
 
     def dispatch(self, x: Tensor, routing: Routing, layer: str) -> tuple[Tensor, Tensor, Any]:
