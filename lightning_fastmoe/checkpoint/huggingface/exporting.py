@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from lightning_fastmoe.checkpoint.copying import read_parts, target_dtype
-from lightning_fastmoe.checkpoint.files import fsync_directory, write_small
+from lightning_fastmoe.checkpoint.format.files import fsync_directory, write_small
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
+from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
 from lightning_fastmoe.checkpoint.huggingface.architecture import (
     CONFIG,
     Architecture,
@@ -23,9 +25,7 @@ from lightning_fastmoe.checkpoint.huggingface.architecture import (
     weight_shapes,
 )
 from lightning_fastmoe.checkpoint.huggingface.families import FAMILIES
-from lightning_fastmoe.checkpoint.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.records import DTYPES, weight_name
-from lightning_fastmoe.checkpoint.stream import StreamedTensor, write_safetensors
+from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
 from lightning_fastmoe.errors import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -14,6 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_fastmoe import __version__
+from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
+from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.writer import write_checkpoint
 from lightning_fastmoe.checkpoint.huggingface.architecture import (
     Architecture,
     Slot,
@@ -22,10 +26,6 @@ from lightning_fastmoe.checkpoint.huggingface.architecture import (
     weight_shapes,
 )
 from lightning_fastmoe.checkpoint.huggingface.exporting import INDEX, SINGLE
-from lightning_fastmoe.checkpoint.manifest import Manifest, Topology
-from lightning_fastmoe.checkpoint.records import DTYPES, weight_name
-from lightning_fastmoe.checkpoint.shards import OwnedPiece
-from lightning_fastmoe.checkpoint.writer import write_checkpoint
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 
 _IGNORED = ".rotary_emb.inv_freq"
@@ -61,7 +61,7 @@ def import_model(
     Raises:
         ConfigError: if the model is of no known family, or its weights aren't those of its config.
         CheckpointError: if a file is damaged, or see
-            :class:`~lightning_fastmoe.checkpoint.publish.Publication`.
+            :class:`~lightning_fastmoe.checkpoint.format.publish.Publication`.
         OSError: if it can't be written.
     """
     config = read_config(source)

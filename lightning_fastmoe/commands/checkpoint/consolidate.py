@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the file."""
     from lightning_fastmoe.checkpoint import CheckpointReader
-    from lightning_fastmoe.checkpoint.consolidate import FORMATS, Consolidation, consolidate
+    from lightning_fastmoe.checkpoint.tools.consolidate import FORMATS, Consolidation, consolidate
     from lightning_fastmoe.errors import ConfigError
 
     output: Path = arguments.output

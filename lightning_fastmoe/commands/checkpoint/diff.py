@@ -20,7 +20,7 @@ from lightning_fastmoe.commands.checkpoint.console import (
 )
 
 if TYPE_CHECKING:
-    from lightning_fastmoe.checkpoint.compare import Difference
+    from lightning_fastmoe.checkpoint.tools.diff import Difference
 
 _SHOWN = 50
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the differences."""
     from lightning_fastmoe.checkpoint import CheckpointReader
-    from lightning_fastmoe.checkpoint.compare import bytes_to_compare, compare
+    from lightning_fastmoe.checkpoint.tools.diff import bytes_to_compare, compare
     from lightning_fastmoe.errors import ConfigError
 
     if not (arguments.atol >= 0 and arguments.rtol >= 0):

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the summary."""
     from lightning_fastmoe.checkpoint import CheckpointReader
-    from lightning_fastmoe.checkpoint.summary import summarize
+    from lightning_fastmoe.checkpoint.tools.inspect import summarize
 
     with CheckpointReader(arguments.checkpoint) as reader:
         summary = summarize(reader, tensors=arguments.tensors)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the new checkpoint."""
     from lightning_fastmoe.checkpoint import CheckpointReader
-    from lightning_fastmoe.checkpoint.reshard import reshard
+    from lightning_fastmoe.checkpoint.tools.reshard import reshard
     from lightning_fastmoe.errors import ConfigError
 
     if arguments.ranks < 1:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the damages, or that there are none."""
-    from lightning_fastmoe.checkpoint.audit import Audit
+    from lightning_fastmoe.checkpoint.tools.verify import Audit
 
     with progress("verifying") as bar:
         audit = Audit(

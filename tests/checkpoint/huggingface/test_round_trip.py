@@ -20,8 +20,8 @@ from checkpoint.huggingface.families import (
 )
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.audit import Audit
 from lightning_fastmoe.checkpoint.huggingface import Architecture, read_config
+from lightning_fastmoe.checkpoint.tools.verify import Audit
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.lm.decoder import MoEDecoder

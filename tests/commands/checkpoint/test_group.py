@@ -134,7 +134,7 @@ def test_interrupted(path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_fastmoe.checkpoint.audit.Audit.damages", interrupt)
+    monkeypatch.setattr("lightning_fastmoe.checkpoint.tools.verify.Audit.damages", interrupt)
     assert main(["checkpoint", "verify", str(path)]) == 130
 
 
