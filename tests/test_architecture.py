@@ -3,7 +3,7 @@
     errors <- argument_types, registration, load_log, co_activation_log, ops <- nn
         <- distributed, sizes <- checkpoint <- strategy
         <- callbacks, metrics, lm, report
-        <- commands <- cli
+        <- cli
 
 An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
 constant string given to ``import_module``.
@@ -41,8 +41,7 @@ LEVELS = {
     "metrics": 6,
     "report": 6,
     "testing": 6,
-    "commands": 7,
-    "cli": 8,
+    "cli": 7,
 }
 """A component may import those of lower levels, and its own level."""
 
@@ -52,7 +51,7 @@ INIT = "__init__"
 LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning"}
 MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "lm", INIT}
 MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint"}
-STARTS_AT_ONCE = {"cli", "commands"}
+STARTS_AT_ONCE = {"cli"}
 """What is imported before a command's arguments are checked: the standard library alone."""
 
 
@@ -178,10 +177,10 @@ def test_file_keeps_the_rules(file: Path):
         pytest.param("strategy/a.py", "from ..testing import spawn", id="testing"),
         pytest.param("__init__.py", "import lightning_fastmoe.testing", id="testing-in-init"),
         pytest.param("utils.py", "import torch", id="component-without-place"),
-        pytest.param("cli.py", "from .lm.cli import run", id="cli-slow-start"),
-        pytest.param("commands/a.py", "import torch", id="command-slow-start"),
-        pytest.param("commands/a.py", "from lightning_fastmoe.ops import x", id="command-ops"),
-        pytest.param("commands/a.py", "def run():\n    import deepspeed", id="command-deepspeed"),
+        pytest.param("cli/entry.py", "from ..lm.cli import run", id="cli-slow-start"),
+        pytest.param("cli/a.py", "import torch", id="command-slow-start"),
+        pytest.param("cli/a.py", "from lightning_fastmoe.ops import x", id="command-ops"),
+        pytest.param("cli/a.py", "def run():\n    import deepspeed", id="command-deepspeed"),
         pytest.param("ops/a.py", "x = 1\n" * (MAX_LINES + 1), id="long-file"),
     ],
 )
@@ -200,12 +199,12 @@ def test_checker_flags(path: str, source: str):
         pytest.param(
             "lm/a.py", "import pytorch_lightning\nfrom ..metrics import x", id="own-level"
         ),
-        pytest.param("cli.py", "from lightning_fastmoe import __version__", id="version"),
+        pytest.param("cli/entry.py", "from lightning_fastmoe import __version__", id="version"),
         pytest.param("strategy/a.py", "import deepspeed, lightning_fabric", id="strategy"),
         pytest.param("checkpoint/a.py", "from deepspeed.runtime import zero", id="checkpoint"),
-        pytest.param("commands/a.py", "def run(a):\n    import torch", id="command-late"),
-        pytest.param("commands/a.py", "if TYPE_CHECKING:\n    import torch", id="command-types"),
-        pytest.param("commands/a.py", "from ..errors import ConfigError", id="command-errors"),
+        pytest.param("cli/a.py", "def run(a):\n    import torch", id="command-late"),
+        pytest.param("cli/a.py", "if TYPE_CHECKING:\n    import torch", id="command-types"),
+        pytest.param("cli/a.py", "from ..errors import ConfigError", id="command-errors"),
         pytest.param("testing/a.py", "from lightning_fastmoe.strategy import x", id="testing"),
         pytest.param("__init__.py", "from lightning_fastmoe.cli import main", id="init"),
         pytest.param("ops/a.py", "x = 1\n" * MAX_LINES, id="longest-file"),

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from lightning_fastmoe import cli
+from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
+from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.lm import cli as lm_cli
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -122,8 +124,8 @@ def test_traceback_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-fastmoe"])
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
-    with pytest.raises(cli.FastMoEError, match="nowhere"):
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
+    with pytest.raises(FastMoEError, match="nowhere"):
         cli.main(["fit", "--trainer.max_steps=1", f"--data.path={tmp_path / 'nowhere'}"])
 
 

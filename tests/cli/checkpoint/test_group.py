@@ -12,8 +12,8 @@ import pytest
 from checkpoint.samples import write_sample
 
 from lightning_fastmoe.cli import main
-from lightning_fastmoe.commands.checkpoint import VERBS
-from lightning_fastmoe.commands.checkpoint.console import print_json, readable, size_in_bytes
+from lightning_fastmoe.cli.checkpoint import VERBS
+from lightning_fastmoe.cli.checkpoint.console import print_json, readable, size_in_bytes
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from lightning_fastmoe import __version__, cli
-from lightning_fastmoe.commands import COMMANDS, TRAINING
+from lightning_fastmoe.cli.entry import Parser
+from lightning_fastmoe.cli.table import COMMANDS, TRAINING
 
 HEAVY = ("torch", "pytorch_lightning", "deepspeed", "jsonargparse", "numpy")
 
@@ -77,7 +78,7 @@ def test_help_imports_nothing_heavy() -> None:
 import sys
 sys.argv[:] = ["lightning-fastmoe", "env"]
 from lightning_fastmoe import cli
-from lightning_fastmoe.commands import COMMANDS
+from lightning_fastmoe.cli.table import COMMANDS
 cli.main(["--help"])
 for name in COMMANDS:
     try:
@@ -97,7 +98,7 @@ assert not set(sys.modules) & set({HEAVY!r}), set(sys.modules) & set({HEAVY!r})
 
 
 def test_errors_of_groups_are_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = cli.Parser(prog="program group")
+    parser = Parser(prog="program group")
     inner = parser.add_subparsers(required=True, metavar="COMMAND")
     inner.add_parser("one").add_argument("path")
     assert isinstance(inner, argparse.Action)

@@ -11,8 +11,8 @@ import argparse
 import os
 from pathlib import Path
 
-from lightning_fastmoe.commands.checkpoint.console import print_json, print_text, progress
-from lightning_fastmoe.commands.checkpoint.opening import add_source, verify_unless_told
+from lightning_fastmoe.cli.checkpoint.console import print_json, print_text, progress
+from lightning_fastmoe.cli.checkpoint.opening import add_source, verify_unless_told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fastmoe.commands.checkpoint.console import progress
+from lightning_fastmoe.cli.checkpoint.console import progress
 
 if TYPE_CHECKING:
     from lightning_fastmoe.checkpoint import CheckpointReader

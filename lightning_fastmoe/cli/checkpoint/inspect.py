@@ -8,14 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lightning_fastmoe.commands.checkpoint.console import (
-    plural,
-    print_json,
-    print_text,
-    readable,
-    table,
-)
-from lightning_fastmoe.commands.checkpoint.opening import add_source
+from lightning_fastmoe.cli.checkpoint.console import plural, print_json, print_text, readable, table
+from lightning_fastmoe.cli.checkpoint.opening import add_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

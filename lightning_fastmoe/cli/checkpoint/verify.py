@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_fastmoe.commands.checkpoint.console import (
+from lightning_fastmoe.cli.checkpoint.console import (
     plural,
     print_json,
     print_text,
     progress,
     readable,
 )
-from lightning_fastmoe.commands.checkpoint.opening import add_source
+from lightning_fastmoe.cli.checkpoint.opening import add_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

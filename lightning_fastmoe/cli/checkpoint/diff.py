@@ -11,13 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fastmoe.commands.checkpoint.console import (
-    plural,
-    print_json,
-    print_text,
-    progress,
-    table,
-)
+from lightning_fastmoe.cli.checkpoint.console import plural, print_json, print_text, progress, table
 
 if TYPE_CHECKING:
     from lightning_fastmoe.checkpoint.tools.diff import Difference

@@ -9,11 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lightning_fastmoe.commands import COMMANDS, PROGRAM, TRAINING
+from lightning_fastmoe.cli.table import COMMANDS, PROGRAM, TRACEBACK_VARIABLE, TRAINING
 from lightning_fastmoe.errors import ConfigError, FastMoEError
-
-TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
-"""Set to 1 to see where an error was raised."""
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
@@ -103,7 +100,7 @@ def _run(words: list[str], args: Sequence[str] | None) -> int:
 
 
 def run_command(name: str, words: list[str]) -> int:
-    """Run one of :data:`~lightning_fastmoe.commands.COMMANDS`, and return its exit status."""
+    """Run one of :data:`~lightning_fastmoe.cli.table.COMMANDS`, and return its exit status."""
     module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(
         prog=f"{PROGRAM} {name}",
@@ -120,7 +117,3 @@ def _report(message: str) -> int:
     who = "error" if rank == "0" else f"error (rank {rank})"
     sys.stderr.write(f"{who}: {message}\n")  # in one piece: the ranks share the screen
     return _USAGE_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

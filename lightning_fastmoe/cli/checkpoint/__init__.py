@@ -19,7 +19,8 @@ import os
 import sys
 from typing import Any
 
-from lightning_fastmoe.commands.checkpoint.console import print_json
+from lightning_fastmoe.cli.checkpoint.console import print_json
+from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
 from lightning_fastmoe.errors import CheckpointError, FastMoEError
 
 VERBS = {
@@ -31,11 +32,10 @@ VERBS = {
     "export": "Write a model that Hugging Face transformers loads.",
     "import": "Start from a model of Hugging Face transformers.",
 }
-"""Each is a module of this package that looks like a command (``commands/__init__.py``)."""
+"""Each is a module of this package that looks like a command (``cli/table.py``)."""
 
 DAMAGED = 3
 _USAGE_ERROR = 2
-_TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return int(_module(arguments.verb).run(arguments))
     except (FastMoEError, OSError) as error:
-        if os.environ.get(_TRACEBACK_VARIABLE) == "1":
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         if arguments.json:
             print_json({"error": str(error)})

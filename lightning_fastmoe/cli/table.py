@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PROGRAM = "lightning-fastmoe"
+TRACEBACK_VARIABLE = "LIGHTNING_FASTMOE_TRACEBACK"
+"""Set to 1 to see where an error was raised."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,19 @@ class Command:
 COMMANDS = {
     "build": Command(
         "Compile the CUDA kernels ahead of time, for images and clusters.",
-        "lightning_fastmoe.commands.build",
+        "lightning_fastmoe.cli.build",
     ),
     "env": Command(
         "Print what was found on this machine, and whether the CUDA kernels run on it.",
-        "lightning_fastmoe.commands.env",
+        "lightning_fastmoe.cli.env",
     ),
     "checkpoint": Command(
         "Inspect, verify, compare, reshard, consolidate, export and import checkpoints.",
-        "lightning_fastmoe.commands.checkpoint",
+        "lightning_fastmoe.cli.checkpoint",
     ),
     "report": Command(
         "Show what the experts of a run did, as one HTML page.",
-        "lightning_fastmoe.commands.report",
+        "lightning_fastmoe.cli.report",
     ),
 }
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_fastmoe.commands.checkpoint.console import (
+from lightning_fastmoe.cli.checkpoint.console import (
     print_json,
     print_text,
     progress,
     readable,
     size_in_bytes,
 )
-from lightning_fastmoe.commands.checkpoint.opening import (
+from lightning_fastmoe.cli.checkpoint.opening import (
     add_dtype,
     add_source,
     torch_dtype,

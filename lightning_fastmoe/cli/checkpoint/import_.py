@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lightning_fastmoe.commands.checkpoint.console import print_json, print_text, progress
+from lightning_fastmoe.cli.checkpoint.console import print_json, print_text, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
