@@ -27,6 +27,7 @@ LEVELS = {
     "errors": 0,
     "argument_types": 1,
     "lightning_loaders": 1,
+    "former_paths": 1,
     "registration": 1,
     "load_log": 1,
     "co_activation_log": 1,
@@ -37,6 +38,8 @@ LEVELS = {
     "checkpoint": 4,
     "strategy": 5,
     "callbacks": 6,
+    "huggingface": 5,
+    "demos": 6,
     "lm": 6,
     "metrics": 6,
     "report": 6,
@@ -49,7 +52,7 @@ INIT = "__init__"
 """The package's own __init__.py: what users import. It may import everything but ``testing``."""
 
 LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning"}
-MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "lm", INIT}
+MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "demos", "huggingface", INIT}
 MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint"}
 STARTS_AT_ONCE = {"cli"}
 """What is imported before a command's arguments are checked: the standard library alone."""
@@ -177,7 +180,7 @@ def test_file_keeps_the_rules(file: Path):
         pytest.param("strategy/a.py", "from ..testing import spawn", id="testing"),
         pytest.param("__init__.py", "import lightning_fastmoe.testing", id="testing-in-init"),
         pytest.param("utils.py", "import torch", id="component-without-place"),
-        pytest.param("cli/entry.py", "from ..lm.cli import run", id="cli-slow-start"),
+        pytest.param("cli/entry.py", "from ..demos.byte_lm.cli import run", id="cli-slow-start"),
         pytest.param("cli/a.py", "import torch", id="command-slow-start"),
         pytest.param("cli/a.py", "from lightning_fastmoe.ops import x", id="command-ops"),
         pytest.param("cli/a.py", "def run():\n    import deepspeed", id="command-deepspeed"),
@@ -197,7 +200,7 @@ def test_checker_flags(path: str, source: str):
         ),
         pytest.param("nn/router/__init__.py", "from . import losses", id="own-component"),
         pytest.param(
-            "lm/a.py", "import pytorch_lightning\nfrom ..metrics import x", id="own-level"
+            "demos/a.py", "import pytorch_lightning\nfrom ..metrics import x", id="own-level"
         ),
         pytest.param("cli/entry.py", "from lightning_fastmoe import __version__", id="version"),
         pytest.param("strategy/a.py", "import deepspeed, lightning_fabric", id="strategy"),

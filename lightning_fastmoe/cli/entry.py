@@ -93,7 +93,7 @@ def _run(words: list[str], args: Sequence[str] | None) -> int:
             "fit needs a configuration, as nothing else says what to train and for how long:"
             f" {PROGRAM} fit --config examples/tiny_lm.yaml (a file of the repository)"
         )
-    from lightning_fastmoe.lm.cli import run
+    from lightning_fastmoe.demos.byte_lm.cli import run
 
     run(args)
     return 0

@@ -25,7 +25,7 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_training_commands_are_those_of_lightning() -> None:
-    from lightning_fastmoe.lm.cli import FastMoECLI
+    from lightning_fastmoe.demos.byte_lm.cli import FastMoECLI
 
     assert list(FastMoECLI.subcommands()) == list(TRAINING)
 

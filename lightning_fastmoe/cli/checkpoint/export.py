@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the directory."""
     from lightning_fastmoe.checkpoint import CheckpointReader
-    from lightning_fastmoe.checkpoint.huggingface import export
+    from lightning_fastmoe.huggingface import export
 
     with CheckpointReader(arguments.checkpoint) as reader:
         reader.advice = "Pass --config with the model's config.json: then they are not needed."

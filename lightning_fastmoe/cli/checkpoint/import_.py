@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the checkpoint."""
-    from lightning_fastmoe.checkpoint.huggingface import import_model
     from lightning_fastmoe.errors import ConfigError
+    from lightning_fastmoe.huggingface import import_model
 
     if os.path.lexists(arguments.output) and not arguments.overwrite:
         raise ConfigError(f"{arguments.output} exists already: pass --overwrite to replace it.")

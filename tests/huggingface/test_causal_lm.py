@@ -8,20 +8,13 @@ import shutil
 import pytest
 import torch
 import transformers
-from checkpoint.huggingface.families import (
-    TOLERANCE,
-    files_of,
-    logits_of,
-    make_model,
-    make_tokens,
-    same,
-)
-from lm.finetune_runs import batch_of, finetune
+from huggingface.families import TOLERANCE, files_of, logits_of, make_model, make_tokens, same
+from huggingface.finetune_runs import batch_of, finetune
 
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError, ConfigError
-from lightning_fastmoe.lm import MoECausalLM
+from lightning_fastmoe.huggingface import MoECausalLM
 
 
 def run(*words) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_fastmoe import RouterBiasBalancing, moe_losses
+from lightning_fastmoe.demos.byte_lm import MoELanguageModel
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.lm import MoELanguageModel
 from lightning_fastmoe.metrics import ExpertLoad
 from lightning_fastmoe.nn import CausalityWarning, moe_layers
 from lightning_fastmoe.nn.router import ROUTERS

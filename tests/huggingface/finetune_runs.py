@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import FastMoEStrategy
-from lightning_fastmoe.lm import MoECausalLM
+from lightning_fastmoe.huggingface import MoECausalLM
 from lightning_fastmoe.nn import MoE, Routing, moe_layers
 
 VOCAB, LENGTH = 61, 9

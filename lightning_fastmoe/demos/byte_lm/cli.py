@@ -18,9 +18,9 @@ import torch.distributed as dist
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_fastmoe.demos.byte_lm.data import ByteCorpus
+from lightning_fastmoe.demos.byte_lm.model import MoELanguageModel
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.lm.data import ByteCorpus
-from lightning_fastmoe.lm.model import MoELanguageModel
 
 _CHATTER = (
     "GPU available:",
@@ -131,7 +131,7 @@ def run(args: Sequence[str] | None = None) -> None:
             "training from the command line needs jsonargparse:"
             " pip install 'lightning-fastmoe[cli]'"
         ) from None
-    from lightning_fastmoe.lm.parser import OneLineParser
+    from lightning_fastmoe.demos.byte_lm.parser import OneLineParser
 
     try:
         FastMoECLI(

@@ -8,14 +8,14 @@ import os
 import pytest
 import torch
 import transformers
-from checkpoint.huggingface.families import CONFIGS, make_model
 from checkpoint.samples import write_sample
+from huggingface.families import CONFIGS, make_model
 from safetensors.torch import load_file, save_file
 
-from lightning_fastmoe.checkpoint.huggingface import FAMILIES, Architecture
-from lightning_fastmoe.checkpoint.huggingface.architecture import slots, weight_shapes
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface import FAMILIES, Architecture
+from lightning_fastmoe.huggingface.architecture import slots, weight_shapes
 
 
 @pytest.fixture(scope="module")

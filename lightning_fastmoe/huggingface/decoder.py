@@ -1,7 +1,7 @@
 """The decoder that Mixtral, Qwen3-MoE and OLMoE have in common, around this package's MoE layer.
 
 Modules have the names that they have in transformers, so weights go across by name; only what is
-inside a mixture of experts differs (``checkpoint/huggingface``).
+inside a mixture of experts differs (``architecture``).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_fastmoe.checkpoint.huggingface import Architecture
-from lightning_fastmoe.lm.batch import Layout
-from lightning_fastmoe.lm.model import Embedding, Linear, rotary_table, rotate
+from lightning_fastmoe.huggingface.architecture import Architecture
+from lightning_fastmoe.huggingface.batch import Layout
 from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.transformer import Embedding, Linear, rotary_table, rotate
 
 
 class Attention(nn.Module):
@@ -175,7 +175,7 @@ class MoEDecoder(nn.Module):
         Args:
             tokens: (batch, seq_len), any integer dtype.
             layout: where padding and packed documents lie, from
-                :func:`~lightning_fastmoe.lm.batch.read_layout`; None without.
+                :func:`~lightning_fastmoe.huggingface.batch.read_layout`; None without.
 
         Returns:
             Logits, (batch, seq_len, vocab_size); those of padding mean nothing.

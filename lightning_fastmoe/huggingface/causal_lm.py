@@ -12,11 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.huggingface import Architecture, kept_config, read_config
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.lm.batch import IGNORED, TokenBatch, read_batch
-from lightning_fastmoe.lm.decoder import MoEDecoder
+from lightning_fastmoe.huggingface.architecture import Architecture, read_config
+from lightning_fastmoe.huggingface.batch import IGNORED, TokenBatch, read_batch
+from lightning_fastmoe.huggingface.decoder import MoEDecoder
+from lightning_fastmoe.huggingface.exporting import kept_config
 
 Batch = Tensor | Mapping[str, Any]
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_fastmoe.errors import DataError
-from lightning_fastmoe.lm.data import (
+from lightning_fastmoe.demos.byte_lm.data import (
     ByteCorpus,
     ByteWindows,
     ResumableLoader,
@@ -16,6 +15,7 @@ from lightning_fastmoe.lm.data import (
     read_files,
     split_files,
 )
+from lightning_fastmoe.errors import DataError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_fastmoe.checkpoint.huggingface.families import FAMILIES, NOT_ALL_READ, Family
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.families import FAMILIES, NOT_ALL_READ, Family
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**24

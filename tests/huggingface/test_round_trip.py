@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from checkpoint.huggingface.families import (
+from huggingface.families import (
     CONFIGS,
     TOLERANCE,
     family_of,
@@ -20,11 +20,11 @@ from checkpoint.huggingface.families import (
 )
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.huggingface import Architecture, read_config
 from lightning_fastmoe.checkpoint.tools.verify import Audit
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.cli import main
-from lightning_fastmoe.lm.decoder import MoEDecoder
+from lightning_fastmoe.huggingface import Architecture, read_config
+from lightning_fastmoe.huggingface.decoder import MoEDecoder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from lightning_fastmoe.errors import DataError, ShapeError
-from lightning_fastmoe.lm.batch import IGNORED, KEYS, read_batch
+from lightning_fastmoe.huggingface.batch import IGNORED, KEYS, read_batch
 
 X = IGNORED
 

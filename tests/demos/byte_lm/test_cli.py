@@ -16,10 +16,10 @@ import yaml
 
 from lightning_fastmoe import cli
 from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
+from lightning_fastmoe.demos.byte_lm import cli as lm_cli
 from lightning_fastmoe.errors import FastMoEError
-from lightning_fastmoe.lm import cli as lm_cli
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,7 @@ def test_routers_and_layers_are_chosen_in_yaml(
     assert config["model"]["router"] == "nn.router.test_common.Nearest"
     assert config["model"]["top_k"] is None
     assert config["model"]["moe"] == {"capacity_factor": [1.0, 2.0], "drop_by": "score"}
-    from lightning_fastmoe.lm import MoELanguageModel
+    from lightning_fastmoe.demos.byte_lm import MoELanguageModel
 
     model = MoELanguageModel(**config["model"])
     model.configure_model()

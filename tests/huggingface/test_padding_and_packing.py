@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.huggingface.families import CONFIGS, SIZES, make_model
-from lm.finetune_runs import train_on, uneven_batch
+from huggingface.families import CONFIGS, SIZES, make_model
+from huggingface.finetune_runs import train_on, uneven_batch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.errors import DataError, ShapeError
-from lightning_fastmoe.lm import MoECausalLM
-from lightning_fastmoe.lm.decoder import DecoderLayer
+from lightning_fastmoe.huggingface import MoECausalLM
+from lightning_fastmoe.huggingface.decoder import DecoderLayer
 from lightning_fastmoe.metrics import DropRate, LoadRatio, RouterEntropy
 from lightning_fastmoe.nn import moe_layers
 

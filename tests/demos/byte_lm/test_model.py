@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fastmoe.demos.byte_lm import MoELanguageModel, generate
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.lm import MoELanguageModel, generate
-from lightning_fastmoe.lm.model import rotary_table, rotate
 
 
 def _model(**arguments: object) -> MoELanguageModel:
@@ -58,17 +57,6 @@ def test_model_sees_the_order_of_bytes() -> None:
     tokens = torch.tensor([[1, 2, 3, 9]])
     swapped = torch.tensor([[2, 1, 3, 9]])
     assert (model(tokens)[0, -1] - model(swapped)[0, -1]).abs().max() > 1e-4
-
-
-def test_rotary_scores_depend_on_distance_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 8, generator=generator)
-    table = rotary_table(40, 8, torch.device("cpu"))
-    queries, keys = (rotate(x.expand(40, 8), table) for x in (query, key))
-    scores = queries @ keys.T
-    torch.testing.assert_close(scores[5, 2], scores[39, 36])
-    assert not math.isclose(scores[5, 2], scores[5, 3], rel_tol=1e-3)
-    torch.testing.assert_close(queries.norm(dim=-1), query.norm().expand(40))
 
 
 def test_loss_is_cross_entropy_of_the_next_byte() -> None:

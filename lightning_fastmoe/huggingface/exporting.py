@@ -15,7 +15,9 @@ from lightning_fastmoe.checkpoint.format.files import fsync_directory, write_sma
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
-from lightning_fastmoe.checkpoint.huggingface.architecture import (
+from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.architecture import (
     CONFIG,
     Architecture,
     Slot,
@@ -24,9 +26,7 @@ from lightning_fastmoe.checkpoint.huggingface.architecture import (
     slots,
     weight_shapes,
 )
-from lightning_fastmoe.checkpoint.huggingface.families import FAMILIES
-from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
-from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.families import FAMILIES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ANCHOR = "model.embed_tokens.weight"

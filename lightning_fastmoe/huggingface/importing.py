@@ -18,15 +18,15 @@ from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
 from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
 from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
 from lightning_fastmoe.checkpoint.format.writer import write_checkpoint
-from lightning_fastmoe.checkpoint.huggingface.architecture import (
+from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.huggingface.architecture import (
     Architecture,
     Slot,
     read_config,
     slots,
     weight_shapes,
 )
-from lightning_fastmoe.checkpoint.huggingface.exporting import INDEX, SINGLE
-from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.huggingface.exporting import INDEX, SINGLE
 
 _IGNORED = ".rotary_emb.inv_freq"
 """A constant that old versions of transformers stored."""

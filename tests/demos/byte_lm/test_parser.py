@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightning_fastmoe import cli
-from lightning_fastmoe.lm import cli as lm_cli
+from lightning_fastmoe.demos.byte_lm import cli as lm_cli
 
-TINY = str(Path(__file__).parents[2] / "examples" / "tiny_lm.yaml")
+TINY = str(Path(__file__).parents[3] / "examples" / "tiny_lm.yaml")
 STRATEGY = "trainer.strategy: lightning_fastmoe.FastMoEStrategy: "
 MONITOR = """
 trainer:
