@@ -16,7 +16,12 @@ from types import ModuleType
 
 _PACKAGE = __name__.partition(".")[0]
 FORMER = {
+    "callbacks.co_activation": "monitoring.callbacks.co_activation",
+    "callbacks.expert_load": "monitoring.callbacks.expert_load",
+    "callbacks.summary": "monitoring.callbacks.summary",
+    "callbacks.throughput": "monitoring.callbacks.throughput",
     "checkpoint.huggingface": "huggingface",
+    "co_activation_log": "monitoring.logs.co_activation",
     "lm.batch": "huggingface.batch",
     "lm.causal_lm": "huggingface.causal_lm",
     "lm.cli": "demos.byte_lm.cli",
@@ -26,6 +31,10 @@ FORMER = {
     "lm.parser": "demos.byte_lm.parser",
     "lm.progress": "demos.byte_lm.progress",
     "lm.sampling": "demos.byte_lm.sampling",
+    "load_log": "monitoring.logs.expert_load",
+    "metrics.expert_load": "monitoring.metrics.expert_load",
+    "metrics.formulas": "monitoring.metrics.formulas",
+    "metrics.routing": "monitoring.metrics.routing",
 }
 """Former path -> path, both inside the package."""
 
@@ -33,7 +42,8 @@ FORMER = {
 def serve_former_paths() -> None:
     """Make the paths of :data:`FORMER` importable. Nothing is imported before it is asked for."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # the last: only what is nowhere else
+        # The first: a file that an older installation left behind would be another module.
+        sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):

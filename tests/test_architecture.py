@@ -29,20 +29,18 @@ LEVELS = {
     "lightning_loaders": 1,
     "former_paths": 1,
     "registration": 1,
-    "load_log": 1,
-    "co_activation_log": 1,
     "ops": 1,
     "nn": 2,
     "distributed": 3,
     "sizes": 3,
     "checkpoint": 4,
     "strategy": 5,
+    "monitoring": 6,
     "callbacks": 6,
     "huggingface": 5,
     "demos": 6,
     "lm": 6,
     "metrics": 6,
-    "report": 6,
     "testing": 6,
     "cli": 7,
 }
@@ -52,7 +50,7 @@ INIT = "__init__"
 """The package's own __init__.py: what users import. It may import everything but ``testing``."""
 
 LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning"}
-MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "demos", "huggingface", INIT}
+MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "monitoring", "demos", "huggingface", INIT}
 MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint"}
 STARTS_AT_ONCE = {"cli"}
 """What is imported before a command's arguments are checked: the standard library alone."""

@@ -28,6 +28,16 @@ NAMED = {
     "lm.model": ("Embedding", "Linear", "MoELanguageModel", "MoETransformer"),
     "lm.progress": ("TrainingBar",),
     "lm.sampling": ("SampleText", "generate"),
+    "callbacks.co_activation": ("CoActivationMonitor",),
+    "callbacks.expert_load": ("ExpertLoadMonitor",),
+    "callbacks.summary": ("MoESummary",),
+    "callbacks.throughput": ("ThroughputMonitor",),
+    "load_log": ("LoadLog",),
+    "co_activation_log": ("CoActivationLog",),
+    "metrics": ("ExpertLoad", "dead_experts"),
+    "metrics.expert_load": ("ExpertLoad", "LayerLoad"),
+    "metrics.formulas": ("load_ratio",),
+    "metrics.routing": ("RoutingMetric",),
     "checkpoint.huggingface": ("FAMILIES", "export", "import_model"),
 }
 """What scripts, configuration files and pickles may name, by the module in which it was."""

@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the page, and print the verdict and where the page is."""
     from lightning_fastmoe.errors import ConfigError
-    from lightning_fastmoe.report.logs import read_run
-    from lightning_fastmoe.report.page import build_page
-    from lightning_fastmoe.report.verdict import judge
+    from lightning_fastmoe.monitoring.report.logs import read_run
+    from lightning_fastmoe.monitoring.report.page import build_page
+    from lightning_fastmoe.monitoring.report.verdict import judge
 
     if not 0 < arguments.starving <= 1:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from report import runs
+from monitoring.report import runs
 
 from lightning_fastmoe import cli
 

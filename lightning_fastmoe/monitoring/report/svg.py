@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lightning_fastmoe.report.colours import colour, hex_colour, ink
-from lightning_fastmoe.report.logs import Series, finite
+from lightning_fastmoe.monitoring.report.colours import colour, hex_colour, ink
+from lightning_fastmoe.monitoring.report.logs import Series, finite
 
 PALETTE = ("#0c4e94", "#d9661f", "#3f8f6b", "#8a5aa8", "#7a7a7a", "#b0882b")
 """Lines; dark enough on white, and apart for every common colour blindness."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_fastmoe import co_activation_log
-from lightning_fastmoe.load_log import Layer, LoadLogWriter, Record
+from lightning_fastmoe.monitoring.logs import co_activation as co_activation_log
+from lightning_fastmoe.monitoring.logs.expert_load import Layer, LoadLogWriter, Record
 
 EXPERTS = 8
 STEPS = range(9, 400, 10)

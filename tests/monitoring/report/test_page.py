@@ -7,14 +7,21 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report import runs
+from monitoring.report import runs
 
-from lightning_fastmoe.report.co_activation import co_activation_map, strongest_pair
-from lightning_fastmoe.report.colours import DEAD, LIMIT, UNKNOWN, colour, ink, share_colour
-from lightning_fastmoe.report.logs import read_run
-from lightning_fastmoe.report.page import build_page
-from lightning_fastmoe.report.svg import line_chart, png, thinned, ticks
-from lightning_fastmoe.report.verdict import judge
+from lightning_fastmoe.monitoring.report.co_activation import co_activation_map, strongest_pair
+from lightning_fastmoe.monitoring.report.colours import (
+    DEAD,
+    LIMIT,
+    UNKNOWN,
+    colour,
+    ink,
+    share_colour,
+)
+from lightning_fastmoe.monitoring.report.logs import read_run
+from lightning_fastmoe.monitoring.report.page import build_page
+from lightning_fastmoe.monitoring.report.svg import line_chart, png, thinned, ticks
+from lightning_fastmoe.monitoring.report.verdict import judge
 
 
 def page(folder):

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_fastmoe import co_activation_log
-from lightning_fastmoe.callbacks.expert_load import logged_as, run_folder
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.metrics import ExpertCoActivation
+from lightning_fastmoe.monitoring.callbacks.expert_load import logged_as, run_folder
+from lightning_fastmoe.monitoring.logs import co_activation as co_activation_log
+from lightning_fastmoe.monitoring.metrics import ExpertCoActivation
 from lightning_fastmoe.nn import moe_layers
 
 
@@ -23,8 +23,8 @@ class CoActivationMonitor(pl.Callback):
 
     :class:`~lightning_fastmoe.metrics.ExpertCoActivation` of each MoE layer, over all ranks and
     micro-batches since the last time, goes into ``co_activation.json`` in the run's folder;
-    :mod:`lightning_fastmoe.co_activation_log` describes the file, and each further one replaces it.
-    Rank zero alone writes.
+    :mod:`lightning_fastmoe.monitoring.logs.co_activation` describes the file, and each further one
+    replaces it. Rank zero alone writes.
 
     Each forward pass multiplies two (T, E) matrices per layer, and each time E * E counts per layer
     are summed over ranks: for a look at a run rather than for all of it.

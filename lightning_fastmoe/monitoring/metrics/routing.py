@@ -22,7 +22,12 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.metrics.formulas import dead_experts, drop_rate, load_cv, load_ratio
+from lightning_fastmoe.monitoring.metrics.formulas import (
+    dead_experts,
+    drop_rate,
+    load_cv,
+    load_ratio,
+)
 from lightning_fastmoe.nn import MoE, Routing
 
 

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report import runs
+from monitoring.report import runs
 
 from lightning_fastmoe import cli
-from lightning_fastmoe.report.colours import DEAD, colour
+from lightning_fastmoe.monitoring.report.colours import DEAD, colour
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = [

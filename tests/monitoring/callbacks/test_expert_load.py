@@ -10,9 +10,10 @@ import torch
 from callbacks.model import BATCH, TOKENS, Model, SaveAt, make_trainer
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_fastmoe import ExpertLoadMonitor, load_log
-from lightning_fastmoe.callbacks import load_figures
+from lightning_fastmoe import ExpertLoadMonitor
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.monitoring.callbacks import load_figures
+from lightning_fastmoe.monitoring.logs import expert_load as load_log
 
 
 def watch(model):

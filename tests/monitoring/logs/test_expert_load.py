@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from lightning_fastmoe import load_log
 from lightning_fastmoe.errors import DataError
-from lightning_fastmoe.load_log import Layer, LoadLogWriter, Record, Span
+from lightning_fastmoe.monitoring.logs import expert_load as load_log
+from lightning_fastmoe.monitoring.logs.expert_load import Layer, LoadLogWriter, Record, Span
 
 LAYERS = [Layer("a", 2), Layer("b", 3)]
 

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.metrics.formulas import dead_experts, drop_rate, load_cv, load_ratio
-from lightning_fastmoe.metrics.routing import ExactMetric, token_entropy
+from lightning_fastmoe.monitoring.metrics.formulas import (
+    dead_experts,
+    drop_rate,
+    load_cv,
+    load_ratio,
+)
+from lightning_fastmoe.monitoring.metrics.routing import ExactMetric, token_entropy
 from lightning_fastmoe.nn import Routing
 
 

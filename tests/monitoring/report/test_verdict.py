@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_fastmoe.load_log import Layer, LoadLog, Record
-from lightning_fastmoe.report.verdict import judge
+from lightning_fastmoe.monitoring.logs.expert_load import Layer, LoadLog, Record
+from lightning_fastmoe.monitoring.report.verdict import judge
 
 
 def log(*lines):

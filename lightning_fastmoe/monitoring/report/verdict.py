@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_fastmoe.load_log import LoadLog, Span, ratios, spans, total
+from lightning_fastmoe.monitoring.logs.expert_load import LoadLog, Span, ratios, spans, total
 
 STARVING = 0.25
 """Below this load ratio an expert starves, unless the user says otherwise."""

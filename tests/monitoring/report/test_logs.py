@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+from monitoring.report import runs
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from report import runs
 
 from lightning_fastmoe.errors import DataError
-from lightning_fastmoe.report.logs import matching, read_run
+from lightning_fastmoe.monitoring.report.logs import matching, read_run
 
 
 def test_lightnings_csv(tmp_path):

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_fastmoe import load_log
-from lightning_fastmoe.callbacks.load_figures import (
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.monitoring.callbacks.load_figures import (
     LoadHistory,
     check_matplotlib,
     draw_loads,
     publish,
 )
-from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.metrics import ExpertLoad
-from lightning_fastmoe.metrics.expert_load import LayerLoad
+from lightning_fastmoe.monitoring.logs import expert_load as load_log
+from lightning_fastmoe.monitoring.metrics import ExpertLoad
+from lightning_fastmoe.monitoring.metrics.expert_load import LayerLoad
 from lightning_fastmoe.nn import MoE, Routing, moe_layers
 
 
@@ -38,8 +38,9 @@ class ExpertLoadMonitor(pl.Callback):
     the number of layers.
 
     The counts of every expert go into ``expert_load.jsonl`` in the run's folder, which
-    ``lightning-fastmoe report`` turns into a page; :mod:`lightning_fastmoe.load_log` describes the
-    file. A resumed run goes on in it. Rank zero alone writes.
+    ``lightning-fastmoe report`` turns into a page;
+    :mod:`lightning_fastmoe.monitoring.logs.expert_load` describes the file. A resumed run goes on
+    in it. Rank zero alone writes.
 
     Args:
         every_n_steps: optimizer steps between two logs; None follows ``log_every_n_steps``.

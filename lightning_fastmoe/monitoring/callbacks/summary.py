@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fastmoe.callbacks.summary_text import Summary, plain_text
+from lightning_fastmoe.monitoring.callbacks.summary_text import Summary, plain_text
 from lightning_fastmoe.sizes import ModelSize, model_size
 from lightning_fastmoe.strategy import FastMoEStrategy
 from lightning_fastmoe.strategy.memory import (
@@ -83,7 +83,7 @@ def _print(summary: Summary) -> None:
     if find_spec("rich") is None:
         sys.stdout.write(plain_text(summary))
     else:
-        from lightning_fastmoe.callbacks.summary_tables import print_tables
+        from lightning_fastmoe.monitoring.callbacks.summary_tables import print_tables
 
         print_tables(summary)
     sys.stdout.flush()

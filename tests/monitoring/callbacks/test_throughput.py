@@ -10,8 +10,8 @@ from callbacks.model import BATCH, D_FFN, D_MODEL, TOKENS, Model, make_trainer
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from lightning_fastmoe import ThroughputMonitor
-from lightning_fastmoe.callbacks.throughput import measure_peak_flops
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.monitoring.callbacks.throughput import measure_peak_flops
 
 EXPERT = 2 * D_MODEL * D_FFN
 DENSE = 4 * D_MODEL + 6 * D_MODEL + 11 * D_MODEL  # routers and readout; the embedding is looked up
@@ -99,7 +99,9 @@ def test_nothing_is_left_on_the_layers(tmp_path):
 
 
 def test_measured_peak(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_fastmoe.callbacks.throughput.time.perf_counter", Clock())
+    monkeypatch.setattr(
+        "lightning_fastmoe.monitoring.callbacks.throughput.time.perf_counter", Clock()
+    )
     size = 1024
     measured = measure_peak_flops(torch.device("cpu"), torch.float32, seconds=0.2)
     assert measured == pytest.approx(2 * size**3 / 0.1)  # a tenth of a second for each product

@@ -7,8 +7,9 @@ import torch
 from callbacks.model import Model, SaveAt, make_trainer
 from pytorch_lightning.loggers import CSVLogger
 
-from lightning_fastmoe import CoActivationMonitor, co_activation_log
+from lightning_fastmoe import CoActivationMonitor
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.monitoring.logs import co_activation as co_activation_log
 
 
 def watch(model):

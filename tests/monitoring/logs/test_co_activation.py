@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from lightning_fastmoe import co_activation_log as log
 from lightning_fastmoe.errors import DataError
+from lightning_fastmoe.monitoring.logs import co_activation as log
 
 FOUND = log.CoActivationLog(
     10, 19, [log.LayerCoActivation("a", [[4, 1], [1, 2]]), log.LayerCoActivation("b", [[7]])]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lightning_fastmoe.co_activation_log import CoActivationLog
-from lightning_fastmoe.load_log import LoadLog, Record, merged, ratios, spans
-from lightning_fastmoe.report.co_activation import co_activation_map, strongest_pair
-from lightning_fastmoe.report.colours import LIMIT, hex_colour
-from lightning_fastmoe.report.logs import Run, Series, finite, matching
-from lightning_fastmoe.report.style import STYLE
-from lightning_fastmoe.report.svg import line_chart, load_grid, load_over_time
-from lightning_fastmoe.report.verdict import Verdict
+from lightning_fastmoe.monitoring.logs.co_activation import CoActivationLog
+from lightning_fastmoe.monitoring.logs.expert_load import LoadLog, Record, merged, ratios, spans
+from lightning_fastmoe.monitoring.report.co_activation import co_activation_map, strongest_pair
+from lightning_fastmoe.monitoring.report.colours import LIMIT, hex_colour
+from lightning_fastmoe.monitoring.report.logs import Run, Series, finite, matching
+from lightning_fastmoe.monitoring.report.style import STYLE
+from lightning_fastmoe.monitoring.report.svg import line_chart, load_grid, load_over_time
+from lightning_fastmoe.monitoring.report.verdict import Verdict
 
 COLUMNS = 160
 """Of a map over time; longer runs have several log lines in one."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lightning_fastmoe.co_activation_log import shares
-from lightning_fastmoe.report.colours import share_colour
-from lightning_fastmoe.report.svg import png, wrap_svg
-from lightning_fastmoe.report.verdict import STARVING
+from lightning_fastmoe.monitoring.logs.co_activation import shares
+from lightning_fastmoe.monitoring.report.colours import share_colour
+from lightning_fastmoe.monitoring.report.svg import png, wrap_svg
+from lightning_fastmoe.monitoring.report.verdict import STARVING
 
 WIDTH = 300.0
 
@@ -46,7 +46,7 @@ def strongest_pair(together: Sequence[Sequence[int]]) -> Pair | None:
     Shares of an expert's few tokens say little, so starving experts come first in no pair.
 
     Args:
-        together: (E, E) counts, see :mod:`lightning_fastmoe.co_activation_log`.
+        together: (E, E) counts, see :mod:`lightning_fastmoe.monitoring.logs.co_activation`.
     """
     enough = STARVING * sum(row[i] for i, row in enumerate(together)) / len(together)
     best: tuple[float, int, int] | None = None

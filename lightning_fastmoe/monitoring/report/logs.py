@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_fastmoe import co_activation_log, load_log
 from lightning_fastmoe.errors import DataError
+from lightning_fastmoe.monitoring.logs import co_activation as co_activation_log
+from lightning_fastmoe.monitoring.logs import expert_load as load_log
 
 CSV_NAME = "metrics.csv"
 EVENTS = "events.out.tfevents.*"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.load_log import Layer, Span, merged, ratios
-from lightning_fastmoe.report.colours import LIMIT, colour
+from lightning_fastmoe.monitoring.logs.expert_load import Layer, Span, merged, ratios
+from lightning_fastmoe.monitoring.report.colours import LIMIT, colour
 
 COLUMNS = 160
 """Columns of the map over time; longer runs have several steps in one."""

@@ -9,9 +9,9 @@ from callbacks.model import Model, make_trainer
 from rich.console import Console
 
 from lightning_fastmoe import MoESummary
-from lightning_fastmoe.callbacks import summary as module
-from lightning_fastmoe.callbacks.summary_tables import print_tables
-from lightning_fastmoe.callbacks.summary_text import (
+from lightning_fastmoe.monitoring.callbacks import summary as module
+from lightning_fastmoe.monitoring.callbacks.summary_tables import print_tables
+from lightning_fastmoe.monitoring.callbacks.summary_text import (
     Summary,
     memory_text,
     parameters_text,

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_fastmoe.callbacks.summary_text import (
+from lightning_fastmoe.monitoring.callbacks.summary_text import (
     HEADER,
     Summary,
     count_text,
