@@ -1,7 +1,7 @@
 """Imports point one way, and files stay short.
 
     errors <- argument_types, registration, load_log, co_activation_log, ops <- nn
-        <- distributed, sizes <- checkpoint <- strategy
+        <- distributed, planning <- checkpoint <- strategy
         <- callbacks, metrics, lm, report
         <- cli
 
@@ -32,7 +32,7 @@ LEVELS = {
     "ops": 1,
     "nn": 2,
     "distributed": 3,
-    "sizes": 3,
+    "planning": 3,
     "checkpoint": 4,
     "strategy": 5,
     "monitoring": 6,

@@ -11,14 +11,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.monitoring.callbacks.summary_text import Summary, plain_text
-from lightning_fastmoe.sizes import ModelSize, model_size
+from lightning_fastmoe.planning.memory import MemoryPlan, groups_of, optimizer_state_bytes, plan
+from lightning_fastmoe.planning.sizes import ModelSize, model_size
 from lightning_fastmoe.strategy import FastMoEStrategy
-from lightning_fastmoe.strategy.memory import (
-    MemoryPlan,
-    groups_of,
-    optimizer_state_bytes,
-    plan,
-)
 
 
 class MoESummary(pl.Callback):

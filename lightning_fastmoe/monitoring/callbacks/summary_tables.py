@@ -16,8 +16,8 @@ from lightning_fastmoe.monitoring.callbacks.summary_text import (
     memory_rows,
     plain_text,
 )
-from lightning_fastmoe.sizes import LayerSize, ModelSize
-from lightning_fastmoe.strategy.memory import MemoryPlan
+from lightning_fastmoe.planning.memory import MemoryPlan
+from lightning_fastmoe.planning.sizes import LayerSize, ModelSize
 
 
 def print_tables(summary: Summary, console: Console | None = None) -> None:

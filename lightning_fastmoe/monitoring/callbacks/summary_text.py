@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_fastmoe.sizes import LayerSize, ModelSize
-from lightning_fastmoe.strategy.memory import MemoryPlan
+from lightning_fastmoe.planning.memory import MemoryPlan
+from lightning_fastmoe.planning.sizes import LayerSize, ModelSize
 
 HELD = {
     "weights": "weights",
@@ -14,7 +14,7 @@ HELD = {
     "optimizer": "optimizer and fp32 weights",
     "buffers": "communication buffers",
 }
-"""Fields of :class:`~lightning_fastmoe.strategy.memory.Bytes`, and what they are called."""
+"""Fields of :class:`~lightning_fastmoe.planning.memory.Bytes`, and what they are called."""
 HEADER = ("per rank", "dense", "experts", "together")
 
 

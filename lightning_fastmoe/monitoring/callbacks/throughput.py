@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, Routing, moe_layers
-from lightning_fastmoe.sizes import ModelSize, model_size
+from lightning_fastmoe.planning.sizes import ModelSize, model_size
 
 FORWARD, BACKWARD = 2, 4
 """FLOPs per parameter and token: a multiplication and an addition, once and twice."""

@@ -17,8 +17,8 @@ from lightning_fastmoe.monitoring.callbacks.summary_text import (
     parameters_text,
     plain_text,
 )
-from lightning_fastmoe.sizes import LayerSize, ModelSize
-from lightning_fastmoe.strategy.memory import Bytes, MemoryPlan
+from lightning_fastmoe.planning.memory import Bytes, MemoryPlan
+from lightning_fastmoe.planning.sizes import LayerSize, ModelSize
 
 
 def fit(tmp_path, capsys) -> str:

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.sizes import model_size
+from lightning_fastmoe.planning.sizes import model_size
 
 
 def layer(**options):

@@ -11,8 +11,8 @@ from strategy.models import Case, Net
 from strategy.tracing import make_trainer
 
 from lightning_fastmoe import MoESummary
-from lightning_fastmoe.sizes import ModelSize
-from lightning_fastmoe.strategy.memory import MemoryPlan
+from lightning_fastmoe.planning.memory import MemoryPlan
+from lightning_fastmoe.planning.sizes import ModelSize
 
 GRADIENTS = {"averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer"}
 MASTERS = {"single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategy import memory_runs as runs
+from planning import memory_runs as runs
 from strategy.models import Case, build_net
 from torch import nn
 
-from lightning_fastmoe.strategy.memory import Group, optimizer_state_bytes, plan
+from lightning_fastmoe.planning.memory import Group, optimizer_state_bytes, plan
 
 EXPERTS = (32, 64)
 WHOLE = sum(p.numel() for p in build_net(EXPERTS, (0.0, 0.0)).parameters())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_fastmoe.sizes import numel
+from lightning_fastmoe.planning.sizes import numel
 
 _ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: a partition starts at 4 bytes of bf16
 
