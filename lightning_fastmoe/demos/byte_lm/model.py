@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.transformer import Embedding, Linear, rotary_table, rotate
+from lightning_fastmoe.planning.sizes import model_size
 
 VOCAB_SIZE = 256
 """One token per byte value."""
@@ -137,20 +138,13 @@ class MoETransformer(nn.Module):
 
 
 def _describe(network: MoETransformer) -> str:
-    """One line about the network's size, over all ranks."""
-    total = active = sum(parameter.numel() for parameter in network.parameters())
-    for _, layer in moe_layers(network):
-        held = sum(parameter.numel() for parameter in layer.experts.parameters())
-        per_expert = held // layer.num_local_experts
-        total += layer.num_experts * per_expert - held
-        # Expert choice gives a token that many experts in the mean; Soft MoE mixes all of them.
-        visited = layer.top_k or layer.capacity_factor or 1
-        active += round(visited * per_expert) - held
-    layers = [layer for _, layer in moe_layers(network)]
+    """One line about the network's size, over all ranks, each of which must call it."""
+    size = model_size(network)
+    first = next(iter(size.layers.values()))
     return (
-        f"Model: {total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M used per byte; "
-        f"{len(layers)} layers of {layers[0].num_experts} experts, "
-        f"{layers[0].num_local_experts} of them on each rank."
+        f"Model: {size.total / 1e6:,.1f} M parameters, {size.active / 1e6:,.1f} M used per byte; "
+        f"{len(size.layers)} layers of {first.num_experts} experts, "
+        f"{first.num_local_experts} of them on each rank."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe.demos.byte_lm import MoELanguageModel, generate
+from lightning_fastmoe.demos.byte_lm.model import _describe
 from lightning_fastmoe.errors import ConfigError
 
 
@@ -152,3 +154,22 @@ def test_cold_sampling_takes_the_likeliest() -> None:
 def test_generate_refuses_what_it_cannot_do(prompt: bytes, temperature: float, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         generate(_counting_model([]), prompt, 1, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("router", "arguments", "used"),
+    [
+        ("softmax", {}, "2.8 M"),
+        ("expert_choice", {"top_k": None, "moe": {"capacity_factor": 1.5}}, "2.4 M"),
+        ("soft", {"top_k": None}, "7.5 M"),  # its slots mix every byte into every expert
+    ],
+)
+@pytest.mark.filterwarnings("ignore::lightning_fastmoe.nn.CausalityWarning")
+def test_the_line_about_its_size(router: str, arguments: dict[str, Any], used: str) -> None:
+    model = MoELanguageModel(router=router, **arguments)
+    model.configure_model()
+    assert model.network is not None
+    assert _describe(model.network) == (
+        f"Model: 7.5 M parameters, {used} used per byte; "
+        "4 layers of 8 experts, 8 of them on each rank."
+    )
