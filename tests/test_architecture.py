@@ -146,7 +146,8 @@ def rule_broken_by(component: str, module: str) -> str | None:
             return f"only {', '.join(sorted(MAY_IMPORT_DEEPSPEED))} may import deepspeed"
         allowed = MAY_IMPORT_ONLY.get(component)
         if allowed is not None and top not in allowed | sys.stdlib_module_names:
-            return f"{component} imports {' and '.join([*sorted(allowed), 'the standard library'])} only"
+            names = " and ".join([*sorted(allowed), "the standard library"])
+            return f"{component} imports {names} only"
         return None
     target = component_of("/".join(rest)) if rest else INIT
     if target == "testing" and component != "testing":
