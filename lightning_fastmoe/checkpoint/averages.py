@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.records import OPTIMIZER, state_name
+from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, state_name
 from lightning_fastmoe.checkpoint.zero_state import ZeroShare
 
 TRAINING = "training_weights"

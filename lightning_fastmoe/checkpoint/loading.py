@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.averages import TRAINING, Averages, training_name
-from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
-from lightning_fastmoe.checkpoint.manifest import Topology
-from lightning_fastmoe.checkpoint.module_experts import check_expert_ids
-from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
-from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
-from lightning_fastmoe.checkpoint.records import (
+from lightning_fastmoe.checkpoint.expert_names import check_expert_ids
+from lightning_fastmoe.checkpoint.format.manifest import Topology
+from lightning_fastmoe.checkpoint.format.records import (
     DTYPES,
     GRADIENTS,
     TensorRecord,
@@ -24,9 +21,12 @@ from lightning_fastmoe.checkpoint.records import (
     state_name,
     weight_name,
 )
-from lightning_fastmoe.checkpoint.saving import COUNTERS
+from lightning_fastmoe.checkpoint.lockstep import Together
+from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
+from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
+from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
+from lightning_fastmoe.checkpoint.save import COUNTERS
 from lightning_fastmoe.checkpoint.step_counts import restore_counts
-from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.checkpoint.zero_state import FlatPartition, ZeroShare, ZeroState
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import MoE

@@ -11,11 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lightning_fastmoe.checkpoint.manifest import Topology
+from lightning_fastmoe.checkpoint.format.manifest import Topology
+from lightning_fastmoe.checkpoint.format.state_files import COUNTS
 from lightning_fastmoe.nn import MoE, Router
-
-COUNTS = "layers"
-"""Their key in what a rank keeps for itself."""
 
 
 class RankStates(Protocol):

@@ -19,23 +19,23 @@ from typing_extensions import override
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
 from lightning_fastmoe.checkpoint.averages import has_training_weights
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
-from lightning_fastmoe.checkpoint.canonical import map_model
-from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
-from lightning_fastmoe.checkpoint.discard import check_replaceable
-from lightning_fastmoe.checkpoint.foreign import open_file
+from lightning_fastmoe.checkpoint.format.discard import check_replaceable
+from lightning_fastmoe.checkpoint.format.publish import put_back, remove, resolve
+from lightning_fastmoe.checkpoint.format.threads import thread_count
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
-from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
+from lightning_fastmoe.checkpoint.lockstep import Together, meet_after_error
+from lightning_fastmoe.checkpoint.model_map import map_model
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.saving import (
+from lightning_fastmoe.checkpoint.save import (
     batches_of_epoch,
     loaders_of,
     local_path,
     set_loaders,
     take_snapshot,
 )
-from lightning_fastmoe.checkpoint.sources import DirectorySource
-from lightning_fastmoe.checkpoint.threads import thread_count
-from lightning_fastmoe.checkpoint.together import Together, meet_after_error
+from lightning_fastmoe.checkpoint.sources.deepspeed import find_deepspeed, open_deepspeed
+from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
+from lightning_fastmoe.checkpoint.sources.single_file import open_file
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.strategy.checks import (

@@ -13,9 +13,9 @@ from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from lightning_fastmoe.checkpoint.consistency import unlisted_layers
-from lightning_fastmoe.checkpoint.module_experts import why_not_saved
-from lightning_fastmoe.checkpoint.saving import local_path
+from lightning_fastmoe.checkpoint.expert_names import why_not_saved
+from lightning_fastmoe.checkpoint.format.consistency import unlisted_layers
+from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.strategy.elementwise import is_elementwise

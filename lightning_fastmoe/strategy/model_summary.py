@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import ModelSummary
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.sizes import numel
+from lightning_fastmoe.planning.sizes import numel
 
 
 def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:

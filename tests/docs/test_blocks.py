@@ -26,8 +26,8 @@ import pytest
 import yaml
 
 from lightning_fastmoe import cli
-from lightning_fastmoe.commands import COMMANDS, PROGRAM, TRAINING
-from lightning_fastmoe.lm import cli as lm_cli
+from lightning_fastmoe.cli.table import COMMANDS, PROGRAM, TRAINING
+from lightning_fastmoe.demos.byte_lm import cli as lm_cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

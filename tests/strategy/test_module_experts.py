@@ -16,7 +16,7 @@ from strategy import reshard_runs
 from strategy.reshard_runs import Layout, WithModules
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.records import split_name
+from lightning_fastmoe.checkpoint.format.records import split_name
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError
 
