@@ -33,7 +33,7 @@ def bars(title: str, rows: list[dict[str, str]], label: str, series: list[Series
         series: the bars of a group, from left to right.
     """
     narrow = len(rows) * len(series) > 30
-    bar, gap = (11.0, 24.0) if narrow else (38.0, 40.0)
+    bar, gap = (11.0, 24.0) if narrow else (38.0, 44.4)
     pitch = len(series) * bar + gap
     width, height = LEFT + RIGHT + len(rows) * pitch, 330.0
     canvas = Canvas(width, height, title)
