@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +41,7 @@ def component(file: Path) -> str:
     return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """component -> the components that it imports."""
     files = sorted(SOURCE.rglob("*.py"))
@@ -47,7 +49,9 @@ def imports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name: set() for name in sorted(known)}
     for file in files:
         if (own := component(file)) in known:
-            names = {name.split(".")[1] for name in imported(file) if name.startswith(PACKAGE + ".")}
+            names = {
+                name.split(".")[1] for name in imported(file) if name.startswith(PACKAGE + ".")
+            }
             found[own] |= (names & known) - {own}
     return found
 

@@ -116,12 +116,9 @@ class Canvas:
 
     def arrow(self, x0: float, y0: float, x1: float, y1: float) -> None:
         """A straight arrow along one axis."""
-        if y0 == y1:
-            direction = "right" if x1 > x0 else "left"
-        else:
-            direction = "down" if y1 > y0 else "up"
+        across, down = ("right" if x1 > x0 else "left"), ("down" if y1 > y0 else "up")
         self.line([(x0, y0), (x1, y1)])
-        self.tip(x1, y1, direction)
+        self.tip(x1, y1, across if y0 == y1 else down)
 
     def svg(self) -> str:
         """The whole file."""

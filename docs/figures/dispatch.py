@@ -39,7 +39,7 @@ def draw() -> Canvas:
         canvas.text(x, 28, head, "mid title")
     canvas.text(252, 45, "all-to-all", "mid small quiet")
     canvas.text(608, 45, "all-to-all, weighted sum", "mid small quiet")
-    arriving: dict[int, list[tuple[str, float, float, int]]] = {}
+    arriving: dict[int, list[tuple[str, float, float]]] = {}
     for rank, chosen in RANKS:
         y = TOP + rank * ROW
         canvas.rect(14, y, WIDTH - 28, ROW - 16, "box", 8)
@@ -49,7 +49,7 @@ def draw() -> Canvas:
             place = y + 26 + i * PITCH
             token(canvas, 96, place, name, expert)
             token(canvas, 746, place, name, expert)
-            arriving.setdefault(expert, []).append((name, 96 + TOKEN, place + 11, rank))
+            arriving.setdefault(expert, []).append((name, 96 + TOKEN, place + 11))
         canvas.text(26, y + 62, "router", "small quiet")
         canvas.text(26, y + 77, "picks an", "small quiet")
         canvas.text(26, y + 92, "expert for", "small quiet")
@@ -59,7 +59,7 @@ def draw() -> Canvas:
         y = TOP + rank * ROW + 12 + local * 58
         canvas.rect(364, y, 132, 52, "page", 6)
         canvas.text(430, y + 47, f"expert {expert}", "mid small")
-        for i, (name, x0, y0, source) in enumerate(tokens):
+        for i, (name, x0, y0) in enumerate(tokens):
             x = 372 + i * 94
             token(canvas, x, y + 8, name, expert)
             if i == 0:
@@ -80,4 +80,3 @@ def draw() -> Canvas:
     ):
         canvas.text(WIDTH / 2, foot + 17 * i, line, "mid small quiet")
     return canvas
-

@@ -83,7 +83,8 @@ def draw() -> Canvas:
 def draw_peers() -> Canvas:
     """Beside all peers that need no compiling, in another run."""
     return bars(
-        "One MoE layer, forward + backward, TFLOP/s on one H100 in bf16: peers that compile nothing",
+        "One MoE layer, forward + backward, TFLOP/s on one H100 in bf16, beside peers that compile"
+        " nothing",
         table(PAGE, "step TFLOP/s", "ours", "with `bmm`", "DeepSpeed"),
         "step TFLOP/s",
         [

@@ -60,8 +60,8 @@ def draw() -> Canvas:
     canvas.text(
         WIDTH / 2,
         HEIGHT - 10,
-        "Blue: kernels. N = T K rows, in expert order. d_act also writes the weighted A, and <A, dA> of"
-        " each row for the routing weights.",
+        "Blue: kernels. N = T K rows, in expert order. d_act also writes the weighted A, and"
+        " <A, dA> of each row for the routing weights.",
         "mid small quiet",
     )
     return canvas

@@ -2,10 +2,10 @@
 
     python -m website.build [FOLDER]
 
-Pages are written for GitHub, where a link is a path in the repository. Here they are copied into one
-folder, and each link is turned into what it means there: a page of the site, or, for any other file
-of the repository, its path in plain text. docs/README.md is the index: its sections and their links
-are the site's navigation.
+Pages are written for GitHub, where a link is a path in the repository. Here they are copied into
+one folder, and each link is turned into what it means there: a page of the site, or, for any other
+file of the repository, its path in plain text. docs/README.md is the index: its sections and their
+links are the site's navigation.
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ def test_reference_shows_what_users_import_first() -> None:
     assert "autoclass:: lightning_fastmoe.MoE\n" in pages["lightning_fastmoe"]
     assert "autoclass:: lightning_fastmoe.nn.MoE\n" not in pages["lightning_fastmoe.nn"]
     assert "{py:obj}`~lightning_fastmoe.MoE`" in pages["lightning_fastmoe.nn"]
-    assert "autoexception:: lightning_fastmoe.errors.ConfigError" in pages["lightning_fastmoe.errors"]
+    assert (
+        "autoexception:: lightning_fastmoe.errors.ConfigError" in pages["lightning_fastmoe.errors"]
+    )
     shown = " ".join(pages.values())
     assert all(f".{name}\n" in shown for name in FIRST)
