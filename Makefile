@@ -9,12 +9,13 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE = $(wildcard lightning_fastmoe tests examples benchmarks)
+DOCS_STAMP := $(VENV)/.installed-docs
+CODE = $(wildcard lightning_fastmoe tests examples benchmarks docs)
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test lint types unit format clean distclean
+.PHONY: help setup train test lint types unit docs figures format clean distclean
 
 help:
 	@echo 'make train      train the tiny language model of examples/ (CONFIG=$(CONFIG))'
@@ -22,6 +23,8 @@ help:
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
 	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests, WORKERS=0 is one process)'
+	@echo 'make docs       build the site into build/docs/html; warnings are errors'
+	@echo 'make figures    draw the pictures of README.md and docs/ again'
 	@echo 'make format     let ruff mend what it can'
 	@echo 'make clean      remove caches and build products; distclean also removes $(VENV)'
 	@echo 'PYTHON=python3.12 picks the interpreter of a new $(VENV).'
@@ -55,6 +58,18 @@ types: $(STAMP)
 unit: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=10 \
 	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Not part of `dev`: whoever never builds the site need not install Sphinx.
+$(DOCS_STAMP): $(STAMP)
+	@$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	PYTHONPATH="$(CURDIR)/docs" $(BIN)/python -m website.build build/docs
+	@echo 'The site is in build/docs/html/index.html.'
+
+figures: $(STAMP)
+	PYTHONPATH="$(CURDIR)/docs" $(BIN)/python -m figures
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)

@@ -20,7 +20,9 @@ def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
         engine: of stage 3.
         meet: called with where this rank is.
     """
-    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    # Without an optimizer to run, in evaluation, the engine holds the offload in its place.
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    coordinator = offload.get_param_coordinator()
     fetch = coordinator.fetch_sub_module
     names = {id(module): name for name, module in engine.module.named_modules()}
 

@@ -1,38 +1,40 @@
-"""The blocks of README.md and docs/*.md run as written, and in the order of the page.
+"""The blocks of README.md, docs/*.md and the pages beside them run as written, in their order.
 
 A block that can't run here in a second says why in a comment on the line before it::
 
     <!-- not run: needs 8 GPUs -->
 
-Its names, its syntax, and the arguments of the commands in it are checked all the same.
+Its names, its syntax, and the commands in it are checked all the same: ``commands.py`` knows which
+there are, and holds their arguments to the parsers that will read them.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import builtins
-import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from website.build import pages
 
+from docs import commands
 from lightning_fastmoe import cli
-from lightning_fastmoe.cli.table import COMMANDS, PROGRAM, TRAINING
-from lightning_fastmoe.demos.byte_lm import cli as lm_cli
+from lightning_fastmoe.cli.table import PROGRAM, TRAINING
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = list(pages())
+LANGUAGES = {"python", "bash", "yaml", "json", "dockerfile", "text"}
 FENCE = re.compile(r"^((?:<!--[^\n]*-->\n)?)```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\n")
+VARIABLE = re.compile(r"\bLIGHTNING_FASTMOE_[A-Z_]+\b")
 RUN = "runs/tiny_lm/checkpoints/last.ckpt"
 
 SMALL_RUN = f"""
@@ -59,7 +61,7 @@ class Block:
     runs: bool
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -83,23 +85,16 @@ def of(language: str) -> list[Block]:
     return [block for block in BLOCKS if block.language == language]
 
 
-def commands_in(block: Block) -> Iterator[list[str]]:
-    """The words of each command of ``lightning-fastmoe`` in a bash block."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if PROGRAM in words:
-            words = words[words.index(PROGRAM) + 1 :]
-            ends = [i for i, word in enumerate(words) if word in ("|", "&&", ";")]
-            yield words[: min(ends, default=len(words))]
-
-
 def test_blocks_are_found() -> None:
-    assert {block.page for block in BLOCKS} >= {PAGES[0], ROOT / "docs" / "getting_started.md"}
-    assert {block.language for block in BLOCKS} >= {"python", "bash", "yaml", "json"}
+    assert {block.page for block in BLOCKS} >= {
+        ROOT / "README.md",
+        ROOT / "docs" / "getting_started.md",
+    }
+    assert {block.language for block in BLOCKS} == LANGUAGES
     assert sum(block.runs for block in BLOCKS) > len(BLOCKS) / 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_name_is_defined_on_the_page(page: Path) -> None:
     defined = set(dir(builtins))
     for block in blocks_of(page):
@@ -121,7 +116,7 @@ def test_every_name_is_defined_on_the_page(page: Path) -> None:
 @pytest.mark.parametrize(
     "page",
     [p for p in PAGES if any(b.language == "python" for b in blocks_of(p))],
-    ids=lambda page: page.name,
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page in one namespace."""
@@ -133,23 +128,6 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             exec(code, namespace)  # noqa: S102 - our own pages
 
 
-class _Parsed(Exception):
-    pass
-
-
-def check_training(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds what is told to LightningCLI to the signatures, and builds nothing."""
-
-    def stop(self: object) -> None:
-        raise _Parsed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [PROGRAM])
-        patch.setattr(lm_cli.FastMoECLI, "instantiate_classes", stop)
-        with pytest.raises(_Parsed):
-            cli.main(words)
-
-
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
 def test_yaml(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = yaml.safe_load(block.text)
@@ -157,7 +135,15 @@ def test_yaml(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         content = {"trainer": {"callbacks": content}}
     file = tmp_path / "block.yaml"
     file.write_text(yaml.safe_dump(content))
-    check_training(["fit", f"--config={file}"], monkeypatch)
+    commands.check_training(["fit", f"--config={file}"], monkeypatch)
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_json(block: Block) -> None:
+    """One value, or one on each line."""
+    whole = not re.search(r"\}\n\{", block.text)
+    for text in [block.text] if whole else block.text.splitlines():
+        assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize("block", of("bash"), ids=str)
@@ -165,19 +151,35 @@ def test_bash_is_well_formed(block: Block, monkeypatch: pytest.MonkeyPatch) -> N
     bash = ["bash", "-n", "-c", block.text]
     done = subprocess.run(bash, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for script in re.findall(r"\bpython (\S+/\S+\.py)", block.text):
-        assert (ROOT / script).is_file()
     monkeypatch.chdir(ROOT)
-    for words in commands_in(block):
-        name, *arguments = words
-        if "--print_config" in arguments:
-            arguments.remove("--print_config")
-        if name in TRAINING:
-            check_training([name, *arguments], monkeypatch)
-        elif not name.startswith("-"):
-            parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-            importlib.import_module(COMMANDS[name].module).add_arguments(parser)
-            parser.parse_args(arguments)
+    for words in commands.of_script(block.text):
+        commands.check(words, monkeypatch, runs=block.runs)
+
+
+@pytest.mark.parametrize("block", of("dockerfile"), ids=str)
+def test_dockerfile(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in block.text.splitlines():
+        instruction, _, rest = line.partition(" ")
+        assert instruction in ("ENV", "RUN")
+        if instruction == "RUN":
+            for words in commands.of_script(rest):
+                commands.check(words, monkeypatch, runs=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    monkeypatch.chdir(ROOT)
+    for found in re.findall(r"`((?:lightning-fastmoe|make) [^`\n]+)`", text):
+        commands.check_mention(shlex.split(found), monkeypatch)
+
+
+def test_environment_variables_exist() -> None:
+    folders = (ROOT / "lightning_fastmoe", ROOT / "csrc", ROOT / "tests")
+    files = [f for folder in folders for f in folder.rglob("*") if f.suffix in commands.SOURCES]
+    known = set(VARIABLE.findall(" ".join(f.read_text(encoding="utf-8") for f in files)))
+    for page in PAGES:
+        assert set(VARIABLE.findall(page.read_text(encoding="utf-8"))) <= known, page
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,6 @@ def test_bash(
     """What is not training, which `fit` did before on a smaller model, runs as it stands."""
     (tmp_path / "runs").symlink_to(run_folder / "runs")
     monkeypatch.chdir(tmp_path)
-    for words in commands_in(block):
-        if words[0] not in TRAINING:
+    for program, *words in commands.of_script(block.text):
+        if program == PROGRAM and words[0] not in TRAINING:
             assert cli.main(words) == 0, capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""docs/ as a site: ``make docs`` runs ``python -m website.build``."""

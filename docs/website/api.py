@@ -1,0 +1,22 @@
+"""The modules whose public names the API reference shows, and nothing else about it."""
+
+from __future__ import annotations
+
+MODULES = {
+    "lightning_fastmoe": "What users import",
+    "lightning_fastmoe.nn": "Layers",
+    "lightning_fastmoe.nn.router": "Routers and their losses",
+    "lightning_fastmoe.callbacks": "Callbacks",
+    "lightning_fastmoe.metrics": "Metrics",
+    "lightning_fastmoe.lm": "The example model, and models of Hugging Face",
+    "lightning_fastmoe.checkpoint": "Reading checkpoints",
+    "lightning_fastmoe.checkpoint.weights": "Weights from a checkpoint",
+    "lightning_fastmoe.ops": "Operators on one device",
+    "lightning_fastmoe.distributed": "Ranks and dispatch",
+    "lightning_fastmoe.testing": "Tests on several ranks",
+    "lightning_fastmoe.errors": "Errors",
+}
+"""module -> heading of its page. A name that several export is shown where it comes first."""
+
+FIRST = ("MoE", "FastMoEStrategy", "Router", "Routing")
+"""Names that come before the others of their module."""

@@ -1,0 +1,85 @@
+"""Ratios that README.md and the first table of docs/benchmarks.md give follow from its tables."""
+
+from __future__ import annotations
+
+import re
+
+from figures.tables import DOCS, table
+
+PAGE = DOCS / "benchmarks.md"
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+Row = dict[str, str]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?", cell)]
+
+
+def ratios(rows: list[Row], above: str, below: str, part: int = -1) -> list[float]:
+    return [numbers(row[above])[part] / numbers(row[below])[part] for row in rows]
+
+
+def pairs(rows: list[Row], column: str) -> list[float]:
+    """The first of a cell's two numbers over the second."""
+    return [first / second for first, second in (numbers(row[column])[:2] for row in rows)]
+
+
+def span(values: list[float]) -> tuple[str, str]:
+    return f"{min(values):.2f}", f"{max(values):.2f}"
+
+
+def beside(column: str, own: str, other: str) -> list[float]:
+    """``own`` over ``other`` in a table with one line for each system, over both sizes."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    header = next(line for line in lines if line.startswith("| ranks |"))
+    at = [cell.strip() for cell in header.split("|")].index(column)
+    cells = [[c.strip() for c in line.split("|")] for line in lines]
+    mine = [float(c[at]) for c in cells if len(c) > at and c[2] == own]
+    theirs = [float(c[at]) for c in cells if len(c) > at and c[2] == other]
+    return [a / b for a, b in zip(mine, theirs, strict=True)]
+
+
+PEERS = table(PAGE, "ours", "SonicMoE", "plain torch", "ours to SonicMoE")
+LAYER = table(PAGE, "T, D, F, E, K", "against plain torch")
+MEMORY = "peak GiB over rest: ours, "
+ENERGY = table(PAGE, "J per step")
+TRAINING = table(PAGE, "tokens/s", "median step")
+JOULES = {row[""]: numbers(row["J per step"])[0] for row in ENERGY}
+
+TOKENS = [float(row["tokens/s"].replace(",", "")) for row in TRAINING]
+
+SONIC = span(ratios(PEERS, "ours", "SonicMoE"))
+TORCH = span([numbers(row["against plain torch"])[0] for row in LAYER])
+TORCH_MEMORY = span(pairs(LAYER, MEMORY + "plain torch"))
+TRAINER = f"{TOKENS[1] / TOKENS[0]:.2f}"
+OURS = {name: joules for name, joules in JOULES.items() if name.endswith("ours")}
+CLAIMS = [
+    [*SONIC, *span(pairs(PEERS, MEMORY + "SonicMoE"))],
+    [*TORCH, *TORCH_MEMORY],
+    [*span([joules / JOULES[n.replace("ours", "plain torch")] for n, joules in OURS.items()])],
+    [TRAINER],
+    [*span(beside("durable, s", "this package", "DeepSpeed"))],
+    [*span(beside("load, s", "this package", "DeepSpeed"))],
+]
+"""What each line of the first table must say, in its order."""
+
+
+def test_first_table_follows_from_the_others() -> None:
+    assert (len(PEERS), len(LAYER), len(OURS), len(TOKENS)) == (5, 12, 4, 2)
+    first = [row["ratio"] for row in table(PAGE, "what", "beside", "ratio", "on")]
+    assert [re.findall(r"\d\.\d\d", ratio) for ratio in first] == [*CLAIMS, []]
+
+
+def test_readme_says_the_same() -> None:
+    text = README[: README.index("## Twelve lines")]
+    said = re.findall(r"\*\*(\d\.\d\d)x?(?: to (\d\.\d\d)x?)?\*\*", text)
+    assert said == [SONIC, TORCH, TORCH_MEMORY, (TRAINER, "")]
+
+
+def test_kernels_page_has_the_floors_of_the_benchmarks() -> None:
+    sizes = ["sonic-7b", "olmoe-1b-7b", "fastmoe-64", "switch-8"]
+    times = {row[""]: row for row in table(PAGE, *sizes)}
+    lines = ["up, activation", "down", "d_act with its activation; d_down", "d_up, d_rows"]
+    measured = [[times[line][size].split(",")[1].strip(" x") for size in sizes] for line in lines]
+    shown = [[row[size] for size in sizes] for row in table(DOCS / "kernels.md", *sizes)]
+    assert shown == measured
