@@ -44,14 +44,14 @@ def _experts_of(name: str, layers: Container[str]) -> Iterator[tuple[str, int]]:
 
 
 def why_not_saved(name: str, layer: MoE) -> str | None:
-    """Why no checkpoint can hold a layer's spread experts, or None if one can."""
+    """Why no checkpoint can hold a layer's sharded experts, or None if one can."""
     for path, module in layer.experts.named_modules():
         what = f"Expert {path.split('.')[0]} of layer {name!r}"
         # state_dict() asks the class in the same way.
         if getattr(type(module), "get_extra_state", None) is not nn.Module.get_extra_state:
             return (
                 f"{what} has an extra state ({type(module).__name__}.get_extra_state), which"
-                " checkpoints can't hold of experts that are spread over ranks. Keep it in"
+                " checkpoints can't hold of experts that are sharded over ranks. Keep it in"
                 " buffers, or keep all experts on each rank with MoE(dispatcher='local')."
             )
         if isinstance(module, MoE):

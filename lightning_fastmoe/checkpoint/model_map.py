@@ -44,7 +44,7 @@ class ModelMap:
         buffers: name -> buffer; persistent ones.
         tied: further name of a parameter -> its first.
         names: ``id(parameter)`` -> name.
-        num_experts: name of every MoE layer, spread or not -> its experts.
+        num_experts: name of every MoE layer, sharded or not -> its experts.
         module_layers: those of them whose experts are modules -> the experts that are here.
     """
 
@@ -70,7 +70,7 @@ class ModelMap:
         return {k: v for k, v in self.module.state_dict().items() if k not in known}
 
     @property
-    def spread_modules(self) -> set[str]:
+    def sharded_modules(self) -> set[str]:
         """Layers whose experts are modules, of which other ranks have others; alike on all."""
         return {n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts}
 
@@ -97,10 +97,10 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         layers: name -> MoE layer, of all its layers.
 
     Raises:
-        CheckpointError: if spread experts have state that has no place in the whole model.
+        CheckpointError: if sharded experts have state that has no place in the whole model.
     """
     for name, layer in layers.items():
-        if layer.is_spread and (why := why_not_saved(name, layer)):
+        if layer.is_sharded and (why := why_not_saved(name, layer)):
             raise CheckpointError(why)
     result = ModelMap(
         module,
@@ -114,7 +114,7 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
     experts = {
         f"{name}.experts.{parameter}": layer
         for name, layer in layers.items()
-        if layer.is_spread
+        if layer.is_sharded
         for parameter, _ in layer.experts.named_parameters(remove_duplicate=False)
     }
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -127,7 +127,7 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
     result.buffers = dict(_persistent_buffers(module))
     for name, layer in layers.items():
-        stacked = layer.is_spread and layer.experts.is_stacked
+        stacked = layer.is_sharded and layer.experts.is_stacked
         if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
             raise CheckpointError(
                 f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
@@ -138,10 +138,10 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
 
 def _check_tied(first: str, name: str, model: ModelMap) -> None:
     """What experts of several ranks share would be other parameters on other ranks."""
-    spread = model.spread_modules
-    if expert_of(first, spread) != expert_of(name, spread):
+    sharded = model.sharded_modules
+    if expert_of(first, sharded) != expert_of(name, sharded):
         raise CheckpointError(
-            f"{first!r} and {name!r} are one parameter, but experts of that layer are spread over"
+            f"{first!r} and {name!r} are one parameter, but experts of that layer are sharded over"
             " ranks: other ranks would train another one. Give each expert its own parameters, or"
             " keep all of them on each rank with MoE(dispatcher='local')."
         )

@@ -142,7 +142,7 @@ def take_snapshot(
             inventory.groups = _rows(NamedGroup(f.names, options_of(f.group)) for f in share.flats)
             inventory.user_groups = _rows(user_groups or [])
             inventory.scalars = shared_scalars(share.flats)
-    everyone = together.gather(inventory) if model.spread_modules else [inventory]
+    everyone = together.gather(inventory) if model.sharded_modules else [inventory]
     with together.stage():
         if together.rank == 0:
             whole = merged(everyone, model.num_experts)
@@ -271,10 +271,10 @@ def _replicated(
     the ranks that hold the expert; the first replicas of all experts are on the first ranks.
     """
     rank = dist.get_rank()
-    spread = model.spread_modules
+    sharded = model.sharded_modules
     is_first_replica = rank < topology.expert_parallel_size
     for name, tensor in tensors.items():
-        if rank == 0 or (is_first_replica and expert_of(name, spread)):
+        if rank == 0 or (is_first_replica and expert_of(name, sharded)):
             flat = tensor.detach().contiguous().view(-1)
             yield OwnedPiece.of(named(name), tensor.shape, 0, flat)
 

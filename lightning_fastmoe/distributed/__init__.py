@@ -15,7 +15,7 @@ from lightning_fastmoe.distributed.mesh import (
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
-from lightning_fastmoe.distributed.spread import ExpertSpreader
+from lightning_fastmoe.distributed.shard import ExpertSharder
 
 __all__ = [
     "AutoPlacement",
@@ -26,7 +26,7 @@ __all__ = [
     "ExchangeWait",
     "ExpertGroup",
     "ExpertMesh",
-    "ExpertSpreader",
+    "ExpertSharder",
     "PendingExchange",
     "make_expert_mesh",
     "resolve_expert_parallel_size",

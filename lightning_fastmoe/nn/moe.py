@@ -224,7 +224,7 @@ class MoE(nn.Module):
                 mask or ids have another shape than the tokens, or a floating dtype.
             ConfigError: if the router looks at whole sequences, and ``mask`` or ``sequence_ids``
                 leave none.
-            UnmanagedExpertsError: if the experts are spread over ranks and no strategy trains them.
+            UnmanagedExpertsError: if the experts are sharded and no strategy trains them.
             NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
                 would stall the device, FastMoEStrategy checks once a step.
         """
@@ -317,7 +317,7 @@ class MoE(nn.Module):
 
     def disconnect(self) -> None:
         """Leaves the ranks of a run. A layer that holds only some experts refuses to run then."""
-        if self.is_spread or self.dispatcher_name == "all_to_all":
+        if self.is_sharded or self.dispatcher_name == "all_to_all":
             self.schedule = UnmanagedSchedule(self.schedule.dispatcher)
         else:
             self.schedule = LocalSchedule(self.num_experts)
@@ -325,7 +325,7 @@ class MoE(nn.Module):
         self.nonfinite.policy = "raise"
 
     @property
-    def is_spread(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether this rank holds only some of the layer's experts."""
         return self.num_local_experts != self.num_experts
 

@@ -76,8 +76,8 @@ class MemoryPlan:
     """What one rank will hold, apart from activations.
 
     Attributes:
-        dense: everything but spread experts.
-        experts: experts that are spread over ranks.
+        dense: everything but sharded experts.
+        experts: experts that are sharded over ranks.
         state_bytes: of the optimizer, per parameter; None if it could not be found out.
     """
 
@@ -201,7 +201,7 @@ def groups_of(
     """The optimizer's groups as DeepSpeed will partition them, and a group of what isn't trained.
 
     Args:
-        module: the whole model, experts spread.
+        module: the whole model, experts sharded.
         optimizer: its groups hold experts or other parameters, not both.
         world_size: ranks that share everything but experts.
         expert_data_parallel_size: ranks that share one expert.

@@ -62,7 +62,7 @@ class ModelSize:
 
 
 def model_size(module: nn.Module) -> ModelSize:
-    """Counts the parameters of ``module``, whether spread, partitioned by ZeRO 3, or whole.
+    """Counts the parameters of ``module``, whether sharded, partitioned by ZeRO 3, or whole.
 
     All ranks must call it: if experts differ from each other, their ranks exchange counts.
     """
@@ -90,7 +90,7 @@ def numel(parameter: nn.Parameter) -> int:
 def _layer_size(layer: MoE) -> LayerSize:
     held = float(sum(numel(p) for p in layer.experts.parameters()))
     counted = layer.num_local_experts
-    if layer.is_spread and not layer.experts.is_stacked:
+    if layer.is_sharded and not layer.experts.is_stacked:
         # Experts of other ranks may be other modules.
         device = next((p.device for p in layer.experts.parameters()), torch.device("cpu"))
         total = torch.tensor(held, dtype=torch.float64, device=device)

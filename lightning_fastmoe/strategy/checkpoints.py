@@ -52,7 +52,7 @@ from lightning_fastmoe.strategy.watch import Activity
 
 
 class ExpertCheckpoints(ExpertSteps):
-    """Saving and loading of a strategy whose state is spread over ranks."""
+    """Saving and loading of a strategy whose state is sharded over ranks."""
 
     verify_checkpoints: bool
     trust_checkpoints: bool

@@ -149,7 +149,7 @@ def check_can_be_saved(
     """Refuses to begin a run whose first checkpoint would fail.
 
     Raises:
-        ConfigError: for spread experts with state that has no place in a checkpoint, and for
+        ConfigError: for sharded experts with state that has no place in a checkpoint, and for
             modules whose parameters are named as those of a MoE layer, if the Trainer saves any.
     """
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -162,7 +162,7 @@ def check_can_be_saved(
                 " train with Trainer(enable_checkpointing=False)."
             )
     for name, layer in layers.items():
-        why = why_not_saved(name, layer) if layer.is_spread else None
+        why = why_not_saved(name, layer) if layer.is_sharded else None
         if why and trainer.checkpoint_callbacks:
             raise ConfigError(f"{why} Or train with Trainer(enable_checkpointing=False).")
 
@@ -174,7 +174,7 @@ def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
         CheckpointError: if each rank has another order.
     """
     for name, layer in layers.items():
-        if layer.is_spread and not layer.experts.is_stacked:
+        if layer.is_sharded and not layer.experts.is_stacked:
             raise CheckpointError(
                 f"Training can't resume from {path}: the optimizer state in a single file knows"
                 f" parameters by their order, and the experts of layer {name!r}, modules that"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch.distributed as dist
 
-from lightning_fastmoe.distributed import ExchangeWait, ExpertSpreader, PendingExchange
+from lightning_fastmoe.distributed import ExchangeWait, ExpertSharder, PendingExchange
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.strategy.peers import Peers, is_broken_connection
 from lightning_fastmoe.strategy.watch import Watch
@@ -34,13 +34,13 @@ class ExchangeWaits:
         self._peers: Peers | None = None
         self._broken: tuple[str, BaseException] | None = None
 
-    def begin(self, spreader: ExpertSpreader, watch: Watch) -> None:
+    def begin(self, sharder: ExpertSharder, watch: Watch) -> None:
         """Limits and records all exchanges of this rank from here on; every rank calls this."""
         pending = watch.exchanges()
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if size > 1 and self._peers is None:
             self._peers = Peers(watch.doing, pending)
-        spreader.record_exchanges(pending, ExchangeWait(self.seconds, self._peers, rank))
+        sharder.record_exchanges(pending, ExchangeWait(self.seconds, self._peers, rank))
 
     def leave(self, exception: BaseException) -> None:
         """An error of one rank ends the run on all: none waits for a rank that is gone."""
@@ -52,10 +52,10 @@ class ExchangeWaits:
         kind = type(exception).__name__
         peers.leave(f"rank {peers.rank} has left the run by {kind}: {exception}")
 
-    def end(self, spreader: ExpertSpreader | None) -> None:
+    def end(self, sharder: ExpertSharder | None) -> None:
         """Undoes :meth:`begin`."""
-        if spreader is not None:
-            spreader.record_exchanges(PendingExchange(), ExchangeWait())
+        if sharder is not None:
+            sharder.record_exchanges(PendingExchange(), ExchangeWait())
         peers, self._peers = self._peers, None
         if peers is not None:
             peers.stop()

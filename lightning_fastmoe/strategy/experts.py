@@ -17,14 +17,14 @@ def group_name(mesh: ExpertMesh) -> str:
 
 
 def tag_experts(layers: Iterable[MoE], mesh: ExpertMesh) -> None:
-    """Marks the parameters of spread experts for DeepSpeed.
+    """Marks the parameters of sharded experts for DeepSpeed.
 
     ``allreduce=False`` and ``group_name`` serve ZeRO 1 and 2; the ``ds_zero_*`` tags ZeRO 3, which
     then partitions the parameter over the expert data parallel group and averages its gradient over
     all ranks.
     """
     for layer in layers:
-        if layer.is_spread:
+        if layer.is_sharded:
             for parameter in layer.experts.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = group_name(mesh)  # type: ignore[attr-defined]
@@ -38,12 +38,12 @@ def is_tagged(parameter: nn.Parameter) -> bool:
 
 
 def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
-    """Every parameter that claims to be an expert must belong to one of our spread layers.
+    """Every parameter that claims to be an expert must belong to one of our sharded layers.
 
     Raises:
         ParameterGroupError: naming the parameter.
     """
-    ours = {id(p) for layer in layers if layer.is_spread for p in layer.experts.parameters()}
+    ours = {id(p) for layer in layers if layer.is_sharded for p in layer.experts.parameters()}
     for name, parameter in module.named_parameters():
         if is_tagged(parameter) and id(parameter) not in ours:
             raise ParameterGroupError(

@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_fastmoe.distributed import (
     AutoPlacement,
     ExpertMesh,
-    ExpertSpreader,
+    ExpertSharder,
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
@@ -150,12 +150,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         self.verify_checkpoints: bool = checked["verify_checkpoints"]
         self.trust_checkpoints: bool = checked["trust_checkpoints"]
         self.async_checkpoint: bool = checked["async_checkpoint"]
-        self._spreader: ExpertSpreader | None = None
+        self._sharder: ExpertSharder | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
         self._watch = Watch(hang_timeout, signal_grace)
         self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
-        # Called with the model, experts spread, and an optimizer whose groups hold experts or none.
+        # Called with the model, experts sharded, and an optimizer whose groups are of one kind.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
     # ---------------------------------------------------------------- set-up of ranks and groups
@@ -189,18 +189,18 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.expert_parallel_size != "auto":
             self._mesh_for({})
 
-    def _mesh_for(self, num_experts: Mapping[str, int]) -> ExpertSpreader:
+    def _mesh_for(self, num_experts: Mapping[str, int]) -> ExpertSharder:
         """The groups of the run, made when first needed: "auto" must see a layer before."""
-        if self._spreader is None:
+        if self._sharder is None:
             size = resolve_expert_parallel_size(
                 self.expert_parallel_size, self.world_size, self.num_processes, num_experts
             )
             mesh = make_expert_mesh(size, self.root_device.type, self._timeout)
             register_groups(mesh)
-            self._spreader = ExpertSpreader(mesh, self.num_processes, self._timeout)
+            self._sharder = ExpertSharder(mesh, self.num_processes, self._timeout)
             if self.lightning_module is not None:
                 self.lightning_module._device_mesh = mesh.device_mesh
-        return self._spreader
+        return self._sharder
 
     @property
     @override
@@ -210,12 +210,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         Raises:
             UnmanagedExpertsError: before they exist.
         """
-        if self._spreader is None:
+        if self._sharder is None:
             raise UnmanagedExpertsError(
                 "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
                 " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
             )
-        return self._spreader.mesh
+        return self._sharder.mesh
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -229,13 +229,13 @@ class FastMoEStrategy(ExpertCheckpoints):
     def model_sharded_context(self) -> Iterator[None]:
         """Around ``configure_model``: MoE layers create only this rank's experts."""
         self._init_config_if_needed()
-        if self._spreader is not None and self.lightning_module is not None:
+        if self._sharder is not None and self.lightning_module is not None:
             self.lightning_module._device_mesh = self.device_mesh
 
         # DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense
         # parameters are partitioned when the engine is built.
-        if self._spreader is not None:
-            with expert_placement(self._spreader.placement):
+        if self._sharder is not None:
+            with expert_placement(self._sharder.placement):
                 yield
             return
         module = self.lightning_module
@@ -296,14 +296,14 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _setup_experts(self, module: nn.Module) -> None:
         state = self._expert_state
         state.layers = dict(moe_layers(module))
-        spreader = self._mesh_for(divided_experts(state.layers.items()))
+        sharder = self._mesh_for(divided_experts(state.layers.items()))
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = spreader.mesh.device_mesh
-        spreader.spread(module)
-        self._waits.begin(spreader, self._watch)
+        self.lightning_module._device_mesh = sharder.mesh.device_mesh
+        sharder.shard(module)
+        self._waits.begin(sharder, self._watch)
         if self.is_global_zero:
             warn_about_causality(module)
-        tag_experts(state.layers.values(), spreader.mesh)
+        tag_experts(state.layers.values(), sharder.mesh)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
             layer.balancing.scale = state.loss_scale
@@ -387,7 +387,7 @@ class FastMoEStrategy(ExpertCheckpoints):
                 self.model.let_go()
             super().teardown()
         finally:
-            self._waits.end(self._spreader)
+            self._waits.end(self._sharder)
             self._watch.stop()
         self._waits.raise_for_peer(self.lightning_module)
 

@@ -24,7 +24,7 @@ def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     printed = any(isinstance(c, ModelSummary) and c._max_depth != 0 for c in callbacks)
-    divided = {name: layer for name, layer in layers.items() if layer.is_spread}
+    divided = {name: layer for name, layer in layers.items() if layer.is_sharded}
     if not printed or not divided:
         return
     name, first = next(iter(divided.items()))

@@ -12,12 +12,12 @@ from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.nn import MoE
 
 
-def spread_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
+def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
     """The layers whose experts are modules that other ranks don't have; alike on all ranks."""
     return {
         name: layer
         for name, layer in layers.items()
-        if layer.is_spread and not layer.experts.is_stacked
+        if layer.is_sharded and not layer.experts.is_stacked
     }
 
 
@@ -34,7 +34,7 @@ def check_same_structure(layers: Mapping[str, MoE]) -> None:
             (len(list(module.children())), len(list(module.parameters(recurse=False))))
             for module in layer.experts.modules()
         ]
-        for name, layer in spread_module_layers(layers).items()
+        for name, layer in sharded_module_layers(layers).items()
     }
     for rank, theirs in enumerate(_of_all_ranks(own)):
         for name in own:
@@ -58,7 +58,7 @@ def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
         ParameterGroupError: on all ranks, naming the rank.
     """
     own = [bool(group.get("moe")) for group in optimizer.param_groups]
-    for rank, theirs in enumerate(_of_all_ranks(own if spread_module_layers(layers) else None)):
+    for rank, theirs in enumerate(_of_all_ranks(own if sharded_module_layers(layers) else None)):
         if theirs != own:
             here = dist.get_rank()
             raise ParameterGroupError(

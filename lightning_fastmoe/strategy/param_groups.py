@@ -206,7 +206,7 @@ class UserParamGroups:
 
     @property
     def has_experts(self) -> bool:
-        """Whether some of the twin's groups hold spread experts."""
+        """Whether some of the twin's groups hold sharded experts."""
         return any(group.get("moe") for group in self.twin.param_groups)
 
     def _parameter_ids(self) -> list[list[int]]:

@@ -45,7 +45,7 @@ def run_on_rank_zero(
         ExchangeError: on the other ranks, if ``function`` raised on rank 0, where its own error is.
         ConfigError: on rank 0, if ``function`` trains.
     """
-    shared = {n: m for n, m in layers.items() if m.is_spread or m.uses_global_batch}
+    shared = {n: m for n, m in layers.items() if m.is_sharded or m.uses_global_batch}
     with _evaluating(module):
         if not shared:
             return function(*args) if dist.get_rank() == 0 else None

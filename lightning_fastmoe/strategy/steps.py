@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint.averages import Averages
-from lightning_fastmoe.distributed import ExpertSpreader
+from lightning_fastmoe.distributed import ExpertSharder
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
 from lightning_fastmoe.strategy.averaging import AveragedRun, prepare_averaging
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 class ExpertSteps(DeepSpeedStrategy):
     """The steps of a strategy whose forward passes exchange tokens between ranks."""
 
-    _spreader: ExpertSpreader | None
+    _sharder: ExpertSharder | None
     _expert_state: ExpertState
     _uneven: UnevenData
     _watch: Watch
@@ -237,8 +237,8 @@ class ExpertSteps(DeepSpeedStrategy):
 
     def _end_pass(self) -> None:
         """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
-        if self._spreader is not None:
-            self._spreader.end_pass(self._expert_state.layers.values(), self.root_device)
+        if self._sharder is not None:
+            self._sharder.end_pass(self._expert_state.layers.values(), self.root_device)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -57,7 +57,7 @@ def test_slices_equal_the_whole_layer(ranks):
         part = build(rank=rank, ranks=ranks)
         assert part.first.num_local_experts == 4 // ranks
         assert part.second.experts.local_ids[0] == rank * 8 // ranks
-        assert part.first.is_spread is (ranks > 1)
+        assert part.first.is_sharded is (ranks > 1)
         assert_slice(part, whole, rank, ranks)
 
 
@@ -111,7 +111,7 @@ def test_placement_sees_the_finished_layers_and_ends_with_its_context():
     for layer, make in built:
         again = make((1,)).state_dict()
         assert all(torch.equal(again[n], p[1:2]) for n, p in layer.experts.named_parameters())
-    assert not MoE(5, 6, 4).is_spread
+    assert not MoE(5, 6, 4).is_sharded
 
 
 def test_local_dispatcher_and_no_placement_keep_all_experts():

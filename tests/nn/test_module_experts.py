@@ -125,7 +125,7 @@ def test_an_expert_starts_alike_on_any_topology(ranks, how):
             part = make()
             part.experts.keep(range(rank * each, (rank + 1) * each))
         assert part.num_local_experts == each
-        assert part.is_spread is (ranks > 1)
+        assert part.is_sharded is (ranks > 1)
         state = whole.state_dict()
         for name, value in part.state_dict().items():
             assert torch.equal(value, state[name]), name

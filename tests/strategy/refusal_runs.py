@@ -152,7 +152,7 @@ class Outside(Net):
 
 
 class TooEarly(Net):
-    """Creates its optimizer before the experts are spread."""
+    """Creates its optimizer before the experts are sharded."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -234,21 +234,21 @@ def _with_counts(pack: Callable[..., Tensor]) -> None:
         counts.pack_counts = original
 
 
-def spread_then_ddp() -> None:
-    """A module that was trained with spread experts goes on under plain DDP."""
+def sharded_then_ddp() -> None:
+    """A module that was trained with sharded experts goes on under plain DDP."""
     module = Net(CASE)
     fit(module)
     make_trainer(CASE, strategy="ddp", max_steps=4, gradient_clip_val=None).fit(module)
 
 
-def spread_then_forward() -> None:
+def sharded_then_forward() -> None:
     """The same module is called with no trainer around."""
     module = Net(CASE)
     fit(module)
     module.net["moes"][0](torch.zeros(3, 12))
 
 
-def spread_otherwise() -> None:
+def sharded_otherwise() -> None:
     """The same module in a run with other groups."""
     module = Net(CASE)
     fit(module)
@@ -300,9 +300,9 @@ SCENES: dict[str, Callable[[], Any]] = {
     "fp16 on the CPU": lambda: fit(precision="16-mixed"),
     "callback": foreign_callback,
     "plugin": foreign_plugin,
-    "ddp": spread_then_ddp,
-    "forward": spread_then_forward,
-    "other groups": spread_otherwise,
+    "ddp": sharded_then_ddp,
+    "forward": sharded_then_forward,
+    "other groups": sharded_otherwise,
     "all_to_all": lambda: MoE(4, 4, 2, dispatcher="all_to_all")(torch.zeros(1, 4)),
     "foreign expert": lambda: fit(Foreign(CASE)),
     "two groups": lambda: fit(InTwoGroups(CASE)),

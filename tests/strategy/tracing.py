@@ -118,7 +118,7 @@ def whole_gradients(net: torch.nn.Module) -> dict[str, Tensor]:
 
 def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenates the experts of all ranks of the expert parallel group, by global id."""
-    layers = [(name, layer) for name, layer in moe_layers(net) if layer.is_spread]
+    layers = [(name, layer) for name, layer in moe_layers(net) if layer.is_sharded]
     spread = {
         f"{layer_name}.experts.{name}": layer
         for layer_name, layer in layers

@@ -26,7 +26,7 @@ def generate(
 ) -> bytes:
     """Continue a prompt, byte by byte.
 
-    With experts spread over ranks, every rank must call this with the same arguments: each byte
+    With experts sharded over ranks, every rank must call this with the same arguments: each byte
     takes one forward pass, and each forward pass exchanges tokens with the other ranks. The draws
     come from a generator of their own, so all ranks draw alike and training is left undisturbed.
 

@@ -1,4 +1,4 @@
-"""Spreading the experts of a model over the ranks of a mesh."""
+"""Sharding the experts of a model over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_fastmoe.distributed.dispatch import (
-    AllToAllDispatcher,
+    ACROSS_RANKS,
     ExchangeWait,
     ExpertGroup,
     PendingExchange,
@@ -23,7 +23,7 @@ from lightning_fastmoe.nn.placement import Placement
 from lightning_fastmoe.nn.schedule import SequentialSchedule
 
 
-class ExpertSpreader:
+class ExpertSharder:
     """Gives the layers of one model their slices of experts and their dispatchers.
 
     A layer with ``dispatcher="local"`` is left alone: all its experts stay on every rank, and train
@@ -66,7 +66,7 @@ class ExpertSpreader:
         check_expert_parallel_size(self.mesh.ep_size, world, {name: num_experts})
         return Placement(tuple(self.mesh.local_experts(num_experts)))
 
-    def spread(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module) -> None:
         """Cuts every layer of ``module`` that still holds all experts down to this rank's slice.
 
         Raises:
@@ -80,15 +80,16 @@ class ExpertSpreader:
             placement = None if local else self.placement(layer.num_experts, name)
             schedule = None
             if placement is not None:
-                if not layer.is_spread:
+                if not layer.is_sharded:
                     layer.experts.keep(placement.expert_ids)
                 assert self.group is not None
                 blocks = self.mesh.placement(layer.num_experts)
-                dispatcher = AllToAllDispatcher(self.group, layer.num_experts, blocks)
+                across = ACROSS_RANKS[layer.dispatcher_name]
+                dispatcher = across(self.group, layer.num_experts, blocks)
                 schedule = SequentialSchedule(dispatcher)
             held = tuple(range(layer.num_experts)) if placement is None else placement.expert_ids
             if layer.experts.local_ids != held:
-                raise self._spread_otherwise(name, layer)
+                raise self._sharded_otherwise(name, layer)
             layer.connect(name, self.batch, schedule)
 
     def end_pass(self, layers: Iterable[MoE], device: torch.device) -> None:
@@ -104,13 +105,13 @@ class ExpertSpreader:
             ExchangeError: on every rank, if one has more exchanges to come.
         """
         layers = list(layers)
-        spread = [layer for layer in layers if layer.is_spread]
+        sharded = [layer for layer in layers if layer.is_sharded]
         groups: list[ExpertGroup] = []
         if self.batch is not None and any(layer.uses_global_batch for layer in layers):
             groups.append(self.batch.group)
-        if self.group is not None and spread and self.group not in groups:
+        if self.group is not None and sharded and self.group not in groups:
             groups.append(self.group)
-        if not all(layer.uses_global_batch for layer in spread):
+        if not all(layer.uses_global_batch for layer in sharded):
             groups.reverse()  # others wait first where a layer's first exchange is
         for group in groups:
             group.end_pass(device)
@@ -134,7 +135,7 @@ class ExpertSpreader:
             if group is not None:
                 group.pending, group.wait = pending, wait
 
-    def _spread_otherwise(self, name: str, layer: MoE) -> TopologyError:
+    def _sharded_otherwise(self, name: str, layer: MoE) -> TopologyError:
         return TopologyError(
             f"Layer {name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
             f" experts from an earlier run; that does not fit expert_parallel_size="
