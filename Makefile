@@ -15,11 +15,12 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c const
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test lint types unit docs figures format clean distclean
+.PHONY: help setup train test quick lint types unit docs figures format clean distclean
 
 help:
 	@echo 'make train      train the tiny language model of examples/ (CONFIG=$(CONFIG))'
 	@echo 'make test       lint, types and unit'
+	@echo 'make quick      three minutes: operators, layers, the file format, one topology per ZeRO stage'
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
 	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests, WORKERS=0 is one process)'
@@ -63,6 +64,14 @@ unit: $(STAMP)
 $(DOCS_STAMP): $(STAMP)
 	@$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
+
+# One topology for each ZeRO stage, and everything that needs one process and seconds.
+QUICK = tests/ops tests/nn tests/distributed tests/checkpoint/format/test_round_trip.py \
+    tests/test_architecture.py tests/test_argument_types.py \
+    tests/strategy/test_exactness.py::test_epoch_that_is_no_multiple_of_the_accumulation
+
+quick: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(QUICK)
 
 docs: $(DOCS_STAMP)
 	PYTHONPATH="$(CURDIR)/docs" $(BIN)/python -m website.build build/docs

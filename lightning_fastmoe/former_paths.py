@@ -35,6 +35,7 @@ FORMER = {
     "metrics.expert_load": "monitoring.metrics.expert_load",
     "metrics.formulas": "monitoring.metrics.formulas",
     "metrics.routing": "monitoring.metrics.routing",
+    "nn.router.base": "nn.router.interface",
 }
 """Former path -> path, both inside the package."""
 

@@ -38,6 +38,7 @@ NAMED = {
     "metrics.expert_load": ("ExpertLoad", "LayerLoad"),
     "metrics.formulas": ("load_ratio",),
     "metrics.routing": ("RoutingMetric",),
+    "nn.router.base": ("LinearRouter", "Router"),
     "checkpoint.huggingface": ("FAMILIES", "export", "import_model"),
 }
 """What scripts, configuration files and pickles may name, by the module in which it was."""
