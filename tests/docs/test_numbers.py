@@ -71,7 +71,7 @@ def test_first_table_follows_from_the_others() -> None:
 
 
 def test_readme_says_the_same() -> None:
-    text = README[: README.index("## Twelve lines")]
+    text = README[: README.index("## Use it")]
     said = re.findall(r"\*\*(\d\.\d\d)x?(?: to (\d\.\d\d)x?)?\*\*", text)
     assert said == [SONIC, TORCH, TORCH_MEMORY, (TRAINER, "")]
 
