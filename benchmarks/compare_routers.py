@@ -20,8 +20,8 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_fastmoe import RouterBiasBalancing
-from lightning_fastmoe.lm import ByteCorpus, MoELanguageModel
-from lightning_fastmoe.lm.cli import FastMoECLI, silence_upstream
+from lightning_fastmoe.demos.byte_lm import ByteCorpus, MoELanguageModel
+from lightning_fastmoe.demos.byte_lm.cli import FastMoECLI, silence_upstream
 
 RUNS: dict[str, tuple[str, int | None, dict[str, Any], float]] = {
     "softmax": ("softmax", 2, {}, 0.0),

@@ -60,8 +60,8 @@ def train_by_strategy(steps: int, world: int, scratch: Path, deterministic: bool
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from lightning_fastmoe import FastMoEStrategy
-    from lightning_fastmoe.lm import ByteCorpus, MoELanguageModel
-    from lightning_fastmoe.lm.cli import silence_upstream
+    from lightning_fastmoe.demos.byte_lm import ByteCorpus, MoELanguageModel
+    from lightning_fastmoe.demos.byte_lm.cli import silence_upstream
 
     class Losses(pl.Callback):
         def __init__(self) -> None:
@@ -104,7 +104,7 @@ def train_in_a_loop(steps: int, compiled: bool, deterministic: bool) -> list[str
     import torch
     import torch.nn.functional as F
 
-    from lightning_fastmoe.lm.model import MoETransformer
+    from lightning_fastmoe.demos.byte_lm.model import MoETransformer
 
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def cold_starts(args: argparse.Namespace) -> bool:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["lightning_fastmoe.lm.cli", "torch._inductor.compile_fx", "yaml"]
+        ["lightning_fastmoe.demos.byte_lm.cli", "torch._inductor.compile_fx", "yaml"]
     )
     with ThreadPoolExecutor(args.parallel) as pool:
         found = list(pool.map(lambda number: one_start(context, number, args), range(args.count)))
@@ -301,7 +301,7 @@ def long_run(args: argparse.Namespace) -> bool:
     from torch import nn
 
     from lightning_fastmoe import FastMoEStrategy, MoE
-    from lightning_fastmoe.lm.cli import silence_upstream
+    from lightning_fastmoe.demos.byte_lm.cli import silence_upstream
     from lightning_fastmoe.nn.router import SoftmaxTopKRouter
 
     experts, d_model = 16, 256

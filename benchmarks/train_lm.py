@@ -19,8 +19,8 @@ import deepspeed
 import pytorch_lightning as pl
 import torch
 
-from lightning_fastmoe.lm import ByteCorpus, MoELanguageModel
-from lightning_fastmoe.lm.cli import FastMoECLI, silence_upstream
+from lightning_fastmoe.demos.byte_lm import ByteCorpus, MoELanguageModel
+from lightning_fastmoe.demos.byte_lm.cli import FastMoECLI, silence_upstream
 
 WARM_UP = 10
 

@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_fastmoe import ExpertLoadMonitor, FastMoEStrategy
-from lightning_fastmoe.lm import ByteCorpus, MoELanguageModel, SampleText, TrainingBar
-from lightning_fastmoe.lm.cli import silence_upstream
+from lightning_fastmoe.demos.byte_lm import ByteCorpus, MoELanguageModel, SampleText, TrainingBar
+from lightning_fastmoe.demos.byte_lm.cli import silence_upstream
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ torch nor Lightning nor DeepSpeed: what it exports is loaded when first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_fastmoe.former_paths import serve_former_paths
 from lightning_fastmoe.lightning_loaders import register_loaders
 from lightning_fastmoe.registration import register_with_lightning
 
@@ -70,5 +71,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_COMPONENTS})
 
 
+serve_former_paths()
 register_with_lightning(lambda **arguments: _load("FastMoEStrategy")(**arguments))
 register_loaders(lambda: import_module(f"{__name__}.strategy.plain_loading"))

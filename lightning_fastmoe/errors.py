@@ -25,7 +25,7 @@ class TopologyError(FastMoEError, ValueError):
 
 
 class UnmanagedExpertsError(FastMoEError, RuntimeError):
-    """Experts are spread over ranks, but nothing here knows how to train them."""
+    """Experts are sharded over ranks, but nothing here knows how to train them."""
 
 
 class ExchangeError(FastMoEError, RuntimeError):

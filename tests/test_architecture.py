@@ -1,9 +1,9 @@
-"""Imports point one way, and files stay short.
+"""Imports point one way, no file imports itself by way of others, and files stay short.
 
-    errors <- argument_types, registration, load_log, co_activation_log, ops <- nn
-        <- distributed, sizes <- checkpoint <- strategy
-        <- callbacks, metrics, lm, report
-        <- commands <- cli
+    errors <- ops, checkpoint/format, monitoring/logs <- nn, monitoring/report
+        <- distributed, planning, monitoring/metrics <- checkpoint, checkpoint/sources <- strategy
+        <- checkpoint/tools, monitoring/callbacks <- huggingface, callbacks, metrics <- demos
+        <- cli
 
 An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
 constant string given to ``import_module``.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,39 +26,68 @@ MAX_LINES = 400
 LEVELS = {
     "errors": 0,
     "argument_types": 1,
+    "former_paths": 1,
     "lightning_loaders": 1,
     "registration": 1,
-    "load_log": 1,
-    "co_activation_log": 1,
     "ops": 1,
+    "checkpoint/format": 1,
+    "monitoring": 1,
+    "monitoring/logs": 1,
     "nn": 2,
+    "monitoring/report": 2,
     "distributed": 3,
-    "sizes": 3,
+    "planning": 3,
+    "monitoring/metrics": 3,
     "checkpoint": 4,
+    "checkpoint/sources": 4,
+    "checkpoint/zero_state": 4,
     "strategy": 5,
-    "callbacks": 6,
-    "lm": 6,
-    "metrics": 6,
-    "report": 6,
-    "testing": 6,
-    "commands": 7,
-    "cli": 8,
+    "checkpoint/tools": 6,
+    "monitoring/callbacks": 6,
+    "huggingface": 7,
+    "huggingface/causal_lm": 7,
+    "callbacks": 7,
+    "metrics": 7,
+    "demos": 8,
+    "testing": 8,
+    "lm": 9,
+    "cli": 9,
 }
-"""A component may import those of lower levels, and its own level."""
+"""A component, which is a folder or a file, may import those of lower levels, and its own level."""
 
 INIT = "__init__"
 """The package's own __init__.py: what users import. It may import everything but ``testing``."""
 
 LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning"}
-MAY_IMPORT_LIGHTNING = {"strategy", "callbacks", "lm", INIT}
-MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint"}
-STARTS_AT_ONCE = {"cli", "commands"}
+MAY_IMPORT_LIGHTNING = {
+    "strategy",
+    "monitoring/callbacks",
+    "callbacks",
+    "demos",
+    "huggingface/causal_lm",
+    INIT,
+}
+MAY_IMPORT_DEEPSPEED = {"strategy", "checkpoint/zero_state"}
+MAY_IMPORT_ONLY = {
+    "ops": {"torch"},
+    "checkpoint/format": {"numpy", "torch"},
+    "monitoring/logs": set(),
+    "monitoring/report": {"tensorboard"},
+}
+"""What else than the standard library components know that are to know little."""
+
+STARTS_AT_ONCE = {"cli"}
 """What is imported before a command's arguments are checked: the standard library alone."""
 
 
 def component_of(path: str) -> str:
-    """``ops`` for ``ops/routing.py``, ``cli`` for ``cli.py``, ``__init__`` for ``__init__.py``."""
-    return path.split("/")[0].removesuffix(".py")
+    """``ops`` for ``ops/routing.py``, ``cli`` for ``cli.py``, ``__init__`` for ``__init__.py``.
+
+    The longest of LEVELS that ``path`` begins with, or its first part where it has no level.
+    """
+    parts = path.removesuffix(".py").split("/")
+    starts = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((start for start in starts if start in LEVELS), parts[0])
 
 
 def imported_modules(path: str, nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
@@ -115,10 +144,12 @@ def rule_broken_by(component: str, module: str) -> str | None:
             return f"only {', '.join(sorted(MAY_IMPORT_LIGHTNING))} may import Lightning"
         if top == "deepspeed" and component not in MAY_IMPORT_DEEPSPEED:
             return f"only {', '.join(sorted(MAY_IMPORT_DEEPSPEED))} may import deepspeed"
-        if component == "ops" and top != "torch" and top not in sys.stdlib_module_names:
-            return "ops imports torch and the standard library only"
+        allowed = MAY_IMPORT_ONLY.get(component)
+        if allowed is not None and top not in allowed | sys.stdlib_module_names:
+            names = " and ".join([*sorted(allowed), "the standard library"])
+            return f"{component} imports {names} only"
         return None
-    target = rest[0] if rest else INIT
+    target = component_of("/".join(rest)) if rest else INIT
     if target == "testing" and component != "testing":
         return "testing is for tests"
     if component == INIT or target == "__version__":
@@ -146,6 +177,47 @@ def violations(path: str, source: str) -> list[str]:
     return found
 
 
+def file_of(module: str, files: Iterable[str]) -> str | None:
+    """The file that a dotted name of the package is in: the longest start of it that is one."""
+    parts = module.split(".")[1:]
+    for count in range(len(parts), -1, -1):
+        start = "/".join(parts[:count])
+        for path in (f"{start}.py", f"{start}/__init__.py".lstrip("/")):
+            if path in files:
+                return path
+    return None
+
+
+def import_cycles(sources: Mapping[str, str]) -> list[str]:
+    """The shortest circle of imports through each file that has one, as ``a.py -> b.py -> a.py``.
+
+    That a module's packages are imported before it doesn't count: no file says so.
+
+    Args:
+        sources: path inside the package -> text, of all files.
+    """
+    graph = {
+        path: {
+            target
+            for _, module in imported_modules(path, ast.walk(ast.parse(source)))
+            if module.split(".")[0] == PACKAGE and (target := file_of(module, sources))
+        }
+        - {path}
+        for path, source in sources.items()
+    }
+    found: dict[frozenset[str], str] = {}
+    for start in sorted(graph):
+        ways, seen = [[start]], set()
+        while ways:
+            way = ways.pop(0)
+            if start in graph[way[-1]]:
+                found.setdefault(frozenset(way), " -> ".join([*way, start]))
+                break
+            ways += [[*way, target] for target in sorted(graph[way[-1]] - seen)]
+            seen |= graph[way[-1]]
+    return list(found.values())
+
+
 def test_the_package_is_where_the_test_looks():
     assert ROOT / "__init__.py" in FILES
     assert len({component_of(file.relative_to(ROOT).as_posix()) for file in FILES}) > 5
@@ -154,6 +226,54 @@ def test_the_package_is_where_the_test_looks():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_file_keeps_the_rules(file: Path):
     assert violations(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) == []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    sources = {f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8") for f in FILES}
+    assert import_cycles(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        pytest.param(
+            {"a.py": "from .b import x", "b.py": "if TYPE_CHECKING:\n    from .a import y"},
+            ["a.py -> b.py -> a.py"],
+            id="types",
+        ),
+        pytest.param(
+            {
+                "n/a.py": "from lightning_fastmoe.n import b",
+                "n/b.py": "def f():\n    import lightning_fastmoe.n.c",
+                "n/c.py": "import_module('lightning_fastmoe.n.a')",
+                "d.py": "from .n.a import x",
+            },
+            ["n/a.py -> n/b.py -> n/c.py -> n/a.py"],
+            id="three",
+        ),
+        pytest.param(
+            {"n/__init__.py": "from .a import x", "n/a.py": "from lightning_fastmoe.n import y"},
+            ["n/__init__.py -> n/a.py -> n/__init__.py"],
+            id="package",
+        ),
+        pytest.param(
+            {"__init__.py": "from .a import x", "a.py": "from lightning_fastmoe import x"},
+            ["__init__.py -> a.py -> __init__.py"],
+            id="root",
+        ),
+        pytest.param(
+            {
+                "n/__init__.py": "from .a import x\nfrom .b import y",
+                "n/a.py": "from lightning_fastmoe.n.b import y",
+                "n/b.py": "import torch",
+            },
+            [],
+            id="siblings",
+        ),
+    ],
+)
+def test_cycles_are_found(sources: dict[str, str], expected: list[str]):
+    assert import_cycles(sources) == expected
 
 
 @pytest.mark.parametrize(
@@ -173,15 +293,23 @@ def test_file_keeps_the_rules(file: Path):
         pytest.param("ops/a.py", "import importlib\nimportlib.import_module('einops')", id="late"),
         pytest.param("nn/a.py", "import pytorch_lightning as pl", id="nn-lightning"),
         pytest.param("metrics.py", "from lightning_fabric import Fabric", id="metrics-fabric"),
+        pytest.param("huggingface/a.py", "import pytorch_lightning", id="converters-lightning"),
+        pytest.param("monitoring/metrics/a.py", "import pytorch_lightning", id="room-lightning"),
+        pytest.param("checkpoint/a.py", "import deepspeed", id="checkpoint-deepspeed"),
+        pytest.param("checkpoint/format/a.py", "import safetensors", id="format-third-party"),
+        pytest.param("checkpoint/format/a.py", "from ..save import write", id="format-upward"),
+        pytest.param("checkpoint/format/a.py", "from ...nn import MoE", id="format-model"),
+        pytest.param("checkpoint/a.py", "from .tools.diff import compare", id="tools-in-runs"),
+        pytest.param("monitoring/logs/a.py", "import torch", id="logs-third-party"),
         pytest.param("distributed/a.py", "from deepspeed import comm", id="distributed-deepspeed"),
         pytest.param("callbacks/a.py", "import deepspeed", id="callbacks-deepspeed"),
         pytest.param("strategy/a.py", "from ..testing import spawn", id="testing"),
         pytest.param("__init__.py", "import lightning_fastmoe.testing", id="testing-in-init"),
         pytest.param("utils.py", "import torch", id="component-without-place"),
-        pytest.param("cli.py", "from .lm.cli import run", id="cli-slow-start"),
-        pytest.param("commands/a.py", "import torch", id="command-slow-start"),
-        pytest.param("commands/a.py", "from lightning_fastmoe.ops import x", id="command-ops"),
-        pytest.param("commands/a.py", "def run():\n    import deepspeed", id="command-deepspeed"),
+        pytest.param("cli/entry.py", "from ..demos.byte_lm.cli import run", id="cli-slow-start"),
+        pytest.param("cli/a.py", "import torch", id="command-slow-start"),
+        pytest.param("cli/a.py", "from lightning_fastmoe.ops import x", id="command-ops"),
+        pytest.param("cli/a.py", "def run():\n    import deepspeed", id="command-deepspeed"),
         pytest.param("ops/a.py", "x = 1\n" * (MAX_LINES + 1), id="long-file"),
     ],
 )
@@ -198,14 +326,14 @@ def test_checker_flags(path: str, source: str):
         ),
         pytest.param("nn/router/__init__.py", "from . import losses", id="own-component"),
         pytest.param(
-            "lm/a.py", "import pytorch_lightning\nfrom ..metrics import x", id="own-level"
+            "demos/a.py", "import pytorch_lightning\nfrom ..metrics import x", id="own-level"
         ),
-        pytest.param("cli.py", "from lightning_fastmoe import __version__", id="version"),
+        pytest.param("cli/entry.py", "from lightning_fastmoe import __version__", id="version"),
         pytest.param("strategy/a.py", "import deepspeed, lightning_fabric", id="strategy"),
-        pytest.param("checkpoint/a.py", "from deepspeed.runtime import zero", id="checkpoint"),
-        pytest.param("commands/a.py", "def run(a):\n    import torch", id="command-late"),
-        pytest.param("commands/a.py", "if TYPE_CHECKING:\n    import torch", id="command-types"),
-        pytest.param("commands/a.py", "from ..errors import ConfigError", id="command-errors"),
+        pytest.param("checkpoint/zero_state.py", "from deepspeed.runtime import zero", id="zero"),
+        pytest.param("cli/a.py", "def run(a):\n    import torch", id="command-late"),
+        pytest.param("cli/a.py", "if TYPE_CHECKING:\n    import torch", id="command-types"),
+        pytest.param("cli/a.py", "from ..errors import ConfigError", id="command-errors"),
         pytest.param("testing/a.py", "from lightning_fastmoe.strategy import x", id="testing"),
         pytest.param("__init__.py", "from lightning_fastmoe.cli import main", id="init"),
         pytest.param("ops/a.py", "x = 1\n" * MAX_LINES, id="longest-file"),

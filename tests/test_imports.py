@@ -38,7 +38,7 @@ strategy = StrategyRegistry.get("fastmoe_stage_3")
 assert type(strategy) is lightning_fastmoe.FastMoEStrategy
 assert strategy.config["zero_optimization"]["stage"] == 3
 from lightning_fastmoe import *
-assert ExpertLoadMonitor.__module__ == "lightning_fastmoe.callbacks.expert_load"
+assert ExpertLoadMonitor.__module__ == "lightning_fastmoe.monitoring.callbacks.expert_load"
 """
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import FastMoEStrategy
-from lightning_fastmoe.checkpoint import stream
+from lightning_fastmoe.checkpoint.format import safetensors_stream
 from saving.meter import Meter, files_below, to_disk
 from saving.systems import KINDS, System, partitions
 
@@ -119,7 +119,7 @@ class Benchmark(pl.Callback):
         self.note("fastmoe", "unverified", load)
 
     def unhashed(self, system: System, path: Path, meter: Meter) -> None:
-        with emptied(path), mock.patch.object(stream.hashlib, "sha256", NoHash):
+        with emptied(path), mock.patch.object(safetensors_stream.hashlib, "sha256", NoHash):
             (save,), _ = meter.measure(lambda: system.save(path))
         self.note("fastmoe", "unhashed", save)
         self.note("fastmoe", "unhashed_cpu", meter.cpu)

@@ -8,12 +8,14 @@ MODULES = {
     "lightning_fastmoe.nn.router": "Routers and their losses",
     "lightning_fastmoe.callbacks": "Callbacks",
     "lightning_fastmoe.metrics": "Metrics",
-    "lightning_fastmoe.lm": "The example model, and models of Hugging Face",
+    "lightning_fastmoe.huggingface": "Models of Hugging Face",
+    "lightning_fastmoe.demos.byte_lm": "The example model",
     "lightning_fastmoe.checkpoint": "Reading checkpoints",
     "lightning_fastmoe.checkpoint.weights": "Weights from a checkpoint",
     "lightning_fastmoe.ops": "Operators on one device",
     "lightning_fastmoe.distributed": "Ranks and dispatch",
     "lightning_fastmoe.testing": "Tests on several ranks",
+    "lightning_fastmoe.testing.schedules": "The contract of schedules",
     "lightning_fastmoe.errors": "Errors",
 }
 """module -> heading of its page. A name that several export is shown where it comes first."""

@@ -141,6 +141,8 @@ def reference() -> dict[str, str]:
             value = getattr(loaded, name)
             kind = "class" if inspect.isclass(value) else "function"
             kind = kind if inspect.isclass(value) or inspect.isroutine(value) else "data"
+            if kind == "data" and f"\n{name}" not in inspect.getsource(loaded):
+                continue  # what explains it stands in the module that it comes from
             if kind != "data" and id(value) in shown:
                 elsewhere.append(f"{{py:obj}}`~{shown[id(value)]}`")
                 continue

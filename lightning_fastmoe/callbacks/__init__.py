@@ -1,11 +1,11 @@
 """Lightning callbacks."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
-from lightning_fastmoe.callbacks.co_activation import CoActivationMonitor
-from lightning_fastmoe.callbacks.expert_load import ExpertLoadMonitor
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
-from lightning_fastmoe.callbacks.summary import MoESummary
-from lightning_fastmoe.callbacks.throughput import ThroughputMonitor
+from lightning_fastmoe.monitoring.callbacks.co_activation import CoActivationMonitor
+from lightning_fastmoe.monitoring.callbacks.expert_load import ExpertLoadMonitor
+from lightning_fastmoe.monitoring.callbacks.summary import MoESummary
+from lightning_fastmoe.monitoring.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "CapacitySchedule",

@@ -1,14 +1,14 @@
 """Saving and resuming: checkpoints that fit any ranks. ``docs/checkpoint_format.md`` defines them.
 
-``records``, ``manifest``, ``shards``, ``files``, ``plain``, ``publish`` and ``reader`` know the
-format and torch alone; no process group, no optimizer.
+``format`` knows the files, ``sources`` what can be loaded from, and ``tools`` what is done outside
+of runs. What stands beside them is what the ranks of a run do together.
 """
 
-from lightning_fastmoe.checkpoint.manifest import FORMAT_VERSION, Manifest, Topology
-from lightning_fastmoe.checkpoint.publish import Publication
-from lightning_fastmoe.checkpoint.reader import CheckpointReader, is_checkpoint
-from lightning_fastmoe.checkpoint.records import TensorRecord
-from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.manifest import FORMAT_VERSION, Manifest, Topology
+from lightning_fastmoe.checkpoint.format.publish import Publication
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader, is_checkpoint
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
 
 __all__ = [
     "FORMAT_VERSION",

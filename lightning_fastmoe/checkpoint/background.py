@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.saving import Snapshot, write
-from lightning_fastmoe.checkpoint.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.save import Snapshot, write
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.errors import CheckpointError
 

@@ -10,12 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
-from lightning_fastmoe.checkpoint.manifest import Topology
-from lightning_fastmoe.checkpoint.module_experts import check_expert_ids
-from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
-from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
-from lightning_fastmoe.checkpoint.records import (
+from lightning_fastmoe.checkpoint.averages import TRAINING, Averages, training_name
+from lightning_fastmoe.checkpoint.expert_names import check_expert_ids
+from lightning_fastmoe.checkpoint.format.manifest import Topology
+from lightning_fastmoe.checkpoint.format.records import (
     DTYPES,
     GRADIENTS,
     TensorRecord,
@@ -23,9 +21,12 @@ from lightning_fastmoe.checkpoint.records import (
     state_name,
     weight_name,
 )
-from lightning_fastmoe.checkpoint.saving import COUNTERS
+from lightning_fastmoe.checkpoint.lockstep import Together
+from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
+from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, common, restored
+from lightning_fastmoe.checkpoint.partial_gradients import PartialGradients
+from lightning_fastmoe.checkpoint.save import COUNTERS
 from lightning_fastmoe.checkpoint.step_counts import restore_counts
-from lightning_fastmoe.checkpoint.together import Together
 from lightning_fastmoe.checkpoint.zero_state import FlatPartition, ZeroShare, ZeroState
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import MoE
@@ -113,6 +114,7 @@ def load(
     strict: bool,
     trusted: bool = False,
     verify: bool = True,
+    averages: Averages | None = None,
 ) -> Loaded:
     """Restores a checkpoint into a freshly built engine; every rank calls this.
 
@@ -125,6 +127,7 @@ def load(
         strict: parameter names must match exactly.
         trusted: also unpickle arbitrary objects, which can run any code.
         verify: compare the files with their hashes first; each is read by one rank.
+        averages: of a run that averages its weights.
 
     Raises:
         CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the model.
@@ -152,6 +155,10 @@ def load(
         share = zero.share()
         _load_weights(source, model, share)
         _load_others(source, model, state, strict)
+        if averages is not None:
+            averages.take(share, model.buffers)
+            _load_weights(source, model, share, training_name)
+            _load_buffers(source, model, training_name)
         if training:
             restore = _OptimizerLoader(source, model, state["optimizer"], strict)
             for flat in share.flats:
@@ -253,26 +260,35 @@ def _local_state(source: Source, together: Together, trusted: bool) -> dict[str,
     return source.read_rank_state(together.rank, trusted=trusted)
 
 
-def _load_weights(source: Source, model: ModelMap, share: ZeroShare) -> None:
+def _load_weights(
+    source: Source,
+    model: ModelMap,
+    share: ZeroShare,
+    named: Callable[[str], str] = weight_name,
+) -> None:
     for flat in share.flats:
         for fragment in flat.fragments:
-            name = weight_name(fragment.name)
+            name = named(fragment.name)
             if name in source.tensors:
                 start = model.place(fragment.name).offset + fragment.start
                 source.read_into(name, start, flat.view(flat.master, fragment))
     for loose in share.loose:
-        name = weight_name(loose.name)
+        name = named(loose.name)
         if name in source.tensors:
             source.read_into(name, model.place(loose.name).offset + loose.start, loose.data)
             loose.write_back()
 
 
-def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], strict: bool) -> None:
+def _load_buffers(source: Source, model: ModelMap, named: Callable[[str], str]) -> None:
     for name, buffer in model.buffers.items():
-        if weight_name(name) in source.tensors:
+        if named(name) in source.tensors:
             values = torch.empty(buffer.shape, dtype=buffer.dtype)
-            source.read_into(weight_name(name), 0, values.view(-1))
+            source.read_into(named(name), 0, values.view(-1))
             buffer.copy_(values)
+
+
+def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], strict: bool) -> None:
+    _load_buffers(source, model, weight_name)
     extra = dict(state["extra_state"])
     for name, value in model.extra().items():
         record = source.tensors.get(weight_name(name))
@@ -284,8 +300,8 @@ def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], stri
         unknown = model.module.load_state_dict(extra, strict=False).unexpected_keys
         if unknown and strict:
             raise CheckpointError(
-                f"{source.path} holds extra state of {unknown[0]!r}, of which the model knows"
-                " nothing. Set strict_loading=False on the LightningModule to leave it out."
+                f"{source.path} holds extra state of {unknown[0]!r}, which the model does not"
+                " have. Set strict_loading=False on the LightningModule to leave it out."
             )
 
 
@@ -301,7 +317,7 @@ class _OptimizerLoader:
         self.states: dict[str, set[str]] = {}
         for tensor in source.tensors:
             state, name = split_name(tensor)
-            if state is not None and not state.startswith(GRADIENTS):
+            if state not in (None, TRAINING) and not state.startswith(GRADIENTS):
                 self.states.setdefault(name, set()).add(state)
         self.saved_class = info["class"]
 
@@ -312,8 +328,8 @@ class _OptimizerLoader:
         if self.saved_class is not None and own != self.saved_class:
             raise CheckpointError(
                 f"{path} holds the state of {self.saved_class}, but configure_optimizers returned"
-                f" {own}. Use the same optimizer to resume; to start anew with these weights, load"
-                " them into the module before Trainer.fit."
+                f" {own}. Use the same optimizer to resume; to start a new run with these weights,"
+                " load them into the module before Trainer.fit."
             )
         options = common(flat.names, self.options, "the optimizer options", path)
         for key, value in (options or {}).items():
@@ -368,9 +384,9 @@ class _OptimizerLoader:
         for name, states in having.items():
             if states != keys and self.strict:
                 raise CheckpointError(
-                    f"{self.source.path} holds no optimizer state {min(keys - states)!r} of"
-                    f" {name!r}, but of others in the same group of the optimizer. Set"
-                    " strict_loading=False on the LightningModule to begin it with zeros."
+                    f"{self.source.path} has no optimizer state {min(keys - states)!r} for"
+                    f" {name!r}, but has it for others in the same optimizer group. Set"
+                    " strict_loading=False on the LightningModule to initialise it with zeros."
                 )
         return sorted(keys)
 

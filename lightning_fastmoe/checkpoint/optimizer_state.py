@@ -61,7 +61,7 @@ def scalars(flat: FlatPartition) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{type(flat.inner).__name__} keeps a state {name!r} of shape"
                     f" {tuple(value.shape)} for {flat.master.numel()} parameters. Such factored"
-                    " states belong to one partition of ZeRO and fit no other ranks; use an"
+                    " states belong to one ZeRO partition and can't be resharded; use an"
                     " optimizer that keeps one value per parameter, such as AdamW."
                 )
             value = value.detach().cpu().clone()

@@ -11,11 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lightning_fastmoe.checkpoint.manifest import Topology
+from lightning_fastmoe.checkpoint.format.manifest import Topology
+from lightning_fastmoe.checkpoint.format.state_files import COUNTS
 from lightning_fastmoe.nn import MoE, Router
-
-COUNTS = "layers"
-"""Their key in what a rank keeps for itself."""
 
 
 class RankStates(Protocol):
@@ -36,7 +34,7 @@ def counts_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
     return {
         name: {
             "load": load.tolist() if (load := _load_of(layer)) is not None else None,
-            "nonfinite": bool(layer.nonfinite) if layer.nonfinite is not None else False,
+            "nonfinite": layer.nonfinite.found,
         }
         for name, layer in layers.items()
     }
@@ -70,7 +68,7 @@ def restore_counts(
                 if row["load"] is not None and len(row["load"]) == load.numel():
                     load += torch.tensor(row["load"], dtype=load.dtype, device=load.device)
         if any(row["nonfinite"] for row in rows):
-            layer.nonfinite = torch.ones((), dtype=torch.int32)
+            layer.nonfinite.put()
 
 
 def _load_of(layer: MoE) -> torch.Tensor | None:

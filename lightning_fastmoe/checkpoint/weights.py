@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_fastmoe.checkpoint.canonical import ModelMap, map_model
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import WEIGHTS, TensorRecord, weight_name
+from lightning_fastmoe.checkpoint.format.threads import thread_count
 from lightning_fastmoe.checkpoint.loading import check_experts, check_names, check_shapes
-from lightning_fastmoe.checkpoint.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.records import WEIGHTS, TensorRecord, weight_name
-from lightning_fastmoe.checkpoint.sources import DirectorySource
-from lightning_fastmoe.checkpoint.threads import thread_count
-from lightning_fastmoe.checkpoint.together import Together
+from lightning_fastmoe.checkpoint.lockstep import Together
+from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
+from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import moe_layers
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.records import split_name
-from lightning_fastmoe.checkpoint.threads import thread_count
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import split_name
+from lightning_fastmoe.checkpoint.format.threads import thread_count
 
 _EXTRA = "_extra_state"
 _ADVICE = (

@@ -4,6 +4,7 @@ from lightning_fastmoe.distributed.auto_placement import AutoPlacement
 from lightning_fastmoe.distributed.dispatch import (
     EXCHANGE,
     AllToAllDispatcher,
+    ExchangeWait,
     ExpertGroup,
     PendingExchange,
 )
@@ -14,7 +15,7 @@ from lightning_fastmoe.distributed.mesh import (
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
-from lightning_fastmoe.distributed.spread import ExpertSpreader
+from lightning_fastmoe.distributed.shard import ExpertSharder
 
 __all__ = [
     "AutoPlacement",
@@ -22,9 +23,10 @@ __all__ = [
     "EP_DIM",
     "EXCHANGE",
     "AllToAllDispatcher",
+    "ExchangeWait",
     "ExpertGroup",
     "ExpertMesh",
-    "ExpertSpreader",
+    "ExpertSharder",
     "PendingExchange",
     "make_expert_mesh",
     "resolve_expert_parallel_size",

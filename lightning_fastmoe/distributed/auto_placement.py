@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_fastmoe.distributed.mesh import resolve_expert_parallel_size
 from lightning_fastmoe.errors import TopologyError
-from lightning_fastmoe.nn.placement import Placement
+from lightning_fastmoe.nn.placement import Placement, equal_blocks
 
 
 class AutoPlacement:
@@ -61,10 +61,10 @@ class AutoPlacement:
     def _place(self, num_experts: int) -> Placement | None:
         if self.size == 1:
             return None
-        each = num_experts // self.size
-        return Placement(self._rank % self.size * each, each, lambda layer: None, self._remember)
+        blocks = equal_blocks(num_experts, self.size)
+        return Placement(tuple(blocks[self._rank % self.size]), self._remember)
 
-    def _remember(self, layer: Any, make: Callable[[Placement | None], nn.Module]) -> None:
+    def _remember(self, layer: Any, make: Callable[[tuple[int, ...] | None], nn.Module]) -> None:
         self._layers.append(_Built(layer, make))
 
 
@@ -73,7 +73,7 @@ class _Built:
     """A layer, and how its experts were made."""
 
     layer: Any
-    make: Callable[[Placement | None], nn.Module]
+    make: Callable[[tuple[int, ...] | None], nn.Module]
 
     def __post_init__(self) -> None:
         self.dtype, self.device = torch.get_default_dtype(), torch.get_default_device()
@@ -99,7 +99,7 @@ class _Built:
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                self.layer.experts = self.make(placement)
+                self.layer.experts = self.make(placement.expert_ids if placement else None)
         finally:
             torch.set_default_dtype(default)
         self.untouched = self._state()

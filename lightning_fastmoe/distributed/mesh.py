@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.placement import equal_blocks
 
 EDP_DIM, EP_DIM = "expert_data_parallel", "expert_parallel"
 
@@ -46,7 +47,7 @@ class ExpertMesh:
 
     @property
     def ep_rank(self) -> int:
-        """This rank's place in its EP group; it holds the experts from ``ep_rank * e`` on."""
+        """This rank's number in its EP group."""
         return self.device_mesh.get_local_rank(EP_DIM)
 
     @property
@@ -54,10 +55,13 @@ class ExpertMesh:
         """Replicas of each expert."""
         return self.device_mesh.size(0)
 
+    def placement(self, num_experts: int) -> list[range]:
+        """The global ids that each rank of an EP group holds of a layer with ``num_experts``."""
+        return equal_blocks(num_experts, self.ep_size)
+
     def local_experts(self, num_experts: int) -> range:
         """The global ids of this rank's experts of a layer with ``num_experts``."""
-        each = num_experts // self.ep_size
-        return range(self.ep_rank * each, (self.ep_rank + 1) * each)
+        return self.placement(num_experts)[self.ep_rank]
 
 
 def make_expert_mesh(

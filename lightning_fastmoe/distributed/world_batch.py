@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
 from lightning_fastmoe.distributed.mesh import ExpertMesh
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K
+from lightning_fastmoe.nn.placement import equal_blocks
 
 
 class WorldBatch:
@@ -44,8 +46,9 @@ class WorldBatch:
         if counts.numel() > self.group.slots:
             raise ConfigError(
                 f"{layer}: {counts.numel()} counts are to be exchanged over all ranks, but the run"
-                f" began with room for {self.group.slots}. A callback can't raise top_k above 8, or"
-                " switch to capacity_over='global', while training: start with them."
+                f" began with room for {self.group.slots}. A callback can't raise top_k above"
+                f" {RESERVED_TOP_K}, or switch to capacity_over='global', while training: start"
+                " with them."
             )
         return self.group.exchange_counts(counts, counts.numel(), layer)
 
@@ -60,13 +63,14 @@ class WorldBatch:
         padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in lengths]
-        with self.group.pending(layer, "rows of the global batch"):
-            dist.all_gather(parts, padded, group=self.group.group)
+        self.group.run(layer, "rows of the global batch", dist.all_gather, parts, padded)
         everyone = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
         return everyone, sum(lengths[: self.rank])
 
     def near_experts(self, num_experts: int) -> Tensor:
         """See :class:`~lightning_fastmoe.nn.global_batch.GlobalBatch`."""
-        each = num_experts // self.num_expert_ranks
-        owner = self._first_rank + torch.arange(num_experts) // each
+        blocks = equal_blocks(num_experts, self.num_expert_ranks)
+        owner = torch.empty(num_experts, dtype=torch.int64)
+        for rank, ids in enumerate(blocks, self._first_rank):
+            owner[list(ids)] = rank
         return owner // self._ranks_per_node == self.rank // self._ranks_per_node

@@ -1,9 +1,32 @@
-"""A small byte-level language model, which the examples train, and models from Hugging Face."""
+"""Where the language models were at first: scripts and configuration files name them so.
 
-from lightning_fastmoe.lm.causal_lm import MoECausalLM
-from lightning_fastmoe.lm.data import ByteCorpus
-from lightning_fastmoe.lm.model import MoELanguageModel
-from lightning_fastmoe.lm.progress import TrainingBar
-from lightning_fastmoe.lm.sampling import SampleText, generate
+They are in ``demos.byte_lm`` (the example) and ``huggingface`` (models from there), and are loaded
+when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_fastmoe.demos.byte_lm import (
+        ByteCorpus,
+        MoELanguageModel,
+        SampleText,
+        TrainingBar,
+        generate,
+    )
+    from lightning_fastmoe.huggingface import MoECausalLM
 
 __all__ = ["ByteCorpus", "MoECausalLM", "MoELanguageModel", "SampleText", "TrainingBar", "generate"]
+
+if not TYPE_CHECKING:  # or every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = "huggingface" if name == "MoECausalLM" else "demos.byte_lm"
+        return getattr(import_module(f"lightning_fastmoe.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

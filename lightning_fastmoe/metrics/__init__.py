@@ -1,16 +1,19 @@
-"""torchmetrics metrics of what routers do."""
+"""torchmetrics metrics of what routers do: the public path of ``monitoring.metrics``."""
 
-from lightning_fastmoe.metrics.expert_load import ExpertLoad
-from lightning_fastmoe.metrics.formulas import dead_experts, drop_rate, load_cv, load_ratio
-from lightning_fastmoe.metrics.routing import (
+from lightning_fastmoe.monitoring.metrics import (
     DeadExperts,
     DropRate,
     ExpertCoActivation,
+    ExpertLoad,
     LoadCV,
     LoadRatio,
     RouterConfidence,
     RouterEntropy,
     RoutingMetric,
+    dead_experts,
+    drop_rate,
+    load_cv,
+    load_ratio,
 )
 
 __all__ = [

@@ -1,22 +1,28 @@
 """torch.nn modules. No Lightning, no DeepSpeed."""
 
 from lightning_fastmoe.nn.collect import moe_layers, moe_losses
-from lightning_fastmoe.nn.dispatcher import Dispatcher, LocalDispatcher
-from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher
+from lightning_fastmoe.nn.experts import Experts, ModuleExperts, StackedExperts
 from lightning_fastmoe.nn.moe import MoE
-from lightning_fastmoe.nn.moe_options import CausalityWarning
+from lightning_fastmoe.nn.options import CausalityWarning
 from lightning_fastmoe.nn.router import Router, Routing, RoutingContext, SoftmaxTopKRouter
+from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule, SequentialSchedule
 
 __all__ = [
     "CausalityWarning",
     "Dispatcher",
     "Experts",
     "LocalDispatcher",
+    "LocalSchedule",
     "MoE",
+    "ModuleExperts",
     "Router",
     "Routing",
     "RoutingContext",
+    "Schedule",
+    "SequentialSchedule",
     "SoftmaxTopKRouter",
+    "StackedExperts",
     "moe_layers",
     "moe_losses",
 ]

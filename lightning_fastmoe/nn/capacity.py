@@ -11,18 +11,131 @@ from torch import Tensor
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.global_batch import GlobalBatch
-from lightning_fastmoe.nn.router.base import Routing
+from lightning_fastmoe.nn.router import Routing, RoutingContext
+from lightning_fastmoe.nn.router.traits import RouterTraits
 
 CapacityOver = Literal["rank", "global"]
 DropBy = Literal["position", "score"]
 CapacityFactors = float | tuple[float | None, float | None] | list[float | None] | None
 
 
-def check_factor(name: str, value: float | None) -> float | None:
-    """Returns ``value``.
+class Capacity:
+    """The limit of one layer; its attributes may be changed between passes, identically everywhere.
+
+    Args:
+        traits: of the layer's router, which has a limit of its own for "router".
+        factors: C is :func:`expert_capacity` of it. A number, a pair (training, evaluation), None
+            for dropless, or "router".
+        over: whose tokens share the C slots, this rank's or the global batch's; None is the
+            router's own.
+        drop_by: see :func:`limit_by_capacity`.
 
     Raises:
-        ConfigError: if it is neither None nor a positive finite number.
+        ConfigError: if an argument is unknown or out of range, or the router has no use for it.
+    """
+
+    def __init__(
+        self,
+        traits: RouterTraits,
+        factors: CapacityFactors | str,
+        over: str | None,
+        drop_by: str,
+    ) -> None:
+        self._training, self._evaluation = _pair(factors, traits)
+        for factor in (self._training, self._evaluation):
+            check_factor("capacity_factor", factor, traits)
+        self.over = traits.capacity_over if over is None else over
+        self.drop_by = drop_by
+
+    @property
+    def over(self) -> str:
+        """Whose tokens share an expert's slots: the "rank" or the "global" batch's."""
+        return self._over
+
+    @over.setter
+    def over(self, value: str) -> None:
+        _check_one_of("capacity_over", value, get_args(CapacityOver))
+        self._over = value
+
+    @property
+    def drop_by(self) -> str:
+        """Who keeps their place: by "position" or by "score"."""
+        return self._drop_by
+
+    @drop_by.setter
+    def drop_by(self, value: str) -> None:
+        _check_one_of("drop_by", value, get_args(DropBy))
+        self._drop_by = value
+
+    def factor(self, *, training: bool) -> float | None:
+        """The factor in training or evaluation; None is dropless."""
+        return self._training if training else self._evaluation
+
+    def set_factor(self, value: float | None, traits: RouterTraits, *, training: bool) -> None:
+        """Sets the factor of training or of evaluation.
+
+        Raises:
+            ConfigError: as :func:`check_factor` does.
+        """
+        name = "capacity_factor" if training else "eval_capacity_factor"
+        check_factor(name, value, traits)
+        if training:
+            self._training = value
+        else:
+            self._evaluation = value
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether passes exchange counts with the other ranks."""
+        return self.over == "global" and (self._training, self._evaluation) != (None, None)
+
+    def limit(self, routing: Routing, context: RoutingContext, traits: RouterTraits) -> Routing:
+        """The routing with what the experts have room for, in ``kept``.
+
+        Raises:
+            ConfigError: if the router doesn't choose K experts per token.
+        """
+        factor = context.capacity_factor
+        if factor is None or traits.own_capacity:
+            return routing
+        if routing.token_ids is not None or routing.dispatch_mix is not None:
+            raise ConfigError(
+                f"{context.layer}: capacity_factor={factor} limits token choice, but"
+                f" {traits.name} does not choose K experts per token. Drop it, or"
+                " set own_capacity = True in the router's class and act on the context's factor."
+            )
+        return limit_by_capacity(
+            routing,
+            factor,
+            over=self.over,
+            by=self.drop_by,
+            batch=context.batch,
+            layer=context.layer,
+        )
+
+
+def _pair(given: CapacityFactors | str, traits: RouterTraits) -> tuple[float | None, float | None]:
+    if isinstance(given, str):
+        if given != "router":
+            raise ConfigError(
+                f"capacity_factor={given!r} is unknown: give a number, a pair (training,"
+                " evaluation), None for dropless, or 'router' for the router's own."
+            )
+        return traits.capacity_factors
+    pair = tuple(given) if isinstance(given, tuple | list) else (given, given)
+    if len(pair) != 2:
+        raise ConfigError(
+            f"capacity_factor={given!r} is invalid: a pair is (training, evaluation)."
+        )
+    return pair
+
+
+def check_factor(name: str, value: float | None, traits: RouterTraits) -> None:
+    """Refuses a capacity factor that is out of range, or that the router couldn't act on.
+
+    Raises:
+        ConfigError: if it is neither None nor a positive finite number; for expert choice without a
+            factor, or Soft MoE with one.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (number and math.isfinite(value) and value > 0):
@@ -30,21 +143,23 @@ def check_factor(name: str, value: float | None) -> float | None:
             f"{name}={value!r} is invalid: it must be a positive finite number, or None for"
             " dropless."
         )
-    return value
-
-
-def check_options(**options: str) -> None:
-    """Refuses unknown values of ``capacity_over`` and ``drop_by``.
-
-    Raises:
-        ConfigError: for an unknown value.
-    """
-    known = {"capacity_over": get_args(CapacityOver), "drop_by": get_args(DropBy)}
-    for name, value in options.items():
-        if value not in known[name]:
-            raise ConfigError(
-                f"{name}={value!r} is unknown. It must be one of: {', '.join(known[name])}."
+    if not traits.own_capacity:
+        return
+    needs = traits.capacity_factors[0] is not None
+    if needs != (value is not None):
+        raise ConfigError(
+            f"capacity_factor={value!r} doesn't suit {traits.name}: "
+            + (
+                "its experts take that many times T/E tokens, so it must be a number."
+                if needs
+                else "it drops nothing and takes none. Drop the argument."
             )
+        )
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown. It must be one of: {', '.join(known)}.")
 
 
 def expert_capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
@@ -56,8 +171,8 @@ def limit_by_capacity(
     routing: Routing,
     factor: float,
     *,
-    over: CapacityOver,
-    by: DropBy,
+    over: str,
+    by: str,
     batch: GlobalBatch,
     layer: str,
 ) -> Routing:

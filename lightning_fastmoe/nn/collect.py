@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.moe import MoE
-from lightning_fastmoe.nn.moe_options import warn_if_not_causal
+from lightning_fastmoe.nn.options import warn_if_not_causal
 
 
 def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoE]]:
@@ -41,14 +40,8 @@ def moe_losses(module: nn.Module) -> dict[str, Tensor]:
     """
     totals: dict[str, Tensor] = {}
     for name, layer in moe_layers(module):
-        if layer._losses_without_graph:
-            raise ConfigError(
-                f"moe_losses: the last training pass of layer {name!r} ran without gradients, as"
-                " re-entrant activation checkpointing does, so its terms can't be added by hand."
-                " Leave them to act by themselves, or use checkpoint(..., use_reentrant=False)."
-            )
-        for attached in layer._attached.take():
-            for key, term in attached.terms.items():
+        for terms in layer.balancing.take(name):
+            for key, term in terms.items():
                 totals[key] = totals[key] + term if key in totals else term
     return totals
 
@@ -65,4 +58,4 @@ def warn_about_causality(module: nn.Module) -> None:
             for name, layer in moe_layers(owner):
                 if id(layer) not in warned:
                     warned.add(id(layer))
-                    warn_if_not_causal(layer, name or layer.layer_name)
+                    warn_if_not_causal(layer.router_traits, name or layer.layer_name)

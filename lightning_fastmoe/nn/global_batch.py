@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+RESERVED_TOP_K = 8
+"""Exchanges have room for the counts of this K, so that a callback may raise ``top_k`` up to it."""
+
 
 class GlobalBatch(Protocol):
     """Reaches the other ranks' tokens. The global batch is the ranks' batches in rank order.

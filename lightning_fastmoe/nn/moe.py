@@ -1,55 +1,46 @@
-"""The mixture-of-experts layer: router, dispatcher, experts."""
+"""The mixture-of-experts layer: a router chooses experts, a schedule takes tokens to them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.argument_types import check_types
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.attached_loss import AttachedLosses, LossScale, is_recomputing
-from lightning_fastmoe.nn.capacity import (
-    CapacityFactors,
-    CapacityOver,
-    DropBy,
-    limit_by_capacity,
-)
-from lightning_fastmoe.nn.dispatcher import DISPATCHERS, Dispatcher, LocalDispatcher
-from lightning_fastmoe.nn.expert_pass import run_modules, run_stacked
-from lightning_fastmoe.nn.experts import Experts
-from lightning_fastmoe.nn.global_batch import GlobalBatch, LocalBatch
-from lightning_fastmoe.nn.init import draw_layer_seed
-from lightning_fastmoe.nn.layer_checks import check_finite, check_managed, check_routing
-from lightning_fastmoe.nn.layer_losses import attach_losses
-from lightning_fastmoe.nn.layer_settings import LayerSettings
-from lightning_fastmoe.nn.module_experts import ExpertFactory
-from lightning_fastmoe.nn.moe_options import (
-    DEFAULT_COEFFICIENTS,
+from lightning_fastmoe.nn.attached_loss import is_recomputing
+from lightning_fastmoe.nn.balancing import BalancingLosses
+from lightning_fastmoe.nn.capacity import Capacity, CapacityFactors, CapacityOver, DropBy
+from lightning_fastmoe.nn.dispatch import check_dispatcher
+from lightning_fastmoe.nn.experts import ExpertFactory, Experts, draw_layer_seed
+from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K, GlobalBatch, LocalBatch
+from lightning_fastmoe.nn.inputs import MaskedValues, TokenInputs, read_inputs
+from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
+from lightning_fastmoe.nn.options import (
     RouterArgument,
-    capacity_factors,
     check_sizes,
-    loss_coefficients,
     make_experts,
     make_router,
+    make_shared_expert,
+    resolve_num_experts,
     warn_if_not_causal,
 )
+from lightning_fastmoe.nn.parts import part_of
 from lightning_fastmoe.nn.placement import current_placement
-from lightning_fastmoe.nn.random import PassNumbers
-from lightning_fastmoe.nn.router import ROUTERS, Router, Routing, RoutingContext
-from lightning_fastmoe.nn.shared_expert import SharedExpert
-from lightning_fastmoe.nn.token_inputs import MaskedValues, TokenInputs, read_inputs
+from lightning_fastmoe.nn.router import Router, Routing, RoutingContext
+from lightning_fastmoe.nn.router.losses import LOSSES
+from lightning_fastmoe.nn.router.random import PassNumbers
+from lightning_fastmoe.nn.router.traits import RouterTraits, route
+from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule, UnmanagedSchedule
 
 _CHECKED = (
     *("d_model", "d_ffn", "num_experts", "top_k", "activation", "bias", "normalize_weights"),
     *("router_options", "shared_expert", "shared_expert_gate", "dispatcher", "init_std"),
-    *("autoregressive", *DEFAULT_COEFFICIENTS),
+    *("autoregressive", *LOSSES),
 )
 """The arguments whose types are checked at once; the others are looked at where they are used."""
 
@@ -57,22 +48,31 @@ RoutingObserver = Callable[["MoE", Routing], None]
 """Called once per forward pass (not when a checkpoint replays it), without gradients."""
 
 
-class MoE(LayerSettings):
+class MoE(nn.Module):
     """A sparse mixture-of-experts feed-forward layer. Dropless unless it is given a capacity.
 
     ``y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])``. On one rank the layer holds all
-    experts. :class:`~lightning_fastmoe.FastMoEStrategy` spreads them over the ranks of the expert
+    experts. :class:`~lightning_fastmoe.FastMoEStrategy` shards them over the ranks of the expert
     parallel group; the numbers stay the same.
 
-    The losses act by themselves: their gradients join the backward pass
-    of the layer's output. Under FastMoEStrategy they are scaled exactly as if the terms had been
-    added to the loss in ``training_step``; in plain PyTorch as if they had been added to the tensor
-    on which ``backward()`` is called. If you divide that by accumulation steps or scale it for fp16
-    yourself, add the terms by hand with :func:`~lightning_fastmoe.moe_losses`; what it returns acts
-    no more by itself.
+    A forward pass, with tokens T, width D, experts E and K = top_k:
+
+    1. read: the input becomes ``x (T, D)``, without masked tokens;
+    2. route: the router gives each token K experts and their weights, ``(T, K)``;
+    3. limit: what an expert has no room for is dropped, if there is a capacity;
+    4. run: the schedule takes rows to their experts, on whatever rank, and sums what comes back;
+    5. attach: the losses join the backward pass;
+    6. restore: the input's shape and dtype.
+
+    The losses act by themselves: their gradients join the backward pass of the layer's output.
+    Under FastMoEStrategy they are scaled exactly as if the terms had been added to the loss in
+    ``training_step``; in plain PyTorch as if they had been added to the tensor on which
+    ``backward()`` is called. If you divide that by accumulation steps or scale it for fp16
+    yourself, add the terms by hand with :func:`~lightning_fastmoe.moe_losses`; what it returns no
+    longer acts by itself.
 
     ``top_k``, ``capacity_factor``, ``eval_capacity_factor``, ``loss_coefficients`` and the router's
-    noise can be set between steps, alike on all ranks; nothing is built anew.
+    noise may be set between steps, identically on all ranks; nothing is built anew.
 
     Args:
         d_model: width of a token, D.
@@ -151,22 +151,11 @@ class MoE(LayerSettings):
         super().__init__()
         values = check_types("MoE", MoE.__init__, values)
         d_model, d_ffn, num_experts, top_k = (values[name] for name in _CHECKED[:4])
-        shared_expert = values["shared_expert"]
-        if (
-            num_experts is None
-            and not isinstance(expert, str)
-            and isinstance(expert, Sequence | nn.ModuleList)
-        ):
-            num_experts = len(expert)
-        check_sizes(d_model=d_model, num_experts=num_experts)
+        num_experts = resolve_num_experts(num_experts, expert)
+        check_sizes(d_model=d_model)
         if d_ffn is not None or expert is None:
             check_sizes(d_ffn=d_ffn)
-        assert num_experts is not None
-        if dispatcher not in DISPATCHERS:
-            raise ConfigError(
-                f"dispatcher={dispatcher!r} is unknown. It must be one of:"
-                f" {', '.join(DISPATCHERS)}."
-            )
+        check_dispatcher(dispatcher)
         self.d_model, self.d_ffn, self.num_experts = d_model, d_ffn, num_experts
         self.dispatcher_name = dispatcher
         self.layer_name = "MoE"
@@ -174,75 +163,31 @@ class MoE(LayerSettings):
         self.router = make_router(
             router, router_options, d_model, num_experts, top_k, normalize_weights, init_std
         )
-        losses = {name: values[name] for name in DEFAULT_COEFFICIENTS}
-        self.loss_coefficients = loss_coefficients(self.router, **losses)
-        self._capacity_factors = capacity_factors(self.router, capacity_factor)
-        usual: CapacityOver = getattr(self.router, "capacity_over", "rank")
-        self.capacity_over = usual if capacity_over is None else capacity_over
-        self.drop_by = drop_by
+        self._traits = RouterTraits.of(self.router, num_experts)
+        self.balancing = BalancingLosses(self._traits, {name: values[name] for name in LOSSES})
+        self.capacity = Capacity(self._traits, capacity_factor, capacity_over, drop_by)
+        self.nonfinite = NonFiniteGuard()
+        ffn: dict[str, Any] = {"activation": activation, "bias": bias, "init_std": init_std}
+
+        def make(ids: Iterable[int] | None) -> Experts:
+            sizes = (d_model, d_ffn, num_experts)
+            return make_experts(expert, *sizes, ids, layer_seed=self._seed, **ffn)
+
         placement = None if dispatcher == "local" else current_placement(num_experts)
-        make = partial(
-            make_experts,
-            expert,
-            d_model,
-            d_ffn,
-            num_experts,
-            layer_seed=self._seed,
-            activation=activation,
-            bias=bias,
-            init_std=init_std,
-        )
-        self.experts = make(placement)
-        self.shared_expert: SharedExpert | None = None
-        if shared_expert is not None:
-            if not isinstance(shared_expert, nn.Module):
-                check_sizes(shared_expert=shared_expert)
-            self.shared_expert = SharedExpert(
-                d_model,
-                shared_expert,
-                activation=activation,
-                bias=bias,
-                gate=shared_expert_gate,
-                init_std=init_std,
-            )
-        elif shared_expert_gate:
-            raise ConfigError(
-                "shared_expert_gate=True without shared_expert: there is none to gate."
-            )
-        self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
-        self.batch: GlobalBatch = LocalBatch()
-        # Set by whoever trains spread experts; see `layer_checks.check_managed`.
-        self.managed = False
-        self.loss_scale = LossScale()
-        self.nonfinite_policy: Literal["raise", "collect", "ignore"] = "raise"
-        self.nonfinite: Tensor | None = None
-        self.last_losses: dict[str, Tensor] = {}
-        self._attached = AttachedLosses()
-        self._losses_without_graph = False
+        self.experts = make(placement.expert_ids if placement else None)
+        shared = values["shared_expert"]
+        self.shared_expert = make_shared_expert(shared, shared_expert_gate, d_model, **ffn)
+        self.schedule: Schedule = LocalSchedule(num_experts)
+        self.batch: GlobalBatch
+        self.disconnect()
         self._observers: OrderedDict[int, RoutingObserver] = OrderedDict()
         self._passes = PassNumbers()
         if autoregressive:
-            warn_if_not_causal(self, self.layer_name)
-        if placement:
-            placement.attach(self)
-            if placement.remember:
-                placement.remember(self, make)
+            warn_if_not_causal(self._traits, self.layer_name)
+        if placement and placement.remember:
+            placement.remember(self, make)
 
-    @property
-    def num_local_experts(self) -> int:
-        """Experts on this rank, e."""
-        return self.experts.num_local_experts
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether this rank holds only some of the layer's experts."""
-        return self.num_local_experts != self.num_experts
-
-    def register_routing_observer(self, observer: RoutingObserver) -> RemovableHandle:
-        """Calls ``observer(layer, routing)`` at each forward pass, in training and evaluation."""
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+    # ------------------------------------------------------------------------------ forward pass
 
     # The layer is opaque to torch.compile: its kernels are its own, and the exchange between ranks
     # reads counts on the host. The model around it is compiled as usual.
@@ -279,18 +224,19 @@ class MoE(LayerSettings):
                 mask or ids have another shape than the tokens, or a floating dtype.
             ConfigError: if the router looks at whole sequences, and ``mask`` or ``sequence_ids``
                 leave none.
-            UnmanagedExpertsError: if the experts are spread over ranks and no strategy trains them.
+            UnmanagedExpertsError: if the experts are sharded and no strategy trains them.
             NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
                 would stall the device, FastMoEStrategy checks once a step.
         """
-        options = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
-        inputs = read_inputs(x, self.d_model, self.layer_name, **options)
-        check_managed(self)
+        per_token = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
+        inputs = read_inputs(x, self.d_model, self.layer_name, **per_token)
         context = self._context(inputs)
-        routing = self._route(inputs.leaves[0], context)
+        routing = route(self.router_traits, inputs.tokens, context)
+        self.nonfinite.look(routing.logits, self.layer_name, training=self.training)
+        routing = self.capacity.limit(routing, context, self.router_traits)
         y, routing = self._run(inputs, routing)
-        y = self._record(y, routing, context)
-        return pytree.tree_map(lambda leaf: inputs.restore(leaf, masked_values), y)
+        y = self._attach(y, routing, context)
+        return inputs.restore(y, masked_values)
 
     def _context(self, inputs: TokenInputs) -> RoutingContext:
         """What the router may ask for in this pass."""
@@ -300,72 +246,27 @@ class MoE(LayerSettings):
             positions=inputs.positions,
             sequence_ids=inputs.sequence_ids,
             token_ids=inputs.token_ids,
-            capacity_factor=self._capacity_factors[0 if self.training else 1],
+            capacity_factor=self.capacity.factor(training=self.training),
             seed=self._seed,
             batch=self.batch,
             layer=self.layer_name,
         )
         seen = getattr(self.router, "tokens_seen", None)
         if self.training and seen is not None:
-            tokens = inputs.leaves[0].shape[0]
             context.first_token = self._passes.first_token(
-                seen, tokens, self.batch, self.layer_name, replay=is_recomputing()
+                seen, inputs.tokens.shape[0], self.batch, self.layer_name, replay=is_recomputing()
             )
         return context
 
-    def _route(self, tokens: Tensor, context: RoutingContext) -> Routing:
-        """The router's choice, after the capacity's."""
-        routing: Routing
-        if isinstance(self.router, Router):
-            routing = self.router(tokens, context)
-        else:
-            routing = self.router(tokens)
-        if type(self.router) not in ROUTERS.values():
-            check_routing(self, routing, tokens.shape[0])
-        check_finite(self, routing.logits)
-        factor = context.capacity_factor
-        if factor is None or getattr(self.router, "own_capacity", False):
-            return routing
-        if routing.token_ids is not None or routing.dispatch_mix is not None:
-            raise ConfigError(
-                f"{self.layer_name}: capacity_factor={factor} limits token choice, but"
-                f" {type(self.router).__name__} does not choose K experts per token. Drop it, or"
-                " set own_capacity = True in the router's class and act on the context's factor."
-            )
-        return limit_by_capacity(
-            routing,
-            factor,
-            over=self.capacity_over,
-            by=self.drop_by,
-            batch=self.batch,
-            layer=self.layer_name,
-        )
-
     def _run(self, inputs: TokenInputs, routing: Routing) -> tuple[Any, Routing]:
-        """Routed and shared experts."""
-        x = inputs.leaves[0]
-        dtype = self._compute_dtype(x)
-        leaves = [t.to(dtype) if t.is_floating_point() else t for t in inputs.leaves]
-        if isinstance(self.experts, Experts):
-            if inputs.spec is not None:
-                raise ConfigError(
-                    f"{self.layer_name} got a structure of tensors, but its experts are FFNs. Use"
-                    " MoE(expert=...) with modules that take it."
-                )
-            y, routing = run_stacked(
-                leaves[0], routing, self.experts, self.dispatcher, self.layer_name
-            )
-        else:
-            y, routing = run_modules(
-                leaves, inputs.spec, routing, self.experts, self.dispatcher, self.layer_name
-            )
-        if self.shared_expert is not None:
-            if not isinstance(y, Tensor):
-                raise ConfigError(
-                    f"{self.layer_name}: shared_expert adds to one tensor, but the experts return a"
-                    " structure. Drop it."
-                )
-            y = y + self.shared_expert(leaves[0])
+        x = inputs.tokens
+        y, routing = self.schedule.run(
+            inputs.to(self._compute_dtype(x)),
+            routing,
+            self.experts,
+            self.shared_expert,
+            self.layer_name,
+        )
         if isinstance(y, Tensor) and inputs.spec is None:
             y = y.to(x.dtype)
         return y, routing
@@ -376,11 +277,12 @@ class MoE(LayerSettings):
             return torch.get_autocast_dtype(x.device.type)
         return self.experts.dtype or x.dtype
 
-    def _record(self, y: Any, routing: Routing, context: RoutingContext) -> Any:
-        """Attaches the losses, notes their values and calls the observers, once per pass."""
+    def _attach(self, y: Any, routing: Routing, context: RoutingContext) -> Any:
+        """Attaches the losses, counts the load and calls the observers, once per pass."""
         replay = is_recomputing()
         if self.training:
-            y = attach_losses(self, y, routing, context, replay=replay)
+            traits = self.router_traits
+            y = self.balancing.attach(y, routing, context, traits, replay=replay)
             router = self.router
             if not replay and isinstance(router, Router) and router.load_since_update is not None:
                 router.load_since_update += routing.routed_counts()
@@ -389,6 +291,109 @@ class MoE(LayerSettings):
                 for observer in list(self._observers.values()):
                     observer(self, routing)
         return y
+
+    def register_routing_observer(self, observer: RoutingObserver) -> RemovableHandle:
+        """Calls ``observer(layer, routing)`` at each forward pass, in training and evaluation."""
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    # --------------------------------------------------- what a run over ranks makes of the layer
+
+    def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule | None) -> None:
+        """Joins the ranks of a run.
+
+        Args:
+            name: of the layer in its model, for errors and to detect ranks in different layers.
+            batch: reaches the tokens of all ranks; None if there is one.
+            schedule: reaches the experts of all ranks; None if all are here.
+        """
+        self.disconnect()
+        self.layer_name = name
+        if batch is not None:
+            self.batch = batch
+        if schedule is not None:
+            self.schedule = schedule
+
+    def disconnect(self) -> None:
+        """Leaves the ranks of a run. A layer that holds only some experts refuses to run then."""
+        if self.is_sharded or self.dispatcher_name == "all_to_all":
+            self.schedule = UnmanagedSchedule(self.schedule.dispatcher)
+        else:
+            self.schedule = LocalSchedule(self.num_experts)
+        self.batch = LocalBatch()
+        self.nonfinite.policy = "raise"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds only some of the layer's experts."""
+        return self.num_local_experts != self.num_experts
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on this rank, e."""
+        return self.experts.num_local_experts
+
+    @property
+    def uses_global_batch(self) -> bool:
+        """Whether forward passes, as the layer is set now, exchange counts over all ranks."""
+        router, traits = self.router, self.router_traits
+        asks = isinstance(router, Router) and (traits.random or traits.uses_batch)
+        return asks or self.capacity.uses_batch or self.balancing.use_batch
+
+    @property
+    def exchanged_counts(self) -> int:
+        """The most counts that such an exchange may hold."""
+        slots = min(self.num_experts, max(self.top_k or 1, RESERVED_TOP_K))
+        many = self.capacity.over == "global" or self.router_traits.uses_batch
+        return (self.num_experts + 1) * slots + 1 if many else self.num_experts + 1
+
+    # ---------------------------------------- settings, which may change between two forward passes
+
+    @property
+    def router_traits(self) -> RouterTraits:
+        """What the layer knows of its router; read anew if the router has been replaced."""
+        if self._traits.router is not self.router:
+            self._traits = RouterTraits.of(self.router, self.num_experts)
+        return self._traits
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per token, K; None if that is not the router's idea."""
+        name = "_top_k" if isinstance(self.router, Router) else "top_k"
+        k: int | None = getattr(self.router, name, None)
+        return k
+
+    @top_k.setter
+    def top_k(self, value: int) -> None:
+        if self.top_k is None:
+            raise ConfigError(f"top_k={value!r}: {type(self.router).__name__} has no top_k.")
+        self.router.top_k = value  # type: ignore[assignment]
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """The capacity factor in training; None is dropless."""
+        return self.capacity.factor(training=True)
+
+    @capacity_factor.setter
+    def capacity_factor(self, value: float | None) -> None:
+        self.capacity.set_factor(value, self.router_traits, training=True)
+
+    @property
+    def eval_capacity_factor(self) -> float | None:
+        """The capacity factor in evaluation; None is dropless."""
+        return self.capacity.factor(training=False)
+
+    @eval_capacity_factor.setter
+    def eval_capacity_factor(self, value: float | None) -> None:
+        self.capacity.set_factor(value, self.router_traits, training=False)
+
+    capacity_over = part_of("capacity", "over", "Whose tokens share an expert's slots.")
+    drop_by = part_of("capacity", "drop_by", 'Who keeps their place: by "position" or "score".')
+    loss_coefficients = part_of("balancing", "coefficients", "Name of a loss -> its coefficient.")
+    last_losses = part_of("balancing", "latest", "Name -> value in the latest training pass.")
+    loss_scale = part_of("balancing", "scale", "The factor between the user's loss and ours.")
+    nonfinite_policy = part_of("nonfinite", "policy", '"raise", "collect" or "ignore".')
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

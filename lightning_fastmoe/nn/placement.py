@@ -1,8 +1,8 @@
 """Which experts a layer creates while it is being built.
 
 Outside of any context a layer creates all of its experts. Inside ``expert_placement`` (the strategy
-enters it around ``configure_model``) it creates its rank's slice alone, so that a model larger than
-one rank's memory can be built.
+enters it around ``configure_model``) it creates its rank's experts alone, so that a model larger
+than one rank's memory can be built.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Placement:
-    """A contiguous slice of a layer's experts, by global id, and the dispatcher that reaches all.
+    """The experts of a layer that a rank creates.
 
     Attributes:
-        first_expert: global id of the first local expert.
-        num_local_experts: experts on this rank.
-        attach: called with the finished layer, to give it its dispatcher and tags.
-        remember: called with the finished layer and the function that makes its experts for
-            another placement; None if this placement is final.
+        expert_ids: their global ids, ascending.
+        remember: called with the finished layer and the function that makes its experts from such
+            ids, or from None for all; None if this placement is final.
     """
 
-    first_expert: int
-    num_local_experts: int
-    attach: Callable[[Any], None]
-    remember: Callable[[Any, Callable[[Placement | None], Any]], None] | None = None
+    expert_ids: tuple[int, ...]
+    remember: Callable[[Any, Callable[[tuple[int, ...] | None], Any]], None] | None = None
+
+
+def equal_blocks(num_experts: int, ranks: int) -> list[range]:
+    """``num_experts`` ids in ``ranks`` blocks of neighbours: 4 over 2 are (0, 1) and (2, 3)."""
+    each = num_experts // ranks
+    return [range(rank * each, (rank + 1) * each) for rank in range(ranks)]
 
 
 PlacementRule = Callable[[int], Placement | None]

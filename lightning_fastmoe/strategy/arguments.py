@@ -56,6 +56,8 @@ def check_arguments(
         )
     for name in ("hang_timeout", "signal_grace"):
         check_seconds(name, own[name])
+    if own["exchange_timeout"] != "auto":
+        check_seconds("exchange_timeout", own["exchange_timeout"])
     checked = check_types(OWNER, init, own)
     if checked["expert_parallel_size"] != "auto" and checked["expert_parallel_size"] < 1:
         raise _wrong_size(size)

@@ -17,36 +17,42 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
+from lightning_fastmoe.checkpoint.averages import has_training_weights
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
-from lightning_fastmoe.checkpoint.canonical import map_model
-from lightning_fastmoe.checkpoint.deepspeed_files import find_deepspeed, open_deepspeed
-from lightning_fastmoe.checkpoint.discard import check_replaceable
-from lightning_fastmoe.checkpoint.foreign import open_file
+from lightning_fastmoe.checkpoint.format.discard import check_replaceable
+from lightning_fastmoe.checkpoint.format.publish import put_back, remove, resolve
+from lightning_fastmoe.checkpoint.format.threads import thread_count
 from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
-from lightning_fastmoe.checkpoint.publish import put_back, remove, resolve
+from lightning_fastmoe.checkpoint.lockstep import Together, meet_after_error
+from lightning_fastmoe.checkpoint.model_map import map_model
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.saving import (
+from lightning_fastmoe.checkpoint.save import (
     batches_of_epoch,
     loaders_of,
     local_path,
+    set_loaders,
     take_snapshot,
 )
-from lightning_fastmoe.checkpoint.sources import DirectorySource
-from lightning_fastmoe.checkpoint.threads import thread_count
-from lightning_fastmoe.checkpoint.together import Together, meet_after_error
+from lightning_fastmoe.checkpoint.sources.deepspeed import find_deepspeed, open_deepspeed
+from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
+from lightning_fastmoe.checkpoint.sources.single_file import open_file
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError, ConfigError
-from lightning_fastmoe.nn import Experts
-from lightning_fastmoe.strategy.checks import fixed_paths, warn_within_batch
+from lightning_fastmoe.strategy.checks import (
+    check_order_is_known,
+    fixed_paths,
+    warn_within_batch,
+)
 from lightning_fastmoe.strategy.engine import FastMoEEngine
 from lightning_fastmoe.strategy.hook_edits import WeightNames
+from lightning_fastmoe.strategy.resumable import for_other_ranks, is_own_state
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 from lightning_fastmoe.strategy.watch import Activity
 
 
 class ExpertCheckpoints(ExpertSteps):
-    """Saving and loading of a strategy whose state is spread over ranks."""
+    """Saving and loading of a strategy whose state is sharded over ranks."""
 
     verify_checkpoints: bool
     trust_checkpoints: bool
@@ -57,6 +63,7 @@ class ExpertCheckpoints(ExpertSteps):
     _forget_pending: Callable[[], None] | None = None
     _weight_names: WeightNames | None = None
     _signals: DeferredSignals | None = None
+    _saves_after_error: int = 0
 
     @property
     def expert_mesh(self) -> ExpertMesh:
@@ -104,7 +111,8 @@ class ExpertCheckpoints(ExpertSteps):
     def _save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
         trainer = self._attached("save_checkpoint").trainer
         if trainer.interrupted:
-            meet_after_error(local_path(filepath), trainer.global_step)
+            meet_after_error(local_path(filepath), trainer.global_step, self._saves_after_error)
+            self._saves_after_error += 1
         warn_within_batch(trainer, filepath)
         self._unwrap_compiled()
         path = local_path(self.broadcast(filepath))
@@ -125,6 +133,7 @@ class ExpertCheckpoints(ExpertSteps):
             client_state=checkpoint,
             user_groups=user.named() if user is not None else None,
             exclude_frozen=self.exclude_frozen_parameters,
+            averages=self._averages(),
         )
         self._writer.submit(path, snapshot)
         if not self._trainer_runs:
@@ -157,8 +166,8 @@ class ExpertCheckpoints(ExpertSteps):
         names = self.broadcast(names)
         if names and trainer.ckpt_path is None:
             raise CheckpointError(
-                f"A run was stopped while it replaced {names[0]}, which had no name for a moment"
-                " and has it again now. It was not there when this run looked for a checkpoint to"
+                f"A run was stopped while it replaced {names[0]}, which was missing and has now"
+                " been restored. It was not there when this run looked for a checkpoint to"
                 " resume from. Start again, and 'last' finds it."
             )
 
@@ -306,7 +315,7 @@ class ExpertCheckpoints(ExpertSteps):
                 checksum = ""
                 if path.is_file():
                     if training:
-                        self._check_order_is_known(path)
+                        check_order_is_known(path, self._expert_state.layers)
                     groups = user.named() if user is not None else None
                     source = open_file(path, trusted=trusted, user_groups=groups)
                 elif not is_checkpoint(resolve(path)) and (native := find_deepspeed(path)):
@@ -317,10 +326,16 @@ class ExpertCheckpoints(ExpertSteps):
                     source, checksum = DirectorySource(reader), reader.checksum
             if len(set(together.gather(checksum))) > 1:
                 raise CheckpointError(
-                    f"{path}: ranks see different checkpoints there. It was replaced at this"
-                    " moment, or they don't share the file system."
+                    f"{path}: ranks see different checkpoints there. It was replaced during"
+                    " loading, or they don't share the file system."
                 )
             self._weight_names = WeightNames.of_source(source)
+            averages = self._averages() if training else None
+            if training and averages is None and has_training_weights(source.tensors):
+                rank_zero_warn(
+                    f"{path} was saved with WeightAveraging, and this run has no such callback: it"
+                    " trains on from the averages."
+                )
             return load(
                 source,
                 together,
@@ -330,22 +345,8 @@ class ExpertCheckpoints(ExpertSteps):
                 strict=self.lightning_module.strict_loading,
                 trusted=trusted,
                 verify=self.verify_checkpoints,
+                averages=averages,
             )
-
-    def _check_order_is_known(self, path: Path) -> None:
-        """An optimizer's state in a single file knows parameters by their order alone.
-
-        Raises:
-            CheckpointError: if each rank has others.
-        """
-        for name, layer in self._expert_state.layers.items():
-            if layer.is_spread and not isinstance(layer.experts, Experts):
-                raise CheckpointError(
-                    f"Training can't resume from {path}: the optimizer state in a single file knows"
-                    f" parameters by their order, and the experts of layer {name!r}, modules that"
-                    " are spread over ranks, have another one on each. Resume from it with"
-                    " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
-                )
 
     def _take_local_state(self, loaded: Loaded) -> None:
         self._put_gradients = loaded.put_gradients
@@ -353,8 +354,7 @@ class ExpertCheckpoints(ExpertSteps):
         if local is not None:
             self._random_state = local["rng"]
             if local["loaders"] is not None:
-                fit_loop = loaded.lightning["loops"]["fit_loop"]
-                fit_loop["state_dict"]["combined_loader"] = local["loaders"]
+                set_loaders(loaded.lightning, local["loaders"])
             return
         if (batches := batches_of_epoch(loaded.lightning)) and loaded.topology is not None:
             rank_zero_warn(
@@ -364,7 +364,9 @@ class ExpertCheckpoints(ExpertSteps):
                 " as before. Keep the global batch by the batch size of a rank, not by"
                 " accumulate_grad_batches."
             )
-        if loaders_of(loaded.lightning) is not None:
+        if (states := loaders_of(loaded.lightning)) is not None:
+            set_loaders(loaded.lightning, for_other_ranks(states))
+        if not all(map(is_own_state, states or ())):
             rank_zero_warn(
                 "The checkpoint was saved on another number of ranks: every data loader resumes"
                 " from the state of rank 0's. Check that its state does not depend on the rank."

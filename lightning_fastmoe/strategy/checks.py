@@ -8,15 +8,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from lightning_fastmoe.checkpoint.consistency import unlisted_layers
-from lightning_fastmoe.checkpoint.module_experts import why_not_saved
-from lightning_fastmoe.checkpoint.saving import local_path
-from lightning_fastmoe.errors import ConfigError, ForeignObjectError
+from lightning_fastmoe.checkpoint.expert_names import why_not_saved
+from lightning_fastmoe.checkpoint.format.consistency import unlisted_layers
+from lightning_fastmoe.checkpoint.save import local_path
+from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.strategy.elementwise import is_elementwise
 
@@ -52,7 +52,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuses what the Trainer was told but can't do right.
 
     Raises:
-        ConfigError: for gradient clipping by value or by hand, weight averaging, fp16 on the CPU.
+        ConfigError: for gradient clipping by value or by hand, and fp16 on the CPU.
         ForeignObjectError: for callbacks, loggers and data modules of the ``lightning`` package.
     """
     parts: Any = trainer  # its attributes are set by connectors, which mypy does not see
@@ -68,14 +68,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"{type(module).__name__} overrides configure_gradient_clipping, which would not clip:"
             " DeepSpeed clips inside its step. Use Trainer(gradient_clip_val=...)."
         )
-    for callback in parts.callbacks:
-        if isinstance(callback, WeightAveraging):
-            raise ConfigError(
-                f"{type(callback).__name__} averages copies of whole models, but parameters are"
-                " split over ranks here. Drop the callback; to average weights, keep checkpoints"
-                " (ModelCheckpoint(save_top_k=-1)) and average the files that `lightning-fastmoe"
-                " checkpoint consolidate` writes of them."
-            )
     plugin = trainer.strategy.precision_plugin
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and isinstance(plugin, DeepSpeedPrecision) and plugin.precision.startswith("16"):
@@ -108,8 +100,8 @@ def check_optimizer(optimizer: Any) -> None:
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
-            "torch.optim.Adagrad is not supported: DeepSpeed makes it anew with all parameters in"
-            " one group, so that groups lose their own lr and weight_decay. Use another optimizer,"
+            "torch.optim.Adagrad is not supported: DeepSpeed recreates it with all parameters in"
+            " one group, so groups lose their own lr and weight_decay. Use another optimizer,"
             " such as RMSprop or AdamW."
         )
     kind = type(optimizer)
@@ -120,9 +112,9 @@ def check_optimizer(optimizer: Any) -> None:
     if not elementwise:
         raise ConfigError(
             f"{kind.__module__}.{kind.__name__} looks at a parameter as a whole, at its shape or"
-            " its norm, but under ZeRO it gets flat pieces of parameters: it would train otherwise"
-            " than on one device, and differently on every number of ranks. Use an optimizer that"
-            " updates each element on its own, such as AdamW, RMSprop or SGD."
+            " its norm, but under ZeRO it gets flat pieces of parameters: it would train"
+            " differently from one device, and differently on every number of ranks. Use an"
+            " optimizer that updates each element on its own, such as AdamW, RMSprop or SGD."
         )
 
 
@@ -157,22 +149,38 @@ def check_can_be_saved(
     """Refuses to begin a run whose first checkpoint would fail.
 
     Raises:
-        ConfigError: for spread experts with state that has no place in a checkpoint, and for
+        ConfigError: for sharded experts with state that has no place in a checkpoint, and for
             modules whose parameters are named as those of a MoE layer, if the Trainer saves any.
     """
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for other in unlisted_layers(names, layers):
         if trainer.checkpoint_callbacks:
             raise ConfigError(
-                f"{other!r} is no MoE layer of this package, but has a router and stacked experts"
-                f" under the same names ({other}.experts.up_proj, ...), by which a checkpoint is"
-                " told that its list of MoE layers is whole. Use MoE, or rename its parts. Or train"
-                " with Trainer(enable_checkpointing=False)."
+                f"{other!r} is not a MoE layer of this package, but has a router and stacked"
+                f" experts under the same names ({other}.experts.up_proj, ...), by which"
+                " checkpoints are checked to list every MoE layer. Use MoE, or rename its parts. Or"
+                " train with Trainer(enable_checkpointing=False)."
             )
     for name, layer in layers.items():
-        why = why_not_saved(name, layer) if layer.is_spread else None
+        why = why_not_saved(name, layer) if layer.is_sharded else None
         if why and trainer.checkpoint_callbacks:
             raise ConfigError(f"{why} Or train with Trainer(enable_checkpointing=False).")
+
+
+def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
+    """An optimizer's state in a single file knows parameters by their order alone.
+
+    Raises:
+        CheckpointError: if each rank has another order.
+    """
+    for name, layer in layers.items():
+        if layer.is_sharded and not layer.experts.is_stacked:
+            raise CheckpointError(
+                f"Training can't resume from {path}: the optimizer state in a single file knows"
+                f" parameters by their order, and the experts of layer {name!r}, modules that"
+                " are sharded over ranks, are in another order on each. Resume from it with"
+                " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
+            )
 
 
 def warn_within_batch(trainer: pl.Trainer, filepath: Any) -> None:

@@ -89,7 +89,7 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     for name, neutral in _REFUSED_ZERO.items():
         if zero.get(name, neutral) != neutral:
             raise ConfigError(
-                f"zero_optimization.{name}={zero[name]} is refused: it was never checked with"
+                f"zero_optimization.{name}={zero[name]} is refused: it has not been tested with"
                 " experts, which have other data parallel groups than dense parameters. Drop the"
                 " option."
             )

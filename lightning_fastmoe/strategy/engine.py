@@ -46,7 +46,7 @@ class ExpertState:
     """What the engine knows about experts.
 
     Attributes:
-        layers: name -> MoE layer, spread or not.
+        layers: name -> MoE layer, sharded or not.
         loss_scale: shared by all layers.
         nonfinite: what to do when NaN or Inf reaches a router.
         user_groups: the optimizer's groups as the user wrote them; None without an optimizer.
@@ -58,13 +58,13 @@ class ExpertState:
     user_groups: UserParamGroups | None = None
 
     @property
-    def spread_layers(self) -> list[MoE]:
+    def sharded_layers(self) -> list[MoE]:
         """The layers whose experts are split over ranks."""
-        return [layer for layer in self.layers.values() if layer.is_spread]
+        return [layer for layer in self.layers.values() if layer.is_sharded]
 
     @property
-    def optimizes_spread_experts(self) -> bool:
-        """Whether some parameter group holds spread experts."""
+    def optimizes_sharded_experts(self) -> bool:
+        """Whether some parameter group holds sharded experts."""
         return self.user_groups is not None and self.user_groups.has_experts
 
 
@@ -112,10 +112,10 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         super()._configure_distributed_model(model)
         state = self.expert_state
         stage_3 = self.zero_optimization_partition_weights()
-        self.has_moe_layers = bool(state.spread_layers) and (
-            stage_3 or state.optimizes_spread_experts
+        self.has_moe_layers = bool(state.sharded_layers) and (
+            stage_3 or state.optimizes_sharded_experts
         )
-        self.num_experts = [layer.num_experts for layer in state.spread_layers]
+        self.num_experts = [layer.num_experts for layer in state.sharded_layers]
 
     def _validate_zero3_moe_compatibility(self) -> None:
         # The base class looks for its own layers. What it refuses besides is refused by
@@ -235,7 +235,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         state = self.expert_state
         if state.nonfinite == "ignore" or not state.layers:
             return [], refused
-        flags = [_take_flag(layer, self.device) for layer in state.layers.values()]
+        flags = [layer.nonfinite.take(self.device) for layer in state.layers.values()]
         own = torch.tensor(refused, dtype=torch.int32, device=self.device)
         everyone = torch.stack([*flags, own])
         dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
@@ -272,13 +272,6 @@ def _refuse(complaints: list[str]) -> None:
     if complaints:
         more = f" ({len(complaints) - 1} more like it.)" if len(complaints) > 1 else ""
         raise ParameterEditError(complaints[0] + more)
-
-
-def _take_flag(layer: MoE, device: torch.device) -> Tensor:
-    flag, layer.nonfinite = layer.nonfinite, None
-    if flag is None:
-        return torch.zeros((), dtype=torch.int32, device=device)
-    return flag.to(device=device, dtype=torch.int32)
 
 
 def make_engine(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from lightning_fastmoe.distributed import ExpertMesh
-from lightning_fastmoe.errors import ParameterGroupError
+from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.nn import MoE
 
 
@@ -17,14 +17,14 @@ def group_name(mesh: ExpertMesh) -> str:
 
 
 def tag_experts(layers: Iterable[MoE], mesh: ExpertMesh) -> None:
-    """Marks the parameters of spread experts for DeepSpeed.
+    """Marks the parameters of sharded experts for DeepSpeed.
 
     ``allreduce=False`` and ``group_name`` serve ZeRO 1 and 2; the ``ds_zero_*`` tags ZeRO 3, which
     then partitions the parameter over the expert data parallel group and averages its gradient over
     all ranks.
     """
     for layer in layers:
-        if layer.is_spread:
+        if layer.is_sharded:
             for parameter in layer.experts.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = group_name(mesh)  # type: ignore[attr-defined]
@@ -38,19 +38,36 @@ def is_tagged(parameter: nn.Parameter) -> bool:
 
 
 def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
-    """Every parameter that claims to be an expert must belong to one of our spread layers.
+    """Every parameter that claims to be an expert must belong to one of our sharded layers.
 
     Raises:
         ParameterGroupError: naming the parameter.
     """
-    ours = {id(p) for layer in layers if layer.is_spread for p in layer.experts.parameters()}
+    ours = {id(p) for layer in layers if layer.is_sharded for p in layer.experts.parameters()}
     for name, parameter in module.named_parameters():
         if is_tagged(parameter) and id(parameter) not in ours:
             raise ParameterGroupError(
                 f"Parameter {name!r} has allreduce=False, so its gradient would not be averaged"
-                " over all ranks, but it belongs to no MoE layer of this package. DeepSpeed's own"
-                " MoE can't be mixed in; for other parameters remove the attribute."
+                " over all ranks, but it does not belong to any MoE layer of this package."
+                " DeepSpeed's own MoE can't be mixed in; for other parameters remove the attribute."
             )
+
+
+def check_batch_norms(layers: Mapping[str, MoE]) -> None:
+    """Refuses experts that wait for all ranks whenever they see tokens.
+
+    Raises:
+        ConfigError: naming the layer and the module.
+    """
+    for name, layer in layers.items():
+        for path, module in layer.experts.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise ConfigError(
+                    f"{name}.experts.{path} is a SyncBatchNorm, which waits for every rank, but"
+                    " ranks hold different experts and an expert may get no tokens: training would"
+                    " hang or mix the statistics of different experts. Convert the modules outside"
+                    " of MoE layers alone, and use LayerNorm or RMSNorm in experts."
+                )
 
 
 def register_groups(mesh: ExpertMesh) -> None:

@@ -21,15 +21,13 @@ from typing_extensions import override
 from lightning_fastmoe.distributed import (
     AutoPlacement,
     ExpertMesh,
-    ExpertSpreader,
-    PendingExchange,
+    ExpertSharder,
     make_expert_mesh,
     resolve_expert_parallel_size,
 )
 from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
-from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
@@ -45,13 +43,14 @@ from lightning_fastmoe.strategy.checks import (
 )
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
-from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
+from lightning_fastmoe.strategy.ending import is_launched
 from lightning_fastmoe.strategy.engine import (
     ExpertState,
     FastMoEEngine,
     NonFinitePolicy,
     make_engine,
 )
+from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.experts import (
     check_tags,
     divided_experts,
@@ -59,13 +58,14 @@ from lightning_fastmoe.strategy.experts import (
     register_groups,
     tag_experts,
 )
+from lightning_fastmoe.strategy.gathering import meet_before_gathering
 from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
 from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
 from lightning_fastmoe.strategy.pending_names import count_pending_names
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
 from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.watch import Watch
 
 _ENGINE = "_fastmoe_engine"
 
@@ -98,6 +98,9 @@ class FastMoEStrategy(ExpertCheckpoints):
         hang_timeout: seconds after which a run that stands still ends, on every rank, with its
             stacks on stderr and exit status 75: no batch was finished (in training or evaluation),
             and no phase of the run began or ended. None switches it off, as for a debugger.
+        exchange_timeout: seconds that a rank waits for the others in an exchange of tokens. Then it
+            raises an ExchangeError that says where each rank is, as do the others. "auto" is nine
+            tenths of ``hang_timeout``: no wait is cut that may be legitimate. None is no limit.
         signal_grace: seconds after SIGTERM, without a batch that ends, after which the process ends
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
@@ -118,6 +121,7 @@ class FastMoEStrategy(ExpertCheckpoints):
         async_checkpoint: bool = False,
         hang_timeout: float | None = 600.0,
         signal_grace: float | None = 30.0,
+        exchange_timeout: float | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
         own = {
@@ -129,6 +133,7 @@ class FastMoEStrategy(ExpertCheckpoints):
             "async_checkpoint": async_checkpoint,
             "hang_timeout": hang_timeout,
             "signal_grace": signal_grace,
+            "exchange_timeout": exchange_timeout,
         }
         check_objects("FastMoEStrategy", kwargs.values())
         checked = check_arguments(FastMoEStrategy.__init__, own, kwargs)
@@ -145,11 +150,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         self.verify_checkpoints: bool = checked["verify_checkpoints"]
         self.trust_checkpoints: bool = checked["trust_checkpoints"]
         self.async_checkpoint: bool = checked["async_checkpoint"]
-        self._spreader: ExpertSpreader | None = None
+        self._sharder: ExpertSharder | None = None
         self._expert_state = ExpertState(nonfinite=nonfinite)
         self._uneven = UnevenData(self)
         self._watch = Watch(hang_timeout, signal_grace)
-        # Called with the model, experts spread, and an optimizer whose groups hold experts or none.
+        self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
+        # Called with the model, experts sharded, and an optimizer whose groups are of one kind.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
 
     # ---------------------------------------------------------------- set-up of ranks and groups
@@ -183,18 +189,18 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.expert_parallel_size != "auto":
             self._mesh_for({})
 
-    def _mesh_for(self, num_experts: Mapping[str, int]) -> ExpertSpreader:
+    def _mesh_for(self, num_experts: Mapping[str, int]) -> ExpertSharder:
         """The groups of the run, made when first needed: "auto" must see a layer before."""
-        if self._spreader is None:
+        if self._sharder is None:
             size = resolve_expert_parallel_size(
                 self.expert_parallel_size, self.world_size, self.num_processes, num_experts
             )
             mesh = make_expert_mesh(size, self.root_device.type, self._timeout)
             register_groups(mesh)
-            self._spreader = ExpertSpreader(mesh, self.num_processes, self._timeout)
+            self._sharder = ExpertSharder(mesh, self.num_processes, self._timeout)
             if self.lightning_module is not None:
                 self.lightning_module._device_mesh = mesh.device_mesh
-        return self._spreader
+        return self._sharder
 
     @property
     @override
@@ -204,12 +210,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         Raises:
             UnmanagedExpertsError: before they exist.
         """
-        if self._spreader is None:
+        if self._sharder is None:
             raise UnmanagedExpertsError(
                 "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
                 " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
             )
-        return self._spreader.mesh
+        return self._sharder.mesh
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -223,13 +229,13 @@ class FastMoEStrategy(ExpertCheckpoints):
     def model_sharded_context(self) -> Iterator[None]:
         """Around ``configure_model``: MoE layers create only this rank's experts."""
         self._init_config_if_needed()
-        if self._spreader is not None and self.lightning_module is not None:
+        if self._sharder is not None and self.lightning_module is not None:
             self.lightning_module._device_mesh = self.device_mesh
 
         # DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense
         # parameters are partitioned when the engine is built.
-        if self._spreader is not None:
-            with expert_placement(self._spreader.placement):
+        if self._sharder is not None:
+            with expert_placement(self._sharder.placement):
                 yield
             return
         module = self.lightning_module
@@ -245,7 +251,12 @@ class FastMoEStrategy(ExpertCheckpoints):
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
         launched = [process.pid for process in getattr(self.launcher, "procs", ())]
-        self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
+        self._watch.start(
+            self.global_rank,
+            self.root_device,
+            launched,
+            is_launched(self.cluster_environment, self.local_rank),
+        )
         unwrap_compiled(self.lightning_module)
         if trainer.training:
             check_directories(trainer)
@@ -264,6 +275,8 @@ class FastMoEStrategy(ExpertCheckpoints):
         if self.zero_stage_3:
             check_same_structure(self._expert_state.layers)
         super().setup(trainer)
+        if self.zero_stage_3:
+            meet_before_gathering(self.deepspeed_engine, self._mesh_for({}).meet)
         self._watch.beat()
         vars(self.lightning_module)[_ENGINE] = self.model
         if self._compiled_steps is not None:
@@ -283,19 +296,18 @@ class FastMoEStrategy(ExpertCheckpoints):
     def _setup_experts(self, module: nn.Module) -> None:
         state = self._expert_state
         state.layers = dict(moe_layers(module))
-        spreader = self._mesh_for(divided_experts(state.layers.items()))
+        sharder = self._mesh_for(divided_experts(state.layers.items()))
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = spreader.mesh.device_mesh
-        spreader.spread(module)
-        spreader.record_exchanges(self._watch.exchanges())
+        self.lightning_module._device_mesh = sharder.mesh.device_mesh
+        sharder.shard(module)
+        self._waits.begin(sharder, self._watch)
         if self.is_global_zero:
             warn_about_causality(module)
-        tag_experts(state.layers.values(), spreader.mesh)
+        tag_experts(state.layers.values(), sharder.mesh)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
-            layer.managed = True
-            layer.loss_scale = state.loss_scale
-            layer.nonfinite_policy = "ignore" if self._nonfinite == "ignore" else "collect"
+            layer.balancing.scale = state.loss_scale
+            layer.nonfinite.policy = "ignore" if self._nonfinite == "ignore" else "collect"
 
     @override
     def _auto_select_batch_size(self) -> int:
@@ -364,32 +376,20 @@ class FastMoEStrategy(ExpertCheckpoints):
         index = self.root_device.index
         return self.local_rank if index is None else index
 
-    @property
-    def _is_launched(self) -> bool:
-        return is_launched(self.cluster_environment, self.local_rank)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        self._watch.beat(Activity.ENDING)
-        prepare_ending(exception, self._is_launched)
-
     @override
     def teardown(self) -> None:
         if self._compiled_steps is not None:
             self._compiled_steps.undo()
         for layer in self._expert_state.layers.values():
-            layer.managed = False
-            layer.batch = LocalBatch()
-            layer.nonfinite_policy = "raise"
+            layer.disconnect()
         try:
             if isinstance(self.model, FastMoEEngine):
                 self.model.let_go()
             super().teardown()
         finally:
-            if self._spreader is not None:
-                self._spreader.record_exchanges(PendingExchange())
+            self._waits.end(self._sharder)
             self._watch.stop()
+        self._waits.raise_for_peer(self.lightning_module)
 
     @classmethod
     @override

@@ -9,8 +9,7 @@ from pytorch_lightning.callbacks import ModelSummary
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.experts import Experts
-from lightning_fastmoe.sizes import numel
+from lightning_fastmoe.planning.sizes import numel
 
 
 def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
@@ -25,7 +24,7 @@ def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     printed = any(isinstance(c, ModelSummary) and c._max_depth != 0 for c in callbacks)
-    divided = {name: layer for name, layer in layers.items() if layer.is_spread}
+    divided = {name: layer for name, layer in layers.items() if layer.is_sharded}
     if not printed or not divided:
         return
     name, first = next(iter(divided.items()))
@@ -33,7 +32,7 @@ def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
         "The summary above counts the experts of one rank only, such as"
         f" {first.num_local_experts} of {first.num_experts} in {name}."
     )
-    if all(isinstance(layer.experts, Experts) for layer in divided.values()):
+    if all(layer.experts.is_stacked for layer in divided.values()):
         text += f" The other ranks hold {sum(map(_elsewhere, divided.values())):,} parameters more."
     rank_zero_info(f"{text} Add the callback MoESummary for the whole model's numbers.")
 

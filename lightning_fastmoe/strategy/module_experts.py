@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
-from lightning_fastmoe.nn import Experts, MoE
+from lightning_fastmoe.nn import MoE
 
 
-def spread_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
+def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
     """The layers whose experts are modules that other ranks don't have; alike on all ranks."""
     return {
         name: layer
         for name, layer in layers.items()
-        if layer.is_spread and not isinstance(layer.experts, Experts)
+        if layer.is_sharded and not layer.experts.is_stacked
     }
 
 
@@ -34,16 +34,16 @@ def check_same_structure(layers: Mapping[str, MoE]) -> None:
             (len(list(module.children())), len(list(module.parameters(recurse=False))))
             for module in layer.experts.modules()
         ]
-        for name, layer in spread_module_layers(layers).items()
+        for name, layer in sharded_module_layers(layers).items()
     }
     for rank, theirs in enumerate(_of_all_ranks(own)):
         for name in own:
             if theirs[name] != own[name]:
                 raise ConfigError(
                     f"The experts of layer {name!r} have other modules or parameters inside on rank"
-                    f" {rank} than on rank {dist.get_rank()}, and ZeRO stage 3 wants as many on"
-                    " each. Use stage 1 or 2, or order the list expert=[...] so that each rank gets"
-                    " the same kinds."
+                    f" {rank} than on rank {dist.get_rank()}, and ZeRO stage 3 needs the same"
+                    " number on each. Use stage 1 or 2, or order the list expert=[...] so that each"
+                    " rank gets the same kinds."
                 )
 
 
@@ -58,13 +58,13 @@ def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
         ParameterGroupError: on all ranks, naming the rank.
     """
     own = [bool(group.get("moe")) for group in optimizer.param_groups]
-    for rank, theirs in enumerate(_of_all_ranks(own if spread_module_layers(layers) else None)):
+    for rank, theirs in enumerate(_of_all_ranks(own if sharded_module_layers(layers) else None)):
         if theirs != own:
             here = dist.get_rank()
             raise ParameterGroupError(
                 f"Rank {rank} trains experts in {sum(theirs)} of the optimizer's groups, rank"
                 f" {here} in {sum(own)}, because its experts have no parameters for the others,"
-                " or only frozen ones; DeepSpeed wants as many on each. Order the list"
+                " or only frozen ones; DeepSpeed needs the same number on each. Order the list"
                 " expert=[...] so that each rank has an expert with parameters for each group, or"
                 " put the parameters into fewer groups."
             )

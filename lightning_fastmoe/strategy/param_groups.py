@@ -206,7 +206,7 @@ class UserParamGroups:
 
     @property
     def has_experts(self) -> bool:
-        """Whether some of the twin's groups hold spread experts."""
+        """Whether some of the twin's groups hold sharded experts."""
         return any(group.get("moe") for group in self.twin.param_groups)
 
     def _parameter_ids(self) -> list[list[int]]:
@@ -264,7 +264,7 @@ def split_expert_groups(
             sources.append(i)
     if not groups:
         raise ParameterGroupError(
-            f"The {type(optimizer).__name__} holds no parameter that is to be trained: it is empty,"
+            f"The {type(optimizer).__name__} holds no trainable parameter: it is empty,"
             " or all are frozen. Return an optimizer of self.parameters() from"
             " configure_optimizers(), and set requires_grad=True on what should be trained."
         )
@@ -324,5 +324,5 @@ def _check_parameter(parameter: nn.Parameter, names: Mapping[int, str], seen: se
         raise ParameterGroupError(
             f"The optimizer holds a parameter of shape {tuple(parameter.shape)} that is not part"
             " of the model. Create the optimizer in configure_optimizers() from self.parameters():"
-            " before, the experts were not spread yet."
+            " earlier, the experts are not sharded yet."
         )

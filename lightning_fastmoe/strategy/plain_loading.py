@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.publish import resolve
-from lightning_fastmoe.checkpoint.reader import is_checkpoint
+from lightning_fastmoe.checkpoint.format.publish import resolve
+from lightning_fastmoe.checkpoint.format.reader import is_checkpoint
 from lightning_fastmoe.checkpoint.whole import read_whole
 from lightning_fastmoe.errors import CheckpointError
 

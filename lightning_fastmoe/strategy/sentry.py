@@ -60,7 +60,7 @@ class Activity(enum.IntEnum):
     ENDING = 7
 
 
-_WORDS = {
+WORDS = {
     Activity.SETTING_UP: "setting up",
     Activity.LOADING: "loading a checkpoint",
     Activity.TRAINING: "training",
@@ -248,7 +248,7 @@ class Sentry:
             tokens = "none yet"
         return (
             f"\n{self._name}: {reason}\n"
-            f"  doing: {_WORDS[Activity(activity)]}; optimizer steps done: {step}; batches of this"
+            f"  doing: {WORDS[Activity(activity)]}; optimizer steps done: {step}; batches of this"
             f" run: {batches}\n"
             f"  exchanges of tokens: {tokens}\n"
             f"  The stacks of all threads follow; then this process ends with status {status}.\n"

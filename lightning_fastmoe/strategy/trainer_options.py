@@ -55,10 +55,10 @@ def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> No
     strategy: Any = trainer.strategy
     if strategy._layer_sync is not None:
         raise ConfigError(
-            "sync_batchnorm=True would have no effect: the strategy does not convert modules."
-            " Convert them in __init__ or configure_model with"
-            " torch.nn.SyncBatchNorm.convert_sync_batchnorm, which needs GPUs; no expert may hold"
-            " one, as ranks hold different experts."
+            "sync_batchnorm=True is not supported: it would convert the batch norms of experts too,"
+            " and ranks hold different experts. Convert the other modules in __init__ or"
+            " configure_model with torch.nn.SyncBatchNorm.convert_sync_batchnorm, which needs GPUs,"
+            " and drop the option."
         )
     if type(strategy.checkpoint_io) is not TorchCheckpointIO:
         raise ConfigError(

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -28,6 +28,7 @@ from pytorch_lightning.overrides.distributed import (
     UnrepeatedDistributedSampler,
     UnrepeatedDistributedSamplerWrapper,
 )
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer import call
 from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultCollection
 from pytorch_lightning.utilities.data import _update_dataloader
@@ -35,9 +36,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_fastmoe.errors import DataError
 from lightning_fastmoe.strategy.untouched import untouched
-
-if TYPE_CHECKING:
-    from lightning_fastmoe.strategy.fastmoe import FastMoEStrategy
 
 _NO_LENGTH = -1
 
@@ -49,7 +47,7 @@ class UnevenData:
         strategy: whose trainer, ranks and steps these are.
     """
 
-    def __init__(self, strategy: FastMoEStrategy) -> None:
+    def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self._step = ""
 
@@ -172,6 +170,16 @@ class _Loader:
         if name.startswith("__") or name in ("_loader", "_uneven"):
             raise AttributeError(name)
         return getattr(self._loader, name)
+
+    # By name, as Lightning looks for them without __getattr__.
+
+    def state_dict(self) -> Any:
+        """That of the loader itself; every training loader has one."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Loads it into the loader itself."""
+        self._loader.load_state_dict(state)
 
 
 class SizedLoader(_Loader):

@@ -29,6 +29,7 @@ from lightning_fastmoe.strategy.sentry import (
     SPOKEN_AT,
     STOP,
     TERMINATED_STATUS,
+    WORDS,
     Activity,
     arguments,
 )
@@ -99,6 +100,10 @@ class Watch:
         """Notes that the forward pass of a batch is done."""
         self._batches += 1
         self.beat(activity, step)
+
+    def doing(self) -> str:
+        """What this rank does, in a few words."""
+        return f"{WORDS[self._activity]}, optimizer steps done: {self._step}"
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:
@@ -214,12 +219,18 @@ class Watch:
         words = os.read(process.stdout.fileno(), 100).split()
         if not words:
             if not self._stopping:
-                _say("lightning_fastmoe: the sentry is gone; a hang will end nothing any more.\n")
+                _say(
+                    "lightning_fastmoe: the sentry is gone; a hang will no longer end the"
+                    " process.\n"
+                )
             return
         if not self._is_in_fit():
             # An error skipped the teardown, and somebody caught it.
             memory[OVER_AT] = 1
-            _say("lightning_fastmoe: but no run goes on any more, so the process is left alone.\n")
+            _say(
+                "lightning_fastmoe: but no run is in progress any more, so the process is left"
+                " alone.\n"
+            )
             return
         status, linger = int(words[0]), float(words[1])
         begin = time.monotonic()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint import Manifest, OwnedPiece, Publication, Topology
-from lightning_fastmoe.checkpoint.writer import (
+from lightning_fastmoe.checkpoint.format.writer import (
     pack_rank_state,
     pack_state,
     write_manifest,

@@ -10,7 +10,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from lightning_fastmoe.checkpoint import CheckpointReader, OwnedPiece
-from lightning_fastmoe.checkpoint.shards import write_shard
+from lightning_fastmoe.checkpoint.format.shards import write_shard
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

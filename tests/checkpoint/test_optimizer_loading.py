@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lightning_fastmoe.checkpoint.format.records import TensorRecord, state_name
 from lightning_fastmoe.checkpoint.loading import _OptimizerLoader
-from lightning_fastmoe.checkpoint.records import TensorRecord, state_name
 from lightning_fastmoe.checkpoint.zero_state import FlatPartition, Fragment
 
 SAVED = {"a": torch.arange(10.0), "b": torch.arange(100.0, 106.0)}

@@ -19,8 +19,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from lightning_fastmoe import cli
-from lightning_fastmoe.commands import COMMANDS, PROGRAM, TRAINING
-from lightning_fastmoe.lm import cli as lm_cli
+from lightning_fastmoe.cli.table import COMMANDS, PROGRAM, TRAINING
+from lightning_fastmoe.demos.byte_lm import cli as lm_cli
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h"}

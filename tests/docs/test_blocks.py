@@ -27,7 +27,7 @@ from website.build import pages
 
 from docs import commands
 from lightning_fastmoe import cli
-from lightning_fastmoe.commands import PROGRAM, TRAINING
+from lightning_fastmoe.cli.table import PROGRAM, TRAINING
 
 ROOT = Path(__file__).parents[2]
 PAGES = list(pages())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_fastmoe import FastMoEStrategy, MoE, MoESummary, ThroughputMonitor
-from lightning_fastmoe.strategy.memory import MemoryPlan
+from lightning_fastmoe.planning.memory import MemoryPlan
 
 ACCELERATOR = "cuda"
 D_IN = 16

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu import monitoring_runs as runs
 
-from lightning_fastmoe.callbacks.throughput import measure_peak_flops
+from lightning_fastmoe.monitoring.callbacks.throughput import measure_peak_flops
 from lightning_fastmoe.testing import ranks
 
 DENSE_BF16 = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_fastmoe import MoE
-from lightning_fastmoe.nn import LocalDispatcher
-from lightning_fastmoe.nn.random import random_bits, uniform
+from lightning_fastmoe.nn import LocalDispatcher, SequentialSchedule
 from lightning_fastmoe.nn.router import ROUTERS, RoutingContext, loss_value
+from lightning_fastmoe.nn.router.random import random_bits, uniform
 
 T, D, F, E = 96, 32, 48, 8
 CASES = {
@@ -24,10 +24,6 @@ CASES = {
 }
 READS_THE_DEVICE = ("base", "swipe")
 """Routers whose docs say that they do."""
-
-
-class Chain(LocalDispatcher):
-    """The steps as across ranks."""
 
 
 def build(name: str) -> tuple[MoE, torch.Tensor, torch.Tensor]:
@@ -60,7 +56,8 @@ def test_equals_the_cpu(name: str, chain: bool) -> None:
     twin = copy.deepcopy(layer).cuda()
     twin._seed = layer._seed
     if chain:
-        layer.dispatcher, twin.dispatcher = Chain(E), Chain(E)
+        layer.schedule = SequentialSchedule(LocalDispatcher(E))
+        twin.schedule = SequentialSchedule(LocalDispatcher(E))
     want_routing, want = run(layer, x, ids)
     got_routing, got = run(twin, x.cuda(), ids.cuda())
     for a, b in zip(got_routing[0], want_routing[0], strict=True):

@@ -373,7 +373,7 @@ def test_nothing_outlives_its_graph(end):
     gc.disable()  # reference counts alone must do
     try:
         y = model(x)
-        refs = [*model.first._attached._alive, *model.second._attached._alive]
+        refs = [*model.first.balancing._attached._alive, *model.second.balancing._attached._alive]
         assert len(refs) == 2
         assert all(ref() is not None for ref in refs)
         if end == "backward":
@@ -390,4 +390,4 @@ def test_passes_do_not_pile_up():
     model, (x,) = make(), batches()
     for _ in range(10):
         model(x)
-    assert len(model.first._attached._alive) <= 2
+    assert len(model.first.balancing._attached._alive) <= 2

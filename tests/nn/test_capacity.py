@@ -9,17 +9,13 @@ import torch
 from nn.thread_ranks import on_ranks
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import LocalDispatcher, MoE, Routing
+from lightning_fastmoe.nn import LocalDispatcher, MoE, Routing, SequentialSchedule
 from lightning_fastmoe.nn.capacity import limit_by_capacity
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.ops import reference
 
 CASES = [(1, 1, 1), (13, 5, 1), (16, 4, 2), (9, 6, 3), (8, 3, 3), (0, 4, 2)]
 """(T, E, K)."""
-
-
-class Chain(LocalDispatcher):
-    """Not the type for which the layer takes one planned step: drops rows, as ranks do."""
 
 
 def route(tokens, experts, k, inactive=0.0):
@@ -111,7 +107,8 @@ def make(tokens=16, factor=0.5, chain=False, **kwargs):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     if chain:
-        layer.dispatcher = Chain(4)
+        # Drops rows, as ranks do.
+        layer.schedule = SequentialSchedule(LocalDispatcher(4))
     return layer, torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fastmoe.nn import Experts, MoE
-from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn import MoE, StackedExperts
+from lightning_fastmoe.nn.placement import Placement, equal_blocks, expert_placement
 
 
 class Model(nn.Module):
@@ -20,13 +21,11 @@ class Model(nn.Module):
         self.after = nn.Linear(5, 3)
 
 
-def build(seed=0, rank=0, ranks=1, attached=None):
+def build(seed=0, rank=0, ranks=1, remember=None):
     torch.manual_seed(seed)
-    attached = [] if attached is None else attached
 
     def rule(num_experts):
-        each = num_experts // ranks
-        return Placement(rank * each, each, attached.append)
+        return Placement(tuple(equal_blocks(num_experts, ranks)[rank]), remember)
 
     with expert_placement(rule):
         return Model()
@@ -57,8 +56,8 @@ def test_slices_equal_the_whole_layer(ranks):
     for rank in range(ranks):
         part = build(rank=rank, ranks=ranks)
         assert part.first.num_local_experts == 4 // ranks
-        assert part.second.experts.first_expert == rank * 8 // ranks
-        assert part.first.is_spread is (ranks > 1)
+        assert part.second.experts.local_ids[0] == rank * 8 // ranks
+        assert part.first.is_sharded is (ranks > 1)
         assert_slice(part, whole, rank, ranks)
 
 
@@ -69,36 +68,54 @@ def test_keep_equals_slices(ranks):
         part = plain()
         for layer in (part.first, part.second):
             each = layer.num_experts // ranks
-            layer.experts.keep(rank * each, each)
+            layer.experts.keep(range(rank * each, (rank + 1) * each))
             assert layer.num_local_experts == each
         assert_slice(part, whole, rank, ranks)
 
 
 def test_keep_twice_takes_global_ids():
     whole, part = plain(), plain()
-    part.second.experts.keep(4, 4)
-    part.second.experts.keep(6, 2)
+    part.second.experts.keep((1, 4, 6, 7))
+    part.second.experts.keep((1, 6, 7))
+    assert torch.equal(part.second.experts.up_proj, whole.second.experts.up_proj[[1, 6, 7]])
+    part.second.experts.keep((6, 7))
     assert torch.equal(part.second.experts.up_proj, whole.second.experts.up_proj[6:8])
+
+
+@pytest.mark.parametrize("ids", [(), (2, 1), (1, 1), (3, 4), (-1, 0)])
+def test_ids_that_are_no_selection_are_refused(ids):
+    with pytest.raises(TopologyError, match=r"one or more of \[0, 4\), ascending"):
+        plain().first.experts.keep(ids)
+
+
+def test_an_expert_of_another_rank_can_not_be_kept():
+    experts = plain().first.experts
+    experts.keep((0, 1))
+    with pytest.raises(TopologyError, match=r"Experts \[2\] are not on this rank"):
+        experts.keep((1, 2))
 
 
 def test_keep_frees_the_rest_and_keeps_requires_grad():
     experts = plain().first.experts
     experts.up_proj.requires_grad_(False)
-    experts.keep(2, 1)
+    experts.keep((2,))
     assert [p.requires_grad for p in experts.parameters()] == [False, True, True, True]
     for parameter in experts.parameters():
         assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
 
 
 def test_placement_sees_the_finished_layers_and_ends_with_its_context():
-    attached = []
-    model = build(ranks=2, attached=attached)
-    assert attached == [model.first, model.second]
-    assert not MoE(5, 6, 4).is_spread
+    built = []
+    model = build(ranks=2, remember=lambda layer, make: built.append((layer, make)))
+    assert [layer for layer, _ in built] == [model.first, model.second]
+    for layer, make in built:
+        again = make((1,)).state_dict()
+        assert all(torch.equal(again[n], p[1:2]) for n, p in layer.experts.named_parameters())
+    assert not MoE(5, 6, 4).is_sharded
 
 
 def test_local_dispatcher_and_no_placement_keep_all_experts():
-    with expert_placement(lambda num_experts: Placement(0, 2, lambda layer: None)):
+    with expert_placement(lambda num_experts: Placement((0, 1))):
         assert MoE(5, 6, 4, dispatcher="local").num_local_experts == 4
     with expert_placement(lambda num_experts: None):
         assert MoE(5, 6, 4).num_local_experts == 4
@@ -143,11 +160,11 @@ def test_meta_device_allocates_nothing_and_materialises_to_the_same_experts():
 
 
 def test_initial_values_do_not_depend_on_the_default_dtype():
-    kwargs = {"first_expert": 0, "num_local_experts": 2, "layer_seed": 7}
-    want = Experts(5, 3, 2, **kwargs).up_proj
+    kwargs = {"layer_seed": 7}
+    want = StackedExperts(5, 3, 2, **kwargs).up_proj
     torch.set_default_dtype(torch.float64)
     try:
-        got = Experts(5, 3, 2, **kwargs).up_proj
+        got = StackedExperts(5, 3, 2, **kwargs).up_proj
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float64

@@ -56,7 +56,7 @@ def test_refused(arguments, name, value, message):
         ("load_balancing", -0.1, "load_balancing=-0.1 is invalid"),
         ("z_loss", float("nan"), "z_loss=nan is invalid"),
         ("load", 0.1, "load=0.1.*no meaning for SoftmaxTopKRouter"),
-        ("balance", 0.1, "balance is no loss of a MoE layer.*load_balancing"),
+        ("balance", 0.1, "balance is not a loss of a MoE layer.*load_balancing"),
     ],
 )
 def test_refused_coefficients(name, value, message):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.random import normal_from_uniform, random_bits, uniform
+from lightning_fastmoe.nn.router.random import normal_from_uniform, random_bits, uniform
 from lightning_fastmoe.ops import reference
 
 RANDOM = ["noisy", "switch", "gshard", "dc"]

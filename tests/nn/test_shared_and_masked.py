@@ -8,15 +8,11 @@ from nn.thread_ranks import on_ranks
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError, ShapeError
-from lightning_fastmoe.nn import LocalDispatcher, MoE
+from lightning_fastmoe.nn import LocalDispatcher, MoE, SequentialSchedule
 from lightning_fastmoe.nn.router import ROUTERS
 from lightning_fastmoe.ops import apply_activation, reference
 
 D, E = 5, 4
-
-
-class Chain(LocalDispatcher):
-    """The steps as across ranks."""
 
 
 def make(**kwargs):
@@ -90,7 +86,7 @@ def test_a_shared_expert_leaves_the_routed_ones_as_they_start():
 def test_masked_tokens_skip_the_layer(chain, shared):
     layer, x = make(load_balancing=0.1, shared_expert=shared), tokens(3, 6)
     if chain:
-        layer.dispatcher = Chain(E)
+        layer.schedule = SequentialSchedule(LocalDispatcher(E))
     mask = torch.rand(3, 6) < 0.4
     seen = []
     layer.register_routing_observer(lambda _, routing: seen.append(routing))
@@ -333,7 +329,7 @@ def test_clamped_swiglu_by_hand():
 def test_clamped_swiglu_in_a_layer(bias, chain):
     layer, x = make(activation="clamped_swiglu", bias=bias), tokens(9)
     if chain:
-        layer.dispatcher = Chain(E)
+        layer.schedule = SequentialSchedule(LocalDispatcher(E))
     with torch.no_grad():
         layer.experts.up_proj *= 20  # so that both clamps bite
     e, routing = layer.experts, layer.router(x)

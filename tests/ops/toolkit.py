@@ -73,12 +73,13 @@ class Machine:
     def uninstall(self) -> None:
         self.nvcc.unlink()
 
-    def calls(self) -> list[str]:
-        """What nvcc was called for, and forget it."""
+    def calls(self, *, forget: bool = True) -> list[str]:
+        """What nvcc was called for so far; by default the next call begins with what comes then."""
         if not self.log.exists():
             return []
         lines = self.log.read_text(encoding="utf-8").splitlines()
-        self.log.unlink()
+        if forget:
+            self.log.unlink()
         return lines
 
     def environment(self) -> dict[str, str]:

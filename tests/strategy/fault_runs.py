@@ -21,7 +21,8 @@ from strategy.models import Case
 from strategy.resume_runs import Resumed, error_of, trainer_for
 from strategy.tracing import whole_weights
 
-from lightning_fastmoe.checkpoint import layout, publish, saving, stream, writer
+from lightning_fastmoe.checkpoint import save
+from lightning_fastmoe.checkpoint.format import layout, publish, safetensors_stream, writer
 
 
 def _fail(code: int, path: str) -> Any:
@@ -57,7 +58,9 @@ def _full_while_several_are_written() -> Iterator[None]:
         mock.patch.object(layout, "MIN_FILE_BYTES", 64),
         mock.patch.object(layout, "_WHOLE", 8),
         mock.patch.object(
-            stream.files, "write_all", side_effect=lambda *_: os.write(_full_device(), b"0")
+            safetensors_stream.files,
+            "write_all",
+            side_effect=lambda *_: os.write(_full_device(), b"0"),
         ),
     ):
         yield
@@ -71,7 +74,7 @@ FAULTS: dict[str, tuple[int, Any, str]] = {
     "disk full on rank 1": (
         1,
         lambda path: mock.patch.object(
-            stream.files, "write_all", _fail(errno.ENOSPC, f"{path}/weights")
+            safetensors_stream.files, "write_all", _fail(errno.ENOSPC, f"{path}/weights")
         ),
         "No space left on device",
     ),
@@ -98,7 +101,7 @@ FAULTS: dict[str, tuple[int, Any, str]] = {
     ),
     "the manifest can't be written": (
         0,
-        lambda path: mock.patch.object(saving, "write_manifest", _fail(errno.EDQUOT, path)),
+        lambda path: mock.patch.object(save, "write_manifest", _fail(errno.EDQUOT, path)),
         "Disk quota exceeded",
     ),
     "another kind of error on rank 1": (1, lambda path: _interrupted(), "MemoryError: no room"),

@@ -58,7 +58,7 @@ def resume(layout: Layout, path: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 class Keep(pl.Callback):
-    """The weights while the model is spread."""
+    """The weights while the model is sharded."""
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.weights = whole_weights(pl_module.net)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from strategy.models import Case
 from strategy.resume_runs import Resumed, error_of, trainer_for
 from torch import nn
@@ -182,11 +181,6 @@ def refused_at_set_up(case: Case, directory: str) -> dict[str, tuple[str, str]]:
         assert not module.batch_losses
 
     fit("lookalike", Lookalike(case))
-    averaged = Resumed(case, "cosine")
-    for stage in (1, 2, 3):
-        trainer = trainer_for(replace(case, stage=stage), 1, callbacks=[EMAWeightAveraging()])
-        found[f"averaging {stage}"] = error_of(trainer.fit, averaged)
-        assert not averaged.batch_losses
     if torch.distributed.get_rank() == 0:
         for name in ("last.ckpt", "best.ckpt"):
             (folder / name).mkdir()

@@ -19,7 +19,7 @@ from lightning_fastmoe.checkpoint.weights import load_weights
 
 
 class Keep(pl.Callback):
-    """The weights while the model is spread, and this rank's buffers."""
+    """The weights while the model is sharded, and this rank's buffers."""
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         saved = pl_module.state_dict().keys()

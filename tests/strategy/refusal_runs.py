@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities import grad_norm
-from strategy.models import Case, Net, make_optimizer
+from strategy.models import D_MODEL, Case, Net, make_optimizer
 from strategy.tracing import make_trainer, run_case
 from torch import Tensor, nn
 
@@ -87,6 +87,17 @@ class NoOptimizer(Net):
         return None
 
 
+class Normed(Net):
+    """Experts whose batch norms would meet on all ranks."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        experts = [
+            nn.Sequential(nn.Linear(D_MODEL, D_MODEL), nn.SyncBatchNorm(D_MODEL)) for _ in range(4)
+        ]
+        self.net["moes"][0] = MoE(D_MODEL, D_MODEL, 4, expert=experts)
+
+
 class OwnBackward(Net):
     """Means to scale the loss."""
 
@@ -141,7 +152,7 @@ class Outside(Net):
 
 
 class TooEarly(Net):
-    """Creates its optimizer before the experts are spread."""
+    """Creates its optimizer before the experts are sharded."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -223,21 +234,21 @@ def _with_counts(pack: Callable[..., Tensor]) -> None:
         counts.pack_counts = original
 
 
-def spread_then_ddp() -> None:
-    """A module that was trained with spread experts goes on under plain DDP."""
+def sharded_then_ddp() -> None:
+    """A module that was trained with sharded experts goes on under plain DDP."""
     module = Net(CASE)
     fit(module)
     make_trainer(CASE, strategy="ddp", max_steps=4, gradient_clip_val=None).fit(module)
 
 
-def spread_then_forward() -> None:
+def sharded_then_forward() -> None:
     """The same module is called with no trainer around."""
     module = Net(CASE)
     fit(module)
     module.net["moes"][0](torch.zeros(3, 12))
 
 
-def spread_otherwise() -> None:
+def sharded_otherwise() -> None:
     """The same module in a run with other groups."""
     module = Net(CASE)
     fit(module)
@@ -272,6 +283,7 @@ SCENES: dict[str, Callable[[], Any]] = {
     "no optimizer": lambda: fit(NoOptimizer(CASE)),
     "clip by value": lambda: fit(gradient_clip_algorithm="value"),
     "sync_batchnorm": lambda: fit(sync_batchnorm=True),
+    "sync_batchnorm in an expert": lambda: fit(Normed(CASE)),
     "checkpoint plugin": lambda: fit(plugins=[AsyncCheckpointIO()]),
     "own backward": lambda: fit(OwnBackward(CASE)),
     "grad_norm": lambda: fit(LogsNorms(CASE)),
@@ -288,9 +300,9 @@ SCENES: dict[str, Callable[[], Any]] = {
     "fp16 on the CPU": lambda: fit(precision="16-mixed"),
     "callback": foreign_callback,
     "plugin": foreign_plugin,
-    "ddp": spread_then_ddp,
-    "forward": spread_then_forward,
-    "other groups": spread_otherwise,
+    "ddp": sharded_then_ddp,
+    "forward": sharded_then_forward,
+    "other groups": sharded_otherwise,
     "all_to_all": lambda: MoE(4, 4, 2, dispatcher="all_to_all")(torch.zeros(1, 4)),
     "foreign expert": lambda: fit(Foreign(CASE)),
     "two groups": lambda: fit(InTwoGroups(CASE)),
@@ -340,7 +352,7 @@ def meshes(case: Case) -> dict[str, Any]:
         "names": mesh.mesh_dim_names,
         "ranks": mesh.mesh.tolist(),
         "local": [layer.num_local_experts for layer in module.net["moes"]],
-        "first": [layer.experts.first_expert for layer in module.net["moes"]],
+        "first": [layer.experts.local_ids[0] for layer in module.net["moes"]],
     }
 
 

@@ -20,9 +20,9 @@ from strategy.models import Case
 from strategy.resume_runs import Resumed, error_of, trainer_for
 from strategy.tracing import whole_weights
 
-from lightning_fastmoe.checkpoint import stream, writer
+from lightning_fastmoe.checkpoint.format import safetensors_stream, writer
 
-write_all, write_shard = stream.files.write_all, writer.write_shard
+write_all, write_shard = safetensors_stream.files.write_all, writer.write_shard
 
 # ------------------------------------------------------------------------ ModelCheckpoint's options
 
@@ -116,7 +116,7 @@ def slow_writes(seconds: float) -> Iterator[None]:
         time.sleep(seconds)
         write_all(fd, view)
 
-    with mock.patch.object(stream.files, "write_all", slowly):
+    with mock.patch.object(safetensors_stream.files, "write_all", slowly):
         yield
 
 
@@ -190,11 +190,11 @@ def failing_at_the_end(case: Case, directory: str) -> list[tuple[str, str]]:
     case = replace(case, extra={"async_checkpoint": True})
     callback = ModelCheckpoint(directory, save_top_k=-1, every_n_epochs=4)
     trainer = trainer_for(case, 4, callbacks=[callback], enable_checkpointing=True)
-    with mock.patch.object(stream.files, "write_all", side_effect=OSError(5, "broken")):
+    with mock.patch.object(safetensors_stream.files, "write_all", side_effect=OSError(5, "broken")):
         at_end = error_of(trainer.fit, Scored(case, "cosine"))
     trainer = trainer_for(case, 1)
     trainer.fit(Scored(case, "cosine"))
-    with mock.patch.object(stream.files, "write_all", side_effect=OSError(5, "broken")):
+    with mock.patch.object(safetensors_stream.files, "write_all", side_effect=OSError(5, "broken")):
         after = error_of(trainer.save_checkpoint, str(Path(directory) / "after.ckpt"))
     return [at_end, after]
 

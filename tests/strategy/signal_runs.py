@@ -19,7 +19,7 @@ from strategy.models import Case
 from strategy.resume_runs import error_of
 from strategy.tracing import make_trainer
 
-from lightning_fastmoe.checkpoint.together import meet_after_error
+from lightning_fastmoe.checkpoint.lockstep import meet_after_error
 
 RANK = 1
 

@@ -9,7 +9,7 @@ import torch
 from strategy import balancing_runs as runs
 from strategy.models import Case
 
-from lightning_fastmoe import load_log
+from lightning_fastmoe.monitoring.logs import expert_load as load_log
 
 # ------------------------------------------------------------------------------------ the monitor
 

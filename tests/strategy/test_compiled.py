@@ -13,7 +13,7 @@ from strategy.models import Case
 from torch import nn
 
 from lightning_fastmoe import MoE
-from lightning_fastmoe.checkpoint.foreign import open_file
+from lightning_fastmoe.checkpoint.sources.single_file import open_file
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.strategy.compiled import unwrap_compiled

@@ -55,13 +55,8 @@ def test_what_could_not_be_saved_is_refused_before_training(rank_pool, tmp_path)
     for found in rank_pool.run(runs.refused_at_set_up, 2, CASE, str(tmp_path)):
         kind, message = found["lookalike"]
         assert kind == "ConfigError", message
-        assert "'net.mine' is no MoE layer" in message
+        assert "'net.mine' is not a MoE layer" in message
         assert "enable_checkpointing=False" in message
-        for stage in (1, 2, 3):
-            kind, message = found[f"averaging {stage}"]
-            assert kind == "ConfigError", message
-            assert "EMAWeightAveraging averages copies of whole models" in message
-            assert "checkpoint consolidate" in message
         for name, file in (("last", "last.ckpt"), ("name", "best.ckpt")):
             kind, message = found[name]
             assert kind == "CheckpointError", message

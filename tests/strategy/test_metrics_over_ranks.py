@@ -7,7 +7,7 @@ import torch
 from strategy import metric_runs as runs
 from strategy.models import Case
 
-from lightning_fastmoe import co_activation_log
+from lightning_fastmoe.monitoring.logs import co_activation as co_activation_log
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])

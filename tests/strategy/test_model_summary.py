@@ -16,7 +16,7 @@ from lightning_fastmoe.strategy.model_summary import correct_summary
 
 def layer(local: int, **arguments) -> MoE:
     """One of 8 experts, ``local`` of them here."""
-    with expert_placement(lambda num_experts: Placement(0, local, lambda layer: None)):
+    with expert_placement(lambda num_experts: Placement(tuple(range(local)))):
         return MoE(d_model=4, d_ffn=6, num_experts=8, **arguments)
 
 

@@ -16,7 +16,7 @@ from strategy import reshard_runs
 from strategy.reshard_runs import Layout, WithModules
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.records import split_name
+from lightning_fastmoe.checkpoint.format.records import split_name
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError
 
@@ -116,8 +116,8 @@ NUMBERS = [
     ("fewer experts", "layer 'net.moes.1' has 8 experts there, but here num_experts=4"),
 ]
 FILE_NUMBERS = [
-    ("more experts", "layer 'net.moes.0' has no expert 4 there, but here num_experts=8"),
-    ("fewer experts", "layer 'net.moes.1' has an expert 7 there, but here num_experts=4"),
+    ("more experts", "layer 'net.moes.0' has no expert 4 in the file, but here num_experts=8"),
+    ("fewer experts", "layer 'net.moes.1' has an expert 7 in the file, but here num_experts=4"),
 ]
 SHAPE = ("another shape", f"'{LAST}.up.weight' has the shape [14, 12] there and [99, 12]")
 
@@ -283,9 +283,12 @@ def forget(content) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lose, "layer 'net.moes.1': expert 6 is missing: net.moes.1.experts.6.weight in no file"),
+        (
+            lose,
+            "layer 'net.moes.1': expert 6 is missing: net.moes.1.experts.6.weight not in any file",
+        ),
         (lose_layer, "lists 3 experts of layer 'net.moes.0', which has num_experts=4"),
-        (forget, f"tensor '{LAST}.up.weight' belongs to no expert of layer 'net.moes.0'"),
+        (forget, f"tensor '{LAST}.up.weight' does not belong to any expert of layer 'net.moes.0'"),
     ],
 )
 def test_a_lost_expert_is_found(copy, capsys, change, expected):

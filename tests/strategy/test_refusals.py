@@ -37,6 +37,12 @@ REFUSED = [
     ("no optimizer", 2, "ParameterGroupError", ["is empty", "configure_optimizers()"]),
     ("clip by value", 2, "ConfigError", ["'value'", "gradient_clip_algorithm='norm'"]),
     ("sync_batchnorm", 2, "ConfigError", ["sync_batchnorm=True", "convert_sync_batchnorm"]),
+    (
+        "sync_batchnorm in an expert",
+        2,
+        "ConfigError",
+        ["net.moes.0.experts.", ".1 is a SyncBatchNorm", "LayerNorm"],
+    ),
     ("checkpoint plugin", 2, "ConfigError", ["AsyncCheckpointIO", "async_checkpoint=True"]),
     ("own backward", 2, "ConfigError", ["OwnBackward", "on_before_backward"]),
     ("grad_norm", 2, "ConfigError", ["LogsNorms", "get_global_grad_norm()"]),

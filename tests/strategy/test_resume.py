@@ -122,7 +122,7 @@ def test_a_missing_directory_is_refused(rank_pool, tmp_path):
 def test_an_incomplete_checkpoint_is_refused(rank_pool, last):
     (last / "manifest.sha256").unlink()
     for message in refused(rank_pool, last):
-        assert "holds no manifest.json" in message
+        assert "has no manifest.json" in message
 
 
 NAMES = [

@@ -22,7 +22,8 @@ def test_two_nodes_train_like_one_process(tmp_path: Path) -> None:
     launch += ["--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
     launch += ["--local-addr", "127.0.0.1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     nodes = [
         subprocess.Popen(
             [*launch, str(program), str(target)],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from checkpoint.format.test_verdicts import DAMAGES, damage
 from checkpoint.samples import read_manifest, write_manifest_again, write_state
-from checkpoint.test_verdicts import DAMAGES, damage
 from strategy import verdict_runs as runs
 from strategy.midway_runs import ACCUMULATE, ModuleCase
 from strategy.models import Case
 
-from lightning_fastmoe.checkpoint.audit import Audit
+from lightning_fastmoe.checkpoint.tools.verify import Audit
 from lightning_fastmoe.cli import main
 
 

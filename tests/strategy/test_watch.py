@@ -136,7 +136,7 @@ def test_a_process_whose_run_is_over_is_left_alone(capfd):
     watch.start(0, torch.device("cpu"))
     assert watch._process.wait(10) == 0
     watch.stop()
-    assert "no run goes on any more" in capfd.readouterr().err
+    assert "no run is in progress any more" in capfd.readouterr().err
 
 
 def test_a_watch_that_dies_does_not_do_so_silently(capfd):

@@ -11,7 +11,7 @@ from strategy.models import Case, Net, Trace
 from torch import Tensor
 
 from lightning_fastmoe import FastMoEStrategy
-from lightning_fastmoe.nn import Experts, moe_layers
+from lightning_fastmoe.nn import moe_layers
 
 
 def run_case(case: Case) -> Trace:
@@ -118,25 +118,25 @@ def whole_gradients(net: torch.nn.Module) -> dict[str, Tensor]:
 
 def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenates the experts of all ranks of the expert parallel group, by global id."""
-    layers = [(name, layer) for name, layer in moe_layers(net) if layer.is_spread]
+    layers = [(name, layer) for name, layer in moe_layers(net) if layer.is_sharded]
     spread = {
         f"{layer_name}.experts.{name}": layer
         for layer_name, layer in layers
         for name, _ in layer.experts.named_parameters()
-        if isinstance(layer.experts, Experts)
+        if layer.experts.is_stacked
     }
     whole = dict(own)
     for layer_name, layer in layers:
-        if not isinstance(layer.experts, Experts):  # modules, named after their global ids
+        if not layer.experts.is_stacked:  # modules, named after their global ids
             prefix = f"{layer_name}.experts."
             mine = {n: t for n, t in own.items() if n.startswith(prefix)}
-            group = layer.dispatcher.group  # type: ignore[attr-defined]
+            group = layer.schedule.dispatcher.group  # type: ignore[attr-defined]
             everyone: list[Any] = [None] * group.size
             dist.all_gather_object(everyone, mine, group=group.group)
             for theirs in everyone:
                 whole.update(theirs)
     for name, layer in spread.items():
-        group = layer.dispatcher.group  # type: ignore[attr-defined]
+        group = layer.schedule.dispatcher.group  # type: ignore[attr-defined]
         parts = [torch.empty_like(own[name]) for _ in range(group.size)]
         dist.all_gather(parts, own[name].contiguous(), group=group.group)
         whole[name] = torch.cat(parts)
@@ -147,7 +147,7 @@ def exchange_with_itself() -> dict[str, tuple[Tensor, Tensor]]:
     """A layer's outputs and gradients by NCCL in a group of one, and by the local dispatcher."""
     from lightning_fastmoe import MoE
     from lightning_fastmoe.distributed import AllToAllDispatcher, ExpertGroup
-    from lightning_fastmoe.nn import LocalDispatcher
+    from lightning_fastmoe.nn import LocalDispatcher, SequentialSchedule
 
     dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
     pl.seed_everything(1, verbose=False)
@@ -158,11 +158,8 @@ def exchange_with_itself() -> dict[str, tuple[Tensor, Tensor]]:
     assert group is not None
     results = []
 
-    class Chain(LocalDispatcher):
-        """Not the type for which the layer takes one planned step: the steps as across ranks."""
-
-    for dispatcher in (AllToAllDispatcher(ExpertGroup(group), 8), Chain(8)):
-        layer.dispatcher = dispatcher
+    for dispatcher in (AllToAllDispatcher(ExpertGroup(group), 8), LocalDispatcher(8)):
+        layer.schedule = SequentialSchedule(dispatcher)
         y = layer(x)
         results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], upstream)])
     names = ["output", "input", *(name for name, _ in layer.named_parameters())]

@@ -143,7 +143,7 @@ def fit_with_validation(
         "validated": module.validated,
         "weights": whole_weights(module.net),
         "val_loss": float(trainer.callback_metrics["val_loss"]),
-        "nonfinite": [layer.nonfinite is None for layer in module.net["moes"]],
+        "nonfinite": [not layer.nonfinite.found for layer in module.net["moes"]],
     }
 
 

@@ -29,6 +29,7 @@ from strategy.tracing import make_trainer
 from torch.distributed import TCPStore
 from torch.utils.data import DataLoader
 
+from lightning_fastmoe.distributed import ExchangeWait
 from lightning_fastmoe.testing import ranks
 
 LIMIT = 60.0
@@ -107,7 +108,7 @@ def set_limits(strategy: Any, limits: tuple[float | None, float | None]) -> None
     watch.start(
         strategy.global_rank, strategy.root_device, [p.pid for p in strategy.launcher.procs]
     )
-    strategy._spreader.record_exchanges(watch.exchanges())
+    strategy._sharder.record_exchanges(watch.exchanges(), ExchangeWait())
 
 
 class Stuck(Net):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -11,12 +13,9 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
-from lightning_fastmoe.nn.dispatcher import (
-    RowPlan,
-    order_routing,
-    permute_any,
-    plan_rows,
-)
+from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.dispatch import RowPlan, order_routing, permute_any, plan_rows
+from lightning_fastmoe.nn.placement import equal_blocks
 from lightning_fastmoe.nn.router import Routing
 
 
@@ -34,19 +33,20 @@ class _AllToAll(torch.autograd.Function):
         phase: str,
     ) -> Tensor:
         ctx.send, ctx.receive, ctx.group, ctx.layer, ctx.phase = send, receive, group, layer, phase
-        with group.pending(layer, phase):
-            return _exchange(x, send, receive, group.group)
+        return _exchange(x, send, receive, group, layer, phase)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.group.pending(ctx.layer, f"{ctx.phase} (backward)"):
-            gradient = _exchange(grads[0], ctx.receive, ctx.send, ctx.group.group)
+        phase = f"{ctx.phase} (backward)"
+        gradient = _exchange(grads[0], ctx.receive, ctx.send, ctx.group, ctx.layer, phase)
         return gradient, None, None, None, None, None
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(
+    x: Tensor, send: list[int], receive: list[int], group: ExpertGroup, layer: str, phase: str
+) -> Tensor:
     out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    group.run(layer, phase, dist.all_to_all_single, out, x.contiguous(), receive, send)
     return out
 
 
@@ -71,7 +71,7 @@ class AllToAllHandle:
 
 
 class AllToAllDispatcher:
-    """Experts are split over the group in contiguous blocks of ``num_experts / R``.
+    """Every rank sends each row to the rank that has its expert, and gets it back from there.
 
     Local rows are ordered by (expert, source rank, token, slot): the order that one process with
     all tokens would see, so sums have the same order too.
@@ -79,28 +79,51 @@ class AllToAllDispatcher:
     Args:
         group: the expert parallel group, shared by all layers of a model.
         num_experts: E of the layer.
+        placement: global ids of the experts of each rank, ascending, every id once; None splits
+            the experts into R equal blocks.
+
+    Raises:
+        TopologyError: if the placement isn't one.
     """
 
-    def __init__(self, group: ExpertGroup, num_experts: int) -> None:
+    def __init__(
+        self,
+        group: ExpertGroup,
+        num_experts: int,
+        placement: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.group = group
         self.num_experts = num_experts
-        self.num_local_experts = num_experts // group.size
+        if placement is None:
+            placement = equal_blocks(num_experts, group.size)
+        if len(placement) != group.size or sorted(chain(*placement)) != list(range(num_experts)):
+            raise TopologyError(
+                f"The placement {list(map(list, placement))} does not give each of {num_experts}"
+                f" experts to one of {group.size} ranks."
+            )
+        ends = list(accumulate(map(len, placement), initial=0))
+        self._ranges = [slice(a, b) for a, b in pairwise(ends)]
+        self._column = _columns(placement)
         group.slots = max(group.slots, num_experts)
 
     def dispatch(
         self, x: Tensor, routing: Routing, layer: str
     ) -> tuple[Tensor, Tensor, AllToAllHandle]:
-        """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`.
+        """See :class:`~lightning_fastmoe.nn.dispatch.Dispatcher`.
 
         Raises:
             ExchangeError: on all ranks of the group, if they disagree.
         """
-        group, local = self.group, self.num_local_experts
+        group = self.group
+        if self._column is not None:
+            self._column = self._column.to(x.device)
+            routing = routing._replace(expert_ids=self._column[routing.expert_ids])
         order = order_routing(routing, self.num_experts)
         counts = order.tokens_per_expert[: self.num_experts]
         table = group.exchange_counts(counts, x.shape[1], layer)
-        send = table[group.rank].view(group.size, local).sum(dim=1).tolist()
-        block = table[:, group.rank * local : (group.rank + 1) * local]  # (R, e): what arrives here
+        own = table[group.rank].tolist()
+        send = [sum(own[columns]) for columns in self._ranges]
+        block = table[:, self._ranges[group.rank]]  # (R, e): what arrives here
         receive = block.sum(dim=1).tolist()
         plan = plan_rows(routing, order, x.shape[0], sum(send))
         arrived = self._expert_major(block, sum(receive), x.device)
@@ -108,7 +131,7 @@ class AllToAllDispatcher:
         return self.send(x, handle), arrived.tokens_per_expert, handle
 
     def send(self, x: Tensor, handle: AllToAllHandle) -> Tensor:
-        """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
+        """See :class:`~lightning_fastmoe.nn.dispatch.Dispatcher`."""
         rows = handle.plan.gather(x)
         received: Tensor = _AllToAll.apply(
             rows, handle.send, handle.receive, self.group, handle.layer, "dispatch"
@@ -116,7 +139,7 @@ class AllToAllDispatcher:
         return permute_any(received, handle.arrived)
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
-        """See :class:`~lightning_fastmoe.nn.dispatcher.Dispatcher`."""
+        """See :class:`~lightning_fastmoe.nn.dispatch.Dispatcher`."""
         rank_major = ops.permute(y, handle.arrived.inverse, handle.arrived.order)
         back: Tensor = _AllToAll.apply(
             rank_major, handle.receive, handle.send, self.group, handle.layer, "combine"
@@ -124,7 +147,15 @@ class AllToAllDispatcher:
         return handle.plan.combine(back)
 
     def _expert_major(self, block: Tensor, rows: int, device: torch.device) -> ops.ExpertOrder:
-        experts = torch.arange(self.num_local_experts, device=device).repeat(self.group.size)
+        local = block.shape[1]
+        experts = torch.arange(local, device=device).repeat(self.group.size)
         repeats = block.reshape(-1).to(device)
         ids = torch.repeat_interleave(experts, repeats, output_size=rows)
-        return ops.order_by_expert(ids, self.num_local_experts)
+        return ops.order_by_expert(ids, local)
+
+
+def _columns(placement: Sequence[Sequence[int]]) -> Tensor | None:
+    """(E,) where each expert stands if experts are sorted by rank; None if by id is by rank."""
+    by_rank = torch.tensor(list(chain(*placement)))
+    columns = torch.argsort(by_rank)
+    return None if torch.equal(columns, torch.arange(len(columns))) else columns

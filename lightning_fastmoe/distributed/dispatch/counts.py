@@ -8,12 +8,15 @@ and come to the same verdict: on an error all raise alike and none waits for tok
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch.pending import PendingExchange
+from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 from lightning_fastmoe.errors import ExchangeError
 
 _MAGIC = 0x4D6F45  # "MoE"
@@ -31,6 +34,8 @@ class ExpertGroup:
             ranks that have come to different layers still understand each other well enough to say
             so.
         pending: where this rank is in its exchanges.
+        wait: how the host waits for the other ranks.
+        is_on_stream: whether exchanges are enqueued on the device, and the host goes on.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -39,7 +44,10 @@ class ExpertGroup:
         self.size = dist.get_world_size(group)
         self.slots = 0
         self.pending = PendingExchange()
+        self.wait = ExchangeWait()
         self._sequence = 0
+        self.is_on_stream = "nccl" in dist.get_backend(group)
+        self._pinned: Tensor | None = None
 
     def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor:
         """Gathers ``tokens_per_expert`` of all ranks of the group.
@@ -54,15 +62,53 @@ class ExpertGroup:
 
         Raises:
             ExchangeError: on every rank of the group, if the ranks are not in the same exchange of
-                the same layer, or if counts arrive damaged.
+                the same layer, or if counts arrive damaged; on this rank, if the others don't come
+                before the deadline of :attr:`wait`.
         """
         self._sequence += 1
         vector = pack_counts(counts, self.slots, self._sequence, width, layer)
         table = vector.new_empty((self.size, vector.numel()))
         with self.pending(layer, "counts"):
-            dist.all_gather(list(table.unbind()), vector, group=self.group)
-            on_host = table.cpu()
+            self._run(layer, "counts", dist.all_gather, list(table.unbind()), vector)
+            on_host = self._read(table, layer)
         return unpack_counts(on_host, counts.numel(), layer)
+
+    def run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
+        """Runs a collective of the group; the host waits only where the device can't.
+
+        Args:
+            layer: the layer's name.
+            phase: what is exchanged.
+            collective: a function of ``torch.distributed``.
+            args: for it, all but the group.
+
+        Raises:
+            ExchangeError: if the host waits, and the others don't come before the deadline.
+        """
+        with self.pending(layer, phase):
+            self._run(layer, phase, collective, *args)
+
+    def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
+        if self.is_on_stream:
+            collective(*args, group=self.group)
+        else:
+            work = collective(*args, group=self.group, async_op=True)
+            self.wait.for_work(work, self._where(layer, phase))
+
+    def _read(self, table: Tensor, layer: str) -> Tensor:
+        """``table`` on the host."""
+        if not (self.is_on_stream and table.is_cuda):
+            return table.cpu()
+        if self._pinned is None or self._pinned.shape != table.shape:
+            self._pinned = torch.empty_like(table, device="cpu", pin_memory=True)
+        self._pinned.copy_(table, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(table.device))
+        self.wait.for_event(event, self._where(layer, "counts"))
+        return self._pinned.clone()  # it is filled again by the next exchange
+
+    def _where(self, layer: str, phase: str) -> str:
+        return f"{layer}, exchange of tokens number {self.pending.number}, phase {phase}"
 
     def end_pass(self, device: torch.device) -> None:
         """Ends a forward pass; each rank calls this after it, before anything waits for others.

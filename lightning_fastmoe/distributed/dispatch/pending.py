@@ -24,12 +24,15 @@ class PendingExchange:
     Args:
         memory: writable buffer; a private one by default.
         offset: of the record in ``memory``.
+
+    Attributes:
+        number: exchanges begun so far.
     """
 
     def __init__(self, memory: Any = None, offset: int = 0) -> None:
         self._memory = bytearray(EXCHANGE.size) if memory is None else memory
         self._offset = offset
-        self._number = 0
+        self.number = 0
         self._next = b""
         self._names: dict[tuple[str, str], bytes] = {}
 
@@ -47,10 +50,15 @@ class PendingExchange:
         return self
 
     def __enter__(self) -> None:
-        self._number += 1
+        self.number += 1
         EXCHANGE.pack_into(
-            self._memory, self._offset, self._number, time.monotonic(), True, self._next
+            self._memory, self._offset, self.number, time.monotonic(), True, self._next
         )
+
+    def read(self) -> tuple[int, bool, str]:
+        """Number of the exchange, whether this rank is in it, and its name; from any thread."""
+        number, _, pending, name = EXCHANGE.unpack_from(self._memory, self._offset)
+        return number, pending, name.rstrip(b"\0").decode(errors="replace")
 
     def __exit__(self, *error: object) -> None:
         self._memory[self._offset + _PENDING_AT] = 0

@@ -1,11 +1,11 @@
 """Routers: modules that choose experts. One file per family."""
 
 from lightning_fastmoe.nn.router.balanced import BaseRouter, SinkhornRouter
-from lightning_fastmoe.nn.router.base import LinearRouter, Router, Routing, RoutingContext
 from lightning_fastmoe.nn.router.cosine import CosineTopKRouter
 from lightning_fastmoe.nn.router.expert_choice import ExpertChoiceRouter
 from lightning_fastmoe.nn.router.gshard import DCRouter, GShardRouter
 from lightning_fastmoe.nn.router.hashed import HashRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, Router
 from lightning_fastmoe.nn.router.losses import (
     global_load_balancing_loss,
     importance_loss,
@@ -16,6 +16,7 @@ from lightning_fastmoe.nn.router.losses import (
     z_loss,
 )
 from lightning_fastmoe.nn.router.noisy import NoisyTopKRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 from lightning_fastmoe.nn.router.sigmoid import SigmoidTopKRouter
 from lightning_fastmoe.nn.router.soft import SoftRouter
 from lightning_fastmoe.nn.router.softmax import SoftmaxTopKRouter

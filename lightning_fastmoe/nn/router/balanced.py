@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
 from lightning_fastmoe.nn.router.noisy import check_at_least
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 Over = Literal["rank", "global"]
 
@@ -72,7 +73,7 @@ class BaseRouter(LinearRouter):
             )
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         if context.training:
             everyone, start = batch_logits(logits, self.over, context)
@@ -126,7 +127,7 @@ class SinkhornRouter(LinearRouter):
         self.uses_batch = over == "global"
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         plan = logits.detach()
         if context.training:

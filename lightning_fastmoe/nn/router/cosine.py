@@ -9,13 +9,8 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import (
-    Router,
-    Routing,
-    RoutingContext,
-    init_gate,
-    unit_vectors,
-)
+from lightning_fastmoe.nn.router.interface import Router, init_gate, unit_vectors
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 from lightning_fastmoe.nn.router.softmax import check_normalized
 
 _LOWEST_TEMPERATURE = 0.01
@@ -82,7 +77,7 @@ class CosineTopKRouter(Router):
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         projected = unit_vectors(self.linear(x, self.projection))
         cosine = projected @ unit_vectors(self.embedding.to(x.dtype)).T
         scale = self.log_scale.to(x.dtype).clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()

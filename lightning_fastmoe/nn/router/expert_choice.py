@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -54,7 +55,7 @@ class ExpertChoiceRouter(LinearRouter):
         self.over = over
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         tokens, experts = x.shape[0], self.num_experts
         groups, n = (1, tokens) if self.over == "rank" else context.sequences(tokens)
         factor = context.capacity_factor

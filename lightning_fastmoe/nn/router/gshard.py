@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class GShardRouter(LinearRouter):
@@ -57,7 +58,7 @@ class GShardRouter(LinearRouter):
             )
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         routed = ops.softmax_top_k(logits, self.top_k, True)
         routing = Routing(logits, *routed, balanced_slots=1)

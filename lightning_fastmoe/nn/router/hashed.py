@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.random import random_bits
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import Router
+from lightning_fastmoe.nn.router.random import random_bits
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class HashRouter(Router):
@@ -34,7 +35,7 @@ class HashRouter(Router):
         self.seed = seed
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         if context.token_ids is None:
             raise ConfigError(
                 f"{context.layer}: hash routing needs the tokens' vocabulary ids. Call the layer as"

@@ -8,12 +8,13 @@ other ranks' tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.nn.router.base import Routing, RoutingContext, count_experts
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext, count_experts
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -132,21 +133,41 @@ def global_load_balancing_loss(routing: Routing, context: RoutingContext) -> Ten
     return num_experts * (share * mean_score).sum()
 
 
-def loss_value(name: str, routing: Routing, context: RoutingContext) -> Tensor:
-    """The loss that a layer calls ``name``."""
-    if name == "sequence_balancing":
-        return sequence_load_balancing_loss(routing, context)
-    if name == "global_balancing":
-        return global_load_balancing_loss(routing, context)
-    return _PLAIN[name](routing)
+@dataclass(frozen=True)
+class Loss:
+    """One of the losses that a layer can attach.
+
+    Attributes:
+        function: its value, a scalar, from a routing and the context of the pass.
+        coefficient: where a router has the loss switched on and the layer isn't told otherwise.
+        token_choice: whether it makes sense for every router that gives each token a choice of K
+            experts. Others name it in their ``losses``.
+        uses_batch: whether it exchanges counts with the other ranks.
+    """
+
+    function: Callable[[Routing, RoutingContext], Tensor]
+    coefficient: float
+    token_choice: bool = True
+    uses_batch: bool = False
 
 
-_PLAIN: dict[str, Callable[[Routing], Tensor]] = {
-    "load_balancing": load_balancing_loss,
-    "z_loss": z_loss,
-    "importance": importance_loss,
-    "load": load_loss,
+LOSSES = {
+    "load_balancing": Loss(lambda routing, context: load_balancing_loss(routing), 0.01),
+    "z_loss": Loss(lambda routing, context: z_loss(routing), 0.001),
+    "importance": Loss(lambda routing, context: importance_loss(routing), 0.1),
+    "load": Loss(lambda routing, context: load_loss(routing), 0.1, token_choice=False),
+    "sequence_balancing": Loss(sequence_load_balancing_loss, 0.0),
+    "global_balancing": Loss(global_load_balancing_loss, 0.0, uses_batch=True),
 }
+"""The losses by the names of their coefficients among the arguments of ``MoE``."""
+
+TOKEN_CHOICE_LOSSES = frozenset(name for name, loss in LOSSES.items() if loss.token_choice)
+"""Those that make sense for any router that gives each token a choice of K experts."""
+
+
+def loss_value(name: str, routing: Routing, context: RoutingContext) -> Tensor:
+    """The value of the loss ``name`` of :data:`LOSSES`."""
+    return LOSSES[name].function(routing, context)
 
 
 def _sum_runs(rows: Tensor, sizes: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.random import normal_from_uniform
-from lightning_fastmoe.nn.router.base import LOSSES, Router, Routing, RoutingContext, init_gate
+from lightning_fastmoe.nn.router.interface import Router, init_gate
+from lightning_fastmoe.nn.router.losses import TOKEN_CHOICE_LOSSES
+from lightning_fastmoe.nn.router.random import normal_from_uniform
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 _SMALLEST_NOISE = 1e-26
 """What the noise's size is at least: softplus falls to zero far below it. Smaller noise decides
@@ -47,7 +49,7 @@ class NoisyTopKRouter(Router):
     """
 
     random: ClassVar[bool] = True
-    losses: ClassVar[frozenset[str]] = LOSSES | {"load"}
+    losses: ClassVar[frozenset[str]] = TOKEN_CHOICE_LOSSES | {"load"}
     default_losses: ClassVar[frozenset[str]] = frozenset({"importance", "load"})
 
     def __init__(
@@ -73,7 +75,7 @@ class NoisyTopKRouter(Router):
         check_at_least(top_k=(top_k, min(2, self.num_experts)))
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         clean = self.linear(x, self.weight)
         noisy, load = clean, None
         if context.training and self.noise > 0:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 from lightning_fastmoe.nn.router.softmax import check_normalized
 
 
@@ -86,7 +87,7 @@ class SigmoidTopKRouter(LinearRouter):
             )
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         normalize = self.top_k > 1 if self._normalize is None else self._normalize
         if self.limit_groups == self.num_groups:

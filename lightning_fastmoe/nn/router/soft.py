@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import Router, Routing, RoutingContext, unit_vectors
+from lightning_fastmoe.nn.router.interface import Router, unit_vectors
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class SoftRouter(Router):
@@ -54,7 +55,7 @@ class SoftRouter(Router):
         nn.init.ones_(self.scale)
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         groups, n = context.sequences(x.shape[0])
         directions = unit_vectors(self.weight.to(x.dtype))
         per_slot = self.scale.to(x.dtype) * (unit_vectors(x) @ directions.T)

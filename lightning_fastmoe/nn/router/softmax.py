@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class SoftmaxTopKRouter(LinearRouter):
@@ -68,7 +69,7 @@ class SoftmaxTopKRouter(LinearRouter):
         return self.top_k > 1 if self._normalize is None else self._normalize
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
         # Normalised weights are computed as a softmax after the selection in any case.

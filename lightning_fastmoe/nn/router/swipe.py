@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class SwipeRouter(LinearRouter):
@@ -56,7 +57,7 @@ class SwipeRouter(LinearRouter):
         self.num_groups = num_groups
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         expert_ids = ops.top_k(logits.detach(), self.top_k)
         if context.training:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class SwitchRouter(LinearRouter):
@@ -54,7 +55,7 @@ class SwitchRouter(LinearRouter):
             )
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         if context.training and self.jitter > 0:
             x = x * (1 + self.jitter * (2 * context.uniform(x, self.d_model) - 1))
         logits = self.logits(x)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.base import LinearRouter, Routing, RoutingContext
+from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class TopologyAwareRouter(LinearRouter):
@@ -50,7 +51,7 @@ class TopologyAwareRouter(LinearRouter):
         self.outgoing_fraction = outgoing_fraction
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """See :class:`~lightning_fastmoe.nn.router.base.Router`."""
+        """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         scores = torch.softmax(logits, dim=-1)
         near = context.batch.near_experts(self.num_experts)

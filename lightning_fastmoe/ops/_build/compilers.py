@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
@@ -16,6 +16,9 @@ from lightning_fastmoe.errors import KernelsUnavailableError
 
 GRACE = 5.0
 """Seconds that a compiler has between SIGTERM and SIGKILL."""
+
+_SLICE = 0.1
+"""Seconds between two looks of the main thread at its signals."""
 
 
 class Compilers:
@@ -59,7 +62,13 @@ class Compilers:
         Raises:
             KernelsUnavailableError: if one fails, with the end of what it said.
         """
-        list(self._pool.map(self._run, commands))
+        pending = {self._pool.submit(self._run, command) for command in commands}
+        # In slices: a signal that comes just before the main thread begins to wait, or that another
+        # thread gets, doesn't wake it, and Python runs handlers in the main thread alone.
+        while pending:
+            done, pending = wait(pending, _SLICE, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
 
     def _run(self, command: list[str]) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ from lightning_fastmoe.nn import (
     MoE,
     Router,
     Routing,
+    SequentialSchedule,
     SoftmaxTopKRouter,
 )
 from lightning_fastmoe.nn.collect import warn_about_causality
@@ -259,10 +260,6 @@ def test_state_dict_holds_what_a_resumed_run_needs(name):
     assert buffers == want
 
 
-class Chain(LocalDispatcher):
-    """The steps as across ranks."""
-
-
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -276,7 +273,7 @@ def test_layers_in_bf16(name, chain, autocast):
     for wide, narrow in zip(exact.parameters(), layer.parameters(), strict=True):
         wide.data.copy_(narrow)
     if chain:
-        layer.dispatcher = Chain(E)
+        layer.schedule = SequentialSchedule(LocalDispatcher(E))
     if autocast:
         layer.float()
     leaf = x.float().requires_grad_() if autocast else x.clone().requires_grad_()

@@ -13,7 +13,7 @@ import torch
 
 from lightning_fastmoe.nn.router import ROUTERS, LinearRouter, RoutingContext, loss_value
 from lightning_fastmoe.nn.router.balanced import balanced_assignment
-from lightning_fastmoe.nn.router.base import Router, unit_vectors
+from lightning_fastmoe.nn.router.interface import Router, unit_vectors
 from lightning_fastmoe.nn.router.losses import importance_loss, load_loss
 from lightning_fastmoe.ops import reference
 

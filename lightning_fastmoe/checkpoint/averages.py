@@ -1,0 +1,64 @@
+"""Averaged weights beside those that train, as a save and a load see them.
+
+A checkpoint of a run that averages its weights has the averages as its weights, and the weights
+that train as one more state of the optimizer. Resuming needs them there, and every other reader of
+the checkpoint gets the averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, state_name
+from lightning_fastmoe.checkpoint.zero_state import ZeroShare
+
+TRAINING = "training_weights"
+"""The state that holds what trains."""
+
+
+def training_name(name: str) -> str:
+    """The tensor that holds the training weights of a parameter or buffer."""
+    return state_name(TRAINING, name)
+
+
+def has_training_weights(tensors: Mapping[str, object]) -> bool:
+    """Whether a checkpoint's weights are averages."""
+    return any(tensor.startswith(f"{OPTIMIZER}/{TRAINING}/") for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Averages:
+    """This rank's share of the averages.
+
+    Attributes:
+        masters: one per partition, laid out like its master.
+        loose: parameter that no partition holds -> flat, what this rank has of it.
+        buffers: persistent buffer -> its average.
+        swapped: the module has the averages at the moment, and these tensors what trains.
+    """
+
+    masters: list[Tensor]
+    loose: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    swapped: bool = False
+
+    def beside(self, share: ZeroShare) -> ZeroShare:
+        """A share of the same layout that holds these tensors."""
+        return ZeroShare(
+            [replace(f, master=m) for f, m in zip(share.flats, self.masters, strict=True)],
+            [replace(one, data=self.loose[one.name], origin=None) for one in share.loose],
+        )
+
+    @torch.no_grad()
+    def take(self, share: ZeroShare, buffers: Mapping[str, Tensor]) -> None:
+        """Copies what the module has."""
+        for flat, master in zip(share.flats, self.masters, strict=True):
+            master.copy_(flat.master)
+        for one in share.loose:
+            self.loose[one.name].copy_(one.data)
+        for name, buffer in buffers.items():
+            self.buffers[name].copy_(buffer)

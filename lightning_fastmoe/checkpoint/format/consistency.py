@@ -1,0 +1,237 @@
+"""What the parts of a manifest must say together, for loading and for verifying.
+
+A reader stops at the first fault and an audit lists them all; there is one list, so that they can't
+come to different verdicts. It takes time in proportion to the manifest, whatever that says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Set
+
+from lightning_fastmoe.checkpoint.format.manifest import STATE, Manifest
+from lightning_fastmoe.checkpoint.format.records import (
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    TensorRecord,
+    check_coverage,
+    check_tensor,
+    itemsize,
+    split_name,
+    weight_name,
+)
+from lightning_fastmoe.errors import CheckpointError
+
+_EXPERTS = ".experts."
+_LOCAL = f"{GRADIENTS}/local"
+
+
+def check_manifest(manifest: Manifest, where: object) -> None:
+    """Refuses a manifest that contradicts itself; looks at no file.
+
+    Raises:
+        CheckpointError: with the first of :func:`faults`.
+    """
+    for fault in faults(manifest, where):
+        raise CheckpointError(fault)
+
+
+def faults(manifest: Manifest, where: object) -> Iterator[str]:
+    """All contradictions of a manifest, naming the files and tensors."""
+    proper: dict[str, TensorRecord] = {}
+    for name, record in manifest.tensors.items():
+        try:
+            check_tensor(name, record.dtype, record.shape, where)
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        proper[name] = record
+        yield from _coverage_faults(name, record, manifest, where)
+    yield from _file_faults(proper, manifest, where)
+    for name, record in proper.items():
+        yield from _state_faults(name, record, manifest, where)
+    yield from _tied_faults(manifest, where)
+    yield from _layer_faults(proper, manifest, where)
+
+
+# ------------------------------------------------------------------------------------- one tensor
+
+
+def _coverage_faults(
+    name: str, record: TensorRecord, manifest: Manifest, where: object
+) -> Iterator[str]:
+    """Elements that are in no piece, or in two; of a stacked tensor, experts."""
+    kind, parameter = split_name(name)
+    layer, found, rest = parameter.rpartition(_EXPERTS)
+    experts = manifest.moe_layers.get(layer) if found and "." not in rest else None
+    is_local = kind == _LOCAL
+    shape = record.shape[1:] if is_local else record.shape
+    if experts is not None and shape:
+        if shape[0] != experts:
+            yield (
+                f"{where}: tensor {name!r} has {shape[0]} experts, but layer {layer!r} has"
+                f" num_experts={experts}."
+            )
+            return
+        if record.numel and not is_local:
+            hurt = list(_expert_faults(name, layer, experts, record, where))
+            yield from hurt
+            if hurt:
+                return
+    try:
+        check_coverage(name, record, where)
+    except CheckpointError as error:
+        yield str(error)
+
+
+def _expert_faults(
+    name: str, layer: str, experts: int, record: TensorRecord, where: object
+) -> Iterator[str]:
+    size = record.numel // experts
+    gaps, overlaps, position = [], [], 0
+    for piece in sorted(record.pieces):
+        if piece.start > position:
+            gaps.append((position, min(piece.start, record.numel)))
+        elif piece.start < position:
+            overlaps.append((piece.start, min(position, piece.stop)))
+        position = max(position, piece.stop)
+    if position < record.numel:
+        gaps.append((position, record.numel))
+    for spans, what in ((gaps, "missing"), (overlaps, "duplicated")):
+        for start, stop in spans:
+            if start < record.numel:
+                first, last = start // size, max(start, min(stop, record.numel) - 1) // size
+                which = f"expert {first} is" if first == last else f"experts {first} to {last} are"
+                yield f"{where}: layer {layer!r}: {which} {what} in tensor {name!r}."
+
+
+def _state_faults(
+    name: str, record: TensorRecord, manifest: Manifest, where: object
+) -> Iterator[str]:
+    """Optimizer states and gradients that belong to no parameter, or to one of another shape."""
+    kind, parameter = split_name(name)
+    if kind is None:
+        return
+    if OPTIMIZER not in manifest.contents:
+        yield f"{where}: tensor {name!r} is present, but contents is {list(manifest.contents)}."
+        return
+    weight = manifest.tensors.get(weight_name(parameter))
+    if weight is None:
+        yield (
+            f"{where}: tensor {name!r} does not belong to any parameter: {parameter!r} does not"
+            " exist."
+        )
+        return
+    replicas, shape = 1, record.shape
+    if kind == _LOCAL:
+        replicas, shape = (record.shape or (0,))[0], record.shape[1:]
+    if replicas < 1 or manifest.topology.world_size % replicas or shape != weight.shape:
+        yield (
+            f"{where}: tensor {name!r} has the shape {list(record.shape)}, which does not fit"
+            f" parameter {parameter!r} of shape {list(weight.shape)} on"
+            f" {manifest.topology.world_size} ranks."
+        )
+
+
+# -------------------------------------------------------------------------------------- all of them
+
+
+def _file_faults(
+    tensors: dict[str, TensorRecord], manifest: Manifest, where: object
+) -> Iterator[str]:
+    """Tensors in files that can't hold them; files that must be there."""
+    data: dict[str, int] = {}
+    strange: dict[str, str] = {}
+    for name, record in tensors.items():
+        # Weights alone are verified where no optimizer is wanted, by the names of files.
+        kind = f"{WEIGHTS if split_name(name)[0] is None else OPTIMIZER}_"
+        for piece in record.pieces:
+            data[piece.file] = data.get(piece.file, 0) + piece.length * itemsize(record.dtype)
+            if not piece.file.startswith(kind):
+                strange.setdefault(piece.file, name)
+    for file, name in strange.items():
+        yield f"{where}: tensor {name!r} is listed in {file}, which holds another kind of tensor."
+    for file, size in data.items():
+        if size > manifest.files[file].size:
+            yield (
+                f"{where}: {file} should hold {size} bytes of tensors, but it has"
+                f" {manifest.files[file].size} in all."
+            )
+    if STATE not in manifest.files:
+        yield f"{where} does not list {STATE}, which every checkpoint has."
+
+
+def _tied_faults(manifest: Manifest, where: object) -> Iterator[str]:
+    excluded = set(manifest.excluded)
+    for name, first in manifest.tied.items():
+        if weight_name(first) not in manifest.tensors and first not in excluded:
+            yield f"{where}: {name!r} is listed as stored under {first!r}, which is missing."
+        if weight_name(name) in manifest.tensors:
+            yield (
+                f"{where}: {name!r} is listed as stored under {first!r}, but is also stored itself."
+            )
+
+
+def _layer_faults(
+    tensors: dict[str, TensorRecord], manifest: Manifest, where: object
+) -> Iterator[str]:
+    """Experts of which something is nowhere, or there though it is not theirs."""
+    start = f"{WEIGHTS}/"
+    weights = {name.removeprefix(start) for name in tensors if name.startswith(start)}
+    known = weights | manifest.tied.keys() | set(manifest.excluded)
+    inside = _names_inside(known, manifest)
+    for layer, experts in manifest.module_experts.items():
+        if manifest.moe_layers.get(layer) != len(experts):
+            yield (
+                f"{where}: module_experts lists {len(experts)} experts of layer {layer!r},"
+                f" which has num_experts={manifest.moe_layers.get(layer)}."
+            )
+            continue
+        listed = set()
+        for i, names in enumerate(experts):
+            full = [f"{layer}{_EXPERTS}{i}.{name}" for name in names]
+            listed.update(full)
+            if lost := [name for name in full if name not in known]:
+                yield (
+                    f"{where}: layer {layer!r}: expert {i} is missing: {', '.join(lost[:4])}"
+                    f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} not in any file."
+                )
+        for name in sorted(set(inside.get(layer, ())) - listed):
+            yield f"{where}: tensor {name!r} does not belong to any expert of layer {layer!r}."
+    for layer, number in manifest.moe_layers.items():
+        # Module experts may have no parameters at all; what they have is listed.
+        if layer not in inside and layer not in manifest.module_experts:
+            yield f"{where}: layer {layer!r}: none of its {number} experts is in the checkpoint."
+    for layer in unlisted_layers(known, manifest.moe_layers):
+        yield f"{where}: moe_layers does not list layer {layer!r}, whose experts are present."
+
+
+def unlisted_layers(names: Set[str], listed: Container[str]) -> list[str]:
+    """Layers with a router and stacked experts, named as those of ``MoE``, that are not listed.
+
+    Args:
+        names: of all parameters.
+        listed: names of the model's MoE layers.
+    """
+    routers = {name.rpartition(".router.")[0] for name in names if ".router." in name}
+    stacked = f"{_EXPERTS}up_proj"
+    found = {name.removesuffix(stacked) for name in names if name.endswith(stacked)}
+    return sorted(
+        layer
+        for layer in found & routers
+        if layer not in listed and f"{layer}{_EXPERTS}down_proj" in names
+    )
+
+
+def _names_inside(known: set[str], manifest: Manifest) -> dict[str, list[str]]:
+    """MoE layer -> the names of what its experts hold, those of a layer inside another included."""
+    layers = manifest.moe_layers.keys() | manifest.module_experts.keys()
+    lengths = {len(layer) for layer in layers}
+    inside: dict[str, list[str]] = {}
+    for name in known:
+        end = name.find(_EXPERTS)
+        while end >= 0:
+            if end in lengths and (layer := name[:end]) in layers:
+                inside.setdefault(layer, []).append(name)
+            end = name.find(_EXPERTS, end + 1)
+    return inside

@@ -1,0 +1,140 @@
+"""The files of a checkpoint's directory, each compared with what the manifest says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lightning_fastmoe.checkpoint.format import files
+from lightning_fastmoe.checkpoint.format.hashing import Mark, check_hash
+from lightning_fastmoe.checkpoint.format.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+)
+from lightning_fastmoe.checkpoint.format.records import FileRecord, Piece, piece_key
+from lightning_fastmoe.checkpoint.format.shards import read_header
+from lightning_fastmoe.errors import CheckpointError
+
+_SHOWN = 4
+
+Pieces = Sequence[tuple[str, str, Piece]]
+"""(tensor, dtype, piece) of every piece in a file."""
+
+
+def read_manifest(directory: int, path: Path) -> bytes:
+    """The manifest's bytes.
+
+    Args:
+        directory: descriptor of the checkpoint.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    return files.read_small(directory, MANIFEST, path, MAX_MANIFEST_BYTES)
+
+
+def check_checksum(directory: int, path: Path, data: bytes) -> str:
+    """The SHA-256 of the manifest, which must be what the file beside it says, byte by byte.
+
+    Raises:
+        CheckpointError: if it differs.
+    """
+    line = files.read_small(directory, CHECKSUM, path, 1000)
+    checksum = hashlib.sha256(data).hexdigest()
+    if line != checksum_line(checksum):
+        raise CheckpointError(
+            f"{path / MANIFEST} does not match {CHECKSUM}: one of them is damaged. Choose another"
+            " checkpoint."
+        )
+    return checksum
+
+
+def checksum_line(sha256: str) -> bytes:
+    """The content of ``manifest.sha256``, as ``sha256sum`` writes it."""
+    return f"{sha256}  {MANIFEST}\n".encode()
+
+
+def pieces_by_file(manifest: Manifest) -> dict[str, list[tuple[str, str, Piece]]]:
+    """File name -> (tensor, dtype, piece) of every piece in it."""
+    result: dict[str, list[tuple[str, str, Piece]]] = {}
+    for name, record in manifest.tensors.items():
+        for piece in record.pieces:
+            result.setdefault(piece.file, []).append((name, record.dtype, piece))
+    return result
+
+
+def open_listed(
+    directory: int, path: Path, name: str, record: FileRecord, pieces: Pieces
+) -> tuple[int, int]:
+    """Opens a file of the manifest, which must be as large as that says.
+
+    Returns:
+        (descriptor, size in bytes)
+
+    Raises:
+        CheckpointError: naming the file and the tensors in it.
+    """
+    try:
+        fd, size = files.open_regular(directory, name, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_tensors(pieces)}") from error
+    if size != record.size:
+        os.close(fd)
+        raise CheckpointError(
+            f"{path / name} has {size} bytes, the manifest says {record.size}: it was cut short"
+            f" or replaced.{_tensors(pieces)}"
+        )
+    return fd, size
+
+
+def verify_file(
+    directory: int,
+    path: Path,
+    name: str,
+    record: FileRecord,
+    pieces: Pieces,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Reads a file whole: its size, its header and all its hashes must be the manifest's.
+
+    Raises:
+        CheckpointError: naming the file and the tensor of the first damage.
+    """
+    where = path / name
+    fd, size = open_listed(directory, path, name, record, pieces)
+    try:
+        marks = []
+        if name.endswith(".safetensors"):
+            header = read_header(fd, size, pieces, where)
+            for tensor, _, piece in pieces:
+                end = header[piece_key(tensor, piece.start, piece.stop)].end
+                what = f"tensor {tensor!r}, elements {piece.start} to {piece.stop}"
+                marks.append(Mark(end, piece.digest, what))
+        check_hash(fd, where, record.sha256, marks, on_bytes)
+    finally:
+        os.close(fd)
+
+
+def strangers(directory: int, path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of each file that the manifest does not know."""
+    expected = {*manifest.files, MANIFEST, CHECKSUM}
+    for name in sorted(os.listdir(directory)):
+        if name not in expected and not name.startswith("."):
+            yield (
+                name,
+                f"{path / name} is not part of the checkpoint: the manifest does not know it. If it"
+                " is yours, move it elsewhere.",
+            )
+
+
+def _tensors(pieces: Pieces) -> str:
+    names = list(dict.fromkeys(tensor for tensor, _, _ in pieces))
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f" It holds {', '.join(map(repr, names[:_SHOWN]))}{more}."

@@ -1,0 +1,268 @@
+"""The manifest: what a checkpoint consists of. ``docs/checkpoint_format.md`` is its definition."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, cast
+
+from lightning_fastmoe.checkpoint.format.files import FILE_NAME
+from lightning_fastmoe.checkpoint.format.json_file import MAX_INTEGER, Fields, is_a, load_json
+from lightning_fastmoe.checkpoint.format.records import MAX_NAME, FileRecord, Piece, TensorRecord
+from lightning_fastmoe.errors import CheckpointError
+
+FORMAT = "lightning_fastmoe.checkpoint"
+FORMAT_VERSION = 1
+MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"
+STATE, OBJECTS = "state.json", "objects.pt"
+MAX_MANIFEST_BYTES = 2**30
+
+_CONTENTS = (["weights"], ["weights", "optimizer"])
+_LISTED = re.compile(
+    r"(weights|optimizer)_\d{5,9}(_\d{1,9})?\.safetensors|rank_\d{5,9}\.(json|pt)"
+    r"|state\.json|objects\.pt",
+    re.ASCII,
+)
+"""The names of files that a manifest may list."""
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How the run that saved was laid out; loading needs none of it."""
+
+    world_size: int
+    expert_parallel_size: int
+    zero_stage: int
+    precision: str
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        written_by: name and version of the writer.
+        contents: "weights", and "optimizer" if training can resume from it.
+        topology: of the run that saved.
+        progress: "epoch" and "global_step".
+        moe_layers: layer name -> its ``num_experts``.
+        excluded: parameters that were left out because they are frozen.
+        tied: further names of parameters that are stored under their first one.
+        files: every file but the manifest and its checksum.
+        tensors: name -> where it is.
+        module_experts: layer whose experts are modules -> for each expert, by its global id, the
+            names of its parameters and buffers inside it.
+    """
+
+    written_by: str
+    contents: tuple[str, ...]
+    topology: Topology
+    progress: dict[str, int]
+    moe_layers: dict[str, int]
+    excluded: tuple[str, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    module_experts: dict[str, list[list[str]]] = field(default_factory=dict)
+
+    def dumps(self) -> bytes:
+        """As JSON. The same manifest gives the same bytes."""
+        order = {name: i for i, name in enumerate(sorted(self.files))}
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "written_by": self.written_by,
+            "contents": list(self.contents),
+            "topology": vars(self.topology),
+            "progress": self.progress,
+            "moe_layers": self.moe_layers,
+            **({"module_experts": self.module_experts} if self.module_experts else {}),
+            "excluded": list(self.excluded),
+            "tied": self.tied,
+            "files": [[n, self.files[n].size, self.files[n].sha256] for n in order],
+            "tensors": {
+                name: {
+                    "dtype": record.dtype,
+                    "shape": list(record.shape),
+                    "pieces": [[p.start, p.length, order[p.file], p.digest] for p in record.pieces],
+                }
+                for name, record in sorted(self.tensors.items())
+            },
+        }
+        return json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest may list a file of that name."""
+    return _LISTED.fullmatch(name) is not None
+
+
+def parse_manifest(data: bytes, where: object) -> Manifest:
+    """Reads a manifest, each field of the type and range that it must have.
+
+    What fields say together is for :func:`~lightning_fastmoe.checkpoint.format.consistency.faults`.
+
+    Args:
+        data: the file's bytes.
+        where: its path, for messages.
+
+    Raises:
+        CheckpointError: if it is no manifest, or of another version.
+    """
+    content = load_json(data, where)
+    read = Fields(content, where)
+    if read.get("format", str) != FORMAT:
+        raise CheckpointError(
+            f"{where} has format {content['format']!r}, not {FORMAT!r}: it is not a checkpoint of"
+            " this package."
+        )
+    version = read.get("format_version", int)
+    if version != FORMAT_VERSION:
+        age = "a newer" if version > FORMAT_VERSION else "an unknown"
+        raise CheckpointError(
+            f"{where} has format_version {str(version)[:40]}; this version of lightning_fastmoe"
+            f" reads {FORMAT_VERSION}. It was written by {age} version"
+            f" ({str(content.get('written_by'))[:80]!r}): upgrade lightning_fastmoe."
+        )
+    contents = read.strings("contents")
+    if contents not in _CONTENTS:
+        raise CheckpointError(
+            f"{where}: contents is {str(contents)[:80]}; it must be {_CONTENTS[0]} or"
+            f" {_CONTENTS[1]}."
+        )
+    files = _files(read.get("files", list), where)
+    manifest = Manifest(
+        written_by=read.get("written_by", str),
+        contents=tuple(contents),
+        topology=_topology(read.get("topology", dict), where),
+        progress=_progress(read.get("progress", dict), where),
+        moe_layers=read.counts("moe_layers", least=1),
+        module_experts=_module_experts(read, where),
+        excluded=tuple(read.strings("excluded")),
+        tied=read.names("tied"),
+        files=files,
+        tensors=_tensors(read.get("tensors", dict), list(files), where),
+    )
+    read.nothing_else()
+    _check_names(manifest, where)
+    return manifest
+
+
+def _check_names(manifest: Manifest, where: object) -> None:
+    """Names of the model's parts are short enough to be taken apart quickly, whatever they are."""
+    experts = (n for layer in manifest.module_experts.values() for names in layer for n in names)
+    tied = (*manifest.tied, *manifest.tied.values())
+    layers = (*manifest.moe_layers, *manifest.module_experts)
+    for name in chain(manifest.tensors, manifest.excluded, tied, layers, experts):
+        if len(name) > MAX_NAME:
+            raise CheckpointError(
+                f"{where}: a name of {len(name)} characters, {name[:80]!r}...: names have"
+                f" {MAX_NAME} at most."
+            )
+
+
+def _topology(value: dict[str, Any], where: object) -> Topology:
+    read = Fields(value, f"{where}: topology")
+    result = Topology(
+        read.count("world_size", least=1),
+        read.count("expert_parallel_size", least=1),
+        read.count("zero_stage"),
+        read.get("precision", str),
+    )
+    read.nothing_else()
+    if result.world_size % result.expert_parallel_size or result.zero_stage > 3:
+        raise CheckpointError(
+            f"{where}: no run has the topology {vars(result)}: expert_parallel_size divides"
+            " world_size, and zero_stage is 0 to 3."
+        )
+    return result
+
+
+def _progress(value: dict[str, Any], where: object) -> dict[str, int]:
+    read = Fields(value, f"{where}: progress")
+    result = {name: read.count(name) for name in ("epoch", "global_step")}
+    read.nothing_else()
+    return result
+
+
+def _module_experts(read: Fields, where: object) -> dict[str, list[list[str]]]:
+    """Only there if the model has such experts."""
+    if "module_experts" not in read.content:
+        return {}
+    layers = read.lists("module_experts")
+    for layer, experts in layers.items():
+        for names in experts:
+            if not is_a(names, list) or not all(is_a(name, str) for name in names):
+                raise CheckpointError(
+                    f"{where}: module_experts of layer {layer!r} is not a list of lists of names."
+                )
+            if len(set(names)) != len(names):
+                raise CheckpointError(
+                    f"{where}: module_experts of layer {layer!r} lists a name twice in one expert."
+                )
+    return layers
+
+
+def _files(rows: list[Any], where: object) -> dict[str, FileRecord]:
+    files: dict[str, FileRecord] = {}
+    last = ""
+    for row in rows:
+        name, size, sha256 = _row(row, (str, int, str), f"{where}: files")
+        if not is_file_name(name):
+            raise CheckpointError(
+                f"{where}: {name[:80]!r} is not a checkpoint file name ({FILE_NAME.pattern},"
+                " and of a kind that the format describes). The manifest was not written by this"
+                " package: don't load it."
+            )
+        if name in files:
+            raise CheckpointError(f"{where}: the file {name!r} is listed twice.")
+        if name < last:
+            raise CheckpointError(
+                f"{where}: files must be sorted by name: {name!r} after {last!r}."
+            )
+        if not 0 <= size <= MAX_INTEGER or not _SHA256.fullmatch(sha256):
+            raise CheckpointError(f"{where}: {name} has an invalid size or SHA-256.")
+        files[name] = FileRecord(size, sha256)
+        last = name
+    return files
+
+
+def _tensors(content: dict[str, Any], files: list[str], where: object) -> dict[str, TensorRecord]:
+    tensors = {}
+    for name, value in content.items():
+        here = f"{where}: tensor {name[:200]!r}"
+        read = Fields(value if isinstance(value, dict) else {}, here)
+        dtype, shape = read.get("dtype", str), read.get("shape", list)
+        rows = read.get("pieces", list)
+        read.nothing_else()
+        if not all(is_a(d, int) for d in shape):
+            raise CheckpointError(f"{here}: the shape {str(shape)[:80]} is not a list of integers.")
+        pieces = []
+        for row in rows:
+            start, length, file, digest = _row(row, (int, int, int, str), here)
+            if not 0 <= file < len(files):
+                raise CheckpointError(f"{here}: file number {str(file)[:40]} does not exist.")
+            if not (0 <= start <= MAX_INTEGER and 0 <= length <= MAX_INTEGER):
+                raise CheckpointError(
+                    f"{here} has a piece at an invalid position: {str(row)[:80]}."
+                )
+            if not _DIGEST.fullmatch(digest):
+                raise CheckpointError(
+                    f"{here} has a piece with the digest {digest[:80]!r}, not 8 hexadecimal digits."
+                )
+            pieces.append(Piece(start, length, files[file], digest))
+        tensors[name] = TensorRecord(dtype, tuple(shape), tuple(pieces))
+    return tensors
+
+
+def _row(value: Any, kinds: tuple[type, ...], where: object) -> list[Any]:
+    good = isinstance(value, list) and len(value) == len(kinds)
+    if not good or not all(is_a(v, k) for v, k in zip(value, kinds, strict=True)):
+        names = ", ".join(k.__name__ for k in kinds)
+        raise CheckpointError(f"{where}: expected [{names}], found {str(value)[:80]}.")
+    return cast(list[Any], value)

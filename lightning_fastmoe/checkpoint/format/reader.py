@@ -1,0 +1,325 @@
+"""Reading a checkpoint: any interval of any tensor, from files that are trusted last."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.format import files, publish
+from lightning_fastmoe.checkpoint.format.consistency import check_manifest
+from lightning_fastmoe.checkpoint.format.directory import (
+    check_checksum,
+    open_listed,
+    pieces_by_file,
+    read_manifest,
+    strangers,
+    verify_file,
+)
+from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES, read_exactly
+from lightning_fastmoe.checkpoint.format.hashing import damaged
+from lightning_fastmoe.checkpoint.format.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    OBJECTS,
+    STATE,
+    Manifest,
+    parse_manifest,
+)
+from lightning_fastmoe.checkpoint.format.pickles import TRUST_STRATEGY, load_objects
+from lightning_fastmoe.checkpoint.format.records import (
+    DTYPES,
+    Piece,
+    TensorRecord,
+    itemsize,
+    piece_key,
+)
+from lightning_fastmoe.checkpoint.format.safetensors_stream import byte_view
+from lightning_fastmoe.checkpoint.format.shards import HeaderEntry, chunks, read_header
+from lightning_fastmoe.checkpoint.format.state_files import decode_rank_state, decode_state
+from lightning_fastmoe.checkpoint.format.threads import run_all
+from lightning_fastmoe.errors import CheckpointError
+
+_MAX_OPEN = 64
+
+
+class CheckpointReader:
+    """An opened checkpoint.
+
+    Opening reads the manifest and looks at names and sizes; it reads no tensor. From then on the
+    directory is held by descriptor: if a newer checkpoint takes its place, reading goes on in this
+    one or fails, and never mixes the two.
+
+    Use as a context manager, or call :meth:`close`.
+
+    Args:
+        path: the directory.
+
+    Attributes:
+        threads: how many files are verified, or parts of a large tensor read, at a time; 1 unless
+            it is set. Whatever it is, a reader serves one caller at a time.
+        advice: what the caller's user can do about objects that are not plain data.
+
+    Raises:
+        CheckpointError: if it is no complete checkpoint of this package and version, or if files
+            are missing, added, or of another size.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = publish.resolve(Path(path))
+        self.threads = 1
+        self.advice = TRUST_STRATEGY
+        self._directory = files.open_directory(self.path)
+        self._open: OrderedDict[str, tuple[int, dict[str, HeaderEntry]]] = OrderedDict()
+        self._starts: dict[str, list[int]] = {}
+        self._by_file: dict[str, list[tuple[str, str, Piece]]] | None = None
+        try:
+            self.manifest, self.checksum = self._read_manifest()
+            self._check_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files."""
+        for fd, _ in self._open.values():
+            os.close(fd)
+        self._open.clear()
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+    # ------------------------------------------------------------------------------- the directory
+
+    def _read_manifest(self) -> tuple[Manifest, str]:
+        if not is_checkpoint(self.path):
+            raise CheckpointError(
+                f"{self.path} has no {MANIFEST}, so it is not a complete checkpoint of"
+                " FastMoEStrategy: saving writes that file last. Choose another checkpoint."
+            )
+        where = self.path / MANIFEST
+        data = read_manifest(self._directory, self.path)
+        checksum = check_checksum(self._directory, self.path, data)
+        manifest = parse_manifest(data, where)
+        check_manifest(manifest, where)
+        return manifest, checksum
+
+    def _check_files(self) -> None:
+        """Exactly the files of the manifest, as large as it says."""
+        for name, record in self.manifest.files.items():
+            fd, _ = open_listed(self._directory, self.path, name, record, self.pieces_of(name))
+            os.close(fd)
+        for _, fault in strangers(self._directory, self.path, self.manifest):
+            raise CheckpointError(fault)
+
+    def pieces_of(self, file: str) -> list[tuple[str, str, Piece]]:
+        """(tensor, dtype, piece) of every piece in a file."""
+        if self._by_file is None:
+            self._by_file = pieces_by_file(self.manifest)
+        return self._by_file.get(file, [])
+
+    def _shard(self, file: str) -> tuple[int, dict[str, HeaderEntry]]:
+        """(descriptor, checked header) of a safetensors file."""
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        fd, size = files.open_regular(self._directory, file, self.path)
+        try:
+            header = read_header(fd, size, self.pieces_of(file), self.path / file)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._open[file] = (fd, header)
+        if len(self._open) > _MAX_OPEN:
+            _, (oldest, _) = self._open.popitem(last=False)
+            os.close(oldest)
+        return fd, header
+
+    # --------------------------------------------------------------------------------- verification
+
+    def verify(
+        self,
+        names: Iterable[str] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Reads files whole and compares their hashes.
+
+        Args:
+            names: files of the manifest; None is all of them.
+            on_bytes: called with the number of bytes after each read, for progress bars.
+
+        Raises:
+            CheckpointError: naming file and tensor of the first damage that is found.
+        """
+        known = self.manifest.files
+        wanted = sorted(known if names is None else names, key=lambda name: -known[name].size)
+        self.pieces_of("")  # fills a table that the threads read
+        run_all([partial(self._verify_file, name) for name in wanted], self.threads, on_bytes)
+
+    def _verify_file(self, name: str, on_bytes: Callable[[int], None]) -> None:
+        record = self.manifest.files[name]
+        verify_file(self._directory, self.path, name, record, self.pieces_of(name), on_bytes)
+
+    # -------------------------------------------------------------------------------------- tensors
+
+    def record(self, tensor: str) -> TensorRecord:
+        """Dtype, shape and pieces of a tensor.
+
+        Raises:
+            CheckpointError: if the checkpoint has none of that name.
+        """
+        try:
+            return self.manifest.tensors[tensor]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {tensor!r}.") from None
+
+    def read_into(self, tensor: str, start: int, out: Tensor) -> None:
+        """Fills ``out`` with the elements from ``start`` on; reads nothing else.
+
+        Args:
+            tensor: name in the manifest.
+            start: first element, in row-major order.
+            out: (length,), contiguous, on any device; the tensor's dtype, or both floating.
+
+        Raises:
+            CheckpointError: if there is no such interval, or the dtypes don't fit.
+        """
+        record = self.record(tensor)
+        stop = start + out.numel()
+        stored = DTYPES[record.dtype]
+        if not 0 <= start <= stop <= record.numel:
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor!r} has {record.numel} elements; {start} to {stop}"
+                " were asked for."
+            )
+        if out.dtype != stored and not (out.is_floating_point() and stored.is_floating_point):
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor!r} has dtype {stored}, but {out.dtype} is needed."
+            )
+        pieces = record.pieces
+        if tensor not in self._starts:
+            self._starts[tensor] = [p.start for p in pieces]
+        index = bisect.bisect_right(self._starts[tensor], start) - 1
+        position = start
+        while position < stop:
+            piece = pieces[index]
+            end = min(stop, piece.stop)
+            part = out[position - start : end - start]
+            self._read_piece(tensor, record.dtype, piece, position, part)
+            position, index = end, index + 1
+
+    def _read_piece(self, tensor: str, dtype: str, piece: Piece, start: int, out: Tensor) -> None:
+        fd, header = self._shard(piece.file)
+        size = itemsize(dtype)
+        offset = header[piece_key(tensor, piece.start, piece.stop)].begin
+        offset += (start - piece.start) * size
+        where = self.path / piece.file
+        if out.device.type == "cpu" and out.dtype == DTYPES[dtype]:
+            self._read_parts(fd, byte_view(out), offset, where)
+            return
+        step = BUFFER_BYTES // size
+        buffer = torch.empty(min(step, out.numel()), dtype=DTYPES[dtype])
+        for begin, end in chunks(0, out.numel(), step):
+            part = buffer[: end - begin]
+            read_exactly(fd, byte_view(part), offset + begin * size, where)
+            out[begin:end].copy_(part)
+
+    def _read_parts(self, fd: int, view: memoryview, offset: int, where: Path) -> None:
+        """As :func:`read_exactly`, in several threads if that pays."""
+        count = max(1, min(self.threads, len(view) // BUFFER_BYTES))
+        edges = [len(view) * i // count for i in range(count + 1)]
+
+        def read(begin: int, end: int, report: Callable[[int], None]) -> None:
+            read_exactly(fd, view[begin:end], offset + begin, where)
+
+        run_all([partial(read, *part) for part in zip(edges, edges[1:], strict=False)], count)
+
+    def read(self, tensor: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        record = self.record(tensor)
+        flat = torch.empty(record.numel, dtype=DTYPES[record.dtype])
+        self.read_into(tensor, 0, flat)
+        return flat.view(record.shape)
+
+    # ------------------------------------------------------------------------------ everything else
+
+    def read_file(self, name: str) -> bytes:
+        """A small file, its hash checked.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path} has no {name}: the manifest does not list it.")
+        record = self.manifest.files[name]
+        data = files.read_small(self._directory, name, self.path, record.size)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise damaged(self.path / name, "all of it")
+        return data
+
+    def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
+        """``state.json``, with the objects that JSON could not hold put back in their places.
+
+        Args:
+            trusted: see :meth:`read_objects`.
+
+        Raises:
+            CheckpointError: see :meth:`read_objects`.
+        """
+        objects = self.read_objects(trusted=trusted)
+        data, where = self.read_file(STATE), self.path / STATE
+        return decode_state(data, objects, self.manifest.contents, where)
+
+    def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
+        """What a rank wrote for itself alone; None if it did not.
+
+        Args:
+            rank: of the run that saved.
+            trusted: see :meth:`read_objects`.
+        """
+        name = f"rank_{rank:05d}.json"
+        if name not in self.manifest.files:
+            return None
+        objects = self.read_objects(f"rank_{rank:05d}.pt", trusted=trusted)
+        return decode_rank_state(self.read_file(name), objects, self.path / name)
+
+    def read_objects(self, name: str = OBJECTS, *, trusted: bool = False) -> list[Any]:
+        """What JSON could not hold; empty if there was nothing of the kind.
+
+        Args:
+            name: of the file.
+            trusted: also unpickle arbitrary objects, which can run any code: only for files whose
+                origin you trust.
+
+        Raises:
+            CheckpointError: if it holds objects that are not plain data, unless trusted.
+        """
+        if name not in self.manifest.files:
+            return []
+        data = self.read_file(name)
+        return load_objects(data, self.path / name, trusted=trusted, advice=self.advice)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory looks like a complete checkpoint of this package; no file is read."""
+    return (path / MANIFEST).is_file() and (path / CHECKSUM).is_file()

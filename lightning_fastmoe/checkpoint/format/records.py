@@ -1,0 +1,230 @@
+"""What a manifest says of files, tensors and the pieces that they are stored in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lightning_fastmoe.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
+"""safetensors' names of the dtypes that can be stored."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_NUMEL = 2**60
+MAX_DIMENSIONS = 64
+MAX_NAME = 4096
+"""Characters of a tensor's name; Python's own names of modules are far shorter."""
+
+WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
+
+_TENSOR_NAME = re.compile(r"(weights|optimizer/[^/]+|gradients/(mean|local))/.+", re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and no file can hold."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file: its size in bytes and the SHA-256 of all of them, in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, order=True)
+class Piece:
+    """A flat interval of a tensor and the file that holds it.
+
+    Attributes:
+        start: first element, counted through the tensor in row-major order.
+        length: number of elements.
+        file: name of a safetensors file.
+        digest: the first 8 hexadecimal digits of the SHA-256 of the file's bytes up to and
+            including this piece: where a damaged file first differs, is found by them.
+    """
+
+    start: int
+    length: int
+    file: str
+    digest: str
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor of the canonical state.
+
+    Attributes:
+        dtype: a key of :data:`DTYPES`.
+        shape: of the whole tensor; a stacked expert tensor's first dimension is ``num_experts``.
+        pieces: sorted by start; together they cover every element once.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.numel * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class WrittenPiece:
+    """A piece that some rank has written, on its way into a manifest."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    piece: Piece
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes per element."""
+    return DTYPES[dtype].itemsize
+
+
+def weight_name(name: str) -> str:
+    """The tensor that holds a parameter or buffer."""
+    return f"{WEIGHTS}/{name}"
+
+
+def state_name(state: str, name: str) -> str:
+    """The tensor that holds an optimizer's state of a parameter."""
+    return f"{OPTIMIZER}/{state}/{name}"
+
+
+def gradient_name(name: str, is_local: bool) -> str:
+    """The tensor that holds the half accumulated gradient of a parameter.
+
+    Args:
+        name: of the parameter.
+        is_local: it has one more dimension, the first: the rank's replica of the parameter, and the
+            gradient is that of the replica's own batches. Else it is the average.
+    """
+    return f"{GRADIENTS}/{'local' if is_local else 'mean'}/{name}"
+
+
+def split_name(tensor: str) -> tuple[str | None, str]:
+    """(optimizer state, "gradients/KIND" or None for weights; the parameter's or buffer's name)."""
+    if tensor.startswith(WEIGHTS + "/"):
+        return None, tensor.split("/", 1)[1]
+    kind, state, name = tensor.split("/", 2)
+    return (state if kind == OPTIMIZER else f"{kind}/{state}"), name
+
+
+def piece_key(tensor: str, start: int, stop: int) -> str:
+    """The name of a piece inside its safetensors file."""
+    return f"{tensor}[{start}:{stop}]"
+
+
+def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -> None:
+    """Refuses names, dtypes and shapes that this package never writes.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    if len(name) > MAX_NAME or not _TENSOR_NAME.fullmatch(name) or _SURROGATE.search(name):
+        raise CheckpointError(
+            f"{where}: {name[:200]!r} is not a tensor name: expected weights/NAME,"
+            f" optimizer/STATE/NAME or gradients/KIND/NAME, of at most {MAX_NAME} Unicode"
+            " characters."
+        )
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has dtype {dtype[:40]!r}, which is not one of"
+            f" {', '.join(DTYPES)}. It may come from a newer version."
+        )
+    sane = len(shape) <= MAX_DIMENSIONS and all(0 <= d <= MAX_NUMEL for d in shape)
+    if not sane or math.prod(shape) > MAX_NUMEL:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has an invalid shape, {str(list(shape)[:9])[:200]}."
+        )
+
+
+def check_coverage(name: str, record: TensorRecord, where: object) -> None:
+    """Every element of the tensor must be in exactly one piece.
+
+    Raises:
+        CheckpointError: naming the tensor, the gap or overlap, and the file.
+    """
+    position = 0
+    for piece in record.pieces:
+        if piece.length < 1:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has a piece of {piece.length} elements in {piece.file}."
+            )
+        if piece.start > position:
+            raise CheckpointError(
+                f"{where}: elements {position} to {piece.start} of tensor {name!r} with shape"
+                f" {list(record.shape)} are not in any file: the checkpoint is incomplete."
+            )
+        if piece.start < position:
+            raise CheckpointError(
+                f"{where}: elements from {piece.start} on of tensor {name!r} occur twice, the"
+                f" second time in {piece.file}: the checkpoint is inconsistent."
+            )
+        position = piece.stop
+    if position != record.numel:
+        what = "are missing" if position < record.numel else "exceed its size"
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has shape {list(record.shape)}, {record.numel} elements, but"
+            f" its pieces end at {position}: elements {what}."
+        )
+
+
+def merge(written: Iterable[WrittenPiece], where: object) -> dict[str, TensorRecord]:
+    """The tensors that the pieces of all ranks make up.
+
+    Raises:
+        CheckpointError: if ranks disagree about a tensor, or its pieces don't cover it exactly.
+    """
+    about: dict[str, tuple[str, tuple[int, ...]]] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for one in written:
+        known = about.setdefault(one.tensor, (one.dtype, one.shape))
+        if known != (one.dtype, one.shape):
+            raise CheckpointError(
+                f"{where}: ranks disagree about tensor {one.tensor!r}: dtype and shape {known} and"
+                f" {(one.dtype, one.shape)}."
+            )
+        own = pieces.setdefault(one.tensor, [])
+        if one.piece.length:  # a tensor without elements has no pieces
+            own.append(one.piece)
+    records = {}
+    for name, (dtype, shape) in sorted(about.items()):
+        check_tensor(name, dtype, shape, where)
+        records[name] = TensorRecord(dtype, shape, tuple(sorted(pieces[name])))
+        check_coverage(name, records[name], where)
+    return records

@@ -1,0 +1,206 @@
+"""A rank's files of pieces: written from what it owns, checked before they are believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES, read_exactly
+from lightning_fastmoe.checkpoint.format.json_file import MAX_INTEGER, is_a, load_json
+from lightning_fastmoe.checkpoint.format.records import (
+    DTYPE_NAMES,
+    FileRecord,
+    Piece,
+    WrittenPiece,
+    itemsize,
+    piece_key,
+)
+from lightning_fastmoe.checkpoint.format.safetensors_stream import (
+    MAX_HEADER_BYTES,
+    StreamedTensor,
+    write_safetensors,
+)
+from lightning_fastmoe.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class OwnedPiece:
+    """A flat interval of a tensor that this rank owns and will write.
+
+    Attributes:
+        tensor: name in the manifest.
+        shape: of the whole tensor.
+        start: first element of the interval.
+        length: number of elements.
+        dtype: of the elements.
+        parts: see :class:`~lightning_fastmoe.checkpoint.format.safetensors_stream.StreamedTensor`.
+        data: what ``parts`` yields, if all of it lies in memory; else None.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    dtype: torch.dtype
+    parts: Callable[[], Iterable[Tensor]]
+    data: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensor: str, shape: Sequence[int], start: int, data: Tensor) -> OwnedPiece:
+        """A piece that lies in memory: ``data (length,)``, contiguous, a view and not a copy."""
+        return cls(tensor, tuple(shape), start, data.numel(), data.dtype, lambda: (data,), data)
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return piece_key(self.tensor, self.start, self.start + self.length)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.length * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """Where a piece lies: byte offsets from the beginning of the file."""
+
+    dtype: str
+    length: int
+    begin: int
+    end: int
+
+
+def write_shard(
+    path: Path,
+    pieces: Sequence[OwnedPiece],
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[FileRecord, list[WrittenPiece]]:
+    """Streams pieces into a new safetensors file.
+
+    Args and errors are those of
+    :func:`~lightning_fastmoe.checkpoint.format.safetensors_stream.write_safetensors`.
+
+    Returns:
+        (the file, the pieces with their digests)
+    """
+    # Pieces without elements tell the manifest about their tensor, but are in no file.
+    streamed = [StreamedTensor(p.key, p.dtype, (p.length,), p.parts) for p in pieces if p.length]
+    record, digests = write_safetensors(path, streamed, on_bytes)
+    return record, [
+        WrittenPiece(
+            p.tensor,
+            DTYPE_NAMES[p.dtype],
+            p.shape,
+            Piece(p.start, p.length, path.name, digests.get(p.key, "")),
+        )
+        for p in pieces
+    ]
+
+
+def read_header(
+    fd: int, size: int, expected: Sequence[tuple[str, str, Piece]], where: Path
+) -> dict[str, HeaderEntry]:
+    """Reads a file's header; it must hold exactly what the manifest says.
+
+    Args:
+        fd: the file.
+        size: of the file, in bytes.
+        expected: (tensor, dtype, piece) of every piece in the file.
+        where: path of the file, for messages.
+
+    Returns:
+        key of a piece -> where it lies. The pieces fill the file from the header to the end.
+
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
+    entries, begin = _parse_header(fd, size, where)
+    result: dict[str, HeaderEntry] = {}
+    for tensor, dtype, piece in expected:
+        key = piece_key(tensor, piece.start, piece.stop)
+        entry = entries.pop(key, None)
+        if entry is None:
+            raise CheckpointError(
+                f"{where} does not hold elements {piece.start} to {piece.stop} of tensor"
+                f" {tensor!r}, which the manifest expects there: it is damaged or another file."
+            )
+        if (entry.dtype, entry.length) != (dtype, piece.length):
+            raise CheckpointError(
+                f"{where}: tensor {tensor!r} has {entry.length} elements of {entry.dtype} there,"
+                f" the manifest expects {piece.length} of {dtype}: it is damaged or another file."
+            )
+        result[key] = entry
+    if entries:
+        raise CheckpointError(
+            f"{where} holds {next(iter(entries))[:200]!r}, of which the manifest knows nothing:"
+            " the file is damaged or another's."
+        )
+    position = begin
+    for key, entry in sorted(result.items(), key=lambda item: item[1].begin):
+        if entry.begin != position:
+            raise CheckpointError(
+                f"{where}: {key!r} begins at byte {entry.begin}, not at {position} where the one"
+                " before ends: the file is damaged."
+            )
+        position = entry.end
+    if position != size:
+        raise CheckpointError(
+            f"{where} has {size} bytes, but its tensors end at {position}: it was cut short or"
+            " something was added."
+        )
+    return result
+
+
+def _parse_header(fd: int, size: int, where: Path) -> tuple[dict[str, HeaderEntry], int]:
+    """(key -> entry, where the data begins)."""
+    prefix = bytearray(8)
+    if size < 8:
+        raise CheckpointError(f"{where} has {size} bytes: it was cut short.")
+    read_exactly(fd, memoryview(prefix), 0, where)
+    length = int.from_bytes(prefix, "little")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{where} claims a header of {length} bytes; it has {size} bytes in all, and headers"
+            f" may have {MAX_HEADER_BYTES}: the file is damaged, don't load it."
+        )
+    data = bytearray(length)
+    read_exactly(fd, memoryview(data), 8, where)
+    content = load_json(bytes(data), where)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(is_a(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{where}: the header's __metadata__ is not a map of strings.")
+    begin = 8 + length
+    entries = {key: _entry(key, value, begin, where) for key, value in content.items()}
+    return entries, begin
+
+
+def _entry(key: str, value: Any, begin: int, where: Path) -> HeaderEntry:
+    bad = CheckpointError(
+        f"{where}: the header's entry of {key[:200]!r} is damaged: {str(value)[:80]}."
+    )
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in DTYPE_NAMES.values():
+        raise bad
+    for numbers, count in ((shape, 1), (offsets, 2)):
+        if not isinstance(numbers, list) or len(numbers) != count:
+            raise bad
+        if not all(is_a(n, int) and 0 <= n <= MAX_INTEGER for n in numbers):
+            raise bad
+    first, last = offsets
+    if last - first != shape[0] * itemsize(dtype):
+        raise bad
+    return HeaderEntry(dtype, shape[0], begin + first, begin + last)
+
+
+def chunks(begin: int, end: int, step: int = BUFFER_BYTES) -> Iterator[tuple[int, int]]:
+    """[begin, end) in steps."""
+    for start in range(begin, end, step):
+        yield start, min(start + step, end)

@@ -1,0 +1,156 @@
+"""Writing the files of a checkpoint; when, and on which ranks, ``checkpoint.save`` decides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_fastmoe.checkpoint.format.consistency import check_manifest
+from lightning_fastmoe.checkpoint.format.directory import checksum_line
+from lightning_fastmoe.checkpoint.format.files import write_small
+from lightning_fastmoe.checkpoint.format.json_values import encode
+from lightning_fastmoe.checkpoint.format.layout import divide
+from lightning_fastmoe.checkpoint.format.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    OBJECTS,
+    STATE,
+    Manifest,
+)
+from lightning_fastmoe.checkpoint.format.publish import Publication
+from lightning_fastmoe.checkpoint.format.records import FileRecord, WrittenPiece, merge
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece, write_shard
+from lightning_fastmoe.checkpoint.format.threads import run_all
+
+
+@dataclass
+class WrittenFiles:
+    """What one rank has written: metadata only, to be sent to the rank that writes the manifest."""
+
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    pieces: list[WrittenPiece] = field(default_factory=list)
+
+
+def write_rank(
+    directory: Path,
+    rank: int,
+    pieces: Sequence[OwnedPiece],
+    small: Mapping[str, bytes] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    *,
+    max_files: int = 1,
+    threads: int = 1,
+) -> WrittenFiles:
+    """Writes a rank's own files. The first error ends all of it.
+
+    Args:
+        directory: of the unpublished checkpoint.
+        rank: names the files.
+        pieces: what the rank owns.
+        small: name -> content of further files, from :func:`pack`.
+        on_bytes: see
+            :func:`~lightning_fastmoe.checkpoint.format.safetensors_stream.write_safetensors`.
+        max_files: see :func:`~lightning_fastmoe.checkpoint.format.layout.divide`.
+        threads: how many files are written at a time, each through two buffers of 4 MiB.
+    """
+    result = WrittenFiles()
+    shards = divide(pieces, rank, max_files)
+    names = sorted(shards, key=lambda name: -sum(piece.size for piece in shards[name]))
+    jobs = [partial(write_shard, directory / name, shards[name]) for name in names]
+    done = dict(zip(names, run_all(jobs, threads, on_bytes, _prepare(pieces)), strict=True))
+    for name in shards:
+        result.files[name], written = done[name]
+        result.pieces += written
+    for name, content in (small or {}).items():
+        result.files[name] = FileRecord(*write_small(directory / name, content))
+    return result
+
+
+def _prepare(pieces: Sequence[OwnedPiece]) -> Callable[[], None] | None:
+    """What a thread must do before it copies from a CUDA device."""
+    if not any(piece.data is not None and piece.data.is_cuda for piece in pieces):
+        return None
+    # What this thread's stream still computes, the other threads' streams would not wait for. And
+    # a new thread begins on device 0, where touching it would take hundreds of megabytes.
+    torch.cuda.current_stream().synchronize()
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
+
+
+def pack(json_name: str, objects_name: str, value: dict[str, Any]) -> dict[str, bytes]:
+    """Values as files: JSON, and a list of what JSON can't hold if there is anything of the kind.
+
+    Args:
+        json_name: of the one file.
+        objects_name: of the other.
+        value: to be packed; may change afterwards.
+    """
+    objects: list[Any] = []
+    result = {json_name: json.dumps(encode(value, objects), allow_nan=False).encode()}
+    if objects:
+        buffer = BytesIO()
+        torch.save(objects, buffer)
+        result[objects_name] = buffer.getvalue()
+    return result
+
+
+def pack_state(state: dict[str, Any]) -> dict[str, bytes]:
+    """``state.json``, and ``objects.pt`` if need be."""
+    return pack(STATE, OBJECTS, state)
+
+
+def pack_rank_state(rank: int, state: dict[str, Any]) -> dict[str, bytes]:
+    """``rank_NNNNN.json``, and ``rank_NNNNN.pt`` if need be."""
+    return pack(f"rank_{rank:05d}.json", f"rank_{rank:05d}.pt", state)
+
+
+def write_manifest(directory: Path, manifest: Manifest, written: Iterable[WrittenFiles]) -> None:
+    """Completes the manifest with what all ranks wrote, and writes it.
+
+    Raises:
+        CheckpointError: if the pieces of all ranks don't cover every tensor exactly once.
+    """
+    pieces: list[WrittenPiece] = []
+    for one in written:
+        manifest.files.update(one.files)
+        pieces += one.pieces
+    manifest.tensors = merge(pieces, directory)
+    check_manifest(manifest, directory / MANIFEST)
+    _, sha256 = write_small(directory / MANIFEST, manifest.dumps())
+    write_small(directory / CHECKSUM, checksum_line(sha256))
+
+
+def write_checkpoint(
+    path: Path,
+    manifest: Manifest,
+    pieces: Sequence[OwnedPiece],
+    state: dict[str, Any],
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a whole checkpoint from one process, for tools that make one anew.
+
+    Args:
+        path: where it will appear, complete; a checkpoint there is replaced.
+        manifest: its ``files`` and ``tensors`` are filled in.
+        pieces: of every tensor.
+        state: see ``docs/checkpoint_format.md``.
+        on_bytes: see :func:`~lightning_fastmoe.checkpoint.format.shards.write_shard`.
+
+    Raises:
+        CheckpointError: see :class:`~lightning_fastmoe.checkpoint.format.publish.Publication`.
+        OSError: if it can't be written.
+    """
+    publication = Publication(path)
+    try:
+        written = write_rank(publication.directory, 0, pieces, pack_state(state), on_bytes)
+        write_manifest(publication.directory, manifest, [written])
+        publication.commit()
+    except BaseException:
+        publication.abort()
+        raise

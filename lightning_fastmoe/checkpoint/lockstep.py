@@ -1,0 +1,113 @@
+"""Ranks that do something together fail together."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_fastmoe.errors import CheckpointError
+
+
+class Together:
+    """Keeps ranks in step through the stages of a save or a load.
+
+    Args:
+        path: of the checkpoint, for messages.
+        doing: "saved" or "loaded", for messages.
+        group: the ranks; None is the world. In a background thread it must be one of its own.
+    """
+
+    def __init__(self, path: Path, doing: str, group: Any = None) -> None:
+        self.path, self.doing, self.group = path, doing, group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+
+    @contextmanager
+    def stage(self) -> Iterator[None]:
+        """What fails on one rank inside fails on all at the end; otherwise the others would wait.
+
+        Nothing inside may wait for other ranks.
+
+        Raises:
+            CheckpointError: on all ranks alike, naming the ranks that failed and why.
+        """
+        own: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:  # even an interrupt: the other ranks must hear of it
+            own = error
+        self.agree(own)
+
+    def agree(self, own: BaseException | None) -> None:
+        """All ranks raise if one has an error."""
+        message = None if own is None else self._describe(own)
+        messages = self.gather(message)
+        if own is not None and not isinstance(own, Exception):
+            raise own
+        failed = {rank: text for rank, text in enumerate(messages) if text is not None}
+        if failed:
+            raise CheckpointError(self._compose(failed)) from own
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order; small things only."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def ranks_on_host(self) -> int:
+        """How many of the ranks share this rank's machine; all ranks call this."""
+        own = socket.gethostname()
+        return self.gather(own).count(own)
+
+    def _describe(self, error: BaseException) -> str:
+        if isinstance(error, CheckpointError):
+            return str(error)
+        if isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename else ""
+            return f"{error.strerror or error}{where}."
+        return f"{type(error).__name__}: {error}"
+
+    def _compose(self, failed: dict[int, str]) -> str:
+        different = dict.fromkeys(failed.values())
+        if len(failed) == self.world_size and len(different) == 1:
+            return next(iter(different))
+        rank, text = next(iter(failed.items()))
+        ranks = ", ".join(str(r) for r in failed)
+        who = f"rank {ranks}" if len(failed) == 1 else f"ranks {ranks}"
+        return f"{self.path} could not be {self.doing}: {who} failed. Rank {rank}: {text}"
+
+
+def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60.0) -> None:
+    """Waits until all ranks are here, without the collectives that other ranks may be in.
+
+    An error stops some ranks, and not always all. Those that save because of it would wait for the
+    others for ever.
+
+    Args:
+        path: that will be saved to. Its name may differ between ranks, as logged values do.
+        step: of training.
+        number: how many saves have met before this one; the same on all ranks.
+        seconds: how long to wait.
+
+    Raises:
+        CheckpointError: if some rank does not come.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"fastmoe-after-error/{step}/{number}/{path.parent}"
+    here, world_size = store.add(key, 1), dist.get_world_size()
+    deadline = time.monotonic() + seconds
+    while here < world_size:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path} was not saved after the error: {world_size - here} of {world_size} ranks"
+                f" did not come within {seconds:g} seconds, as they did not fail. Resume"
+                " from the previous checkpoint."
+            )
+        time.sleep(0.02)
+        here = store.add(key, 0)

@@ -1,0 +1,177 @@
+"""Where a rank's parameters lie in the whole model: names, global shapes, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_fastmoe.checkpoint.expert_names import expert_of, names_by_expert, why_not_saved
+from lightning_fastmoe.errors import CheckpointError
+from lightning_fastmoe.nn import ModuleExperts, MoE
+from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter or buffer of this rank in the whole model.
+
+    Attributes:
+        name: the same on all ranks.
+        shape: of the whole tensor.
+        offset: where this rank's part begins in it, in elements.
+        numel: elements of this rank's part, which are contiguous.
+        is_expert: whether other ranks hold other experts of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    is_expert: bool
+
+
+@dataclass
+class ModelMap:
+    """The places of everything that a module's checkpoint holds.
+
+    Attributes:
+        module: the LightningModule.
+        parameters: name -> (parameter, its place).
+        buffers: name -> buffer; persistent ones.
+        tied: further name of a parameter -> its first.
+        names: ``id(parameter)`` -> name.
+        num_experts: name of every MoE layer, sharded or not -> its experts.
+        module_layers: those of them whose experts are modules -> the experts that are here.
+    """
+
+    module: nn.Module
+    parameters: dict[str, tuple[nn.Parameter, Place]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    num_experts: dict[str, int] = field(default_factory=dict)
+    module_layers: dict[str, ModuleExperts] = field(default_factory=dict)
+
+    def place(self, name: str) -> Place:
+        """Where a parameter lies."""
+        return self.parameters[name][1]
+
+    def frozen(self) -> set[str]:
+        """The parameters that are not trained."""
+        return {name for name, (p, _) in self.parameters.items() if not p.requires_grad}
+
+    def extra(self) -> dict[str, Any]:
+        """What the module's state dict holds beyond parameters and buffers."""
+        known = self.parameters.keys() | self.buffers.keys() | self.tied.keys()
+        return {k: v for k, v in self.module.state_dict().items() if k not in known}
+
+    @property
+    def sharded_modules(self) -> set[str]:
+        """Layers whose experts are modules, of which other ranks have others; alike on all."""
+        return {n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts}
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a name is of a module expert that other ranks have, and they alone."""
+        owner = expert_of(name, self.module_layers)
+        if owner is None:
+            return False
+        experts = self.module_layers[owner[0]]
+        return owner[1] < experts.num_experts and owner[1] not in experts.local_ids
+
+    def names_by_expert(self) -> dict[str, dict[int, list[str]]]:
+        """Layer whose experts are modules -> id of an expert that is here -> names inside it."""
+        extra = {name for name, value in self.extra().items() if isinstance(value, Tensor)}
+        names = {*self.parameters, *self.tied, *self.buffers, *extra}
+        return names_by_expert(names, {n: e.local_ids for n, e in self.module_layers.items()})
+
+
+def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
+    """Finds the place of every parameter.
+
+    Args:
+        module: the LightningModule, partitioned by ZeRO 3 or not.
+        layers: name -> MoE layer, of all its layers.
+
+    Raises:
+        CheckpointError: if sharded experts have state that has no place in the whole model.
+    """
+    for name, layer in layers.items():
+        if layer.is_sharded and (why := why_not_saved(name, layer)):
+            raise CheckpointError(why)
+    result = ModelMap(
+        module,
+        num_experts={n: layer.num_experts for n, layer in layers.items()},
+        module_layers={
+            name: layer.experts
+            for name, layer in layers.items()
+            if isinstance(layer.experts, ModuleExperts)
+        },
+    )
+    experts = {
+        f"{name}.experts.{parameter}": layer
+        for name, layer in layers.items()
+        if layer.is_sharded
+        for parameter, _ in layer.experts.named_parameters(remove_duplicate=False)
+    }
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = result.names.setdefault(id(parameter), name)
+        if first != name:
+            _check_tied(first, name, result)
+            result.tied[name] = first
+            continue
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
+    result.buffers = dict(_persistent_buffers(module))
+    for name, layer in layers.items():
+        stacked = layer.is_sharded and layer.experts.is_stacked
+        if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
+            raise CheckpointError(
+                f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
+                " other ones, and checkpoints can't hold them. Make them parameters."
+            )
+    return result
+
+
+def _check_tied(first: str, name: str, model: ModelMap) -> None:
+    """What experts of several ranks share would be other parameters on other ranks."""
+    sharded = model.sharded_modules
+    if expert_of(first, sharded) != expert_of(name, sharded):
+        raise CheckpointError(
+            f"{first!r} and {name!r} are one parameter, but experts of that layer are sharded over"
+            " ranks: other ranks would train another one. Give each expert its own parameters, or"
+            " keep all of them on each rank with MoE(dispatcher='local')."
+        )
+
+
+def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
+    numel = math.prod(shape)
+    if layer is None:
+        return Place(name, shape, 0, numel, is_expert=False)
+    experts = layer.experts
+    if not experts.is_stacked:  # its name says which expert it is
+        return Place(name, shape, 0, numel, is_expert=True)
+    assert shape[0] == experts.num_local_experts, name
+    if not is_interval(experts.local_ids):
+        raise CheckpointError(
+            f"The experts {describe_ids(experts.local_ids)} of {name!r} are on one rank."
+            " Checkpoints have a place for experts that are neighbours."
+        )
+    row = math.prod(shape[1:])
+    return Place(
+        name,
+        (experts.num_experts, *shape[1:]),
+        experts.local_ids[0] * row,
+        numel,
+        is_expert=True,
+    )
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

@@ -1,0 +1,110 @@
+"""A checkpoint directory as a source for :func:`~lightning_fastmoe.checkpoint.loading.load`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.format.manifest import Topology
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
+
+_NUMBER = re.compile(r"_(\d{5})[._]")
+_UNEVEN = 1.1
+
+
+class DirectorySource:
+    """What :class:`~lightning_fastmoe.checkpoint.format.reader.CheckpointReader` reads.
+
+    Args:
+        reader: of the directory; closed by its owner.
+    """
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.reader = reader
+        self.path: Path = reader.path
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """Name -> dtype and shape."""
+        return self.reader.manifest.tensors
+
+    @property
+    def topology(self) -> Topology:
+        """Of the run that saved."""
+        return self.reader.manifest.topology
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """ "weights", "optimizer"."""
+        return self.reader.manifest.contents
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Parameters that were left out on purpose."""
+        return self.reader.manifest.excluded
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Further name of a parameter -> the name under which it is stored."""
+        return self.reader.manifest.tied
+
+    @property
+    def moe_layers(self) -> Mapping[str, int]:
+        """Layer name -> num_experts."""
+        return self.reader.manifest.moe_layers
+
+    def check(self, rank: int, world_size: int, contents: Iterable[str]) -> None:
+        """Verifies this rank's share of the files: each file is read by one rank."""
+        wanted = tuple(contents)
+        left_out = () if "optimizer" in wanted else ("optimizer_",)
+        sizes = {
+            name: record.size
+            for name, record in self.reader.manifest.files.items()
+            if not name.startswith(left_out)
+        }
+        self.reader.verify(shares(sizes, world_size, self.topology.world_size)[rank])
+
+    def read_into(self, tensor: str, start: int, out: Tensor) -> None:
+        """Fills ``out`` with the elements from ``start`` on."""
+        self.reader.read_into(tensor, start, out)
+
+    def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
+        """The content of ``state.json``."""
+        return self.reader.read_state(trusted=trusted)
+
+    def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
+        """What a rank kept for itself."""
+        return self.reader.read_rank_state(rank, trusted=trusted)
+
+
+def shares(sizes: Mapping[str, int], world_size: int, saved_world_size: int) -> list[list[str]]:
+    """Which rank verifies which files.
+
+    On as many ranks as saved, each rank takes the files of its own number: it will read them
+    again, and its machine has them in memory by then. If that gives one rank much more than its
+    part, or there are more or fewer ranks, the largest files go first, each to the rank with the
+    fewest bytes.
+
+    Args:
+        sizes: file name -> bytes.
+        world_size: how many ranks share.
+        saved_world_size: how many ranks wrote the files.
+    """
+    by_size: list[list[str]] = [[] for _ in range(world_size)]
+    by_writer: list[list[str]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += sizes[name]
+        by_size[lightest].append(name)
+        number = _NUMBER.search(name)
+        by_writer[int(number[1]) % world_size if number else 0].append(name)
+    largest = max(sum(sizes[name] for name in own) for own in by_writer)
+    if world_size == saved_world_size and largest <= _UNEVEN * max(loads):
+        return by_writer
+    return by_size

@@ -1,0 +1,82 @@
+"""Laying a checkpoint's files out anew. Loading needs none of this: any ranks read any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_fastmoe.checkpoint.format.files import write_small
+from lightning_fastmoe.checkpoint.format.publish import Publication
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import DTYPES, FileRecord
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.writer import WrittenFiles, write_manifest, write_rank
+from lightning_fastmoe.checkpoint.tools.copying import stored_piece
+
+_WHOLE = 4096
+"""A tensor with fewer elements for each rank than this isn't cut."""
+
+
+def reshard(
+    reader: CheckpointReader,
+    path: Path,
+    ranks: int,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the same checkpoint with the tensors spread evenly over the files of ``ranks`` ranks.
+
+    Large tensors are cut into equal intervals, which fall between experts where ``ranks`` divides
+    their number; small ones go whole to the rank with the fewest bytes. Everything else is copied
+    byte by byte, the topology of the run that saved and its ranks' own states included: on that
+    topology it still resumes exactly. Needs a few buffers of 4 MiB.
+
+    Args:
+        reader: the checkpoint; verify it first.
+        path: where the new one will appear, complete; a checkpoint there is replaced.
+        ranks: number of ranks.
+        on_bytes: called with the number of bytes after each write.
+
+    Raises:
+        CheckpointError: see :class:`~lightning_fastmoe.checkpoint.format.publish.Publication`.
+        OSError: if it can't be written.
+    """
+    publication = Publication(path)
+    try:
+        written = [
+            write_rank(publication.directory, rank, pieces, None, on_bytes)
+            for rank, pieces in enumerate(spread(reader, ranks))
+        ]
+        written.append(_copies(reader, publication.directory))
+        manifest = replace(reader.manifest, files={}, tensors={})
+        write_manifest(publication.directory, manifest, written)
+        publication.commit()
+    except BaseException:
+        publication.abort()
+        raise
+
+
+def spread(reader: CheckpointReader, ranks: int) -> list[list[OwnedPiece]]:
+    """Which intervals each rank writes."""
+    pieces: list[list[OwnedPiece]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for name, record in reader.manifest.tensors.items():
+        if record.numel < ranks * _WHOLE:
+            cuts = [(load.index(min(load)), 0, record.numel)]
+        else:
+            edges = [record.numel * rank // ranks for rank in range(ranks + 1)]
+            cuts = [(rank, edges[rank], edges[rank + 1]) for rank in range(ranks)]
+        for rank, start, stop in cuts:
+            pieces[rank].append(stored_piece(reader, name, record, start, stop))
+            load[rank] += (stop - start) * DTYPES[record.dtype].itemsize
+    return pieces
+
+
+def _copies(reader: CheckpointReader, directory: Path) -> WrittenFiles:
+    """state.json, rank_*.json and objects.pt as they are; nothing is unpickled."""
+    result = WrittenFiles()
+    for name in reader.manifest.files:
+        if not name.endswith(".safetensors"):
+            data = reader.read_file(name)
+            result.files[name] = FileRecord(*write_small(directory / name, data))
+    return result

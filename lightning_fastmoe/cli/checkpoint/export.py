@@ -1,0 +1,84 @@
+"""Write a model that Hugging Face transformers loads: safetensors files, index and config.json.
+
+The checkpoint must hold the weights of a model whose modules are named as transformers names them
+(MoECausalLM, or transformers' own model with this package's MoE layers). Values are not changed.
+The config.json comes from the checkpoint if its training started from an import, else from
+--config. docs/huggingface.md has the details.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning_fastmoe.cli.checkpoint.console import (
+    print_json,
+    print_text,
+    progress,
+    readable,
+    size_in_bytes,
+)
+from lightning_fastmoe.cli.checkpoint.opening import (
+    add_dtype,
+    add_source,
+    torch_dtype,
+    verify_unless_told,
+)
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    add_source(parser, copies=True)
+    parser.add_argument("output", type=Path, help="the new directory")
+    parser.add_argument("--to", choices=FAMILIES, required=True, help="the family of models")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="config.json of a model with these sizes, or its directory; the tokenizer there is"
+        " then copied, too",
+    )
+    parser.add_argument(
+        "--prefix",
+        help='what the names of the weights begin with, such as "network." (default:'
+        " found by itself)",
+    )
+    add_dtype(parser)
+    parser.add_argument(
+        "--max-shard-size",
+        type=size_in_bytes,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="of a file, such as 500MB or 2GiB (default: 5GB)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the directory."""
+    from lightning_fastmoe.checkpoint import CheckpointReader
+    from lightning_fastmoe.huggingface import export
+
+    with CheckpointReader(arguments.checkpoint) as reader:
+        reader.advice = "Pass --config with the model's config.json: then they are not needed."
+        verify_unless_told(reader, arguments, weights=True)
+        with progress("writing") as bar:
+            written = export(
+                reader,
+                arguments.output,
+                arguments.to,
+                config=arguments.config,
+                prefix=arguments.prefix,
+                dtype=torch_dtype(arguments.dtype),
+                max_shard_bytes=arguments.max_shard_size,
+                on_total=bar.total,
+                on_bytes=bar.advance,
+            )
+    if arguments.json:
+        print_json({"path": str(arguments.output), "to": arguments.to, **written})
+    else:
+        print_text(
+            f"{arguments.output}: {written['tensors']} tensors, {readable(written['bytes'])}."
+            f" Load it with AutoModelForCausalLM.from_pretrained({str(arguments.output)!r})."
+        )
+    return 0

@@ -1,0 +1,119 @@
+"""The command ``lightning-fastmoe``: sends each subcommand to the module that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lightning_fastmoe.cli.table import COMMANDS, PROGRAM, TRACEBACK_VARIABLE, TRAINING
+from lightning_fastmoe.errors import ConfigError, FastMoEError
+
+_USAGE_ERROR = 2
+_INTERRUPTED = 130
+_ENOUGH = (
+    *("-c", "--config", "-h", "--help", "--print_config"),
+    *("--trainer.max_", "--trainer.fast_dev_run"),
+)
+"""How an argument of ``fit`` starts that ends the run, or that makes it none."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+
+def help_text() -> str:
+    """The list of commands."""
+    width = max(map(len, [*COMMANDS, *TRAINING])) + 2
+    lines = [
+        f"usage: {PROGRAM} COMMAND ...",
+        "",
+        "Expert parallelism for PyTorch Lightning.",
+        "",
+        "training, with configuration files (LightningCLI):",
+        *(f"  {name:{width}}{summary}" for name, summary in TRAINING.items()),
+        "",
+        "tools:",
+        *(f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "options:",
+        "  -h, --help     Print this and exit.",
+        "  --version      Print the version and exit.",
+        "",
+        f"{PROGRAM} COMMAND --help says more about each.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        args: Its arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C.
+    """
+    try:
+        return _run(sys.argv[1:] if args is None else list(args), args)
+    except FastMoEError as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        return _report(str(error))
+    except KeyboardInterrupt:
+        # While training Lightning handles it; this is for the seconds before.
+        return _INTERRUPTED
+
+
+def _run(words: list[str], args: Sequence[str] | None) -> int:
+    commands = ", ".join([*TRAINING, *COMMANDS])
+    if not words:
+        raise ConfigError(f"name a command: {commands} ({PROGRAM} --help says what they do)")
+    first = words[0]
+    if first in ("-h", "--help"):
+        sys.stdout.write(help_text())
+        return 0
+    if first == "--version":
+        from lightning_fastmoe import __version__
+
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        return 0
+    if first in COMMANDS:
+        return run_command(first, words[1:])
+    if first not in TRAINING and not first.startswith("-"):
+        raise ConfigError(f"there is no command {first!r}; the commands are {commands}")
+    if first == "fit" and not any(word.startswith(_ENOUGH) for word in words[1:]):
+        raise ConfigError(
+            "fit needs a configuration, as nothing else says what to train and for how long:"
+            f" {PROGRAM} fit --config examples/tiny_lm.yaml (a file of the repository)"
+        )
+    from lightning_fastmoe.demos.byte_lm.cli import run
+
+    run(args)
+    return 0
+
+
+def run_command(name: str, words: list[str]) -> int:
+    """Run one of :data:`~lightning_fastmoe.cli.table.COMMANDS`, and return its exit status."""
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = Parser(
+        prog=f"{PROGRAM} {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(words)))
+
+
+def _report(message: str) -> int:
+    rank = os.environ.get("LOCAL_RANK", "0")
+    who = "error" if rank == "0" else f"error (rank {rank})"
+    sys.stderr.write(f"{who}: {message}\n")  # in one piece: the ranks share the screen
+    return _USAGE_ERROR

@@ -1,0 +1,149 @@
+"""Training and evaluating the example language model from the command line, with LightningCLI.
+
+``lightning-fastmoe fit --config examples/tiny_lm.yaml`` runs a configuration file. Every value in
+it can be overridden (``--model.num_experts 16``); ``lightning-fastmoe fit --help`` lists them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_fastmoe.demos.byte_lm.data import ByteCorpus
+from lightning_fastmoe.demos.byte_lm.model import MoELanguageModel
+from lightning_fastmoe.errors import ConfigError
+
+_CHATTER = (
+    "GPU available:",
+    "TPU available:",
+    "HPU available:",
+    "LOCAL_RANK:",
+    "Enabling DeepSpeed",
+    "Seed set to",
+    "initializing deepspeed distributed",
+    "Loading `train_dataloader` to estimate",
+    "You are using a CUDA device",
+    "\N{ELECTRIC LIGHT BULB} Tip:",
+)
+"""How the lines start that Lightning logs at each start, and that say nothing about this run."""
+
+_CHATTERING_LOGGERS = (
+    "pytorch_lightning.accelerators.cuda",
+    "lightning_fabric.utilities.rank_zero",
+    "lightning_fabric.utilities.seed",
+    "pytorch_lightning.strategies.deepspeed",
+    "pytorch_lightning.utilities.rank_zero",
+)
+
+_UPSTREAM = r"(deepspeed|jsonargparse|lightning_fabric|pydantic|pytorch_lightning|torch)(\.|$)"
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """What the Trainer's automatic values become, so that one configuration fits every machine.
+
+    Args:
+        cpu_devices: Processes that `trainer.devices: auto` starts on a machine without a GPU.
+        gpu_precision: The precision on GPUs where `trainer.precision` isn't given.
+    """
+
+    cpu_devices: int = 1
+    gpu_precision: str = "bf16-mixed"
+
+
+class FastMoECLI(LightningCLI):
+    """LightningCLI with the settings of :class:`AutoSettings`."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(AutoSettings, "auto")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        resolve_auto(config.trainer, config.auto, torch.cuda.is_available())
+
+
+def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:
+    """Replace the Trainer's automatic values by those for this machine.
+
+    Args:
+        trainer: The Trainer's arguments, as attributes; changed in place.
+        auto: An :class:`AutoSettings`, or an object with its attributes.
+        has_cuda: Whether there is a CUDA device.
+    """
+    if trainer.accelerator == "auto":
+        trainer.accelerator = "cuda" if has_cuda else "cpu"
+    if trainer.accelerator == "cpu":
+        if trainer.devices == "auto":
+            trainer.devices = auto.cpu_devices
+    elif trainer.precision is None:
+        trainer.precision = auto.gpu_precision
+
+
+def silence_upstream() -> None:
+    """Hide what libraries below say about themselves; warnings about the run stay visible."""
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=_UPSTREAM)
+    for message in (
+        # The corpus is in memory, where worker processes only cost time.
+        ".*does not have many workers",
+        # Each sample is counted once: see FastMoEStrategy about ranks with uneven data.
+        "Using `DistributedSampler` with the dataloaders",
+        # DeepSpeed's, at start.
+        r"barrier\(\): using the device under current context",
+        # Runs resume into the folder that they were started in.
+        "Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    for name in _CHATTERING_LOGGERS:
+        logging.getLogger(name).addFilter(_is_about_the_run)
+
+
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    message = record.getMessage().removeprefix(f"[rank: {os.environ.get('LOCAL_RANK', 0)}] ")
+    return not message.startswith(_CHATTER)
+
+
+def run(args: Sequence[str] | None = None) -> None:
+    """Fit, validate, test or predict.
+
+    Args:
+        args: The arguments; those of the process by default.
+
+    Raises:
+        FastMoEError: for what the user can mend.
+    """
+    silence_upstream()
+    try:
+        import jsonargparse  # noqa: F401
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "training from the command line needs jsonargparse:"
+            " pip install 'lightning-fastmoe[cli]'"
+        ) from None
+    from lightning_fastmoe.demos.byte_lm.parser import OneLineParser
+
+    try:
+        FastMoECLI(
+            MoELanguageModel,
+            ByteCorpus,
+            # A resumed run writes into the folder of the first.
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=OneLineParser,
+            args=None if args is None else list(args),
+        )
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # or NCCL warns at exit

@@ -1,0 +1,120 @@
+"""How the host waits for other ranks in an exchange of tokens: with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+from lightning_fastmoe.errors import ExchangeError
+
+_BUSY = 2e-3
+"""Seconds of polling a CUDA event before the first sleep; most waits are shorter."""
+_LOOK = 1.0
+"""Seconds between two looks at the other ranks."""
+
+ADVICE = (
+    "Every rank must run the same MoE layers in the same order. To run the model for rank 0 alone,"
+    " in a callback say, use strategy.on_rank_zero(...); a rank that leaves a layer out takes part"
+    " without tokens: layer(x[:0]). If a rank is only late, raise"
+    " FastMoEStrategy(exchange_timeout=...)."
+)
+
+
+class Peers(Protocol):
+    """What one rank can learn about the others without a collective."""
+
+    def hopeless(self) -> str | None:
+        """Why the exchange that this rank waits in can't end any more, or None."""
+        ...
+
+    def give_up(self, reason: str) -> str:
+        """Tells the other ranks that this one gives up; returns ``reason`` and where each is."""
+        ...
+
+
+class ExchangeWait:
+    """Waits of the host for the other ranks of an exchange.
+
+    Args:
+        seconds: after which the wait is an error; None is no limit of its own.
+        peers: of whom to ask where they are; None knows nothing about them.
+        rank: of this process in the world, for messages.
+    """
+
+    def __init__(
+        self, seconds: float | None = None, peers: Peers | None = None, rank: int | None = None
+    ) -> None:
+        self.seconds = seconds
+        self.peers = peers
+        self.rank = rank
+
+    def for_work(self, work: Any, where: str) -> None:
+        """Waits for the ``Work`` of a back end on the host, such as gloo.
+
+        Args:
+            work: what a collective with ``async_op=True`` returned.
+            where: layer, number and phase of the exchange, for messages.
+
+        Raises:
+            ExchangeError: at the deadline, or if another rank is gone.
+        """
+        begin = time.monotonic()
+        while True:
+            try:
+                work.wait(timedelta(seconds=self._slice(time.monotonic() - begin)))
+                return
+            except RuntimeError as error:
+                if work.is_completed():  # not the end of this slice: the collective failed
+                    raise ExchangeError(self._failed(where, error)) from error
+            self._look(time.monotonic() - begin, where)
+
+    def for_event(
+        self, event: Any, where: str, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Waits until the device has reached ``event``, a CUDA event.
+
+        ``Work.wait(timeout)`` of NCCL polls coarsely, and a synchronisation has no deadline.
+
+        Args:
+            event: has ``query()``.
+            where: layer, number and phase of the exchange, for messages.
+            sleep: gives the processor, and Python's lock, to others.
+
+        Raises:
+            ExchangeError: at the deadline, or if another rank is gone.
+        """
+        if event.query():
+            return
+        begin = time.monotonic()
+        look = _LOOK
+        while not event.query():
+            waited = time.monotonic() - begin
+            # At most a sixteenth of the wait is added to it.
+            sleep(0.0 if waited < _BUSY else min(1e-3, waited / 16))
+            if waited >= look or (self.seconds is not None and waited >= self.seconds):
+                look = waited + _LOOK
+                self._look(waited, where)
+
+    def _slice(self, waited: float) -> float:
+        left = _LOOK if self.seconds is None else self.seconds - waited
+        return max(1e-3, min(_LOOK, left))
+
+    def _look(self, waited: float, where: str) -> None:
+        reason = self.peers.hopeless() if self.peers is not None else None
+        if reason is not None:
+            raise ExchangeError(f"{where}: {reason}\n{ADVICE}")
+        if self.seconds is not None and waited >= self.seconds:
+            reason = (
+                f"{where}: rank {self.rank} has waited {waited:.3g} s for the other ranks"
+                f" (exchange_timeout={self.seconds:g})."
+            )
+            if self.peers is not None:
+                reason = self.peers.give_up(reason)
+            raise ExchangeError(f"{reason}\n{ADVICE}")
+
+    def _failed(self, where: str, error: RuntimeError) -> str:
+        reason = self.peers.hopeless() if self.peers is not None else None
+        text = f"{where}: the exchange failed on rank {self.rank}: {error}"
+        return text if reason is None else f"{text}\n{reason}"

@@ -1,0 +1,143 @@
+"""Sharding the experts of a model over the ranks of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from lightning_fastmoe.distributed.dispatch import (
+    ACROSS_RANKS,
+    ExchangeWait,
+    ExpertGroup,
+    PendingExchange,
+)
+from lightning_fastmoe.distributed.groups import lasting_group
+from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
+from lightning_fastmoe.distributed.world_batch import WorldBatch
+from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.placement import Placement
+from lightning_fastmoe.nn.schedule import SequentialSchedule
+
+
+class ExpertSharder:
+    """Gives the layers of one model their slices of experts and their dispatchers.
+
+    A layer with ``dispatcher="local"`` is left alone: all its experts stay on every rank, and train
+    data parallel like a dense layer.
+
+    Args:
+        mesh: the groups of the run.
+        ranks_per_node: processes on each node; None if all are on one.
+        timeout: of a collective in a group made here; None is torch's default.
+    """
+
+    def __init__(
+        self,
+        mesh: ExpertMesh,
+        ranks_per_node: int | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.mesh = mesh
+        self.group = ExpertGroup(mesh.ep_group) if mesh.ep_size > 1 else None
+        world = mesh.ep_size * mesh.edp_size
+        self.batch: WorldBatch | None = None
+        if world > 1:
+            # Not the world's own group: what others exchange there must not come in between.
+            group = self.group if mesh.ep_size == world else None
+            if group is None:
+                alone = mesh.ep_size == 1
+                own = mesh.edp_group if alone else lasting_group("global batch", timeout=timeout)
+                group = ExpertGroup(own)
+            self.batch = WorldBatch(group, mesh, ranks_per_node or world)
+
+    def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
+        """Where a layer with ``num_experts`` puts its experts; None if all stay here.
+
+        Raises:
+            TopologyError: if the experts can't be divided equally.
+        """
+        if self.group is None:
+            return None
+        world = self.mesh.ep_size * self.mesh.edp_size
+        check_expert_parallel_size(self.mesh.ep_size, world, {name: num_experts})
+        return Placement(tuple(self.mesh.local_experts(num_experts)))
+
+    def shard(self, module: nn.Module) -> None:
+        """Cuts every layer of ``module`` that still holds all experts down to this rank's slice.
+
+        Raises:
+            TopologyError: if a layer's experts can't be divided, or were divided in another way.
+        """
+        for name, layer in moe_layers(module):
+            name = name or type(layer).__name__
+            if self.batch is not None:
+                self.batch.reserve(layer.exchanged_counts)
+            local = layer.dispatcher_name == "local"
+            placement = None if local else self.placement(layer.num_experts, name)
+            schedule = None
+            if placement is not None:
+                if not layer.is_sharded:
+                    layer.experts.keep(placement.expert_ids)
+                assert self.group is not None
+                blocks = self.mesh.placement(layer.num_experts)
+                across = ACROSS_RANKS[layer.dispatcher_name]
+                dispatcher = across(self.group, layer.num_experts, blocks)
+                schedule = SequentialSchedule(dispatcher)
+            held = tuple(range(layer.num_experts)) if placement is None else placement.expert_ids
+            if layer.experts.local_ids != held:
+                raise self._sharded_otherwise(name, layer)
+            layer.connect(name, self.batch, schedule)
+
+    def end_pass(self, layers: Iterable[MoE], device: torch.device) -> None:
+        """Ends a forward pass; each rank calls this after it, before anything waits for others.
+
+        A rank that left out the last layers so meets the ranks that wait for it in them.
+
+        Args:
+            layers: all of the model.
+            device: of the exchange.
+
+        Raises:
+            ExchangeError: on every rank, if one has more exchanges to come.
+        """
+        layers = list(layers)
+        sharded = [layer for layer in layers if layer.is_sharded]
+        groups: list[ExpertGroup] = []
+        if self.batch is not None and any(layer.uses_global_batch for layer in layers):
+            groups.append(self.batch.group)
+        if self.group is not None and sharded and self.group not in groups:
+            groups.append(self.group)
+        if not all(layer.uses_global_batch for layer in sharded):
+            groups.reverse()  # others wait first where a layer's first exchange is
+        for group in groups:
+            group.end_pass(device)
+
+    def meet(self, what: str) -> None:
+        """All ranks of the run meet here, if the host is what waits in their exchanges.
+
+        Args:
+            what: where this rank is.
+
+        Raises:
+            ExchangeError: on all ranks, if they are in different places.
+        """
+        if self.batch is not None and not self.batch.group.is_on_stream:
+            none = torch.zeros(self.batch.group.slots, dtype=torch.int64)
+            self.batch.group.exchange_counts(none, 0, what)
+
+    def record_exchanges(self, pending: PendingExchange, wait: ExchangeWait) -> None:
+        """Has all exchanges of this rank recorded in ``pending``, and limited by ``wait``."""
+        for group in (self.group, self.batch.group if self.batch is not None else None):
+            if group is not None:
+                group.pending, group.wait = pending, wait
+
+    def _sharded_otherwise(self, name: str, layer: MoE) -> TopologyError:
+        return TopologyError(
+            f"Layer {name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
+            f" experts from an earlier run; that does not fit expert_parallel_size="
+            f"{self.mesh.ep_size}. Build the model anew, or keep the same expert_parallel_size."
+        )

@@ -1,0 +1,33 @@
+"""Experts from and to Hugging Face: Mixtral, Qwen3-MoE and OLMoE. ``docs/huggingface.md``.
+
+The model to fine-tune, which needs Lightning, is loaded when it is first used: converting files
+does without.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_fastmoe.huggingface.architecture import Architecture, read_config
+from lightning_fastmoe.huggingface.exporting import export, kept_config
+from lightning_fastmoe.huggingface.families import FAMILIES
+from lightning_fastmoe.huggingface.importing import import_model
+
+if TYPE_CHECKING:
+    from lightning_fastmoe.huggingface.causal_lm import MoECausalLM
+
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "MoECausalLM",
+    "export",
+    "import_model",
+    "kept_config",
+    "read_config",
+]
+
+if not TYPE_CHECKING:  # or every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name != "MoECausalLM":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.causal_lm").MoECausalLM

@@ -1,0 +1,152 @@
+"""Fine-tuning a language model that came from Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.checkpoint.weights import load_weights
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.architecture import Architecture, read_config
+from lightning_fastmoe.huggingface.batch import IGNORED, TokenBatch, read_batch
+from lightning_fastmoe.huggingface.decoder import MoEDecoder
+from lightning_fastmoe.huggingface.exporting import kept_config
+
+Batch = Tensor | Mapping[str, Any]
+
+
+class MoECausalLM(LightningModule):
+    """Mixtral, Qwen3-MoE or OLMoE, trained to predict the next token.
+
+    ``MoECausalLM(weights="qwen3.ckpt")`` starts from what ``lightning-fastmoe checkpoint import``
+    wrote; ``checkpoint export`` turns checkpoints of its training into a model for transformers.
+
+    Batches are token ids (batch, seq_len), or maps with ``input_ids`` and, in transformers'
+    conventions:
+
+    - ``labels`` of the same shape if not every token is to be learned, -100 for the others (not
+      shifted);
+    - ``attention_mask`` of the same shape, 0 for padding, before or after a row's tokens. Padding
+      takes part in nothing;
+    - ``position_ids``, which restart from 0 with each document packed into a row; or ``seq_idx``,
+      or ``cu_seq_lens_q`` and ``_k`` (``DataCollatorWithFlattening``). A document sees itself
+      alone, and its first token is not predicted.
+
+    The loss is the mean over the tokens that are predicted in the rank's micro-batch, zero if there
+    are none; gradients are those of its mean over ranks and micro-batches. Other keys are refused.
+    Override ``configure_optimizers`` as in any LightningModule.
+
+    Args:
+        weights: a checkpoint to start from; None starts from random weights.
+        config: ``config.json`` of the model: its content, its path, or its directory. None takes
+            that of ``weights``.
+        lr: learning rate of AdamW.
+        weight_decay: of AdamW, on all weights.
+        load_balancing: coefficient of the load-balancing loss.
+        z_loss: coefficient of the router z-loss.
+
+    Raises:
+        ConfigError: if the model is of no supported kind, or both arguments are missing.
+    """
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        config: dict[str, Any] | str | None = None,
+        lr: float = 1e-5,
+        weight_decay: float = 0.0,
+        load_balancing: float = 0.01,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self._weights = weights
+        self.config = _content(config, weights)
+        self.architecture = Architecture.from_config(self.config)
+        self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss")
+        # Its content and not its path, as exporting needs it on whatever machine. The weights to
+        # start from are no hyperparameter: a checkpoint has its own.
+        self.save_hyperparameters({"config": self.config})
+        self.lr, self.weight_decay = lr, weight_decay
+        self._coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
+        self.network: MoEDecoder | None = None
+
+    @override
+    def configure_model(self) -> None:
+        # Here the strategy knows the ranks, so that each creates and reads its own experts only.
+        if self.network is None:
+            self.network = MoEDecoder(self.architecture, **self._coefficients)
+            if self._weights is not None:
+                load_weights(self._weights, self.network, prefix="network.")
+
+    @override
+    def forward(self, batch: Batch) -> Tensor:
+        """Predicts each next token.
+
+        Args:
+            batch: token ids (batch, seq_len), or a map as for training.
+
+        Returns:
+            Logits, (batch, seq_len, vocab_size); those of padding mean nothing.
+
+        Raises:
+            DataError: if the map has an unknown key, or keys that contradict each other.
+            ShapeError: if a tensor has the wrong shape or dtype.
+        """
+        return self._logits(read_batch(batch))
+
+    def _logits(self, batch: TokenBatch) -> Tensor:
+        if self.network is None:
+            raise ConfigError(
+                "The network isn't built yet. A Trainer builds it; outside of one, call"
+                " configure_model() first."
+            )
+        logits: Tensor = self.network(batch.tokens, batch.layout)
+        return logits
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._loss(read_batch(batch))
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        read = read_batch(batch)
+        # Weighted by what was predicted, so that the mean doesn't depend on how sequences are
+        # padded, packed and batched.
+        predicted = int((read.targets != IGNORED).sum())
+        self.log("val_loss", self._loss(read), sync_dist=True, batch_size=predicted)
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def _loss(self, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy of the tokens that are predicted, in nats; 0 if there are none."""
+        logits = self._logits(batch)[:, :-1]
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        targets = batch.targets.flatten()
+        total = F.cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
+        )
+        return total / (targets != IGNORED).sum().clamp_min(1)
+
+
+def _content(config: dict[str, Any] | str | None, weights: str | None) -> dict[str, Any]:
+    """The content of the config.json."""
+    if isinstance(config, dict):
+        return config
+    if config is not None:
+        return read_config(config)
+    if weights is None:
+        raise ConfigError("MoECausalLM needs weights= to start from, or config= of a new model.")
+    with CheckpointReader(weights) as reader:
+        return kept_config(reader)

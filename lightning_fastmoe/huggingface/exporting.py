@@ -1,0 +1,232 @@
+"""A checkpoint as a directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_fastmoe.checkpoint.format.files import fsync_directory, write_small
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
+from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
+from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.architecture import (
+    CONFIG,
+    Architecture,
+    Slot,
+    modernised,
+    read_config,
+    slots,
+    weight_shapes,
+)
+from lightning_fastmoe.huggingface.families import FAMILIES
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ANCHOR = "model.embed_tokens.weight"
+"""Every model of the families has it: what stands before it is the prefix of all names."""
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files beside a model's weights that fine-tuning leaves as they are."""
+
+_NAMES_SHOWN = 3
+
+
+def export(
+    reader: CheckpointReader,
+    path: Path,
+    family: str,
+    *,
+    config: Path | None = None,
+    prefix: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    on_total: Callable[[int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes sharded safetensors files, their index and ``config.json``.
+
+    Args:
+        reader: the checkpoint; verify it first.
+        path: the new directory, which appears complete or not at all.
+        family: a key of :data:`FAMILIES`.
+        config: ``config.json`` of a model with these sizes, or the directory that holds it, whose
+            tokenizer is then copied, too. None takes the ``config`` among the checkpoint's
+            hyperparameters, where importing puts it.
+        prefix: before our names of weights; None finds it.
+        dtype: what weights are converted to; None keeps them as they are.
+        max_shard_bytes: files hold at most so much, but at least one tensor.
+        on_total: called once with the number of bytes that will be written.
+        on_bytes: called with the number of bytes after each write.
+
+    Returns:
+        {"files": names, "tensors": number, "bytes": total}
+
+    Raises:
+        ConfigError: if the directory exists, or the weights aren't those of such a model.
+        OSError: if it can't be written.
+    """
+    content = read_config(config) if config is not None else kept_config(reader)
+    if content.get("model_type") != family:
+        raise ConfigError(
+            f"The config.json has model_type={content.get('model_type')!r}, but the export is to"
+            f" {family!r}. Choose the one that the model has."
+        )
+    about = Architecture.from_config(content)
+    prefix = find_prefix(reader) if prefix is None else prefix
+    check_weights(reader, about, prefix)
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} exists already. Choose another name for the model.")
+    tensors = [_stream(reader, slot, prefix, dtype) for slot in slots(about)]
+    total = sum(tensor.size for tensor in tensors)
+    if on_total is not None:
+        on_total(total)
+    shards = split(tensors, max_shard_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.fastmoe-writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, shard in shards.items():
+            write_safetensors(temporary / name, shard, on_bytes)
+        if len(shards) > 1:
+            places = {t.key: name for name, shard in shards.items() for t in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            _write_json(temporary / INDEX, index)
+        _write_json(temporary / CONFIG, _finished(content, tensors))
+        if config is not None and config.is_dir():
+            for name in COMPANIONS:
+                if (config / name).is_file():
+                    shutil.copyfile(config / name, temporary / name)
+        written = sorted(os.listdir(temporary))
+        fsync_directory(temporary)
+        temporary.rename(path)
+        fsync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {"files": written, "tensors": len(tensors), "bytes": total}
+
+
+def find_prefix(reader: CheckpointReader) -> str:
+    """What stands before our names of weights, such as "network.".
+
+    Raises:
+        ConfigError: if no weight, or more than one, is a token embedding.
+    """
+    ending = weight_name("")  # "weights/"
+    names = [n.removeprefix(ending) for n in reader.manifest.tensors if n.startswith(ending)]
+    found = [n.removesuffix(ANCHOR) for n in names if n == ANCHOR or n.endswith("." + ANCHOR)]
+    if len(found) != 1:
+        what = "no" if not found else "more than one"
+        raise ConfigError(
+            f"{reader.path} has {what} weight called PREFIX{ANCHOR}. Name the modules as"
+            " transformers does (docs/huggingface.md), or say which with --prefix."
+        )
+    return found[0]
+
+
+def check_weights(reader: CheckpointReader, about: Architecture, prefix: str) -> None:
+    """The checkpoint must have exactly the weights of the model, in their shapes.
+
+    Raises:
+        ConfigError: naming what is missing, left over, or of another shape.
+    """
+    expected = {weight_name(prefix + n): s for n, s in weight_shapes(about).items()}
+    start = weight_name(prefix)
+    found = {n: r for n, r in reader.manifest.tensors.items() if n.startswith(start)}
+    short = len(weight_name(""))
+    differ = [
+        f"{name[short:]} has shape {list(found[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    differ += [f"{name[short:]} is missing" for name in expected if name not in found]
+    differ += [f"{name[short:]} is unknown there" for name in found if name not in expected]
+    if differ:
+        more = f"; and {len(differ) - _NAMES_SHOWN} more" if len(differ) > _NAMES_SHOWN else ""
+        raise ConfigError(
+            f"{reader.path} does not hold the {about.family} model of the config.json:"
+            f" {'; '.join(differ[:_NAMES_SHOWN])}{more}. Check --config, --to and --prefix."
+        )
+
+
+def split(tensors: list[StreamedTensor], limit: int) -> dict[str, list[StreamedTensor]]:
+    """File name -> what it holds, filled in order up to the limit."""
+    shards: list[list[StreamedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _stream(
+    reader: CheckpointReader, slot: Slot, prefix: str, dtype: torch.dtype | None
+) -> StreamedTensor:
+    name = weight_name(prefix + slot.name)
+    target = target_dtype(DTYPES[reader.record(name).dtype], dtype)
+    stop = slot.start + torch.Size(slot.shape).numel()
+    return StreamedTensor(
+        slot.key,
+        target,
+        slot.shape,
+        lambda: read_parts(reader, name, slot.start, stop, target),
+    )
+
+
+def kept_config(reader: CheckpointReader) -> dict[str, Any]:
+    """The config among a checkpoint's hyperparameters.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    kept = reader.read_state()["lightning"].get("hyper_parameters", {}).get("config")
+    if not isinstance(kept, dict) or "model_type" not in kept:
+        raise ConfigError(
+            f"{reader.path} has no Hugging Face config among its hyperparameters. Pass --config"
+            " with the config.json of a model with these sizes."
+        )
+    return kept
+
+
+def _finished(config: Mapping[str, Any], tensors: list[StreamedTensor]) -> dict[str, Any]:
+    """The config.json of what was written: the given one, with the class and dtype."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
+    family = FAMILIES[config["model_type"]]
+    # Fields have other names in transformers 5 than in 4 and in programs that go by it. All of them
+    # ignore those that they don't know, so the file has both.
+    both = {"dtype": dtype, "torch_dtype": dtype}
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        both["rope_theta"] = theta
+    return {**modernised(config), "architectures": [family.architecture], **both}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_small(path, (json.dumps(content, indent=2) + "\n").encode())

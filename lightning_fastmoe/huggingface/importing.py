@@ -1,0 +1,213 @@
+"""A model of transformers as a checkpoint that training starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_fastmoe import __version__
+from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
+from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.writer import write_checkpoint
+from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.huggingface.architecture import (
+    Architecture,
+    Slot,
+    read_config,
+    slots,
+    weight_shapes,
+)
+from lightning_fastmoe.huggingface.exporting import INDEX, SINGLE
+
+_IGNORED = ".rotary_emb.inv_freq"
+"""A constant that old versions of transformers stored."""
+
+_PRECISION = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+
+
+def import_model(
+    source: Path,
+    path: Path,
+    *,
+    prefix: str = "network.",
+    on_total: Callable[[int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Architecture:
+    """Writes the weights of a Hugging Face model as a checkpoint, bit by bit, stacking the experts.
+
+    One tensor of the source is in memory at a time. The config goes among the hyperparameters, so
+    that ``MoECausalLM.load_from_checkpoint`` and exporting find it.
+
+    Args:
+        source: a directory with ``config.json`` and safetensors files.
+        path: the new checkpoint; one that is there is replaced.
+        prefix: what goes before our names of weights: the attribute of the LightningModule that
+            holds the decoder. "network." is that of ``MoECausalLM``.
+        on_total: called once with the number of bytes that will be written.
+        on_bytes: called with the number of bytes after each write.
+
+    Returns:
+        The model's architecture.
+
+    Raises:
+        ConfigError: if the model is of no known family, or its weights aren't those of its config.
+        CheckpointError: if a file is damaged, or see
+            :class:`~lightning_fastmoe.checkpoint.format.publish.Publication`.
+        OSError: if it can't be written.
+    """
+    config = read_config(source)
+    about = Architecture.from_config(config)
+    with ExitStack() as stack:
+        weights = _Weights(source, stack)
+        weights.check(slots(about))
+        own: dict[str, list[Slot]] = {}
+        for slot in slots(about):
+            own.setdefault(slot.name, []).append(slot)
+        pieces = [
+            _piece(weights, prefix + name, shape, own[name])
+            for name, shape in weight_shapes(about).items()
+        ]
+        if on_total is not None:
+            on_total(sum(piece.length * piece.dtype.itemsize for piece in pieces))
+        layers = [f"{prefix}model.layers.{i}.mlp" for i in about.moe_layers]
+        precision = _PRECISION.get(pieces[0].dtype, "32-true")
+        manifest = Manifest(
+            written_by=f"lightning_fastmoe {__version__}",
+            contents=("weights",),
+            topology=Topology(1, 1, 0, precision),
+            progress={"epoch": 0, "global_step": 0},
+            moe_layers=dict.fromkeys(layers, about.num_experts),
+        )
+        write_checkpoint(path, manifest, pieces, _state(config), on_bytes)
+    return about
+
+
+def _piece(weights: _Weights, name: str, shape: tuple[int, ...], parts: list[Slot]) -> OwnedPiece:
+    dtypes = {weights.dtype(slot.key) for slot in parts}
+    if len(dtypes) > 1:
+        raise ConfigError(
+            f"{weights.source}: the parts of {name} have different dtypes,"
+            f" {', '.join(sorted(map(str, dtypes)))}. Convert the model to one of them first."
+        )
+
+    def read() -> Iterator[Tensor]:
+        for slot in parts:
+            yield weights.read(slot.key)
+
+    size = torch.Size(shape).numel()
+    return OwnedPiece(weight_name(name), shape, 0, size, dtypes.pop(), read)
+
+
+class _Weights:
+    """The safetensors files of a model."""
+
+    def __init__(self, source: Path, stack: ExitStack) -> None:
+        self.source = source
+        self._files: dict[str, Any] = {}
+        self._places: dict[str, str] = {}
+        for name in _file_names(source):
+            try:
+                self._files[name] = stack.enter_context(safe_open(source / name, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{source / name} can't be read: {error}") from error
+            for key in self._files[name].keys():  # noqa: SIM118 (it is no dict)
+                if key in self._places:
+                    raise CheckpointError(
+                        f"{source}: {key} is in {self._places[key]} and in {name}; remove"
+                        " one of them."
+                    )
+                self._places[key] = name
+
+    def check(self, expected: list[Slot]) -> None:
+        """Exactly the tensors of the architecture, in their shapes.
+
+        Raises:
+            ConfigError: naming them.
+        """
+        shapes = {slot.key: slot.shape for slot in expected}
+        found = {key for key in self._places if not key.endswith(_IGNORED)}
+        for names, what in (
+            (shapes.keys() - found, "lack"),
+            (found - shapes.keys(), "also hold"),
+        ):
+            if names:
+                some = sorted(names)
+                more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+                raise ConfigError(
+                    f"{self.source}: compared with the model in config.json, the files {what}"
+                    f" {', '.join(some[:3])}{more}."
+                )
+        for key, shape in shapes.items():
+            actual = tuple(self._slice(key).get_shape())
+            if actual != shape:
+                raise ConfigError(
+                    f"{self.source / self._places[key]}: {key} has shape {list(actual)}, but by"
+                    f" config.json it must be {list(shape)}."
+                )
+
+    def _slice(self, key: str) -> Any:
+        return self._files[self._places[key]].get_slice(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of a tensor."""
+        name = self._slice(key).get_dtype()
+        if name not in DTYPES:
+            raise ConfigError(f"{self.source}: {key} has dtype {name}, which is not supported.")
+        return DTYPES[name]
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, flat."""
+        tensor: Tensor = self._files[self._places[key]].get_tensor(key)
+        return tensor.reshape(-1)
+
+
+def _file_names(source: Path) -> list[str]:
+    """The files that hold weights: those of the index, or the only one.
+
+    Raises:
+        ConfigError: if there are none, or the index leads out of the directory.
+    """
+    if not (source / INDEX).is_file():
+        if (source / SINGLE).is_file():
+            return [SINGLE]
+        raise ConfigError(
+            f"{source} holds neither {INDEX} nor {SINGLE}. Weights in pickle files (.bin) are not"
+            " read, as they can run code: save the model with transformers' save_pretrained first."
+        )
+    try:
+        places = json.loads((source / INDEX).read_bytes())["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{source / INDEX} is not an index of safetensors files: {error}"
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"{source / INDEX} names {name!r}, which is outside this directory.")
+    return names
+
+
+def _state(config: Mapping[str, Any]) -> dict[str, Any]:
+    """state.json of a run that has not begun."""
+    return {
+        "lightning": {
+            "epoch": 0,
+            "global_step": 0,
+            "pytorch-lightning_version": version("pytorch-lightning"),
+            "loops": {},
+            "hyper_parameters": {"config": dict(config)},
+            "hparams_name": "kwargs",
+        },
+        "optimizer": None,
+        "engine": None,
+        "extra_state": {},
+    }

@@ -1,0 +1,1 @@
+"""Callbacks that watch a run and change nothing. Users import them from ``callbacks``."""

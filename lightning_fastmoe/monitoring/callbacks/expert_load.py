@@ -1,0 +1,259 @@
+"""ExpertLoadMonitor: are the experts alive?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.monitoring.callbacks.load_figures import (
+    LoadHistory,
+    check_matplotlib,
+    draw_loads,
+    publish,
+)
+from lightning_fastmoe.monitoring.logs import expert_load as load_log
+from lightning_fastmoe.monitoring.metrics import ExpertLoad
+from lightning_fastmoe.monitoring.metrics.expert_load import LayerLoad
+from lightning_fastmoe.nn import MoE, Routing, moe_layers
+
+
+class ExpertLoadMonitor(pl.Callback):
+    """Logs how evenly each MoE layer uses its experts, over all ranks and micro-batches.
+
+    Per layer, over the steps since the last logging step: ``max_load`` and ``min_load`` (an
+    expert's load over the mean load: 1 is balanced, 0 is dead), ``load_cv`` (coefficient of
+    variation), ``dead_experts``, ``drop_rate``, the router's ``entropy`` (nats per token) and
+    ``confidence`` (a token's best score); see :mod:`lightning_fastmoe.metrics` for the formulas.
+    Besides, the values of the balancing losses on this rank. To the progress bar: the largest load
+    ratio and the number of dead experts over all layers. One all-reduce per logging step, whatever
+    the number of layers.
+
+    The counts of every expert go into ``expert_load.jsonl`` in the run's folder, which
+    ``lightning-fastmoe report`` turns into a page;
+    :mod:`lightning_fastmoe.monitoring.logs.expert_load` describes the file. A resumed run goes on
+    in it. Rank zero alone writes.
+
+    Args:
+        every_n_steps: optimizer steps between two logs; None follows ``log_every_n_steps``.
+        prefix: before each name.
+        figures_every_n_steps: optimizer steps between two figures with heat maps (layer x expert,
+            and every expert over time). They go to TensorBoard and W&B loggers, else into
+            ``<prefix>/expert_load`` in the run's folder, as PNG. Needs matplotlib. None draws none.
+        folder: the run's folder; None is that of the first logger. Without a logger and this,
+            nothing is written.
+
+    Raises:
+        ConfigError: if a number of steps is less than 1, or matplotlib is missing.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        prefix: str = "moe",
+        figures_every_n_steps: int | None = None,
+        folder: str | None = None,
+    ) -> None:
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("figures_every_n_steps", figures_every_n_steps),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is invalid: it must be at least 1, or None.")
+        if figures_every_n_steps is not None:
+            check_matplotlib()
+        self.every_n_steps = every_n_steps
+        self.prefix = prefix
+        self.figures_every_n_steps = figures_every_n_steps
+        self.folder = folder
+        self._metric: ExpertLoad | None = None
+        self._handles: list[RemovableHandle] = []
+        self._layers: list[tuple[str, MoE]] = []
+        self._logged_step = 0
+        self._drawn_step = 0
+        self._opened = False
+        self._run_folder: Path | None = None
+        self._writer: load_log.LoadLogWriter | None = None
+        self._history = LoadHistory()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._layers = list(moe_layers(pl_module))
+        names = [name for name, _ in self._layers]
+        self._metric = ExpertLoad([layer.num_experts for _, layer in self._layers], names)
+        self._metric.to(trainer.strategy.root_device)
+        index = {id(layer): i for i, (_, layer) in enumerate(self._layers)}
+
+        def observe(layer: MoE, routing: Routing) -> None:
+            if layer.training and self._metric is not None:
+                self._metric.update(index[id(layer)], routing)
+
+        self._handles = [layer.register_routing_observer(observe) for _, layer in self._layers]
+        self._opened = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not earlier: only now has a resumed Lightning found its place.
+        if self._opened or not self._layers:
+            return
+        self._opened = True
+        self._logged_step = self._drawn_step = trainer.global_step
+        self._run_folder = run_folder(trainer, self.folder)
+        self._history = LoadHistory()
+        if trainer.is_global_zero and self._run_folder is not None:
+            self._writer = load_log.LoadLogWriter(
+                self._run_folder, self._described(), first_step=logged_as(trainer)
+            )
+            if self.figures_every_n_steps is not None:
+                earlier = load_log.read(self._writer.path).records
+                self._history = LoadHistory(load_log.spans(earlier))
+
+    def _described(self) -> list[load_log.Layer]:
+        return [load_log.Layer(name, layer.num_experts) for name, layer in self._layers]
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = trainer.global_step
+        if not (self._layers and every) or step == self._logged_step or step % every:
+            return
+        self._logged_step = step
+        packed = self._collect()
+        self._log(trainer, self._values(packed))
+        if trainer.is_global_zero:
+            self._record(trainer, packed)
+
+    def _collect(self) -> Tensor:
+        """The metric's state since the last call, over all ranks, by one all-reduce; on the CPU."""
+        assert self._metric is not None
+        packed = self._metric.packed.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(packed)
+        self._metric.reset()
+        return packed.cpu()
+
+    def _values(self, packed: Tensor) -> dict[str, Tensor]:
+        assert self._metric is not None
+        values = self._metric.summarize(packed)
+        for name, layer in self._layers:
+            for key, value in layer.last_losses.items():
+                values[f"{name}/{key}_loss"] = value
+        return values
+
+    def _log(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
+        numbers = {f"{self.prefix}/{k}": float(v) for k, v in values.items()}
+        # Lightning's own training metrics of this step go under the same number.
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=logged_as(trainer))
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
+        largest = [v for k, v in numbers.items() if k.endswith("/max_load")]
+        dead = [v for k, v in numbers.items() if k.endswith("/dead_experts")]
+        if largest:
+            trainer.progress_bar_metrics.update(
+                {"max_load": max(largest), "dead_experts": int(sum(dead))}
+            )
+
+    def _record(self, trainer: pl.Trainer, packed: Tensor) -> None:
+        """To the file and the figure, on rank zero."""
+        assert self._metric is not None
+        by_name = {layer.name: layer for layer in self._metric.layers(packed)}
+        found = [by_name.get(name) for name, _ in self._layers]
+        record = _as_record(logged_as(trainer), found)
+        if self._writer is not None:
+            self._writer.write(record)
+        every = self.figures_every_n_steps
+        if every is None:
+            return
+        self._history.add(load_log.spans([record])[0])
+        if trainer.global_step // every > self._drawn_step // every:
+            self._drawn_step = trainer.global_step
+            figure = draw_loads(self._described(), self._history.latest, self._history.columns())
+            name = f"{self.prefix}/expert_load"
+            publish(figure, trainer.loggers, self._run_folder, name, record.step)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove()
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def run_folder(trainer: pl.Trainer, given: str | None = None) -> Path | None:
+    """Where a run's own files go, alike on all ranks, which must all call this.
+
+    Args:
+        trainer: of the run.
+        given: the user's choice.
+
+    Returns:
+        ``given``; else the folder of the first logger, with the run's name and version; None
+        without a logger, or with one that keeps nothing on this machine.
+    """
+    folder: Any = given
+    if given is None and trainer.loggers:
+        logger = trainer.loggers[0]
+        folder = getattr(logger, "log_dir", None)
+        if folder is None and logger.save_dir is not None:
+            version = logger.version
+            version = version if isinstance(version, str) else f"version_{version}"
+            folder = str(Path(logger.save_dir) / str(logger.name) / version)
+    folder = trainer.strategy.broadcast(folder)
+    if folder is not None and "://" in str(folder):
+        rank_zero_warn(
+            f"What single experts do is not kept: the run's folder {folder} is not on this machine."
+            " Give ExpertLoadMonitor, and CoActivationMonitor, a folder= that is."
+        )
+        return None
+    return None if folder is None else Path(folder)
+
+
+def logged_as(trainer: pl.Trainer) -> int:
+    """The number under which Lightning's loggers keep this step's training metrics."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _as_record(step: int, layers: list[LayerLoad | None]) -> load_log.Record:
+    return load_log.Record(
+        step,
+        tokens=[None if x is None else x.tokens for x in layers],
+        routed=[None if x is None else _integers(x.routed) for x in layers],
+        kept=[
+            None if x is None or torch.equal(x.kept, x.routed) else _integers(x.kept)
+            for x in layers
+        ],
+        entropy=[None if x is None else x.entropy for x in layers],
+        confidence=[None if x is None else x.confidence for x in layers],
+    )
+
+
+def _integers(counts: Tensor) -> list[int]:
+    return [int(n) for n in counts.tolist()]

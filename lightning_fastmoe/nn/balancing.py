@@ -1,0 +1,128 @@
+"""The balancing losses of a layer: their coefficients, and how they join its backward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.attached_loss import AttachedLoss, AttachedLosses, LossScale, attach
+from lightning_fastmoe.nn.router import Routing, RoutingContext
+from lightning_fastmoe.nn.router.losses import LOSSES
+from lightning_fastmoe.nn.router.traits import RouterTraits
+
+
+class BalancingLosses:
+    """The losses of one layer.
+
+    Args:
+        traits: of the layer's router, which says what losses make sense and are usual.
+        given: name -> coefficient, or None for what is usual with this router.
+
+    Attributes:
+        coefficients: name -> coefficient of each loss of
+            :data:`~lightning_fastmoe.nn.router.losses.LOSSES`. May be changed between passes; each
+            training pass checks them.
+        latest: name -> value, of the latest training pass, before the coefficient.
+        scale: the factor by which the training loop multiplies the loss.
+
+    Raises:
+        ConfigError: as :func:`check_coefficients` does.
+    """
+
+    def __init__(self, traits: RouterTraits, given: dict[str, float | None]) -> None:
+        self.coefficients: dict[str, float] = {}
+        for name, loss in LOSSES.items():
+            usual = loss.coefficient if name in traits.default_losses else 0.0
+            value = given.get(name)
+            self.coefficients[name] = usual if value is None else value
+        check_coefficients(self.coefficients, traits)
+        self.latest: dict[str, Tensor] = {}
+        self.scale = LossScale()
+        self._attached = AttachedLosses()
+        self._without_graph = False
+
+    @property
+    def use_batch(self) -> bool:
+        """Whether they exchange counts with the other ranks, as the coefficients are now."""
+        return any(LOSSES[name].uses_batch and c > 0 for name, c in self.coefficients.items())
+
+    def attach(
+        self,
+        y: Any,
+        routing: Routing,
+        context: RoutingContext,
+        traits: RouterTraits,
+        *,
+        replay: bool,
+    ) -> Any:
+        """Returns ``y``, whose backward pass starts that of the losses too.
+
+        Args:
+            y: the layer's output, a tensor or a structure of tensors.
+            routing: of this pass.
+            context: what the router was told.
+            traits: of the router.
+            replay: activation checkpointing is repeating the pass.
+
+        Raises:
+            ConfigError: as :func:`check_coefficients` does.
+        """
+        check_coefficients(self.coefficients, traits)  # they may have been changed
+        active = {name: c for name, c in self.coefficients.items() if c > 0}
+        values = {name: LOSSES[name].function(routing, context) for name in active}
+        if not replay:
+            self.latest = {name: value.detach() for name, value in values.items()}
+            self._without_graph = bool(values) and not torch.is_grad_enabled()
+        terms = {name: active[name] * value for name, value in values.items()}
+        if not any(term.requires_grad for term in terms.values()):
+            return y
+        attached = AttachedLoss(terms, self.scale)
+        if not replay:
+            self._attached.append(attached)
+        leaves, spec = pytree.tree_flatten(y)
+        leaves[0] = attach(leaves[0], attached)
+        return pytree.tree_unflatten(leaves, spec)
+
+    def take(self, layer: str) -> list[dict[str, Tensor]]:
+        """The terms, coefficient times loss, of the passes since the last call; they act no more.
+
+        Raises:
+            ConfigError: if the latest pass made terms without graphs, which can't be added by hand.
+        """
+        if self._without_graph:
+            raise ConfigError(
+                f"moe_losses: the last training pass of layer {layer!r} ran without gradients, as"
+                " re-entrant activation checkpointing does, so its terms can't be added by hand."
+                " Leave them to act by themselves, or use checkpoint(..., use_reentrant=False)."
+            )
+        return [attached.terms for attached in self._attached.take()]
+
+
+def check_coefficients(coefficients: dict[str, float], traits: RouterTraits) -> None:
+    """Refuses coefficients that a layer with this router can't act on.
+
+    Raises:
+        ConfigError: for one that is negative or not finite, or a loss that is unknown or that makes
+            no sense with the router.
+    """
+    for name, value in coefficients.items():
+        if name not in LOSSES:
+            raise ConfigError(
+                f"{name} is not a loss of a MoE layer. They are: {', '.join(LOSSES)}."
+            )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
+            raise ConfigError(
+                f"{name}={value!r} is invalid: a loss coefficient must be finite and at least 0"
+                " (0 switches the loss off)."
+            )
+        if value > 0 and name not in traits.losses:
+            raise ConfigError(
+                f"{name}={value!r}, but this loss has no meaning for {traits.name}."
+                f" Its losses are: {', '.join(sorted(traits.losses)) or 'none'}."
+            )

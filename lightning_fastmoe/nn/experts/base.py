@@ -1,0 +1,99 @@
+"""What a layer, a schedule and a strategy need to know of a rank's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe.errors import TopologyError
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer that live on this rank, by their global ids.
+
+    Args:
+        num_experts: experts of the whole model, E.
+        local_ids: global ids of the experts on this rank, ascending; None for all.
+
+    Raises:
+        TopologyError: if ids are out of range, not ascending, or none.
+    """
+
+    is_stacked: ClassVar[bool]
+    """Whether all experts have parameters of the same shape, stacked along the first dimension."""
+
+    def __init__(self, num_experts: int, local_ids: Iterable[int] | None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.local_ids = _checked(range(num_experts) if local_ids is None else local_ids, self)
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on this rank, e."""
+        return len(self.local_ids)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the weights; None without floating-point ones."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def keep(self, ids: Iterable[int]) -> None:
+        """Drops all local experts but these, and frees their memory.
+
+        Args:
+            ids: global ids, ascending.
+
+        Raises:
+            TopologyError: if one of them is not here.
+        """
+        kept = _checked(ids, self)
+        if missing := sorted(set(kept) - set(self.local_ids)):
+            raise TopologyError(f"Experts {missing} are not on this rank, so it can't keep them.")
+        self._keep(kept)
+        self.local_ids = kept
+
+    def _keep(self, ids: tuple[int, ...]) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Any, tokens_per_expert: Tensor) -> Any:
+        """Applies each local expert to its rows.
+
+        Args:
+            x: (N, D), rows grouped by local expert, in the order of :attr:`local_ids`.
+            tokens_per_expert: (e,) int64.
+
+        Returns:
+            (N, D).
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``print(model)``."""
+        return f"experts {describe_ids(self.local_ids)} of {self.num_experts}"
+
+
+def describe_ids(ids: tuple[int, ...]) -> str:
+    """``0..3`` for neighbours, else ``0, 2, 5``."""
+    if is_interval(ids):
+        return f"{ids[0]}..{ids[-1]}"
+    return ", ".join(map(str, ids))
+
+
+def is_interval(ids: tuple[int, ...]) -> bool:
+    """Whether ascending ids have no gap."""
+    return ids[-1] - ids[0] + 1 == len(ids)
+
+
+def _checked(ids: Iterable[int], experts: Experts) -> tuple[int, ...]:
+    found = tuple(ids)
+    ascending = all(a < b for a, b in zip(found, found[1:], strict=False))
+    if not (found and ascending and found[0] >= 0 and found[-1] < experts.num_experts):
+        raise TopologyError(
+            f"The ids of a rank's experts are {list(found)}. They must be one or more of"
+            f" [0, {experts.num_experts}), ascending."
+        )
+    return found

@@ -1,0 +1,61 @@
+"""Initial weights by (seed, layer, global expert id): one seed, one model, on any topology."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def draw_layer_seed() -> int:
+    """A seed for the layer that is being built, drawn from torch's global CPU generator.
+
+    Every layer takes exactly one draw whatever it holds locally, so ranks that start from the same
+    global seed build the same layers, and the same modules after them, on any topology.
+    """
+    return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
+
+
+def expert_generator(layer_seed: int, parameter: str, expert_id: int) -> torch.Generator:
+    """The generator of one parameter of one expert, by its global id."""
+    key = f"{layer_seed}/{parameter}/{expert_id}".encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    return generator
+
+
+@torch.no_grad()
+def init_experts_(
+    stacked: Tensor,
+    *,
+    name: str,
+    layer_seed: int,
+    expert_ids: Iterable[int],
+    fan_in: int,
+    std: float | None,
+) -> None:
+    """Fills ``stacked (e, ...)`` with the initial values of these experts.
+
+    Drawn in fp32 on the CPU, so that every device and dtype starts from the same numbers.
+
+    Args:
+        stacked: one slice per local expert.
+        name: the parameter's name, part of the seed.
+        layer_seed: from :func:`draw_layer_seed`.
+        expert_ids: global ids, one for each slice.
+        fan_in: inputs of the projection.
+        std: standard deviation of a normal distribution; None draws from U(-b, b) with
+            ``b = 1 / sqrt(fan_in)``, as ``torch.nn.Linear`` does.
+    """
+    for i, target in zip(expert_ids, stacked, strict=True):
+        generator = expert_generator(layer_seed, name, i)
+        values = torch.empty(target.shape, dtype=torch.float32, device="cpu")
+        if std is None:
+            bound = fan_in**-0.5
+            values.uniform_(-bound, bound, generator=generator)
+        else:
+            values.normal_(0.0, std, generator=generator)
+        target.copy_(values)

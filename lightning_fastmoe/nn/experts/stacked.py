@@ -1,0 +1,142 @@
+"""Experts that are FFNs of one shape: their weights stacked, their products grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.nn.experts.base import Experts
+from lightning_fastmoe.nn.experts.init import init_experts_
+
+
+class StackedExperts(Experts):
+    """The routed FFNs of one layer that live on this rank, stacked along the first dimension.
+
+    The layout is that of Hugging Face transformers 5 (``Qwen3MoeExperts`` and its kin), so weights
+    go across by plain copies.
+
+    Parameters:
+        up_proj: (e, 2F, D) for gated activations, the gate's F rows first; else (e, F, D).
+        down_proj: (e, D, F).
+        up_bias: (e, 2F) or (e, F), only with ``bias=True``.
+        down_bias: (e, D), only with ``bias=True``.
+
+    Args:
+        d_model: D.
+        d_ffn: F, the inner width of one expert.
+        num_experts: E of the whole model.
+        local_ids: global ids of the experts on this rank, ascending; None for all.
+        layer_seed: seeds each expert together with its global id.
+        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`, or "clamped_swiglu".
+        bias: whether both projections have biases (initially zero).
+        init_std: see :func:`~lightning_fastmoe.nn.init.init_experts_`.
+    """
+
+    is_stacked = True
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ffn: int,
+        num_experts: int,
+        local_ids: Iterable[int] | None = None,
+        *,
+        layer_seed: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(num_experts, local_ids)
+        self.d_model, self.d_ffn = d_model, d_ffn
+        self.layer_seed, self.activation, self.init_std = layer_seed, activation, init_std
+        up_rows = (2 if ops.is_gated(activation) else 1) * d_ffn
+        e = self.num_local_experts
+        self.up_proj = nn.Parameter(torch.empty(e, up_rows, d_model))
+        self.down_proj = nn.Parameter(torch.empty(e, d_model, d_ffn))
+        self.up_bias = nn.Parameter(torch.empty(e, up_rows)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(e, d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial values of the local experts, by their global ids; does nothing on meta."""
+        if self.up_proj.is_meta:
+            return
+        for name, fan_in in (("up_proj", self.d_model), ("down_proj", self.d_ffn)):
+            init_experts_(
+                getattr(self, name),
+                name=name,
+                layer_seed=self.layer_seed,
+                expert_ids=self.local_ids,
+                fan_in=fan_in,
+                std=self.init_std,
+            )
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def _keep(self, ids: tuple[int, ...]) -> None:
+        """Parameters are replaced by copies of their slices, so that the rest is freed."""
+        for name, parameter in self.named_parameters():
+            rows = _rows(self.local_ids, ids)
+            kept = parameter.detach()[rows].clone()
+            setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens_per_expert: Tensor,
+        weights: Tensor | None = None,
+        order: ops.ExpertOrder | None = None,
+    ) -> Tensor:
+        """``x (N, D)`` grouped by local expert, ``tokens_per_expert (e,)`` -> (N, D).
+
+        With ``weights (T, K)`` and ``order``, the whole layer in one step: ``x (T, D)`` in the
+        order of the tokens -> (T, D), each token's weighted sum.
+        """
+        up, down, up_bias, down_bias = (
+            None if p is None else p.to(x.dtype)
+            for p in (self.up_proj, self.down_proj, self.up_bias, self.down_bias)
+        )
+        assert up is not None
+        assert down is not None
+        mlp = (up, down, self.activation, up_bias, down_bias)
+        planned = self.activation in ops.ACTIVATIONS
+        if weights is None or order is None:
+            return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
+        if planned:
+            return ops.expert_layer(x, weights, order, *mlp)
+        rows = ops.permute(x, order.order, order.inverse, weights.shape[1])
+        y = ops.grouped_mlp(rows, tokens_per_expert, *mlp)
+        return ops.unpermute(y, weights, order.order, order.inverse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""
+        if self.num_local_experts < self.num_experts:
+            for name, _ in self.named_parameters(recurse=False):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and value.shape[:1] == (self.num_experts,):
+                    rows = _rows(range(self.num_experts), self.local_ids)
+                    state_dict[prefix + name] = value[rows]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.up_proj.dtype
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``print(model)``."""
+        sizes = f"d_model={self.d_model}, d_ffn={self.d_ffn}, activation={self.activation}"
+        return f"{sizes}, {super().extra_repr()}"
+
+
+def _rows(held: Sequence[int], wanted: Sequence[int]) -> slice | list[int]:
+    """Where experts ``wanted`` stand among ``held``; a slice, which makes no copy, if it can be."""
+    rows = [held.index(i) for i in wanted]
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return rows

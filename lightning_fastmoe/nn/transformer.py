@@ -1,0 +1,75 @@
+"""What the package's own transformers share beside MoE layers: dense weights, rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear layer, drawn from N(0, ``init_std``); a bias begins at zero."""
+
+    def __init__(
+        self, in_features: int, out_features: int, init_std: float, *, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        nn.init.normal_(self.weight, std=init_std)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors drawn from N(0, ``init_std``)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        nn.init.normal_(self.weight, std=init_std)
+
+
+def rotary_table(
+    seq_len: int,
+    head_dim: int,
+    device: torch.device,
+    base: float = 10_000.0,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Angles of rotary position embedding (Su et al. 2021), as cosines and sines.
+
+    Computed in fp32 at each forward pass: as a buffer it would be cast to bf16 together with the
+    weights, and bf16 can't tell position 1000 from 1001.
+
+    Args:
+        seq_len: Positions, from 0.
+        head_dim: Width of a head.
+        device: Of the table.
+        base: Of the angles' geometric series.
+        positions: Where they are not 0, 1, ..., seq_len - 1 in each row: (batch, seq_len) integers.
+
+    Returns:
+        fp32, shape (2, seq_len, head_dim / 2), or (2, batch, 1, seq_len, head_dim / 2) of
+        ``positions``.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    if positions is None:
+        places = torch.arange(seq_len, device=device, dtype=torch.float32)
+    else:
+        places = positions.unsqueeze(1).to(torch.float32)
+    angles = places.unsqueeze(-1) * base**-exponents
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its position's angle.
+
+    Args:
+        x: Queries or keys, (..., seq_len, head_dim).
+        table: From :func:`rotary_table`.
+
+    Returns:
+        Shape and dtype of ``x``.
+    """
+    cos, sin = table
+    wide = x if x.dtype == torch.float64 else x.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)

@@ -1,0 +1,107 @@
+"""How many parameters a model has over all ranks, and how many of them a token uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_fastmoe.nn import MoE, moe_layers
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """The experts of one MoE layer.
+
+    Attributes:
+        num_experts: E of the whole model.
+        num_local_experts: of this rank.
+        parameters_per_expert: the mean, if they differ.
+        experts_per_token: K; the capacity factor for expert choice, which gives a token that many
+            in the mean; E for Soft MoE, whose slots mix all tokens into all experts.
+    """
+
+    num_experts: int
+    num_local_experts: int
+    parameters_per_expert: float
+    experts_per_token: float
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters, over all ranks.
+
+    ``total = dense + sum of E * parameters_per_expert``, and
+    ``active = dense + sum of K * parameters_per_expert`` over the MoE layers: what one token uses.
+
+    Attributes:
+        dense: everything but routed experts: attention, routers, shared experts, embeddings.
+        lookups: of these, tables that are only looked up in (``nn.Embedding``): a token uses them,
+            but multiplies nothing by them.
+        layers: by name.
+    """
+
+    dense: int
+    lookups: int
+    layers: Mapping[str, LayerSize]
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model."""
+        experts = sum(x.num_experts * x.parameters_per_expert for x in self.layers.values())
+        return self.dense + round(experts)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token uses."""
+        used = sum(x.experts_per_token * x.parameters_per_expert for x in self.layers.values())
+        return self.dense + round(used)
+
+
+def model_size(module: nn.Module) -> ModelSize:
+    """Counts the parameters of ``module``, whether sharded, partitioned by ZeRO 3, or whole.
+
+    All ranks must call it: if experts differ from each other, their ranks exchange counts.
+    """
+    layers = dict(moe_layers(module))
+    routed = {id(p) for layer in layers.values() for p in layer.experts.parameters()}
+    dense = {id(p): numel(p) for p in module.parameters() if id(p) not in routed}
+    multiplied = {
+        id(p)
+        for m in module.modules()
+        if not isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
+    return ModelSize(
+        dense=sum(dense.values()),
+        lookups=sum(n for key, n in dense.items() if key not in multiplied),
+        layers={name: _layer_size(layer) for name, layer in layers.items()},
+    )
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter on this rank, also while ZeRO 3 holds only a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _layer_size(layer: MoE) -> LayerSize:
+    held = float(sum(numel(p) for p in layer.experts.parameters()))
+    counted = layer.num_local_experts
+    if layer.is_sharded and not layer.experts.is_stacked:
+        # Experts of other ranks may be other modules.
+        device = next((p.device for p in layer.experts.parameters()), torch.device("cpu"))
+        total = torch.tensor(held, dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=layer.schedule.dispatcher.group.group)  # type: ignore[attr-defined]
+        held, counted = float(total), layer.num_experts
+    return LayerSize(
+        layer.num_experts, layer.num_local_experts, held / counted, _experts_per_token(layer)
+    )
+
+
+def _experts_per_token(layer: MoE) -> float:
+    if layer.top_k is not None:
+        return layer.top_k
+    return layer.num_experts if layer.capacity_factor is None else layer.capacity_factor

@@ -1,0 +1,236 @@
+"""Lightning's WeightAveraging, on the shares of the fp32 master weights that each rank owns.
+
+The callback keeps a deep copy of the whole model, updates it after steps, and swaps it with the
+model around validation. Here no rank has the whole model, and in bf16 the module's weights are too
+coarse to average. So the callback gets an ``AveragedModel`` of this rank's master shares instead,
+and averages, swaps and copies those. An averaging function that treats each element on its own
+gives the same average on any ranks and at any stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
+
+from lightning_fastmoe.checkpoint.averages import Averages
+from lightning_fastmoe.checkpoint.zero_state import ZeroShare, ZeroState
+from lightning_fastmoe.errors import CheckpointError, ConfigError
+
+_SWAP, _COPY = "_swap_models", "_copy_average_to_current"
+_REPLACED = ("setup", _SWAP, _COPY, "on_save_checkpoint", "on_load_checkpoint")
+_STATE = "averaging_state"
+
+
+class ShardedAverage(AveragedModel):
+    """The average of what this rank owns; its ``module`` has no names, only tensors in order.
+
+    Args:
+        engine: the DeepSpeed engine, with its optimizer.
+        device: where the averages are kept; None is beside what they are of.
+        options: of ``AveragedModel``.
+
+    Attributes:
+        swapped: whether the model has the averages, and this object what trains.
+    """
+
+    def __init__(self, engine: Any, device: Any, options: dict[str, Any]) -> None:
+        names = {id(p): name for name, p in engine.module.named_parameters()}
+        state = ZeroState(engine, names)
+        super().__init__(_Shares(state.share(), engine.module), device=device, **options)
+        # Not attributes, as whose submodules they would be averaged.
+        self._of: Callable[[], tuple[Any, ZeroState]] = lambda: (engine, state)
+        self.swapped = False
+
+    @override
+    def update_parameters(self, model: nn.Module) -> None:
+        """As the base class; what was written to weights since the step counts."""
+        engine, state = self._of()
+        engine.take_over_edits()
+        super().update_parameters(_Shares(state.share(), engine.module))
+
+    @contextmanager
+    def writing(self) -> Iterator[nn.Module]:
+        """What trains, as a module of the same tensors; what is written to it takes effect."""
+        engine, state = self._of()
+        # Validation runs in inference mode, and memory allocated there could not train any more.
+        with torch.inference_mode(False), torch.no_grad():
+            engine.take_over_edits()
+            state.begin_loading()
+            share = state.share()
+            yield _Shares(share, engine.module)
+            for one in share.loose:
+                one.write_back()
+            state.finish_loading()
+            engine.edits.forget()
+
+    def averages(self) -> Averages:
+        """For a checkpoint."""
+        engine, state = self._of()
+        share = state.share()
+        kept = [p.detach() for p in self.module.parameters()]
+        module: nn.Module = engine.module
+        by_id = {id(b): own for b, own in zip(module.buffers(), self.module.buffers(), strict=True)}
+        return Averages(
+            kept[: len(share.flats)],
+            dict(zip((one.name for one in share.loose), kept[len(share.flats) :], strict=True)),
+            {name: by_id[id(b)] for name, b in module.named_buffers(remove_duplicate=False)},
+            self.swapped,
+        )
+
+
+class _Shares(nn.Module):
+    """A module that has this rank's share as its parameters and buffers, in the same memory."""
+
+    def __init__(self, share: ZeroShare, module: nn.Module) -> None:
+        super().__init__()
+        tensors = [*(f.master for f in share.flats), *(one.data for one in share.loose)]
+        self.shares = nn.ParameterList(
+            nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors
+        )
+        for i, buffer in enumerate(module.buffers()):
+            self.register_buffer(f"buffer_{i}", buffer)
+
+
+class AveragedRun:
+    """One run of a callback under the strategy.
+
+    Args:
+        callback: whose methods that handle whole models are replaced until :meth:`end`.
+
+    Raises:
+        ConfigError: if it has methods of its own there, or an averaging function that does not
+            treat each element on its own.
+    """
+
+    def __init__(self, callback: WeightAveraging) -> None:
+        self._callback = callback
+        self._forget()  # an earlier run may have ended without a teardown
+        kind = type(callback)
+        own = [name for name in _REPLACED if getattr(kind, name) != getattr(WeightAveraging, name)]
+        if own:
+            raise ConfigError(
+                f"{kind.__name__} overrides {own[0]}() of WeightAveraging, which would never be"
+                " called: averages are partitioned over ranks here. Override should_update() alone."
+            )
+        if not _is_elementwise(callback._kwargs):
+            raise ConfigError(
+                f"The averaging function of {kind.__name__} does not treat each element on its own,"
+                " but parameters are partitioned over ranks here. Use get_ema_avg_fn(), or another"
+                " function of single elements."
+            )
+        replacements = {
+            "setup": lambda *_, **__: None,  # which would copy the whole model
+            _SWAP: self._swap,
+            _COPY: self._copy,
+            "on_save_checkpoint": self._on_save,
+            "on_load_checkpoint": self._on_load,
+        }
+        vars(callback).update(replacements)
+
+    def begin(self, engine: Any) -> None:
+        """The engine is there, and has what the average begins with."""
+        callback = self._callback
+        options = {"use_buffers": callback._use_buffers, **callback._kwargs}
+        callback._average_model = ShardedAverage(engine, callback._device, options)
+
+    def end(self) -> None:
+        """Gives the callback its methods back. What trains has the averages by now."""
+        self._forget()
+        self._callback._average_model = None
+
+    def averages(self) -> Averages | None:
+        """For a checkpoint, once there is an engine."""
+        model = self._callback._average_model
+        return model.averages() if isinstance(model, ShardedAverage) else None
+
+    def _forget(self) -> None:
+        for name in _REPLACED:
+            vars(self._callback).pop(name, None)
+
+    @property
+    def _model(self) -> ShardedAverage:
+        model = self._callback._average_model
+        assert isinstance(model, ShardedAverage)
+        return model
+
+    def _swap(self, _: pl.LightningModule) -> None:
+        model = self._model
+        with model.writing() as shares:
+            WeightAveraging._swap_models(self._callback, shares)  # type: ignore[arg-type]
+        model.swapped = not model.swapped
+
+    def _copy(self, _: pl.LightningModule) -> None:
+        with self._model.writing() as shares:
+            WeightAveraging._copy_average_to_current(self._callback, shares)  # type: ignore[arg-type]
+
+    def _on_save(self, *arguments: Any) -> None:
+        """The weights themselves are written by each rank: see ``checkpoint/averages.py``."""
+        arguments[-1][_STATE] = {"n_averaged": self._model.n_averaged.cpu()}
+
+    def _on_load(self, *arguments: Any) -> None:
+        checkpoint = arguments[-1]
+        if "current_model_state" in checkpoint:
+            raise CheckpointError(
+                "The checkpoint was saved with WeightAveraging under another strategy, and only its"
+                " averages can be loaded here, not the weights that were training. Resume it with"
+                " that strategy, or without WeightAveraging to train on from the averages."
+            )
+        if _STATE in checkpoint:
+            self._model.n_averaged.copy_(checkpoint[_STATE]["n_averaged"])
+        else:
+            rank_zero_warn(
+                "The checkpoint was saved without WeightAveraging. Training and the average both"
+                " start from its weights."
+            )
+
+
+def prepare_averaging(trainer: pl.Trainer) -> AveragedRun | None:
+    """Takes WeightAveraging over before it is set up; None if the Trainer has no such callback.
+
+    Raises:
+        ConfigError: for two of them, or one that can't be done.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"The Trainer has {len(found)} WeightAveraging callbacks. Each would swap the other's"
+            " weights: keep one."
+        )
+    return AveragedRun(found[0]) if found else None
+
+
+@torch.no_grad()
+def _is_elementwise(options: dict[str, Any]) -> bool:
+    """Whether tensors averaged in pieces give the same as whole ones."""
+    average, current = torch.linspace(-2, 3, 8), torch.linspace(1, 0, 8).square()
+    cut = 3
+    pieces = torch.cat(
+        [
+            _averaged(options, average[:cut], current[:cut]),
+            _averaged(options, average[cut:], current[cut:]),
+        ]
+    )
+    return torch.equal(_averaged(options, average, current), pieces)
+
+
+def _averaged(options: dict[str, Any], average: Tensor, current: Tensor) -> Tensor:
+    model = AveragedModel(_Values(average), **options)
+    model.n_averaged.fill_(3)
+    model.update_parameters(_Values(current))
+    return next(model.module.parameters()).detach()
+
+
+class _Values(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values.clone(), requires_grad=False)

@@ -1,0 +1,80 @@
+"""The deadline of a run's exchanges, and one error on all ranks when one of them ends the run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+
+from lightning_fastmoe.distributed import ExchangeWait, ExpertSharder, PendingExchange
+from lightning_fastmoe.errors import ExchangeError
+from lightning_fastmoe.strategy.peers import Peers, is_broken_connection
+from lightning_fastmoe.strategy.watch import Watch
+
+
+class ExchangeWaits:
+    """From the set-up of a run to its end; one object per strategy.
+
+    Why "auto" is that long: a rank may be late for minutes, because of its data, its first
+    compilation, or a file that it writes alone. ``hang_timeout`` lets all of this pass, and so must
+    the deadline; a tenth before it, since its report is the last resort. Ranks that wait for each
+    other, in an exchange and in a collective of gloo, are found within half a minute anyway.
+
+    Args:
+        seconds: that a rank waits for the others in an exchange; None is no limit, "auto" nine
+            tenths of ``hang_timeout``.
+        hang_timeout: of the run.
+    """
+
+    def __init__(self, seconds: float | Literal["auto"] | None, hang_timeout: float | None) -> None:
+        if seconds == "auto":
+            seconds = None if hang_timeout is None else 0.9 * hang_timeout
+        self.seconds = seconds
+        self._peers: Peers | None = None
+        self._broken: tuple[str, BaseException] | None = None
+
+    def begin(self, sharder: ExpertSharder, watch: Watch) -> None:
+        """Limits and records all exchanges of this rank from here on; every rank calls this."""
+        pending = watch.exchanges()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if size > 1 and self._peers is None:
+            self._peers = Peers(watch.doing, pending)
+        sharder.record_exchanges(pending, ExchangeWait(self.seconds, self._peers, rank))
+
+    def leave(self, exception: BaseException) -> None:
+        """An error of one rank ends the run on all: none waits for a rank that is gone."""
+        peers = self._peers
+        if peers is None or not isinstance(exception, Exception):
+            return
+        if is_broken_connection(exception) and (failure := peers.failure()) is not None:
+            self._broken = failure, exception
+        kind = type(exception).__name__
+        peers.leave(f"rank {peers.rank} has left the run by {kind}: {exception}")
+
+    def end(self, sharder: ExpertSharder | None) -> None:
+        """Undoes :meth:`begin`."""
+        if sharder is not None:
+            sharder.record_exchanges(PendingExchange(), ExchangeWait())
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.stop()
+
+    def raise_for_peer(self, module: pl.LightningModule | None) -> None:
+        """Last of all: where a connection broke because a rank gave up, that is the error.
+
+        Raises:
+            ExchangeError: if another rank had given up, and this one lost the connection to it.
+        """
+        broken, self._broken = self._broken, None
+        if broken is None:
+            return
+        assert module is not None
+        trainer: Any = module.trainer
+        # What the Trainer would do after this.
+        if (loop := trainer._active_loop) is not None:
+            loop.teardown()
+        trainer._logger_connector.teardown()
+        trainer._signal_connector.teardown()
+        trainer.state.stage = None
+        raise ExchangeError(f"rank {dist.get_rank()}: {broken[0]}") from broken[1]

@@ -1,0 +1,37 @@
+"""ZeRO 3 on the CPU: ranks that would gather different parameters find out before they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+
+def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
+    """Has ranks meet before a module's parameters are gathered, which all of them must do.
+
+    Where one rank leaves a layer out, the ranks would gather tensors of different sizes from each
+    other; gloo ends the process then, and says nothing of layers. With NCCL, exchanges of tokens
+    and gathers share a stream: there the next exchange of counts, or its deadline, is the error.
+
+    Args:
+        engine: of stage 3.
+        meet: called with where this rank is.
+    """
+    # Without an optimizer to run, in evaluation, the engine holds the offload in its place.
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    coordinator = offload.get_param_coordinator()
+    fetch = coordinator.fetch_sub_module
+    names = {id(module): name for name, module in engine.module.named_modules()}
+
+    def fetch_together(module: nn.Module, forward: bool) -> None:
+        if any(
+            parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+            for parameter in module.parameters(recurse=False)
+        ):
+            meet(f"the parameters of {names.get(id(module), type(module).__name__)}")
+        fetch(module, forward)
+
+    coordinator.fetch_sub_module = fetch_together

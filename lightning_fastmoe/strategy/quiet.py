@@ -1,0 +1,85 @@
+"""What Lightning and DeepSpeed print because of this strategy, and what nobody can act on.
+
+Each message is left out by its text and by the module of theirs that prints it. Warnings about the
+user's own code and data stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch.distributed as dist
+
+_LOGGED = {
+    # Advertisements, at each start.
+    "pytorch_lightning.utilities.rank_zero": (
+        "\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud",
+        "Enabling DeepSpeed ",  # the precision, which the user has set
+    ),
+    "pytorch_lightning.strategies.deepspeed": ("initializing deepspeed distributed",),
+    # Of every trainer.save_checkpoint(path), on every rank; it means the default.
+    "pytorch_lightning.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),
+    # check_optimizer has looked at the optimizer.
+    "DeepSpeed": ("**** You are using ZeRO with an untested optimizer",),
+}
+_WARNED = (
+    # Lightning's own use of torch, on every rank.
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"pytorch_lightning\.utilities\._pytree"),
+    # Each sample is counted once here: see uneven.py.
+    (
+        r"Using `DistributedSampler` with the dataloaders",
+        r"pytorch_lightning\.trainer\.connectors\.data_connector",
+    ),
+)
+_SUCCESSORS = {
+    "all_gather_function": "all_gather_single",
+    "reduce_scatter_function": "reduce_scatter_single",
+}
+
+
+def quiet_logs() -> None:
+    """Leaves out what is logged; before the Trainer logs its first line, and for good."""
+    for name in _LOGGED:
+        logging.getLogger(name).addFilter(_is_wanted)  # the same function is added once
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if message.startswith("[rank: "):
+        message = message.partition("] ")[2]
+    return not message.startswith(_LOGGED[record.name])
+
+
+def quiet_warnings() -> Callable[[], None]:
+    """Leaves out warnings while a run goes on.
+
+    Returns:
+        What ends that.
+    """
+    added = []
+    for message, module in _WARNED:
+        warnings.filterwarnings("ignore", message=message, module=module)
+        added.append(warnings.filters[0])
+
+    def undo() -> None:
+        for entry in added:
+            with suppress(ValueError):  # whoever has put all filters back has dropped it
+                warnings.filters.remove(entry)  # type: ignore[attr-defined]
+
+    return undo
+
+
+def modernise_collectives() -> None:
+    """Lets DeepSpeed call what torch has put in the place of two deprecated collectives.
+
+    They are the same functions under new names. Under the old ones, each call at stage 3 prints a
+    warning, on every rank. Call it once DeepSpeed's back end is there.
+    """
+    from deepspeed.comm import comm
+
+    for attribute, name in _SUCCESSORS.items():
+        if hasattr(dist, name) and getattr(comm.cdb, attribute, None) is not None:
+            setattr(comm.cdb, attribute, getattr(dist, name))

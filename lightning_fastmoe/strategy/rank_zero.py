@@ -1,0 +1,141 @@
+"""Running a model for rank 0 alone, while the other ranks lend it their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_fastmoe.errors import ConfigError, ExchangeError
+from lightning_fastmoe.nn import MoE
+
+_Result = TypeVar("_Result")
+
+
+@torch.no_grad()
+def run_on_rank_zero(
+    module: nn.Module,
+    layers: Mapping[str, MoE],
+    progress: Callable[[], None],
+    function: Callable[..., _Result],
+    *args: Any,
+) -> _Result | None:
+    """Runs ``function(*args)`` on rank 0; every rank calls this at the same point.
+
+    Before each MoE layer whose experts are split, or whose router sees the global batch, rank 0
+    announces it to the others, and they run that layer without tokens of their own. In between
+    they wait for the next announcement, or for the end.
+
+    Args:
+        module: what ``function`` runs; in evaluation mode meanwhile, on all ranks.
+        layers: its MoE layers by name, the same on all ranks.
+        progress: called at each announcement.
+        function: may run the model any number of times, with inputs of any shapes.
+        args: for it.
+
+    Returns:
+        What ``function`` returned on rank 0; None on the others.
+
+    Raises:
+        ExchangeError: on the other ranks, if ``function`` raised on rank 0, where its own error is.
+        ConfigError: on rank 0, if ``function`` trains.
+    """
+    shared = {n: m for n, m in layers.items() if m.is_sharded or m.uses_global_batch}
+    with _evaluating(module):
+        if not shared:
+            return function(*args) if dist.get_rank() == 0 else None
+        if dist.get_rank():
+            _serve(shared, progress)
+            return None
+        last = ""
+        try:
+            with _announcing(shared, progress):
+                return function(*args)
+        except BaseException as error:
+            last = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            _tell((None, last, None))
+
+
+def _serve(layers: Mapping[str, MoE], progress: Callable[[], None]) -> None:
+    while True:
+        name, x, token_ids = _hear()
+        progress()
+        if name is None:
+            if x:
+                raise ExchangeError(f"The function that runs on rank 0 alone failed there: {x}")
+            return
+        layer = layers[name]
+        x, token_ids = _to(next(layer.parameters()).device, (x, token_ids))
+        layer(x, token_ids=token_ids)
+
+
+def _to(device: torch.device, values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
+
+
+@contextmanager
+def _announcing(layers: Mapping[str, MoE], progress: Callable[[], None]) -> Iterator[None]:
+    def announce(name: str) -> Any:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def hook(layer: MoE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer.training or torch.is_grad_enabled():
+                raise ConfigError(
+                    f"{name} is run for training on rank 0 alone: on_rank_zero runs the model in"
+                    " evaluation mode without gradients, and the other ranks do no backward pass."
+                )
+            progress()
+            x = args[0] if args else kwargs["x"]
+            token_ids = kwargs.get("token_ids")
+            _tell((name, _without_tokens(x, layer.d_model), _no_rows(token_ids)))
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(announce(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_tokens(x: Any, d_model: int) -> Any:
+    """The same structure and dtypes, with no token."""
+    if isinstance(x, Tensor):
+        return x.new_empty((0, d_model), device="cpu")
+    return pytree.tree_map(lambda leaf: leaf.new_empty((0, *leaf.shape[1:]), device="cpu"), x)
+
+
+def _no_rows(token_ids: Tensor | None) -> Tensor | None:
+    return None if token_ids is None else token_ids.new_empty((0,), device="cpu")
+
+
+def _tell(message: tuple[Any, Any, Any]) -> None:
+    dist.broadcast_object_list([message], src=0)
+
+
+def _hear() -> tuple[Any, Any, Any]:
+    box: list[Any] = [None]
+    dist.broadcast_object_list(box, src=0)
+    message: tuple[Any, Any, Any] = box[0]
+    return message
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    before = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in before:
+            m.training = training

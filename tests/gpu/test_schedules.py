@@ -1,0 +1,38 @@
+"""The contract of schedules on GPUs: NCCL between all of one host, and with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from distributed import schedule_runs as runs
+
+from lightning_fastmoe.testing import RankPool
+
+WORLDS = sorted({1, min(2, torch.cuda.device_count()), min(4, torch.cuda.device_count())} - {0})
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module")
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("placement", runs.PLACEMENTS)
+@pytest.mark.parametrize("schedule", runs.SCHEDULES)
+def test_equals_all_experts_on_one_rank(
+    schedule: str, placement: str, world: int, dtype: torch.dtype, rank_pool: RankPool
+) -> None:
+    tolerance = TOLERANCES[dtype]
+    results = rank_pool.run(runs.compared, world, schedule, placement, "cuda", dtype)
+    for rank, cases in enumerate(results):
+        for case, tensors in cases.items():
+            for name, (found, right) in tensors.items():
+                error = float((found.double() - right.double()).abs().max()) if len(right) else 0
+                scale = float(right.double().abs().max()) if len(right) else 1
+                assert error <= tolerance * max(scale, 1), (rank, case, name, error, scale)

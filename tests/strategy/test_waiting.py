@@ -1,0 +1,81 @@
+"""Ranks that wait for each other in vain get an error that says where each of them is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategy import waiting_runs as runs
+
+from lightning_fastmoe import FastMoEStrategy
+from lightning_fastmoe.errors import ConfigError
+
+
+def assert_all_ranks_say(results, *words: str) -> None:
+    for rank, (kind, message, _) in enumerate(results):
+        assert kind == "ExchangeError", (rank, kind, message)
+        for word in words:
+            assert word in message, (rank, message)
+
+
+def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline_on_all_ranks(rank_pool):
+    results = rank_pool.run(
+        runs.fails, 2, runs.RankZeroSample, 1000.0, {"exchange_timeout": 2.0}, timeout=60
+    )
+    assert_all_ranks_say(
+        results,
+        "net.moes.0, exchange of tokens number",
+        "phase counts: rank 0 has waited 2",
+        "exchange_timeout=2",
+        "rank 0: training, optimizer steps done: 1; waits in exchange of tokens",
+        "in on_train_epoch_end (waiting_runs.py",
+        "rank 1: training, optimizer steps done: 1; no exchange of tokens is pending",
+        "in _broadcast_sigterm_tensor (training_epoch_loop.py",
+        "on_rank_zero",
+    )
+    assert max(seconds for *_, seconds in results) < 40
+
+
+def test_ranks_that_wait_for_each_other_are_found_before_the_deadline(rank_pool):
+    results = rank_pool.run(runs.fails, 2, runs.RankZeroSample, 2.0, {}, timeout=60)
+    assert_all_ranks_say(
+        results, "net.moes.0", "rank 0 waits in an exchange of tokens, and no rank will ever come"
+    )
+
+
+def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool):
+    waiting, left = rank_pool.run(runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, timeout=60)
+    assert left[:2] == ("ValueError", "the disk of rank 1 is full")
+    assert_all_ranks_say([waiting], "rank 1 has left the run by ValueError: the disk of rank 1")
+
+
+def test_a_late_rank_is_waited_for(rank_pool):
+    results = rank_pool.run(runs.fails, 2, runs.RankIsLate, 1.0, {"exchange_timeout": 30.0})
+    assert [kind for kind, *_ in results] == ["nothing"] * 2
+
+
+@pytest.mark.parametrize("skipped", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layers_that_one_rank_leaves_out_are_an_error_on_all(rank_pool, stage, skipped):
+    results = rank_pool.run(runs.leaves_out, 2, stage, skipped, timeout=60)
+    assert_all_ranks_say(results, "in different exchanges", "must run the same MoE layers")
+    assert max(seconds for *_, seconds in results) < 30
+
+
+@pytest.mark.parametrize("skipped", [(0,), (0, 1)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_takes_part_without_tokens(rank_pool, stage, skipped):
+    losses, weights = runs.in_one_process(skipped)
+    results = rank_pool.run(runs.takes_part, 2, stage, skipped, timeout=60)
+    for rank, (own, last) in enumerate(results):
+        assert own == pytest.approx(losses[rank], rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(last[name], weight, rtol=2e-5, atol=2e-6)
+
+
+def test_the_deadline_is_nine_tenths_of_the_hang_timeout_unless_given():
+    assert FastMoEStrategy()._waits.seconds == 540.0
+    assert FastMoEStrategy(hang_timeout=100)._waits.seconds == 90.0
+    assert FastMoEStrategy(hang_timeout=None)._waits.seconds is None
+    assert FastMoEStrategy(exchange_timeout=7)._waits.seconds == 7
+    with pytest.raises(ConfigError, match=r"exchange_timeout=0"):
+        FastMoEStrategy(exchange_timeout=0)
