@@ -1,4 +1,4 @@
-"""The modules whose public names the API reference shows, and nothing else about it."""
+"""What the reference shows: modules, whose public names it takes, and commands."""
 
 from __future__ import annotations
 
@@ -22,3 +22,19 @@ MODULES = {
 
 FIRST = ("MoE", "FastMoEStrategy", "Router", "Routing")
 """Names that come before the others of their module."""
+
+COMMANDS = (
+    "",
+    "env",
+    "build",
+    "report",
+    "checkpoint",
+    "checkpoint inspect",
+    "checkpoint verify",
+    "checkpoint diff",
+    "checkpoint reshard",
+    "checkpoint consolidate",
+    "checkpoint export",
+    "checkpoint import",
+)
+"""The commands of ``lightning-fastmoe`` whose help is shown. Those of LightningCLI print pages."""

@@ -10,15 +10,17 @@ links are the site's navigation.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from website.api import FIRST, MODULES
+from website.api import COMMANDS, FIRST, MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -101,7 +103,8 @@ def navigation(index: str) -> str:
         if heading == "Start":
             entries.insert(0, "README <front_page>")
         parts.append(_toctree(heading, entries))
-    parts.append(_toctree("API", [f"{module} <api/{module}>" for module in MODULES]))
+    entries = [f"{module} <api/{module}>" for module in MODULES]
+    parts.append(_toctree("Reference", ["Command line <api/command_line>", *entries]))
     return "\n".join(parts)
 
 
@@ -158,6 +161,29 @@ def _options(kind: str) -> list[str]:
     return ["   :members:"] if kind in ("class", "exception") else []
 
 
+def help_of(command: str) -> str:
+    """What ``lightning-fastmoe COMMAND --help`` prints."""
+    from lightning_fastmoe.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        main([*command.split(), "--help"])
+    return printed.getvalue()
+
+
+def command_line() -> str:
+    """The page of the command line."""
+    os.environ["COLUMNS"] = "88"
+    parts = [
+        "# Command line: every command and its options",
+        "\n`fit`, `validate`, `test` and `predict` are LightningCLI's:"
+        " `lightning-fastmoe fit --help` prints their options.\n",
+    ]
+    for command in COMMANDS:
+        name = f"lightning-fastmoe {command}".strip()
+        parts.append(f"## `{name}`\n\n```text\n{help_of(command)}```\n")
+    return "\n".join(parts)
+
+
 def assemble(folder: Path) -> None:
     """Writes the sources of the site into ``folder``, which is emptied first.
 
@@ -174,6 +200,7 @@ def assemble(folder: Path) -> None:
         if name == "index":
             text += "\n" + navigation(text)
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / "api" / "command_line.md").write_text(command_line(), encoding="utf-8")
     for module, text in reference().items():
         (folder / "api" / f"{module}.md").write_text(text, encoding="utf-8")
 

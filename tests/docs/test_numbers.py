@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from figures.tables import DOCS, table
+from strategy.test_exactness import RELATIVE, cases
 
 PAGE = DOCS / "benchmarks.md"
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
@@ -71,9 +72,14 @@ def test_first_table_follows_from_the_others() -> None:
 
 
 def test_readme_says_the_same() -> None:
-    text = README[: README.index("## Twelve lines")]
+    text = README[: README.index("## Use it")]
     said = re.findall(r"\*\*(\d\.\d\d)x?(?: to (\d\.\d\d)x?)?\*\*", text)
     assert said == [SONIC, TORCH, TORCH_MEMORY, (TRAINER, "")]
+
+
+def test_readme_counts_the_cases_of_exactness() -> None:
+    assert f"{len(cases())} combinations" in README
+    assert f"within {RELATIVE:.0e} of".replace("e-06", "e-6") in README
 
 
 def test_kernels_page_has_the_floors_of_the_benchmarks() -> None:

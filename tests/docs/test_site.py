@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from website import build
-from website.api import FIRST, MODULES
+from website.api import COMMANDS, FIRST, MODULES
 
 import lightning_fastmoe
 
@@ -40,7 +40,7 @@ def test_index_lists_every_page_once() -> None:
     text = build.for_site(index, index.read_text(encoding="utf-8"))
     listed = re.findall(r"<([\w/.]+)>$", build.navigation(text), re.MULTILINE)
     expected = [name for name in PAGES.values() if name != "index"]
-    assert sorted(listed) == sorted([*expected, *(f"api/{module}" for module in MODULES)])
+    assert sorted(listed) == sorted([*expected, "api/command_line", *(f"api/{m}" for m in MODULES)])
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,17 @@ def test_reference_shows_what_users_import_first() -> None:
     )
     shown = " ".join(pages.values())
     assert all(f".{name}\n" in shown for name in FIRST)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str) -> None:
+    assert build.help_of(command).startswith(f"usage: lightning-fastmoe {command}")
+
+
+def test_every_command_is_shown() -> None:
+    tools = build.help_of("").partition("tools:")[2].partition("options:")[0]
+    verbs = build.help_of("checkpoint").partition("verbs:")[2]
+    names = re.findall(r"^  (\w+)", tools, re.MULTILINE)
+    names += [f"checkpoint {verb}" for verb in re.findall(r"^ {4}(\w+)", verbs, re.MULTILINE)]
+    assert len(names) > 8
+    assert set(names) == set(COMMANDS) - {""}
