@@ -6,9 +6,9 @@
 // rows beyond are read (as zeros if gathered) and not written.
 #pragma once
 
-#include "fragment.cuh"
-#include "schedule.cuh"
+#include "accumulators.cuh"
 #include "tensor_map.h"
+#include "tile_scheduler.cuh"
 
 namespace lightning_fastmoe::hopper {
 

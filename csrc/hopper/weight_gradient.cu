@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "checks.cuh"
-#include "gradient_sums.cuh"
+#include "split_k_reduction.cuh"
 #include "launch.cuh"
 #include "ops.h"
 

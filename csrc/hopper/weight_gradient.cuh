@@ -2,11 +2,11 @@
 //
 // A is gathered as in ragged_rows.cuh, B is in expert order. Both lie in shared memory as they do
 // in global memory, the summed dimension outermost. How the sum is split over the chip:
-// gradient_units.cuh.
+// split_k.cuh.
 #pragma once
 
-#include "fragment.cuh"
-#include "gradient_units.cuh"
+#include "accumulators.cuh"
+#include "split_k.cuh"
 
 namespace lightning_fastmoe::hopper {
 

@@ -4,10 +4,10 @@
 // An expert of more than `chunk` rows is split, so that one hot expert does not keep a few blocks
 // busy long after the others are done. Where none is, the units that are left for a last, mostly
 // idle round of the clusters (the tail) are split instead. Parts go to a workspace in fp32 and are
-// added in their order (gradient_sums.cuh), which makes the sum the same every time.
+// added in their order (split_k_reduction.cuh), which makes the sum the same every time.
 #pragma once
 
-#include "schedule.cuh"
+#include "tile_scheduler.cuh"
 
 namespace lightning_fastmoe::hopper {
 

@@ -1,4 +1,4 @@
-// The sums of the parts of weights' gradients, see gradient_units.cuh.
+// The sums of the parts of weights' gradients, see split_k.cuh.
 #pragma once
 
 #include "weight_gradient.cuh"
