@@ -11,10 +11,10 @@ namespace {
 // d_weights[order[row]] = the sum of the row's shares, in the order of the column tiles. (Pointers
 // are not __restrict__: the compiler may read such ones before the wait.)
 __global__ void __launch_bounds__(kBlock)
-    add_dots_kernel(const float* dots, const int64_t* order, float* d_weights, int64_t rows,
-                    int columns) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
+    reduce_dots_kernel(const float* dots, const int64_t* order, float* d_weights, int64_t rows,
+                       int columns) {
+  grid_dependency_wait();
+  launch_dependent_grids();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
   if (row >= rows) return;
   float sum = 0.0f;
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
     for_half(grad.scalar_type(), op, [&](auto tag) {
       using T = typename decltype(tag)::type;
       using Epilogue = BackwardActivation<T, typename K::Act, K::kGated>;
-      RaggedRows<T, Epilogue> job{};
+      RaggedRowsParams<T, Epilogue> job{};
       job.b_map = tensor_map(down, op, contiguous_boxes(width, d_model, 1, experts, 64));
       job.gathered = static_cast<const T*>(grad.data_ptr());
       job.order = static_cast<const int64_t*>(order.data_ptr());
@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       job.experts = experts;
       job.deadline = deadline;
       job.k = static_cast<int>(d_model);
-      job.columns = columns;
-      job.spread = start_spread(rows, d_model, width);
+      job.n_tiles = columns;
+      job.stagger_cycles = stagger_cycles(rows, d_model, width);
       job.h_map = tensor_map(h, op, contiguous_boxes(h.size(1), rows, 1, 1, kTileM));
       job.epilogue = {static_cast<T*>(h.data_ptr()),
                       static_cast<T*>(weighted.data_ptr()),
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       launch(ragged_rows_kernel<T, Epilogue, true, Major::kMN>, job, current_stream(grad));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
-    launch_early(add_dots_kernel, grid_size(ceil_div(rows, kBlock), op), kBlock, 0,
+    launch_early(reduce_dots_kernel, grid_size(ceil_div(rows, kBlock), op), kBlock, 0,
                  current_stream(grad), static_cast<const float*>(dots.data_ptr()),
                  static_cast<const int64_t*>(order.data_ptr()),
                  static_cast<float*>(d_weights.data_ptr()), rows, columns);

@@ -38,7 +38,7 @@ inline int check_groups(const Tensor& offsets, const Tensor* order, int64_t top_
 }
 
 inline void check_fits(int64_t rows, const char* op) {
-  STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kCluster, op, ": too many rows, ", rows);
+  STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kClusterSize, op, ": too many rows, ", rows);
 }
 
 // Rows that are gathered are found by a 32-bit number of 16-byte vectors.

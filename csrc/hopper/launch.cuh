@@ -3,7 +3,7 @@
 //
 // A kernel is launched so that its blocks take the place of those of the kernel before it one by
 // one, and get ready, rather than when all of them have left. It has to wait itself for what was
-// written before (wait_for_earlier_kernels), and lets its own successor in only after that: so all
+// written before (grid_dependency_wait), and lets its own successor in only after that: so all
 // but the last kernel before it are done at its start.
 #pragma once
 
@@ -31,7 +31,7 @@ void launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threa
 template <typename Job>
 void launch(void (*kernel)(Job), const Job& job, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  const int blocks = multiprocessors() / kCluster * kCluster;
+  const int blocks = multiprocessors() / kClusterSize * kClusterSize;
   launch_early(kernel, static_cast<unsigned>(blocks), kThreads, kSharedBytes, stream, job);
 }
 

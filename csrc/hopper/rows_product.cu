@@ -36,7 +36,7 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
   for_half(rows.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Epilogue = StoreRows<T>;
-    RaggedRows<T, Epilogue> job{};
+    RaggedRowsParams<T, Epilogue> job{};
     job.a_map = tensor_map(rows, op, contiguous_boxes(k, n, 1, 1, kConsumerM));
     job.ordered = transposed && width % kOrderedRows == 0;
     job.b_map = tensor_map(weight, op,
@@ -47,7 +47,7 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
     job.experts = experts;
     job.deadline = deadline;
     job.k = static_cast<int>(k);
-    job.columns = static_cast<int>(ceil_div(width, kTileN));
+    job.n_tiles = static_cast<int>(ceil_div(width, kTileN));
     job.epilogue = {static_cast<T*>(out.data_ptr()),
                     order ? static_cast<const int64_t*>(order->data_ptr()) : nullptr,
                     weights ? static_cast<const float*>(weights->data_ptr()) : nullptr,

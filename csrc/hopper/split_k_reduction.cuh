@@ -1,32 +1,32 @@
-// The sums of the parts of weights' gradients, see split_k.cuh.
+// The reductions of the partial sums of weights' gradients, see split_k.cuh.
 #pragma once
 
 #include "weight_gradient.cuh"
 
 namespace lightning_fastmoe::hopper {
 
-// Adds the parts of split experts, in their order. Every block takes a share of each. (Pointers are
-// not __restrict__: the compiler may read such ones before the wait.)
+// Adds the splits of split experts, in their order. Every block takes a share of each. (Pointers
+// are not __restrict__: the compiler may hoist loads through such ones above the wait.)
 template <typename T>
 __global__ void __launch_bounds__(256)
-    add_parts_kernel(const float* workspace, const int32_t* offsets, T* out, int experts, int chunk,
-                     int64_t size) {
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-  __shared__ int parts[kMaxExperts];
+    reduce_splits_kernel(const float* workspace, const int32_t* offsets, T* out, int experts,
+                         int split_rows, int64_t size) {
+  grid_dependency_wait();
+  launch_dependent_grids();
+  __shared__ int splits[kMaxExperts];
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-    parts[e] = chunks_of(offsets[e] - (e == 0 ? 0 : offsets[e - 1]), chunk);
+    splits[e] = count_splits(offsets[e] - (e == 0 ? 0 : offsets[e - 1]), split_rows);
   }
   __syncthreads();
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * 8;
-  int64_t part = 0;
+  int64_t split = 0;
   for (int e = 0; e < experts; ++e) {
-    if (parts[e] == 1) continue;
+    if (splits[e] == 1) continue;
     for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < size;
          i += step) {
       float sum[8] = {};
-      for (int p = 0; p < parts[e]; ++p) {
-        const float4* from = reinterpret_cast<const float4*>(workspace + (part + p) * size + i);
+      for (int s = 0; s < splits[e]; ++s) {
+        const float4* from = reinterpret_cast<const float4*>(workspace + (split + s) * size + i);
         const float4 x = from[0], y = from[1];
         const float values[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
 #pragma unroll
@@ -36,30 +36,30 @@ __global__ void __launch_bounds__(256)
           pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3]), pack<T>(sum[4], sum[5]),
           pack<T>(sum[6], sum[7])};
     }
-    part += parts[e];
+    split += splits[e];
   }
 }
 
-// Adds the parts of the tail's units, in their order; one block for each tile of G, with the
-// consumers' threads and what each of them held.
+// Adds the splits of the last wave's work tiles, in their order. A block reduces one block's tile
+// of G, with as many threads as the consumers had, each of which adds the accumulators of its own.
 template <typename T, bool kTransposed>
 __global__ void __launch_bounds__(kConsumers* kWarpgroup)
-    add_tail_kernel(const __grid_constant__ WeightGradient<T> job) {
+    reduce_last_wave_kernel(const __grid_constant__ WeightGradientParams<T> params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
+  grid_dependency_wait();
+  launch_dependent_grids();
   __shared__ alignas(1024) uint8_t staging[kConsumers * kStagingBytes];
-  int split = 0;
-  for (int e = threadIdx.x; e < job.experts; e += blockDim.x) {
-    const int rows = job.offsets[e] - (e == 0 ? 0 : job.offsets[e - 1]);
-    split |= chunks_of(rows, job.chunk) > 1;
+  int split_experts = 0;
+  for (int e = threadIdx.x; e < params.experts; e += blockDim.x) {
+    const int rows = params.offsets[e] - (e == 0 ? 0 : params.offsets[e - 1]);
+    split_experts |= count_splits(rows, params.split_rows) > 1;
   }
-  if (__syncthreads_or(split)) return;  // no tail, see GradientWalk
-  const int unit = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
+  if (__syncthreads_or(split_experts)) return;  // then the last wave is whole, see SplitKScheduler
+  const int last_wave_tile = blockIdx.x / kClusterSize, rank = blockIdx.x % kClusterSize;
   const int consumer = threadIdx.x / kWarpgroup;
   float d[kAccumulators] = {};
-  for (int part = 0; part < job.tail.parts; ++part) {
-    const float4* from = job.tail.of(unit, part, rank, consumer);
+  for (int split = 0; split < params.last_wave.splits; ++split) {
+    const float4* from = params.last_wave.accumulators(last_wave_tile, split, rank, consumer);
 #pragma unroll
     for (int i = 0; i < kAccumulators; i += 4) {
       const float4 x = from[i / 4 * kWarpgroup];
@@ -69,17 +69,17 @@ __global__ void __launch_bounds__(kConsumers* kWarpgroup)
       d[i + 3] += x.w;
     }
   }
-  const int in_each = units_of_part(job.m, job.n);
-  const int number = job.experts * in_each - job.tail.units + unit;
-  const GradientTile tile(number % in_each, job.m, rank);
-  T* out = job.out + static_cast<int64_t>(number / in_each) * job.m * job.n;
+  const int tiles = tiles_of_gradient(params.m, params.n);
+  const int number = params.experts * tiles - params.last_wave.tiles + last_wave_tile;
+  const GradientTile tile(number % tiles, params.m, rank);
+  T* out = params.out + static_cast<int64_t>(number / tiles) * params.m * params.n;
   const int m = tile.m + consumer * kConsumerM;
   if constexpr (kTransposed) {
-    store_gradient_transposed<T>(out, d, m, tile.n, job,
-                                 shared_address(staging) + consumer * kStagingBytes,
-                                 kConsumerBarrier + consumer);
+    store_transposed<T>(out, d, m, tile.n, params,
+                        shared_address(staging) + consumer * kStagingBytes,
+                        kConsumerBarrier + consumer);
   } else {
-    store_gradient<T>(out, d, m, tile.n, job);
+    store<T>(out, d, m, tile.n, params);
   }
 #endif
 }

@@ -1,4 +1,4 @@
-// Descriptions of tensors for the copy engine, made on the host for every launch (a microsecond
+// Descriptions of tensors for the TMA, made on the host for every launch (a microsecond
 // each).
 #pragma once
 

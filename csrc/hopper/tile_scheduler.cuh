@@ -1,18 +1,20 @@
-// Which tile a cluster works on, from the experts' row counts, which only the device knows.
+// The tile scheduler: which output tile a cluster computes when, from the experts' row counts,
+// which only the device knows.
 //
-// The grid is as many clusters as fit the chip; cluster c takes the units c, c + grid, ... of all
-// units in expert order. Every thread finds its units itself, from running sums in shared memory.
+// Kernels are persistent: the grid is as many clusters as fit the GPU, and cluster c takes the work
+// tiles c, c + clusters, ... of all work tiles in expert order. Every thread finds its work tiles
+// by itself, from running sums in shared memory.
 #pragma once
 
 #include "pipeline.cuh"
 
 namespace lightning_fastmoe::hopper {
 
-// By the first warp: shared.row_end and shared.tile_end; units(rows) is an expert's number of
-// units.
-template <typename Units>
-__device__ __forceinline__ void sum_units(Shared& shared, const int32_t* offsets, int experts,
-                                          Units&& units) {
+// By the first warp: fills shared.row_end and shared.work_tile_end; count(rows) is an expert's
+// number of work tiles.
+template <typename Count>
+__device__ __forceinline__ void sum_work_tiles(SharedStorage& shared, const int32_t* offsets,
+                                               int experts, Count&& count) {
   const int lane = threadIdx.x % 32;
   int total = 0;
   for (int first = 0; first < experts; first += 32) {
@@ -21,7 +23,7 @@ __device__ __forceinline__ void sum_units(Shared& shared, const int32_t* offsets
     if (expert < experts) {
       const int end = offsets[expert], begin = expert == 0 ? 0 : offsets[expert - 1];
       shared.row_end[expert] = end;
-      sum = units(end - begin);
+      sum = count(end - begin);
     }
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -29,27 +31,28 @@ __device__ __forceinline__ void sum_units(Shared& shared, const int32_t* offsets
       if (lane >= offset) sum += below;
     }
     sum += total;
-    if (expert < experts) shared.tile_end[expert] = sum;
+    if (expert < experts) shared.work_tile_end[expert] = sum;
     total = __shfl_sync(0xffffffffu, sum, 31);
   }
 }
 
-// Walks over the units of this cluster.
-struct Walk {
-  const Shared& shared;
+// Iterates over the work tiles of this cluster.
+struct TileScheduler {
+  const SharedStorage& shared;
   int experts;
-  int unit;  // among all
-  int step;  // clusters
+  int work_tile;  // among those of all experts
+  int clusters;
   int expert = 0;
 
-  // Moves `expert` to that of `unit`; false at the end. `unit` ascends, so it never goes back.
-  __device__ __forceinline__ bool find() {
-    while (expert < experts && unit >= shared.tile_end[expert]) ++expert;
+  // Advances `expert` to that of `work_tile`; false if there is no such work tile. Work tiles
+  // ascend, so the expert never has to go back.
+  __device__ __forceinline__ bool fetch_work() {
+    while (expert < experts && work_tile >= shared.work_tile_end[expert]) ++expert;
     return expert < experts;
   }
-  __device__ __forceinline__ void next() { unit += step; }
-  __device__ __forceinline__ int local() const {
-    return unit - (expert == 0 ? 0 : shared.tile_end[expert - 1]);
+  __device__ __forceinline__ void advance() { work_tile += clusters; }
+  __device__ __forceinline__ int index_in_expert() const {
+    return work_tile - (expert == 0 ? 0 : shared.work_tile_end[expert - 1]);
   }
   __device__ __forceinline__ int row_begin() const {
     return expert == 0 ? 0 : shared.row_end[expert - 1];
@@ -57,49 +60,52 @@ struct Walk {
   __device__ __forceinline__ int row_end() const { return shared.row_end[expert]; }
 };
 
-// Tiles that are worked on at the same time should share operands in the L2 cache: bands of pairs
-// of row tiles, each with all of its columns before the next band starts. With few columns a band
-// is one pair, so that rows, which may have to come from memory, are read once; the columns'
-// operand, which is small then, stays in the cache.
-constexpr int kPairsOfBand = 8;
-constexpr int kFewColumns = 4;
+// Rasterization order. Tiles that are computed at the same time should share operands in the L2
+// cache: bands of pairs of M tiles, each with all of its N tiles before the next band starts. With
+// few N tiles a band is one pair, so that rows, which may have to come from memory, are read once;
+// B, which is small then, stays in the cache.
+constexpr int kPairsPerBand = 8;
+constexpr int kFewTilesN = 4;
 
-struct TilePosition {
-  int m;  // in pairs of row tiles
+struct TileCoordinates {
+  int m;  // in pairs of M tiles
   int n;
 };
 
-__host__ __device__ __forceinline__ TilePosition tile_position(int local, int pairs, int columns) {
-  const int most = columns <= kFewColumns ? 1 : kPairsOfBand;
-  const int band = local / (most * columns), rest = local - band * most * columns;
-  const int rows = pairs - band * most < most ? pairs - band * most : most;
-  const int n = rest / rows;
-  return {band * most + rest - n * rows, n};
+__host__ __device__ __forceinline__ TileCoordinates rasterize(int index, int m_pairs, int n_tiles) {
+  const int most = n_tiles <= kFewTilesN ? 1 : kPairsPerBand;
+  const int band = index / (most * n_tiles), rest = index - band * most * n_tiles;
+  const int pairs = m_pairs - band * most < most ? m_pairs - band * most : most;
+  const int n = rest / pairs;
+  return {band * most + rest - n * pairs, n};
 }
 
-// What one block of a cluster does of a unit of an expert's `tiles` x `columns` tiles. Two tiles of
-// rows make a pair that shares its columns. A last one without a partner is worked on by both
-// blocks, at different columns: those are not shared, but no block multiplies rows that don't
-// exist.
-struct RowUnit {
+// What one block of a cluster computes of a work tile, of an expert with m_tiles x n_tiles output
+// tiles. Two M tiles make a pair that shares its N tile. A last M tile without a partner is
+// computed by both blocks, at different N tiles: B is not shared then, but no block multiplies rows
+// that don't exist.
+struct WorkTile {
   int m;
   int n;
-  int first_n;  // of the cluster
-  bool shares;
+  int first_n;     // of the cluster
+  bool multicast;  // whether the blocks share B's tile
 };
 
-__host__ __device__ __forceinline__ int row_units(int tiles, int columns) {
-  return tiles / kCluster * columns + tiles % kCluster * ((columns + kCluster - 1) / kCluster);
+__host__ __device__ __forceinline__ int count_work_tiles(int m_tiles, int n_tiles) {
+  return m_tiles / kClusterSize * n_tiles +
+         m_tiles % kClusterSize * ((n_tiles + kClusterSize - 1) / kClusterSize);
 }
 
-__host__ __device__ __forceinline__ RowUnit row_unit(int local, int tiles, int columns, int rank) {
-  const int pairs = tiles / kCluster;
-  if (local < pairs * columns) {
-    const TilePosition position = tile_position(local, pairs, columns);
-    return {position.m * kCluster + rank, position.n, position.n, true};
+// The work tile number `index` of an expert, as block `rank` of the cluster sees it.
+__host__ __device__ __forceinline__ WorkTile make_work_tile(int index, int m_tiles, int n_tiles,
+                                                            int rank) {
+  const int m_pairs = m_tiles / kClusterSize;
+  if (index < m_pairs * n_tiles) {
+    const TileCoordinates at = rasterize(index, m_pairs, n_tiles);
+    return {at.m * kClusterSize + rank, at.n, at.n, true};
   }
-  const int first = (local - pairs * columns) * kCluster;
-  return {tiles - 1, first + rank, first, false};
+  const int first = (index - m_pairs * n_tiles) * kClusterSize;
+  return {m_tiles - 1, first + rank, first, false};
 }
 
 }  // namespace lightning_fastmoe::hopper

@@ -40,12 +40,12 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
     for_half(x.scalar_type(), op, [&](auto tag) {
       using T = typename decltype(tag)::type;
       using Epilogue = StoreActivation<T, typename K::Act, K::kGated>;
-      RaggedRows<T, Epilogue> job{};
+      RaggedRowsParams<T, Epilogue> job{};
       job.ordered = width % kOrderedRows == 0;
       job.b_map = tensor_map(up, op,
                              job.ordered ? ordered_boxes(d_model, experts * width_h)
                                          : contiguous_boxes(d_model, width, kParts, experts, 128));
-      job.spread = start_spread(rows, d_model, width_h);
+      job.stagger_cycles = stagger_cycles(rows, d_model, width_h);
       job.gathered = static_cast<const T*>(x.data_ptr());
       job.order = static_cast<const int64_t*>(order.data_ptr());
       job.top_k = static_cast<int>(top_k);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
       job.experts = experts;
       job.deadline = deadline;
       job.k = static_cast<int>(d_model);
-      job.columns = static_cast<int>(ceil_div(width, Epilogue::kColumns));
+      job.n_tiles = static_cast<int>(ceil_div(width, Epilogue::kColumns));
       job.epilogue = {
           keep_h ? static_cast<T*>(h.data_ptr()) : nullptr, static_cast<T*>(a.data_ptr()),
           bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, static_cast<int>(width)};

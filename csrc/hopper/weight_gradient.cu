@@ -2,9 +2,9 @@
 #include <algorithm>
 
 #include "checks.cuh"
-#include "split_k_reduction.cuh"
 #include "launch.cuh"
 #include "ops.h"
+#include "split_k_reduction.cuh"
 
 namespace lightning_fastmoe::hopper {
 
@@ -24,15 +24,15 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
   Tensor out = transposed ? torch::stable::new_empty(gathered, {experts, n, m})
                           : torch::stable::new_empty(gathered, {experts, m, n});
   if (count == 0) return torch::stable::fill_(out, 0.0);
-  const int64_t blocks = multiprocessors(), chunk = gradient_chunk(count, m, n, blocks);
-  const int64_t parts = gradient_parts(count, chunk);
-  Tail tail = gradient_tail(count, m, n, experts, blocks);
-  Tensor workspace = torch::stable::new_empty(gathered, {std::max(parts * m * n, tail.floats())},
-                                              ScalarType::Float);
+  const int64_t blocks = multiprocessors(), chunk = rows_per_split(count, m, n, blocks);
+  const int64_t parts = max_splits(count, chunk);
+  LastWave tail = split_last_wave(count, m, n, experts, blocks);
+  Tensor workspace = torch::stable::new_empty(
+      gathered, {std::max(parts * m * n, tail.workspace_floats())}, ScalarType::Float);
   tail.workspace = static_cast<float*>(workspace.data_ptr());
   for_half(gathered.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    WeightGradient<T> job{};
+    WeightGradientParams<T> job{};
     job.b_map = tensor_map(rows, op, contiguous_boxes(n, count, 1, 1, kTileK));
     job.gathered = static_cast<const T*>(gathered.data_ptr());
     job.order = static_cast<const int64_t*>(order.data_ptr());
@@ -41,28 +41,28 @@ Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_
     job.experts = experts;
     job.m = static_cast<int>(m);
     job.n = static_cast<int>(n);
-    job.chunk = static_cast<int>(chunk);
+    job.split_rows = static_cast<int>(chunk);
     job.out = static_cast<T*>(out.data_ptr());
     job.workspace = static_cast<float*>(workspace.data_ptr());
-    job.tail = tail;
+    job.last_wave = tail;
     job.deadline = deadline;
     const cudaStream_t stream = current_stream(gathered);
     const auto run = [&](auto kernel, auto add_tail) {
       launch(kernel, job, stream);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
-      if (tail.units == 0) return;
-      launch_early(add_tail, static_cast<unsigned>(tail.units * kCluster),
+      if (tail.tiles == 0) return;
+      launch_early(add_tail, static_cast<unsigned>(tail.tiles * kClusterSize),
                    static_cast<unsigned>(kConsumers * kWarpgroup), 0, stream, job);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
     if (transposed) {
-      run(weight_gradient_kernel<T, true>, add_tail_kernel<T, true>);
+      run(weight_gradient_kernel<T, true>, reduce_last_wave_kernel<T, true>);
     } else {
-      run(weight_gradient_kernel<T, false>, add_tail_kernel<T, false>);
+      run(weight_gradient_kernel<T, false>, reduce_last_wave_kernel<T, false>);
     }
     if (parts == 0) return;  // no expert can have that many rows
-    launch_early(add_parts_kernel<T>, static_cast<unsigned>(2 * blocks), kBlock, 0, stream,
-                 job.workspace, job.offsets, job.out, experts, job.chunk, m * n);
+    launch_early(reduce_splits_kernel<T>, static_cast<unsigned>(2 * blocks), kBlock, 0, stream,
+                 job.workspace, job.offsets, job.out, experts, job.split_rows, m * n);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
