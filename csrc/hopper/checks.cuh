@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../common.cuh"
-#include "activations.cuh"
+#include "../activations.cuh"
 #include "pipeline.cuh"
 #include "tensor_map.h"
 

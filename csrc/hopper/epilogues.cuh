@@ -6,7 +6,7 @@
 // prefetch() while the last MMAs are in flight, and store().
 #pragma once
 
-#include "activations.cuh"
+#include "../activations.cuh"
 #include "ragged_rows.cuh"
 
 namespace lightning_fastmoe::hopper {
