@@ -4,51 +4,12 @@
 // h (over h itself), the weighted activation (the factor of the down projection's gradient, over
 // d_act) and each row's <A, dA>, which is the gradient of its routing weight. So neither A nor the
 // experts' outputs are kept. A bias is added here, in fp32, rather than in a pass of its own.
+#include "activations.cuh"
 #include "common.cuh"
 #include "ops.h"
 
 namespace lightning_fastmoe {
 namespace {
-
-// The short forms are off by a few units of fp32's last place: nothing beside the rounding of half
-// types, and what keeps the backward limited by memory. fp32 tensors get the long ones.
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-  return sizeof(T) == sizeof(float) ? expf(x) : __expf(x);
-}
-
-template <typename T>
-__device__ __forceinline__ float reciprocal(float x) {
-  return sizeof(T) == sizeof(float) ? 1.0f / x : __fdividef(1.0f, x);
-}
-
-// Each returns act(x) and, through `slope`, act'(x). T is the dtype of the tensors.
-struct Silu {
-  template <typename T>
-  static __device__ __forceinline__ float apply(float x, float* slope) {
-    const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-x));
-    *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
-    return x * sigmoid;
-  }
-};
-
-struct Gelu {  // the exact one: x * Phi(x)
-  template <typename T>
-  static __device__ __forceinline__ float apply(float x, float* slope) {
-    constexpr float kRootHalf = 0.70710678118654752f, kDensity = 0.39894228040143268f;
-    const float below = 0.5f * (1.0f + erff(x * kRootHalf));
-    *slope = below + x * kDensity * exponential<T>(-0.5f * x * x);
-    return x * below;
-  }
-};
-
-struct Relu {  // keeps NaN, as torch does
-  template <typename T>
-  static __device__ __forceinline__ float apply(float x, float* slope) {
-    *slope = x <= 0.0f ? 0.0f : 1.0f;
-    return x <= 0.0f ? 0.0f : x;
-  }
-};
 
 // The bias that row `row` of h gets, nullptr if there is none.
 template <typename T>
@@ -93,7 +54,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       float slope;
-      float value = Act::template apply<T>(gate[n], &slope);
+      float value = Act::template apply<kElementwisePrecision<T>>(gate[n], &slope);
       if constexpr (kGated) value *= up[n];
       result.element[n] = from_float<T>(value);
     }
@@ -146,7 +107,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float slope;
-        const float bent = Act::template apply<T>(gate[n], &slope);
+        const float bent = Act::template apply<kElementwisePrecision<T>>(gate[n], &slope);
         const float other = kGated ? up[n] : 1.0f;
         const float grad = to_float(upstreams[j].element[n]), scaled = weight * grad;
         const float value = bent * other;
@@ -164,27 +125,10 @@ __global__ void __launch_bounds__(kBlock, 2)
   if (lane == 0) d_weights[pair] = dot;
 }
 
-template <typename Act_, bool kGated_>
-struct Kind {
-  using Act = Act_;
-  static constexpr bool kGated = kGated_;
-};
-
-template <typename Function>
-void for_kind(const std::string& name, const char* op, Function&& function) {
-  if (name == "swiglu") return function(Kind<Silu, true>{});
-  if (name == "geglu") return function(Kind<Gelu, true>{});
-  if (name == "reglu") return function(Kind<Relu, true>{});
-  if (name == "silu") return function(Kind<Silu, false>{});
-  if (name == "gelu") return function(Kind<Gelu, false>{});
-  if (name == "relu") return function(Kind<Relu, false>{});
-  STD_TORCH_CHECK(false, op, ": unknown activation '", name, "'");
-}
-
 int64_t activation_width(const Tensor& h, const std::string& name, const char* op) {
   const int64_t width = h.size(1);
   int64_t halves = 1;
-  for_kind(name, op, [&](auto kind) { halves = decltype(kind)::kGated ? 2 : 1; });
+  for_activation(name, op, [&](auto kind) { halves = decltype(kind)::kGated ? 2 : 1; });
   STD_TORCH_CHECK(width % halves == 0, op, ": the width of h, ", width,
                   ", must be even for the gated activation '", name, "'");
   return width / halves;
@@ -204,7 +148,7 @@ Tensor activation(const Tensor& h, const std::optional<Tensor>& bias,
   for_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (rows == 0 || width == 0) return;
-    for_kind(name, op, [&](auto kind) {
+    for_activation(name, op, [&](auto kind) {
       using K = decltype(kind);
       const auto launch = [&](auto size) {
         constexpr int N = decltype(size)::value;
@@ -253,7 +197,7 @@ Tensor activation_backward_(const Tensor& h, const Tensor& d_act, const Tensor& 
     using T = typename decltype(tag)::type;
     if (rows == 0) return;
     const unsigned grid = grid_size(ceil_div(rows, kWarpsPerBlock), op);
-    for_kind(name, op, [&](auto kind) {
+    for_activation(name, op, [&](auto kind) {
       using K = decltype(kind);
       const auto launch = [&](auto size) {
         activation_backward_kernel<typename K::Act, K::kGated, T, decltype(size)::value>

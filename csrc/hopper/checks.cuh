@@ -1,10 +1,7 @@
 // What the operators of this folder ask of their tensors.
 #pragma once
 
-#include <string>
-
 #include "../common.cuh"
-#include "../activations.cuh"
 #include "pipeline.cuh"
 #include "tensor_map.h"
 
@@ -69,24 +66,6 @@ void for_half(ScalarType dtype, const char* op, Function&& function) {
       STD_TORCH_CHECK(false, op, ": the dtype must be float16 or bfloat16, not ",
                       torch::headeronly::toString(dtype));
   }
-}
-
-template <typename Act_, bool kGated_>
-struct Kind {
-  using Act = Act_;
-  static constexpr bool kGated = kGated_;
-};
-
-// Calls `function(Kind<Act, gated>{})` for the activation of that name.
-template <typename Function>
-void for_activation(const std::string& name, const char* op, Function&& function) {
-  if (name == "swiglu") return function(Kind<Silu, true>{});
-  if (name == "geglu") return function(Kind<Gelu, true>{});
-  if (name == "reglu") return function(Kind<Relu, true>{});
-  if (name == "silu") return function(Kind<Silu, false>{});
-  if (name == "gelu") return function(Kind<Gelu, false>{});
-  if (name == "relu") return function(Kind<Relu, false>{});
-  STD_TORCH_CHECK(false, op, ": unknown activation '", name, "'");
 }
 
 }  // namespace lightning_fastmoe::hopper

@@ -156,7 +156,7 @@ struct StoreActivation {
           if (i % 4 / 2 != half) continue;
           float& gate = d[16 * group + i];
           float slope;
-          gate = Act::template apply<T>(gate, &slope);
+          gate = Act::template apply<kEpiloguePrecision<T>>(gate, &slope);
           if constexpr (kGated) gate *= d[kAccumulators / 2 + 16 * group + i];
         }
         const uint4 activated = eight_columns<T, kOrdered>(d, group, half);
@@ -224,8 +224,8 @@ struct BackwardActivation {
     const float2 gate = unpack<T>(gate_pair);
     const float2 up = kHasGate ? unpack<T>(up_pair) : float2{1.0f, 1.0f};
     float2 slope;
-    const float2 activated{Act::template apply<T>(gate.x, &slope.x),
-                           Act::template apply<T>(gate.y, &slope.y)};
+    const float2 activated{Act::template apply<kEpiloguePrecision<T>>(gate.x, &slope.x),
+                           Act::template apply<kEpiloguePrecision<T>>(gate.y, &slope.y)};
     const float2 value{activated.x * up.x, activated.y * up.y};
     const float2 scaled{weight * grad.x, weight * grad.y};
     dot += value.x * grad.x;
