@@ -1,9 +1,10 @@
-// The activation of the experts, forward and backward, fp32 inside.
+// The experts' activation, forward and backward, computed in fp32.
 //
 // The backward makes three results in the one pass over h that any of them needs: the gradient of
-// h (over h itself), the weighted activation (the factor of the down projection's gradient, over
-// d_act) and each row's <A, dA>, which is the gradient of its routing weight. So neither A nor the
-// experts' outputs are kept. A bias is added here, in fp32, rather than in a pass of its own.
+// h (written over h), the weighted activation (an operand of the down projection's gradient,
+// written over d_act) and each row's <A, dA>, which is the gradient of its routing weight. So
+// neither A nor the experts' outputs are kept. A bias is added here, in fp32, rather than in a pass
+// of its own.
 #include "activations.cuh"
 #include "common.cuh"
 #include "ops.h"
@@ -62,8 +63,9 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// One warp per row. Whoever reads an element of h or d_act is who overwrites it. The loads of
-// kInFlight steps start before the first store: the compiler could not move them there itself.
+// One warp per row. The thread that reads an element of h or d_act is the one that overwrites it.
+// The loads of kInFlight iterations are issued before the first store: the compiler could not hoist
+// them itself.
 constexpr int kInFlight = 2;
 
 template <typename Act, bool kGated, typename T, int N>
@@ -107,14 +109,14 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float slope;
-        const float bent = Act::template apply<kElementwisePrecision<T>>(gate[n], &slope);
+        const float activated = Act::template apply<kElementwisePrecision<T>>(gate[n], &slope);
         const float other = kGated ? up[n] : 1.0f;
         const float grad = to_float(upstreams[j].element[n]), scaled = weight * grad;
-        const float value = bent * other;
+        const float value = activated * other;
         dot += value * grad;
         weighted.element[n] = from_float<T>(weight * value);
         d_gate.element[n] = from_float<T>(scaled * other * slope);
-        if constexpr (kGated) d_up.element[n] = from_float<T>(scaled * bent);
+        if constexpr (kGated) d_up.element[n] = from_float<T>(scaled * activated);
       }
       store<T, N>(d_act + i, weighted);
       store<T, N>(h + i, d_gate);

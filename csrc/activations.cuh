@@ -15,7 +15,7 @@ namespace lightning_fastmoe {
 enum class Precision {
   // The CUDA math library's functions, for fp32 tensors.
   kFull,
-  // Intrinsics that are off by a few units of fp32's last place: nothing beside the rounding of
+  // Intrinsics that are off by a few ulp of fp32: nothing beside the rounding of
   // half
   // types, and what keeps a kernel over half tensors limited by memory.
   kFast,

@@ -11,9 +11,10 @@
 
 STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // logits (T, E) fp32 -> scores (T, E) fp32, exp or sigmoid of the logits over a token's sum;
-  // weights (T, K) fp32, exp or sigmoid of the chosen logits over their sum with normalize, else the
-  // score or the bare sigmoid; expert_ids (T, K) int64, the K largest of softmax or sigmoid plus
-  // selection_bias (E,), best first. Ratios are right also where each score would be zero in fp32.
+  // weights (T, K) fp32, exp or sigmoid of the chosen logits over their sum with normalize, else
+  // the score or the bare sigmoid; expert_ids (T, K) int64, the K largest of softmax or sigmoid
+  // plus selection_bias (E,), best first. Ratios are right also where each score would be zero in
+  // fp32.
   library.def(
       "route(Tensor logits, Tensor? selection_bias, int top_k, bool normalize, bool sigmoid)"
       " -> (Tensor scores, Tensor weights, Tensor expert_ids)");

@@ -1,4 +1,4 @@
-// What the operators of this folder ask of their tensors.
+// What the operators of this folder require of their tensors.
 #pragma once
 
 #include "../common.cuh"
@@ -38,7 +38,7 @@ inline void check_fits(int64_t rows, const char* op) {
   STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kClusterSize, op, ": too many rows, ", rows);
 }
 
-// Rows that are gathered are found by a 32-bit number of 16-byte vectors.
+// The address of a row that is gathered is a 32-bit number of 16-byte vectors.
 inline void check_gathered(const Tensor& tensor, const char* op) {
   STD_TORCH_CHECK(tensor.numel() / 8 < (int64_t{1} << 32) - 1, op, ": too many tokens, ",
                   tensor.size(0), " of width ", tensor.size(1));
@@ -49,8 +49,8 @@ inline CUtensorMap tensor_map(const Tensor& tensor, const char* op, const Boxes&
   const auto& n = boxes.sizes;
   STD_TORCH_CHECK(encode_tensor_map(&map, tensor.data_ptr(),
                                     tensor.scalar_type() == ScalarType::BFloat16, boxes),
-                  op, ": the driver refuses the description of a tensor (", n[0], " x ", n[1],
-                  " x ", n[2], " x ", n[3], " x ", n[4], ")");
+                  op, ": the driver refuses the tensor map of a tensor (", n[0], " x ", n[1], " x ",
+                  n[2], " x ", n[3], " x ", n[4], ")");
   return map;
 }
 

@@ -20,39 +20,37 @@ T* data_or_null(const std::optional<Tensor>& tensor) {
 // One call of operator `op`, whose first operand is `a`.
 class GroupedGemm {
  public:
-  const char* const op;
-
-  GroupedGemm(const char* op_, const Tensor& a, const char* name)
-      : op(op_), deadline_(deadline_for(op_)), a_(a) {
+  GroupedGemm(const char* op, const Tensor& a, const char* name)
+      : op_(op), deadline_(deadline_for(op)), a_(a) {
     check_matrix(a, op, name, 2, a);
   }
 
   void check_operand(const Tensor& tensor, const char* name, int64_t dim) const {
-    check_matrix(tensor, op, name, dim, a_);
+    check_matrix(tensor, op_, name, dim, a_);
   }
 
   // The experts' rows are those of `a`. `order`, if any, is only checked.
   void set_groups(const Tensor& offsets, const std::optional<Tensor>& order) {
-    experts_ = check_groups(offsets, order ? &*order : nullptr, 1, op, a_);
+    experts_ = check_groups(offsets, order ? &*order : nullptr, 1, op_, a_);
     offsets_ = data_of<const int32_t>(offsets);
-    check_fits(a_.size(0), op);
+    check_fits(a_.size(0), op_);
   }
 
   // The experts' rows are gathered: row r is row order[r] / top_k of `a`.
   void set_gathered_groups(const Tensor& offsets, const Tensor& order, int64_t top_k) {
-    experts_ = check_groups(offsets, &order, top_k, op, a_);
+    experts_ = check_groups(offsets, &order, top_k, op_, a_);
     offsets_ = data_of<const int32_t>(offsets);
     gathers_ = true;
     order_ = data_of<const int64_t>(order);
     top_k_ = static_cast<int>(top_k);
-    check_fits(order.size(0), op);
-    check_gathered(a_, op);
+    check_fits(order.size(0), op_);
+    check_gathered(a_, op_);
   }
 
   int experts() const { return experts_; }
 
   CUtensorMap map(const Tensor& tensor, const Boxes& boxes) const {
-    return tensor_map(tensor, op, boxes);
+    return tensor_map(tensor, op_, boxes);
   }
 
   // Params with the groups, `a` if its rows are gathered, and the deadline.
@@ -105,6 +103,7 @@ class GroupedGemm {
   }
 
  private:
+  const char* op_;
   Deadline deadline_;
   const Tensor& a_;
   bool gathers_ = false;
