@@ -15,9 +15,8 @@ namespace lightning_fastmoe {
 enum class Precision {
   // The CUDA math library's functions, for fp32 tensors.
   kFull,
-  // Intrinsics that are off by a few ulp of fp32: nothing beside the rounding of
-  // half
-  // types, and what keeps a kernel over half tensors limited by memory.
+  // Intrinsics that are off by a few ulp of fp32: negligible next to the rounding of half types,
+  // and what keeps a kernel over half tensors limited by memory.
   kFast,
   // For epilogues of GEMMs with fp16 results, which apply an activation to every element while the
   // tensor cores wait, so instructions count. The hardware's exp2 and reciprocal, as exact as those
@@ -28,12 +27,12 @@ enum class Precision {
   kEpilogueBf16,
 };
 
-// Of kernels over tensors of T.
+// The precision of kernels over tensors of T.
 template <typename T>
 constexpr Precision kElementwisePrecision =
     std::is_same_v<T, float> ? Precision::kFull : Precision::kFast;
 
-// Of epilogues that round to T.
+// The precision of epilogues that round to T.
 template <typename T>
 constexpr Precision kEpiloguePrecision =
     std::is_same_v<T, __nv_bfloat16> ? Precision::kEpilogueBf16 : Precision::kEpilogue;
@@ -42,7 +41,7 @@ template <Precision kPrecision>
 constexpr bool kInEpilogue =
     kPrecision == Precision::kEpilogue || kPrecision == Precision::kEpilogueBf16;
 
-// ------------------------------------------------------------------------------- their ingredients
+// --------------------------------------------------------------------------------- building blocks
 
 constexpr float kLog2E = 1.4426950408889634f;
 

@@ -1,4 +1,4 @@
-// A limit for every loop in which a thread of a kernel waits for other threads: past it the kernel
+// A limit on every loop in which a thread of a kernel waits for other threads: past it the kernel
 // records who waited for what and traps, so that the program ends with an error rather than with a
 // GPU that stands still.
 #pragma once

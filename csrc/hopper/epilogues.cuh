@@ -1,6 +1,6 @@
 // The epilogues: what becomes of a tile of D in the accumulators.
 //
-// Each has: kGated, whether a tile's columns are 128 gate columns and the 128 up columns beside
+// Each has: kGated, whether a tile's columns are 128 gate columns and the 128 up columns next to
 // them; load_stages(n), how many pipeline stages of its own it takes for N tile n, and load(), by
 // which the producer fills one of them; and, for the consumers, prepare() before the mainloop,
 // prefetch() while the last MMAs are in flight, and store().

@@ -68,7 +68,7 @@ class GroupedGemm {
     return params;
   }
 
-  // The same of a kernel over ragged rows, whose K is the width of `a`.
+  // The same for a kernel over ragged rows, whose K is the width of `a`.
   template <typename Params>
   Params make_ragged_rows_params() const {
     Params params = make_params<Params>();

@@ -1,21 +1,21 @@
 // The pipeline that all grouped GEMMs share: stages in shared memory that one warpgroup, the
 // producer, fills, and that two others, the consumers, multiply.
 //
-//   block 0 of a cluster; block 1 does the same with the next tile of A
+//   Block 0 of a cluster; block 1 does the same for the neighbouring tile of A.
 //
-//               full[stage]: TMA's bytes and the producer have arrived
-//              +-------------------------------------------------------+
-//              |                                                       v
-//   +---------------------+    stages in shared memory    +-------------------------+
-//   | producer            |    +-----+-----+-----+-----+  | consumers               |
-//   | warpgroup 0         |--->|  0  |  1  |  2  |  3  |->| warpgroup 1: A[0:64] B  |
-//   |  A to its own block |    | A B | A B | A B | A B |  | warpgroup 2: A[64:128] B|
-//   |  half of B to both  |    +-----+-----+-----+-----+  | accumulators, epilogue  |
-//   +---------------------+               ^               +-------------------------+
-//              ^                          |                            |
-//              |           the other half of B, by block 1's producer  |
-//              +-------------------------------------------------------+
-//               empty[stage]: each consumer warp of both blocks has arrived
+//               full[stage]: 1 arrival (129 if rows are gathered) and all bytes of TMA's loads
+//              +--------------------------------------------------------------+
+//              |                                                              v
+//   +---------------------+      stages in shared memory     +----------------------------------+
+//   | producer            |      +-----+-----+-----+-----+   | consumers                        |
+//   | warpgroup 0:        |----->|  0  |  1  |  2  |  3  |-->| warpgroup 1: rows 0-63 of A, B   |
+//   | A, to its own block |      | A B | A B | A B | A B |   | warpgroup 2: rows 64-127 of A, B |
+//   | half of B, to both  |      +-----+-----+-----+-----+   | MMAs, then the epilogue          |
+//   +---------------------+                 ^                +----------------------------------+
+//              ^                            |                                 |
+//              |         the other half of B, from block 1's producer         |
+//              +--------------------------------------------------------------+
+//               empty[stage]: 16 arrivals, one from each consumer warp of both blocks
 //
 // A stage holds 64 of K: an operand tile A of 128 rows, one half for each consumer, and an operand
 // tile B of 256 columns, which both consumers read. Two blocks of a cluster work on neighbouring
@@ -64,7 +64,7 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 +
 constexpr int kTokensBarrier = 1;
 constexpr int kConsumerBarrier = 2;  // and the next, one for each consumer
 
-constexpr int kMaxExperts = 2048;  // what shared memory has room for beside the stages
+constexpr int kMaxExperts = 2048;  // what shared memory has room for besides the stages
 
 // How the declaration of a kernel starts. For other targets its body is empty and, so that nobody
 // launches it, its blocks are limited to one thread.
@@ -148,7 +148,7 @@ struct Pipeline {
 };
 
 // By all threads, at the start of a kernel. `gathers`: whether each producer thread arrives at the
-// full barriers, for the rows that it copies, beside the one that issues TMA loads.
+// full barriers, for the rows that it copies, besides the one that issues TMA loads.
 __device__ __forceinline__ Pipeline make_pipeline(SharedStorage& shared, uint8_t* buffers,
                                                   bool gathers, const Deadline& deadline) {
   const Pipeline pipeline{shared_address(buffers), shared_address(shared.full),

@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_b(const RaggedRowsParams<T, Epilogue>& para
     if constexpr (kB == Major::kMN) {
       at = {tile.n * kTileN + i * 64, k, 0, expert};
     } else {
-      // With a gate: its columns, then the up columns beside them.
+      // With a gate: its columns, then the up columns next to them.
       constexpr bool kGated = Epilogue::kGated;
       const int n = kGated ? tile.n * (kTileN / 2) : tile.n * kTileN + i * 128;
       const int matrix = kGated ? i : 0;

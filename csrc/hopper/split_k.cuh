@@ -48,7 +48,7 @@ struct GradientTile {
   int n;  // the first column
 
   GradientTile() = default;
-  // Of the work tiles of a split, number `index`.
+  // The tile of the work tile number `index` of a split.
   __device__ __forceinline__ GradientTile(int index, int rows_of_g, int rank) {
     const int m_pairs = (rows_of_g + kTileM * kClusterSize - 1) / (kTileM * kClusterSize);
     n = index / m_pairs * kTileN;
@@ -101,10 +101,10 @@ inline LastWave split_last_wave(int64_t rows, int64_t m, int64_t n, int64_t expe
   return {static_cast<int>(left), static_cast<int>(splits), nullptr};
 }
 
-// How an expert is split: into splits of so many rows. One expert's tiles take a fraction t of all
-// blocks; if it had all rows, in s splits, it would take ceil(s t) / s of the time that they take
-// it alone. Of the s that make a split half to two thirds as long as all blocks together need, we
-// take the fewest that are near the best, for each costs memory. Where an expert's tiles keep
+// How an expert is split: into splits of this many rows. One expert's tiles take a fraction t of
+// all blocks; if it had all rows, in s splits, it would take ceil(s t) / s of the time that they
+// take it alone. Of the s that make a split half to two thirds as long as all blocks together need,
+// we take the fewest that are near the best, for each costs memory. Where an expert's tiles keep
 // nearly all blocks busy by themselves it is never split, and needs no workspace.
 inline int64_t rows_per_split(int64_t rows, int64_t m, int64_t n, int64_t blocks) {
   const int64_t tiles =
