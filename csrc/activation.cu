@@ -1,54 +1,16 @@
-// The activation of the experts, forward and backward, fp32 inside.
+// The experts' activation, forward and backward, computed in fp32.
 //
 // The backward makes three results in the one pass over h that any of them needs: the gradient of
-// h (over h itself), the weighted activation (the factor of the down projection's gradient, over
-// d_act) and each row's <A, dA>, which is the gradient of its routing weight. So neither A nor the
-// experts' outputs are kept. A bias is added here, in fp32, rather than in a pass of its own.
+// h (written over h), the weighted activation (an operand of the down projection's gradient,
+// written over d_act) and each row's <A, dA>, which is the gradient of its routing weight. So
+// neither A nor the experts' outputs are kept. A bias is added here, in fp32, rather than in a pass
+// of its own.
+#include "activations.cuh"
 #include "common.cuh"
 #include "ops.h"
 
 namespace lightning_fastmoe {
 namespace {
-
-// The short forms are off by a few units of fp32's last place: nothing beside the rounding of half
-// types, and what keeps the backward limited by memory. fp32 tensors get the long ones.
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-  return sizeof(T) == sizeof(float) ? expf(x) : __expf(x);
-}
-
-template <typename T>
-__device__ __forceinline__ float reciprocal(float x) {
-  return sizeof(T) == sizeof(float) ? 1.0f / x : __fdividef(1.0f, x);
-}
-
-// Each returns act(x) and, through `slope`, act'(x). T is the dtype of the tensors.
-struct Silu {
-  template <typename T>
-  static __device__ __forceinline__ float apply(float x, float* slope) {
-    const float sigmoid = reciprocal<T>(1.0f + exponential<T>(-x));
-    *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
-    return x * sigmoid;
-  }
-};
-
-struct Gelu {  // the exact one: x * Phi(x)
-  template <typename T>
-  static __device__ __forceinline__ float apply(float x, float* slope) {
-    constexpr float kRootHalf = 0.70710678118654752f, kDensity = 0.39894228040143268f;
-    const float below = 0.5f * (1.0f + erff(x * kRootHalf));
-    *slope = below + x * kDensity * exponential<T>(-0.5f * x * x);
-    return x * below;
-  }
-};
-
-struct Relu {  // keeps NaN, as torch does
-  template <typename T>
-  static __device__ __forceinline__ float apply(float x, float* slope) {
-    *slope = x <= 0.0f ? 0.0f : 1.0f;
-    return x <= 0.0f ? 0.0f : x;
-  }
-};
 
 // The bias that row `row` of h gets, nullptr if there is none.
 template <typename T>
@@ -93,7 +55,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       float slope;
-      float value = Act::template apply<T>(gate[n], &slope);
+      float value = Act::template apply<kElementwisePrecision<T>>(gate[n], &slope);
       if constexpr (kGated) value *= up[n];
       result.element[n] = from_float<T>(value);
     }
@@ -101,8 +63,9 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// One warp per row. Whoever reads an element of h or d_act is who overwrites it. The loads of
-// kInFlight steps start before the first store: the compiler could not move them there itself.
+// One warp per row. The thread that reads an element of h or d_act is the one that overwrites it.
+// The loads of kInFlight iterations are issued before the first store: the compiler could not hoist
+// them itself.
 constexpr int kInFlight = 2;
 
 template <typename Act, bool kGated, typename T, int N>
@@ -146,14 +109,14 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float slope;
-        const float bent = Act::template apply<T>(gate[n], &slope);
+        const float activated = Act::template apply<kElementwisePrecision<T>>(gate[n], &slope);
         const float other = kGated ? up[n] : 1.0f;
         const float grad = to_float(upstreams[j].element[n]), scaled = weight * grad;
-        const float value = bent * other;
+        const float value = activated * other;
         dot += value * grad;
         weighted.element[n] = from_float<T>(weight * value);
         d_gate.element[n] = from_float<T>(scaled * other * slope);
-        if constexpr (kGated) d_up.element[n] = from_float<T>(scaled * bent);
+        if constexpr (kGated) d_up.element[n] = from_float<T>(scaled * activated);
       }
       store<T, N>(d_act + i, weighted);
       store<T, N>(h + i, d_gate);
@@ -164,27 +127,10 @@ __global__ void __launch_bounds__(kBlock, 2)
   if (lane == 0) d_weights[pair] = dot;
 }
 
-template <typename Act_, bool kGated_>
-struct Kind {
-  using Act = Act_;
-  static constexpr bool kGated = kGated_;
-};
-
-template <typename Function>
-void for_kind(const std::string& name, const char* op, Function&& function) {
-  if (name == "swiglu") return function(Kind<Silu, true>{});
-  if (name == "geglu") return function(Kind<Gelu, true>{});
-  if (name == "reglu") return function(Kind<Relu, true>{});
-  if (name == "silu") return function(Kind<Silu, false>{});
-  if (name == "gelu") return function(Kind<Gelu, false>{});
-  if (name == "relu") return function(Kind<Relu, false>{});
-  STD_TORCH_CHECK(false, op, ": unknown activation '", name, "'");
-}
-
 int64_t activation_width(const Tensor& h, const std::string& name, const char* op) {
   const int64_t width = h.size(1);
   int64_t halves = 1;
-  for_kind(name, op, [&](auto kind) { halves = decltype(kind)::kGated ? 2 : 1; });
+  for_activation(name, op, [&](auto kind) { halves = decltype(kind)::kGated ? 2 : 1; });
   STD_TORCH_CHECK(width % halves == 0, op, ": the width of h, ", width,
                   ", must be even for the gated activation '", name, "'");
   return width / halves;
@@ -204,7 +150,7 @@ Tensor activation(const Tensor& h, const std::optional<Tensor>& bias,
   for_floating(h.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (rows == 0 || width == 0) return;
-    for_kind(name, op, [&](auto kind) {
+    for_activation(name, op, [&](auto kind) {
       using K = decltype(kind);
       const auto launch = [&](auto size) {
         constexpr int N = decltype(size)::value;
@@ -253,7 +199,7 @@ Tensor activation_backward_(const Tensor& h, const Tensor& d_act, const Tensor& 
     using T = typename decltype(tag)::type;
     if (rows == 0) return;
     const unsigned grid = grid_size(ceil_div(rows, kWarpsPerBlock), op);
-    for_kind(name, op, [&](auto kind) {
+    for_activation(name, op, [&](auto kind) {
       using K = decltype(kind);
       const auto launch = [&](auto size) {
         activation_backward_kernel<typename K::Act, K::kGated, T, decltype(size)::value>

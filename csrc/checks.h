@@ -1,4 +1,4 @@
-// Host code that every operator shares: checks with readable messages, the current stream.
+// Host code that all operators share: checks with readable messages, the current stream.
 #pragma once
 
 #include <cuda_runtime.h>

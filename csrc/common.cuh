@@ -1,4 +1,4 @@
-// Device code that every operator shares: 16-byte vectors, warp reductions, launches by dtype.
+// Device code that all operators share: 16-byte vectors, warp reductions, launches by dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,10 +18,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // --------------------------------------------------------------------------------------- launches
 
-// A block of about kBlock threads for rows of `units` units each: x runs along a row, y over rows.
-// Short rows share a block, so no thread has to divide to find its place.
-inline dim3 row_block(int64_t units) {
-  const unsigned x = units >= kBlock ? kBlock : static_cast<unsigned>(units > 0 ? units : 1);
+// A block of about kBlock threads for rows of `width` elements or vectors: x runs along a row, y
+// over rows. Short rows share a block, so no thread has to divide to find its row.
+inline dim3 row_block(int64_t width) {
+  const unsigned x = width >= kBlock ? kBlock : static_cast<unsigned>(width > 0 ? width : 1);
   return dim3(x, kBlock / x);
 }
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// N elements of T, as they lie in memory. N is 1, or fills exactly 16 bytes.
+// N elements of T, as in memory. N is 1, or fills exactly 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   static_assert(N == 1 || sizeof(T) * N == kVectorBytes);
@@ -102,7 +102,7 @@ __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& vector) {
   }
 }
 
-// The expert of an expert-major row: the first whose offset is beyond it.
+// The expert of an expert-major row: the first one whose offset is beyond the row.
 __device__ __forceinline__ int64_t expert_of(const int* offsets, int num_experts, int64_t row) {
   int low = 0, high = num_experts - 1;
   while (low < high) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ int64_t expert_of(const int* offsets, int num_experts
 
 // ----------------------------------------------------------------------------------------- warps
 
-// Butterflies leave the same bits in every lane, in an order that never changes.
+// Butterfly reductions: the same bits in every lane, in an order that never changes.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ unsigned warp_min(unsigned value) {
 #endif
 }
 
-// Sum over the lanes below and including this one.
+// Sum over the lanes up to and including this one.
 __device__ __forceinline__ int warp_inclusive_scan(int value) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll

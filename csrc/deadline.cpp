@@ -1,4 +1,4 @@
-// The host's side of deadlines: how long, where the record lies, and what it says.
+// The host's side of deadlines: how long they are, where the record is, and what it says.
 #include "deadline.h"
 
 #include <cstdio>
@@ -13,7 +13,7 @@ namespace {
 constexpr double kDefaultSeconds = 60;
 constexpr const char* kVariable = "LIGHTNING_FASTMOE_DEVICE_TIMEOUT";
 
-// A number of the environment that isn't negative; the default where it isn't set.
+// A non-negative number from the environment; the default where it isn't set.
 double number_of(const char* variable, double otherwise) {
   const char* text = std::getenv(variable);
   if (text == nullptr || *text == '\0') return otherwise;
@@ -29,7 +29,7 @@ double limit_seconds() {
   return seconds;
 }
 
-// At least one, since the first may have been almost over; without a limit more than can pass.
+// At least one, since the first may have been almost over; without a limit, more than can pass.
 uint32_t limit_ticks() {
   constexpr double kTicksPerSecond = 1e9 / (1 << kTickBits), kMost = 4e9;
   const double ticks = limit_seconds() * kTicksPerSecond;
@@ -46,8 +46,8 @@ StallRecord* record() {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
   void* pointer = nullptr;
-  const cudaError_t error = cudaHostAlloc(&pointer, sizeof(StallRecord),
-                                          cudaHostAllocPortable | cudaHostAllocMapped);
+  const cudaError_t error =
+      cudaHostAlloc(&pointer, sizeof(StallRecord), cudaHostAllocPortable | cudaHostAllocMapped);
   STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
   STD_CUDA_CHECK(error);
   StallRecord* made = static_cast<StallRecord*>(pointer);
@@ -89,8 +89,7 @@ std::string stall_report() {
 Deadline deadline_for(const char* op) {
   StallRecord* where = record();
   if (where->waiter != 0) STD_TORCH_CHECK(false, op, ": ", stall_report());
-  Deadline deadline{limit_ticks(), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(op)),
-                    where};
+  Deadline deadline{limit_ticks(), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(op)), where};
 #ifdef LIGHTNING_FASTMOE_DELAYS
   constexpr double kDelaySeconds = 20e-6;
   deadline.delay_nanoseconds =

@@ -1,6 +1,6 @@
 // Waiting with a deadline, on the device.
 //
-// Deadlines are for errors in these kernels, and should never pass: what keeps waits from missing
+// Deadlines are for bugs in these kernels, and should never pass: how waits are kept from missing
 // what they wait for is written in hopper/pipeline.cuh.
 #pragma once
 
@@ -14,9 +14,9 @@ __device__ __forceinline__ uint64_t global_nanoseconds() {
   return now;
 }
 
-// In a build for tests (-DLIGHTNING_FASTMOE_DELAYS) one warp in eight stops here for a while, a
-// random one each time: whatever order of events is possible then comes up sooner or later. Nothing
-// otherwise.
+// In a build for tests (-DLIGHTNING_FASTMOE_DELAYS), holds up one warp in eight for a while, a
+// random one each time, so that every possible order of events comes up sooner or later. Otherwise
+// does nothing.
 __device__ __forceinline__ void delay_at_random([[maybe_unused]] const Deadline& deadline) {
 #ifdef LIGHTNING_FASTMOE_DELAYS
   const uint64_t start = global_nanoseconds();
@@ -37,14 +37,14 @@ __device__ __forceinline__ void give_up(const Deadline& deadline, WaitFor what, 
   deadline.record->waiter = pack_waiter(blockIdx.x, threadIdx.x, detail, what);
   __threadfence_system();
   __trap();
-  __builtin_unreachable();  // so that no register is kept for later
+  __builtin_unreachable();  // so that no register is kept live for what follows
 }
 
 __device__ __forceinline__ uint32_t global_ticks() {
   return static_cast<uint32_t>(global_nanoseconds() >> kTickBits);
 }
 
-// Repeats done() until it is true. The clock is read only once done() has failed.
+// Repeats done() until it is true. Reads the clock only once done() has failed.
 template <typename Done>
 __device__ __forceinline__ void wait_until(const Deadline& deadline, WaitFor what, uint32_t detail,
                                            Done&& done) {
@@ -55,9 +55,9 @@ __device__ __forceinline__ void wait_until(const Deadline& deadline, WaitFor wha
   }
 }
 
-// Waits until all blocks of a grid have come here. They must all be on the device (a cooperative
-// launch sees to that). What any of them wrote to global memory before can be read after. `arrived`
-// is zero when the kernel starts; `round` counts the calls, from 1.
+// A grid barrier: waits until all blocks have arrived. They must all be resident (a cooperative
+// launch ensures that). What any of them wrote to global memory before it can be read after it.
+// `arrived` is zero when the kernel starts; `round` counts the calls, from 1.
 __device__ __forceinline__ void grid_sync(unsigned* arrived, unsigned round,
                                           const Deadline& deadline) {
   __syncthreads();

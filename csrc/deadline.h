@@ -1,6 +1,6 @@
-// A limit for every loop in which a thread of a kernel waits for other threads: past it the kernel
-// says who waited for what and traps, so that the program ends with an error and not with a GPU
-// that stands still.
+// A limit on every loop in which a thread of a kernel waits for other threads: past it the kernel
+// records who waited for what and traps, so that the program ends with an error rather than with a
+// GPU that stands still.
 #pragma once
 
 #include <cstdint>
@@ -11,29 +11,29 @@ namespace lightning_fastmoe {
 enum class WaitFor : uint32_t { kFullStage = 1, kEmptyStage = 2, kGrid = 3 };
 
 // What the first thread to give up leaves behind, in pinned host memory: after a trap, the host can
-// read nothing of the device any more.
+// no longer read the device's memory.
 struct StallRecord {
   volatile uint64_t op;      // the operator's name: the const char* that the host passed
   volatile uint64_t waiter;  // see pack_waiter(); zero while nobody has given up
 };
 
-// block: 32 bits, thread: 16, detail (a stage and its phase, or a round): 12, what for: 4.
+// block: 32 bits, thread: 16, detail (a stage and its parity, or a grid barrier's round): 12, what
+// for: 4.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-    inline uint64_t
-    pack_waiter(uint32_t block, uint32_t thread, uint32_t detail, WaitFor what) {
+    inline uint64_t pack_waiter(uint32_t block, uint32_t thread, uint32_t detail, WaitFor what) {
   return static_cast<uint64_t>(block) << 32 | (thread & 0xffffu) << 16 | (detail & 0xfffu) << 4 |
          static_cast<uint32_t>(what);
 }
 
-// Time as waits measure it, in 2^20 ns, about a millisecond: one register has room for seven weeks.
+// Waits measure time in ticks of 2^20 ns, about a millisecond: one register holds seven weeks.
 constexpr int kTickBits = 20;
 
-// What a kernel needs to keep it.
+// What a kernel needs to keep a deadline.
 struct Deadline {
-  uint32_t ticks;        // the longest wait
-  uint64_t op;           // const char*, for the record
+  uint32_t ticks;  // the longest wait
+  uint64_t op;     // const char*, for the record
   StallRecord* record;
 #ifdef LIGHTNING_FASTMOE_DELAYS
   uint64_t delay_nanoseconds;
@@ -41,7 +41,7 @@ struct Deadline {
 };
 
 // The deadline of a kernel of operator `op`, a string literal. Throws if a kernel of this process
-// has given up: nothing works on its device any more, and no other error would say why.
+// has given up: its device is unusable from then on, and no other error would say why.
 Deadline deadline_for(const char* op);
 
 // Who waited for what, "" if no kernel of this process has given up.

@@ -1,9 +1,9 @@
 // The whole layer as two operators, so that a step of many short kernels is not held up by the
 // interpreter: what lightning_fastmoe/ops/layer.py does step by step, for the case where every
-// grouped product is one kernel and there are no biases. The formulas are explained there.
+// grouped GEMM is one kernel and there are no biases. The formulas are explained there.
 //
-// With `hopper`, the products are those of hopper/, which gather rows and apply activations
-// themselves; otherwise F.grouped_mm with kernels of their own in between.
+// With `hopper`, the grouped GEMMs are those of hopper/, which gather rows and apply activations
+// themselves; otherwise they are F.grouped_mm, with separate kernels in between.
 #include <array>
 
 #include "checks.h"
@@ -31,28 +31,29 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 // Gradient of stacked weights: a^T b over the rows of each expert.
-Tensor outer_product(const Tensor& a, const Tensor& b, const Tensor& tokens_per_expert,
-                     const Tensor& offsets) {
+Tensor weight_gradient(const Tensor& a, const Tensor& b, const Tensor& tokens_per_expert,
+                       const Tensor& offsets) {
   Tensor out = grouped_mm(transposed(a), b, offsets);
-  zero_empty_experts_(out, tokens_per_expert);  // a product over no rows may leave what was there
+  zero_empty_experts_(out, tokens_per_expert);  // a GEMM over no rows may leave it unwritten
   return out;
 }
 
-// Tokens in expert-major order, or `x` itself if its rows came so.
+// Tokens in expert-major order, or `x` itself if its rows are in that order already.
 Tensor rows_of(const Tensor& x, const std::optional<Tensor>& inverse, int64_t top_k) {
   return inverse ? permute_rows(x, *inverse, top_k) : x;
 }
 
-// The (token, slot) pair of each row, for products that gather.
+// The (token, slot) pair of each row, for GEMMs that gather.
 Tensor pairs_of(const Tensor& x, const std::optional<Tensor>& order) {
   return order ? *order : hopper::row_numbers(x, x.size(0));
 }
 
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-// With one expert per token, the product itself can put its rows where the tokens are.
-std::optional<Tensor> places_of(const std::optional<Tensor>& order,
-                                const std::optional<Tensor>& inverse, int64_t top_k, bool hopper) {
+// With one expert per token, the GEMM's epilogue itself can store rows in the tokens' order.
+std::optional<Tensor> token_order(const std::optional<Tensor>& order,
+                                  const std::optional<Tensor>& inverse, int64_t top_k,
+                                  bool hopper) {
   return hopper && inverse && top_k == 1 ? order : std::nullopt;
 }
 
@@ -68,12 +69,12 @@ std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Ten
   STD_TORCH_CHECK(weights.has_value() == inverse.has_value(), op,
                   ": weights and inverse come together or not at all");
   const int64_t top_k = weights ? weights->size(1) : 1;
-  const auto places = places_of(order, inverse, top_k, hopper);
+  const auto out_order = token_order(order, inverse, top_k, hopper);
   Tensor h, a, y;
   if (hopper) {
     const Tensor pairs = pairs_of(x, order);
     std::tie(h, a) = hopper::up_forward(x, pairs, top_k, offsets, up, std::nullopt, name, keep_h);
-    y = hopper::rows_product(a, offsets, down, true, places, places ? weights : std::nullopt);
+    y = hopper::rows_product(a, offsets, down, true, out_order, out_order ? weights : std::nullopt);
   } else {
     h = grouped_mm(rows_of(x, inverse, top_k), transposed(up), offsets);
     a = activation(h, std::nullopt, std::nullopt, name);
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Ten
     y = grouped_mm(a, transposed(down), offsets);
   }
   a = nothing(x);
-  if (inverse && !places) {
+  if (inverse && !out_order) {
     y = sum_rows(y, *inverse, weights, top_k, std::nullopt, std::nullopt);
   }
   return {y, h};
@@ -110,22 +111,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor weighted_act = grouped_mm(d_out, down, offsets);
     d_weights =
         activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
-    if (wants_down) d_down = outer_product(d_out, weighted_act, tokens_per_expert, offsets);
+    if (wants_down) d_down = weight_gradient(d_out, weighted_act, tokens_per_expert, offsets);
   }
-  // h holds its gradient by now. Its rows' product comes first, as its N rows of D are gone before
-  // the gradient of up is made.
+  // h holds its gradient by now. The gradient of its rows comes first, as these N rows of D are
+  // freed before the gradient of up is allocated.
   if (wants_x) {
-    const auto places = places_of(order, inverse, top_k, hopper);
-    d_x = hopper ? hopper::rows_product(h, offsets, up, false, places, std::nullopt)
+    const auto out_order = token_order(order, inverse, top_k, hopper);
+    d_x = hopper ? hopper::rows_product(h, offsets, up, false, out_order, std::nullopt)
                  : grouped_mm(h, up, offsets);
-    if (inverse && !places) {
+    if (inverse && !out_order) {
       d_x = sum_rows(d_x, *inverse, std::nullopt, top_k, std::nullopt, std::nullopt);
     }
   }
   if (wants_up && hopper) {
     d_up = hopper::weight_gradient(x, pairs, top_k, h, offsets, true);
   } else if (wants_up) {
-    d_up = outer_product(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
+    d_up = weight_gradient(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
   }
   return {d_x, d_weights, d_up, d_down};
 }

@@ -1,13 +1,15 @@
-// Tokens into expert order and back. All three kernels are limited by memory, so each reads what is
-// shared by the K rows of a token once:
+// Tokens into expert order and back. All three kernels are limited by memory, so each reads what
+// the K rows of a token share once:
 //
-//   permute_rows        walks over tokens and writes K rows, rather than over rows that each read
-//                       their token again: (K + 1) / 2K of the traffic;
-//   sum_rows            walks over tokens and reads K rows;
-//   unpermute_backward  walks over pairs, those of one token side by side in one block, where the
+//   permute_rows        iterates over tokens and writes K rows each, rather than over rows that
+//   each
+//                       read their token again: (K + 1) / 2K of the traffic;
+//   sum_rows            iterates over tokens and reads K rows each;
+//   unpermute_backward  iterates over pairs, those of one token side by side in one block, where
+//   the
 //                       token's gradient stays in the L1 cache.
 //
-// Nothing is added to memory: every element is written by one thread, sums run in slot order.
+// There are no atomics: every element is written by one thread, and sums are in slot order.
 #include "common.cuh"
 #include "ops.h"
 
@@ -16,24 +18,24 @@ namespace {
 
 constexpr int kLoadsInFlight = 4;
 
-// Unit is what one thread moves at a time: 16 bytes, or one element. A copy does not care for
-// dtypes.
-template <typename Unit>
+// Word is what one thread moves at a time: 16 bytes, or one element. A copy does not depend on the
+// dtype.
+template <typename Word>
 __global__ void __launch_bounds__(kBlock)
-    permute_rows_kernel(const Unit* __restrict__ x, const int64_t* __restrict__ inverse,
-                        Unit* __restrict__ out, int64_t tokens, int64_t width, int top_k) {
+    permute_rows_kernel(const Word* __restrict__ x, const int64_t* __restrict__ inverse,
+                        Word* __restrict__ out, int64_t tokens, int64_t width, int top_k) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= tokens) return;
   const int64_t* rows = inverse + token * top_k;
   for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-    const Unit value = x[token * width + i];
+    const Word value = x[token * width + i];
 #pragma unroll 4
     for (int k = 0; k < top_k; ++k) out[rows[k] * width + i] = value;
   }
 }
 
-// So many 16-byte loads of one thread are under way together: of kRows rows, and of kColumns places
-// in each, a block's width apart. Where a token has few rows it is more places.
+// A thread has kLoadsInFlight 16-byte loads in flight: of kRows rows, and of kColumns vectors in
+// each, a block's width apart. Where a token has few rows it is more vectors.
 template <typename T, int N, int kRows, bool kBias>
 __global__ void __launch_bounds__(kBlock)
     sum_rows_kernel(const T* __restrict__ rows, const int64_t* __restrict__ inverse,
@@ -47,15 +49,15 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < width; i += kColumns * stride) {
     float sum[kColumns][N] = {};
     for (int k = 0; k < top_k; k += kRows) {
-      // All loads of a group start before the first is used.
-      Vector<T, N> part[kRows][kColumns];
+      // All loads of a group are issued before the first is used.
+      Vector<T, N> loaded[kRows][kColumns];
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (k + j >= top_k) continue;
         const T* row = rows + inverse[first + k + j] * width + i;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          if (i + c * stride < width) part[j][c] = load<T, N>(row + c * stride);
+          if (i + c * stride < width) loaded[j][c] = load<T, N>(row + c * stride);
         }
       }
 #pragma unroll
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kBlock)
           if (i + c * stride >= width) continue;
           float value[N];
 #pragma unroll
-          for (int n = 0; n < N; ++n) value[n] = to_float(part[j][c].element[n]);
+          for (int n = 0; n < N; ++n) value[n] = to_float(loaded[j][c].element[n]);
           if constexpr (kBias) {
             const Vector<T, N> shift = load<T, N>(bias + expert * width + i + c * stride);
 #pragma unroll
@@ -123,15 +125,15 @@ __global__ void __launch_bounds__(kBlock)
   if (lane == 0) d_weights[pair] = dot;
 }
 
-template <typename Unit>
+template <typename Word>
 void launch_permute(const Tensor& x, const Tensor& inverse, const Tensor& out, int64_t tokens,
                     int64_t row_bytes, int64_t top_k) {
-  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(Unit));
+  const int64_t width = row_bytes / static_cast<int64_t>(sizeof(Word));
   const dim3 block = row_block(width);
   const unsigned grid = grid_size(ceil_div(tokens, block.y), "permute_rows");
-  permute_rows_kernel<Unit><<<grid, block, 0, current_stream(x)>>>(
-      static_cast<const Unit*>(x.data_ptr()), static_cast<const int64_t*>(inverse.data_ptr()),
-      static_cast<Unit*>(out.data_ptr()), tokens, width, static_cast<int>(top_k));
+  permute_rows_kernel<Word><<<grid, block, 0, current_stream(x)>>>(
+      static_cast<const Word*>(x.data_ptr()), static_cast<const int64_t*>(inverse.data_ptr()),
+      static_cast<Word*>(out.data_ptr()), tokens, width, static_cast<int>(top_k));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -2,7 +2,7 @@
 // and its gradient.
 //
 // One warp per token; lane l holds the logits of experts l, l + 32, ... in registers, so E <= 1024.
-// Sizes depend on E and K alone.
+// Launch sizes depend on E and K alone.
 #include "common.cuh"
 #include "ops.h"
 
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kMaxExperts = 1024;
 
-// An integer that orders numbers as top-k does: NaN above everything, as torch.sort has it, and all
-// NaN equal, so that a row of NaN still gives K distinct experts. The bits of a float >= 0 ascend
-// with its value; those of a negative one descend. 0 is left for experts that are taken or do not
-// exist.
+// An integer that orders numbers as top-k does: NaN above everything, as in torch.sort, and all
+// NaNs equal, so that a row of NaNs still gives K distinct experts. The bits of a float >= 0 ascend
+// with its value; those of a negative one descend. 0 is reserved for experts that are taken or
+// don't exist.
 __device__ __forceinline__ unsigned rank_key(float value) {
   if (isnan(value)) return 0xffffffffu;
   const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);  // -0 ties with 0
@@ -22,8 +22,8 @@ __device__ __forceinline__ unsigned rank_key(float value) {
 }
 
 // A score is exp(x), or sigmoid(x) = exp(min(x, 0)) / (1 + exp(-|x|)). Weights and the distribution
-// are ratios of scores, so all of them may be divided by exp(highest), where `highest` is the largest
-// exponent among them: the largest one is then 1, or at least 1/2, and no sum vanishes.
+// are ratios of scores, so all of them may be divided by exp(highest), where `highest` is the
+// largest exponent among them: the largest one is then 1, or at least 1/2, and no sum vanishes.
 __device__ __forceinline__ float exponent(float x, bool use_sigmoid) {
   return use_sigmoid ? fminf(x, 0.0f) : x;
 }

@@ -1,5 +1,4 @@
-// All schemas, in one place, against torch's stable ABI: one build serves several versions of
-// torch.
+// All schemas in one file, against torch's stable ABI: one build serves several versions of torch.
 //
 // T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows in expert-major order.
 // `inverse[p]` is the row of the flat (token, slot) pair p, `order[row]` the pair of a row.
@@ -11,9 +10,10 @@
 
 STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // logits (T, E) fp32 -> scores (T, E) fp32, exp or sigmoid of the logits over a token's sum;
-  // weights (T, K) fp32, exp or sigmoid of the chosen logits over their sum with normalize, else the
-  // score or the bare sigmoid; expert_ids (T, K) int64, the K largest of softmax or sigmoid plus
-  // selection_bias (E,), best first. Ratios are right also where each score would be zero in fp32.
+  // weights (T, K) fp32, exp or sigmoid of the chosen logits over their sum with normalize, else
+  // the score or the bare sigmoid; expert_ids (T, K) int64, the K largest of softmax or sigmoid
+  // plus selection_bias (E,), best first. Ratios are right also where each score would be zero in
+  // fp32.
   library.def(
       "route(Tensor logits, Tensor? selection_bias, int top_k, bool normalize, bool sigmoid)"
       " -> (Tensor scores, Tensor weights, Tensor expert_ids)");
@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "unpermute_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse)"
       " -> (Tensor d_y, Tensor d_weights)");
   // h (N, 2F) or (N, F) -> (N, F). With bias (E, 2F) or (E, F) and offsets (E,), each row of h
-  // first gets its expert's.
+  // first gets its expert's bias.
   library.def("activation(Tensor h, Tensor? bias, Tensor? offsets, str name) -> Tensor");
   // With w = weights[order[row]] (weights[row] without order) and A = act(h + bias): h becomes
   // w * d_act * act'(h + bias), d_act becomes w * A, d_weights[order[row]] = <A, d_act>.
@@ -50,24 +50,25 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
   // The layer without biases: x (T, D), weights (T, K), up (E, 2F or F, D), down (E, D, F) -> out
   // (T, D), and the pre-activation h, which the backward needs (without keep_h it has no rows).
-  // Without weights, order and inverse, rows come and go in expert-major order. hopper takes that
-  // architecture's own products.
+  // Without weights, order and inverse, x and out are rows in expert-major order. hopper selects
+  // the grouped GEMMs of that architecture.
   library.def(
       "expert_layer(Tensor x, Tensor? weights, Tensor up, Tensor down, Tensor? order,"
       " Tensor? inverse, Tensor offsets, str name, bool keep_h, bool hopper)"
       " -> (Tensor out, Tensor h)");
-  // Overwrites h. What is not wanted has no elements. weights are ones (N, 1) without inverse.
+  // Overwrites h. Gradients that are not wanted have no elements. Without inverse, weights are ones
+  // (N, 1).
   library.def(
       "expert_layer_backward_(Tensor grad, Tensor x, Tensor(a!) h, Tensor weights, Tensor up,"
       " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 
-  // Which kernel of this process gave up waiting, and for what; "" if none did. See deadline.h.
+  // Which kernel of this process gave up waiting, and for what; "" if none has. See deadline.h.
   library.def("stall_report() -> str");
 
-  // The grouped GEMMs of compute capability 9.0: bf16 and fp16, contiguous, rows of whole 16-byte
-  // units, order (N,) int64, offsets (E,) int32. Whether this library has them for a device:
+  // The grouped GEMMs of compute capability 9.0: bf16 and fp16, contiguous, rows that are multiples
+  // of 16 bytes, order (N,) int64, offsets (E,) int32. Whether this library has them for a device:
   library.def("hopper_available(int device) -> bool");
   // x (T, D), up (E, 2F, D) or (E, F, D), bias (E, 2F) or (E, F)
   // -> h (N, 2F) or (N, F), a = act(h) (N, F): h[row] = up[e] x[order[row] / top_k] (+ bias[e]).
@@ -83,8 +84,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "hopper_backward_activation_(Tensor grad, Tensor order, Tensor offsets, Tensor down,"
       " Tensor(a!) h, Tensor weights, str activation) -> (Tensor weighted, Tensor d_weights)");
   // rows (N, k) -> (N, width): rows @ weight[e], (E, k, width), or if transposed (E, width, k).
-  // With order, a permutation, row r of the product is row order[r] of the result, and it is
-  // multiplied by weights[order[r]], (N, 1) fp32, if there are any.
+  // With order, a permutation, row r is stored as row order[r] of the result, multiplied by
+  // weights[order[r]], (N, 1) fp32, if there are any.
   library.def(
       "hopper_rows_product(Tensor rows, Tensor offsets, Tensor weight, bool transposed, Tensor? "
       "order, Tensor? weights) -> Tensor");

@@ -1,17 +1,17 @@
-// A stable counting sort of the T*K (token, slot) pairs by expert, in one launch in whose middle
-// the whole grid meets:
+// A stable counting sort of the T*K (token, slot) pairs by expert, in one launch whose phases are
+// separated by grid barriers:
 //
 //   1. each block counts the ids of its own range, per expert and warp;
-//   2. per expert, running sums over the blocks, which each block makes for itself where the counts
-//      are few, and for all of them where they are many, which takes another meeting;
+//   2. per expert, prefix sums over the blocks, which each block computes for itself if the counts
+//      are few, and for all blocks if they are many, which takes another grid barrier;
 //   3. each block gives its pairs their rows.
 //
-// Nothing is added to memory by more than one thread: a lane finds its place among equal ids by
-// ballots, warps and blocks theirs by running sums. Each pair's row is thus a function of the ids
-// alone, whatever runs first.
+// There are no atomics on counts: a lane finds its rank among equal ids by ballots, and warps and
+// blocks find theirs by prefix sums. So each pair's row is a function of the ids alone, whatever
+// order the blocks run in.
 //
-// There is little to move, so time is the latency of what has to wait for something else. Loads
-// come in batches; what a warp found out about its own ids is kept for the last phase.
+// There is little data to move, so the time is the latency of dependent operations. Loads are
+// issued in batches; what a warp found out about its own ids is kept for the last phase.
 #include <cassert>
 
 #include "common.cuh"
@@ -24,7 +24,7 @@ namespace {
 constexpr int kMaxExperts = 1024;
 constexpr int kIdsPerLane = 8;
 constexpr int kIdsPerWarpStep = kIdsPerLane * kWarpSize;
-// Experts times blocks up to which each block reads all counts, rather than meet once more.
+// Experts times blocks up to which each block reads all counts, to save a grid barrier.
 constexpr int kFewCounts = 16384;
 
 // A warp's next pairs, kWarpSize apart in a lane.
@@ -32,13 +32,13 @@ struct Step {
   int64_t first;  // of this lane
   int64_t last;
   int id[kIdsPerLane];
-  int place[kIdsPerLane];  // how many of the warp's earlier pairs have the same expert
+  int rank[kIdsPerLane];  // how many of the warp's earlier pairs have the same expert
 
   __device__ __forceinline__ int64_t pair(int i) const { return first + i * kWarpSize; }
   __device__ __forceinline__ bool exists(int i) const { return pair(i) < last; }
 
   __device__ __forceinline__ void load_ids(const int64_t* __restrict__ ids, int num_experts) {
-    // No check between these loads, or one would wait for the other.
+    // No check between these loads, or each would wait for the one before it.
     int64_t value[kIdsPerLane];
 #pragma unroll
     for (int i = 0; i < kIdsPerLane; ++i) value[i] = exists(i) ? ids[pair(i)] : 0;
@@ -51,7 +51,7 @@ struct Step {
     assert(valid && "an expert id is outside [0, num_experts)");
   }
 
-  // Finds each pair's place, and adds this step to the warp's `counts`.
+  // Finds each pair's rank, and adds this step to the warp's `counts`.
   __device__ __forceinline__ void count(int id_bits, int* counts) {
     const unsigned lower = (1u << threadIdx.x % kWarpSize) - 1u;
     unsigned same[kIdsPerLane];  // lanes with this lane's id
@@ -69,10 +69,10 @@ struct Step {
     for (int i = 0; i < kIdsPerLane; ++i) {
       const unsigned before = same[i] & lower;
       const int old = exists(i) ? counts[id[i]] : 0;
-      place[i] = old + __popc(before);
+      rank[i] = old + __popc(before);
       __syncwarp();  // all have read the old count
       if (exists(i) && before == 0) counts[id[i]] = old + __popc(same[i]);
-      __syncwarp();  // the next round sees the new one
+      __syncwarp();  // the next iteration sees the new one
     }
   }
 
@@ -82,7 +82,7 @@ struct Step {
 #pragma unroll
     for (int i = 0; i < kIdsPerLane; ++i) {
       if (!exists(i)) continue;
-      const int64_t row = rows[id[i]] + place[i];
+      const int64_t row = rows[id[i]] + rank[i];
       inverse[pair(i)] = row;
       order[row] = pair(i);
     }
@@ -90,7 +90,8 @@ struct Step {
 };
 
 // The pairs [first, last) of a warp, step by step. Between count() and finish() the last step,
-// which for most is the only one, stays in registers; places of those before it wait in `inverse`.
+// which for most is the only one, stays in registers; the ranks of those before it are kept in
+// `inverse`.
 struct WarpPairs {
   int64_t first;
   int64_t last;
@@ -116,7 +117,7 @@ struct WarpPairs {
       step.count(id_bits, counts);
       if (is_last(begin)) break;
 #pragma unroll
-      for (int i = 0; i < kIdsPerLane; ++i) inverse[step.pair(i)] = step.place[i];
+      for (int i = 0; i < kIdsPerLane; ++i) inverse[step.pair(i)] = step.rank[i];
     }
   }
 
@@ -128,13 +129,13 @@ struct WarpPairs {
     for (int64_t begin = first; at(begin) && !is_last(begin); begin += kIdsPerWarpStep) {
       step.load_ids(ids, num_experts);
 #pragma unroll
-      for (int i = 0; i < kIdsPerLane; ++i) step.place[i] = static_cast<int>(inverse[step.pair(i)]);
+      for (int i = 0; i < kIdsPerLane; ++i) step.rank[i] = static_cast<int>(inverse[step.pair(i)]);
       step.finish(rows, order, inverse);
     }
   }
 };
 
-// Exclusive sum over the block; `total` is the sum of all. Every thread must take part.
+// Exclusive prefix sum over the block; `total` is the sum of all. Every thread must take part.
 __device__ __forceinline__ int block_exclusive_scan(int value, int* total) {
   __shared__ int warp_totals[kWarpsPerBlock];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -152,18 +153,18 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int* total) {
   return before + inclusive - value;
 }
 
-// Of one expert.
+// The counts of one expert.
 struct Counts {
   int all;
   int before;  // in earlier blocks
 };
 
-// Counts of one expert after the other, from those of all blocks, (blocks, E), to `counts`, (E,).
-// Every thread must take part.
+// Sums the counts of all blocks, (blocks, E), into `counts`, (E,), expert by expert. Every thread
+// must take part.
 __device__ __forceinline__ void sum_all_blocks(const int* block_counts, int num_experts,
                                                Counts* counts) {
   __shared__ Counts shares[kBlock];
-  constexpr int kAtOnce = 8;  // loads that are under way together
+  constexpr int kInFlight = 8;  // loads
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   for (int start = 0; start < num_experts; start += kBlock) {
@@ -171,15 +172,15 @@ __device__ __forceinline__ void sum_all_blocks(const int* block_counts, int num_
     const int width = min(kBlock, num_experts - start), threads = kBlock / width;
     const int share = thread / width, expert = thread - share * width;
     Counts sum{0, 0};
-    for (int first = share; share < threads && first < blocks; first += kAtOnce * threads) {
-      int count[kAtOnce];
+    for (int first = share; share < threads && first < blocks; first += kInFlight * threads) {
+      int count[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kInFlight; ++i) {
         const int from = first + i * threads;
         count[i] = from < blocks ? block_counts[from * num_experts + start + expert] : 0;
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kInFlight; ++i) {
         sum.all += count[i];
         if (first + i * threads < block) sum.before += count[i];
       }
@@ -197,21 +198,21 @@ __device__ __forceinline__ void sum_all_blocks(const int* block_counts, int num_
   }
 }
 
-// The counts of one expert, one per block, become the number of its ids in earlier blocks. Returns
-// that of all. One warp.
+// Replaces the counts of one expert, one per block, by their exclusive prefix sum: the number of
+// its ids in earlier blocks. Returns the sum of all. By one warp.
 __device__ __forceinline__ int scan_over_blocks(int* block_counts, int num_experts, int blocks) {
-  constexpr int kAtOnce = 5;  // loads that are under way together: enough for 160 blocks
+  constexpr int kInFlight = 5;  // loads: enough for 160 blocks
   const int lane = threadIdx.x % kWarpSize;
   int running = 0;
-  for (int start = lane; start - lane < blocks; start += kAtOnce * kWarpSize) {
-    int count[kAtOnce];
+  for (int start = lane; start - lane < blocks; start += kInFlight * kWarpSize) {
+    int count[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int block = start + i * kWarpSize;
       count[i] = block < blocks ? block_counts[static_cast<int64_t>(block) * num_experts] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int block = start + i * kWarpSize;
       const int inclusive = warp_inclusive_scan(count[i]);
       if (block < blocks) {
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kBlock)
                 int64_t* __restrict__ order, int64_t* inverse, int* __restrict__ offsets,
                 int64_t total, int64_t ids_per_warp, int num_experts, int id_bits,
                 unsigned* arrived, const __grid_constant__ Deadline deadline) {
-  // (warps, E): first each warp's counts, then its next rows; and (E,), of all.
+  // (warps, E): first each warp's counts, then its next rows; and (E,), those of all blocks.
   extern __shared__ int counts[];
   Counts* const of_experts = reinterpret_cast<Counts*>(counts + kWarpsPerBlock * num_experts);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -271,7 +272,8 @@ __global__ void __launch_bounds__(kBlock)
     __syncthreads();
   }
 
-  // Where each expert begins is cheaper to sum here, E numbers per block, than to meet once more.
+  // Summing E numbers in every block, to find where each expert begins, is cheaper than another
+  // grid barrier.
   int running = 0;
   for (int start = 0; start < num_experts; start += kBlock) {
     const int expert = start + threadIdx.x;
@@ -315,14 +317,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   Tensor inverse = torch::stable::empty_like(expert_ids);
   Tensor tokens_per_expert = torch::stable::new_empty(expert_ids, {num_experts});
   Tensor offsets = torch::stable::new_empty(expert_ids, {num_experts}, ScalarType::Int);
-  // The whole grid has to be on the device at once; one block on each processor always is. Without
+  // The whole grid has to be resident at once; one block per multiprocessor always is. Without
   // pairs one block still runs, and writes counts and offsets of zero.
-  int processors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                         expert_ids.get_device_index()));
   const int64_t warp_steps = ceil_div(total, kIdsPerWarpStep);
   const int64_t most_blocks = std::max<int64_t>(1, ceil_div(warp_steps, kWarpsPerBlock));
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(processors, most_blocks));
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(multiprocessors, most_blocks));
   int64_t ids_per_warp = kIdsPerWarpStep * ceil_div(warp_steps, blocks * kWarpsPerBlock);
   Tensor workspace = torch::stable::new_empty(
       expert_ids, {static_cast<int64_t>(blocks) * num_experts + 1}, ScalarType::Int);

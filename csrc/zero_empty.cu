@@ -1,6 +1,6 @@
-// Zeros for the weight gradients of experts without tokens: a grouped product over no rows may
-// leave its output as it found it. Experts with tokens cost one load each, and the host learns
-// nothing.
+// Zeros for the weight gradients of experts without tokens: a grouped GEMM over no rows may leave
+// its output unwritten. Experts with tokens cost one load each, and the host does not need the
+// counts.
 #include "common.cuh"
 #include "ops.h"
 
@@ -9,26 +9,26 @@ namespace {
 
 constexpr int kBlocksPerExpert = 64;
 
-template <typename Unit>
+template <typename Word>
 __global__ void __launch_bounds__(kBlock)
-    zero_empty_kernel(Unit* __restrict__ grad, const int64_t* __restrict__ tokens_per_expert,
-                      int64_t units) {
+    zero_empty_kernel(Word* __restrict__ grad, const int64_t* __restrict__ tokens_per_expert,
+                      int64_t words) {
   if (tokens_per_expert[blockIdx.y] != 0) return;
-  grad += static_cast<int64_t>(blockIdx.y) * units;
+  grad += static_cast<int64_t>(blockIdx.y) * words;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < units; i += step) {
-    grad[i] = Unit{};
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < words; i += step) {
+    grad[i] = Word{};
   }
 }
 
-template <typename Unit>
+template <typename Word>
 void launch(const Tensor& grad, const Tensor& tokens_per_expert, int64_t experts, int64_t bytes) {
-  const int64_t units = bytes / static_cast<int64_t>(sizeof(Unit));
-  const int64_t blocks = std::min<int64_t>(kBlocksPerExpert, ceil_div(units, kBlock));
+  const int64_t words = bytes / static_cast<int64_t>(sizeof(Word));
+  const int64_t blocks = std::min<int64_t>(kBlocksPerExpert, ceil_div(words, kBlock));
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(experts));
-  zero_empty_kernel<Unit><<<grid, kBlock, 0, current_stream(grad)>>>(
-      static_cast<Unit*>(grad.data_ptr()),
-      static_cast<const int64_t*>(tokens_per_expert.data_ptr()), units);
+  zero_empty_kernel<Word><<<grid, kBlock, 0, current_stream(grad)>>>(
+      static_cast<Word*>(grad.data_ptr()),
+      static_cast<const int64_t*>(tokens_per_expert.data_ptr()), words);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,4 +1,4 @@
-"""The index arithmetic of the Hopper kernels, compiled for the host."""
+"""The tile scheduler and split-K of the Hopper kernels, compiled for the host."""
 
 from __future__ import annotations
 
@@ -28,47 +28,49 @@ using namespace lightning_fastmoe::hopper;
 
 int main() {
   // Every tile once, none outside.
-  for (int pairs = 1; pairs <= 40; ++pairs) {
-    for (int columns = 1; columns <= 7; ++columns) {
+  for (int m_pairs = 1; m_pairs <= 40; ++m_pairs) {
+    for (int n_tiles = 1; n_tiles <= 7; ++n_tiles) {
       std::set<std::pair<int, int>> seen;
-      for (int local = 0; local < pairs * columns; ++local) {
-        const TilePosition at = tile_position(local, pairs, columns);
-        CHECK(at.m >= 0 && at.m < pairs && at.n >= 0 && at.n < columns);
+      for (int index = 0; index < m_pairs * n_tiles; ++index) {
+        const TileCoordinates at = rasterize(index, m_pairs, n_tiles);
+        CHECK(at.m >= 0 && at.m < m_pairs && at.n >= 0 && at.n < n_tiles);
         seen.insert({at.m, at.n});
       }
-      CHECK(static_cast<int>(seen.size()) == pairs * columns);
+      CHECK(static_cast<int>(seen.size()) == m_pairs * n_tiles);
     }
   }
-  // Every tile once over both blocks of all clusters; none but the last may have no columns.
-  for (int tiles = 1; tiles <= 41; ++tiles) {
-    for (int columns = 1; columns <= 7; ++columns) {
+  // Every tile once over both blocks of all clusters; no block but the last may be idle.
+  for (int m_tiles = 1; m_tiles <= 41; ++m_tiles) {
+    for (int n_tiles = 1; n_tiles <= 7; ++n_tiles) {
       std::set<std::pair<int, int>> seen;
       int idle = 0;
-      for (int local = 0; local < row_units(tiles, columns); ++local) {
-        for (int rank = 0; rank < kCluster; ++rank) {
-          const RowUnit unit = row_unit(local, tiles, columns, rank);
-          const RowUnit other = row_unit(local, tiles, columns, 1 - rank);
-          CHECK(unit.m >= 0 && unit.m < tiles && unit.n >= 0);
-          CHECK(unit.shares == other.shares && unit.first_n == other.first_n);
-          CHECK(unit.first_n <= unit.n);
-          if (unit.shares) CHECK(unit.n == other.n && unit.m / kCluster == other.m / kCluster);
-          if (unit.n >= columns) {
+      for (int index = 0; index < count_work_tiles(m_tiles, n_tiles); ++index) {
+        for (int rank = 0; rank < kClusterSize; ++rank) {
+          const WorkTile tile = make_work_tile(index, m_tiles, n_tiles, rank);
+          const WorkTile other = make_work_tile(index, m_tiles, n_tiles, 1 - rank);
+          CHECK(tile.m >= 0 && tile.m < m_tiles && tile.n >= 0);
+          CHECK(tile.multicast == other.multicast && tile.first_n == other.first_n);
+          CHECK(tile.first_n <= tile.n);
+          if (tile.multicast) {
+            CHECK(tile.n == other.n && tile.m / kClusterSize == other.m / kClusterSize);
+          }
+          if (tile.n >= n_tiles) {
             ++idle;
           } else {
-            CHECK(seen.insert({unit.m, unit.n}).second);
+            CHECK(seen.insert({tile.m, tile.n}).second);
           }
         }
       }
-      CHECK(static_cast<int>(seen.size()) == tiles * columns && idle <= 1);
+      CHECK(static_cast<int>(seen.size()) == m_tiles * n_tiles && idle <= 1);
     }
   }
-  // A swizzled tile is a permutation of its 16-byte units.
-  std::set<unsigned> places;
+  // A swizzled tile is a permutation of its 16-byte vectors.
+  std::set<unsigned> positions;
   for (unsigned row = 0; row < 64; ++row) {
-    for (unsigned unit = 0; unit < 8; ++unit) places.insert(swizzled(row, unit));
+    for (unsigned vector = 0; vector < 8; ++vector) positions.insert(swizzled(row, vector));
   }
-  CHECK(places.size() == 512 && *places.begin() == 0 && *places.rbegin() == 511 * 16);
-  // The workspace holds the parts of any routing, and an even routing of many experts is not split.
+  CHECK(positions.size() == 512 && *positions.begin() == 0 && *positions.rbegin() == 511 * 16);
+  // The workspace holds the splits of any routing, whose number is bounded.
   std::srand(1);
   for (int trial = 0; trial < 20000; ++trial) {
     const int experts = 1 + std::rand() % 64, m = 8 * (1 + std::rand() % 512);
@@ -79,37 +81,38 @@ int main() {
       counts[e] = std::rand() % 4 == 0 ? std::rand() % 20000 : std::rand() % 300;
       rows += counts[e];
     }
-    const int64_t chunk = gradient_chunk(rows, m, n, 132);
-    CHECK(chunk >= kTileK && chunk % kTileK == 0);
-    int64_t parts = 0;
+    const int64_t split_rows = rows_per_split(rows, m, n, 132);
+    CHECK(split_rows >= kTileK && split_rows % kTileK == 0);
+    int64_t sum = 0;
     for (int e = 0; e < experts; ++e) {
-      const int chunks = chunks_of(counts[e], static_cast<int>(chunk));
-      CHECK(chunks >= 1 && int64_t{chunks} * chunk >= counts[e]);
-      if (chunks > 1) parts += chunks;
+      const int splits = count_splits(counts[e], static_cast<int>(split_rows));
+      CHECK(splits >= 1 && int64_t{splits} * split_rows >= counts[e]);
+      if (splits > 1) sum += splits;
     }
-    CHECK(parts <= gradient_parts(rows, chunk));
-    // The last round has room for the parts of the tail.
-    const Tail tail = gradient_tail(rows, m, n, experts, 132);
-    const int units = experts * units_of_part(m, n), clusters = 132 / kCluster;
-    CHECK(tail.units == 0 || tail.units == units % clusters);
-    CHECK(tail.units == 0 ? tail.parts == 1 : tail.parts >= 2 && tail.parts <= 4);
-    CHECK(tail.units * tail.parts <= clusters);
+    CHECK(sum <= max_splits(rows, split_rows));
+    // The last wave has room for its splits.
+    const LastWave last = split_last_wave(rows, m, n, experts, 132);
+    const int tiles = experts * tiles_of_gradient(m, n), clusters = 132 / kClusterSize;
+    CHECK(last.tiles == 0 || last.tiles == tiles % clusters);
+    CHECK(last.tiles == 0 ? last.splits == 1 : last.splits >= 2 && last.splits <= 4);
+    CHECK(last.tiles * last.splits <= clusters);
   }
-  // The bound on parts is exact: as many experts as can be split, each just long enough.
-  for (int chunk = 64; chunk <= 640; chunk += 64) {
+  // The bound on splits is exact: as many experts as can be split, each just long enough.
+  for (int split_rows = 64; split_rows <= 640; split_rows += 64) {
     for (int rows = 1; rows < 4000; rows += 7) {
-      const int experts = rows / (chunk + 1);
-      const int last = rows - (experts - 1) * (chunk + 1);  // what is left goes to one of them
-      const int parts = experts == 0 ? 0 : 2 * (experts - 1) + chunks_of(last, chunk);
-      CHECK(gradient_parts(rows, chunk) == parts);
+      const int experts = rows / (split_rows + 1);
+      const int last = rows - (experts - 1) * (split_rows + 1);  // what is left goes to one of them
+      const int splits = experts == 0 ? 0 : 2 * (experts - 1) + count_splits(last, split_rows);
+      CHECK(max_splits(rows, split_rows) == splits);
     }
   }
-  // (32768, 768, 3072, 8, 1): 288 units for 66 clusters, so 24 are left, in two parts each.
-  const Tail tail = gradient_tail(32768, 768, 3072, 8, 132);
-  CHECK(tail.units == 24 && tail.parts == 2);
-  CHECK(gradient_tail(8192, 1024, 4096, 64, 132).units == 0);  // 62 rounds: too little to gain
-  CHECK(gradient_chunk(128 * 1536, 1536, 256, 132) > 1536 * 2);
-  CHECK(gradient_parts(1000, gradient_chunk(1000, 4096, 14336, 132)) == 0);
+  // (32768, 768, 3072, 8, 1): 288 work tiles for 66 clusters, so 24 are left, in two splits each.
+  const LastWave last = split_last_wave(32768, 768, 3072, 8, 132);
+  CHECK(last.tiles == 24 && last.splits == 2);
+  CHECK(split_last_wave(8192, 1024, 4096, 64, 132).tiles == 0);  // 62 waves: too little to gain
+  // An even routing of many experts is not split, nor is one whose tiles keep the GPU busy.
+  CHECK(rows_per_split(128 * 1536, 1536, 256, 132) > 1536 * 2);
+  CHECK(max_splits(1000, rows_per_split(1000, 4096, 14336, 132)) == 0);
   return 0;
 }
 """

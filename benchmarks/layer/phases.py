@@ -86,15 +86,15 @@ _BACKWARD_HOPPER = (
         ROWS,
         floors.fused_down_backward,
     ),
-    Entry("down product, backward", "dw of the column tiles", r"add_dots", None),
+    Entry("down product, backward", "dw, sum over N tiles", r"reduce_dots", None),
     Entry(
         "down product, backward",
         "d_down = dO.T @ A, gathered",
         r"weight_gradient",
         floors.gathered_down_gradient,
     ),
-    Entry("down product, backward", "last round of d_down", r"add_tail", None),
-    Entry("down product, backward", "parts of d_down", r"add_parts", None),
+    Entry("down product, backward", "last wave of d_down", r"reduce_last_wave", None),
+    Entry("down product, backward", "splits of d_down", r"reduce_splits", None),
     Entry("up product, backward", "d_rows = dH @ up", ROWS, floors.rows_gradient),
     Entry("sum, backward", "sum of d_rows", r"sum_rows", floors.plain_sum),
     Entry(
@@ -103,8 +103,8 @@ _BACKWARD_HOPPER = (
         r"weight_gradient",
         floors.gathered_up_gradient,
     ),
-    Entry("up product, backward", "last round of d_up", r"add_tail", None),
-    Entry("up product, backward", "parts of d_up", r"add_parts", None),
+    Entry("up product, backward", "last wave of d_up", r"reduce_last_wave", None),
+    Entry("up product, backward", "splits of d_up", r"reduce_splits", None),
 )
 
 

@@ -1,10 +1,7 @@
-// What the operators of this folder ask of their tensors.
+// What the operators of this folder require of their tensors.
 #pragma once
 
-#include <string>
-
 #include "../common.cuh"
-#include "activations.cuh"
 #include "pipeline.cuh"
 #include "tensor_map.h"
 
@@ -38,10 +35,10 @@ inline int check_groups(const Tensor& offsets, const Tensor* order, int64_t top_
 }
 
 inline void check_fits(int64_t rows, const char* op) {
-  STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kCluster, op, ": too many rows, ", rows);
+  STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kClusterSize, op, ": too many rows, ", rows);
 }
 
-// Rows that are gathered are found by a 32-bit number of 16-byte vectors.
+// The address of a row that is gathered is a 32-bit number of 16-byte vectors.
 inline void check_gathered(const Tensor& tensor, const char* op) {
   STD_TORCH_CHECK(tensor.numel() / 8 < (int64_t{1} << 32) - 1, op, ": too many tokens, ",
                   tensor.size(0), " of width ", tensor.size(1));
@@ -52,8 +49,8 @@ inline CUtensorMap tensor_map(const Tensor& tensor, const char* op, const Boxes&
   const auto& n = boxes.sizes;
   STD_TORCH_CHECK(encode_tensor_map(&map, tensor.data_ptr(),
                                     tensor.scalar_type() == ScalarType::BFloat16, boxes),
-                  op, ": the driver refuses the description of a tensor (", n[0], " x ", n[1],
-                  " x ", n[2], " x ", n[3], " x ", n[4], ")");
+                  op, ": the driver refuses the tensor map of a tensor (", n[0], " x ", n[1], " x ",
+                  n[2], " x ", n[3], " x ", n[4], ")");
   return map;
 }
 
@@ -69,24 +66,6 @@ void for_half(ScalarType dtype, const char* op, Function&& function) {
       STD_TORCH_CHECK(false, op, ": the dtype must be float16 or bfloat16, not ",
                       torch::headeronly::toString(dtype));
   }
-}
-
-template <typename Act_, bool kGated_>
-struct Kind {
-  using Act = Act_;
-  static constexpr bool kGated = kGated_;
-};
-
-// Calls `function(Kind<Act, gated>{})` for the activation of that name.
-template <typename Function>
-void for_activation(const std::string& name, const char* op, Function&& function) {
-  if (name == "swiglu") return function(Kind<Silu, true>{});
-  if (name == "geglu") return function(Kind<Gelu, true>{});
-  if (name == "reglu") return function(Kind<Relu, true>{});
-  if (name == "silu") return function(Kind<Silu, false>{});
-  if (name == "gelu") return function(Kind<Gelu, false>{});
-  if (name == "relu") return function(Kind<Relu, false>{});
-  STD_TORCH_CHECK(false, op, ": unknown activation '", name, "'");
 }
 
 }  // namespace lightning_fastmoe::hopper

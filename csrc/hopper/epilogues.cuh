@@ -1,12 +1,12 @@
-// What becomes of a tile of D in registers.
+// The epilogues: what becomes of a tile of D in the accumulators.
 //
-// Each has: kGated, whether a tile's columns are 128 gate columns and the 128 up columns beside
-// them; chunks(n), how many stages of the ring it reads for column tile n, and fetch(), by which
-// the producer fills one of them; and, for the consumers, begin() before the products, load() while
-// the last of them run, and finish().
+// Each has: kGated, whether a tile's columns are 128 gate columns and the 128 up columns next to
+// them; load_stages(n), how many pipeline stages of its own it takes for N tile n, and load(), by
+// which the producer fills one of them; and, for the consumers, prepare() before the mainloop,
+// prefetch() while the last MMAs are in flight, and store().
 #pragma once
 
-#include "activations.cuh"
+#include "../activations.cuh"
 #include "ragged_rows.cuh"
 
 namespace lightning_fastmoe::hopper {
@@ -15,13 +15,13 @@ __device__ __forceinline__ void store_vector(void* to, uint4 vector) {
   *reinterpret_cast<uint4*>(to) = vector;
 }
 
-// D itself, as (N, width) in T: in the order of the rows, or row r as row order[r], times the
-// weight of that place.
+// D itself, as (N, width) in T: in the order of the rows, or row r as row order[r] of the result,
+// times the weight of that row.
 template <typename T>
 struct StoreRows {
   static constexpr bool kGated = false;
   struct Rows {
-    int place[2];  // of the result
+    int out_row[2];  // of the result
     float weight[2];
   };
 
@@ -30,36 +30,37 @@ struct StoreRows {
   const float* weights;  // (N,), or null
   int width;
 
-  __device__ __forceinline__ int chunks(int) const { return 0; }
-  __device__ __forceinline__ void fetch(const Ring&, int, const CUtensorMap*, int, int, int) const {
-  }
-  __device__ __forceinline__ void begin(const Tile& tile, Rows& rows) const {
+  __device__ __forceinline__ int load_stages(int) const { return 0; }
+  __device__ __forceinline__ void load(const Pipeline&, int, const CUtensorMap*, int, int,
+                                       int) const {}
+  __device__ __forceinline__ void prepare(const OutputTile& tile, Rows& rows) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.row_of(half);
       const bool moves = order != nullptr && row < tile.row_end;
-      rows.place[half] = moves ? static_cast<int>(order[row]) : row;
+      rows.out_row[half] = moves ? static_cast<int>(order[row]) : row;
     }
   }
-  __device__ __forceinline__ void load(const Tile& tile, Rows& rows) const {
+  __device__ __forceinline__ void prefetch(const OutputTile& tile, Rows& rows) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool weighs = weights != nullptr && tile.row_of(half) < tile.row_end;
-      rows.weight[half] = weighs ? weights[rows.place[half]] : 1.0f;
+      rows.weight[half] = weighs ? weights[rows.out_row[half]] : 1.0f;
     }
   }
-  __device__ __forceinline__ void finish(const Tile& tile, Rows& rows, float (&d)[kAccumulators],
-                                         const Ring&, Place&) const {
+  __device__ __forceinline__ void store(const OutputTile& tile, Rows& rows,
+                                        float (&d)[kAccumulators], const Pipeline&,
+                                        PipelineState&) const {
     if (tile.ordered) {
-      store<true>(tile, rows, d);
+      store_in_order<true>(tile, rows, d);
     } else {
-      store<false>(tile, rows, d);
+      store_in_order<false>(tile, rows, d);
     }
   }
 
   template <bool kOrdered>
-  __device__ __forceinline__ void store(const Tile& tile, Rows& rows,
-                                        float (&d)[kAccumulators]) const {
+  __device__ __forceinline__ void store_in_order(const OutputTile& tile, Rows& rows,
+                                                 float (&d)[kAccumulators]) const {
     const int column = tile.n * kTileN + threadIdx.x % 4 * 8;
     if (weights != nullptr) {
 #pragma unroll
@@ -68,7 +69,7 @@ struct StoreRows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.row_of(half);
-      T* to = out + static_cast<int64_t>(rows.place[half]) * width + column;
+      T* to = out + static_cast<int64_t>(rows.out_row[half]) * width + column;
 #pragma unroll
       for (int group = 0; group < kTileN / 32; ++group) {
         const uint4 vector = eight_columns<T, kOrdered>(d, group, half);
@@ -91,22 +92,22 @@ struct StoreActivation {
   const T* bias;  // (E, 2F) or (E, F), or null
   int width;      // F
 
-  __device__ __forceinline__ int chunks(int) const { return 0; }
-  __device__ __forceinline__ void fetch(const Ring&, int, const CUtensorMap*, int, int, int) const {
-  }
-  __device__ __forceinline__ void begin(const Tile&, Rows&) const {}
-  __device__ __forceinline__ void load(const Tile&, Rows&) const {}
+  __device__ __forceinline__ int load_stages(int) const { return 0; }
+  __device__ __forceinline__ void load(const Pipeline&, int, const CUtensorMap*, int, int,
+                                       int) const {}
+  __device__ __forceinline__ void prepare(const OutputTile&, Rows&) const {}
+  __device__ __forceinline__ void prefetch(const OutputTile&, Rows&) const {}
 
-  // Adds the bias of this thread's pairs of columns to one part of D, whose first column in memory
-  // is `first`.
+  // Adds the bias of this thread's pairs of columns to D's gate or up columns, whose first column
+  // in memory is `first`.
   template <bool kOrdered>
-  __device__ __forceinline__ void add_bias(float* d, const T* part, int first) const {
+  __device__ __forceinline__ void add_bias(float* d, const T* row, int first) const {
     const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
       const int column = first + (kOrdered ? j / 4 * 32 + 8 * lane + j % 4 * 2 : 8 * j + 2 * lane);
       if (column >= width) continue;
-      const float2 pair = unpack<T>(*reinterpret_cast<const uint32_t*>(part + column));
+      const float2 pair = unpack<T>(*reinterpret_cast<const uint32_t*>(row + column));
       d[4 * j] += pair.x;
       d[4 * j + 1] += pair.y;
       d[4 * j + 2] += pair.x;
@@ -114,23 +115,24 @@ struct StoreActivation {
     }
   }
 
-  __device__ __forceinline__ void finish(const Tile& tile, Rows&, float (&d)[kAccumulators],
-                                         const Ring&, Place&) const {
+  __device__ __forceinline__ void store(const OutputTile& tile, Rows&, float (&d)[kAccumulators],
+                                        const Pipeline&, PipelineState&) const {
     if (tile.ordered) {
-      store<true>(tile, d);
+      store_in_order<true>(tile, d);
     } else {
-      store<false>(tile, d);
+      store_in_order<false>(tile, d);
     }
   }
 
   template <bool kOrdered>
-  __device__ __forceinline__ void store(const Tile& tile, float (&d)[kAccumulators]) const {
+  __device__ __forceinline__ void store_in_order(const OutputTile& tile,
+                                                 float (&d)[kAccumulators]) const {
     const int width_h = kGated ? 2 * width : width;
     if (bias != nullptr) {
-      const T* part = bias + static_cast<int64_t>(tile.expert) * width_h;
+      const T* row = bias + static_cast<int64_t>(tile.expert) * width_h;
       const int first = tile.n * kColumns;
-      add_bias<kOrdered>(d, part, first);
-      if constexpr (kGated) add_bias<kOrdered>(d + kAccumulators / 2, part + width, first);
+      add_bias<kOrdered>(d, row, first);
+      if constexpr (kGated) add_bias<kOrdered>(d + kAccumulators / 2, row + width, first);
     }
     const int column = tile.n * kColumns + threadIdx.x % 4 * 8;
 #pragma unroll
@@ -154,7 +156,7 @@ struct StoreActivation {
           if (i % 4 / 2 != half) continue;
           float& gate = d[16 * group + i];
           float slope;
-          gate = Act::template apply<T>(gate, &slope);
+          gate = Act::template apply<kEpiloguePrecision<T>>(gate, &slope);
           if constexpr (kGated) gate *= d[kAccumulators / 2 + 16 * group + i];
         }
         const uint4 activated = eight_columns<T, kOrdered>(d, group, half);
@@ -165,16 +167,16 @@ struct StoreActivation {
 };
 
 // With D = dA', the gradient that A would have if the routing weight w were 1, and H of the
-// forward: dH = w D act'(H), the weighted activation w A, and this column tile's share of <A, D> of
-// each row.
+// forward: dH = w D act'(H), the weighted activation w A, and this N tile's share of <A, D> of each
+// row.
 //
-// H comes through the ring, 64 columns to a stage, and the results take its place there before they
-// leave, so that memory sees whole rows of 128 bytes.
+// H comes through the pipeline, 64 columns to a stage, and the results overwrite it there before
+// they are stored, so that memory sees whole rows of 128 bytes.
 template <typename T, typename Act, bool kHasGate>
 struct BackwardActivation {
   static constexpr bool kGated = false;  // D has the columns of A, in order
-  static constexpr uint32_t kPartBytes = kTileM * kSwizzleBytes;
-  static_assert(3 * kPartBytes <= kStageBytes);  // gate, up, weighted activation
+  static constexpr uint32_t kSubtileBytes = kTileM * kSwizzleBytes;
+  static_assert(3 * kSubtileBytes <= kStageBytes);  // gate, up, weighted activation
   struct Rows {
     int pair[2];
     float weight[2];
@@ -184,33 +186,34 @@ struct BackwardActivation {
   T* weighted;           // (N, F)
   const float* weights;  // (T * K,)
   const int64_t* order;  // (N,)
-  float* dots;           // (number of column tiles, N)
+  float* dots;           // (number of N tiles, N)
   int width;             // F
   int64_t rows_in_all;   // N
 
-  __device__ __forceinline__ int chunks(int n) const {
-    const int left = (width - n * kTileN + kChunk - 1) / kChunk;
-    return left < kTileN / kChunk ? left : kTileN / kChunk;
+  __device__ __forceinline__ int load_stages(int n) const {
+    const int left = (width - n * kTileN + kSubtileN - 1) / kSubtileN;
+    return left < kTileN / kSubtileN ? left : kTileN / kSubtileN;
   }
-  __device__ __forceinline__ void fetch(const Ring& ring, int stage, const CUtensorMap* h_map,
-                                        int row, int n, int chunk) const {
-    const uint32_t full = ring.full_at(stage);
-    const int column = n * kTileN + chunk * kChunk;
-    barrier_arrive_expect(full, (kHasGate ? 2 : 1) * kPartBytes);
-    copy_box(ring.a(stage), h_map, full, {column, row});
+  __device__ __forceinline__ void load(const Pipeline& pipeline, int stage,
+                                       const CUtensorMap* h_map, int row, int n,
+                                       int subtile) const {
+    const uint32_t full = pipeline.full_barrier(stage);
+    const int column = n * kTileN + subtile * kSubtileN;
+    mbarrier_arrive_expect_tx(full, (kHasGate ? 2 : 1) * kSubtileBytes);
+    tma_load(pipeline.a(stage), h_map, full, {column, row});
     if constexpr (kHasGate) {
-      copy_box(ring.a(stage) + kPartBytes, h_map, full, {width + column, row});
+      tma_load(pipeline.a(stage) + kSubtileBytes, h_map, full, {width + column, row});
     }
   }
 
-  __device__ __forceinline__ void begin(const Tile& tile, Rows& rows) const {
+  __device__ __forceinline__ void prepare(const OutputTile& tile, Rows& rows) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.row_of(half);
       rows.pair[half] = row < tile.row_end ? static_cast<int>(order[row]) : 0;
     }
   }
-  __device__ __forceinline__ void load(const Tile&, Rows& rows) const {
+  __device__ __forceinline__ void prefetch(const OutputTile&, Rows& rows) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) rows.weight[half] = weights[rows.pair[half]];
   }
@@ -221,36 +224,36 @@ struct BackwardActivation {
     const float2 gate = unpack<T>(gate_pair);
     const float2 up = kHasGate ? unpack<T>(up_pair) : float2{1.0f, 1.0f};
     float2 slope;
-    const float2 bent{Act::template apply<T>(gate.x, &slope.x),
-                      Act::template apply<T>(gate.y, &slope.y)};
-    const float2 value{bent.x * up.x, bent.y * up.y};
+    const float2 activated{Act::template apply<kEpiloguePrecision<T>>(gate.x, &slope.x),
+                           Act::template apply<kEpiloguePrecision<T>>(gate.y, &slope.y)};
+    const float2 value{activated.x * up.x, activated.y * up.y};
     const float2 scaled{weight * grad.x, weight * grad.y};
     dot += value.x * grad.x;
     dot += value.y * grad.y;
     gate_pair = pack<T>(scaled.x * up.x * slope.x, scaled.y * up.y * slope.y);
-    if constexpr (kHasGate) up_pair = pack<T>(scaled.x * bent.x, scaled.y * bent.y);
+    if constexpr (kHasGate) up_pair = pack<T>(scaled.x * activated.x, scaled.y * activated.y);
     return pack<T>(weight * value.x, weight * value.y);
   }
 
-  // A chunk of H, this warp's 16 rows at `part`, by that of dH, with that of w A behind it; d: of
-  // the same columns.
-  __device__ __forceinline__ void replace_chunk(uint32_t part, const float* d, const Rows& rows,
-                                                float (&dot)[2]) const {
-    // Blocks of 8 x 8: the lower and the upper eight rows, then the same of the next columns.
-    const int lane = threadIdx.x % 32, block = lane / 8;
-    const uint32_t mine = part + block % 2 * 8 * kSwizzleBytes + swizzled(lane % 8, block / 2);
-    constexpr int kAtOnce = 2;  // loads that are under way together
+  // Replaces a subtile of H, this warp's 16 rows at `subtile`, by that of dH, and writes that of
+  // w A behind it; d: the accumulators of the same columns.
+  __device__ __forceinline__ void replace_subtile(uint32_t subtile, const float* d,
+                                                  const Rows& rows, float (&dot)[2]) const {
+    // 8 x 8 matrices: the lower and the upper eight rows, then the same of the next columns.
+    const int lane = threadIdx.x % 32, matrix = lane / 8;
+    const uint32_t mine = subtile + matrix % 2 * 8 * kSwizzleBytes + swizzled(lane % 8, matrix / 2);
+    constexpr int kInFlight = 2;
 #pragma unroll
-    for (int first = 0; first < kChunk / 16; first += kAtOnce) {
-      uint32_t gate[kAtOnce][4], up[kAtOnce][4] = {};
+    for (int first = 0; first < kSubtileN / 16; first += kInFlight) {
+      uint32_t gate[kInFlight][4], up[kInFlight][4] = {};
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const uint32_t from = mine ^ ((first + n) * 32);  // two 16-byte units on, swizzled
-        load_blocks(gate[n], from);
-        if constexpr (kHasGate) load_blocks(up[n], from + kPartBytes);
+      for (int n = 0; n < kInFlight; ++n) {
+        const uint32_t from = mine ^ ((first + n) * 32);  // two 16-byte vectors on, swizzled
+        ldmatrix_x4(gate[n], from);
+        if constexpr (kHasGate) ldmatrix_x4(up[n], from + kSubtileBytes);
       }
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
+      for (int n = 0; n < kInFlight; ++n) {
         uint32_t scaled[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -259,17 +262,18 @@ struct BackwardActivation {
               replace(gate[n][i], up[n][i], {pair[0], pair[1]}, rows.weight[i % 2], dot[i % 2]);
         }
         const uint32_t to = mine ^ ((first + n) * 32);
-        store_blocks(to, gate[n]);
-        if constexpr (kHasGate) store_blocks(to + kPartBytes, up[n]);
-        store_blocks(to + 2 * kPartBytes, scaled);
+        stmatrix_x4(to, gate[n]);
+        if constexpr (kHasGate) stmatrix_x4(to + kSubtileBytes, up[n]);
+        stmatrix_x4(to + 2 * kSubtileBytes, scaled);
       }
     }
   }
 
-  // 64 columns of this warp's 16 rows from shared memory to `to`, 16 bytes of every fourth row per
-  // lane: `rows_left` of this lane's first row and on exist, and the columns only if `inside`.
-  __device__ __forceinline__ void write_chunk(T* to, int64_t row_size, uint32_t from, int rows_left,
-                                              bool inside) const {
+  // Stores a subtile, 64 columns of this warp's 16 rows, from shared memory to `to`, 16 bytes of
+  // every fourth row per lane. `rows_left` rows exist, counted from this lane's first one, and the
+  // columns only if `inside`.
+  __device__ __forceinline__ void store_subtile(T* to, int64_t row_size, uint32_t from,
+                                                int rows_left, bool inside) const {
     const int lane = threadIdx.x % 32;
     uint4 vectors[4];
 #pragma unroll
@@ -282,11 +286,12 @@ struct BackwardActivation {
     }
   }
 
-  __device__ __forceinline__ void finish(const Tile& tile, Rows& rows, float (&d)[kAccumulators],
-                                         const Ring& ring, Place& at) const {
+  __device__ __forceinline__ void store(const OutputTile& tile, Rows& rows,
+                                        float (&d)[kAccumulators], const Pipeline& pipeline,
+                                        PipelineState& state) const {
     const int lane = threadIdx.x % 32;
-    const uint32_t warp_part = (threadIdx.x - kWarpgroup) / 32 * kWarpRows * kSwizzleBytes;
-    // What this lane writes, see write_chunk().
+    const uint32_t warp_offset = (threadIdx.x - kWarpgroup) / 32 * kWarpRows * kSwizzleBytes;
+    // What this lane stores, see store_subtile().
     const int row = tile.row + threadIdx.x % kWarpgroup / 32 * kWarpRows + lane / 8;
     const int rows_left = tile.row_end - row;
     int column = tile.n * kTileN + lane % 8 * 8;
@@ -295,25 +300,25 @@ struct BackwardActivation {
     T* to_a = weighted + static_cast<int64_t>(row) * width + column;
     float dot[2] = {};
 #pragma unroll
-    for (int chunk = 0; chunk < kTileN / kChunk; ++chunk) {
-      if (chunk >= tile.chunks) break;
-      ring.wait_full(at);
-      const uint32_t part = ring.a(at.stage) + warp_part;
-      replace_chunk(part, d + chunk * kChunk / 2, rows, dot);
+    for (int i = 0; i < kTileN / kSubtileN; ++i) {
+      if (i >= tile.load_stages) break;
+      pipeline.consumer_wait(state);
+      const uint32_t subtile = pipeline.a(state.stage) + warp_offset;
+      replace_subtile(subtile, d + i * kSubtileN / 2, rows, dot);
       __syncwarp();
       const bool inside = column < width;
-      write_chunk(to_h, width_h, part, rows_left, inside);
+      store_subtile(to_h, width_h, subtile, rows_left, inside);
       if constexpr (kHasGate) {
-        write_chunk(to_h + width, width_h, part + kPartBytes, rows_left, inside);
+        store_subtile(to_h + width, width_h, subtile + kSubtileBytes, rows_left, inside);
       }
-      write_chunk(to_a, width, part + 2 * kPartBytes, rows_left, inside);
-      to_h += kChunk;
-      to_a += kChunk;
-      column += kChunk;
-      proxy_fence();  // the copy engine writes here next
+      store_subtile(to_a, width, subtile + 2 * kSubtileBytes, rows_left, inside);
+      to_h += kSubtileN;
+      to_a += kSubtileN;
+      column += kSubtileN;
+      fence_proxy_async();  // TMA writes here next
       __syncwarp();
-      ring.release(at.stage);
-      at.advance();
+      pipeline.consumer_release(state.stage);
+      state.advance();
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,5 +1,6 @@
-// Hopper's own instructions, one thin function each: barriers in shared memory, the two copy
-// engines, clusters, register budgets. Addresses of shared memory are 32-bit throughout.
+// Hopper's own instructions, one thin function each: mbarriers, TMA and cp.async, clusters,
+// programmatic dependent launch, register budgets. Addresses of shared memory are 32-bit
+// throughout.
 #pragma once
 
 #include <cuda.h>
@@ -13,25 +14,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A value that all lanes of a warp share, said so that the compiler knows.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+// Tells the compiler that `value` is the same in all lanes of a warp.
+__device__ __forceinline__ int warp_uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
 
-// Waits until the kernels before this one in the stream are done and what they wrote can be read: a
-// kernel that is launched as launch.cuh does may start before.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
+// Waits until the grids before this one in the stream have completed and their writes are visible:
+// a kernel launched with programmatic dependent launch (see launch.cuh) may start before.
+__device__ __forceinline__ void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the next kernel start as soon as blocks of this one leave.
-__device__ __forceinline__ void let_next_kernel_start() {
+// Lets the next grid in the stream start as soon as blocks of this one exit.
+__device__ __forceinline__ void launch_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Lets so many of the multiprocessor's clock cycles pass.
+// Spins for this many clock cycles of the multiprocessor.
 __device__ __forceinline__ void wait_cycles(int64_t cycles) {
   const int64_t start = clock64();
   while (clock64() - start < cycles) {
@@ -40,25 +43,25 @@ __device__ __forceinline__ void wait_cycles(int64_t cycles) {
 
 // -------------------------------------------------------------------------------------- barriers
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine and to the other block of the cluster.
-__device__ __forceinline__ void barrier_init_fence() {
+// Makes initialised mbarriers visible to TMA and to the other block of the cluster.
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and lets the phase wait for that many bytes of the copy engine as well.
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+// Arrives, and adds `bytes` of TMA loads to what completes the phase.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Arrives at the barrier that lies at this address in block `rank` of the cluster. Not with the
-// scope of the cluster: that would be a fence for all of memory, at every step, and what is handed
-// over here is shared memory that the tensor cores have read.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+// Arrives at the mbarrier at this address in block `rank` of the cluster. Not with cluster scope:
+// that would fence all of memory in every iteration of the mainloop, and what is handed over here
+// is shared memory that the tensor cores have read.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -69,12 +72,12 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Whether the barrier's phase of this parity is over. Sleeps for a while if it isn't.
-__device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
+// Whether the mbarrier's phase of this parity has completed. Sleeps for a while if it has not.
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n"
@@ -88,8 +91,8 @@ __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t pari
   return done != 0;
 }
 
-// A barrier of some of a block's warps; id 0 is __syncthreads' own.
-__device__ __forceinline__ void warps_sync(int id, int threads) {
+// A named barrier of some of a block's warps; id 0 is that of __syncthreads().
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
@@ -100,26 +103,22 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-__device__ __forceinline__ uint32_t cluster_rank() {
+__device__ __forceinline__ uint32_t block_rank_in_cluster() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// ---------------------------------------------------------------------------------------- copies
+// ------------------------------------------------------------------------------------------ loads
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// Where a box starts in its tensor, innermost dimension first.
-struct Corner {
+// Where a TMA box starts in its tensor, innermost dimension first.
+struct BoxCoordinates {
   int c0, c1, c2 = 0, c3 = 0, c4 = 0;
 };
 
-// A box of a five-dimensional tensor, whose elements outside of the tensor are zeros.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                         const Corner& at) {
+// Loads a box of a five-dimensional tensor. Elements outside of the tensor are zeros.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                         const BoxCoordinates& at) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
@@ -127,11 +126,11 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
-// The same to all `blocks` (a mask) of the cluster: each gets the box and the news, both at the
-// same address.
-__device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtensorMap* map,
-                                                uint32_t barrier, const Corner& at,
-                                                uint16_t blocks) {
+// The same for all `blocks` (a mask) of the cluster: in each, the box goes to the same address, and
+// its bytes count for the mbarrier at the same address.
+__device__ __forceinline__ void tma_load_multicast(uint32_t to, const CUtensorMap* map,
+                                                   uint32_t barrier, const BoxCoordinates& at,
+                                                   uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
@@ -140,15 +139,15 @@ __device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtensorMap* 
       : "memory");
 }
 
-// 16 bytes by one thread; zeros if not `valid`.
-__device__ __forceinline__ void copy_vector(uint32_t to, const void* from, bool valid) {
+// Loads 16 bytes by one thread; zeros if not `valid`.
+__device__ __forceinline__ void cp_async_zfill(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// This thread arrives once its copies so far have landed; the barrier counts it as one arrival.
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+// This thread arrives once its cp.async so far have completed; the mbarrier counts one arrival.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
@@ -161,42 +160,43 @@ __device__ __forceinline__ uint4 load_shared_vector(uint32_t from) {
   return vector;
 }
 
-// Four blocks of 8 x 8 elements of 2 bytes, by a warp, as the tensor cores have them in registers:
-// lane l gives the address of the 16 bytes of row l % 8 of block l / 8.
-__device__ __forceinline__ void load_blocks(uint32_t (&words)[4], uint32_t from) {
+// Four 8 x 8 matrices of 2-byte elements, by a warp, in the registers' layout of the tensor cores:
+// lane l gives the address of the 16 bytes of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(from)
                : "memory");
 }
-__device__ __forceinline__ void store_blocks(uint32_t to, const uint32_t (&words)[4]) {
+__device__ __forceinline__ void stmatrix_x4(uint32_t to, const uint32_t (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
 
-// Transposed: lane l gives the address for the 16 bytes of column l % 8 of block l / 8.
-__device__ __forceinline__ void store_blocks_transposed(uint32_t to, uint32_t w0, uint32_t w1,
-                                                        uint32_t w2, uint32_t w3) {
+// Transposed: lane l gives the address for the 16 bytes of column l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, uint32_t w0, uint32_t w1,
+                                                  uint32_t w2, uint32_t w3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                "r"(w0), "r"(w1), "r"(w2), "r"(w3)
                : "memory");
 }
 
-// Orders ordinary accesses to shared memory before those of the copy engine and the tensor cores.
-__device__ __forceinline__ void proxy_fence() {
+// Orders ordinary accesses to shared memory before those of TMA and the tensor cores (the async
+// proxy).
+__device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ------------------------------------------------------------------------------------- registers
 
 template <int kRegisters>
-__device__ __forceinline__ void give_registers_back() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 

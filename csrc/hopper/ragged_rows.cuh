@@ -1,27 +1,27 @@
-// Grouped GEMM over rows in expert order: D[r] = A[r] @ B[expert of r], with an epilogue on D while
-// it is in registers.
+// Grouped GEMM over rows in expert order (ragged M): D[r] = A[r] @ B[expert of r], with an epilogue
+// on the accumulators.
 //
-// A is read where it lies, through the copy engine, or gathered: row r of A is row order[r] / top_k
-// of a smaller matrix, fetched 16 bytes per thread by the producer. A tile ends with its expert:
-// rows beyond are read (as zeros if gathered) and not written.
+// A's rows are loaded in their order by TMA, or gathered: row r of A is row order[r] / top_k of a
+// smaller matrix, copied by the producer, 16 bytes per thread. An M tile ends with its expert: rows
+// beyond are loaded (as zeros if gathered) and not stored.
 #pragma once
 
-#include "fragment.cuh"
-#include "schedule.cuh"
+#include "accumulators.cuh"
 #include "tensor_map.h"
+#include "tile_scheduler.cuh"
 
 namespace lightning_fastmoe::hopper {
 
-// Where a consumer's 64 rows of D stand.
-struct Tile {
+// A consumer's 64 x 256 of D.
+struct OutputTile {
   int expert;
-  int row;       // the first
-  int row_end;   // of the expert
-  int n;         // number of the column tile
-  int chunks;    // stages that the epilogue reads, the same in both blocks of the cluster
-  bool ordered;  // D's columns, see RaggedRows
+  int row;          // the first
+  int row_end;      // of the expert
+  int n;            // number of the N tile
+  int load_stages;  // what the epilogue loads, the same in both blocks of the cluster
+  bool ordered;     // D's columns, see RaggedRowsParams
 
-  // The row of this thread's lower (0) or upper (1) half of D.
+  // The row of this thread's lower (0) or upper (1) half of the accumulators.
   __device__ __forceinline__ int row_of(int half) const {
     const int thread = threadIdx.x % kWarpgroup;
     return row + thread / 32 * kWarpRows + thread % 32 / 4 + 8 * half;
@@ -29,18 +29,18 @@ struct Tile {
 };
 
 template <typename T, typename Epilogue>
-struct RaggedRows {
+struct RaggedRowsParams {
   CUtensorMap a_map;  // unless gathered; boxes of one consumer's rows
   CUtensorMap b_map;
-  CUtensorMap h_map;     // where the epilogue reads H
+  CUtensorMap h_map;     // of H, which the epilogue loads
   const T* gathered;     // (T, k)
   const int64_t* order;  // (N,)
   int top_k;
   const int32_t* offsets;  // (E,)
   int experts;
   int k;
-  int columns;  // number of column tiles
-  int spread;   // clock cycles over which the clusters start one after the other
+  int n_tiles;
+  int stagger_cycles;  // over which the clusters start one after the other
   // Whether B's columns come in the order of ordered_boxes(), by which each thread of a quad holds
   // eight neighbours of D rather than every fourth pair.
   bool ordered;
@@ -48,77 +48,79 @@ struct RaggedRows {
   Epilogue epilogue;
 };
 
-// B's tile as boxes: two of 128 columns by 64 of K, or four of 64 of K by 64 columns.
+// B's tile as TMA boxes: two of 128 columns by 64 of K, or four of 64 of K by 64 columns.
 template <Major kB>
 constexpr int kBoxesB = kB == Major::kK ? 2 : 4;
 
-// Starts the copies of B's tile: of this block's part for both, if they share it, or of all of it.
+// Issues the loads of B's tile: of this block's half for both blocks, if they share it, or of all
+// of it.
 template <typename T, typename Epilogue, Major kB>
-__device__ __forceinline__ void fetch_columns(const RaggedRows<T, Epilogue>& job, uint32_t to,
-                                              uint32_t full, int k, int expert, const RowUnit& unit,
-                                              int rank) {
-  constexpr int kBoxes = kBoxesB<kB>, kPart = kBoxes / kCluster;
-  constexpr uint16_t kAll = (1 << kCluster) - 1;
+__device__ __forceinline__ void load_b(const RaggedRowsParams<T, Epilogue>& params, uint32_t to,
+                                       uint32_t full, int k, int expert, const WorkTile& tile,
+                                       int rank) {
+  constexpr int kBoxes = kBoxesB<kB>, kHalf = kBoxes / kClusterSize;
+  constexpr uint16_t kAllBlocks = (1 << kClusterSize) - 1;
 #pragma unroll
   for (int i = 0; i < kBoxes; ++i) {
-    if (unit.shares && i / kPart != rank) continue;
-    Corner at;
+    if (tile.multicast && i / kHalf != rank) continue;
+    BoxCoordinates at;
     if constexpr (kB == Major::kMN) {
-      at = {unit.n * kTileN + i * 64, k, 0, expert};
+      at = {tile.n * kTileN + i * 64, k, 0, expert};
     } else {
-      // With a gate: its columns, then the up columns beside them.
+      // With a gate: its columns, then the up columns next to them.
       constexpr bool kGated = Epilogue::kGated;
-      const int n = kGated ? unit.n * (kTileN / 2) : unit.n * kTileN + i * 128;
-      const int part = kGated ? i : 0;
-      at = {k, n, part, expert};
-      if (job.ordered) {
-        const int row = (expert * (kGated ? 2 : 1) + part) * job.epilogue.width + n;
+      const int n = kGated ? tile.n * (kTileN / 2) : tile.n * kTileN + i * 128;
+      const int matrix = kGated ? i : 0;
+      at = {k, n, matrix, expert};
+      if (params.ordered) {
+        const int row = (expert * (kGated ? 2 : 1) + matrix) * params.epilogue.width + n;
         at = {k, 0, 0, 0, row / kOrderedRows};
       }
     }
     const uint32_t box = to + i * (kBytesB / kBoxes);
-    if (unit.shares) {
-      copy_box_to_all(box, &job.b_map, full, at, kAll);
+    if (tile.multicast) {
+      tma_load_multicast(box, &params.b_map, full, at, kAllBlocks);
     } else {
-      copy_box(box, &job.b_map, full, at);
+      tma_load(box, &params.b_map, full, at);
     }
   }
 }
 
-// Clusters that start at once write their results at once, and then the tensor cores of all of them
+// Clusters that start at once run their epilogues at once, and then the tensor cores of all of them
 // wait for memory. Where tiles are short, and many enough to make up for the late start, clusters
-// start one after the other, over three quarters of the time of one tile, in clock cycles. `width`
-// is that of B.
-inline int start_spread(int64_t rows, int64_t k, int64_t width) {
-  constexpr int64_t kLongestK = 2048, kFewestRounds = 8, kCyclesOfStep = 900, kOtherCycles = 4500;
-  const int64_t clusters = multiprocessors() / kCluster;
-  const int64_t units = rows / (kTileM * kCluster) * (width / kTileN);
-  if (k > kLongestK || units < kFewestRounds * clusters) return 0;
-  return static_cast<int>(k / kTileK * kCyclesOfStep + kOtherCycles);
+// start one after the other, over three quarters of the time of one tile, in clock cycles. `n` is
+// the number of B's columns.
+inline int stagger_cycles(int64_t rows, int64_t k, int64_t n) {
+  constexpr int64_t kLongestK = 2048, kFewestWaves = 8, kCyclesPerTileK = 900, kOtherCycles = 4500;
+  const int64_t clusters = multiprocessors() / kClusterSize;
+  const int64_t work_tiles = rows / (kTileM * kClusterSize) * (n / kTileN);
+  if (k > kLongestK || work_tiles < kFewestWaves * clusters) return 0;
+  return static_cast<int>(k / kTileK * kCyclesPerTileK + kOtherCycles);
 }
 
 template <typename T, typename Epilogue, bool kGathers, Major kB>
-__device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job, const Ring& ring,
-                                             Walk walk) {
+__device__ __forceinline__ void produce_rows(const RaggedRowsParams<T, Epilogue>& params,
+                                             const Pipeline& pipeline, TileScheduler scheduler) {
   constexpr int kPasses = kTileM * kSwizzleBytes / 16 / kWarpgroup;  // vectors per thread and stage
   constexpr int kPassRows = kTileM / kPasses;
-  constexpr int kUnits = kSwizzleBytes / 16;  // in a row
+  constexpr int kRowVectors = kSwizzleBytes / 16;
   const int thread = threadIdx.x % kWarpgroup;
-  const int rank = cluster_rank();
-  const int vector_of_row = thread % kUnits, first = thread / kUnits;
+  const int rank = block_rank_in_cluster();
+  const int vector_of_row = thread % kRowVectors, first = thread / kRowVectors;
   const uint32_t to = swizzled(first, vector_of_row);
   static_assert(kPassRows % kSwizzleRows == 0);
-  const int steps = (job.k + kTileK - 1) / kTileK;
+  const int k_tiles = (params.k + kTileK - 1) / kTileK;
   // The others would wait for stages that are filled without them, see pipeline.cuh.
   if (!kGathers && thread != 0) return;
-  Place at;
-  wait_cycles(static_cast<int64_t>(job.spread) * blockIdx.x / gridDim.x);
-  for (; walk.find(); walk.next()) {
-    const int begin = walk.row_begin(), end = walk.row_end();
-    const int tiles = (end - begin + kTileM - 1) / kTileM;
-    const RowUnit unit = row_unit(walk.local(), tiles, job.columns, rank);
-    const int row = begin + unit.m * kTileM;
-    const bool idle = unit.n >= job.columns;
+  PipelineState state;
+  wait_cycles(static_cast<int64_t>(params.stagger_cycles) * blockIdx.x / gridDim.x);
+  for (; scheduler.fetch_work(); scheduler.advance()) {
+    const int begin = scheduler.row_begin(), end = scheduler.row_end();
+    const int m_tiles = (end - begin + kTileM - 1) / kTileM;
+    const WorkTile tile =
+        make_work_tile(scheduler.index_in_expert(), m_tiles, params.n_tiles, rank);
+    const int row = begin + tile.m * kTileM;
+    const bool idle = tile.n >= params.n_tiles;
     uint32_t vector[kPasses];  // of 16 bytes, where the row starts; fewer registers than pointers
     unsigned valid = 0;
     if constexpr (kGathers) {
@@ -127,117 +129,127 @@ __device__ __forceinline__ void produce_rows(const RaggedRows<T, Epilogue>& job,
         const int r = row + first + i * kPassRows;
         vector[i] = 0;
         if (r < end && !idle) {
-          const uint32_t pair = static_cast<uint32_t>(job.order[r]);
-          vector[i] = pair / static_cast<uint32_t>(job.top_k) * static_cast<uint32_t>(job.k / 8);
+          const uint32_t pair = static_cast<uint32_t>(params.order[r]);
+          vector[i] =
+              pair / static_cast<uint32_t>(params.top_k) * static_cast<uint32_t>(params.k / 8);
           valid |= 1u << i;
         }
       }
     }
-    for (int step = 0; step < steps; ++step) {
-      ring.wait_empty(at);
-      const uint32_t full = ring.full_at(at.stage);
-      const int k = step * kTileK;
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      pipeline.producer_acquire(state);
+      const uint32_t full = pipeline.full_barrier(state.stage);
+      const int k = k_tile * kTileK;
       if (thread == 0) {
         if (idle) {
-          barrier_arrive(full);
+          mbarrier_arrive(full);
         } else {
-          // Of A no rows for a consumer that has none.
+          // No rows of A for a consumer that has none.
           const int halves = kGathers ? 0 : row + kConsumerM < end ? kConsumers : 1;
-          barrier_arrive_expect(full, kBytesB + halves * kBoxBytes);
+          mbarrier_arrive_expect_tx(full, kBytesB + halves * kBoxBytes);
           for (int i = 0; i < halves; ++i) {
-            copy_box(ring.a(at.stage) + i * kBoxBytes, &job.a_map, full, {k, row + i * kConsumerM});
+            tma_load(pipeline.a(state.stage) + i * kBoxBytes, &params.a_map, full,
+                     {k, row + i * kConsumerM});
           }
-          fetch_columns<T, Epilogue, kB>(job, ring.b(at.stage), full, k, walk.expert, unit, rank);
+          load_b<T, Epilogue, kB>(params, pipeline.b(state.stage), full, k, scheduler.expert, tile,
+                                  rank);
         }
       }
       if constexpr (kGathers) {
         __syncwarp();
-        const bool inside = k + vector_of_row * 8 < job.k;
+        const bool inside = k + vector_of_row * 8 < params.k;
         const uint4* from =
-            reinterpret_cast<const uint4*>(job.gathered) + (inside ? k / 8 + vector_of_row : 0);
+            reinterpret_cast<const uint4*>(params.gathered) + (inside ? k / 8 + vector_of_row : 0);
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           const bool copies = inside && (valid >> i & 1);
-          copy_vector(ring.a(at.stage) + to + i * kPassRows * kSwizzleBytes, from + vector[i],
-                      copies);
+          cp_async_zfill(pipeline.a(state.stage) + to + i * kPassRows * kSwizzleBytes,
+                         from + vector[i], copies);
         }
-        arrive_after_copies(full);
+        cp_async_mbarrier_arrive(full);
       }
-      at.advance();
+      state.advance();
     }
-    // What the epilogue reads comes the same way, so it is there when the products are done.
-    const int chunks = job.epilogue.chunks(unit.first_n);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      ring.wait_empty(at);
-      const uint32_t full = ring.full_at(at.stage);
-      if (thread == 0) job.epilogue.fetch(ring, at.stage, &job.h_map, row, unit.n, chunk);
+    // What the epilogue loads takes the same way, so it is there when the mainloop is done.
+    const int load_stages = params.epilogue.load_stages(tile.first_n);
+    for (int i = 0; i < load_stages; ++i) {
+      pipeline.producer_acquire(state);
+      const uint32_t full = pipeline.full_barrier(state.stage);
+      if (thread == 0) {
+        params.epilogue.load(pipeline, state.stage, &params.h_map, row, tile.n, i);
+      }
       if constexpr (kGathers) {
         __syncwarp();
-        arrive_after_copies(full);
+        cp_async_mbarrier_arrive(full);
       }
-      at.advance();
+      state.advance();
     }
   }
 }
 
 template <typename T, typename Epilogue, bool kGathers, Major kB>
-__device__ __forceinline__ void consume_rows(const RaggedRows<T, Epilogue>& job, const Ring& ring,
-                                             Walk walk, int consumer) {
-  const int steps = (job.k + kTileK - 1) / kTileK;
-  const int rank = cluster_rank();
-  Place at;
-  for (; walk.find(); walk.next()) {
-    const int begin = walk.row_begin(), end = walk.row_end();
-    const int tiles = (end - begin + kTileM - 1) / kTileM;
-    const RowUnit unit = row_unit(walk.local(), tiles, job.columns, rank);
-    const int row = begin + unit.m * kTileM + consumer * kConsumerM;
-    const int chunks = job.epilogue.chunks(unit.first_n);
-    if (row >= end || unit.n >= job.columns) {  // nothing here, but the ring goes on
-      for (int i = 0; i < steps + chunks; ++i) {
-        ring.wait_full(at);
+__device__ __forceinline__ void consume_rows(const RaggedRowsParams<T, Epilogue>& params,
+                                             const Pipeline& pipeline, TileScheduler scheduler,
+                                             int consumer) {
+  const int k_tiles = (params.k + kTileK - 1) / kTileK;
+  const int rank = block_rank_in_cluster();
+  PipelineState state;
+  for (; scheduler.fetch_work(); scheduler.advance()) {
+    const int begin = scheduler.row_begin(), end = scheduler.row_end();
+    const int m_tiles = (end - begin + kTileM - 1) / kTileM;
+    const WorkTile work =
+        make_work_tile(scheduler.index_in_expert(), m_tiles, params.n_tiles, rank);
+    const int row = begin + work.m * kTileM + consumer * kConsumerM;
+    const int load_stages = params.epilogue.load_stages(work.first_n);
+    if (row >= end || work.n >= params.n_tiles) {  // nothing to do here, but the pipeline goes on
+      for (int i = 0; i < k_tiles + load_stages; ++i) {
+        pipeline.consumer_wait(state);
         __syncwarp();
-        ring.release(at.stage);
-        at.advance();
+        pipeline.consumer_release(state.stage);
+        state.advance();
       }
       continue;
     }
-    const Tile tile{walk.expert, row, end, unit.n, chunks, job.ordered};
+    const OutputTile tile{scheduler.expert, row, end, work.n, load_stages, params.ordered};
     float d[kAccumulators];
     typename Epilogue::Rows rows;
-    job.epilogue.begin(tile, rows);
-    multiply<T, Major::kK, kB, kGathers>(
-        d, ring, at, steps, consumer, [](int, int) {}, [&] { job.epilogue.load(tile, rows); });
-    job.epilogue.finish(tile, rows, d, ring, at);
+    params.epilogue.prepare(tile, rows);
+    mma_mainloop<T, Major::kK, kB, kGathers>(
+        d, pipeline, state, k_tiles, consumer, [](int, int) {},
+        [&] { params.epilogue.prefetch(tile, rows); });
+    params.epilogue.store(tile, rows, d, pipeline, state);
   }
 }
 
 template <typename T, typename Epilogue, bool kGathers, Major kB>
-LIGHTNING_FASTMOE_KERNEL ragged_rows_kernel(const __grid_constant__ RaggedRows<T, Epilogue> job) {
+LIGHTNING_FASTMOE_KERNEL ragged_rows_kernel(
+    const __grid_constant__ RaggedRowsParams<T, Epilogue> params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t dynamic[];
-  uint8_t* tiles = tiles_of(dynamic);
-  Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
-  const Ring ring = make_ring(shared, tiles, kGathers, job.deadline);
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
+  uint8_t* buffers = aligned_buffers(dynamic);
+  SharedStorage& shared = *reinterpret_cast<SharedStorage*>(buffers + kBufferBytes);
+  const Pipeline pipeline = make_pipeline(shared, buffers, kGathers, params.deadline);
+  grid_dependency_wait();
+  launch_dependent_grids();
   if (threadIdx.x < 32) {
-    sum_units(shared, job.offsets, job.experts,
-              [&](int rows) { return row_units((rows + kTileM - 1) / kTileM, job.columns); });
+    sum_work_tiles(shared, params.offsets, params.experts, [&](int rows) {
+      return count_work_tiles((rows + kTileM - 1) / kTileM, params.n_tiles);
+    });
   }
   __syncthreads();
-  cluster_sync();  // the other block's barriers, too
-  const Walk walk{shared, job.experts, static_cast<int>(blockIdx.x / kCluster),
-                  static_cast<int>(gridDim.x / kCluster)};
-  const int warpgroup = uniform(threadIdx.x / kWarpgroup);
+  cluster_sync();  // the other block's barriers are initialised, too
+  const TileScheduler scheduler{shared, params.experts, static_cast<int>(blockIdx.x / kClusterSize),
+                                static_cast<int>(gridDim.x / kClusterSize)};
+  const int warpgroup = warp_uniform(threadIdx.x / kWarpgroup);
   if (warpgroup == 0) {
-    give_registers_back<kProducerRegisters>();
-    produce_rows<T, Epilogue, kGathers, kB>(job, ring, walk);
+    warpgroup_reg_dealloc<kProducerRegisters>();
+    produce_rows<T, Epilogue, kGathers, kB>(params, pipeline, scheduler);
   } else {
-    take_registers<kConsumerRegisters>();
-    consume_rows<T, Epilogue, kGathers, kB>(job, ring, walk, warpgroup - 1);
+    warpgroup_reg_alloc<kConsumerRegisters>();
+    consume_rows<T, Epilogue, kGathers, kB>(params, pipeline, scheduler, warpgroup - 1);
   }
   __syncwarp();
-  cluster_sync();  // no block leaves while the other may still write to it
+  cluster_sync();  // no block exits while the other may still write to its shared memory
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Descriptions of tensors for the copy engine, made on the host for every launch (a microsecond
+// Tensor maps, TMA's descriptors of tensors, encoded on the host for every launch (a microsecond
 // each).
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace lightning_fastmoe::hopper {
 
-// A tensor of 2-byte elements in five dimensions, innermost first, and the box that a copy takes.
+// A tensor of 2-byte elements in five dimensions, innermost first, and the box that one load takes.
 struct Boxes {
   std::array<int64_t, 5> sizes;
   std::array<int64_t, 4> strides;  // of all but the innermost, in elements
@@ -23,9 +23,9 @@ constexpr Boxes contiguous_boxes(int64_t d0, int64_t d1, int64_t d2, int64_t d3,
       {d0, d1, d2, d3, 1}, {d0, d0 * d1, d0 * d1 * d2, d0 * d1 * d2 * d3}, {64, box_rows, 1, 1, 1}};
 }
 
-// Rows of a K-major operand in an order in which each thread holds eight neighbouring columns of D
-// for every 32: the tensor cores give thread q of a quad columns 8 j + 2 q + i (j < 4, i < 2), and
-// row 8 q + 2 j + i of the matrix is what comes to that place. Boxes are 64 x 128 rows.
+// Rows of a K-major operand B in an order by which each thread holds eight neighbouring columns of
+// D for every 32: the accumulators of thread q of a quad are columns 8 j + 2 q + i (j < 4, i < 2),
+// and row 8 q + 2 j + i of the matrix is loaded to that row of B's tile. Boxes are 64 x 128 rows.
 constexpr int kOrderedRows = 32;
 constexpr Boxes ordered_boxes(int64_t k, int64_t rows) {
   return {{k, 2, 4, 4, rows / kOrderedRows},

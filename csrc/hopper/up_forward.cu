@@ -1,7 +1,6 @@
-// The up projection: rows of x gathered inside the product, the activation in its epilogue.
-#include "checks.cuh"
+// The up projection: a grouped GEMM that gathers rows of x, with the activation in its epilogue.
 #include "epilogues.cuh"
-#include "launch.cuh"
+#include "grouped_gemm.cuh"
 #include "ops.h"
 
 namespace lightning_fastmoe::hopper {
@@ -11,19 +10,16 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
                                       const std::optional<Tensor>& bias, std::string activation,
                                       bool keep_h) {
   const char* op = "hopper_up_forward";
-  const Deadline deadline = deadline_for(op);
-  check_matrix(x, op, "x", 2, x);
-  check_matrix(up, op, "up", 3, x);
-  const int experts = check_groups(offsets, &order, top_k, op, x);
+  GroupedGemm gemm(op, x, "x");
+  gemm.check_operand(up, "up", 3);
+  gemm.set_gathered_groups(offsets, order, top_k);
   const int64_t rows = order.size(0), d_model = x.size(1), width_h = up.size(1);
-  check_fits(rows, op);
-  check_gathered(x, op);
-  check_size(up, op, "up", 0, experts);
+  check_size(up, op, "up", 0, gemm.experts());
   check_size(up, op, "up", 2, d_model);
   if (bias) {
     check_tensor(*bias, op, "bias", 2, x);
     check_dtype(*bias, op, "bias", x.scalar_type());
-    check_size(*bias, op, "bias", 0, experts);
+    check_size(*bias, op, "bias", 0, gemm.experts());
     check_size(*bias, op, "bias", 1, width_h);
   }
 
@@ -31,34 +27,22 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
   Tensor h = torch::stable::new_empty(x, {keep_h ? rows : 0, width_h}), a;
   for_activation(activation, op, [&](auto kind) {
     using K = decltype(kind);
-    constexpr int kParts = K::kGated ? 2 : 1;
-    STD_TORCH_CHECK(width_h % (8 * kParts) == 0, op, ": up must have a multiple of ", 8 * kParts,
-                    " rows per expert, not ", width_h);
-    const int64_t width = width_h / kParts;
+    constexpr int kMatrices = K::kGated ? 2 : 1;  // gate and up
+    STD_TORCH_CHECK(width_h % (8 * kMatrices) == 0, op, ": up must have a multiple of ",
+                    8 * kMatrices, " rows per expert, not ", width_h);
+    const int64_t width = width_h / kMatrices;
     a = torch::stable::new_empty(x, {rows, width});
     if (rows == 0) return;
     for_half(x.scalar_type(), op, [&](auto tag) {
       using T = typename decltype(tag)::type;
       using Epilogue = StoreActivation<T, typename K::Act, K::kGated>;
-      RaggedRows<T, Epilogue> job{};
-      job.ordered = width % kOrderedRows == 0;
-      job.b_map = tensor_map(up, op,
-                             job.ordered ? ordered_boxes(d_model, experts * width_h)
-                                         : contiguous_boxes(d_model, width, kParts, experts, 128));
-      job.spread = start_spread(rows, d_model, width_h);
-      job.gathered = static_cast<const T*>(x.data_ptr());
-      job.order = static_cast<const int64_t*>(order.data_ptr());
-      job.top_k = static_cast<int>(top_k);
-      job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
-      job.experts = experts;
-      job.deadline = deadline;
-      job.k = static_cast<int>(d_model);
-      job.columns = static_cast<int>(ceil_div(width, Epilogue::kColumns));
-      job.epilogue = {
-          keep_h ? static_cast<T*>(h.data_ptr()) : nullptr, static_cast<T*>(a.data_ptr()),
-          bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, static_cast<int>(width)};
-      launch(ragged_rows_kernel<T, Epilogue, true, Major::kK>, job, current_stream(x));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      auto params = gemm.make_ragged_rows_params<RaggedRowsParams<T, Epilogue>>();
+      gemm.set_k_major_b(params, up, width, kMatrices);
+      params.n_tiles = static_cast<int>(ceil_div(width, Epilogue::kColumns));
+      params.stagger_cycles = stagger_cycles(rows, d_model, width_h);
+      params.epilogue = {keep_h ? data_of<T>(h) : nullptr, data_of<T>(a),
+                         data_or_null<const T>(bias), static_cast<int>(width)};
+      gemm.launch(ragged_rows_kernel<T, Epilogue, true, Major::kK>, params);
     });
   });
   return {h, a};

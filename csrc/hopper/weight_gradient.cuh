@@ -1,17 +1,17 @@
 // Grouped GEMM over ragged K: G[e] = sum over the rows r of expert e of A[r]^T B[r].
 //
-// A is gathered as in ragged_rows.cuh, B is in expert order. Both lie in shared memory as they do
-// in global memory, the summed dimension outermost. How the sum is split over the chip:
-// gradient_units.cuh.
+// A is gathered as in ragged_rows.cuh, B is in expert order. Both are MN-major: in shared memory as
+// in global memory, the summed dimension is outermost. How the sum is split over the GPU:
+// split_k.cuh.
 #pragma once
 
-#include "fragment.cuh"
-#include "gradient_units.cuh"
+#include "accumulators.cuh"
+#include "split_k.cuh"
 
 namespace lightning_fastmoe::hopper {
 
 template <typename T>
-struct WeightGradient {
+struct WeightGradientParams {
   CUtensorMap b_map;
   const T* gathered;     // (T, m)
   const int64_t* order;  // (N,)
@@ -20,124 +20,140 @@ struct WeightGradient {
   int experts;
   int m;
   int n;
-  int chunk;         // rows, a multiple of 64
-  T* out;            // (E, m, n), or (E, n, m) if transposed
-  float* workspace;  // parts of split experts, each m * n in the order of `out`
-  Tail tail;         // in the same memory, since there is one or the other
+  int split_rows;      // a multiple of 64
+  T* out;              // (E, m, n), or (E, n, m) if transposed
+  float* workspace;    // the splits of split experts, each m * n in the order of `out`
+  LastWave last_wave;  // in the same memory, since there is one or the other
   Deadline deadline;
 };
 
-// One unit of work of a cluster.
-struct GradientUnit : GradientTile {
+// What one block computes of a work tile.
+struct GradientWork : GradientTile {
   int row_begin;
   int row_end;
-  int part;    // of this expert
-  bool split;  // the expert has several parts
-  int steps;   // of 64 rows
+  int split;      // of this expert
+  bool is_split;  // the expert has several splits
+  int k_tiles;    // of 64 rows
 };
 
 template <typename T>
-__device__ __forceinline__ GradientUnit unit_of(const WeightGradient<T>& job,
-                                                const GradientWalk& position) {
-  const Walk& walk = position.walk;
-  const int begin = walk.row_begin(), end = walk.row_end();
-  const int in_each = units_of_part(job.m, job.n), local = walk.local();
-  GradientUnit unit;
-  unit.part = local / in_each;
-  const GradientTile tile(local - unit.part * in_each, job.m, cluster_rank());
-  unit.m = tile.m;
-  unit.n = tile.n;
-  unit.split = chunks_of(end - begin, job.chunk) > 1;
-  int chunk = job.chunk, skipped = unit.part * chunk;
-  if (position.in_tail >= 0) {
-    chunk = (end - begin + position.parts - 1) / position.parts;
-    chunk = (chunk + kTileK - 1) / kTileK * kTileK;
-    skipped = min(position.part * chunk, end - begin);
+__device__ __forceinline__ GradientWork current_work(const WeightGradientParams<T>& params,
+                                                     const SplitKScheduler& position) {
+  const TileScheduler& scheduler = position.scheduler;
+  const int begin = scheduler.row_begin(), end = scheduler.row_end();
+  const int tiles = tiles_of_gradient(params.m, params.n), index = scheduler.index_in_expert();
+  GradientWork work;
+  work.split = index / tiles;
+  const GradientTile tile(index - work.split * tiles, params.m, block_rank_in_cluster());
+  work.m = tile.m;
+  work.n = tile.n;
+  work.is_split = count_splits(end - begin, params.split_rows) > 1;
+  int rows = params.split_rows, skipped = work.split * rows;
+  if (position.last_wave_tile >= 0) {
+    rows = (end - begin + position.splits - 1) / position.splits;
+    rows = (rows + kTileK - 1) / kTileK * kTileK;
+    skipped = min(position.split * rows, end - begin);
   }
-  unit.row_begin = begin + skipped;
-  unit.row_end = end - unit.row_begin < chunk ? end : unit.row_begin + chunk;
-  unit.steps = (unit.row_end - unit.row_begin + kTileK - 1) / kTileK;
-  return unit;
+  work.row_begin = begin + skipped;
+  work.row_end = end - work.row_begin < rows ? end : work.row_begin + rows;
+  work.k_tiles = (work.row_end - work.row_begin + kTileK - 1) / kTileK;
+  return work;
 }
 
-// The rows of a unit in groups of two stages, one per producer thread, across all units of a block.
+// The rows of work tiles in groups of two stages, one row per producer thread, across all work
+// tiles of a block.
 template <typename T>
 struct RowGroups {
-  const WeightGradient<T>& job;
-  GradientWalk walk;
-  GradientUnit unit;
-  int first_step;  // of this group
+  const WeightGradientParams<T>& params;
+  SplitKScheduler scheduler;
+  GradientWork work;
+  int first_k_tile;  // of this group
   bool exists;
 
-  __device__ __forceinline__ RowGroups(const WeightGradient<T>& job_, const GradientWalk& walk_)
-      : job(job_), walk(walk_), unit{}, first_step(0), exists(true) {
+  __device__ __forceinline__ RowGroups(const WeightGradientParams<T>& params_,
+                                       const SplitKScheduler& scheduler_)
+      : params(params_), scheduler(scheduler_), work{}, first_k_tile(0), exists(true) {
     find();
   }
-  // The next unit that has rows, from `walk` on.
+  // The next work tile that has rows, from `scheduler` on.
   __device__ __forceinline__ void find() {
-    while ((exists = walk.find())) {
-      unit = unit_of(job, walk);
-      if (unit.steps > 0) return;
-      walk.next();
+    while ((exists = scheduler.fetch_work())) {
+      work = current_work(params, scheduler);
+      if (work.k_tiles > 0) return;
+      scheduler.advance();
     }
   }
-  __device__ __forceinline__ void next() {
-    first_step += kWarpgroup / kTileK;
-    if (first_step < unit.steps) return;
-    first_step = 0;
-    walk.next();
+  __device__ __forceinline__ void advance() {
+    first_k_tile += kWarpgroup / kTileK;
+    if (first_k_tile < work.k_tiles) return;
+    first_k_tile = 0;
+    scheduler.advance();
     find();
   }
   // The (token, slot) pair of this thread's row, -1 if there is none.
   __device__ __forceinline__ int pair(int thread) const {
-    const int row = unit.row_begin + first_step * kTileK + thread;
-    return exists && row < unit.row_end ? static_cast<int>(job.order[row]) : -1;
+    const int row = work.row_begin + first_k_tile * kTileK + thread;
+    return exists && row < work.row_end ? static_cast<int>(params.order[row]) : -1;
   }
 };
 
 constexpr uint32_t kNoRow = ~0u;
 
+// Issues the loads of this block's half of B's tile, for both blocks.
 template <typename T>
-__device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, const Ring& ring,
-                                                 Shared& shared, const GradientWalk& walk) {
-  constexpr int kUnits = kTileM * 2 / 16;  // 16-byte vectors of a row of A's tile
-  constexpr int kPassRows = kWarpgroup / kUnits;
+__device__ __forceinline__ void load_b(const WeightGradientParams<T>& params, uint32_t to,
+                                       uint32_t full, int row, int n, int rank) {
+  constexpr int kHalf = kTileN / 64 / kClusterSize;  // in boxes of 64 columns
+  constexpr uint16_t kAllBlocks = (1 << kClusterSize) - 1;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const int box = rank * kHalf + i;
+    tma_load_multicast(to + box * kBoxBytes, &params.b_map, full, {n + box * 64, row}, kAllBlocks);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void produce_gradient(const WeightGradientParams<T>& params,
+                                                 const Pipeline& pipeline, SharedStorage& shared,
+                                                 const SplitKScheduler& scheduler) {
+  constexpr int kRowVectors = kTileM * 2 / 16;  // 16-byte vectors of a row of A's tile
+  constexpr int kPassRows = kWarpgroup / kRowVectors;
   constexpr int kPasses = kTileK / kPassRows;
   static_assert(kPassRows % kSwizzleRows == 0);
   const int thread = threadIdx.x % kWarpgroup;
-  const int rank = cluster_rank();
-  const int unit_m = thread % kUnits, first = thread / kUnits;
-  const uint32_t to = unit_m / 8 * kBoxBytes + swizzled(first, unit_m % 8);
-  // Where this thread leaves what it looked up: a thread's rows of a stage, every kPassRows-th one,
-  // are neighbours there.
-  const int place =
+  const int rank = block_rank_in_cluster();
+  const int vector_of_row = thread % kRowVectors, first = thread / kRowVectors;
+  const uint32_t to = vector_of_row / 8 * kBoxBytes + swizzled(first, vector_of_row % 8);
+  // Where this thread leaves what it looked up: the rows that a thread copies for a stage, every
+  // kPassRows-th one, are neighbours there.
+  const int lookup =
       thread / kTileK * kTileK + thread % kPassRows * kPasses + thread % kTileK / kPassRows;
-  Place at;
+  PipelineState state;
   // Looking up a token takes as long as a stage or two, so it runs that far ahead.
-  RowGroups<T> groups(job, walk);
+  RowGroups<T> groups(params, scheduler);
   int pair = groups.pair(thread);
   for (int buffer = 0; groups.exists; buffer ^= 1) {
-    const uint32_t vectors = static_cast<uint32_t>(job.m / 8);  // of 16 bytes, in a token
-    shared.row_start[buffer][place] =
+    const uint32_t vectors = static_cast<uint32_t>(params.m / 8);  // of 16 bytes, in a token
+    shared.row_start[buffer][lookup] =
         pair < 0 ? kNoRow
-                 : static_cast<uint32_t>(pair) / static_cast<uint32_t>(job.top_k) * vectors;
-    warps_sync(kTokensBarrier, kWarpgroup);  // and so all have read what lay in the other buffer
-    const int m = groups.unit.m, n = groups.unit.n;
-    const int row_begin = groups.unit.row_begin + groups.first_step * kTileK;
-    const int left = groups.unit.steps - groups.first_step;
-    const bool inside = m + unit_m * 8 < job.m;
+                 : static_cast<uint32_t>(pair) / static_cast<uint32_t>(params.top_k) * vectors;
+    named_barrier_sync(kTokensBarrier, kWarpgroup);  // so all have read the other buffer as well
+    const int m = groups.work.m, n = groups.work.n;
+    const int row_begin = groups.work.row_begin + groups.first_k_tile * kTileK;
+    const int left = groups.work.k_tiles - groups.first_k_tile;
+    const bool inside = m + vector_of_row * 8 < params.m;
     const uint4* column =
-        reinterpret_cast<const uint4*>(job.gathered) + (inside ? m / 8 + unit_m : 0);
-    groups.next();
+        reinterpret_cast<const uint4*>(params.gathered) + (inside ? m / 8 + vector_of_row : 0);
+    groups.advance();
     pair = groups.pair(thread);
 #pragma unroll
-    for (int step = 0; step < kWarpgroup / kTileK; ++step) {
-      if (step >= left) break;
+    for (int k_tile = 0; k_tile < kWarpgroup / kTileK; ++k_tile) {
+      if (k_tile >= left) break;
       // All at once and before the wait: one after the other, these loads would take as long as the
-      // products of a stage.
+      // MMAs of a stage.
       uint32_t from[kPasses];
       const uint4* mine = reinterpret_cast<const uint4*>(
-          &shared.row_start[buffer][step * kTileK + first * kPasses]);
+          &shared.row_start[buffer][k_tile * kTileK + first * kPasses]);
 #pragma unroll
       for (int i = 0; i < kPasses / 4; ++i) {
         const uint4 four = mine[i];
@@ -146,70 +162,67 @@ __device__ __forceinline__ void produce_gradient(const WeightGradient<T>& job, c
         from[4 * i + 2] = four.z;
         from[4 * i + 3] = four.w;
       }
-      ring.wait_empty(at);
-      const uint32_t full = ring.full_at(at.stage);
+      pipeline.producer_acquire(state);
+      const uint32_t full = pipeline.full_barrier(state.stage);
       if (thread == 0) {
-        barrier_arrive_expect(full, kBytesB);
-#pragma unroll
-        for (int i = 0; i < kTileN / 64 / kCluster; ++i) {
-          const int box = rank * (kTileN / 64 / kCluster) + i;
-          copy_box_to_all(ring.b(at.stage) + box * kBoxBytes, &job.b_map, full,
-                          {n + box * 64, row_begin + step * kTileK}, (1 << kCluster) - 1);
-        }
+        mbarrier_arrive_expect_tx(full, kBytesB);
+        load_b<T>(params, pipeline.b(state.stage), full, row_begin + k_tile * kTileK, n, rank);
       }
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const bool copies = inside && from[i] != kNoRow;
-        copy_vector(ring.a(at.stage) + to + i * kPassRows * kSwizzleBytes,
-                    column + (copies ? from[i] : 0), copies);
+        cp_async_zfill(pipeline.a(state.stage) + to + i * kPassRows * kSwizzleBytes,
+                       column + (copies ? from[i] : 0), copies);
       }
-      arrive_after_copies(full);
-      at.advance();
+      cp_async_mbarrier_arrive(full);
+      state.advance();
     }
   }
 }
 
-// The tile's rows of B beyond the expert's last belong to the next expert. A has zeros there, but
+// The rows of B's tile beyond the expert's last belong to the next expert. A has zeros there, but
 // zero times infinity is not zero. Each consumer clears them for itself, as waiting for the other
 // would cost more than writing zeros over zeros.
 __device__ __forceinline__ void clear_rows(uint8_t* tile_b, int from, int consumer) {
   const int thread = threadIdx.x % kWarpgroup;
-  constexpr int kBlocks = kTileN / 64, kUnits = kSwizzleBytes / 16;
-  for (int i = thread; i < (kTileK - from) * kBlocks * kUnits; i += kWarpgroup) {
-    const int row = from + i / (kBlocks * kUnits), unit = i % (kBlocks * kUnits);
-    uint8_t* to = tile_b + unit / kUnits * kBoxBytes + swizzled(row, unit % kUnits);
+  constexpr int kBoxes = kTileN / 64, kRowVectors = kSwizzleBytes / 16;
+  for (int i = thread; i < (kTileK - from) * kBoxes * kRowVectors; i += kWarpgroup) {
+    const int row = from + i / (kBoxes * kRowVectors), vector = i % (kBoxes * kRowVectors);
+    uint8_t* to = tile_b + vector / kRowVectors * kBoxBytes + swizzled(row, vector % kRowVectors);
     *reinterpret_cast<uint4*>(to) = uint4{};
   }
-  proxy_fence();
-  warps_sync(kConsumerBarrier + consumer, kWarpgroup);
+  fence_proxy_async();
+  named_barrier_sync(kConsumerBarrier + consumer, kWarpgroup);
 }
 
-// How many parts the split experts before `expert` have. By a whole warp.
-__device__ __forceinline__ int parts_before(const Shared& shared, int expert, int chunk) {
-  int parts = 0;
+// How many splits the split experts before `expert` have. By a whole warp.
+__device__ __forceinline__ int splits_before(const SharedStorage& shared, int expert,
+                                             int split_rows) {
+  int sum = 0;
   for (int e = threadIdx.x % 32; e < expert; e += 32) {
-    const int chunks = chunks_of(shared.row_end[e] - (e == 0 ? 0 : shared.row_end[e - 1]), chunk);
-    parts += chunks > 1 ? chunks : 0;
+    const int rows = shared.row_end[e] - (e == 0 ? 0 : shared.row_end[e - 1]);
+    const int splits = count_splits(rows, split_rows);
+    sum += splits > 1 ? splits : 0;
   }
-  return __reduce_add_sync(0xffffffffu, parts);
+  return __reduce_add_sync(0xffffffffu, sum);
 }
 
-// Writes a consumer's 64 x 256 of G, which start at row m and column n, as T.
+// Stores a consumer's 64 x 256 of G, which start at row m and column n, as T.
 template <typename T>
-__device__ __forceinline__ void store_gradient(T* out, const float (&d)[kAccumulators], int m,
-                                               int n, const WeightGradient<T>& job) {
+__device__ __forceinline__ void store(T* out, const float (&d)[kAccumulators], int m, int n,
+                                      const WeightGradientParams<T>& params) {
   const int lane = threadIdx.x % 32;
   m += threadIdx.x % kWarpgroup / 32 * kWarpRows + lane / 4;
   n += lane % 4 * 8;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = m + 8 * half;
-    T* to = out + static_cast<int64_t>(row) * job.n + n;
+    T* to = out + static_cast<int64_t>(row) * params.n + n;
 #pragma unroll
     for (int group = 0; group < kTileN / 32; ++group) {
       const uint4 vector = eight_columns<T>(d, group, half);
-      if (row < job.m && n + group * 32 < job.n)
+      if (row < params.m && n + group * 32 < params.n)
         *reinterpret_cast<uint4*>(to + group * 32) = vector;
     }
   }
@@ -218,30 +231,31 @@ __device__ __forceinline__ void store_gradient(T* out, const float (&d)[kAccumul
 // The same transposed. A warp has 16 columns of each row, 32 bytes, so the four of a consumer put
 // whole rows together in shared memory first.
 template <typename T>
-__device__ __forceinline__ void store_gradient_transposed(T* out, const float (&d)[kAccumulators],
-                                                          int m, int n,
-                                                          const WeightGradient<T>& job,
-                                                          uint32_t staging, int barrier) {
-  const int thread = threadIdx.x % kWarpgroup, unit = thread % 8, column = m + unit * 8;
+__device__ __forceinline__ void store_transposed(T* out, const float (&d)[kAccumulators], int m,
+                                                 int n, const WeightGradientParams<T>& params,
+                                                 uint32_t staging, int barrier) {
+  const int thread = threadIdx.x % kWarpgroup, vector_of_row = thread % 8;
+  const int column = m + vector_of_row * 8;
 #pragma unroll
-  for (int chunk = 0; chunk < kTileN / kChunk; ++chunk) {
-    stage_transposed<T>(staging, d + chunk * kChunk / 2, thread / 32 * 2);
-    warps_sync(barrier, kWarpgroup);
+  for (int subtile = 0; subtile < kTileN / kSubtileN; ++subtile) {
+    write_transposed<T>(staging, d + subtile * kSubtileN / 2, thread / 32 * 2);
+    named_barrier_sync(barrier, kWarpgroup);
 #pragma unroll
-    for (int first = 0; first < kChunk; first += kWarpgroup / 8) {
-      const int r = first + thread / 8, row = n + chunk * kChunk + r;
-      const uint4 vector = load_shared_vector(staging + swizzled(r, unit));
-      if (row < job.n && column < job.m) {
-        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * job.m + column) = vector;
+    for (int first = 0; first < kSubtileN; first += kWarpgroup / 8) {
+      const int r = first + thread / 8, row = n + subtile * kSubtileN + r;
+      const uint4 vector = load_shared_vector(staging + swizzled(r, vector_of_row));
+      if (row < params.n && column < params.m) {
+        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * params.m + column) = vector;
       }
     }
-    warps_sync(barrier, kWarpgroup);
+    named_barrier_sync(barrier, kWarpgroup);
   }
 }
 
+// A split of a split expert, in fp32 and in the order of the result.
 template <bool kTransposed>
-__device__ __forceinline__ void store_part(float* out, const float (&d)[kAccumulators], int m,
-                                           int n, int size_m, int size_n) {
+__device__ __forceinline__ void store_split(float* out, const float (&d)[kAccumulators], int m,
+                                            int n, int size_m, int size_n) {
   const int lane = threadIdx.x % 32;
   m += threadIdx.x % kWarpgroup / 32 * kWarpRows;
 #pragma unroll
@@ -261,74 +275,96 @@ __device__ __forceinline__ void store_part(float* out, const float (&d)[kAccumul
   }
 }
 
+// A split of the last wave, as the accumulators are.
+__device__ __forceinline__ void store_accumulators(float4* to, const float (&d)[kAccumulators]) {
+#pragma unroll
+  for (int i = 0; i < kAccumulators; i += 4) {
+    to[i / 4 * kWarpgroup] = {d[i], d[i + 1], d[i + 2], d[i + 3]};
+  }
+}
+
+// Stores what a consumer has of a work tile: the gradient itself, or a partial sum. `size` is that
+// of a gradient.
 template <typename T, bool kTransposed>
-__device__ __forceinline__ void consume_gradient(const WeightGradient<T>& job, const Ring& ring,
-                                                 uint8_t* tiles, GradientWalk position,
-                                                 int consumer) {
-  const int64_t size = static_cast<int64_t>(job.m) * job.n;
-  Place at;
-  const Walk& walk = position.walk;
-  for (; position.find(); position.next()) {
-    const GradientUnit unit = unit_of(job, position);
-    float d[kAccumulators];
-    if (unit.steps == 0) {
-#pragma unroll
-      for (float& value : d) value = 0.0f;
-    }
-    const auto prepare = [&](int step, int stage) {
-      const int left = unit.row_end - unit.row_begin - step * kTileK;
-      if (left < kTileK) clear_rows(tiles + stage * kStageBytes + kBytesA, left, consumer);
-    };
-    multiply<T, Major::kMN, Major::kMN, true>(d, ring, at, unit.steps, consumer, prepare, [] {});
-    const int m = unit.m + consumer * kConsumerM;
-    if (position.in_tail >= 0) {
-      float4* to = job.tail.of(position.in_tail, position.part, cluster_rank(), consumer);
-#pragma unroll
-      for (int i = 0; i < kAccumulators; i += 4) {
-        to[i / 4 * kWarpgroup] = {d[i], d[i + 1], d[i + 2], d[i + 3]};
-      }
-    } else if (unit.split) {
-      const int64_t part = parts_before(walk.shared, walk.expert, job.chunk) + unit.part;
-      store_part<kTransposed>(job.workspace + part * size, d, m, unit.n, job.m, job.n);
+__device__ __forceinline__ void store_gradient(const WeightGradientParams<T>& params,
+                                               const Pipeline& pipeline,
+                                               const SplitKScheduler& position,
+                                               const GradientWork& work,
+                                               const float (&d)[kAccumulators], int64_t size,
+                                               int consumer) {
+  const TileScheduler& scheduler = position.scheduler;
+  const int m = work.m + consumer * kConsumerM;
+  if (position.last_wave_tile >= 0) {
+    store_accumulators(params.last_wave.accumulators(position.last_wave_tile, position.split,
+                                                     block_rank_in_cluster(), consumer),
+                       d);
+  } else if (work.is_split) {
+    const int64_t split =
+        splits_before(scheduler.shared, scheduler.expert, params.split_rows) + work.split;
+    store_split<kTransposed>(params.workspace + split * size, d, m, work.n, params.m, params.n);
+  } else {
+    T* out = params.out + scheduler.expert * size;
+    if constexpr (kTransposed) {
+      store_transposed<T>(out, d, m, work.n, params, pipeline.staging(consumer),
+                          kConsumerBarrier + consumer);
     } else {
-      T* out = job.out + walk.expert * size;
-      if constexpr (kTransposed) {
-        store_gradient_transposed<T>(out, d, m, unit.n, job, ring.staging(consumer),
-                                     kConsumerBarrier + consumer);
-      } else {
-        store_gradient<T>(out, d, m, unit.n, job);
-      }
+      store<T>(out, d, m, work.n, params);
     }
   }
 }
 
 template <typename T, bool kTransposed>
-LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(const __grid_constant__ WeightGradient<T> job) {
+__device__ __forceinline__ void consume_gradient(const WeightGradientParams<T>& params,
+                                                 const Pipeline& pipeline, uint8_t* buffers,
+                                                 SplitKScheduler scheduler, int consumer) {
+  const int64_t size = static_cast<int64_t>(params.m) * params.n;
+  PipelineState state;
+  for (; scheduler.fetch_work(); scheduler.advance()) {
+    const GradientWork work = current_work(params, scheduler);
+    float d[kAccumulators];
+    if (work.k_tiles == 0) {
+#pragma unroll
+      for (float& value : d) value = 0.0f;
+    }
+    const auto clear_beyond_end = [&](int k_tile, int stage) {
+      const int left = work.row_end - work.row_begin - k_tile * kTileK;
+      if (left < kTileK) clear_rows(buffers + stage * kStageBytes + kBytesA, left, consumer);
+    };
+    mma_mainloop<T, Major::kMN, Major::kMN, true>(d, pipeline, state, work.k_tiles, consumer,
+                                                  clear_beyond_end, [] {});
+    store_gradient<T, kTransposed>(params, pipeline, scheduler, work, d, size, consumer);
+  }
+}
+
+template <typename T, bool kTransposed>
+LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(
+    const __grid_constant__ WeightGradientParams<T> params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t dynamic[];
-  uint8_t* tiles = tiles_of(dynamic);
-  Shared& shared = *reinterpret_cast<Shared*>(tiles + kTilesBytes);
-  const Ring ring = make_ring(shared, tiles, true, job.deadline);
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
+  uint8_t* buffers = aligned_buffers(dynamic);
+  SharedStorage& shared = *reinterpret_cast<SharedStorage*>(buffers + kBufferBytes);
+  const Pipeline pipeline = make_pipeline(shared, buffers, true, params.deadline);
+  grid_dependency_wait();
+  launch_dependent_grids();
   if (threadIdx.x < 32) {
-    const int in_each = units_of_part(job.m, job.n);
-    sum_units(shared, job.offsets, job.experts,
-              [&](int rows) { return in_each * chunks_of(rows, job.chunk); });
+    const int tiles = tiles_of_gradient(params.m, params.n);
+    sum_work_tiles(shared, params.offsets, params.experts,
+                   [&](int rows) { return tiles * count_splits(rows, params.split_rows); });
   }
   __syncthreads();
-  cluster_sync();
-  const GradientWalk walk(job.tail, job.experts, units_of_part(job.m, job.n), shared);
-  const int warpgroup = uniform(threadIdx.x / kWarpgroup);
+  cluster_sync();  // the other block's barriers are initialised, too
+  const SplitKScheduler scheduler(params.last_wave, params.experts,
+                                  tiles_of_gradient(params.m, params.n), shared);
+  const int warpgroup = warp_uniform(threadIdx.x / kWarpgroup);
   if (warpgroup == 0) {
-    give_registers_back<kProducerRegisters>();
-    produce_gradient<T>(job, ring, shared, walk);
+    warpgroup_reg_dealloc<kProducerRegisters>();
+    produce_gradient<T>(params, pipeline, shared, scheduler);
   } else {
-    take_registers<kConsumerRegisters>();
-    consume_gradient<T, kTransposed>(job, ring, tiles, walk, warpgroup - 1);
+    warpgroup_reg_alloc<kConsumerRegisters>();
+    consume_gradient<T, kTransposed>(params, pipeline, buffers, scheduler, warpgroup - 1);
   }
   __syncwarp();
-  cluster_sync();
+  cluster_sync();  // no block exits while the other may still write to its shared memory
 #endif
 }
 

@@ -124,25 +124,26 @@ def test_every_kernel_of_a_step_has_its_phase():
 def test_our_own_products():
     sort, total = FORWARD[0], FORWARD[-1]
     rows = "lightning_fastmoe::hopper::ragged_rows_kernel<bf16, StoreRows<bf16>>(...)"
-    dots = "lightning_fastmoe::hopper::add_dots_kernel(...)"
-    gradient, parts = "hopper::weight_gradient_kernel<bf16>(...)", "hopper::add_parts_kernel(...)"
-    tail = "hopper::add_tail_kernel<bf16>(...)"
-    sums = (total, rows, dots, gradient, parts, rows, total)
-    own = [sort, rows, rows, *sums, gradient, parts]
+    dots = "lightning_fastmoe::hopper::reduce_dots_kernel(...)"
+    gradient = "hopper::weight_gradient_kernel<bf16>(...)"
+    splits = "hopper::reduce_splits_kernel(...)"
+    last_wave = "hopper::reduce_last_wave_kernel<bf16>(...)"
+    sums = (total, rows, dots, gradient, splits, rows, total)
+    own = [sort, rows, rows, *sums, gradient, splits]
     assert table_for(own, module=False) is GIVEN_ROUTING_HOPPER
     assert phases(own, GIVEN_ROUTING_HOPPER) == [
         *("sort by expert", "H, A = act(H); x gathered", "Y = A @ down.T", "weighted sum of Y"),
         *(
             "dH, weighted A, dw; dO gathered",
-            "dw of the column tiles",
+            "dw, sum over N tiles",
             "d_down = dO.T @ A, gathered",
         ),
-        *("parts of d_down", "d_rows = dH @ up", "sum of d_rows", "d_up = dH.T @ x, gathered"),
-        "parts of d_up",
+        *("splits of d_down", "d_rows = dH @ up", "sum of d_rows", "d_up = dH.T @ x, gathered"),
+        "splits of d_up",
     ]
-    # An expert's gradient that leaves a last round to be split: both kernels run, one for nothing.
-    split = [n for name in own for n in ((tail, name) if name == parts else (name,))]
-    assert [p for p in phases(split, GIVEN_ROUTING_HOPPER) if p and "last round" not in p] == [
+    # A weight gradient whose last wave may be split: both kernels run, one of them for nothing.
+    split = [n for name in own for n in ((last_wave, name) if name == splits else (name,))]
+    assert [p for p in phases(split, GIVEN_ROUTING_HOPPER) if p and "last wave" not in p] == [
         *phases(own, GIVEN_ROUTING_HOPPER)
     ]
     assert phases(split, GIVEN_ROUTING_HOPPER).count(None) == 0

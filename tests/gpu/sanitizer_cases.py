@@ -55,7 +55,7 @@ def sort(pairs: int, experts: int) -> None:
 
 
 def split_gradients() -> None:
-    """The workspaces of split weight gradients: of as many experts as fit, and the last round's."""
+    """The workspaces of split weight gradients: of as many experts as fit, and the last wave's."""
     for counts, m, n in (([193] * 84 + [172], 256, 256), ([1085] * 15 + [109], 712, 760)):
         order = torch.randperm(sum(counts), device="cuda")
         offsets = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)

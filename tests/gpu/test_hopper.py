@@ -258,11 +258,11 @@ def test_weight_gradient(library: Any, case: Any, transposed: bool, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("last", [1024, 100, 0])
-def test_the_last_round_of_weight_gradients_is_split(
+def test_the_last_wave_of_weight_gradients_is_split(
     library: Any, last: int, transposed: bool, dtype: torch.dtype
 ) -> None:
-    # 9 units of 256 x 256 for each of 16 experts: two rounds of 66 clusters, and 12 units that come
-    # in four parts. The last expert has most of them, and with 100 rows not all parts have any.
+    # 9 work tiles of 256 x 256 for each of 16 experts: two waves of 66 clusters, and 12 tiles that
+    # are split in four. The last expert has most of them; with 100 rows not all splits have any.
     if torch.cuda.get_device_properties(0).multi_processor_count != 132:
         pytest.skip("the shapes are for 132 multiprocessors")
     m, n, top_k = 712, 760, 2
@@ -281,15 +281,15 @@ def test_the_last_round_of_weight_gradients_is_split(
     got = same_bits(gradient)
     want = g.outer(gathered[g.tokens], rows)
     close(got, want.transpose(1, 2) if transposed else want)
-    assert any("add_tail_kernel" in name for name in kernel_names(gradient))
+    assert any("reduce_last_wave_kernel" in name for name in kernel_names(gradient))
     assert last > 0 or not bool(got[-1].any())
 
 
 def test_weight_gradients_of_experts_just_long_enough_to_be_split(library: Any) -> None:
-    # As many as there can be: the workspace has room for these parts and no more.
+    # As many as there can be: the workspace has room for these splits and no more.
     rows_in_all, m, n = 16384, 256, 256
-    chunk = -(-rows_in_all // 118 // 64) * 64  # see gradient_chunk, on 132 multiprocessors
-    counts = [chunk + 1] * (rows_in_all // (chunk + 1))
+    split_rows = -(-rows_in_all // 118 // 64) * 64  # see rows_per_split, on 132 multiprocessors
+    counts = [split_rows + 1] * (rows_in_all // (split_rows + 1))
     counts.append(rows_in_all - sum(counts))
     order = torch.randperm(rows_in_all, device="cuda")
     offsets = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)

@@ -1,9 +1,8 @@
-// From the tensor cores' register layout to rows in memory.
+// From the accumulators' layout in registers to rows in memory.
 //
 // Four lanes of a warp (a quad) hold a row of D two columns at a time. After an exchange within the
-// quad each lane has eight neighbouring columns, 16 bytes, and the quad 64 bytes in one piece.
-// Where the columns of D were put in order before the product (see tensor_map.h), each has them
-// already.
+// quad each lane has eight neighbouring columns, 16 bytes, and the quad 64 contiguous bytes. Where
+// B's columns were reordered for this before the MMAs (see tensor_map.h), each has them already.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -87,20 +86,20 @@ __device__ __forceinline__ uint4 eight_columns(const float* d, int group, int ha
 }
 
 constexpr int kWarpRows = 16;  // of D in a warp
-constexpr int kChunk = 64;     // columns of D that become rows of shared memory together
+constexpr int kSubtileN = 64;  // columns of D that an epilogue passes through shared memory at once
 
-// Rounds 64 columns of a warp's 16 rows of D to T and puts them into shared memory at `to` as 64
-// rows of 16 columns, whose first 16-byte unit is `unit`.
+// Rounds 64 columns of a warp's 16 rows of D to T and writes them to shared memory at `to`
+// transposed, as 64 rows of 16 columns that start at 16-byte vector `vector` of each row.
 template <typename T>
-__device__ __forceinline__ void stage_transposed(uint32_t to, const float* d, int unit) {
-  const int block = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
+__device__ __forceinline__ void write_transposed(uint32_t to, const float* d, int vector) {
+  const int matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
 #pragma unroll
-  for (int j = 0; j < kChunk / 8; j += 2) {
-    // Blocks: the lower and the upper eight rows, then the same of the next eight columns.
+  for (int j = 0; j < kSubtileN / 8; j += 2) {
+    // 8 x 8 matrices: the lower and the upper eight rows, then the same of the next eight columns.
     const float* p = d + 4 * j;
-    store_blocks_transposed(to + swizzled(8 * (j + block / 2) + r, unit + block % 2),
-                            pack<T>(p[0], p[1]), pack<T>(p[2], p[3]), pack<T>(p[4], p[5]),
-                            pack<T>(p[6], p[7]));
+    stmatrix_x4_trans(to + swizzled(8 * (j + matrix / 2) + r, vector + matrix % 2),
+                      pack<T>(p[0], p[1]), pack<T>(p[2], p[3]), pack<T>(p[4], p[5]),
+                      pack<T>(p[6], p[7]));
   }
 }
 

@@ -1,0 +1,134 @@
+// How the weights' gradients are split along K: which rows of which expert, for which tile of G
+// (see weight_gradient.cuh), a work tile sums.
+//
+// An expert of more than `split_rows` rows is split, so that one hot expert does not keep a few
+// blocks busy long after the others are done. Where none is, the work tiles that are left for a
+// last, mostly idle wave of the clusters are split instead. Partial sums go to a workspace in fp32
+// and are added in their order (split_k_reduction.cuh), so that the result is deterministic.
+#pragma once
+
+#include "tile_scheduler.cuh"
+
+namespace lightning_fastmoe::hopper {
+
+// The number of splits of an expert.
+__host__ __device__ __forceinline__ int count_splits(int rows, int split_rows) {
+  return rows <= split_rows ? 1 : (rows + split_rows - 1) / split_rows;
+}
+
+// The number of work tiles of a gradient G, (m, n), per split of its expert.
+__host__ __device__ __forceinline__ int tiles_of_gradient(int m, int n) {
+  return ((m + kTileM * kClusterSize - 1) / (kTileM * kClusterSize)) * ((n + kTileN - 1) / kTileN);
+}
+
+// The work tiles of the last wave, if they are split.
+struct LastWave {
+  int tiles;
+  int splits;        // of each; at least 2 if there are tiles
+  float* workspace;  // (tiles, splits, kClusterSize, kConsumers, kAccumulators / 4, kWarpgroup, 4)
+
+  __host__ __device__ __forceinline__ int64_t workspace_floats() const {
+    return int64_t{tiles} * splits * kClusterSize * kTileM * kTileN;
+  }
+  // The accumulators of one consumer of one block: the first four of this thread; its next four are
+  // kWarpgroup on.
+  __device__ __forceinline__ float4* accumulators(int tile, int split, int rank,
+                                                  int consumer) const {
+    const int64_t block = (static_cast<int64_t>(tile) * splits + split) * kClusterSize + rank;
+    return reinterpret_cast<float4*>(workspace) +
+           (block * kConsumers + consumer) * (kAccumulators / 4) * kWarpgroup +
+           threadIdx.x % kWarpgroup;
+  }
+};
+
+// Where a block's tile is in G. Each of the two blocks of a cluster has 128 of the work tile's 256
+// rows.
+struct GradientTile {
+  int m;  // the first row
+  int n;  // the first column
+
+  GradientTile() = default;
+  // The tile of the work tile number `index` of a split.
+  __device__ __forceinline__ GradientTile(int index, int rows_of_g, int rank) {
+    const int m_pairs = (rows_of_g + kTileM * kClusterSize - 1) / (kTileM * kClusterSize);
+    n = index / m_pairs * kTileN;
+    m = (index % m_pairs * kClusterSize + rank) * kTileM;
+  }
+};
+
+// Iterates over the work tiles of this cluster, of which those of the last wave are split.
+struct SplitKScheduler {
+  TileScheduler scheduler;
+  int whole;           // work tiles before the last wave
+  int splits;          // of one in the last wave
+  int number;          // among all, each split of the last wave counted
+  int last_wave_tile;  // which of the last wave's tiles this is, or negative
+  int split;           // of it
+
+  // For `experts` with `tiles` work tiles per split.
+  __device__ __forceinline__ SplitKScheduler(const LastWave& last_wave, int experts, int tiles,
+                                             const SharedStorage& shared)
+      : scheduler{shared, experts, 0, static_cast<int>(gridDim.x / kClusterSize)},
+        splits(last_wave.splits),
+        number(static_cast<int>(blockIdx.x / kClusterSize)) {
+    const int work_tiles = shared.work_tile_end[experts - 1];
+    // With split experts there are more work tiles, and the last wave is not split.
+    whole = work_tiles == experts * tiles ? work_tiles - last_wave.tiles : work_tiles;
+  }
+  __device__ __forceinline__ bool fetch_work() {
+    const int beyond = number - whole;
+    last_wave_tile = beyond < 0 ? -1 : beyond / splits;
+    split = beyond < 0 ? 0 : beyond - last_wave_tile * splits;
+    scheduler.work_tile = beyond < 0 ? number : whole + last_wave_tile;
+    return scheduler.fetch_work();
+  }
+  __device__ __forceinline__ void advance() { number += scheduler.clusters; }
+};
+
+// How the last wave is split: if it has few work tiles, into as many splits as there are clusters
+// for, up to four. Not if waves are so many, or splits would be so short, that the reduction takes
+// what is gained.
+inline LastWave split_last_wave(int64_t rows, int64_t m, int64_t n, int64_t experts,
+                                int64_t blocks) {
+  const int64_t clusters = blocks / kClusterSize;
+  const int64_t tiles = experts * tiles_of_gradient(static_cast<int>(m), static_cast<int>(n));
+  const int64_t left = tiles % clusters;
+  const int64_t splits = left == 0 ? 1 : clusters / left < 4 ? clusters / left : 4;
+  constexpr int64_t kMostWaves = 16, kFewestRows = 256;
+  if (splits < 2 || tiles / clusters >= kMostWaves || rows / experts < splits * kFewestRows) {
+    return {0, 1, nullptr};
+  }
+  return {static_cast<int>(left), static_cast<int>(splits), nullptr};
+}
+
+// How an expert is split: into splits of this many rows. One expert's tiles take a fraction t of
+// all blocks; if it had all rows, in s splits, it would take ceil(s t) / s of the time that they
+// take it alone. Of the s that make a split half to two thirds as long as all blocks together need,
+// we take the fewest that are near the best, for each costs memory. Where an expert's tiles keep
+// nearly all blocks busy by themselves it is never split, and needs no workspace.
+inline int64_t rows_per_split(int64_t rows, int64_t m, int64_t n, int64_t blocks) {
+  const int64_t tiles =
+      int64_t{kClusterSize} * tiles_of_gradient(static_cast<int>(m), static_cast<int>(n));
+  int64_t splits = 1;
+  if (5 * tiles < 4 * blocks) {
+    const int64_t fewest = (3 * blocks + 2 * tiles - 1) / (2 * tiles);
+    const int64_t most = (2 * blocks + tiles - 1) / tiles + 1;
+    const auto time = [&](int64_t s) {
+      return static_cast<double>((s * tiles + blocks - 1) / blocks) / static_cast<double>(s);
+    };
+    double best = time(fewest);
+    for (int64_t s = fewest + 1; s <= most; ++s) best = time(s) < best ? time(s) : best;
+    for (splits = fewest; time(splits) > 1.125 * best;) ++splits;
+  }
+  const int64_t wanted = (rows + splits - 1) / splits;
+  return (wanted + kTileK - 1) / kTileK * kTileK;
+}
+
+// How many splits all split experts can have at most, whatever the routing: each of them has more
+// than `split_rows` rows, and at most one split that is not full.
+inline int64_t max_splits(int64_t rows, int64_t split_rows) {
+  const int64_t experts = rows / (split_rows + 1);
+  return experts == 0 ? 0 : experts + (rows - experts) / split_rows;
+}
+
+}  // namespace lightning_fastmoe::hopper
