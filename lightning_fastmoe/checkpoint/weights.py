@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import WEIGHTS, TensorRecord, weight_name
 from lightning_fastmoe.checkpoint.format.threads import thread_count
-from lightning_fastmoe.checkpoint.loading import check_experts, check_names, check_shapes
 from lightning_fastmoe.checkpoint.lockstep import Together
+from lightning_fastmoe.checkpoint.matching import check_experts, check_names, check_shapes
 from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
 from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.errors import ConfigError

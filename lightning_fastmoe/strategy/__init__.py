@@ -1,6 +1,6 @@
 """FastMoEStrategy: wiring between Lightning, DeepSpeed and the MoE layers."""
 
-from lightning_fastmoe.strategy import deepspeed_setup as _deepspeed_setup  # noqa: F401, I001  first
+from lightning_fastmoe.zero import config as _config  # noqa: F401, I001  first
 from lightning_fastmoe.strategy.fastmoe import FastMoEStrategy
 
 __all__ = ["FastMoEStrategy"]

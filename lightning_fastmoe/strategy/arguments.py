@@ -12,9 +12,9 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from lightning_fastmoe.argument_types import check_known, check_types, parameters
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.strategy.watch import check_seconds
+from lightning_fastmoe.zero.config import check_stage
 
 OWNER = "FastMoEStrategy"
-STAGES = (1, 2, 3)
 DEFAULT_STAGE = 2
 _POLICIES = ("raise", "skip", "ignore")
 _REFUSED = {
@@ -75,25 +75,6 @@ def check_arguments(
     if others.get("config") is not None:
         _check_beside_config(others)
     return checked
-
-
-def check_stage(stage: Any) -> None:
-    """Refuses ZeRO stages that do not exist, or that train experts wrongly.
-
-    Raises:
-        ConfigError: naming the stages that do.
-    """
-    if stage == 0 and type(stage) is int:
-        raise ConfigError(
-            "stage=0 is not supported: it must be 1, 2 or 3. DeepSpeed's stage 0 leaves the"
-            " experts' gradients out of the clipping norm with a client optimizer (DeepSpeed #8475,"
-            " #8613). Stage 1 computes the same with less memory."
-        )
-    if type(stage) is not int or stage not in STAGES:
-        raise ConfigError(
-            f"stage={stage!r} is not supported: the ZeRO stage must be the integer 1 (optimizer"
-            " states are partitioned), 2 (and gradients) or 3 (and parameters)."
-        )
 
 
 def check_stage_beside_config(stage: int, config: Mapping[str, Any]) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
-from lightning_fastmoe.checkpoint.averages import Averages
-from lightning_fastmoe.checkpoint.zero_state import ZeroShare, ZeroState
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.zero.averages import Averages
+from lightning_fastmoe.zero.state import ZeroShare, ZeroState
 
 _SWAP, _COPY = "_swap_models", "_copy_average_to_current"
 _REPLACED = ("setup", _SWAP, _COPY, "on_save_checkpoint", "on_load_checkpoint")

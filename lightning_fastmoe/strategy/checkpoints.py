@@ -17,22 +17,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fastmoe.checkpoint import CheckpointReader, Topology, is_checkpoint
-from lightning_fastmoe.checkpoint.averages import has_training_weights
 from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
 from lightning_fastmoe.checkpoint.format.discard import check_replaceable
 from lightning_fastmoe.checkpoint.format.publish import put_back, remove, resolve
 from lightning_fastmoe.checkpoint.format.threads import thread_count
-from lightning_fastmoe.checkpoint.loading import Loaded, Source, load
 from lightning_fastmoe.checkpoint.lockstep import Together, meet_after_error
 from lightning_fastmoe.checkpoint.model_map import map_model
 from lightning_fastmoe.checkpoint.random_state import set_random_state
-from lightning_fastmoe.checkpoint.save import (
-    batches_of_epoch,
-    loaders_of,
-    local_path,
-    set_loaders,
-    take_snapshot,
-)
+from lightning_fastmoe.checkpoint.save import batches_of_epoch, loaders_of, local_path, set_loaders
+from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.checkpoint.sources.deepspeed import find_deepspeed, open_deepspeed
 from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.checkpoint.sources.single_file import open_file
@@ -43,12 +36,15 @@ from lightning_fastmoe.strategy.checks import (
     fixed_paths,
     warn_within_batch,
 )
-from lightning_fastmoe.strategy.engine import FastMoEEngine
 from lightning_fastmoe.strategy.hook_edits import WeightNames
 from lightning_fastmoe.strategy.resumable import for_other_ranks, is_own_state
 from lightning_fastmoe.strategy.signals import DeferredSignals
 from lightning_fastmoe.strategy.steps import ExpertSteps
 from lightning_fastmoe.strategy.watch import Activity
+from lightning_fastmoe.zero.averages import has_training_weights
+from lightning_fastmoe.zero.engine import FastMoEEngine
+from lightning_fastmoe.zero.restore import Loaded, load
+from lightning_fastmoe.zero.snapshot import take_snapshot
 
 
 class ExpertCheckpoints(ExpertSteps):

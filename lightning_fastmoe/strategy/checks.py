@@ -18,7 +18,7 @@ from lightning_fastmoe.checkpoint.format.consistency import unlisted_layers
 from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.strategy.elementwise import is_elementwise
+from lightning_fastmoe.zero.elementwise import is_elementwise
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 # Known by name, as copies of some of them share memory outside of Python and can't be tried.

@@ -42,30 +42,30 @@ from lightning_fastmoe.strategy.checks import (
     check_trainer,
 )
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
-from lightning_fastmoe.strategy.deepspeed_setup import check_deepspeed_config, select_accelerator
 from lightning_fastmoe.strategy.ending import is_launched
-from lightning_fastmoe.strategy.engine import (
+from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
+from lightning_fastmoe.strategy.model_summary import correct_summary
+from lightning_fastmoe.strategy.pending_names import count_pending_names
+from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
+from lightning_fastmoe.strategy.uneven import UnevenData
+from lightning_fastmoe.strategy.watch import Watch
+from lightning_fastmoe.zero.config import check_deepspeed_config, select_accelerator
+from lightning_fastmoe.zero.engine import (
     ExpertState,
     FastMoEEngine,
     NonFinitePolicy,
     make_engine,
 )
-from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
-from lightning_fastmoe.strategy.experts import (
+from lightning_fastmoe.zero.gathering import meet_before_gathering
+from lightning_fastmoe.zero.groups import (
     check_tags,
     divided_experts,
     group_name,
     register_groups,
     tag_experts,
 )
-from lightning_fastmoe.strategy.gathering import meet_before_gathering
-from lightning_fastmoe.strategy.model_summary import correct_summary
-from lightning_fastmoe.strategy.module_experts import check_same_groups, check_same_structure
-from lightning_fastmoe.strategy.param_groups import release, split_expert_groups
-from lightning_fastmoe.strategy.pending_names import count_pending_names
-from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
-from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Watch
+from lightning_fastmoe.zero.param_groups import release, split_expert_groups
+from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
 
 _ENGINE = "_fastmoe_engine"
 

@@ -16,8 +16,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.records import DTYPES, split_name
-from lightning_fastmoe.checkpoint.loading import Source
 from lightning_fastmoe.checkpoint.model_map import ModelMap
+from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.errors import CheckpointError
 
 _SHOWN = 3

@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch.distributed as dist
-
 _LOGGED = {
     # Advertisements, at each start.
     "pytorch_lightning.utilities.rank_zero": (
@@ -34,10 +32,6 @@ _WARNED = (
         r"pytorch_lightning\.trainer\.connectors\.data_connector",
     ),
 )
-_SUCCESSORS = {
-    "all_gather_function": "all_gather_single",
-    "reduce_scatter_function": "reduce_scatter_single",
-}
 
 
 def quiet_logs() -> None:
@@ -70,16 +64,3 @@ def quiet_warnings() -> Callable[[], None]:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
 
     return undo
-
-
-def modernise_collectives() -> None:
-    """Lets DeepSpeed call what torch has put in the place of two deprecated collectives.
-
-    They are the same functions under new names. Under the old ones, each call at stage 3 prints a
-    warning, on every rank. Call it once DeepSpeed's back end is there.
-    """
-    from deepspeed.comm import comm
-
-    for attribute, name in _SUCCESSORS.items():
-        if hasattr(dist, name) and getattr(comm.cdb, attribute, None) is not None:
-            setattr(comm.cdb, attribute, getattr(dist, name))

@@ -11,21 +11,22 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_fastmoe.checkpoint.averages import Averages
 from lightning_fastmoe.distributed import ExpertSharder
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
 from lightning_fastmoe.strategy.averaging import AveragedRun, prepare_averaging
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
-from lightning_fastmoe.strategy.engine import ExpertState
 from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
-from lightning_fastmoe.strategy.experts import check_batch_norms
 from lightning_fastmoe.strategy.monitored import share_monitored
-from lightning_fastmoe.strategy.quiet import modernise_collectives, quiet_logs, quiet_warnings
+from lightning_fastmoe.strategy.quiet import quiet_logs, quiet_warnings
 from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
 from lightning_fastmoe.strategy.resumable import resumable
 from lightning_fastmoe.strategy.uneven import UnevenData
 from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.zero.averages import Averages
+from lightning_fastmoe.zero.collectives import modernise_collectives
+from lightning_fastmoe.zero.engine import ExpertState
+from lightning_fastmoe.zero.groups import check_batch_norms
 
 _Result = TypeVar("_Result")
 

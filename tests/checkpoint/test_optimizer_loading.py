@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_fastmoe.checkpoint.format.records import TensorRecord, state_name
-from lightning_fastmoe.checkpoint.loading import _OptimizerLoader
-from lightning_fastmoe.checkpoint.zero_state import FlatPartition, Fragment
+from lightning_fastmoe.zero.restore import _OptimizerLoader
+from lightning_fastmoe.zero.state import FlatPartition, Fragment
 
 SAVED = {"a": torch.arange(10.0), "b": torch.arange(100.0, 106.0)}
 EXPECTED = torch.tensor([0, 0, 3, 4, 5, 6, 0, 100, 101, 102, 0, 0.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from lightning_fastmoe.strategy.elementwise import is_elementwise
+from lightning_fastmoe.zero.elementwise import is_elementwise
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -9,7 +9,7 @@ from strategy import midway_runs
 from strategy import reshard_runs as runs
 
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.optimizer_state import by_parameter, same
+from lightning_fastmoe.checkpoint.param_options import by_parameter, same
 
 
 def mean_losses(results: list[runs.Steps]) -> list[float]:

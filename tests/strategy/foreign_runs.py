@@ -107,7 +107,7 @@ def write_deepspeed(directory: str, gated: bool) -> dict[str, Tensor]:
     from deepspeed.moe.layer import MoE as DeepSpeedMoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    from lightning_fastmoe.strategy.deepspeed_setup import select_accelerator
+    from lightning_fastmoe.zero.config import select_accelerator
 
     select_accelerator(torch.device("cpu"))
     deepspeed.init_distributed("gloo")

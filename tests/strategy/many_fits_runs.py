@@ -19,7 +19,7 @@ from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy import engine
+from lightning_fastmoe.zero import engine
 
 
 class Everything(Validating):

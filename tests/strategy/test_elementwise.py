@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.strategy.checks import check_optimizer
-from lightning_fastmoe.strategy.elementwise import is_elementwise
+from lightning_fastmoe.zero.elementwise import is_elementwise
 
 
 class Lars(optim.Optimizer):

@@ -10,7 +10,7 @@ from strategy import user_group_runs as runs
 from strategy.models import Case
 from strategy.test_exactness import assert_close
 
-from lightning_fastmoe.strategy.param_groups import UserParamGroups
+from lightning_fastmoe.zero.param_groups import UserParamGroups
 
 CASE = Case(world=2, ep=2, steps=runs.STEPS, coefficients=(0.0, 0.0))
 ALONE = replace(CASE, world=1, ep=1)

@@ -1,4 +1,4 @@
-"""A checkpoint directory as a source for :func:`~lightning_fastmoe.checkpoint.loading.load`."""
+"""A checkpoint directory as a source for :func:`~lightning_fastmoe.zero.restore.load`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lightning_fastmoe.checkpoint.format.records import (
     state_name,
     weight_name,
 )
-from lightning_fastmoe.checkpoint.optimizer_state import NamedGroup
+from lightning_fastmoe.checkpoint.param_options import NamedGroup
 from lightning_fastmoe.errors import CheckpointError
 
 _NOT_STATE = ("state_dict", "optimizer_states")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.zero_state import Fragment
+from lightning_fastmoe.zero.state import Fragment
 
 _SAMPLES = 64
 """Elements of a fragment that are looked at in a step."""

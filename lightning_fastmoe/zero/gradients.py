@@ -21,7 +21,7 @@ from lightning_fastmoe.checkpoint.format.manifest import Topology
 from lightning_fastmoe.checkpoint.format.records import TensorRecord, gradient_name
 from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
 from lightning_fastmoe.checkpoint.model_map import ModelMap
-from lightning_fastmoe.checkpoint.zero_state import ZeroShare, ZeroState
+from lightning_fastmoe.zero.state import ZeroShare, ZeroState
 
 _ZERO_3_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, state_name
-from lightning_fastmoe.checkpoint.zero_state import ZeroShare
+from lightning_fastmoe.zero.state import ZeroShare
 
 TRAINING = "training_weights"
 """The state that holds what trains."""

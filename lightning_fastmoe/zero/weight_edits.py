@@ -23,14 +23,14 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from lightning_fastmoe.checkpoint.zero_state import (
+from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.zero.state import (
     FlatPartition,
     Fragment,
     ZeroState,
     partition_of,
 )
-from lightning_fastmoe.errors import ParameterEditError
-from lightning_fastmoe.strategy.weight_samples import Sampler, differ, sample_each
+from lightning_fastmoe.zero.weight_samples import Sampler, differ, sample_each
 
 
 @dataclass

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy.arguments import check_stage
 
 if not torch.cuda.is_available():
     # Saves DeepSpeed's guess, and its warning about the guess. Must precede its first import.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+STAGES = (1, 2, 3)
+"""ZeRO stages that train experts correctly."""
 
 
 def select_accelerator(device: torch.device) -> None:
@@ -93,3 +96,22 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
                 " experts, which have other data parallel groups than dense parameters. Drop the"
                 " option."
             )
+
+
+def check_stage(stage: Any) -> None:
+    """Refuses ZeRO stages that do not exist, or that train experts wrongly.
+
+    Raises:
+        ConfigError: naming the stages that do.
+    """
+    if stage == 0 and type(stage) is int:
+        raise ConfigError(
+            "stage=0 is not supported: it must be 1, 2 or 3. DeepSpeed's stage 0 leaves the"
+            " experts' gradients out of the clipping norm with a client optimizer (DeepSpeed #8475,"
+            " #8613). Stage 1 computes the same with less memory."
+        )
+    if type(stage) is not int or stage not in STAGES:
+        raise ConfigError(
+            f"stage={stage!r} is not supported: the ZeRO stage must be the integer 1 (optimizer"
+            " states are partitioned), 2 (and gradients) or 3 (and parameters)."
+        )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fastmoe.checkpoint.optimizer_state import (
+from lightning_fastmoe.checkpoint.param_options import (
     NamedGroup,
     by_parameter,
     common,
@@ -23,7 +23,7 @@ from lightning_fastmoe.checkpoint.optimizer_state import (
     same,
 )
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
-from lightning_fastmoe.strategy.experts import is_tagged
+from lightning_fastmoe.zero.groups import is_tagged
 
 _OWN_KEYS = frozenset({"params", "name", "moe"})
 """What a group of the twin has for itself."""

@@ -28,8 +28,8 @@ from lightning_fastmoe.errors import (
 )
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
-from lightning_fastmoe.strategy.param_groups import UserParamGroups
-from lightning_fastmoe.strategy.weight_edits import WeightEdits
+from lightning_fastmoe.zero.param_groups import UserParamGroups
+from lightning_fastmoe.zero.weight_edits import WeightEdits
 
 _KNOWN_OPTIMIZERS = (
     NoneType,  # inference, stages 1 and 2

@@ -1,0 +1,85 @@
+"""Whether a checkpoint's tensors are those of a model: names, shapes, experts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.expert_names import check_expert_ids
+from lightning_fastmoe.checkpoint.format.records import (
+    split_name,
+    weight_name,
+)
+from lightning_fastmoe.checkpoint.model_map import ModelMap
+from lightning_fastmoe.checkpoint.sources.base import Source
+from lightning_fastmoe.errors import CheckpointError
+
+
+def check_experts(source: Source, model: ModelMap) -> None:
+    """Every layer must have as many experts in the checkpoint as in the model.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    for name, experts in model.num_experts.items():
+        saved = source.moe_layers.get(name, experts)
+        if saved != experts:
+            raise CheckpointError(
+                f"{source.path}: layer {name!r} has {saved} experts there, but here"
+                f" num_experts={experts}. Experts can't be added or dropped on loading: build the"
+                f" model with num_experts={saved}."
+            )
+    # Files of plain weights don't say it, but names of module experts do.
+    unsaid = {n: model.num_experts[n] for n in model.module_layers.keys() - source.moe_layers}
+    check_expert_ids(weights_of(source), unsaid, model.parameters, source.path)
+
+
+def weights_of(source: Source) -> set[str]:
+    """Names of the parameters and buffers in a checkpoint."""
+    return {name for kind, name in map(split_name, source.tensors) if kind is None}
+
+
+def check_names(source: Source, model: ModelMap, strict: bool) -> None:
+    """Parameters and buffers must be the same in checkpoint and model.
+
+    Raises:
+        CheckpointError: naming those that are not.
+    """
+    saved_names = weights_of(source) - model.tied.keys()
+    extra = {name for name, value in model.extra().items() if isinstance(value, Tensor)}
+    own = model.parameters.keys() | model.buffers.keys() | extra
+    missing = sorted(own - saved_names - set(source.excluded))
+    # The ranks that hold an expert look at its names.
+    unknown = sorted(name for name in saved_names - own if not model.is_elsewhere(name))
+    if not strict or not (missing or unknown):
+        return
+    parts = [
+        f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for what, names in (("only in the model", missing), ("only in the checkpoint", unknown))
+        if names
+    ]
+    raise CheckpointError(
+        f"{source.path} does not fit the model: {'; '.join(parts)}. Set strict_loading=False on the"
+        " LightningModule to load what matches."
+    )
+
+
+def check_shapes(source: Source, model: ModelMap) -> None:
+    """What is in both must have the same shape.
+
+    Raises:
+        CheckpointError: naming the tensor, and its layer if it stacks another number of experts.
+    """
+    expected = {name: place.shape for name, (_, place) in model.parameters.items()}
+    expected |= {name: tuple(buffer.shape) for name, buffer in model.buffers.items()}
+    for name, shape in expected.items():
+        record = source.tensors.get(weight_name(name))
+        if record is not None and record.shape != shape:
+            layer = name.rpartition(".experts.")[0]
+            hint = ""
+            is_stacked = layer in model.num_experts and layer not in model.module_layers
+            if is_stacked and record.shape[:1] != shape[:1]:
+                hint = f" (layer {layer!r} has num_experts={model.num_experts[layer]})"
+            raise CheckpointError(
+                f"{source.path}: {name!r} has the shape {list(record.shape)} there and"
+                f" {list(shape)} in this model{hint}."
+            )

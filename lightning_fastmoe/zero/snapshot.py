@@ -1,0 +1,212 @@
+"""What a rank will write: the state of its engine, by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.checkpoint.expert_names import Inventory, expert_of, merged
+from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
+from lightning_fastmoe.checkpoint.format.records import state_name, weight_name
+from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.state_files import COUNTS
+from lightning_fastmoe.checkpoint.format.writer import (
+    pack_rank_state,
+    pack_state,
+)
+from lightning_fastmoe.checkpoint.lockstep import Together
+from lightning_fastmoe.checkpoint.model_map import ModelMap, Place, map_model
+from lightning_fastmoe.checkpoint.param_options import NamedGroup, options_of
+from lightning_fastmoe.checkpoint.random_state import random_state
+from lightning_fastmoe.checkpoint.save import Snapshot, loaders_of, warn_of_objects
+from lightning_fastmoe.checkpoint.step_counts import counts_of
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.zero.averages import Averages, training_name
+from lightning_fastmoe.zero.gradients import PartialGradients
+from lightning_fastmoe.zero.optimizer_state import elementwise, shared_scalars
+from lightning_fastmoe.zero.state import ZeroShare, ZeroState
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+_NOT_STATE = ("state_dict", "optimizer_states")
+
+
+def take_snapshot(
+    together: Together,
+    *,
+    engine: Any,
+    layers: Mapping[str, MoE],
+    topology: Topology,
+    client_state: dict[str, Any],
+    user_groups: list[NamedGroup] | None,
+    exclude_frozen: bool = False,
+    averages: Averages | None = None,
+) -> Snapshot:
+    """Finds what this rank owns; copies nothing. Every rank calls this.
+
+    Args:
+        together: the ranks. They exchange names where they have different ones.
+        engine: the DeepSpeed engine.
+        layers: name -> MoE layer.
+        topology: of this run.
+        client_state: Lightning's checkpoint dictionary.
+        user_groups: the optimizer's groups as the user wrote them, or None.
+        exclude_frozen: leave out parameters that are not trained; they must be there on loading.
+        averages: of a run that averages its weights; they become the checkpoint's weights.
+
+    Raises:
+        CheckpointError: on all ranks, if some state has no place in a checkpoint.
+    """
+    with together.stage():
+        model = map_model(engine.module, layers)
+        zero = ZeroState(engine, model.names)
+        # Lightning leaves the optimizer states out where weights alone are wanted.
+        with_optimizer = "optimizer_states" in client_state and zero.trains
+        excluded = model.frozen() if exclude_frozen else set()
+        share = zero.share()
+        weights, buffers = share, model.buffers
+        training, training_buffers = weights, buffers
+        if averages is not None:
+            beside = (averages.beside(share), averages.buffers)
+            if averages.swapped:
+                training, training_buffers = beside
+            else:
+                weights, buffers = beside
+        pieces = list(_weights(model, weights, excluded, weight_name))
+        if with_optimizer:
+            pieces += _optimizer(model, share)
+            if averages is not None:
+                pieces += _weights(model, training, excluded, training_name)
+                pieces += _replicated(model, training_buffers, topology, training_name)
+            if engine.mid_accumulation:
+                pieces += PartialGradients(zero, model, share).pieces()
+        extra = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
+        pieces += _replicated(model, {**buffers, **extra}, topology, weight_name)
+        local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
+        if with_optimizer:
+            local[COUNTS] = counts_of(layers)
+        snapshot = Snapshot(pieces, pack_rank_state(together.rank, local))
+        inventory = Inventory(sorted(excluded), model.tied, model.names_by_expert())
+        if with_optimizer:
+            inventory.groups = _rows(NamedGroup(f.names, options_of(f.group)) for f in share.flats)
+            inventory.user_groups = _rows(user_groups or [])
+            inventory.scalars = shared_scalars(share.flats)
+    everyone = together.gather(inventory) if model.sharded_modules else [inventory]
+    with together.stage():
+        if together.rank == 0:
+            whole = merged(everyone, model.num_experts)
+            lightning = {k: v for k, v in client_state.items() if k not in _NOT_STATE}
+            state = {
+                "lightning": lightning,
+                "optimizer": _optimizer_info(whole, zero) if with_optimizer else None,
+                "engine": _engine_info(engine, zero) if with_optimizer else None,
+                "extra_state": {
+                    k: v for k, v in model.extra().items() if not isinstance(v, Tensor)
+                },
+            }
+            snapshot.small |= pack_state(state)
+            warn_of_objects(snapshot.small)
+            snapshot.manifest = Manifest(
+                written_by=f"lightning_fastmoe {_version()}",
+                contents=("weights", "optimizer") if with_optimizer else ("weights",),
+                topology=topology,
+                progress={k: int(client_state.get(k, 0)) for k in ("epoch", "global_step")},
+                moe_layers=model.num_experts,
+                module_experts={
+                    layer: [experts[i] for i in sorted(experts)]
+                    for layer, experts in whole.experts.items()
+                },
+                excluded=tuple(whole.excluded),
+                tied=whole.tied,
+            )
+    return snapshot
+
+
+def _weights(
+    model: ModelMap, share: ZeroShare, excluded: set[str], named: Callable[[str], str]
+) -> Iterator[OwnedPiece]:
+    for flat in share.flats:
+        for fragment in flat.fragments:
+            place = model.place(fragment.name)
+            data = flat.view(flat.master, fragment)
+            yield _piece(named(fragment.name), place, fragment.start, data)
+    for loose in share.loose:
+        if loose.name in excluded:
+            continue
+        place = model.place(loose.name)
+        start, length = loose.share
+        data = loose.data[start : start + length]
+        if length or (place.numel == 0 and (place.is_expert or dist.get_rank() == 0)):
+            yield _piece(named(loose.name), place, loose.start + start, data)
+
+
+def _optimizer(model: ModelMap, share: ZeroShare) -> Iterator[OwnedPiece]:
+    for flat in share.flats:
+        for state, values in elementwise(flat):
+            for fragment in flat.fragments:
+                name = state_name(state, fragment.name)
+                place = model.place(fragment.name)
+                yield _piece(name, place, fragment.start, flat.view(values, fragment))
+
+
+def _piece(tensor: str, place: Place, start: int, data: Tensor) -> OwnedPiece:
+    return OwnedPiece.of(tensor, place.shape, place.offset + start, data)
+
+
+def _replicated(
+    model: ModelMap,
+    tensors: Mapping[str, Tensor],
+    topology: Topology,
+    named: Callable[[str], str],
+) -> Iterator[OwnedPiece]:
+    """What one rank writes for all: buffers, which are small, and what state dicts hold besides.
+
+    Rank 0 writes what every rank has. The buffers of a module expert are written by the first of
+    the ranks that hold the expert; the first replicas of all experts are on the first ranks.
+    """
+    rank = dist.get_rank()
+    sharded = model.sharded_modules
+    is_first_replica = rank < topology.expert_parallel_size
+    for name, tensor in tensors.items():
+        if rank == 0 or (is_first_replica and expert_of(name, sharded)):
+            flat = tensor.detach().contiguous().view(-1)
+            yield OwnedPiece.of(named(name), tensor.shape, 0, flat)
+
+
+def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:
+    """Groups for JSON, and for other ranks: tensors on the CPU."""
+    return [
+        {
+            "params": group.params,
+            "options": {
+                k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.options.items()
+            },
+        }
+        for group in groups
+    ]
+
+
+def _optimizer_info(whole: Inventory, zero: ZeroState) -> dict[str, Any]:
+    return {
+        "class": type(zero.zero.optimizer).__name__,
+        "groups": whole.groups,
+        "user_groups": whole.user_groups,
+        "scalars": whole.scalars,
+    }
+
+
+def _engine_info(engine: Any, zero: ZeroState) -> dict[str, Any]:
+    counters = {name: getattr(engine, name) for name in COUNTERS}
+    return {"counters": counters, "loss_scaler": zero.scaler()}
+
+
+def _version() -> str:
+    with suppress(PackageNotFoundError):
+        return version("lightning-fastmoe")
+    return "(not installed)"
