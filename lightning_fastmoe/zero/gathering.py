@@ -8,6 +8,8 @@ from typing import Any
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from lightning_fastmoe.zero.groups import is_tagged
+
 
 def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
     """Has ranks meet before a module's parameters are gathered, which all of them must do.
@@ -27,8 +29,9 @@ def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
     names = {id(module): name for name, module in engine.module.named_modules()}
 
     def fetch_together(module: nn.Module, forward: bool) -> None:
+        # Experts are gathered from the replicas of the same ones, and other ranks call others.
         if any(
-            parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+            not is_tagged(parameter) and parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
             for parameter in module.parameters(recurse=False)
         ):
             meet(f"the parameters of {names.get(id(module), type(module).__name__)}")
