@@ -1,6 +1,6 @@
 """The layer on the CPU, one expert after the other.
 
-The same steps as in :mod:`~lightning_fastmoe.ops.layer`. Each expert's rows go through all of them
+The same steps as in :mod:`~lightning_fastmoe.ops.expert_layer`. Each expert's rows go through all of them
 while they lie in the cache. Memory holds two things of all T*K rows: the pre-activation, if a
 backward follows, and what goes back to the tokens. Grouped products with a pass over all rows
 between them wait for memory instead. Only for layers without biases.

@@ -24,7 +24,6 @@ from lightning_fastmoe.ops import (
     softmax_top_k,
     top_k,
 )
-from lightning_fastmoe.ops import layer as layer_module
 from lightning_fastmoe.ops.routing import score_top_k_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,6 +1,6 @@
 """The layer with biases from the grouped GEMMs of compute capability 9.0, one after the other.
 
-Formulas and names are those of :mod:`~lightning_fastmoe.ops.layer`. H holds the bias here, as the
+Formulas and names are those of :mod:`~lightning_fastmoe.ops.expert_layer`. H holds the bias here, as the
 product adds it to its registers. Sums of rows per expert are products as well: with a few columns
 beside the rows, of which the first holds the weights.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.grouped_mlp import expert_sums, weight_columns
-from lightning_fastmoe.ops.hopper import (
+from lightning_fastmoe.ops.products.hopper import (
     backward_activation_,
     rows_product,
     up_forward,

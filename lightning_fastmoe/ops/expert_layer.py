@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import biased_layer, expert_loop, kernels
+from lightning_fastmoe.ops import expert_loop, kernels, steps
 from lightning_fastmoe.ops.grouped_mlp import (
     expert_sums,
     grouped_mlp,
@@ -31,7 +31,7 @@ from lightning_fastmoe.ops.grouped_mlp import (
     grouped_product,
     is_aligned,
 )
-from lightning_fastmoe.ops.hopper import hopper
+from lightning_fastmoe.ops.products.hopper import hopper
 from lightning_fastmoe.ops.native import native
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
@@ -68,7 +68,7 @@ class _ExpertLayer(torch.autograd.Function):
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
             return out  # type: ignore[no-any-return]
         if (library := _biased_layer(x, up, down, *biases)) is not None:
-            out, h = biased_layer.forward(
+            out, h = steps.forward(
                 library, x, weights, up, down, *biases, order, inverse, offsets, name, keep_h
             )
             ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
@@ -112,7 +112,7 @@ class _ExpertLayer(torch.autograd.Function):
                 x, weights, up, down, order, inverse, groups[1], ctx.name, True, on_hopper
             )
         elif ctx.h_is_spent and biased is not None:
-            h = biased_layer.pre_activation(
+            h = steps.pre_activation(
                 biased, x, weights, up, up_bias, order, groups[1], ctx.name
             )
             h_has_bias = True
@@ -137,7 +137,7 @@ class _ExpertLayer(torch.autograd.Function):
             )
             return d_x, d_weights, d_up, d_down, None, None, *none
         if biased is not None:
-            found = biased_layer.backward_(
+            found = steps.backward_(
                 *(biased, grad.contiguous(), x, d_h, weights, up, down, up_bias, down_bias),
                 *(order, inverse, *groups, ctx.name, wants),
             )
@@ -161,7 +161,7 @@ class _ExpertLayer(torch.autograd.Function):
             *(None if h_has_bias else up_bias, groups[1]),
         )
         if wants[1] and down_bias is not None:
-            d_weights += biased_layer.bias_dots(grad, down_bias, inverse, groups[1], d_weights)
+            d_weights += steps.bias_dots(grad, down_bias, inverse, groups[1], d_weights)
         if wants[3]:
             d_down = grouped_outer_product(d_out, weighted_act, *groups)
         del d_out, d_act, weighted_act
@@ -197,7 +197,7 @@ def _whole_layer(
 def _biased_layer(
     x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
 ) -> Any | None:
-    """Hopper's products, if they take the layer with its biases; see ``biased_layer``."""
+    """Hopper's products, if they take the layer with its biases; see ``steps``."""
     biases = [bias for bias in (up_bias, down_bias) if bias is not None]
     return hopper(x, up, down, *biases) if x.shape[0] else None
 
