@@ -1,5 +1,5 @@
-// Whether these kernels are there for a GPU, and for a layer. A library may serve a Hopper GPU by
-// PTX of an older architecture, and then holds nothing but empty bodies.
+// Whether these kernels are there for a GPU. A library may serve a Hopper GPU by PTX of an older
+// architecture, and then holds nothing but empty bodies.
 #include <array>
 #include <atomic>
 
@@ -37,18 +37,6 @@ bool available(int64_t device) {
     answer = probe() ? kYes : kNo;
   }
   return answer == kYes;
-}
-
-bool applies(const Tensor& x, const Tensor& up, const Tensor& down) {
-  const ScalarType dtype = x.scalar_type();
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) return false;
-  if (up.size(0) < 1 || up.size(0) > kMaxExperts) return false;
-  for (const Tensor* tensor : {&x, &up, &down}) {
-    if (tensor->scalar_type() != dtype || !tensor->is_contiguous()) return false;
-    const int64_t row_bytes = tensor->size(tensor->dim() - 1) * 2;
-    if (row_bytes == 0 || !takes_vectors(row_bytes, {tensor->data_ptr()})) return false;
-  }
-  return x.is_cuda() && available(x.get_device_index());
 }
 
 Tensor row_numbers(const Tensor& like, int64_t rows) {

@@ -15,9 +15,6 @@ using torch::stable::Tensor;
 
 // available.cu
 bool available(int64_t device);
-// Whether all operators below take these tensors of a layer: x (T, D), up (E, ., D), down (E, D,
-// F).
-bool applies(const Tensor& x, const Tensor& up, const Tensor& down);
 // 0, 1, ... rows - 1: the `order` of rows that are in expert order already, with a top_k of 1.
 Tensor row_numbers(const Tensor& like, int64_t rows);
 

@@ -1,18 +1,8 @@
-"""All experts of one rank as one step, with a backward that is planned as a whole.
+"""All experts of one rank as one node of autograd's graph, with a backward planned as a whole.
 
-The chain permute, grouped MLP, unpermute keeps the gathered tokens, the pre-activation H, the
-activation A and the expert outputs Y for its backward. Here only x and H are kept (the idea is
-SonicMoE's). For a row r of token t with routing weight w, and the layer's gradient dO:
-
-    dA'[r] = dO[t] @ down[e]            the gradient that A would have if w were 1
-    dw     = <A[r], dA'[r]>             so Y is not needed (a bias b of Y adds <b[e], dO[t]>)
-    dH[r]  = w * dA'[r] * act'(H[r])
-    d_down = sum_r dO[t] (w A[r])^T     so the weighted dO is not needed either
-    d_up   = sum_r dH[r] x[t]^T
-    dx[t]  = sum of dH[r] @ up[e] over the K rows of t
-
-dH takes the memory of H, and w A that of dA'. A second backward through a retained graph, which
-finds H spent, computes it again.
+:mod:`~lightning_fastmoe.ops.steps` has the formulas, :mod:`~lightning_fastmoe.ops.choice` says who
+computes them. Only the inputs and the pre-activation H are kept. The backward writes dH over H; a
+second one through a retained graph, which finds H spent, computes it again.
 """
 
 from __future__ import annotations
@@ -22,184 +12,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import expert_loop, kernels, steps
-from lightning_fastmoe.ops.grouped_mlp import (
-    expert_sums,
-    grouped_mlp,
-    grouped_mm_applies,
-    grouped_outer_product,
-    grouped_product,
-    is_aligned,
-)
-from lightning_fastmoe.ops.products.hopper import hopper
-from lightning_fastmoe.ops.native import native
+from lightning_fastmoe.ops import choice, kernels
+from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
 
 
 class _ExpertLayer(torch.autograd.Function):
-    """Without ``order``, ``inverse`` and ``weights``, rows come and go in expert-major order."""
+    """The arguments are the fields of a :class:`LayerCall`, then whether to keep H."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        order: Tensor | None,
-        inverse: Tensor | None,
-        tokens_per_expert: Tensor,
-        offsets: Tensor,
-        name: str,
-        keep_h: bool,
-    ) -> Tensor:
-        groups = (tokens_per_expert, offsets)
-        biases = (up_bias, down_bias)
-        ctx.name, ctx.h_is_spent, ctx.h_has_bias = name, False, False
-        x = x.contiguous()
-        if (whole := _whole_layer(x, up, down, *biases)) is not None:
-            library, on_hopper = whole
-            out, h = library.expert_layer(
-                x, weights, up, down, order, inverse, offsets, name, keep_h, on_hopper
-            )
-            ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
-            return out  # type: ignore[no-any-return]
-        if (library := _biased_layer(x, up, down, *biases)) is not None:
-            out, h = steps.forward(
-                library, x, weights, up, down, *biases, order, inverse, offsets, name, keep_h
-            )
-            ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
-            ctx.h_has_bias = True
-            return out
-        if expert_loop.applies(x, *biases):
-            out, h = expert_loop.forward(
-                x, weights, up, down, order, inverse, tokens_per_expert, name, keep_h
-            )
-            ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
-            return out
-        h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
-        a = kernels.activation(h, name, up_bias, offsets)
-        ctx.save_for_backward(x, h, weights, up, down, *biases, order, inverse, *groups)
-        del h  # without a graph it goes as soon as the activation exists
-        y = grouped_product(a, down.transpose(1, 2), *groups)
-        del a
-        if inverse is not None:
-            assert weights is not None
-            return kernels.sum_rows(y, inverse, weights, weights.shape[1], down_bias, offsets)
-        if down_bias is None:
-            return y
-        same_order = torch.arange(y.shape[0], device=y.device)
-        return kernels.sum_rows(y, same_order, None, 1, down_bias, offsets)
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *fields, keep_h = rest
+        call = LayerCall(x.contiguous(), *fields)
+        out, h = choice.choose(call).forward(call, keep_h)
+        _save(ctx, call, h)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        call, h = _restore(ctx)
+        wanted = Wanted(*ctx.needs_input_grad[:6])
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grad)
-        (x, h, weights, up, down, up_bias, down_bias, order, inverse, *groups) = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        whole = _whole_layer(x, up, down, up_bias, down_bias)
-        # Other products than in the forward may apply: ZeRO 3 gathers weights anew, elsewhere.
-        biased, h_has_bias = None, ctx.h_has_bias
-        if whole is None and (h_has_bias or ctx.h_is_spent):
-            biased = _biased_layer(x, up, down, up_bias, down_bias)
-        if ctx.h_is_spent and whole is not None:
-            library, on_hopper = whole  # all of the forward, for the same bits
-            _, h = library.expert_layer(
-                x, weights, up, down, order, inverse, groups[1], ctx.name, True, on_hopper
-            )
-        elif ctx.h_is_spent and biased is not None:
-            h = steps.pre_activation(
-                biased, x, weights, up, up_bias, order, groups[1], ctx.name
-            )
-            h_has_bias = True
-        elif ctx.h_is_spent and expert_loop.applies(x, up_bias, down_bias):
-            h = expert_loop.pre_activation(x, weights, up, order, groups[0])
-        elif ctx.h_is_spent:
-            h_has_bias = False
-            h = grouped_product(_rows(x, weights, order, inverse), up.transpose(1, 2), *groups)
-        ctx.h_is_spent = True
-        none = (None,) * 6
-        used = x.new_ones(h.shape[0], 1, dtype=torch.float32) if weights is None else weights
-        # Through .data, as autograd would take the overwritten H of a retained graph for an error.
-        d_h = h.data
-        if whole is not None:
-            library, on_hopper = whole
-            four = library.expert_layer_backward_(
-                *(grad.contiguous(), x, d_h, used, up, down, order, inverse, *groups, ctx.name),
-                *(wants[0], wants[2], wants[3], on_hopper),
-            )
-            d_x, d_weights, d_up, d_down = (
-                grad if wanted else None for grad, wanted in zip(four, wants, strict=False)
-            )
-            return d_x, d_weights, d_up, d_down, None, None, *none
-        if biased is not None:
-            found = steps.backward_(
-                *(biased, grad.contiguous(), x, d_h, weights, up, down, up_bias, down_bias),
-                *(order, inverse, *groups, ctx.name, wants),
-            )
-            return *found, *none
-        if expert_loop.applies(x, up_bias, down_bias):
-            four = expert_loop.backward_(
-                *(grad.contiguous(), x, d_h, weights, up, down, order, inverse, groups[0]),
-                *(ctx.name, wants[:4]),
-            )
-            return *four, None, None, *none
-
-        d_x = d_up = d_down = d_up_bias = d_down_bias = None
-        d_out = _rows(grad, weights, order, inverse)
-        d_act = grouped_product(d_out, down, *groups)
-        if wants[5]:
-            row_weights = None if weights is None else weights.reshape(-1).index_select(0, order)
-            d_down_bias = expert_sums(d_out, *groups, weights=row_weights)
-        weighted_act = d_act
-        d_weights = kernels.activation_backward_(
-            *(d_h, weighted_act, used, order, ctx.name),
-            *(None if h_has_bias else up_bias, groups[1]),
-        )
-        if wants[1] and down_bias is not None:
-            d_weights += steps.bias_dots(grad, down_bias, inverse, groups[1], d_weights)
-        if wants[3]:
-            d_down = grouped_outer_product(d_out, weighted_act, *groups)
-        del d_out, d_act, weighted_act
-        if wants[4]:
-            d_up_bias = expert_sums(d_h, *groups)
-        if wants[0]:
-            d_x = grouped_product(d_h, up, *groups)
-            if inverse is not None:
-                d_x = kernels.sum_rows(d_x, inverse, None, weights.shape[1])
-        if wants[2]:
-            d_up = grouped_outer_product(d_h, _rows(x, weights, order, inverse), *groups)
-        return d_x, d_weights if wants[1] else None, d_up, d_down, d_up_bias, d_down_bias, *none
+            found = _differentiable_backward(call, grads[0], wanted)
+        else:
+            implementation = choice.choose(call, h)
+            if h is None:
+                h = implementation.pre_activation(call)
+            ctx.h_is_spent = True
+            found = implementation.backward_(call, grads[0], h, wanted)
+        return *found, *(None,) * 6
 
 
-def _whole_layer(
-    x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
-) -> tuple[Any, bool] | None:
-    """The kernels and whether to take Hopper's products, if they can be the layer as two operators.
-
-    They can without biases, where each product is one kernel. Without Hopper's own products, they
-    take the same steps as below and give the same bits.
-    """
-    if up_bias is not None or down_bias is not None or not x.is_cuda or not x.shape[0]:
-        return None
-    if (library := hopper(x, up, down)) is not None:
-        return library, True
-    if not all(grouped_mm_applies(x, w) and is_aligned(w) for w in (up, down)):
-        return None
-    library = native(x, up, down)
-    return None if library is None else (library, False)
+def _save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
+    ctx.save_for_backward(
+        *(h.rows, call.x, call.weights, call.up, call.down, call.up_bias, call.down_bias),
+        *(call.order, call.inverse, call.tokens_per_expert, call.offsets),
+    )
+    ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
 
 
-def _biased_layer(
-    x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
-) -> Any | None:
-    """Hopper's products, if they take the layer with its biases; see ``steps``."""
-    biases = [bias for bias in (up_bias, down_bias) if bias is not None]
-    return hopper(x, up, down, *biases) if x.shape[0] else None
+def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
+    """What :func:`_save` was given; None for an H that a backward has overwritten."""
+    rows, *fields = *ctx.saved_tensors, ctx.activation
+    call = LayerCall(*fields)
+    if ctx.h_is_spent:
+        return call, None
+    # Through .data, as autograd would take the overwritten H of a retained graph for an error.
+    return call, PreActivation(rows.data, ctx.h_has_bias)
 
 
 def _needs_graph(*inputs: Tensor | None) -> bool:
@@ -207,41 +68,22 @@ def _needs_graph(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def _rows(
-    x: Tensor, weights: Tensor | None, order: Tensor | None, inverse: Tensor | None
-) -> Tensor:
-    """The tokens in expert-major order, (N, D)."""
-    if order is None or inverse is None:
-        return x.contiguous()  # a gradient may be expanded
-    assert weights is not None
-    return kernels.permute_rows(x, order, inverse, weights.shape[1])
-
-
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    call: LayerCall, grad: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
     """The backward for create_graph=True: that of the chain, whose parts can be differentiated."""
-    (x, _, weights, up, down, up_bias, down_bias, order, inverse, counts, _) = ctx.saved_tensors
-    biases = (up_bias, down_bias)
-    if order is None:
-        out = grouped_mlp(x, counts, up, down, ctx.name, *biases)
+    mlp = (call.tokens_per_expert, call.up, call.down, call.activation)
+    biases = (call.up_bias, call.down_bias)
+    if call.order is None or call.inverse is None:
+        out = grouped_mlp(call.x, *mlp, *biases)
     else:
-        out = _chain(x, weights, order, inverse, counts, up, down, ctx.name, *biases)
-    inputs = (x, weights, up, down, *biases)
-    wants = ctx.needs_input_grad[: len(inputs)]
-    wanted = [t for t, needed in zip(inputs, wants, strict=True) if needed]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return *(next(found) if needed else None for needed in wants), *(None,) * 6
-
-
-def _chain(
-    x: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    tokens_per_expert: Tensor,
-    *mlp: Any,
-) -> Tensor:
-    rows = permute(x, order, inverse, weights.shape[1])
-    return unpermute(grouped_mlp(rows, tokens_per_expert, *mlp), weights, order, inverse)
+        assert call.weights is not None
+        rows = permute(call.x, call.order, call.inverse, call.top_k)
+        out = unpermute(grouped_mlp(rows, *mlp, *biases), call.weights, call.order, call.inverse)
+    inputs = (call.x, call.weights, call.up, call.down, *biases)
+    leaves = [t for t, needed in zip(inputs, wanted, strict=True) if needed and t is not None]
+    found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wanted)
 
 
 def expert_layer(
