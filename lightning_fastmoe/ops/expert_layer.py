@@ -55,7 +55,8 @@ def _save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
 
 def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
     """What :func:`_save` was given; None for an H that a backward has overwritten."""
-    rows, *fields = *ctx.saved_tensors, ctx.activation
+    rows, *tensors = ctx.saved_tensors
+    fields: list[Any] = [*tensors, ctx.activation]
     call = LayerCall(*fields)
     if ctx.h_is_spent:
         return call, None

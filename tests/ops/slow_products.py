@@ -21,7 +21,7 @@ class SlowProducts:
         h = torch.stack([up[e] @ row for e, row in zip(experts, rows, strict=True)])
         if bias is not None:
             h = h + bias[experts]
-        return (h if keep_h else h[:0]), apply_activation(h, activation)
+        return (h if keep_h else h.new_empty(0, h.shape[1])), apply_activation(h, activation)
 
     def hopper_rows_product(self, rows, offsets, weight, transposed, order=None, weights=None):
         assert order is None
