@@ -1,5 +1,5 @@
 // The whole layer as two operators, so that a step of many short kernels is not held up by the
-// interpreter: what lightning_fastmoe/ops/layer.py does step by step, for the case where every
+// interpreter: what lightning_fastmoe/ops/steps.py does step by step, for the case where every
 // grouped GEMM is one kernel and there are no biases. The formulas are explained there.
 //
 // With `hopper`, the grouped GEMMs are those of hopper/, which gather rows and apply activations

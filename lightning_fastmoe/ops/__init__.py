@@ -1,8 +1,8 @@
 """The arithmetic of one MoE layer on one device. Imports torch only."""
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
+from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp
 from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
-from lightning_fastmoe.ops.layer import expert_layer, expert_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import (

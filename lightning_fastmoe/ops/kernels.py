@@ -1,8 +1,8 @@
 """The steps of a layer as plain functions: the CUDA kernel where it serves, else its torch twin.
 
-None of them knows autograd; the autograd functions of :mod:`~lightning_fastmoe.ops.permute` and
-:mod:`~lightning_fastmoe.ops.layer` are made of them. Twins compute half precisions in fp32, as the
-kernels do, and fp64 in fp64. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows.
+None of them knows autograd; the autograd functions of :mod:`~lightning_fastmoe.ops.permute` and the
+layer's :mod:`~lightning_fastmoe.ops.steps` are made of them. Twins compute half precisions in fp32,
+as the kernels do, and fp64 in fp64. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import pytest
 import torch
 from gpu.test_kernels import close, same_bits
 
-from lightning_fastmoe.ops import ACTIVATIONS, hopper, is_gated, kernels, native
+from lightning_fastmoe.ops import ACTIVATIONS, is_gated, kernels, native
 from lightning_fastmoe.ops.activation import apply_activation
+from lightning_fastmoe.ops.products import hopper
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),

@@ -15,6 +15,7 @@ import torch
 from lightning_fastmoe.ops import (
     ACTIVATIONS,
     ExpertOrder,
+    choice,
     expert_layer,
     expert_mlp,
     is_gated,
@@ -24,8 +25,10 @@ from lightning_fastmoe.ops import (
     softmax_top_k,
     top_k,
 )
-from lightning_fastmoe.ops import layer as layer_module
+from lightning_fastmoe.ops.products.torch import TorchProducts
 from lightning_fastmoe.ops.routing import score_top_k_backward
+from lightning_fastmoe.ops.steps import Steps
+from lightning_fastmoe.ops.two_operators import TwoOperators
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Norm of the difference over norm: one rounding of the result to the dtype, and fp32 sums.
@@ -493,12 +496,12 @@ def test_two_operators_equal_the_steps(
     leaves, (ids,) = layer_inputs((257, 64, inner, 8, 2), torch.bfloat16)
     leaves = [leaf.detach().requires_grad_(i != frozen) for i, leaf in enumerate(leaves)]
     upstream = torch.randn_like(leaves[0])
-    whole = layer_module._whole_layer(*(leaves[i].detach() for i in (0, 2, 3)), None, None)
-    assert whole is not None
-    if own_products and not whole[1]:
+    if own_products and choice.hopper(*(leaves[i].detach() for i in (0, 2, 3))) is None:
         pytest.skip("this GPU is not of compute capability 9.0")
     if not own_products:
-        monkeypatch.setattr(layer_module, "hopper", lambda *_: None)
+        monkeypatch.setattr(choice, "hopper", lambda *_: None)
+    chosen, choose = [], choice.choose
+    monkeypatch.setattr(choice, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
 
     def run() -> list[torch.Tensor]:
         if rows_in_order:
@@ -511,8 +514,8 @@ def test_two_operators_equal_the_steps(
         return [out, *(grad for grad in grads if grad is not None)]
 
     got = run()
-    monkeypatch.setattr(layer_module, "_whole_layer", lambda *_: None)
-    monkeypatch.setattr(layer_module, "hopper", lambda *_: None)
+    assert [(type(c), c.on_hopper) for c in chosen] == [(TwoOperators, own_products)] * 2
+    monkeypatch.setattr(choice, "choose", lambda *_: Steps(TorchProducts()))
     for a, b in zip(got, run(), strict=True):
         if own_products:
             assert float((a - b).norm()) <= 6e-3 * float(b.norm())

@@ -18,7 +18,7 @@ from lightning_fastmoe.ops import (
     reference,
     unpermute,
 )
-from lightning_fastmoe.ops.grouped_mlp import (
+from lightning_fastmoe.ops.products.torch import (
     expert_sums,
     grouped_outer_product,
     grouped_product,

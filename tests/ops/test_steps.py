@@ -1,57 +1,13 @@
-"""The plan of biased_layer.py, with the products of a GPU replaced by obvious ones in fp64."""
+"""The plan of steps.py, with the products of a GPU replaced by obvious ones in fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from ops.slow_products import SlowProducts
 from torch import Tensor
 
-from lightning_fastmoe.ops import expert_layer, expert_mlp, order_by_expert
-from lightning_fastmoe.ops import layer as layer_module
-from lightning_fastmoe.ops.activation import apply_activation
-
-
-class SlowProducts:
-    """What csrc/hopper computes, one row after the other."""
-
-    @staticmethod
-    def _experts(offsets: Tensor, rows: int) -> list[int]:
-        return torch.searchsorted(offsets.long(), torch.arange(rows), right=True).tolist()
-
-    def hopper_up_forward(self, x, order, top_k, offsets, up, bias, activation, keep_h):
-        experts = self._experts(offsets, len(order))
-        rows = x[order // top_k]
-        h = torch.stack([up[e] @ row for e, row in zip(experts, rows, strict=True)])
-        if bias is not None:
-            h = h + bias[experts]
-        return (h if keep_h else h[:0]), apply_activation(h, activation)
-
-    def hopper_rows_product(self, rows, offsets, weight, transposed, order=None, weights=None):
-        assert order is None
-        assert weights is None
-        experts = self._experts(offsets, len(rows))
-        matrices = weight.transpose(1, 2) if transposed else weight
-        return torch.stack([row @ matrices[e] for e, row in zip(experts, rows, strict=True)])
-
-    def hopper_backward_activation_(self, grad, order, offsets, down, h, weights, activation):
-        top_k = weights.shape[1]
-        d_act = self.hopper_rows_product(grad[order // top_k], offsets, down, False)
-        w = weights.reshape(-1)[order].unsqueeze(1)
-        with torch.enable_grad():
-            leaf = h.clone().requires_grad_()
-            act = apply_activation(leaf, activation)
-            (d_h,) = torch.autograd.grad(act, leaf, w * d_act)
-        act = act.detach()
-        h.copy_(d_h)
-        d_weights = torch.empty_like(weights).reshape(-1)
-        d_weights[order] = (act * d_act).sum(1).to(weights.dtype)
-        return w * act, d_weights.view_as(weights)
-
-    def hopper_weight_gradient(self, gathered, order, top_k, rows, offsets, transposed):
-        out = rows.new_zeros(len(offsets), gathered.shape[1], rows.shape[1])
-        for r, e in enumerate(self._experts(offsets, len(rows))):
-            out[e] += torch.outer(gathered[order[r] // top_k], rows[r])
-        return out.transpose(1, 2).contiguous() if transposed else out
+from lightning_fastmoe.ops import choice, expert_layer, expert_mlp, order_by_expert
 
 
 @pytest.fixture
@@ -88,7 +44,7 @@ def test_equals_the_steps(monkeypatch, leaves, in_order, without):
     want = [out, *torch.autograd.grad(out, wanted, upstream)]
 
     slow = SlowProducts()
-    monkeypatch.setattr(layer_module, "hopper", lambda *_: slow)
+    monkeypatch.setattr(choice, "hopper", lambda *_: slow)
     out = run(inputs, in_order)
     first = [out, *torch.autograd.grad(out, wanted, upstream, retain_graph=True)]
     second = [out, *torch.autograd.grad(out, wanted, upstream)]
@@ -102,7 +58,7 @@ def test_each_gradient_alone(monkeypatch, leaves, alone):
     out = run(leaves, False)
     upstream = torch.randn_like(out)
     want = torch.autograd.grad(out, leaves, upstream)[alone]
-    monkeypatch.setattr(layer_module, "hopper", lambda *_: SlowProducts())
+    monkeypatch.setattr(choice, "hopper", lambda *_: SlowProducts())
     inputs = [leaf.detach().requires_grad_(i == alone) for i, leaf in enumerate(leaves)]
     (got,) = torch.autograd.grad(run(inputs, False), inputs[alone], upstream)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
@@ -118,10 +74,10 @@ def test_products_may_change_between_passes(monkeypatch, leaves, in_order, forwa
     upstream = torch.randn_like(out)
     want = torch.autograd.grad(out, wanted, upstream)
     products = {"": None, "slow": SlowProducts()}
-    monkeypatch.setattr(layer_module, "hopper", lambda *_: products[forward])
+    monkeypatch.setattr(choice, "hopper", lambda *_: products[forward])
     out = run(leaves, in_order)
     for name in backward or [""]:
-        monkeypatch.setattr(layer_module, "hopper", lambda *_, name=name: products[name])
+        monkeypatch.setattr(choice, "hopper", lambda *_, name=name: products[name])
         got = torch.autograd.grad(out, wanted, upstream, retain_graph=True)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.ops import kernels
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation
 from lightning_fastmoe.ops.native import native
+from lightning_fastmoe.ops.products.torch import weight_columns
 
 MAX_EXPERTS = 2048
 _ALIGNMENT_BYTES = 16
@@ -192,8 +195,66 @@ def weight_gradient(
     )
 
 
+class HopperProducts:
+    """:class:`~lightning_fastmoe.ops.products.interface.Products`; H comes with its bias.
+
+    The product adds it to its registers. The backward takes no H that lacks it.
+
+    Args:
+        library: what :func:`hopper` returned for the call's tensors.
+    """
+
+    __slots__ = ("_library",)
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def up(self, call: LayerCall, keep_h: bool) -> tuple[PreActivation, Tensor]:
+        h, a = up_forward(
+            *(self._library, call.x, call.pairs(), call.top_k, call.offsets, call.up),
+            *(call.activation, call.up_bias, keep_h),
+        )
+        return PreActivation(h, True), a
+
+    def pre_activation(self, call: LayerCall) -> PreActivation:
+        return self.up(call, True)[0]
+
+    def readable(self, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+    def gather(self, call: LayerCall, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def rows(self, call: LayerCall, rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        return rows_product(self._library, rows, call.offsets, weight, transposed)
+
+    def backward_activation_(
+        self, call: LayerCall, d_out: Tensor, h: PreActivation
+    ) -> tuple[Tensor, Tensor]:
+        assert h.has_bias or call.up_bias is None
+        return backward_activation_(
+            *(self._library, d_out, call.pairs(), call.offsets, call.down, h.rows),
+            *(call.weights_or_ones(), call.activation),
+        )
+
+    def weight_gradient(
+        self, call: LayerCall, gathered: Tensor, rows: Tensor, transposed: bool
+    ) -> Tensor:
+        return weight_gradient(
+            self._library, gathered, call.pairs(), call.top_k, rows, call.offsets, transposed
+        )
+
+    def weighted_sums(self, call: LayerCall, gathered: Tensor) -> Tensor:
+        """A product as well: with a few columns beside the rows, which hold the weights."""
+        weights = call.weights_or_ones().reshape(-1).index_select(0, call.pairs())
+        sums = self.weight_gradient(call, gathered, weight_columns(weights, gathered), False)
+        wide = kernels.accumulation_dtype(gathered.dtype)
+        return sums.sum(-1, dtype=wide).to(gathered.dtype)
+
+
 __all__ = [
     "MAX_EXPERTS",
+    "HopperProducts",
     "backward_activation_",
     "hopper",
     "rows_product",

@@ -1,0 +1,175 @@
+"""All experts of one rank as one node of autograd's graph, with a backward planned as a whole.
+
+:mod:`~lightning_fastmoe.ops.steps` has the formulas, :mod:`~lightning_fastmoe.ops.choice` says who
+computes them. Only the inputs and the pre-activation H are kept. The backward writes dH over H; a
+second one through a retained graph, which finds H spent, computes it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.ops import choice, kernels
+from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.permute import permute, unpermute
+from lightning_fastmoe.ops.routing import ExpertOrder
+
+
+class _ExpertLayer(torch.autograd.Function):
+    """The arguments are the fields of a :class:`LayerCall`, then whether to keep H."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *fields, keep_h = rest
+        call = LayerCall(x.contiguous(), *fields)
+        out, h = choice.choose(call).forward(call, keep_h)
+        _save(ctx, call, h)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call, h = _restore(ctx)
+        wanted = Wanted(*ctx.needs_input_grad[:6])
+        if torch.is_grad_enabled():
+            found = _differentiable_backward(call, grads[0], wanted)
+        else:
+            implementation = choice.choose(call, h)
+            if h is None:
+                h = implementation.pre_activation(call)
+            ctx.h_is_spent = True
+            found = implementation.backward_(call, grads[0], h, wanted)
+        return *found, *(None,) * 6
+
+
+def _save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
+    ctx.save_for_backward(
+        *(h.rows, call.x, call.weights, call.up, call.down, call.up_bias, call.down_bias),
+        *(call.order, call.inverse, call.tokens_per_expert, call.offsets),
+    )
+    ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
+
+
+def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
+    """What :func:`_save` was given; None for an H that a backward has overwritten."""
+    rows, *tensors = ctx.saved_tensors
+    fields: list[Any] = [*tensors, ctx.activation]
+    call = LayerCall(*fields)
+    if ctx.h_is_spent:
+        return call, None
+    # Through .data, as autograd would take the overwritten H of a retained graph for an error.
+    return call, PreActivation(rows.data, ctx.h_has_bias)
+
+
+def _needs_graph(*inputs: Tensor | None) -> bool:
+    """Whether a backward may follow, so that the pre-activation has to be kept."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _differentiable_backward(
+    call: LayerCall, grad: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    """The backward for create_graph=True: that of the chain, whose parts can be differentiated."""
+    mlp = (call.tokens_per_expert, call.up, call.down, call.activation)
+    biases = (call.up_bias, call.down_bias)
+    if call.order is None or call.inverse is None:
+        out = grouped_mlp(call.x, *mlp, *biases)
+    else:
+        assert call.weights is not None
+        rows = permute(call.x, call.order, call.inverse, call.top_k)
+        out = unpermute(grouped_mlp(rows, *mlp, *biases), call.weights, call.order, call.inverse)
+    inputs = (call.x, call.weights, call.up, call.down, *biases)
+    leaves = [t for t, needed in zip(inputs, wanted, strict=True) if needed and t is not None]
+    found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
+def expert_layer(
+    x: Tensor,
+    weights: Tensor,
+    order: ExpertOrder,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """``y[t] = sum_k weights[t, k] * expert[k-th of t](x[t])``, with all experts on this rank.
+
+    Keeps x and the pre-activation for the backward, and nothing else of T*K rows.
+
+    Args:
+        x: (T, D).
+        weights: (T, K).
+        order: the (token, slot) pairs by expert.
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D); dtype of ``x``.
+        down: (E, D, F).
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        up_bias: (E, 2F) or (E, F).
+        down_bias: (E, D).
+
+    Returns:
+        (T, D) in the dtype of ``x``.
+    """
+    out: Tensor = _ExpertLayer.apply(
+        x,
+        weights.to(kernels.accumulation_dtype(x.dtype)),
+        up,
+        down,
+        up_bias,
+        down_bias,
+        order.order,
+        order.inverse,
+        order.tokens_per_expert,
+        order.offsets,
+        activation,
+        _needs_graph(x, weights, up, down, up_bias, down_bias),
+    )
+    return out
+
+
+def expert_mlp(
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Each expert on its own rows: :func:`expert_layer` for rows that came in expert-major order.
+
+    What :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp` computes, but it keeps x and the
+    pre-activation alone.
+
+    Args:
+        x: (N, D), rows grouped by expert.
+        tokens_per_expert: (E,) int64 with sum N.
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D); dtype of ``x``.
+        down: (E, D, F).
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        up_bias: (E, 2F) or (E, F).
+        down_bias: (E, D).
+
+    Returns:
+        (N, D) in the dtype of ``x``.
+    """
+    offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
+    out: Tensor = _ExpertLayer.apply(
+        x,
+        None,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        None,
+        None,
+        tokens_per_expert,
+        offsets,
+        activation,
+        _needs_graph(x, up, down, up_bias, down_bias),
+    )
+    return out

@@ -1,0 +1,104 @@
+"""What the implementations of a layer hand to each other: one call, its H, its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.ops.kernels import accumulation_dtype
+
+
+@dataclass(slots=True, eq=False)
+class LayerCall:
+    """The inputs of a layer. Without ``order``, rows come and go in expert-major order.
+
+    Attributes:
+        x: (T, D) in the order of the tokens, contiguous; (N, D) by expert without ``order``.
+        weights: (T, K), or None without ``order``.
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D).
+        down: (E, D, F).
+        up_bias: (E, 2F) or (E, F), or None.
+        down_bias: (E, D), or None.
+        order: (N,) int64, the flat (token, slot) pair of each row, or None.
+        inverse: (N,) int64, the row of each pair; None without ``order``.
+        tokens_per_expert: (E,) int64.
+        offsets: (E,) int32, their running sum.
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+    """
+
+    x: Tensor
+    weights: Tensor | None
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    order: Tensor | None
+    inverse: Tensor | None
+    tokens_per_expert: Tensor
+    offsets: Tensor
+    activation: str
+    _pairs: Tensor | None = field(default=None, init=False)
+    _ones: Tensor | None = field(default=None, init=False)
+
+    @property
+    def top_k(self) -> int:
+        """K; 1 for rows in expert-major order."""
+        return 1 if self.weights is None else self.weights.shape[1]
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether there is any bias."""
+        return self.up_bias is not None or self.down_bias is not None
+
+    def pairs(self) -> Tensor:
+        """(N,) int64: ``order``, or the numbers of rows that come in expert-major order."""
+        if self.order is not None:
+            return self.order
+        if self._pairs is None:
+            self._pairs = torch.arange(self.x.shape[0], device=self.x.device)
+        return self._pairs
+
+    def weights_or_ones(self) -> Tensor:
+        """``weights``, or the (N, 1) that change nothing."""
+        if self.weights is not None:
+            return self.weights
+        if self._ones is None:
+            self._ones = self.x.new_ones(self.x.shape[0], 1, dtype=accumulation_dtype(self.x.dtype))
+        return self._ones
+
+
+class PreActivation(NamedTuple):
+    """H, the input of the activation.
+
+    Attributes:
+        rows: (N, 2F) or (N, F) in expert-major order; without rows if no backward may follow.
+        has_bias: whether the bias, where there is one, has been added to ``rows``.
+    """
+
+    rows: Tensor
+    has_bias: bool
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward has to find."""
+
+    x: bool
+    weights: bool
+    up: bool
+    down: bool
+    up_bias: bool
+    down_bias: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of a call, None where not wanted."""
+
+    x: Tensor | None
+    weights: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None

@@ -1,0 +1,1 @@
+"""The grouped products of a layer, by who computes them."""

@@ -1,0 +1,59 @@
+"""What the layer's steps need of whoever computes the grouped products."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation
+
+
+class Products(Protocol):
+    """Grouped products, and what a kernel can do to their rows while it holds them.
+
+    "Rows" are N = T*K, in expert-major order. "Gathered" is what :meth:`gather` makes of the
+    tokens' (T, D): the rows themselves, or the tokens if these products gather as they read.
+    """
+
+    def up(self, call: LayerCall, keep_h: bool) -> tuple[PreActivation, Tensor]:
+        """H, without rows unless ``keep_h``, and ``A = act(H)``, (N, F)."""
+
+    def pre_activation(self, call: LayerCall) -> PreActivation:
+        """H of :meth:`up` again, the same bits."""
+
+    def readable(self, grad: Tensor) -> Tensor:
+        """A gradient of any strides (it may be expanded) as :meth:`gather` reads it."""
+
+    def gather(self, call: LayerCall, tokens: Tensor) -> Tensor:
+        """What :meth:`backward_activation_`, :meth:`weight_gradient`, :meth:`weighted_sums` take.
+
+        Args:
+            call: the call, for its order.
+            tokens: (T, D), ``call.x`` or a :meth:`readable` gradient.
+        """
+
+    def rows(self, call: LayerCall, rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """``rows[r] @ weight[e]``, or with ``transposed`` ``rows[r] @ weight[e].T``."""
+
+    def backward_activation_(
+        self, call: LayerCall, d_out: Tensor, h: PreActivation
+    ) -> tuple[Tensor, Tensor]:
+        """Back through down and the activation; ``h.rows`` becomes dH.
+
+        Args:
+            call: the call.
+            d_out: the gathered gradient of the layer's output.
+            h: H.
+
+        Returns:
+            ``w A`` (N, F), and the gradient of ``call.weights_or_ones()``, down's bias left out.
+        """
+
+    def weight_gradient(
+        self, call: LayerCall, gathered: Tensor, rows: Tensor, transposed: bool
+    ) -> Tensor:
+        """Each expert's sum of ``outer(gathered[r], rows[r])``, or with ``transposed`` its .T."""
+
+    def weighted_sums(self, call: LayerCall, gathered: Tensor) -> Tensor:
+        """(E, D): each expert's sum of ``w * gathered[r]``."""

@@ -1,0 +1,64 @@
+"""The layer as two C++ operators, so that many short kernels don't wait for the interpreter.
+
+csrc/layer.cpp takes the steps of :mod:`~lightning_fastmoe.ops.steps`, for layers without biases
+whose every grouped product is one kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fastmoe.ops.layer_call import Gradients, LayerCall, PreActivation, Wanted
+
+
+class TwoOperators:
+    """The layer by the operators of ``library``.
+
+    Args:
+        library: the compiled kernels.
+        on_hopper: whether to take the products of compute capability 9.0. Without them they give
+            the bits of the steps.
+    """
+
+    __slots__ = ("library", "on_hopper")
+
+    def __init__(self, library: Any, on_hopper: bool) -> None:
+        self.library, self.on_hopper = library, on_hopper
+
+    def forward(self, call: LayerCall, keep_h: bool) -> tuple[Tensor, PreActivation]:
+        """The output, like ``x``, and H, without rows unless ``keep_h``."""
+        out, h = self.library.expert_layer(
+            *(call.x, call.weights, call.up, call.down, call.order, call.inverse, call.offsets),
+            *(call.activation, keep_h, self.on_hopper),
+        )
+        return out, PreActivation(h, False)
+
+    def pre_activation(self, call: LayerCall) -> PreActivation:
+        """H of :meth:`forward` again: all of the forward, for the same bits."""
+        return self.forward(call, True)[1]
+
+    def backward_(
+        self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
+    ) -> Gradients:
+        """The gradients, from that of the output, ``grad (T, D)``. Overwrites H."""
+        d_x, d_weights, d_up, d_down = self.library.expert_layer_backward_(
+            *(
+                grad.contiguous(),
+                call.x,
+                h.rows,
+                call.weights_or_ones(),
+                call.up,
+                call.down,
+                call.order,
+            ),
+            *(call.inverse, call.tokens_per_expert, call.offsets, call.activation),
+            *(wanted.x, wanted.up, wanted.down, self.on_hopper),
+        )
+        return Gradients(
+            d_x if wanted.x else None,
+            d_weights if wanted.weights else None,
+            d_up if wanted.up else None,
+            d_down if wanted.down else None,
+        )
