@@ -38,7 +38,7 @@ class CapacitySchedule(pl.Callback):
         capacity_factor: in training; None as a value is dropless.
         eval_capacity_factor: in evaluation; likewise.
         top_k: experts per token, K; whole numbers, also with linear interpolation.
-        noise: of noisy top-k routers, and the jitter of Switch routers.
+        noise: the factor on the noise of noisy top-k routers, and the jitter of Switch routers.
         interpolation: "step" or "linear", between neighbouring numbers of a dict. Next to a None
             values are held.
         layers: names of the layers that follow the schedule, as a pattern (``blocks.*.moe``).

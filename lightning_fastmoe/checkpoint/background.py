@@ -91,7 +91,7 @@ class BackgroundWriter:
             self._error = error
 
     def is_pending(self, path: Path) -> bool:
-        """Whether a save to ``path`` has begun and was not waited for; alike on all ranks."""
+        """Whether a save to ``path`` has begun and was not waited for; identical on every rank."""
         return self._path == path
 
     def after_success(self, action: Callable[[], None]) -> None:

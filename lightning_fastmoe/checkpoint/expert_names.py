@@ -90,7 +90,7 @@ def names_by_expert(
     """Sorts names by the module expert that they belong to.
 
     Args:
-        names: of parameters and buffers.
+        names: names of parameters and buffers.
         layers: name of a layer whose experts are modules -> ids that this rank holds.
 
     Returns:
@@ -107,8 +107,8 @@ def merged(everyone: Sequence[Inventory], num_experts: Mapping[str, int]) -> Inv
     """What all ranks say together.
 
     Args:
-        everyone: of each rank, or of one that holds everything.
-        num_experts: of each layer.
+        everyone: what each rank has, or what one has that holds everything.
+        num_experts: the number of experts of each layer.
 
     Raises:
         CheckpointError: if an expert is on no rank, or ranks disagree about one.

@@ -18,7 +18,7 @@ class Together:
     """Keeps ranks in step through the stages of a save or a load.
 
     Args:
-        path: of the checkpoint, for messages.
+        path: the path of the checkpoint, for messages.
         doing: "saved" or "loaded", for messages.
         group: the ranks; None is the world. In a background thread it must be one of its own.
     """
@@ -35,7 +35,7 @@ class Together:
         Nothing inside may wait for other ranks.
 
         Raises:
-            CheckpointError: on all ranks alike, naming the ranks that failed and why.
+            CheckpointError: on every rank, naming the ranks that failed and why.
         """
         own: BaseException | None = None
         try:
@@ -87,11 +87,11 @@ def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60
     """Waits until all ranks are here, without the collectives that other ranks may be in.
 
     An error stops some ranks, and not always all. Those that save because of it would wait for the
-    others for ever.
+    others forever.
 
     Args:
         path: that will be saved to. Its name may differ between ranks, as logged values do.
-        step: of training.
+        step: the step of training.
         number: how many saves have met before this one; the same on all ranks.
         seconds: how long to wait.
 

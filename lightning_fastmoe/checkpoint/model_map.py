@@ -21,7 +21,7 @@ class Place:
 
     Attributes:
         name: the same on all ranks.
-        shape: of the whole tensor.
+        shape: the shape of the whole tensor.
         offset: where this rank's part begins in it, in elements.
         numel: elements of this rank's part, which are contiguous.
         is_expert: whether other ranks hold other experts of it.
@@ -71,7 +71,7 @@ class ModelMap:
 
     @property
     def sharded_modules(self) -> set[str]:
-        """Layers whose experts are modules, of which other ranks have others; alike on all."""
+        """Layers whose experts are modules that differ between ranks; the same on every rank."""
         return {n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts}
 
     def is_elsewhere(self, name: str) -> bool:

@@ -31,7 +31,7 @@ class Snapshot:
 
     Attributes:
         pieces: what it owns; views of the live state unless they were copied.
-        small: name -> content of files with what is no tensor.
+        small: name -> content of files with what is not a tensor.
         manifest: on rank 0.
     """
 
@@ -63,11 +63,11 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
 
     Args:
         path: the same on all ranks, on a file system that they share.
-        snapshot: of this rank.
+        snapshot: the snapshot of this rank.
         group: the ranks; None is the world.
 
     Raises:
-        CheckpointError: on all ranks alike, naming the rank and the path that failed. Nothing has
+        CheckpointError: on every rank, naming the rank and the path that failed. Nothing has
             changed on the disk then.
     """
     together = Together(path, "saved", group)

@@ -51,7 +51,7 @@ def restore_counts(
         source: the checkpoint.
         layers: name -> MoE layer.
         rank: this one.
-        world_size: of this run.
+        world_size: the number of ranks of this run.
         trusted: see :meth:`RankStates.read_rank_state`.
     """
     saved_world = source.topology.world_size if source.topology is not None else 0

@@ -36,7 +36,7 @@ def load_weights(
     pass its checkpoint to ``Trainer.fit(ckpt_path=...)`` instead.
 
     Args:
-        path: of a checkpoint: of a run, or what importing wrote.
+        path: a checkpoint, that of a run or what importing wrote.
         module: what to fill.
         prefix: what the checkpoint's names have before those of the module, such as "network.".
         strict: names must match exactly; else what is missing keeps its values.

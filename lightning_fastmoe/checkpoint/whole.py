@@ -27,7 +27,7 @@ def read_whole(
     Every byte that is read is compared with its hash first.
 
     Args:
-        path: of the directory.
+        path: the path of the directory.
         trusted: also unpickle arbitrary objects, which can run any code.
         place: moves a tensor to where it is wanted.
 

@@ -23,7 +23,7 @@ class AutoPlacement:
     process group is needed before the size is final.
 
     Args:
-        rank: of this process in the world.
+        rank: this process's rank in the world.
         world: number of ranks.
         ranks_per_node: a group stays inside a node.
         existing: ``num_experts`` of the layers that the model has already.

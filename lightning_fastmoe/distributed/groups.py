@@ -33,7 +33,7 @@ def lasting_group(
         purpose: what is exchanged in it. Users of one purpose follow each other.
         ranks: its ranks; None is all.
         backend: None is the world's.
-        timeout: of a collective; None is torch's default.
+        timeout: the time limit of a collective; None is torch's default.
     """
     world = dist.group.WORLD
     if not _world or _world[0]() is not world:

@@ -72,7 +72,7 @@ def make_expert_mesh(
     Args:
         expert_parallel_size: ranks over which experts are split.
         device_type: "cpu" or "cuda".
-        timeout: of a collective in these groups; None is torch's default.
+        timeout: the time limit of a collective in these groups; None is torch's default.
 
     Raises:
         TopologyError: if the size does not divide the world.

@@ -32,7 +32,7 @@ class ExpertSharder:
     Args:
         mesh: the groups of the run.
         ranks_per_node: processes on each node; None if all are on one.
-        timeout: of a collective in a group made here; None is torch's default.
+        timeout: the time limit of a collective in a group made here; None is torch's default.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ExpertSharder:
 
         Args:
             layers: all of the model.
-            device: of the exchange.
+            device: the device of the exchange.
 
         Raises:
             ExchangeError: on every rank, if one has more exchanges to come.

@@ -20,7 +20,7 @@ class WorldBatch:
     of an expert parallel group are. That reads from the device once.
 
     Args:
-        group: of all ranks; the expert parallel group itself if it is that.
+        group: the group of all ranks; the expert parallel group itself if it is that.
         mesh: the groups of the run.
         ranks_per_node: processes on each node.
     """
@@ -33,7 +33,7 @@ class WorldBatch:
         self._first_rank = self.rank - mesh.ep_rank
 
     def reserve(self, counts: int) -> None:
-        """Makes room for count vectors of this length; alike on all ranks, before any exchange."""
+        """Makes room for count vectors of this length; all ranks call it before any exchange."""
         self.group.slots = max(self.group.slots, counts)
 
     def gather_counts(self, counts: Tensor, layer: str) -> Tensor:

@@ -122,7 +122,7 @@ class Slot:
     Attributes:
         key: its name in the file.
         shape: in the file.
-        name: of our tensor.
+        name: the name of our tensor.
         start: where it begins in ours, in elements.
     """
 
@@ -207,7 +207,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
     """The content of a ``config.json``.
 
     Args:
-        path: of the file, or of the directory that holds it.
+        path: the path of the file, or of the directory that holds it.
 
     Raises:
         ConfigError: if there is none, or it is no JSON object.

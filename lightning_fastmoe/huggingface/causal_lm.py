@@ -48,7 +48,7 @@ class MoECausalLM(LightningModule):
         config: ``config.json`` of the model: its content, its path, or its directory. None takes
             that of ``weights``.
         lr: learning rate of AdamW.
-        weight_decay: of AdamW, on all weights.
+        weight_decay: AdamW's, on all weights.
         load_balancing: coefficient of the load-balancing loss.
         z_loss: coefficient of the router z-loss.
 
@@ -71,7 +71,7 @@ class MoECausalLM(LightningModule):
         self.architecture = Architecture.from_config(self.config)
         self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss")
         # Its content and not its path, as exporting needs it on whatever machine. The weights to
-        # start from are no hyperparameter: a checkpoint has its own.
+        # start from are not hyperparameters: a checkpoint has its own.
         self.save_hyperparameters({"config": self.config})
         self.lr, self.weight_decay = lr, weight_decay
         self._coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}

@@ -119,7 +119,7 @@ class _Weights:
                 self._files[name] = stack.enter_context(safe_open(source / name, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{source / name} can't be read: {error}") from error
-            for key in self._files[name].keys():  # noqa: SIM118 (it is no dict)
+            for key in self._files[name].keys():  # noqa: SIM118 (it is not a dict)
                 if key in self._places:
                     raise CheckpointError(
                         f"{source}: {key} is in {self._places[key]} and in {name}; remove"

@@ -20,7 +20,7 @@ class BalancingLosses:
     """The losses of one layer.
 
     Args:
-        traits: of the layer's router, which says what losses make sense and are usual.
+        traits: the traits of the layer's router, which says what losses make sense and are usual.
         given: name -> coefficient, or None for what is usual with this router.
 
     Attributes:
@@ -64,9 +64,9 @@ class BalancingLosses:
 
         Args:
             y: the layer's output, a tensor or a structure of tensors.
-            routing: of this pass.
+            routing: the routing of this pass.
             context: what the router was told.
-            traits: of the router.
+            traits: the traits of the router.
             replay: activation checkpointing is repeating the pass.
 
         Raises:

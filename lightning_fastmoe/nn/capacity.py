@@ -23,7 +23,7 @@ class Capacity:
     """The limit of one layer; its attributes may be changed between passes, identically everywhere.
 
     Args:
-        traits: of the layer's router, which has a limit of its own for "router".
+        traits: the traits of the layer's router, which has a limit of its own for "router".
         factors: C is :func:`expert_capacity` of it. A number, a pair (training, evaluation), None
             for dropless, or "router".
         over: whose tokens share the C slots, this rank's or the global batch's; None is the
@@ -204,7 +204,7 @@ def limit_by_capacity(
     elif best is None:
         within = _globally_by_position(ids, num_experts, factor, batch, layer)
     else:
-        # fp64 holds ids and scores alike.
+        # fp64 holds both ids and scores exactly.
         packed = torch.cat([ids.to(torch.float64), best.to(torch.float64).unsqueeze(1)], dim=1)
         everyone, start = batch.gather_rows(packed, layer)
         all_ids, all_best = everyone[:, :-1].to(torch.int64), everyone[:, -1]

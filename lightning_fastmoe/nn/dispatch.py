@@ -63,8 +63,8 @@ class RowPlan:
 
     Attributes:
         weights: (T, K); or (N,), of each row, with ``pairs``.
-        order: of all T*K pairs, if every slot goes out.
-        pairs: of the rows that go out, if some don't or tokens have different numbers of them.
+        order: the order of all T*K pairs, if every slot goes out.
+        pairs: the rows that go out, if some don't or tokens have different numbers of them.
     """
 
     weights: Tensor

@@ -22,7 +22,7 @@ class TokenInputs:
 
     Attributes:
         leaves: the tensors, each (T, ...); the router sees the first.
-        spec: of the structure; None for a plain tensor.
+        spec: the tree of the structure; None for a plain tensor.
         lead: leading dimensions of the input; their product is the number of tokens before a mask.
         positions: (T,) int64, where the tokens that a mask left stand; None for all.
         labels: (prod(lead),), 0 for active tokens; None without a mask.

@@ -304,7 +304,7 @@ class MoE(nn.Module):
         """Joins the ranks of a run.
 
         Args:
-            name: of the layer in its model, for errors and to detect ranks in different layers.
+            name: the layer's name, for errors and to detect ranks in different layers.
             batch: reaches the tokens of all ranks; None if there is one.
             schedule: reaches the experts of all ranks; None if all are here.
         """

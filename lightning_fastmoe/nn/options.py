@@ -160,9 +160,9 @@ def make_experts(
         num_experts: E of the whole model.
         local_ids: global ids of the experts to make; None for all.
         layer_seed: seeds each expert together with its global id.
-        activation: of FFNs.
-        bias: of FFNs.
-        init_std: of FFNs.
+        activation: the activation of FFNs.
+        bias: whether FFNs have biases.
+        init_std: standard deviation of FFNs' initial weights.
 
     Raises:
         ConfigError: if ``expert`` doesn't fit ``num_experts``, or ``d_ffn`` is missing.

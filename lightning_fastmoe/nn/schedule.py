@@ -43,7 +43,7 @@ class Schedule:
         Args:
             inputs: T tokens, in the dtype of the products.
             routing: the choice for these tokens, of any of its three forms.
-            experts: of this rank.
+            experts: the experts of this rank.
             shared_expert: applied to every token, and added.
             layer: the layer's name, for errors and to detect ranks in different layers.
 

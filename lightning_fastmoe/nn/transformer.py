@@ -41,8 +41,8 @@ def rotary_table(
     Args:
         seq_len: Positions, from 0.
         head_dim: Width of a head.
-        device: Of the table.
-        base: Of the angles' geometric series.
+        device: the device of the table.
+        base: The base of the angles' geometric series.
         positions: Where they are not 0, 1, ..., seq_len - 1 in each row: (batch, seq_len) integers.
 
     Returns:

@@ -24,7 +24,7 @@ class Group:
 
     Attributes:
         sizes: elements of each parameter on this rank, in the optimizer's order.
-        ranks: of the (expert) data parallel group.
+        ranks: the size of the (expert) data parallel group.
         experts: whether they are experts.
         requires_grad: whether they are trained.
     """
@@ -78,7 +78,7 @@ class MemoryPlan:
     Attributes:
         dense: everything but sharded experts.
         experts: experts that are sharded over ranks.
-        state_bytes: of the optimizer, per parameter; None if it could not be found out.
+        state_bytes: bytes of optimizer state per parameter; None if they could not be found out.
     """
 
     dense: Bytes
@@ -104,7 +104,7 @@ def plan(
 
     Args:
         groups: all parameters.
-        stage: of ZeRO, 1 to 3.
+        stage: the ZeRO stage, 1 to 3.
         itemsize: bytes of a weight and of a gradient.
         state_bytes: optimizer state per parameter, see :func:`optimizer_state_bytes`.
         config: DeepSpeed's ``zero_optimization``.

@@ -18,7 +18,7 @@ class LayerSize:
 
     Attributes:
         num_experts: E of the whole model.
-        num_local_experts: of this rank.
+        num_local_experts: experts on this rank.
         parameters_per_expert: the mean, if they differ.
         experts_per_token: K; the capacity factor for expert choice, which gives a token that many
             in the mean; E for Soft MoE, whose slots mix all tokens into all experts.
@@ -39,7 +39,7 @@ class ModelSize:
 
     Attributes:
         dense: everything but routed experts: attention, routers, shared experts, embeddings.
-        lookups: of these, tables that are only looked up in (``nn.Embedding``): a token uses them,
+        lookups: the part of these that is only looked up in (``nn.Embedding``): a token uses them,
             but multiplies nothing by them.
         layers: by name.
     """

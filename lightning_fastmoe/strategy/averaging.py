@@ -36,7 +36,7 @@ class ShardedAverage(AveragedModel):
     Args:
         engine: the DeepSpeed engine, with its optimizer.
         device: where the averages are kept; None is beside what they are of.
-        options: of ``AveragedModel``.
+        options: the options of ``AveragedModel``.
 
     Attributes:
         swapped: whether the model has the averages, and this object what trains.

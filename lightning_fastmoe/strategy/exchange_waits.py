@@ -24,7 +24,7 @@ class ExchangeWaits:
     Args:
         seconds: that a rank waits for the others in an exchange; None is no limit, "auto" nine
             tenths of ``hang_timeout``.
-        hang_timeout: of the run.
+        hang_timeout: that of the run.
     """
 
     def __init__(self, seconds: float | Literal["auto"] | None, hang_timeout: float | None) -> None:

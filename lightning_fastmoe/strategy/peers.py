@@ -131,7 +131,7 @@ class Peers:
         """Whether no rank of the world moves, and some wait for something else than an exchange.
 
         Each rank that waits counts on while it does, so that one that has moved since, or whose
-        process is stopped, is no proof.
+        process is stopped, proves nothing.
         """
         now = time.monotonic()
         if now < self._next_look:

@@ -34,7 +34,7 @@ def count_pending_names(
         for callback in callbacks:
             vars(callback).pop(_METHOD, None)
 
-    forget()  # a run before may have ended without a word
+    forget()  # a run before may have ended without notice
     for callback in callbacks:
         vars(callback)[_METHOD] = _counting(callback.file_exists, is_pending)
     return forget

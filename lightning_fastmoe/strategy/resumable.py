@@ -24,7 +24,7 @@ def resumable(loader: Any, fit_loop: Any) -> Any:
     is. Workers begin at once, and would take the order of epoch 0.
 
     Args:
-        loader: of training data, just before its iterator is made.
+        loader: a loader of training data, just before its iterator is made.
         fit_loop: the Trainer's; if it restarts, its progress is that of the checkpoint.
     """
     _set_sampler_epoch(loader, _epoch(fit_loop))

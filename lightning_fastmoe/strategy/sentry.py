@@ -102,7 +102,7 @@ class Sentry:
 
     Args:
         rank: for messages.
-        pid: of the rank, the parent of this process.
+        pid: the process id of the rank, the parent of this process.
         hang_timeout: seconds without progress; 0 is no limit.
         grace: seconds without progress after SIGTERM; 0 is no limit.
         linger: seconds between the message and the end, in which other ranks print theirs.

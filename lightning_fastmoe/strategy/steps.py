@@ -77,7 +77,7 @@ class ExpertSteps(DeepSpeedStrategy):
     @override
     def handles_gradient_accumulation(self) -> bool:
         # Lightning decides when to step, and tells the engine. Left to count by itself, DeepSpeed
-        # drifts out of step with Lightning when an epoch is no multiple of the accumulation.
+        # drifts out of step with Lightning when an epoch is not a multiple of the accumulation.
         return False
 
     @override
@@ -167,7 +167,7 @@ class ExpertSteps(DeepSpeedStrategy):
         those that are not experts.
 
         Args:
-            parameters: of the LightningModule.
+            parameters: the parameters of the LightningModule.
 
         Raises:
             ParameterEditError: if there is no training, or if one is not the model's.

@@ -138,7 +138,7 @@ class UnevenData:
         return next(i for i, item in enumerate(loaders) if item is loader)
 
     def batch_limit(self, loader: object) -> float:
-        """The number of batches at which the running loop stops by itself, alike on all ranks."""
+        """The number of batches after which the running loop stops, the same on every rank."""
         if self.trains_on(loader):
             limit = self._trainer.limit_train_batches
             return limit if isinstance(limit, int) else math.inf
@@ -185,7 +185,7 @@ class _Loader:
 class SizedLoader(_Loader):
     """A loader of known length: cut to the shortest rank's in training, whole in evaluation.
 
-    In evaluation all ranks report the longest rank's length, so that Lightning's limits are alike.
+    In evaluation all ranks report the longest rank's length, so that Lightning's limits agree.
 
     Lightning's sampler repeats samples to give all ranks equally many; in evaluation that would
     count them twice, so there the loader reads each sample once.
@@ -193,7 +193,7 @@ class SizedLoader(_Loader):
     Args:
         loader: the loader itself.
         uneven: who keeps the ranks in step.
-        lengths: of the loaders of all ranks.
+        lengths: the lengths of the loaders of all ranks.
     """
 
     def __init__(self, loader: Any, uneven: UnevenData, lengths: list[int]) -> None:

@@ -127,8 +127,8 @@ class Watch:
         """Starts the sentry; only on Linux, whose kernel it asks about the rank.
 
         Args:
-            rank: of this process.
-            device: of this rank.
+            rank: this process's rank in the world.
+            device: the device of this rank.
             launched: processes that this one has launched, ranks themselves. They end with it.
             is_launched: whether this process is one of those.
 

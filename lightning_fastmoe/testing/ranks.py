@@ -71,7 +71,7 @@ class RankPool:
         Args:
             function: importable by name; what it returns must be picklable.
             world_size: number of ranks.
-            args: picklable, alike on all ranks.
+            args: picklable, the same on every rank.
             timeout: seconds; then all workers are killed.
             ranks_per_node: what the ranks are told; None puts all on one node.
 
@@ -117,7 +117,7 @@ class RankPool:
                     results[rank] = value
                 else:
                     errors[rank] = value[:2]
-                    # Peers of a failed rank may wait for it for ever.
+                    # Peers of a failed rank may wait for it forever.
                     grace = time.monotonic() + 20.0
                     detail = value[2]
         if errors:

@@ -28,7 +28,7 @@ class Case:
         top_k: K.
         choice: "any" expert, "one" for all tokens, the last expert "never", "dropped" slots,
             "expert" choice, or "soft" routing.
-        tokens: of each rank; rank r takes entry r modulo their number.
+        tokens: the number of each rank; rank r takes entry r modulo their number.
         experts: "stacked", "biased", or "modules", which take a pair of tensors.
         shared: whether there is a shared expert.
         delays: whether ranks come at random times, several calls in a row.
@@ -89,8 +89,8 @@ def compare_with_local(
         make: the schedule of this rank, from the number of experts.
         placement: global ids of each rank's experts.
         case: what to call it with.
-        device: of the tensors.
-        dtype: of the tensors.
+        device: the device of the tensors.
+        dtype: the dtype of the tensors.
 
     Returns:
         Name -> (by the schedule, by all experts on one rank), on the CPU. Gradients of parameters

@@ -72,7 +72,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     """``DeepSpeedEngine`` for models with this package's MoE layers.
 
     The base class recognises experts by its own layer classes alone. Without its ``has_moe_layers``
-    flag, ZeRO 3 trains foreign experts wrongly without a word.
+    flag, ZeRO 3 silently trains third-party experts wrongly.
 
     Args:
         expert_state: the layers and how to treat them.

@@ -19,7 +19,7 @@ def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
     and gathers share a stream: there the next exchange of counts, or its deadline, is the error.
 
     Args:
-        engine: of stage 3.
+        engine: the engine of stage 3.
         meet: called with where this rank is.
     """
     # Without an optimizer to run, in evaluation, the engine holds the offload in its place.

@@ -49,7 +49,7 @@ class GradientFragment:
     """A part of the gradient that this rank holds.
 
     Attributes:
-        name: of the parameter.
+        name: the name of the parameter.
         start: in this rank's part of the parameter, in elements.
         length: number of elements.
     """
@@ -63,7 +63,7 @@ class PartialGradients:
     """The half accumulated gradients of an engine.
 
     Args:
-        zero: of the engine.
+        zero: the zero of the engine.
         model: its map.
         share: what the rank has; gradients of ZeRO 2 and 3 are divided like it.
     """

@@ -38,8 +38,8 @@ class Loaded:
     Attributes:
         lightning: Lightning's checkpoint dictionary.
         user_groups: rows of parameter names and options, as the user wrote them.
-        local_state: of the rank of the same number, if the run had as many ranks; else None.
-        topology: of the run that saved, if known.
+        local_state: what the same rank kept, if the run had as many ranks; else None.
+        topology: the topology of the run that saved, if known.
         put_gradients: gives the half accumulated gradients, if there are any, to the engine; to be
             called once nothing will clear gradients before the first batch.
     """
@@ -74,7 +74,7 @@ def load(
         strict: parameter names must match exactly.
         trusted: also unpickle arbitrary objects, which can run any code.
         verify: compare the files with their hashes first; each is read by one rank.
-        averages: of a run that averages its weights.
+        averages: those of a run that averages its weights.
 
     Raises:
         CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the model.

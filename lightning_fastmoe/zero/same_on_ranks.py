@@ -1,4 +1,4 @@
-"""What DeepSpeed wants alike on all ranks, though experts that are modules may differ."""
+"""What DeepSpeed needs identical on every rank, though experts that are modules may differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fastmoe.nn import MoE
 
 
 def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
-    """The layers whose experts are modules that other ranks don't have; alike on all ranks."""
+    """The layers whose experts are modules that other ranks don't have; identical on every rank."""
     return {
         name: layer
         for name, layer in layers.items()

@@ -54,11 +54,11 @@ def take_snapshot(
         together: the ranks. They exchange names where they have different ones.
         engine: the DeepSpeed engine.
         layers: name -> MoE layer.
-        topology: of this run.
+        topology: the topology of this run.
         client_state: Lightning's checkpoint dictionary.
         user_groups: the optimizer's groups as the user wrote them, or None.
         exclude_frozen: leave out parameters that are not trained; they must be there on loading.
-        averages: of a run that averages its weights; they become the checkpoint's weights.
+        averages: those of a run that averages its weights; they become the checkpoint's.
 
     Raises:
         CheckpointError: on all ranks, if some state has no place in a checkpoint.

@@ -19,7 +19,7 @@ class Fragment:
     """An interval of a parameter in a flat partition.
 
     Attributes:
-        name: of the parameter.
+        name: the name of the parameter.
         start: in this rank's part of the parameter, in elements.
         length: number of elements.
         offset: where it lies in the flat partition.
@@ -64,7 +64,7 @@ class LooseParameter:
     """A parameter that no optimizer partition holds: frozen, not optimized, or of an evaluation.
 
     Attributes:
-        name: of the parameter.
+        name: the name of the parameter.
         data: flat, what this rank has of it; writing to it changes the parameter.
         start: where ``data`` begins in this rank's part of the parameter.
         share: (start, length) in ``data`` of what this rank writes of it; replicas write the rest.

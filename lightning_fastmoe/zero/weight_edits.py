@@ -38,7 +38,7 @@ class _Watched:
     """A parameter of the module.
 
     Attributes:
-        name: of the parameter.
+        name: the name of the parameter.
         parameter: a parameter of ZeRO 3 has more attributes than others.
         holders: (a module's parameters, key) of each place in the module.
         is_optimized: whether it is in the user's optimizer, trained or frozen.

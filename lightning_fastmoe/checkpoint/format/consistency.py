@@ -210,7 +210,7 @@ def unlisted_layers(names: Set[str], listed: Container[str]) -> list[str]:
     """Layers with a router and stacked experts, named as those of ``MoE``, that are not listed.
 
     Args:
-        names: of all parameters.
+        names: the names of all parameters.
         listed: names of the model's MoE layers.
     """
     routers = {name.rpartition(".router.")[0] for name in names if ".router." in name}

@@ -30,7 +30,7 @@ def read_manifest(directory: int, path: Path) -> bytes:
 
     Args:
         directory: descriptor of the checkpoint.
-        path: of the checkpoint, for messages.
+        path: the path of the checkpoint, for messages.
 
     Raises:
         CheckpointError: if there is none.

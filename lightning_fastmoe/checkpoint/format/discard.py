@@ -22,9 +22,9 @@ _OF_NFS = ".nfs"
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuses a path whose directory a save would delete though it is no checkpoint.
+    """Refuses a path whose directory a save would delete though it is not a checkpoint.
 
-    What lies in a checkpoint's directory without being a part of it is no hindrance:
+    What lies in a checkpoint's directory without being a part of it is not in the way:
     :func:`discard` keeps it.
 
     Raises:
@@ -49,7 +49,7 @@ def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: boo
     """Deletes a checkpoint's own files; what else lies there is moved beside it, with a warning.
 
     Args:
-        directory: of the checkpoint, which has lost its name already; or a file or a link.
+        directory: a checkpoint's, which has lost its name already; or a file or a link.
         path: how it was called.
         strict: raise if something can't be deleted; else leave it for the next save.
         unfinished: it is of a save that died, which may have been writing its manifest.

@@ -46,7 +46,7 @@ def open_regular(directory: int, name: str, where: Path) -> tuple[int, int]:
 
     Args:
         directory: descriptor of the directory.
-        name: of the file.
+        name: the name of the file.
         where: path of the directory, for messages.
 
     Returns:

@@ -55,7 +55,7 @@ def load_json(data: bytes, where: object) -> dict[str, Any]:
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """``isinstance``, but a bool is no int."""
+    """``isinstance``, but a bool is not an int."""
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 

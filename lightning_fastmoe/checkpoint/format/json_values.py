@@ -4,7 +4,7 @@ Beyond JSON's own types a value is an object with one key that begins with ``$``
 
     {"$float": "nan" | "inf" | "-inf"}
     {"$tuple": [values]}
-    {"$dict": [[key, value], ...]}            keys that are no strings, or begin with "$"
+    {"$dict": [[key, value], ...]}            keys that are not strings, or begin with "$"
     {"$tensor": [dtype, shape, [values]]}     dtype as in safetensors; up to 1024 values
     {"$bytes": base64}
     {"$object": index}                        into the list of objects

@@ -48,7 +48,7 @@ class Manifest:
     Attributes:
         written_by: name and version of the writer.
         contents: "weights", and "optimizer" if training can resume from it.
-        topology: of the run that saved.
+        topology: the topology of the run that saved.
         progress: "epoch" and "global_step".
         moe_layers: layer name -> its ``num_experts``.
         excluded: parameters that were left out because they are frozen.
@@ -112,7 +112,7 @@ def parse_manifest(data: bytes, where: object) -> Manifest:
         where: its path, for messages.
 
     Raises:
-        CheckpointError: if it is no manifest, or of another version.
+        CheckpointError: if it is not a manifest, or of another version.
     """
     content = load_json(data, where)
     read = Fields(content, where)

@@ -69,7 +69,7 @@ def load_objects(data: bytes, where: Path, *, trusted: bool, advice: str) -> lis
 
     Raises:
         CheckpointError: if it holds more than plain data and isn't trusted, claims more memory than
-            a file of its size can need, or is no list.
+            a file of its size can need, or is not a list.
     """
     archive = _read_archive(io.BytesIO(data), where)
     if not trusted:
@@ -101,7 +101,7 @@ def count_objects(data: bytes, where: Path) -> int:
     """How many values :func:`load_objects` would give, of a file that is not loaded.
 
     Raises:
-        CheckpointError: if it is no archive of ``torch.save``, or holds no list.
+        CheckpointError: if it is not an archive of ``torch.save``, or holds no list.
     """
     archive = _read_archive(io.BytesIO(data), where)
     top = _follow(archive, where, bounded=False)
@@ -118,7 +118,7 @@ def check_archive(file: IO[bytes], where: Path) -> None:
     """Refuses an archive that would take much more memory than it has bytes.
 
     Args:
-        file: of ``torch.save``, in the format of a zip archive.
+        file: a file of ``torch.save``, in the format of a zip archive.
         where: its path, for messages.
 
     Raises:

@@ -70,7 +70,7 @@ class CheckpointReader:
         advice: what the caller's user can do about objects that are not plain data.
 
     Raises:
-        CheckpointError: if it is no complete checkpoint of this package and version, or if files
+        CheckpointError: if it is not a complete checkpoint of this package and version, or if files
             are missing, added, or of another size.
     """
 
@@ -294,7 +294,7 @@ class CheckpointReader:
         """What a rank wrote for itself alone; None if it did not.
 
         Args:
-            rank: of the run that saved.
+            rank: the rank, in the run that saved.
             trusted: see :meth:`read_objects`.
         """
         name = f"rank_{rank:05d}.json"
@@ -307,7 +307,7 @@ class CheckpointReader:
         """What JSON could not hold; empty if there was nothing of the kind.
 
         Args:
-            name: of the file.
+            name: the name of the file.
             trusted: also unpickle arbitrary objects, which can run any code: only for files whose
                 origin you trust.
 

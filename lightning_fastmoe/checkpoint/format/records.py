@@ -81,7 +81,7 @@ class TensorRecord:
 
     Attributes:
         dtype: a key of :data:`DTYPES`.
-        shape: of the whole tensor; a stacked expert tensor's first dimension is ``num_experts``.
+        shape: that of the whole tensor; stacked experts have ``num_experts`` first.
         pieces: sorted by start; together they cover every element once.
     """
 
@@ -129,7 +129,7 @@ def gradient_name(name: str, is_local: bool) -> str:
     """The tensor that holds the half accumulated gradient of a parameter.
 
     Args:
-        name: of the parameter.
+        name: the name of the parameter.
         is_local: it has one more dimension, the first: the rank's replica of the parameter, and the
             gradient is that of the replica's own batches. Else it is the average.
     """

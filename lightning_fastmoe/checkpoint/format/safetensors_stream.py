@@ -40,7 +40,7 @@ class StreamedTensor:
 
     Attributes:
         key: its name in the file.
-        dtype: of all parts.
+        dtype: the dtype of all parts.
         shape: in the file.
         parts: called once; yields one-dimensional contiguous tensors, on any device, that together
             are the tensor's elements in row-major order.

@@ -34,10 +34,10 @@ class OwnedPiece:
 
     Attributes:
         tensor: name in the manifest.
-        shape: of the whole tensor.
+        shape: the shape of the whole tensor.
         start: first element of the interval.
         length: number of elements.
-        dtype: of the elements.
+        dtype: the dtype of the elements.
         parts: see :class:`~lightning_fastmoe.checkpoint.format.safetensors_stream.StreamedTensor`.
         data: what ``parts`` yields, if all of it lies in memory; else None.
     """
@@ -110,7 +110,7 @@ def read_header(
 
     Args:
         fd: the file.
-        size: of the file, in bytes.
+        size: the size of the file, in bytes.
         expected: (tensor, dtype, piece) of every piece in the file.
         where: path of the file, for messages.
 

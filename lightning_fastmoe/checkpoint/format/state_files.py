@@ -21,7 +21,7 @@ def decode_state(
     Args:
         data: the file's bytes.
         objects: what JSON could not hold.
-        contents: of the manifest.
+        contents: the contents of the manifest.
         where: the file's path, for messages.
 
     Raises:

@@ -51,7 +51,7 @@ def write_rank(
     """Writes a rank's own files. The first error ends all of it.
 
     Args:
-        directory: of the unpublished checkpoint.
+        directory: the directory of the unpublished checkpoint.
         rank: names the files.
         pieces: what the rank owns.
         small: name -> content of further files, from :func:`pack`.
@@ -87,8 +87,8 @@ def pack(json_name: str, objects_name: str, value: dict[str, Any]) -> dict[str, 
     """Values as files: JSON, and a list of what JSON can't hold if there is anything of the kind.
 
     Args:
-        json_name: of the one file.
-        objects_name: of the other.
+        json_name: the name of the file of plain data.
+        objects_name: the name of the file of pickled objects.
         value: to be packed; may change afterwards.
     """
     objects: list[Any] = []
@@ -138,7 +138,7 @@ def write_checkpoint(
     Args:
         path: where it will appear, complete; a checkpoint there is replaced.
         manifest: its ``files`` and ``tensors`` are filled in.
-        pieces: of every tensor.
+        pieces: the pieces of every tensor.
         state: see ``docs/checkpoint_format.md``.
         on_bytes: see :func:`~lightning_fastmoe.checkpoint.format.shards.write_shard`.
 

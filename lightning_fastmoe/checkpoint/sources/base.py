@@ -58,7 +58,7 @@ class Source(Protocol):
         ...
 
     def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
-        """Everything that is no tensor; the keys of ``state.json``."""
+        """Everything that is not a tensor; the keys of ``state.json``."""
         ...
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:

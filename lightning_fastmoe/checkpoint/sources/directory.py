@@ -21,7 +21,7 @@ class DirectorySource:
     """What :class:`~lightning_fastmoe.checkpoint.format.reader.CheckpointReader` reads.
 
     Args:
-        reader: of the directory; closed by its owner.
+        reader: the reader of the directory; closed by its owner.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:

@@ -37,7 +37,7 @@ class WholeTensors:
     """A source of tensors that each lie in one piece.
 
     Args:
-        path: of the file, for messages.
+        path: the path of the file, for messages.
         tensors: name in the canonical state -> tensor, best mapped from the disk.
         state: the keys of ``state.json``.
     """
@@ -84,7 +84,7 @@ class WholeTensors:
         out.copy_(stored.detach().reshape(-1)[start : start + out.numel()])
 
     def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
-        """Everything that is no tensor."""
+        """Everything that is not a tensor."""
         empty: dict[str, Any] = {
             "lightning": {},
             "optimizer": None,
@@ -102,7 +102,7 @@ class SafetensorsFile(WholeTensors):
     """A safetensors file of whole tensors, of which only the rows that are needed are read.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Raises:
         CheckpointError: if it is damaged.
@@ -142,7 +142,7 @@ def open_file(
     """Opens a single-file checkpoint: safetensors, a torch state dict, or Lightning's.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         trusted: also unpickle arbitrary objects, which can run any code.
         user_groups: this run's optimizer groups as the user wrote them; an optimizer's state in the
             file is of the parameters in this order.

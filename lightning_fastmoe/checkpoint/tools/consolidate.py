@@ -105,7 +105,7 @@ def consolidate(
 
     Raises:
         ConfigError: if the file exists, or no weight is chosen.
-        CheckpointError: if hyperparameters are no plain data.
+        CheckpointError: if hyperparameters are not plain data.
         OSError: if it can't be written.
     """
     options = options or Consolidation()

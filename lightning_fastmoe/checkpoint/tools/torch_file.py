@@ -53,7 +53,7 @@ def write_torch(
         tensors: the state dict.
         tied: further name -> the name whose tensor it is.
         rest: the other entries, written as ``torch.save`` does.
-        extra_state: entries of the state dict that are no tensors.
+        extra_state: entries of the state dict that are not tensors.
         on_bytes: called with the number of bytes after each write.
 
     Raises:

@@ -54,7 +54,7 @@ class Audit:
     Nothing of what it reads is trusted or run; memory stays within a buffer and the manifest.
 
     Args:
-        path: of the checkpoint.
+        path: the path of the checkpoint.
         trusted: don't complain of objects that only an unpickler that runs code could restore.
         on_total: called once with the number of bytes that will be read.
         on_bytes: called with the number of bytes after each read.

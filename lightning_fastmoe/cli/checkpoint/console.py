@@ -99,7 +99,7 @@ def size_in_bytes(size: str) -> int:
     """``5GB`` or ``200MiB`` in bytes, for argparse.
 
     Raises:
-        ValueError: if it is no size.
+        ValueError: if it is not a size.
     """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     for unit, factor in units.items():

@@ -46,7 +46,7 @@ def verify_unless_told(
 
     Args:
         reader: the checkpoint.
-        arguments: of the verb; see :func:`add_source`.
+        arguments: the command's; see :func:`add_source`.
         weights: leave the optimizer's files out.
 
     Raises:

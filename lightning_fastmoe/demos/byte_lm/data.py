@@ -155,7 +155,7 @@ class ResumableLoader(DataLoader[Tensor]):
         batch_size: Windows per batch and rank.
         num_replicas: World size.
         rank: This process.
-        seed: Of the order; the same on all ranks.
+        seed: the seed of the order; the same on all ranks.
         num_workers: Processes that load data.
     """
 

@@ -28,7 +28,7 @@ def generate(
 
     With experts sharded over ranks, every rank must call this with the same arguments: each byte
     takes one forward pass, and each forward pass exchanges tokens with the other ranks. The draws
-    come from a generator of their own, so all ranks draw alike and training is left undisturbed.
+    come from a generator of their own, so all ranks draw the same and training is left undisturbed.
 
     Args:
         model: Maps bytes (1, context) to logits (1, context, 256).
@@ -37,7 +37,7 @@ def generate(
         context: Bytes that the model sees at a time. All passes have this shape: the space behind
             the text is filled with zeros, which a causal model doesn't look at.
         temperature: Below 1 the likelier bytes get likelier still.
-        seed: Of the draws.
+        seed: the seed of the draws.
         device: Where the model is.
 
     Returns:
@@ -71,7 +71,7 @@ class SampleText(Callback):
         num_bytes: Length of the continuation.
         context: Bytes that the model sees at a time; at most the `seq_len` that it was trained on.
         temperature: Below 1 the likelier bytes get likelier still.
-        seed: Of the draws.
+        seed: the seed of the draws.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Who sends how many tokens to which expert: exchanged, checked, then trusted.
 
 Every rank of the expert parallel group gets every rank's counts, so all of them see the same table
-and come to the same verdict: on an error all raise alike and none waits for tokens that never come.
+and come to the same verdict: on an error all of them raise it, and none waits for tokens in vain.
 (`all_to_all_single` itself returns without an error when the two sides disagree about a size.)
 """
 

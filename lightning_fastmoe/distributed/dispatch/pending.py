@@ -23,7 +23,7 @@ class PendingExchange:
 
     Args:
         memory: writable buffer; a private one by default.
-        offset: of the record in ``memory``.
+        offset: where the record begins in ``memory``.
 
     Attributes:
         number: exchanges begun so far.

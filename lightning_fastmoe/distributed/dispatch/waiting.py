@@ -39,8 +39,8 @@ class ExchangeWait:
 
     Args:
         seconds: after which the wait is an error; None is no limit of its own.
-        peers: of whom to ask where they are; None knows nothing about them.
-        rank: of this process in the world, for messages.
+        peers: the other ranks, to ask where they are; None knows nothing about them.
+        rank: this process's rank in the world, for messages.
     """
 
     def __init__(

@@ -208,10 +208,10 @@ class ExpertLoadMonitor(pl.Callback):
 
 
 def run_folder(trainer: pl.Trainer, given: str | None = None) -> Path | None:
-    """Where a run's own files go, alike on all ranks, which must all call this.
+    """Where a run's own files go: the same folder on every rank; all of them must call this.
 
     Args:
-        trainer: of the run.
+        trainer: the trainer of the run.
         given: the user's choice.
 
     Returns:

@@ -69,7 +69,7 @@ def draw_loads(layers: Sequence[Layer], latest: Span, columns: Sequence[Span]) -
     """Two heat maps: the latest loads, and all loads over time.
 
     Args:
-        layers: of the model.
+        layers: the layers of the model.
         latest: the loads of the upper map, layer x expert.
         columns: those of the lower one, from left to right; its rows are the experts of all layers.
 
@@ -132,7 +132,7 @@ def publish(figure: Any, loggers: Sequence[Any], folder: Path | None, name: str,
         figure: from :func:`draw_loads`.
         loggers: Lightning's; TensorBoard's take figures by ``experiment.add_figure``, W&B's by
             ``log_image``.
-        folder: of the run; None writes no file.
+        folder: the folder of the run; None writes no file.
         name: the figure's, with slashes.
         step: the number under which the loggers keep it.
     """

@@ -23,9 +23,9 @@ class Summary:
     """What there is to say.
 
     Attributes:
-        size: of the model.
+        size: the size of the model.
         memory: None if it is unknown.
-        ranks: of the run, its groups and settings; empty if they are unknown.
+        ranks: the run's groups and settings; empty if they are unknown.
     """
 
     size: ModelSize
@@ -44,7 +44,7 @@ def plain_text(summary: Summary) -> str:
 
 
 def kinds_of_layers(size: ModelSize) -> dict[LayerSize, list[str]]:
-    """Layers that are alike, in the model's order."""
+    """Layers with the same numbers, in the model's order."""
     kinds: dict[LayerSize, list[str]] = {}
     for name, layer in size.layers.items():
         kinds.setdefault(layer, []).append(name)
@@ -52,7 +52,7 @@ def kinds_of_layers(size: ModelSize) -> dict[LayerSize, list[str]]:
 
 
 def parameters_text(size: ModelSize) -> list[str]:
-    """Lines about parameters; layers that are alike share one."""
+    """Lines about parameters; layers with the same numbers share one."""
     share = size.active / max(size.total, 1)
     lines = [
         f"Parameters: {count_text(size.total)}, of which a token uses {count_text(size.active)}"

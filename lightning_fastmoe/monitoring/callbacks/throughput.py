@@ -50,7 +50,7 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
         peak_flops: FLOPs per second that one device can do in the precision of the run. None looks
             it up in Lightning's table, which has no CPUs and not every GPU; without an entry no
             ``mfu`` is logged. "measured" times large matrix products on the device at start.
-        extra_flops_per_token: of a forward pass, beside the parameters'; for attention
+        extra_flops_per_token: FLOPs of a forward pass beside the parameters'; for attention
             ``4 * layers * d_model * seq_len / 2`` if it is causal.
         batch_size_fn: samples of a batch; None finds the batch dimension as Lightning does.
         length_fn: tokens of a batch; None counts what goes through the MoE layers.
@@ -205,7 +205,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
 
     Args:
         device: CUDA or CPU.
-        dtype: of the matrices.
+        dtype: the dtype of the matrices.
         seconds: about how long to measure.
     """
     size = 8192 if device.type == "cuda" else 1024

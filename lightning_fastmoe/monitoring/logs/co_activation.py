@@ -34,7 +34,7 @@ class LayerCoActivation:
     """One MoE layer.
 
     Attributes:
-        name: of the layer.
+        name: the name of the layer.
         together: E rows of E counts.
     """
 
@@ -75,7 +75,7 @@ def read(path: str | Path) -> CoActivationLog:
     """Reads a file.
 
     Raises:
-        DataError: if it is no such file, or one that is damaged or of a later version.
+        DataError: if it is not such a file, or one that is damaged or of a later version.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8", errors="replace"))

@@ -72,8 +72,8 @@ class LoadLogWriter:
     cut short. A file about other layers is renamed to ``expert_load.<n>.jsonl``.
 
     Args:
-        folder: of the run; made if it isn't there.
-        layers: of the model.
+        folder: the folder of the run; made if it isn't there.
+        layers: the layers of the model.
         first_step: no line has an earlier step than this.
     """
 
@@ -110,7 +110,7 @@ def read(path: str | Path) -> LoadLog:
     """Reads a file; a last line that was cut short is left out.
 
     Raises:
-        DataError: if it is no such file, or one that is damaged or of a later version.
+        DataError: if it is not such a file, or one that is damaged or of a later version.
     """
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -195,8 +195,8 @@ class Span:
     """Loads over several lines.
 
     Attributes:
-        first_step: of the first line.
-        last_step: of the last one.
+        first_step: the step of the first line.
+        last_step: the step of the last line.
         routed: counts per layer and expert; None for a layer without tokens.
     """
 

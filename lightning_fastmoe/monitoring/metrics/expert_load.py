@@ -23,7 +23,7 @@ class LayerLoad:
     """What one layer's router did.
 
     Attributes:
-        name: of the layer.
+        name: the name of the layer.
         routed: (E,) fp64, pairs before any capacity.
         kept: (E,) fp64, pairs that reached their expert.
         tokens: number of tokens.

@@ -23,7 +23,7 @@ class Pair:
     Attributes:
         first: an expert.
         second: another one.
-        share: of the first one's tokens, those that chose the second, too.
+        share: how many of the first one's tokens chose the second, too, as a fraction.
         expected: what it would be if tokens chose the second independently of the first, as often
             as they do.
     """

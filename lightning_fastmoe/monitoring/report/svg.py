@@ -82,7 +82,7 @@ def line_chart(
         title: for screen readers.
         zero: let the scale begin at 0.
         percent: values are shares.
-        width: of the picture, in its own units.
+        width: the width of the picture, in its own units.
         height: likewise.
     """
     lines = {name: points for name, series in lines.items() if (points := finite(series))}
@@ -184,7 +184,7 @@ def load_grid(
     Args:
         rows: (label, full name, load ratios) of each layer; None for a layer without tokens.
         starving: (layer, expert).
-        width: of the picture, in its own units.
+        width: the width of the picture, in its own units.
         title: for screen readers.
     """
     left, top = 88.0, 4.0
@@ -261,7 +261,7 @@ def load_over_time(
         steps: the first and the last.
         starving: experts.
         title: for screen readers.
-        width: of the picture, in its own units.
+        width: the width of the picture, in its own units.
     """
     tall = max(2.0, min(14.0, 230.0 / len(rows)))
     frame = Frame(

@@ -22,7 +22,7 @@ class Starving:
 
     Attributes:
         layer: index of the layer.
-        name: of the layer.
+        name: the name of the layer.
         expert: global id.
         ratio: load over mean load; 0 is dead.
     """

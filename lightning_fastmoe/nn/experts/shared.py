@@ -20,8 +20,8 @@ class SharedExpert(nn.Module):
     Args:
         d_model: D.
         ffn: inner width of an FFN like the routed ones, or a module called with ``x (T, D)``.
-        activation: of the FFN.
-        bias: of the FFN.
+        activation: the activation of the FFN.
+        bias: whether the FFN has biases.
         gate: have the gate.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 

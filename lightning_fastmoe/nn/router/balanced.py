@@ -37,7 +37,7 @@ class BaseRouter(LinearRouter):
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: 1.
-        tolerance: of the assignment, relative to the range of the logits.
+        tolerance: the tolerance of the assignment, relative to the range of the logits.
         over: the T tokens are those of this "rank", or of the "global" batch.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
@@ -157,7 +157,7 @@ def batch_logits(logits: Tensor, over: Over, context: RoutingContext) -> tuple[T
     Args:
         logits: (T, E) of this rank.
         over: see the routers.
-        context: of the pass.
+        context: the context of the pass.
 
     Returns:
         ``(T', E)`` without gradients, and a row number.

@@ -41,8 +41,8 @@ class NoisyTopKRouter(Router):
         num_experts: E of the whole model.
         top_k: experts per token, K; at least 2, as for K = 1 the only weight is always 1.
         noise: factor on the noise; may be changed between steps, 0 switches it off.
-        init_std: of W; None initialises with zeros, as the paper does, so that at first noise alone
-            decides.
+        init_std: standard deviation of W; None initialises with zeros, as the paper does, so that
+            at first noise alone decides.
 
     Raises:
         ConfigError: if ``top_k`` is out of range or ``noise`` negative.

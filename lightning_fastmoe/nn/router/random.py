@@ -3,7 +3,7 @@
 A counter-based generator has no state, so a token's numbers don't depend on which rank, micro-batch
 or replay asks for them (the idea is Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3"). The mixing function is SplitMix64's (Steele et al. 2014) in wrapping int64 arithmetic,
-which every device does alike.
+which is the same on every device.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PassNumbers:
 
         Args:
             seen: int64 scalar, the tokens before this pass; moved on unless it is a replay.
-            tokens: of this rank in this pass.
+            tokens: this rank's number of tokens in this pass.
             batch: reaches the other ranks.
             layer: for errors.
             replay: activation checkpointing is repeating the pass.

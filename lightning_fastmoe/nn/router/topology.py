@@ -27,7 +27,7 @@ class TopologyAwareRouter(LinearRouter):
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: experts per token, K.
-        outgoing_fraction: of the tokens; FasterMoE's default is 0.14.
+        outgoing_fraction: the share of tokens that may leave the node; FasterMoE's default is 0.14.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:

@@ -23,8 +23,8 @@ class RouterTraits:
 
     Attributes:
         router: whose they are.
-        name: of the router's class.
-        num_experts: of the layer, E.
+        name: the name of the router's class.
+        num_experts: the number of experts of the layer, E.
     """
 
     router: nn.Module
@@ -51,9 +51,9 @@ def route(traits: RouterTraits, tokens: Tensor, context: RoutingContext) -> Rout
     """Calls a router, with the context if it derives from :class:`Router`.
 
     Args:
-        traits: of the router.
+        traits: the traits of the router.
         tokens: (T, D).
-        context: of the pass.
+        context: the context of the pass.
 
     Raises:
         ShapeError: if a router that isn't one of this package's returns what it must not.

@@ -76,7 +76,7 @@ def grouped_mm_applies(x: Tensor, weight: Tensor) -> bool:
     """Whether ``F.grouped_mm`` serves these operands as one kernel, without a host sync.
 
     On CUDA that is bf16 on compute capability 9.0 and above; on the CPU fp32 and bf16. Both sides
-    of each product need rows of whole 16-byte units, in forward and backward alike.
+    of each product need rows of whole 16-byte units, in forward and in backward.
 
     Args:
         x: (N, D).
