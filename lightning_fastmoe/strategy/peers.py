@@ -56,6 +56,7 @@ class Peers:
         self._stop = threading.Event()
         self._over = False
         self._failure: str | None = None
+        self._report: str | None = None
         self._place: str | None = None
         self._since = 0.0
         self._beats = 0
@@ -77,7 +78,14 @@ class Peers:
             self._notice()
         if self._failure is None:
             return None
-        return self._read("report", _ANSWERS) or self._failure
+        if self._report is None:
+            self._report = self._read("report", _ANSWERS)
+        return self._report or self._failure
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank or another one has given up, as far as this one has heard."""
+        return self._failure is not None
 
     def hopeless(self) -> str | None:
         """Why the exchange that this rank waits in can't end any more, or None."""
@@ -98,6 +106,7 @@ class Peers:
             self._store.set("failure", reason)
             self._store.set(f"at/{self.rank}", self._here())
             report = f"{reason}\n{self._where_all_are()}"
+            self._report = report
             self._store.set("report", report)
         except RuntimeError as error:  # the store is gone, with the rank that held it
             return f"{reason}\nThe other ranks can't be asked: {error}"
@@ -164,6 +173,8 @@ class Peers:
                     self._notice()
                 if self._failure is not None and not self._over:
                     self._store.set(f"at/{self.rank}", self._here())
+                    # Now: the rank that holds the store may be the next to end.
+                    self._report = self._read("report", _ANSWERS)
                     self._see_to_the_end()
                     return
                 self._say_if_waiting()

@@ -48,6 +48,10 @@ class Peers:
     def __init__(self, hopeless: str | None = None) -> None:
         self.said, self.told = hopeless, []
 
+    @property
+    def has_failed(self) -> bool:
+        return self.said is not None
+
     def hopeless(self) -> str | None:
         return self.said
 
@@ -112,6 +116,12 @@ def test_slices_of_a_work_end_with_the_deadline_and_go_on_until_it_completes():
 def test_a_wait_without_hope_ends_at_the_next_look(seconds):
     with pytest.raises(ExchangeError, match="number 7, phase counts: rank 1 has left"):
         ExchangeWait(seconds, Peers("rank 1 has left the run")).for_work(Work(9), WHERE)
+
+
+def test_no_exchange_begins_once_a_rank_has_given_up():
+    ExchangeWait(60.0, Peers()).begin(WHERE)
+    with pytest.raises(ExchangeError, match="number 7, phase counts: rank 1 has left"):
+        ExchangeWait(60.0, Peers("rank 1 has left the run")).begin(WHERE)
 
 
 def test_a_collective_that_fails_says_so_and_why():

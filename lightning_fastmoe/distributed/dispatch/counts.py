@@ -89,6 +89,7 @@ class ExpertGroup:
             self._run(layer, phase, collective, *args)
 
     def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
+        self.wait.begin(self._where(layer, phase))
         if self.is_on_stream:
             collective(*args, group=self.group)
         else:
@@ -104,7 +105,11 @@ class ExpertGroup:
         self._pinned.copy_(table, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(table.device))
-        self.wait.for_event(event, self._where(layer, "counts"))
+        try:
+            self.wait.for_event(event, self._where(layer, "counts"))
+        except BaseException:
+            self._pinned = None  # the copy may still come
+            raise
         return self._pinned.clone()  # it is filled again by the next exchange
 
     def _where(self, layer: str, phase: str) -> str:

@@ -17,13 +17,18 @@ _LOOK = 1.0
 ADVICE = (
     "Every rank must run the same MoE layers in the same order. To run the model for rank 0 alone,"
     " in a callback say, use strategy.on_rank_zero(...); a rank that leaves a layer out takes part"
-    " without tokens: layer(x[:0]). If a rank is only late, raise"
-    " FastMoEStrategy(exchange_timeout=...)."
+    " without tokens, in its backward pass too: x = x + layer(x[:0]).sum(). If a rank is only late,"
+    " raise FastMoEStrategy(exchange_timeout=...)."
 )
 
 
 class Peers(Protocol):
     """What one rank can learn about the others without a collective."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank or another one has given up; asks nobody."""
+        ...
 
     def hopeless(self) -> str | None:
         """Why the exchange that this rank waits in can't end any more, or None."""
@@ -49,6 +54,18 @@ class ExchangeWait:
         self.seconds = seconds
         self.peers = peers
         self.rank = rank
+
+    def begin(self, where: str) -> None:
+        """Called before an exchange: none begins once a rank has given up.
+
+        What a rank leaves behind in a collective can match the next one of another rank, which
+        would go on with it.
+
+        Raises:
+            ExchangeError: if a rank has given up.
+        """
+        if self.peers is not None and self.peers.has_failed:
+            raise ExchangeError(f"{where}: {self.peers.hopeless()}\n{ADVICE}")
 
     def for_work(self, work: Any, where: str) -> None:
         """Waits for the ``Work`` of a back end on the host, such as gloo.
