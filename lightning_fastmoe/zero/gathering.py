@@ -16,7 +16,8 @@ def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
 
     Where one rank leaves a layer out, the ranks would gather tensors of different sizes from each
     other; gloo ends the process then, and says nothing of layers. With NCCL, exchanges of tokens
-    and gathers share a stream: there the next exchange of counts, or its deadline, is the error.
+    and gathers share a stream, so that ranks don't meet here: there the next exchange of counts, or
+    its deadline, should be the error, which has not been tried on GPUs.
 
     Args:
         engine: the engine of stage 3.

@@ -89,12 +89,13 @@ class ExpertGroup:
             self._run(layer, phase, collective, *args)
 
     def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
-        self.wait.begin(self._where(layer, phase))
+        where = self._where(layer, phase)
+        self.wait.begin(where)
         if self.is_on_stream:
             collective(*args, group=self.group)
         else:
             work = collective(*args, group=self.group, async_op=True)
-            self.wait.for_work(work, self._where(layer, phase))
+            self.wait.for_work(work, where)
 
     def _read(self, table: Tensor, layer: str) -> Tensor:
         """``table`` on the host."""

@@ -33,7 +33,7 @@ class StackedExperts(Experts):
         layer_seed: seeds each expert together with its global id.
         activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`, or "clamped_swiglu".
         bias: whether both projections have biases (initially zero).
-        init_std: see :func:`~lightning_fastmoe.nn.init.init_experts_`.
+        init_std: see :func:`~lightning_fastmoe.nn.experts.init.init_experts_`.
     """
 
     is_stacked = True
