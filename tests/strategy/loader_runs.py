@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from strategy.models import Case, build_net, loss_of, make_optimizer
 from strategy.tracing import make_trainer
 from strategy.uneven_runs import Samples, sample
@@ -125,6 +126,59 @@ def resumed_twice(workers: int, path: str, again: str) -> Any:
     straight = seen("sampled", workers, 2, {5: path})
     seen("sampled", workers, 2, {2: again}, path)
     return straight, seen("sampled", workers, 2, {}, again)
+
+
+class Several(Noted):
+    """Takes the batches of several loaders, some of which may have ended."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batches = list(batch.values()) if isinstance(batch, dict) else [batch]
+        batches = [one for one in batches if one is not None]
+        self.seen.append([one[0].tolist() for one in batches])
+        torch.rand(7)
+        return sum((loss_of(self.net, one[1]) for one in batches), torch.zeros(()))
+
+
+class ReloadedData(pl.LightningDataModule):
+    """Makes its loader anew in each epoch."""
+
+    def train_dataloader(self) -> Any:
+        return _shuffled(SAMPLES)
+
+
+def _shuffled(samples: int) -> Any:
+    return DataLoader(Samples(list(range(samples))), shuffle=True, batch_size=GLOBAL_BATCH)
+
+
+def _pair() -> dict[str, Any]:
+    return {"a": _shuffled(SAMPLES), "b": _shuffled(SAMPLES // 2)}
+
+
+COMBINED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dict": (lambda: {"a": _shuffled(SAMPLES), "b": _shuffled(SAMPLES)}, {}),
+    "max_size": (lambda: CombinedLoader(_pair(), "max_size"), {}),
+    "max_size_cycle": (lambda: CombinedLoader(_pair(), "max_size_cycle"), {}),
+    "reloaded": (ReloadedData, {"reload_dataloaders_every_n_epochs": 1}),
+    "accumulated": (lambda: _shuffled(SAMPLES), {"accumulate_grad_batches": 2}),
+    "overfit": (lambda: _shuffled(SAMPLES), {"overfit_batches": 3}),
+    "limited": (lambda: _shuffled(SAMPLES), {"limit_train_batches": 3}),
+}
+"""Other ways to give a Trainer its data, with the options that go with them."""
+
+
+def combined(kind: str, path: str, resume: bool) -> tuple[list[list[int]], list[float]]:
+    """What one rank sees; it saves after five batches, or goes on from there."""
+    pl.seed_everything(3, verbose=False)
+    module = Several()
+    torch.rand(5 if resume else 0)
+    make, options = COMBINED[kind]
+    trainer = make_trainer(
+        Case(1, 1, 2, steps=-1, epochs=EPOCHS),
+        callbacks=[SavesAt({} if resume else {5: path})],
+        **{"max_epochs": EPOCHS, "use_distributed_sampler": False, **options},
+    )
+    trainer.fit(module, make(), ckpt_path=path if resume else None)
+    return module.seen, module.net["head"].weight.flatten().tolist()
 
 
 def with_workers(directory: str) -> None:

@@ -52,6 +52,15 @@ def assert_same_order(straight, resumed) -> None:
         assert last == weights, batches
 
 
+@pytest.mark.parametrize("kind", runs.COMBINED)
+def test_other_ways_to_give_data_go_on_too(rank_pool, tmp_path, kind):
+    path = str(tmp_path / "5.ckpt")
+    ((order, weights),) = rank_pool.run(runs.combined, 1, kind, path, False)
+    ((rest, last),) = rank_pool.run(runs.combined, 1, kind, path, True)
+    assert len(order) > 5
+    assert (rest, last) == (order[5:], weights)
+
+
 def test_a_resumed_run_is_resumed(rank_pool, tmp_path):
     paths = [str(tmp_path / name) for name in ("a.ckpt", "b.ckpt")]
     for straight, resumed in rank_pool.run(runs.resumed_twice, 2, 0, *paths):
