@@ -127,11 +127,11 @@ class Benchmark(pl.Callback):
     def stall(self, system: System, path: Path, meter: Meter) -> None:
         """The second save in a row: the first allocates the copy, which is kept."""
         strategy = system.trainer.strategy
-        with mock.patch.multiple(strategy, async_checkpoint=True, _made_writer=None):
+        with mock.patch.multiple(strategy._saving, _in_background=True, _made_writer=None):
             for _ in range(2):
                 with emptied(path):
                     (stall, _), _ = meter.measure(
-                        lambda: system.save(path), lambda: strategy._made_writer.wait()
+                        lambda: system.save(path), lambda: strategy._saving.wait()
                     )
         self.note("fastmoe", "async_stall", stall)
 

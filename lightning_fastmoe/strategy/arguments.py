@@ -25,22 +25,22 @@ _REFUSED = {
 
 
 def check_arguments(
-    init: Callable[..., Any], own: Mapping[str, Any], others: Mapping[str, Any]
-) -> dict[str, Any]:
+    init: Callable[..., Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Checks our arguments, and refuses those of DeepSpeedStrategy that would have no effect.
 
     Args:
         init: FastMoEStrategy's, for the types of its own arguments.
-        own: FastMoEStrategy's own arguments.
-        others: those that DeepSpeedStrategy gets.
+        given: its ``locals()``, where "kwargs" are those that DeepSpeedStrategy gets.
 
     Returns:
-        ``own`` and ``others`` together, numbers of NumPy replaced by Python's.
+        our own arguments and those of DeepSpeedStrategy, numbers of NumPy replaced by Python's.
 
     Raises:
         ConfigError: if one is unknown, of the wrong type or out of range, or has no effect.
     """
-    base = DeepSpeedStrategy.__init__
+    base, others = DeepSpeedStrategy.__init__, given["kwargs"]
+    own = {name: given[name] for name in parameters(init)}
     check_known(OWNER, others, [*parameters(init), *parameters(base)])
     size, stage, policy = own["expert_parallel_size"], own["stage"], own["nonfinite"]
     if type(size) is str and size != "auto" or type(size) in (bool, float) or size is None:
@@ -63,18 +63,18 @@ def check_arguments(
         raise _wrong_size(size)
     check_stage(checked["stage"])
     names = {k: v for k, v in others.items() if k != "logging_level" or not _is_level(v)}
-    checked |= {**others, **check_types(OWNER, base, names, whole_floats=True)}
+    passed_on = {**others, **check_types(OWNER, base, names, whole_floats=True)}
     for name, reason in _REFUSED.items():
         if others.get(name):
             raise ConfigError(f"{name}={others[name]!r} is refused: {reason}. Drop the argument.")
-    if not checked.get("zero_optimization", True):
+    if not passed_on.get("zero_optimization", True):
         raise ConfigError(
             "zero_optimization=False is refused: experts are trained by ZeRO stage 1, 2 or 3. Drop"
             " the argument."
         )
     if others.get("config") is not None:
         _check_beside_config(others)
-    return checked
+    return checked, passed_on
 
 
 def check_stage_beside_config(stage: int, config: Mapping[str, Any]) -> None:

@@ -193,20 +193,43 @@ class AveragedRun:
             )
 
 
-def prepare_averaging(trainer: pl.Trainer) -> AveragedRun | None:
-    """Takes WeightAveraging over before it is set up; None if the Trainer has no such callback.
+class Averaging:
+    """The WeightAveraging callback of each run, if it has one; one object per strategy."""
 
-    Raises:
-        ConfigError: for two of them, or one that can't be done.
-    """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
-    if len(found) > 1:
-        raise ConfigError(
-            f"The Trainer has {len(found)} WeightAveraging callbacks. Each would swap the other's"
-            " weights: keep one."
-        )
-    return AveragedRun(found[0]) if found else None
+    def __init__(self) -> None:
+        self._run: AveragedRun | None = None
+
+    def prepare(self, module: pl.LightningModule | None) -> None:
+        """Takes the callback of a run that trains over, before it is set up.
+
+        Raises:
+            ConfigError: for two of them, or one that can't be done.
+        """
+        if module is None or not module.trainer.training:
+            return
+        callbacks: list[pl.Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+        if len(found) > 1:
+            raise ConfigError(
+                f"The Trainer has {len(found)} WeightAveraging callbacks. Each would swap the"
+                " other's weights: keep one."
+            )
+        self._run = AveragedRun(found[0]) if found else None
+
+    def begin(self, engine: Any) -> None:
+        """The engine is there, and has what the average begins with."""
+        if self._run is not None:
+            self._run.begin(engine)
+
+    def averages(self) -> Averages | None:
+        """For a checkpoint: what the callback keeps beside the weights."""
+        return self._run.averages() if self._run is not None else None
+
+    def end(self) -> None:
+        """Gives the callback its methods back."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.end()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
@@ -19,6 +20,7 @@ from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.zero.elementwise import is_elementwise
+from lightning_fastmoe.zero.engine import FastMoEEngine
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 # Known by name, as copies of some of them share memory outside of Python and can't be tried.
@@ -46,6 +48,24 @@ def check_objects(owner: str, objects: Iterable[Any]) -> None:
                     f" import from pytorch_lightning (or lightning_fabric) instead, in the whole"
                     " program."
                 )
+
+
+def attached_module(strategy: DeepSpeedStrategy, method: str) -> pl.LightningModule:
+    """The module of a strategy, once there is an engine around it.
+
+    Raises:
+        ConfigError: before, naming ``method``.
+    """
+    module = strategy.lightning_module
+    if module is None or not isinstance(strategy.model, FastMoEEngine):
+        raise ConfigError(
+            f"FastMoEStrategy.{method}() needs a model that a Trainer has set up, and there is"
+            " none yet. Pass the path to Trainer.fit(..., ckpt_path=...), validate, test or"
+            " predict; without a Trainer, make a module of a checkpoint with"
+            " Module.load_from_checkpoint(path), or fill one with"
+            " lightning_fastmoe.checkpoint.weights.load_weights(path, module)."
+        )
+    return module
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

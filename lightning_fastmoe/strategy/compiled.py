@@ -55,27 +55,42 @@ def _compiled_in_place(wrapper: OptimizedModule, path: str) -> nn.Module:
 
 
 class CompiledSteps:
-    """A whole LightningModule that was given to the Trainer compiled.
+    """The steps of a LightningModule that was given to the Trainer compiled; one per strategy.
 
     Lightning marks such a module, and refuses the mark for strategies that it does not know. The
     mark is taken off here, and the steps are compiled between :meth:`apply` and :meth:`undo`.
 
-    Args:
-        module: as ``pytorch_lightning.utilities.compile.from_compiled`` made it.
+    Attributes:
+        module: the LightningModule, or None.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        assert module._compiler_ctx is not None
-        self.module = module
-        self._compile: Callable[..., Any] = module._compiler_ctx["dynamo_ctx"]
+    def __init__(self) -> None:
+        self.module: pl.LightningModule | None = None
+        self._compile: Callable[..., Any] | None = None
         self._replaced: dict[str, Any] = {}
+
+    def take(self, module: pl.LightningModule | None) -> None:
+        """Takes the mark off.
+
+        Args:
+            module: as ``pytorch_lightning.utilities.compile.from_compiled`` made it, if it was
+                compiled. The same one may be given again, by then without its mark.
+        """
+        if module is not self.module:
+            self.module, self._compile = module, None
+        context = getattr(module, "_compiler_ctx", None)
+        if module is None or context is None:
+            return
+        self._compile = context["dynamo_ctx"]
         to_uncompiled(module)
         for name in _STEPS:  # which leaves methods of the class on the instance
             if vars(module).get(name) == MethodType(getattr(type(module), name), module):
                 del vars(module)[name]
 
     def apply(self) -> None:
-        """Compiles the steps."""
+        """Compiles the steps, if the module was compiled."""
+        if self._compile is None:
+            return
         for name in _STEPS:
             self._replaced[name] = vars(self.module).get(name)
             vars(self.module)[name] = self._compile(getattr(self.module, name))

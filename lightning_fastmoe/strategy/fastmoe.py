@@ -2,75 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.seed import reset_seed
-from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
-from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.deepspeed import remove_module_hooks
 from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fastmoe.distributed import (
-    AutoPlacement,
-    ExpertMesh,
-    ExpertSharder,
-    make_expert_mesh,
-    resolve_expert_parallel_size,
-)
-from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
-from lightning_fastmoe.nn import moe_layers
-from lightning_fastmoe.nn.collect import warn_about_causality
-from lightning_fastmoe.nn.placement import expert_placement
+from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
-from lightning_fastmoe.strategy.checkpoints import ExpertCheckpoints
-from lightning_fastmoe.strategy.checks import (
-    check_can_be_saved,
-    check_directories,
-    check_links,
-    check_objects,
-    check_optimizer,
-    check_single,
-    check_trainer,
-)
-from lightning_fastmoe.strategy.compiled import unwrap_compiled
-from lightning_fastmoe.strategy.ending import is_launched
+from lightning_fastmoe.strategy.averaging import Averaging
+from lightning_fastmoe.strategy.checks import check_objects, check_trainer
+from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
+from lightning_fastmoe.strategy.device_agnostic import DeviceAgnosticDeepSpeedStrategy
+from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
+from lightning_fastmoe.strategy.engines import Engines
 from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
+from lightning_fastmoe.strategy.expert_groups import ExpertGroups
+from lightning_fastmoe.strategy.loading import Loading
 from lightning_fastmoe.strategy.model_summary import correct_summary
-from lightning_fastmoe.strategy.pending_names import count_pending_names
-from lightning_fastmoe.strategy.trainer_options import check_has_no_closure, check_trainer_options
+from lightning_fastmoe.strategy.monitored import share_monitored
+from lightning_fastmoe.strategy.quiet import quiet_logs, quiet_warnings
+from lightning_fastmoe.strategy.resumable import resumable
+from lightning_fastmoe.strategy.saving import Saving
+from lightning_fastmoe.strategy.steps import Steps
+from lightning_fastmoe.strategy.trainer_options import check_trainer_options
 from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Watch
-from lightning_fastmoe.zero.config import check_deepspeed_config, select_accelerator
-from lightning_fastmoe.zero.engine import (
-    ExpertState,
-    FastMoEEngine,
-    NonFinitePolicy,
-    make_engine,
-)
-from lightning_fastmoe.zero.gathering import meet_before_gathering
-from lightning_fastmoe.zero.groups import (
-    check_tags,
-    divided_experts,
-    group_name,
-    register_groups,
-    tag_experts,
-)
-from lightning_fastmoe.zero.param_groups import release, split_expert_groups
-from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
+from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.zero.engine import FastMoEEngine, NonFinitePolicy
 
-_ENGINE = "_fastmoe_engine"
+_Result = TypeVar("_Result")
 
 
-class FastMoEStrategy(ExpertCheckpoints):
+class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     """Trains mixture-of-experts models: experts split over ranks, the rest by DeepSpeed ZeRO.
 
     Every ``MoE`` layer of the model has its experts divided over ``expert_parallel_size``
@@ -124,103 +93,77 @@ class FastMoEStrategy(ExpertCheckpoints):
         exchange_timeout: float | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
-        own = {
-            "expert_parallel_size": expert_parallel_size,
-            "stage": stage,
-            "nonfinite": nonfinite,
-            "verify_checkpoints": verify_checkpoints,
-            "trust_checkpoints": trust_checkpoints,
-            "async_checkpoint": async_checkpoint,
-            "hang_timeout": hang_timeout,
-            "signal_grace": signal_grace,
-            "exchange_timeout": exchange_timeout,
-        }
         check_objects("FastMoEStrategy", kwargs.values())
-        checked = check_arguments(FastMoEStrategy.__init__, own, kwargs)
-        kwargs.update((name, checked[name]) for name in kwargs)
-        stage, expert_parallel_size = checked["stage"], checked["expert_parallel_size"]
-        super().__init__(stage=stage, **kwargs)
+        own, passed_on = check_arguments(FastMoEStrategy.__init__, locals())
+        quiet_logs()
+        self._compiled = CompiledSteps()
+        super().__init__(stage=own["stage"], **passed_on)
         assert isinstance(self.config, dict)
-        # DeepSpeed demands its own CPU Adam for offloading unless told that any optimizer will do.
-        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
-        check_deepspeed_config(self.config)
-        check_stage_beside_config(stage, self.config)
-        self.expert_parallel_size = expert_parallel_size
-        self._nonfinite = nonfinite
-        self.verify_checkpoints: bool = checked["verify_checkpoints"]
-        self.trust_checkpoints: bool = checked["trust_checkpoints"]
-        self.async_checkpoint: bool = checked["async_checkpoint"]
-        self._sharder: ExpertSharder | None = None
-        self._expert_state = ExpertState(nonfinite=nonfinite)
-        self._uneven = UnevenData(self)
-        self._watch = Watch(hang_timeout, signal_grace)
-        self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
+        check_stage_beside_config(own["stage"], self.config)
+        self.verify_checkpoints: bool = own["verify_checkpoints"]
+        self.trust_checkpoints: bool = own["trust_checkpoints"]
+        self.async_checkpoint: bool = own["async_checkpoint"]
         # Called with the model, experts sharded, and an optimizer whose groups are of one kind.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
-
-    # ---------------------------------------------------------------- set-up of ranks and groups
-
-    @override
-    def setup_environment(self) -> None:
-        if not isinstance(self.accelerator, CUDAAccelerator | CPUAccelerator):
-            raise ConfigError(
-                f"accelerator={type(self.accelerator).__name__} is not supported: FastMoEStrategy"
-                " runs on 'cuda' (NCCL) and 'cpu' (gloo)."
-            )
-        module = self.lightning_module
-        if module is not None and module._trainer is not None:
-            # Before callbacks are set up, some of which fail for reasons of their own.
-            check_trainer_options(module._trainer, module)
-        # Past DeepSpeedStrategy's own method, which refuses the CPU.
-        DDPStrategy.setup_environment(self)
-
-    @override
-    def setup_distributed(self) -> None:
-        select_accelerator(self.root_device)
-        if self.root_device.type == "cuda":
-            super().setup_distributed()
-        else:
-            # What the base class does, less its check of CUDA device indices.
-            reset_seed()
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
-            assert isinstance(self.config, dict)
-            self.config["zero_optimization"]["overlap_comm"] = False  # there are no streams
-        if self.expert_parallel_size != "auto":
-            self._mesh_for({})
-
-    def _mesh_for(self, num_experts: Mapping[str, int]) -> ExpertSharder:
-        """The groups of the run, made when first needed: "auto" must see a layer before."""
-        if self._sharder is None:
-            size = resolve_expert_parallel_size(
-                self.expert_parallel_size, self.world_size, self.num_processes, num_experts
-            )
-            mesh = make_expert_mesh(size, self.root_device.type, self._timeout)
-            register_groups(mesh)
-            self._sharder = ExpertSharder(mesh, self.num_processes, self._timeout)
-            if self.lightning_module is not None:
-                self.lightning_module._device_mesh = mesh.device_mesh
-        return self._sharder
+        self._watch = Watch(hang_timeout, signal_grace)
+        self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
+        self._uneven = UnevenData(self)
+        self._averaging = Averaging()
+        self._groups = ExpertGroups(self, own["expert_parallel_size"])
+        self._engines = Engines(self, self._groups, nonfinite)
+        state = self._engines.state
+        self._steps = Steps(self, state, self._groups, self._watch, self._uneven)
+        self._saving = Saving(self, state, self._groups, self._watch, self._averaging)
+        self._loading = Loading(self, state, self._watch, self._averaging)
+        self._at_teardown = ExitStack()
 
     @property
-    @override
+    def expert_parallel_size(self) -> int | Literal["auto"]:
+        """As it was given: :attr:`expert_mesh` has what "auto" comes to."""
+        return self._groups.size
+
+    @property
     def expert_mesh(self) -> ExpertMesh:
         """The expert parallel and expert data parallel groups.
 
         Raises:
             UnmanagedExpertsError: before they exist.
         """
-        if self._sharder is None:
-            raise UnmanagedExpertsError(
-                "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
-                " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
-            )
-        return self._sharder.mesh
+        return self._groups.mesh
 
     @property
     def device_mesh(self) -> DeviceMesh:
         """The ranks as ``(expert_data_parallel, expert_parallel)``; also ``module.device_mesh``."""
         return self.expert_mesh.device_mesh
+
+    # ---------------------------------------------------------------- set-up of ranks and groups
+
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:
+        return self._compiled.module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        """Set by the Trainer, just before it refuses compiled modules for all but its own."""
+        self._compiled.take(module)
+
+    @override
+    def setup_environment(self) -> None:
+        # Before callbacks are set up, some of which fail for reasons of their own.
+        check_trainer_options(self.lightning_module)
+        super().setup_environment()
+
+    @override
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        self._groups.make_if_sized()
+
+    @override
+    def _init_deepspeed_distributed(self) -> None:
+        self._averaging.prepare(self.lightning_module)  # before callbacks are set up
+        self._at_teardown.callback(self._averaging.end)
+        self._at_teardown.callback(quiet_warnings())
+        super()._init_deepspeed_distributed()
 
     # ------------------------------------------------------------------------ set-up of the model
 
@@ -229,166 +172,223 @@ class FastMoEStrategy(ExpertCheckpoints):
     def model_sharded_context(self) -> Iterator[None]:
         """Around ``configure_model``: MoE layers create only this rank's experts."""
         self._init_config_if_needed()
-        if self._sharder is not None and self.lightning_module is not None:
-            self.lightning_module._device_mesh = self.device_mesh
-
-        # DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense
-        # parameters are partitioned when the engine is built.
-        if self._sharder is not None:
-            with expert_placement(self._sharder.placement):
-                yield
-            return
-        module = self.lightning_module
-        built = divided_experts(moe_layers(module) if module is not None else ()).values()
-        auto = AutoPlacement(self.global_rank, self.world_size, self.num_processes, built)
-        with expert_placement(auto):
+        with self._groups.placing():
             yield
-        if auto.built:
-            self._mesh_for(auto.num_experts)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.lightning_module is not None
-        check_trainer(trainer, self.lightning_module)
+        module = self.lightning_module
+        assert module is not None
+        check_trainer(trainer, module)
+        correct_summary(trainer, module)
         launched = [process.pid for process in getattr(self.launcher, "procs", ())]
-        self._watch.start(
-            self.global_rank,
-            self.root_device,
-            launched,
-            is_launched(self.cluster_environment, self.local_rank),
-        )
-        unwrap_compiled(self.lightning_module)
-        if trainer.training:
-            check_directories(trainer)
-            self._check_names(trainer)
-            self._put_back_names(trainer)
-            correct_summary(trainer, dict(moe_layers(self.lightning_module)))
-        if self.async_checkpoint:
-            check_links(trainer)
-            self._forget_pending = count_pending_names(trainer, self._is_pending)
+        self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
+        unwrap_compiled(module)
+        self._at_teardown.callback(self._saving.begin(trainer, self.async_checkpoint))
         self._init_config_if_needed()
-        assert isinstance(self.config, dict)
-        check_deepspeed_config(self.config)
-        self._destroy_earlier_engine(self.lightning_module)
-        self._setup_experts(self.lightning_module)
-        check_can_be_saved(trainer, self.lightning_module, self._expert_state.layers)
-        if self.zero_stage_3:
-            check_same_structure(self._expert_state.layers)
-        super().setup(trainer)
-        if self.zero_stage_3:
-            meet_before_gathering(self.deepspeed_engine, self._mesh_for({}).meet)
-        self._watch.beat()
-        vars(self.lightning_module)[_ENGINE] = self.model
-        if self._compiled_steps is not None:
-            self._compiled_steps.apply()
-
-    @staticmethod
-    def _destroy_earlier_engine(module: pl.LightningModule) -> None:
-        """Frees the parameters of an engine that an earlier fit, by any strategy, put around them.
-
-        Its gradient hooks would run beside the new engine's. Not done when a fit ends: the engine
-        is still needed to save its checkpoint.
-        """
-        engine = vars(module).pop(_ENGINE, None)
-        if engine is not None:
-            engine.destroy()
-
-    def _setup_experts(self, module: nn.Module) -> None:
-        state = self._expert_state
-        state.layers = dict(moe_layers(module))
-        sharder = self._mesh_for(divided_experts(state.layers.items()))
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = sharder.mesh.device_mesh
-        sharder.shard(module)
+        sharder = self._engines.shard(trainer, module)
         self._waits.begin(sharder, self._watch)
-        if self.is_global_zero:
-            warn_about_causality(module)
-        tag_experts(state.layers.values(), sharder.mesh)
-        check_tags(module, state.layers.values())
-        for layer in state.layers.values():
-            layer.balancing.scale = state.loss_scale
-            layer.nonfinite.policy = "ignore" if self._nonfinite == "ignore" else "collect"
-
-    @override
-    def _auto_select_batch_size(self) -> int:
-        # DeepSpeed wants it for its own throughput log. The base class builds the user's data
-        # loader a second time to find out, and fails on loaders without a batch sampler.
-        return 1
+        super().setup(trainer)
+        if trainer.training:
+            self._at_teardown.callback(share_monitored(trainer))
+            self._averaging.begin(self.deepspeed_engine)
+        self._engines.begin(module)
+        self._watch.beat()
+        self._compiled.apply()
 
     @override
     def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
-        assert self.lightning_module is not None
-        optimizers, schedulers = _init_optimizers_and_lr_schedulers(self.lightning_module)
-        check_single(optimizers, schedulers)
-        release(optimizers[0])
-        check_has_no_closure(optimizers[0])
-        check_optimizer(optimizers[0])
-        return optimizers[0], schedulers[0] if schedulers else None
+        return self._engines.optimizer()
 
     @override
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[FastMoEEngine, Any]:
-        assert isinstance(self.config, dict)
         assert optimizer is not None
-        names = {id(p): name for name, p in model.named_parameters()}
-        user = split_expert_groups(optimizer, names, group_name(self.expert_mesh))
-        check_same_groups(user.twin, self._expert_state.layers)
-        self._expert_state.user_groups = user
-        for call in list(self.before_engine):
-            call(model, user.twin)
-        engine = make_engine(
-            model=model,
-            config=self.config,
-            device_rank=self._device_rank,
-            expert_state=self._expert_state,
-            optimizer=user.twin,
-            lr_scheduler=lr_scheduler,
-        )
-        user.attach(engine.optimizer)
-        return engine, optimizer
+        hooks = self.before_engine
+        return self._engines.for_training(model, optimizer, lr_scheduler, hooks), optimizer
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        assert isinstance(self.config, dict)
-        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
-        if self.zero_stage_3:
-            keys = ("fp16", "bf16", "zero_optimization", "zero_allow_untested_optimizer")
-            config.update({key: self.config[key] for key in keys if key in self.config})
-        else:
-            # Without an optimizer DeepSpeed would build a mixed-precision optimizer all the same,
-            # which knows no experts; all that is wanted of it is the cast.
-            dtype = self.precision_plugin._desired_dtype  # type: ignore[attr-defined]
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(dtype)
-        remove_module_hooks(model)
-        self._expert_state.user_groups = None
-        self.model = make_engine(
-            model=model,
-            config=config,
-            device_rank=self._device_rank,
-            expert_state=self._expert_state,
-        )
+        self.model = self._engines.for_inference(model)
 
     @property
-    def _device_rank(self) -> int:
-        index = self.root_device.index
-        return self.local_rank if index is None else index
+    def _is_launched(self) -> bool:
+        return is_launched(self.cluster_environment, self.local_rank)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        self._loading.before_iteration()
+        self._watch.beat()
+        return self._uneven.wrap(resumable(dataloader, self.lightning_module.trainer))
+
+    # ------------------------------------------------------------------------------------- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._saving.poll()
+        return self._steps.train(super().training_step, *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._steps.evaluate(Activity.VALIDATING, super().validation_step, *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._steps.evaluate(Activity.TESTING, super().test_step, *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._steps.evaluate(Activity.PREDICTING, super().predict_step, *args, **kwargs)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._at_teardown.callback(self._steps.begin_training())
+        self._loading.on_train_start()
+        self._watch.beat(Activity.TRAINING)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._watch.beat(Activity.TRAINING)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.deepspeed_engine.take_over_edits()
+        self._watch.beat(Activity.ENDING)
+
+    @override
+    def on_validation_start(self) -> None:
+        self._steps.begin_evaluation(Activity.VALIDATING)
+
+    @override
+    def on_test_start(self) -> None:
+        self._steps.begin_evaluation(Activity.TESTING)
+
+    @override
+    def on_predict_start(self) -> None:
+        self._steps.begin_evaluation(Activity.PREDICTING)
+
+    def edit_parameters(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Parameters that may be read and written whole, in any hook while training.
+
+        At the end what was written is in the master weights that ZeRO trains, at every stage and
+        whatever wrote it. ZeRO 3 gathers the parameters, each rank those of its own experts. ::
+
+            with trainer.strategy.edit_parameters([self.head.bias]), torch.no_grad():
+                self.head.bias.zero_()
+
+        Every rank calls this with the same parameters in the same order, and writes the same into
+        those that are not experts.
+
+        Args:
+            parameters: the parameters of the LightningModule.
+
+        Raises:
+            ParameterEditError: if there is no training, or if one is not the model's.
+        """
+        return self._steps.editing(parameters)
+
+    def on_rank_zero(self, function: Callable[..., _Result], *args: Any) -> _Result | None:
+        """Runs ``function(*args)`` on rank 0 alone, a callback's sample say.
+
+        Every rank calls this at the same point, also those where nothing runs: while rank 0 runs
+        the model, they take part in its MoE layers without tokens of their own. The model is in
+        evaluation mode meanwhile, without gradients and in the precision of the run.
+
+        Args:
+            function: may run the LightningModule any number of times.
+            args: its arguments.
+
+        Returns:
+            What ``function`` returned on rank 0; None on the others.
+
+        Raises:
+            ConfigError: on all ranks, at stage 3, where rank 0 can't gather a dense layer's
+                parameters alone; on rank 0, if ``function`` trains.
+            ExchangeError: on the other ranks, if ``function`` raised on rank 0, where its own error
+                is.
+
+        Example:
+            >>> class Sample(pl.Callback):
+            ...     def on_train_epoch_end(self, trainer, pl_module):
+            ...         text = trainer.strategy.on_rank_zero(generate, pl_module, "Once")
+            ...         if trainer.is_global_zero:
+            ...             print(text)
+        """
+        return self._steps.on_rank_zero(function, *args)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Names and shapes alone: each rank writes its weights in :meth:`save_checkpoint`."""
+        return self._saving.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Empty: as for the weights."""
+        return {}
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint directory; every rank calls this.
+
+        Raises:
+            CheckpointError: on all ranks, if one can't write, or hooks have edited weights in
+                ``checkpoint``; training may go on.
+            ConfigError: for storage options, and without a model that a Trainer has set up.
+        """
+        self._saving.save(checkpoint, filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
+        self._saving.remove(filepath)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restores a checkpoint into the engine; every rank calls this.
+
+        Raises:
+            CheckpointError: on all ranks, if it is damaged or does not fit.
+            ConfigError: without a model that a Trainer has set up.
+        """
+        self._saving.wait()
+        trusted = self.trust_checkpoints or weights_only is False
+        return self._loading.load(checkpoint_path, verify=self.verify_checkpoints, trusted=trusted)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Comes after the hooks; :meth:`load_checkpoint` has restored the weights."""
+        self._loading.check_hooks(checkpoint)
+
+    # ------------------------------------------------------------------------------------ the end
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._watch.beat(Activity.ENDING)
+        prepare_ending(exception, self._is_launched)
+        self._waits.leave(exception)
 
     @override
     def teardown(self) -> None:
-        if self._compiled_steps is not None:
-            self._compiled_steps.undo()
-        for layer in self._expert_state.layers.values():
-            layer.disconnect()
-        try:
-            if isinstance(self.model, FastMoEEngine):
-                self.model.let_go()
-            super().teardown()
-        finally:
-            self._waits.end(self._sharder)
-            self._watch.stop()
+        with ExitStack() as last:  # the last one is called first, and an error keeps none back
+            last.callback(self._watch.stop)
+            last.callback(lambda: self._waits.end(self._groups.sharder))
+            last.callback(super().teardown)
+            last.callback(self._saving.end)
+            last.push(self._at_teardown.pop_all())
+            last.callback(self._engines.end)
+            last.callback(self._compiled.undo)
         self._waits.raise_for_peer(self.lightning_module)
 
     @classmethod

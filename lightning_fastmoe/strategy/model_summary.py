@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelSummary
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.planning.sizes import numel
 
 
-def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
+def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Says how many parameters Lightning's summary, printed just before, did not count.
 
     A model built in ``configure_model`` holds this rank's experts only when Lightning counts them,
@@ -20,12 +18,12 @@ def correct_summary(trainer: pl.Trainer, layers: Mapping[str, MoE]) -> None:
 
     Args:
         trainer: whose callbacks tell whether there was a summary.
-        layers: the MoE layers by name, as they were when it was printed.
+        module: its MoE layers are as they were when it was printed.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    printed = any(isinstance(c, ModelSummary) and c._max_depth != 0 for c in callbacks)
-    divided = {name: layer for name, layer in layers.items() if layer.is_sharded}
-    if not printed or not divided:
+    summaries = [c for c in callbacks if isinstance(c, ModelSummary) and c._max_depth != 0]
+    divided = {name: layer for name, layer in moe_layers(module) if layer.is_sharded}
+    if not (trainer.training and summaries and divided):
         return
     name, first = next(iter(divided.items()))
     text = (

@@ -17,20 +17,23 @@ _CPU = torch.device("cpu")
 _BATCHES, _BEGUN, _SAMPLED = "batches_of_epoch", "begun", "sampled"
 
 
-def resumable(loader: Any, fit_loop: Any) -> Any:
+def resumable(loader: Any, trainer: Any) -> Any:
     """The loader itself if it has a state, else a wrapper that has one; its sampler in the epoch.
 
     Lightning makes the iterator of a run's first epoch before it tells the sampler which epoch that
     is. Workers begin at once, and would take the order of epoch 0.
 
     Args:
-        loader: a loader of training data, just before its iterator is made.
-        fit_loop: the Trainer's; if it restarts, its progress is that of the checkpoint.
+        loader: just before its iterator is made.
+        trainer: if it does not train, the loader stays as it is. If its fit loop restarts, that
+            loop's progress is the checkpoint's.
     """
-    _set_sampler_epoch(loader, _epoch(fit_loop))
+    if not trainer.training:
+        return loader
+    _set_sampler_epoch(loader, _epoch(trainer.fit_loop))
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return loader
-    return ResumableLoader(loader, fit_loop)
+    return ResumableLoader(loader, trainer.fit_loop)
 
 
 def is_own_state(state: Any) -> bool:

@@ -44,7 +44,7 @@ _CALLBACKS: dict[type[Callback], str] = {
 }
 
 
-def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def check_trainer_options(module: pl.LightningModule | None) -> None:
     """Refuses options of the Trainer, callbacks and hooks that would have no effect or fail.
 
     A logger's wish to trace the model is left out with a warning.
@@ -52,6 +52,9 @@ def check_trainer_options(trainer: pl.Trainer, module: pl.LightningModule) -> No
     Raises:
         ConfigError: naming the option and what to do instead.
     """
+    if module is None or module._trainer is None:
+        return
+    trainer = module._trainer
     strategy: Any = trainer.strategy
     if strategy._layer_sync is not None:
         raise ConfigError(

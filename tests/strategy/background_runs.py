@@ -41,7 +41,7 @@ class Gate(Watch):
         if saved and not self.open.is_set() and trainer.global_step >= self.until:
             assert not Path(saved[-1]).exists()
             self.ahead.append(trainer.global_step)
-            memory = trainer.strategy._made_writer._copies._memory
+            memory = trainer.strategy._saving._made_writer._copies._memory
             self.pinned |= {values.is_pinned() for values in memory.values()}
             self.open.set()
 

@@ -20,11 +20,14 @@ def layer(local: int, **arguments) -> MoE:
         return MoE(d_model=4, d_ffn=6, num_experts=8, **arguments)
 
 
-def said(caplog: pytest.LogCaptureFixture, callbacks, **layers: MoE) -> list[str]:
+def said(
+    caplog: pytest.LogCaptureFixture, callbacks, training: bool = True, **layers: MoE
+) -> list[str]:
     logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     logger.addHandler(caplog.handler)
     try:
-        correct_summary(SimpleNamespace(callbacks=callbacks), layers)
+        trainer = SimpleNamespace(callbacks=callbacks, training=training)
+        correct_summary(trainer, nn.ModuleDict(layers))
     finally:
         logger.removeHandler(caplog.handler)
     return list(dict.fromkeys(record.getMessage() for record in caplog.records))
@@ -51,3 +54,4 @@ def test_nothing_to_correct(caplog: pytest.LogCaptureFixture) -> None:
     assert said(caplog, [ModelSummary()], first=layer(8)) == []
     assert said(caplog, [ModelSummary(max_depth=0)], first=layer(2)) == []
     assert said(caplog, [], first=layer(2)) == []
+    assert said(caplog, [ModelSummary()], training=False, first=layer(2)) == []

@@ -108,7 +108,7 @@ def set_limits(strategy: Any, limits: tuple[float | None, float | None]) -> None
     watch.start(
         strategy.global_rank, strategy.root_device, [p.pid for p in strategy.launcher.procs]
     )
-    strategy._sharder.record_exchanges(watch.exchanges(), ExchangeWait())
+    strategy._groups.sharder.record_exchanges(watch.exchanges(), ExchangeWait())
 
 
 class Stuck(Net):

@@ -1,0 +1,173 @@
+"""The DeepSpeed engine around a LightningModule: what it is built from, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.strategies.deepspeed import remove_module_hooks
+from pytorch_lightning.utilities.types import LRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_fastmoe.distributed import ExpertSharder
+from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.collect import warn_about_causality
+from lightning_fastmoe.strategy.checks import check_can_be_saved, check_optimizer, check_single
+from lightning_fastmoe.strategy.expert_groups import ExpertGroups
+from lightning_fastmoe.strategy.trainer_options import check_has_no_closure
+from lightning_fastmoe.zero.engine import (
+    ExpertState,
+    FastMoEEngine,
+    NonFinitePolicy,
+    make_engine,
+)
+from lightning_fastmoe.zero.gathering import meet_before_gathering
+from lightning_fastmoe.zero.groups import (
+    check_batch_norms,
+    check_tags,
+    divided_experts,
+    group_name,
+    tag_experts,
+)
+from lightning_fastmoe.zero.param_groups import release, split_expert_groups
+from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
+
+_ENGINE = "_fastmoe_engine"
+
+
+class Engines:
+    """Builds an engine for each run; one object per strategy.
+
+    Args:
+        strategy: whose module, device and DeepSpeed configuration these are.
+        groups: where the experts are.
+        nonfinite: what happens when NaN or Inf reaches a router.
+
+    Attributes:
+        state: what the engine and the strategy both know of the model's experts.
+    """
+
+    def __init__(
+        self, strategy: DeepSpeedStrategy, groups: ExpertGroups, nonfinite: NonFinitePolicy
+    ) -> None:
+        self._strategy, self._groups, self._nonfinite = strategy, groups, nonfinite
+        self.state = ExpertState(nonfinite=nonfinite)
+
+    def shard(self, trainer: pl.Trainer, module: pl.LightningModule) -> ExpertSharder:
+        """Leaves each rank its experts, and tells every MoE layer about the run.
+
+        An engine that an earlier fit, by any strategy, put around the module's parameters is
+        freed: its gradient hooks would run beside the new engine's. Not done when a fit ends, as
+        the engine is still needed to save its checkpoint.
+
+        Raises:
+            ConfigError: for experts that can't be trained or saved when they are sharded.
+        """
+        earlier = vars(module).pop(_ENGINE, None)
+        if earlier is not None:
+            earlier.destroy()
+        state = self.state
+        state.layers = dict(moe_layers(module))
+        sharder = self._groups.make(divided_experts(state.layers.items()))
+        sharder.shard(module)
+        if self._strategy.is_global_zero:
+            warn_about_causality(module)
+        tag_experts(state.layers.values(), sharder.mesh)
+        check_tags(module, state.layers.values())
+        for layer in state.layers.values():
+            layer.balancing.scale = state.loss_scale
+            layer.nonfinite.policy = "ignore" if self._nonfinite == "ignore" else "collect"
+        check_can_be_saved(trainer, module, state.layers)
+        check_batch_norms(state.layers)
+        if self._strategy.zero_stage_3:
+            check_same_structure(state.layers)
+        return sharder
+
+    def begin(self, module: pl.LightningModule) -> None:
+        """Once there is an engine: its gathers meet the other ranks, and a later fit finds it."""
+        if self._strategy.zero_stage_3:
+            assert self._groups.sharder is not None
+            meet_before_gathering(self._strategy.deepspeed_engine, self._groups.sharder.meet)
+        vars(module)[_ENGINE] = self._strategy.model
+
+    def optimizer(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
+        """The user's optimizer and its scheduler.
+
+        Raises:
+            ConfigError: for more than one of them, or one that can't work here.
+        """
+        assert self._strategy.lightning_module is not None
+        found, schedulers = _init_optimizers_and_lr_schedulers(self._strategy.lightning_module)
+        check_single(found, schedulers)
+        release(found[0])
+        check_has_no_closure(found[0])
+        check_optimizer(found[0])
+        return found[0], schedulers[0] if schedulers else None
+
+    def for_training(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: Any,
+        before: Iterable[Callable[[nn.Module, Optimizer], None]],
+    ) -> FastMoEEngine:
+        """An engine that trains.
+
+        Args:
+            model: experts sharded and tagged.
+            optimizer: the user's. The engine gets a twin, whose groups are of one kind.
+            lr_scheduler: the user's, or None.
+            before: called with the model and the twin.
+        """
+        names = {id(p): name for name, p in model.named_parameters()}
+        user = split_expert_groups(optimizer, names, group_name(self._groups.mesh))
+        check_same_groups(user.twin, self.state.layers)
+        self.state.user_groups = user
+        for call in before:
+            call(model, user.twin)
+        engine = self._make(model, self._config, optimizer=user.twin, lr_scheduler=lr_scheduler)
+        user.attach(engine.optimizer)
+        return engine
+
+    def for_inference(self, model: nn.Module) -> FastMoEEngine:
+        """An engine without an optimizer."""
+        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
+        if self._strategy.zero_stage_3:
+            keys = ("fp16", "bf16", "zero_optimization", "zero_allow_untested_optimizer")
+            config.update({key: self._config[key] for key in keys if key in self._config})
+        else:
+            # Without an optimizer DeepSpeed would build a mixed-precision optimizer all the same,
+            # which knows no experts; all that is wanted of it is the cast.
+            plugin: Any = self._strategy.precision_plugin
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(plugin._desired_dtype)
+        remove_module_hooks(model)
+        self.state.user_groups = None
+        return self._make(model, config)
+
+    def end(self) -> None:
+        """The layers belong to no run any more."""
+        for layer in self.state.layers.values():
+            layer.disconnect()
+        if isinstance(self._strategy.model, FastMoEEngine):
+            self._strategy.model.let_go()
+
+    def _make(self, model: nn.Module, config: dict[str, Any], **options: Any) -> FastMoEEngine:
+        index = self._strategy.root_device.index
+        return make_engine(
+            model=model,
+            config=config,
+            device_rank=self._strategy.local_rank if index is None else index,
+            expert_state=self.state,
+            **options,
+        )
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        assert isinstance(self._strategy.config, dict)
+        return self._strategy.config

@@ -1,0 +1,106 @@
+"""The expert parallel groups of a run, made as soon as their size is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from lightning_fastmoe.distributed import (
+    AutoPlacement,
+    ExpertMesh,
+    ExpertSharder,
+    make_expert_mesh,
+    resolve_expert_parallel_size,
+)
+from lightning_fastmoe.errors import UnmanagedExpertsError
+from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.placement import expert_placement
+from lightning_fastmoe.zero.groups import divided_experts, register_groups
+
+
+class ExpertGroups:
+    """Which ranks share the experts; one object per strategy.
+
+    Args:
+        strategy: whose ranks, device and module these are.
+        size: the expert parallel size. "auto" can be resolved only once a layer has been seen.
+
+    Attributes:
+        sharder: gives each rank its experts; None until the groups are made.
+    """
+
+    def __init__(self, strategy: DeepSpeedStrategy, size: int | Literal["auto"]) -> None:
+        self._strategy = strategy
+        self.size = size
+        self.sharder: ExpertSharder | None = None
+
+    @property
+    def mesh(self) -> ExpertMesh:
+        """The groups.
+
+        Raises:
+            UnmanagedExpertsError: before they exist.
+        """
+        if self.sharder is None:
+            raise UnmanagedExpertsError(
+                "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
+                " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
+            )
+        return self.sharder.mesh
+
+    def make_if_sized(self) -> None:
+        """Makes the groups if their size was given as a number."""
+        if self.size != "auto":
+            self.make({})
+
+    def make(self, num_experts: Mapping[str, int]) -> ExpertSharder:
+        """Makes the groups, unless they exist; every rank calls this.
+
+        Args:
+            num_experts: name -> ``num_experts`` of the layers, which "auto" must divide.
+        """
+        strategy = self._strategy
+        if self.sharder is None:
+            size = resolve_expert_parallel_size(
+                self.size, strategy.world_size, strategy.num_processes, num_experts
+            )
+            mesh = make_expert_mesh(size, strategy.root_device.type, strategy._timeout)
+            register_groups(mesh)
+            self.sharder = ExpertSharder(mesh, strategy.num_processes, strategy._timeout)
+        self._show_mesh()
+        return self.sharder
+
+    def _show_mesh(self) -> None:
+        """Lets the user read ``module.device_mesh``."""
+        if self.sharder is not None and self._strategy.lightning_module is not None:
+            self._strategy.lightning_module._device_mesh = self.sharder.mesh.device_mesh
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Around ``configure_model``: MoE layers create only this rank's experts.
+
+        DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense parameters
+        are partitioned when the engine is built.
+        """
+        self._show_mesh()
+        if self.sharder is not None:
+            with expert_placement(self.sharder.placement):
+                yield
+            return
+        strategy, module = self._strategy, self._strategy.lightning_module
+        built = divided_experts(moe_layers(module) if module is not None else ()).values()
+        auto = AutoPlacement(
+            strategy.global_rank, strategy.world_size, strategy.num_processes, built
+        )
+        with expert_placement(auto):
+            yield
+        if auto.built:
+            self.make(auto.num_experts)
+
+    def end_pass(self, layers: Iterable[MoE]) -> None:
+        """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
+        if self.sharder is not None:
+            self.sharder.end_pass(layers, self._strategy.root_device)

@@ -1,0 +1,241 @@
+"""Saving a run: Lightning's calls, led to the checkpoint package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.trainer.states import TrainerStatus
+from pytorch_lightning.utilities import rank_zero_warn
+
+from lightning_fastmoe.checkpoint import Topology
+from lightning_fastmoe.checkpoint.background import BackgroundWriter, ForegroundWriter
+from lightning_fastmoe.checkpoint.format.discard import check_replaceable
+from lightning_fastmoe.checkpoint.format.publish import put_back, remove
+from lightning_fastmoe.checkpoint.lockstep import Together, meet_after_error
+from lightning_fastmoe.checkpoint.model_map import map_model
+from lightning_fastmoe.checkpoint.save import local_path
+from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.strategy.averaging import Averaging
+from lightning_fastmoe.strategy.checks import (
+    attached_module,
+    check_directories,
+    check_links,
+    fixed_paths,
+    warn_within_batch,
+)
+from lightning_fastmoe.strategy.compiled import unwrap_compiled
+from lightning_fastmoe.strategy.expert_groups import ExpertGroups
+from lightning_fastmoe.strategy.hook_edits import WeightNames
+from lightning_fastmoe.strategy.pending_names import count_pending_names
+from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.zero.engine import ExpertState
+from lightning_fastmoe.zero.snapshot import take_snapshot
+
+
+class Saving:
+    """Writes checkpoints of a strategy whose state is sharded; one object per strategy.
+
+    Args:
+        strategy: whose engine is saved.
+        state: what is known of its experts.
+        groups: where the experts are.
+        watch: is told what goes on.
+        averaging: what WeightAveraging keeps beside the weights.
+    """
+
+    def __init__(
+        self,
+        strategy: DeepSpeedStrategy,
+        state: ExpertState,
+        groups: ExpertGroups,
+        watch: Watch,
+        averaging: Averaging,
+    ) -> None:
+        self._strategy, self._state, self._groups = strategy, state, groups
+        self._watch, self._averaging = watch, averaging
+        self._in_background = False
+        self._made_writer: BackgroundWriter | ForegroundWriter | None = None
+        self._weight_names: WeightNames | None = None
+        self._saves_after_error = 0
+
+    def begin(self, trainer: pl.Trainer, in_background: bool) -> Callable[[], None]:
+        """Before a run: what it will save to must exist, be replaceable, and be counted as taken.
+
+        Args:
+            trainer: of the run.
+            in_background: write while training goes on.
+
+        Returns:
+            What ends it.
+
+        Raises:
+            CheckpointError: on all ranks, if a name is taken by something else, or has just been
+                put back.
+            ConfigError: if links to checkpoints are asked for that are not there yet.
+        """
+        self._in_background = in_background
+        if trainer.training:
+            check_directories(trainer)
+            self._check_names(trainer)
+            self._put_back_names(trainer)
+        if not in_background:
+            return lambda: None
+        check_links(trainer)
+        return count_pending_names(trainer, self._is_pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names and shapes alone: each rank writes its weights in :meth:`save`."""
+        attached_module(self._strategy, "lightning_module_state_dict")
+        self._weight_names = None
+        try:
+            model = map_model(self._strategy.deepspeed_engine.module, self._state.layers)
+        except CheckpointError:
+            return {}  # on this rank, maybe: save() is where all ranks meet and say it
+        self._weight_names = WeightNames.of_model(model)
+        return self._weight_names.state_dict()
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        """Writes a checkpoint directory; every rank calls this.
+
+        Raises:
+            CheckpointError: on all ranks, if one can't write, or if hooks have edited weights in
+                ``checkpoint``; training may go on.
+            ConfigError: for storage options, and without a model that a Trainer has set up.
+        """
+        if storage_options is not None:
+            raise ConfigError(
+                "save_checkpoint(storage_options=...) is not supported: every rank writes its own"
+                " files into a directory. Drop the argument."
+            )
+        with self._watch.during(Activity.SAVING):
+            self._save(checkpoint, filepath)
+
+    def _save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        strategy = self._strategy
+        module = attached_module(strategy, "save_checkpoint")
+        trainer = module.trainer
+        if trainer.interrupted:
+            meet_after_error(local_path(filepath), trainer.global_step, self._saves_after_error)
+            self._saves_after_error += 1
+        warn_within_batch(trainer, filepath)
+        unwrap_compiled(module)
+        path = local_path(strategy.broadcast(filepath))
+        user = self._state.user_groups
+        together = Together(path, "saved")
+        names, self._weight_names = self._weight_names, None
+        if names is not None:
+            with together.stage():
+                names.check(checkpoint, len(trainer.optimizers), "on_save_checkpoint", trainer)
+        with together.stage():
+            # What was set for the next step, and written to weights, belongs to the state.
+            strategy.deepspeed_engine.take_over_edits()
+        snapshot = take_snapshot(
+            together,
+            engine=strategy.deepspeed_engine,
+            layers=self._state.layers,
+            topology=self._topology(),
+            client_state=checkpoint,
+            user_groups=user.named() if user is not None else None,
+            exclude_frozen=strategy.exclude_frozen_parameters,
+            averages=self._averaging.averages(),
+        )
+        self._writer.submit(path, snapshot)
+        if trainer.state.status != TrainerStatus.RUNNING:
+            self._writer.wait()  # no step will come in which an error could surface
+
+    def poll(self) -> None:
+        """Raises what went wrong in the background since the last call."""
+        if self._made_writer is not None:
+            self._made_writer.poll()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        if self._made_writer is not None:
+            self._made_writer.wait()
+
+    def remove(self, filepath: Any) -> None:
+        """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
+        if self._strategy.is_global_zero:
+            path = local_path(filepath)
+            writer = self._made_writer or ForegroundWriter()
+            writer.after_success(lambda: remove(path))
+
+    def end(self) -> None:
+        """At the end of a run, waits for its last checkpoint.
+
+        Raises:
+            CheckpointError: on all ranks, if that could not be written.
+        """
+        writer, self._made_writer = self._made_writer, None
+        try:
+            if writer is not None:
+                with self._watch.during(Activity.SAVING):
+                    writer.wait()
+        except CheckpointError as error:
+            assert self._strategy.lightning_module is not None
+            if not self._strategy.lightning_module.trainer.interrupted:
+                raise
+            rank_zero_warn(str(error))  # what interrupted the run matters more
+
+    @property
+    def _writer(self) -> BackgroundWriter | ForegroundWriter:
+        """Made by the first save, on all ranks together."""
+        if self._made_writer is None:
+            self._made_writer = BackgroundWriter() if self._in_background else ForegroundWriter()
+        return self._made_writer
+
+    def _put_back_names(self, trainer: pl.Trainer) -> None:
+        """After a save that died at the wrong moment "last" finds nothing: don't start anew then.
+
+        Raises:
+            CheckpointError: on all ranks, if a checkpoint has got its name back.
+        """
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        names: list[str] = []
+        if self._strategy.is_global_zero:
+            for folder in dict.fromkeys(str(c.dirpath) for c in callbacks if c.dirpath):
+                with suppress(OSError):  # of which saving will complain
+                    names += [f"{folder}/{name}" for name in put_back(Path(folder))]
+        names = self._strategy.broadcast(names)
+        if names and trainer.ckpt_path is None:
+            raise CheckpointError(
+                f"A run was stopped while it replaced {names[0]}, which was missing and has now"
+                " been restored. It was not there when this run looked for a checkpoint to"
+                " resume from. Start again, and 'last' finds it."
+            )
+
+    def _check_names(self, trainer: pl.Trainer) -> None:
+        """What will be saved to and can't be replaced is refused now, not hours later.
+
+        Raises:
+            CheckpointError: on all ranks, naming the file that is in the way.
+        """
+        fault = ""
+        if self._strategy.is_global_zero:
+            try:
+                for path in fixed_paths(trainer):
+                    check_replaceable(path)
+            except CheckpointError as error:
+                fault = str(error)
+        if fault := self._strategy.broadcast(fault):
+            raise CheckpointError(fault)
+
+    def _is_pending(self, path: Path) -> bool:
+        writer = self._made_writer
+        return isinstance(writer, BackgroundWriter) and writer.is_pending(local_path(path))
+
+    def _topology(self) -> Topology:
+        strategy = self._strategy
+        assert isinstance(strategy.config, dict)
+        return Topology(
+            world_size=strategy.world_size,
+            expert_parallel_size=self._groups.mesh.ep_size,
+            zero_stage=strategy.config["zero_optimization"]["stage"],
+            precision=str(strategy.precision_plugin.precision),
+        )
