@@ -15,12 +15,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c const
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test quick lint types unit docs figures format clean distclean
+.PHONY: help setup train test quick nightly lint types unit docs figures format clean distclean
 
 help:
 	@echo 'make train      train the tiny language model of examples/ (CONFIG=$(CONFIG))'
 	@echo 'make test       lint, types and unit'
-	@echo 'make quick      three minutes: operators, layers, the file format, one topology per ZeRO stage'
+	@echo 'make quick      one minute: operators, layers, the file format, one topology per ZeRO stage'
+	@echo 'make nightly    make test, and resuming from every topology to every other: half an hour more'
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
 	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests, WORKERS=0 is one process)'
@@ -72,6 +73,9 @@ QUICK = tests/ops tests/nn tests/distributed tests/checkpoint/format/test_round_
 
 quick: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(QUICK)
+
+nightly: override PYTEST_ARGS += --all-pairs
+nightly: test
 
 docs: $(DOCS_STAMP)
 	PYTHONPATH="$(CURDIR)/docs" $(BIN)/python -m website.build build/docs

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "lightning_fastmoe"
+TESTS = Path(__file__).parent
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_LINES = 400
@@ -341,3 +342,20 @@ def test_checker_flags(path: str, source: str):
 )
 def test_checker_lets_pass(path: str, source: str):
     assert violations(path, source) == []
+
+
+def imports_of_tests(source: str) -> list[str]:
+    """The test files that a test imports: what two of them need has a file of its own."""
+    names = (name for _, name in imported_modules("tests.py", ast.walk(ast.parse(source))))
+    return [name for name in names if any(part.startswith("test_") for part in name.split("."))]
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda f: f.stem)
+def test_no_test_imports_a_test(file: Path):
+    assert imports_of_tests(file.read_text(encoding="utf-8")) == []
+
+
+def test_imports_of_tests_are_found():
+    source = "from strategy.test_exactness import assert_close\n"
+    source += "import gpu.closeness\nfrom a import test_b"
+    assert imports_of_tests(source) == ["strategy.test_exactness.assert_close", "a.test_b"]

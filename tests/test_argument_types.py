@@ -66,7 +66,7 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
         ("sizes", (1, 2), "it must be a list (an integer each) or None."),
     ],
 )
-def test_refused(name: str, value: Any, wanted: str) -> None:
+def test_a_value_of_the_wrong_type_is_refused(name: str, value: Any, wanted: str) -> None:
     with pytest.raises(ConfigError) as raised:
         check_types("owner", _function, {name: value})
     assert str(raised.value).startswith(f"owner: {name}=")

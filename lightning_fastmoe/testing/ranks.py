@@ -7,8 +7,10 @@ port. A case that hangs or kills a worker costs the pool its workers and nothing
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import signal
 import socket
 import sys
 import time
@@ -112,7 +114,9 @@ class RankPool:
                 try:
                     ok, value = connection.recv()
                 except EOFError:
-                    ok, value = False, ("ProcessDied", "the worker died", "")
+                    process = workers[rank][0]
+                    process.join(5)
+                    ok, value = False, ("ProcessDied", _how_it_ended(process.exitcode), "")
                 if ok:
                     results[rank] = value
                 else:
@@ -159,6 +163,12 @@ class RankPool:
             self._kill(world_size)
 
 
+def _how_it_ended(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"the worker was ended by {signal.Signals(-exitcode).name}"
+    return f"the worker ended with status {exitcode}"
+
+
 def _context() -> Any:
     """Workers are copies of one process that has imported everything: that takes ten seconds.
 
@@ -172,6 +182,7 @@ def _context() -> Any:
 
 
 def _work(connection: Connection, threads: int, environment: dict[str, str]) -> None:
+    faulthandler.enable()
     os.environ.clear()  # it may be that of a pool that was the first
     os.environ.update(environment)
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from figures.tables import DOCS, table
-from strategy.test_exactness import RELATIVE, cases
+from strategy.exactness import RELATIVE, cases
 
 PAGE = DOCS / "benchmarks.md"
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")

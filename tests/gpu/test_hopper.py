@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from gpu.test_kernels import close, same_bits
+from gpu.closeness import close, same_bits
 
 from lightning_fastmoe.ops import ACTIVATIONS, is_gated, kernels, native
 from lightning_fastmoe.ops.activation import apply_activation

@@ -171,7 +171,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refused(what):
+def test_a_batch_that_contradicts_itself_is_refused(what):
     others, kind, message = REFUSED[what]
     with pytest.raises(kind, match=message):
         read_batch({"input_ids": PACKED["input_ids"], **others})

@@ -224,7 +224,7 @@ def test_expert_choice_takes_the_layers_factor():
         ({"router": "soft", "capacity_factor": 1.0}, "drops nothing"),
     ],
 )
-def test_refused(kwargs, message):
+def test_options_of_the_capacity_that_make_no_sense_are_refused(kwargs, message):
     with pytest.raises(ConfigError, match=message):
         MoE(5, 3, 4, **kwargs)
 

@@ -42,7 +42,9 @@ def make(**kwargs) -> MoE:
         ({}, "capacity_over", "world", "capacity_over='world' is unknown.*rank, global"),
     ],
 )
-def test_refused(arguments, name, value, message):
+def test_a_setting_that_the_layer_could_not_be_built_with_is_refused(
+    arguments, name, value, message
+):
     layer = make(**arguments)
     before = getattr(layer, name)
     with pytest.raises(ConfigError, match=message):

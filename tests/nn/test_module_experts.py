@@ -292,7 +292,7 @@ def test_bf16_and_autocast():
         ({"shared_expert": 0}, "shared_expert=0 is invalid"),
     ],
 )
-def test_refused(kwargs, message):
+def test_what_cannot_be_an_expert_is_refused(kwargs, message):
     with pytest.raises(ConfigError, match=message):
         make(**kwargs)
 

@@ -8,7 +8,7 @@ import lightning_fabric.utilities.cloud_io
 import pytest
 import pytorch_lightning as pl
 import torch
-from checkpoint.format.test_verdicts import damage
+from checkpoint.format.forgeries import damage
 from lightning_fabric.plugins.io import torch_io
 from pytorch_lightning.core import saving
 from strategy import plain_loading_runs as runs

@@ -6,8 +6,8 @@ import math
 
 import pytest
 from strategy import refusal_runs as runs
+from strategy.exactness import assert_same
 from strategy.models import Case, reference
-from strategy.test_exactness import assert_same
 
 REFUSED = [
     # scene, world, error, what the message must name

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from strategy import router_runs as runs
+from strategy.exactness import assert_same
 from strategy.router_runs import RouterCase
-from strategy.test_exactness import assert_same
 
 from lightning_fastmoe.nn.router import ROUTERS
 from lightning_fastmoe.testing import RankError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from checkpoint.format.test_verdicts import DAMAGES, damage
+from checkpoint.format.forgeries import DAMAGES, damage
 from checkpoint.samples import read_manifest, write_manifest_again, write_state
 from strategy import verdict_runs as runs
 from strategy.midway_runs import ACCUMULATE, ModuleCase

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from checkpoint.format import test_hostile as hostile
+from checkpoint.format import forgeries
+from checkpoint.format.forgeries import DAMAGES, damage
 from checkpoint.samples import forge_file, read_manifest, write_manifest_again, write_sample
 
 from lightning_fastmoe.checkpoint import CheckpointReader
@@ -43,7 +44,7 @@ def test_both_accept_a_sound_one(path):
     assert list(Audit(path).damages()) == []
 
 
-MANIFESTS = {f"{i} {match}": change for i, (change, match) in enumerate(hostile.FORGED)}
+MANIFESTS = {f"{i} {match}": change for i, (change, match) in enumerate(forgeries.FORGED)}
 
 
 @pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS.keys())
@@ -54,15 +55,15 @@ def test_forged_manifests(path, change):
     both_refuse(path)
 
 
-@pytest.mark.parametrize(("change", "match"), hostile.HEADERS)
+@pytest.mark.parametrize(("change", "match"), forgeries.HEADERS)
 def test_forged_headers(path, change, match):
-    forge_file(path, hostile.W0, change((path / hostile.W0).read_bytes()))
+    forge_file(path, forgeries.W0, change((path / forgeries.W0).read_bytes()))
     both_refuse(path)
 
 
-@pytest.mark.parametrize("value", hostile.EXTRA.values(), ids=hostile.EXTRA.keys())
+@pytest.mark.parametrize("value", forgeries.EXTRA.values(), ids=forgeries.EXTRA.keys())
 def test_forged_values(path, value):
-    forge_file(path, "state.json", hostile.with_extra(path, value))
+    forge_file(path, "state.json", forgeries.with_extra(path, value))
     both_refuse(path)
 
 
@@ -83,29 +84,6 @@ def test_forged_values(path, value):
 def test_forged_states_of_ranks(path, name, data):
     forge_file(path, name, data)
     both_refuse(path)
-
-
-def damage(path, name, how) -> None:
-    file = path / name
-    match how:
-        case "flipped":
-            data = bytearray(file.read_bytes())
-            data[len(data) // 2] ^= 8
-            file.write_bytes(data)
-        case "cut":
-            file.write_bytes(file.read_bytes()[:-1])
-        case "longer":
-            file.write_bytes(file.read_bytes() + b"\0")
-        case "missing":
-            file.unlink()
-        case "renamed":
-            file.rename(path / f"x{name}")
-        case "a link":
-            file.rename(path.parent / name)
-            file.symlink_to(path.parent / name)
-
-
-DAMAGES = ("flipped", "cut", "longer", "missing", "renamed", "a link")
 
 
 @pytest.mark.parametrize("how", DAMAGES)

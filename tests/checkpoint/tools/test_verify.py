@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint.format.test_hostile import FORGED, HEADERS, KEY, W0, W1, pickled
+from checkpoint.format.forgeries import FORGED, HEADERS, KEY, W0, W1, pickled
 from checkpoint.samples import (
     add_file,
     forge_file,

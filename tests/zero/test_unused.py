@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from strategy import unused_runs as runs
+from strategy.exactness import assert_close
 from strategy.models import Case
-from strategy.test_exactness import assert_close
+from zero import unused_runs as runs
 
 CASE = Case(world=2, ep=2, steps=6, coefficients=(0.0, 0.0))
 

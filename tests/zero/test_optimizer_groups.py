@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategy import group_runs as runs
+from strategy.exactness import assert_close
 from strategy.models import Case
-from strategy.test_exactness import assert_close
+from zero import group_runs as runs
 
 CASE = Case(world=2, ep=2, steps=runs.STEPS)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategy import user_group_runs as runs
+from strategy.exactness import assert_close
 from strategy.models import Case
-from strategy.test_exactness import assert_close
+from zero import user_group_runs as runs
 
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 
