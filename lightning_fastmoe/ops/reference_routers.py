@@ -19,7 +19,7 @@ def best(values: list[float], k: int) -> list[int]:
 
 
 def softmax(v: Tensor) -> Tensor:
-    """Of a vector."""
+    """The softmax of a vector."""
     powers = torch.exp(v - v.detach().max())
     return powers / powers.sum()
 
