@@ -60,7 +60,7 @@ def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
     call = LayerCall(*fields)
     if ctx.h_is_spent:
         return call, None
-    # Through .data, because autograd would report the overwritten H of a retained graph as an error.
+    # Through .data, because autograd would reject the overwritten H of a retained graph.
     return call, PreActivation(rows.data, ctx.h_has_bias)
 
 

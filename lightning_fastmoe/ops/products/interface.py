@@ -26,7 +26,7 @@ class Products(Protocol):
         """A gradient of any strides (it may be expanded), in a layout :meth:`gather` accepts."""
 
     def gather(self, call: LayerCall, tokens: Tensor) -> Tensor:
-        """The input of :meth:`backward_activation_`, :meth:`weight_gradient`, :meth:`weighted_sums`.
+        """The input of :meth:`backward_activation_` and :meth:`weight_gradient`, from tokens.
 
         Args:
             call: the call, for its order.
