@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch",
         metavar="LIST",
-        help="architectures, as '8.0;9.0a'; default: TORCH_CUDA_ARCH_LIST, else this machine's GPUs",
+        help="architectures, as '8.0;9.0a'; default: TORCH_CUDA_ARCH_LIST, else the local GPUs",
     )
     parser.add_argument(
         "--output",

@@ -18,7 +18,7 @@ _ENOUGH = (
     *("-c", "--config", "-h", "--help", "--print_config"),
     *("--trainer.max_", "--trainer.fast_dev_run"),
 )
-"""Prefixes of ``fit`` arguments that limit the run or replace it, so that no default runs forever."""
+"""Prefixes of ``fit`` arguments that limit the run or replace it."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_fastmoe.ops.native import native
 
 MAX_EXPERTS = 1024
-"""Largest number of experts per layer that the kernels support; above it PyTorch's operators run."""
+"""Largest number of experts per layer that the kernels support; else PyTorch's operators run."""
 
 MAX_TOP_K = 32
 """Largest number of experts per token that the routing kernel supports."""

@@ -91,7 +91,7 @@ class Steps:
 
 
 def _bias_dots(call: LayerCall, grad: Tensor, like: Tensor) -> Tensor:
-    """(T, K): ``<down_bias[expert of the pair], grad[t]>``, the bias's contribution to d_weights."""
+    """(T, K): ``<down_bias[expert of the pair], grad[t]>``, the bias's part of d_weights."""
     assert call.inverse is not None
     assert call.down_bias is not None
     by_expert = grad @ call.down_bias.T.to(grad.dtype)  # (T, E)

@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 def _known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``arguments`` after checking that ``MoE`` takes them and the model doesn't set them."""
+    """Returns ``arguments`` if ``MoE`` takes them and the model doesn't set them itself."""
     own = {"router", "load_balancing", "z_loss", "init_std", "autoregressive", "top_k"}
     known = inspect.signature(MoE).parameters.keys() - own - {"d_model", "d_ffn", "num_experts"}
     if unknown := sorted(arguments.keys() - known):
