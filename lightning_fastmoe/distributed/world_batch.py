@@ -33,7 +33,7 @@ class WorldBatch:
         self._first_rank = self.rank - mesh.ep_rank
 
     def reserve(self, counts: int) -> None:
-        """Reserves room for count vectors of this length; all ranks must call it before exchanges."""
+        """Reserves room for count vectors of this length; all ranks call it before any exchange."""
         self.group.slots = max(self.group.slots, counts)
 
     def gather_counts(self, counts: Tensor, layer: str) -> Tensor:

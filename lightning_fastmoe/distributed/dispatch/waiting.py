@@ -16,9 +16,9 @@ _LOOK = 1.0
 
 ADVICE = (
     "Every rank must run the same MoE layers in the same order. To run the model only for rank 0,"
-    " for example in a callback, use strategy.on_rank_zero(...). A rank that skips a layer must take"
-    " part without tokens, in the backward pass too: x = x + layer(x[:0]).sum(). If a rank is only"
-    " late, raise FastMoEStrategy(exchange_timeout=...)."
+    " for example in a callback, use strategy.on_rank_zero(...). A rank that skips a layer must"
+    " take part without tokens, in the backward pass too: x = x + layer(x[:0]).sum(). If a rank is"
+    " only late, raise FastMoEStrategy(exchange_timeout=...)."
 )
 
 
@@ -35,7 +35,7 @@ class Peers(Protocol):
         ...
 
     def give_up(self, reason: str) -> str:
-        """Tells the other ranks that this one gives up; returns ``reason`` with all ranks' states."""
+        """Tells the other ranks that this one gives up; adds all ranks' states to ``reason``."""
         ...
 
 

@@ -30,7 +30,7 @@ def print_tables(summary: Summary, console: Console | None = None) -> None:
     console = console or Console()
     parameters = _parameters(summary.size)
     memory = None if summary.memory is None else _memory(summary.memory)
-    wide = console.options.update(max_width=1000)  # otherwise a table's width is clipped to the console's
+    wide = console.options.update(max_width=1000)  # otherwise clipped to the console
     tables = [parameters] if memory is None else [parameters, memory]
     if max(console.measure(x, options=wide).maximum for x in tables) > console.width:
         console.out(plain_text(summary), highlight=False, end="")

@@ -211,7 +211,7 @@ def spans(records: Sequence[Record]) -> list[Span]:
 
 
 def merged(parts: Sequence[Span], limit: int) -> list[Span]:
-    """At most ``limit`` spans, each the sum of equally many consecutive ones (the last of fewer)."""
+    """At most ``limit`` spans, each the sum of equally many consecutive ones (the last fewer)."""
     if not parts:
         return []
     size = -(-len(parts) // limit)
