@@ -25,7 +25,7 @@ class Capacity:
     Attributes may be changed between passes, identically on all ranks.
 
     Args:
-        traits: the traits of the layer's router, whose factors "router" stands for.
+        traits: the traits of the layer's router, whose factors are used for "router".
         factors: the capacity factor, see :func:`expert_capacity`: a number, a pair (training,
             evaluation), None for dropless, or "router".
         over: whose tokens share the C slots, this rank's or the global batch's; None is the

@@ -203,7 +203,7 @@ def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
     # An expert without room must not be bid for.
     price = torch.where(room > 0, 0.0, torch.inf).to(torch.float64)
     step = 0.25 * spread
-    # A step that vanishes beside a price would raise no bid, and the auction would never end.
+    # A step too small to change a price would raise no bid, and the auction would never end.
     tolerance = max(tolerance, _FINEST_TOLERANCE)
     while True:
         owner, price = _auction(value, room, price, step)
