@@ -155,7 +155,7 @@ REFUSED = {
                         DataError, r"position_ids and seq_idx start documents at different"),
     "unequal q and k": ({"cu_seq_lens_q": torch.tensor([0, 3, 6]),
                          "cu_seq_lens_k": torch.tensor([0, 2, 6])},
-                        DataError, r"cu_seq_lens_q and cu_seq_lens_k begin"),
+                        DataError, r"cu_seq_lens_q and cu_seq_lens_k start"),
     "boundaries elsewhere": ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, DataError,
                              r"cu_seq_lens_q goes from 0 to 5, but input_ids are \(1, 6\)"),
     "descending boundaries": ({"cu_seq_lens_q": torch.tensor([0, 4, 3, 6])}, DataError, "descends"),
