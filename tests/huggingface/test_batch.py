@@ -132,7 +132,7 @@ def test_a_row_may_begin_later_than_at_position_0():
 
 REFUSED = {
     "an unknown key": ({"token_type_ids": 1, "x": 2}, DataError,
-                       r"has token_type_ids, x, which .* not support.*may have: input_ids, labels, att"),
+                       r"has token_type_ids, x, which .* not support.*may have: input_ids, labels"),
     "no tokens": ({"input_ids": None}, DataError, r"no input_ids"),
     "floating tokens": ({"input_ids": torch.ones(1, 6)}, ShapeError, r"input_ids is .*float32"),
     "flat tokens": ({"input_ids": torch.arange(6)}, ShapeError,
