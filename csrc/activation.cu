@@ -1,10 +1,10 @@
 // The experts' activation, forward and backward, computed in fp32.
 //
-// The backward makes three results in the one pass over h that any of them needs: the gradient of
-// h (written over h), the weighted activation (an operand of the down projection's gradient,
-// written over d_act) and each row's <A, dA>, which is the gradient of its routing weight. So
-// neither A nor the experts' outputs are kept. A bias is added here, in fp32, rather than in a pass
-// of its own.
+// The backward computes three results in a single pass over h: the gradient of h (which overwrites
+// h), the weighted activation (an operand of the down projection's gradient, which overwrites
+// d_act) and each row's <A, dA>, which is the gradient of its routing weight. So neither A nor the
+// experts' outputs need to be saved. A bias is added here, in fp32, rather than in a separate
+// pass.
 #include "activations.cuh"
 #include "common.cuh"
 #include "ops.h"
@@ -12,7 +12,7 @@
 namespace lightning_fastmoe {
 namespace {
 
-// The bias that row `row` of h gets, nullptr if there is none.
+// The bias for row `row` of h; nullptr if there is none.
 template <typename T>
 __device__ __forceinline__ const T* bias_of(const T* bias, const int* offsets, int num_experts,
                                             int64_t row, int64_t row_width) {
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// One warp per row. The thread that reads an element of h or d_act is the one that overwrites it.
-// The loads of kInFlight iterations are issued before the first store: the compiler could not hoist
+// One warp per row. Each element of h and d_act is overwritten by the thread that reads it. The
+// loads of kInFlight iterations are issued before the first store, because the compiler can't hoist
 // them itself.
 constexpr int kInFlight = 2;
 

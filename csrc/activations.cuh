@@ -1,5 +1,5 @@
-// The activations on fp32 registers, each with its slope. How exactly they are computed is a
-// parameter: what the results are rounded to decides what is worth its instructions.
+// The activations on fp32 registers, each with its derivative. Their precision is a parameter: the
+// dtype that results are rounded to decides how many instructions are worthwhile.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,12 +15,12 @@ namespace lightning_fastmoe {
 enum class Precision {
   // The CUDA math library's functions, for fp32 tensors.
   kFull,
-  // Intrinsics that are off by a few ulp of fp32: negligible next to the rounding of half types,
-  // and what keeps a kernel over half tensors limited by memory.
+  // Intrinsics with errors of a few fp32 ulp: negligible next to rounding to half precision, and
+  // fast enough that kernels over half tensors stay memory-bound.
   kFast,
   // For epilogues of GEMMs with fp16 results, which apply an activation to every element while the
-  // tensor cores wait, so instructions count. The hardware's exp2 and reciprocal, as exact as those
-  // of kFast; that they flush subnormal numbers to zero saves the instructions that would scale
+  // tensor cores wait, so instructions count. Uses the hardware's exp2 and reciprocal, as precise
+  // as kFast; flushing subnormal numbers to zero saves the instructions that would otherwise scale
   // them.
   kEpilogue,
   // The same for bf16, with the hardware's tanh.
@@ -99,7 +99,7 @@ struct Silu {
   }
 };
 
-// The exact one, x * Phi(x).
+// The exact GELU, x * Phi(x).
 struct Gelu {
   static constexpr float kDensity = 0.39894228040143268f;  // 1 / sqrt(2 pi)
 
@@ -140,8 +140,8 @@ struct Gelu {
     return x < 0.0f ? tail : 1.0f - tail;
   }
   // 2 Phi(x) - 1 = tanh(p(x)) with an odd p of three terms (minimax; off by 5e-5 in Phi), and the
-  // hardware's tanh, which is off by 2^-11: half of the instructions. bf16 rounds to 2^-8. Beyond
-  // 6, where Phi is 1, p goes on as a straight line; the polynomial would turn back at 8.
+  // hardware's tanh, with an error of 2^-11: half the instructions. bf16 rounds to 2^-8. Beyond 6,
+  // where Phi is 1, p continues as a straight line; the polynomial would turn back at 8.
   static __device__ __forceinline__ float phi_of_bf16(float x, float square) {
     square = fminf(square, 36.0f);
     float p = -3.515167894e-4f;

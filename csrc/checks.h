@@ -59,7 +59,7 @@ inline unsigned grid_size(int64_t blocks, const char* op) {
   return static_cast<unsigned>(blocks);
 }
 
-// A bias per expert for rows in expert-major order, as kernels take it. All null without one.
+// A bias per expert for rows in expert-major order, as kernel arguments. All null without a bias.
 struct RowBias {
   const void* bias = nullptr;    // (E, width)
   const int* offsets = nullptr;  // (E,), the row at which each expert ends

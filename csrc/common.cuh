@@ -118,7 +118,7 @@ __device__ __forceinline__ int64_t expert_of(const int* offsets, int num_experts
 
 // ----------------------------------------------------------------------------------------- warps
 
-// Butterfly reductions: the same bits in every lane, in an order that never changes.
+// Butterfly reductions: identical bits in every lane, in a fixed order.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {

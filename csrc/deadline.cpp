@@ -1,4 +1,4 @@
-// The host's side of deadlines: how long they are, where the record is, and what it says.
+// The host side of deadlines: their length, the stall record's memory, and the report.
 #include "deadline.h"
 
 #include <cstdio>
@@ -29,14 +29,14 @@ double limit_seconds() {
   return seconds;
 }
 
-// At least one, since the first may have been almost over; without a limit, more than can pass.
+// Plus one, since the first tick may be almost over at the start; without a limit, the maximum.
 uint32_t limit_ticks() {
   constexpr double kTicksPerSecond = 1e9 / (1 << kTickBits), kMost = 4e9;
   const double ticks = limit_seconds() * kTicksPerSecond;
   return static_cast<uint32_t>(ticks == 0 || ticks > kMost ? kMost : ticks + 1);
 }
 
-// Once for all devices of the process, and never freed: a kernel may write there until the end.
+// One for all devices of the process, and never freed: a kernel may write to it until exit.
 StallRecord* record() {
   static std::mutex mutex;
   static StallRecord* memory = nullptr;

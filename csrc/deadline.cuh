@@ -1,7 +1,7 @@
 // Waiting with a deadline, on the device.
 //
-// Deadlines are for bugs in these kernels, and should never pass: how waits are kept from missing
-// what they wait for is written in hopper/pipeline.cuh.
+// Deadlines catch bugs in these kernels and should never pass; hopper/pipeline.cuh explains why
+// every wait is eventually satisfied.
 #pragma once
 
 #include "deadline.h"
@@ -14,9 +14,9 @@ __device__ __forceinline__ uint64_t global_nanoseconds() {
   return now;
 }
 
-// In a build for tests (-DLIGHTNING_FASTMOE_DELAYS), holds up one warp in eight for a while, a
-// random one each time, so that every possible order of events comes up sooner or later. Otherwise
-// does nothing.
+// In test builds (-DLIGHTNING_FASTMOE_DELAYS), delays a random one in eight warps by a random time,
+// so that every possible order of events occurs sooner or later. Does nothing in other
+// builds.
 __device__ __forceinline__ void delay_at_random([[maybe_unused]] const Deadline& deadline) {
 #ifdef LIGHTNING_FASTMOE_DELAYS
   const uint64_t start = global_nanoseconds();
@@ -31,7 +31,7 @@ __device__ __forceinline__ void delay_at_random([[maybe_unused]] const Deadline&
 #endif
 }
 
-// Ends the kernel, and with it all that this process does on the device.
+// Ends the kernel, and makes the device unusable for this process.
 __device__ __forceinline__ void give_up(const Deadline& deadline, WaitFor what, uint32_t detail) {
   deadline.record->op = deadline.op;
   deadline.record->waiter = pack_waiter(blockIdx.x, threadIdx.x, detail, what);

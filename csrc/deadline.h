@@ -1,6 +1,6 @@
-// A limit on every loop in which a thread of a kernel waits for other threads: past it the kernel
-// records who waited for what and traps, so that the program ends with an error rather than with a
-// GPU that stands still.
+// A timeout for every loop in which a kernel's thread waits for other threads: when it passes, the
+// kernel records which thread waited for what and traps, so that the program ends with an error
+// rather than hanging.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@ namespace lightning_fastmoe {
 
 enum class WaitFor : uint32_t { kFullStage = 1, kEmptyStage = 2, kGrid = 3 };
 
-// What the first thread to give up leaves behind, in pinned host memory: after a trap, the host can
+// The record of the first thread that timed out, in pinned host memory: after a trap, the host can
 // no longer read the device's memory.
 struct StallRecord {
   volatile uint64_t op;      // the operator's name: the const char* that the host passed
-  volatile uint64_t waiter;  // see pack_waiter(); zero while nobody has given up
+  volatile uint64_t waiter;  // see pack_waiter(); zero while no thread has timed out
 };
 
 // block: 32 bits, thread: 16, detail (a stage and its parity, or a grid barrier's round): 12, what
@@ -27,7 +27,7 @@ __host__ __device__
          static_cast<uint32_t>(what);
 }
 
-// Waits measure time in ticks of 2^20 ns, about a millisecond: one register holds seven weeks.
+// Waits measure time in ticks of 2^20 ns, about a millisecond, so that one register covers 7 weeks.
 constexpr int kTickBits = 20;
 
 // What a kernel needs to keep a deadline.
@@ -44,7 +44,7 @@ struct Deadline {
 // has given up: its device is unusable from then on, and no other error would say why.
 Deadline deadline_for(const char* op);
 
-// Who waited for what, "" if no kernel of this process has given up.
+// Which thread waited for what; "" if no kernel of this process has timed out.
 std::string stall_report();
 
 }  // namespace lightning_fastmoe

@@ -1,9 +1,9 @@
-// The whole layer as two operators, so that a step of many short kernels is not held up by the
-// interpreter: what lightning_fastmoe/ops/steps.py does step by step, for the case where every
-// grouped GEMM is one kernel and there are no biases. The formulas are explained there.
+// The whole layer as two operators, so that launching many short kernels is not limited by the
+// Python interpreter: the steps of lightning_fastmoe/ops/steps.py, if every grouped GEMM is one
+// kernel and there are no biases. The formulas are explained there.
 //
-// With `hopper`, the grouped GEMMs are those of hopper/, which gather rows and apply activations
-// themselves; otherwise they are F.grouped_mm, with separate kernels in between.
+// With `hopper`, the grouped GEMMs are those of hopper/, with fused gathers and activations;
+// otherwise they are F.grouped_mm, with separate kernels in between.
 #include <array>
 
 #include "checks.h"
@@ -34,11 +34,11 @@ Tensor transposed(const Tensor& matrix) {
 Tensor weight_gradient(const Tensor& a, const Tensor& b, const Tensor& tokens_per_expert,
                        const Tensor& offsets) {
   Tensor out = grouped_mm(transposed(a), b, offsets);
-  zero_empty_experts_(out, tokens_per_expert);  // a GEMM over no rows may leave it unwritten
+  zero_empty_experts_(out, tokens_per_expert);  // a GEMM over zero rows may not write it
   return out;
 }
 
-// Tokens in expert-major order, or `x` itself if its rows are in that order already.
+// Tokens in expert-major order, or `x` itself if its rows already are.
 Tensor rows_of(const Tensor& x, const std::optional<Tensor>& inverse, int64_t top_k) {
   return inverse ? permute_rows(x, *inverse, top_k) : x;
 }
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
         activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
     if (wants_down) d_down = weight_gradient(d_out, weighted_act, tokens_per_expert, offsets);
   }
-  // h holds its gradient by now. The gradient of its rows comes first, as these N rows of D are
+  // h now holds its gradient. The gradient of x is computed first, because its N rows of D are
   // freed before the gradient of up is allocated.
   if (wants_x) {
     const auto out_order = token_order(order, inverse, top_k, hopper);

@@ -1,13 +1,11 @@
-// Tokens into expert order and back. All three kernels are limited by memory, so each reads what
-// the K rows of a token share once:
+// Permutes tokens into expert order and back. All three kernels are memory-bound, so each reads
+// only once what the K rows of a token share:
 //
-//   permute_rows        iterates over tokens and writes K rows each, rather than over rows that
-//   each
-//                       read their token again: (K + 1) / 2K of the traffic;
-//   sum_rows            iterates over tokens and reads K rows each;
-//   unpermute_backward  iterates over pairs, those of one token side by side in one block, where
-//   the
-//                       token's gradient stays in the L1 cache.
+//   permute_rows: iterates over tokens and writes K rows each, rather than over rows that each
+//     read their token again: (K + 1) / 2K of the traffic;
+//   sum_rows: iterates over tokens and reads K rows each;
+//   unpermute_backward: iterates over pairs, those of one token side by side in one block, where
+//     the token's gradient stays in the L1 cache.
 //
 // There are no atomics: every element is written by one thread, and sums are in slot order.
 #include "common.cuh"
@@ -18,7 +16,7 @@ namespace {
 
 constexpr int kLoadsInFlight = 4;
 
-// Word is what one thread moves at a time: 16 bytes, or one element. A copy does not depend on the
+// Word is the unit that one thread moves: 16 bytes, or one element. A copy doesn't depend on the
 // dtype.
 template <typename Word>
 __global__ void __launch_bounds__(kBlock)
@@ -34,8 +32,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// A thread has kLoadsInFlight 16-byte loads in flight: of kRows rows, and of kColumns vectors in
-// each, a block's width apart. Where a token has few rows it is more vectors.
+// A thread has kLoadsInFlight 16-byte loads in flight: kColumns vectors, a block's width apart, of
+// each of kRows rows. If a token has few rows, more vectors.
 template <typename T, int N, int kRows, bool kBias>
 __global__ void __launch_bounds__(kBlock)
     sum_rows_kernel(const T* __restrict__ rows, const int64_t* __restrict__ inverse,

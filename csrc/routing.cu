@@ -2,7 +2,7 @@
 // and its gradient.
 //
 // One warp per token; lane l holds the logits of experts l, l + 32, ... in registers, so E <= 1024.
-// Launch sizes depend on E and K alone.
+// Launch sizes depend only on E and K.
 #include "common.cuh"
 #include "ops.h"
 
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kMaxExperts = 1024;
 
-// An integer that orders numbers as top-k does: NaN above everything, as in torch.sort, and all
-// NaNs equal, so that a row of NaNs still gives K distinct experts. The bits of a float >= 0 ascend
-// with its value; those of a negative one descend. 0 is reserved for experts that are taken or
-// don't exist.
+// Maps a float to an integer with the order of top-k: NaN above everything, as in torch.sort, and
+// all NaNs equal, so that a row of NaNs still gives K distinct experts. The bits of a float >= 0
+// ascend with its value; those of a negative one descend. 0 is reserved for experts that have
+// already been chosen or don't exist.
 __device__ __forceinline__ unsigned rank_key(float value) {
   if (isnan(value)) return 0xffffffffu;
   const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);  // -0 ties with 0
@@ -35,7 +35,7 @@ __device__ __forceinline__ float scaled_score(float x, float highest, bool use_s
 
 __device__ __forceinline__ float sigmoid(float x) { return scaled_score(x, 0.0f, true); }
 
-// A token's scores over their sum: score = scaled_score(logit, highest) / sum.
+// A token's scores divided by their sum: score = scaled_score(logit, highest) / sum.
 template <int V>  // scores per lane
 __device__ __forceinline__ void distribution(const float* __restrict__ row, int lane,
                                              int num_experts, bool use_sigmoid, float (&logit)[V],
@@ -51,7 +51,7 @@ __device__ __forceinline__ void distribution(const float* __restrict__ row, int 
   sum = 0.0f;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    // The guard matters: a row of -inf would turn the lanes beyond E into NaN of their own.
+    // The guard is needed: in a row of -inf, lanes beyond E would become NaN.
     const bool exists = v * kWarpSize + lane < num_experts;
     score[v] = exists ? scaled_score(logit[v], highest, use_sigmoid) : 0.0f;
     sum += score[v];
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kBlock, 2)
   float logit[V], score[V], highest, sum;
   distribution<V>(logits + token * num_experts, lane, num_experts, use_sigmoid, logit, score,
                   highest, sum);
-  // Without a bias the logits themselves rank: scores round far-off logits to one number. With one,
-  // the larger logit wins where two sums are equal.
+  // Without a bias, rank by the logits: scores round distant logits to the same number. With a
+  // bias, the larger logit wins if two sums are equal.
   const bool biased = selection_bias != nullptr;
   unsigned rank[V];
 #pragma unroll
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kBlock, 2)
     best_key = 0;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      // Strictly: what is equal in both stays with the lower expert.
+      // Strictly greater: if both are equal, the lower expert stays.
       if (rank[v] > best_key || (rank[v] == best_key && best_key != 0 && logit[v] > best_logit)) {
         best_key = rank[v];
         best_logit = logit[v];
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kBlock, 2)
 // With q the distribution, G the gradient of q and x the logits:
 //   softmax   d_x = q (G - <q, G>)
 //   sigmoid   the same times sigmoid(-x), the derivative of log sigmoid(x)
-// What comes through normalised weights w is w (g - <w, g>), likewise, at the K chosen experts. No
-// term divides by a score.
+// Normalised weights w contribute w (g - <w, g>) in the same way, at the K chosen experts. No term
+// divides by a score.
 template <int V>
 __global__ void __launch_bounds__(kBlock, 1)
     route_backward_kernel(const float* __restrict__ logits, const float* __restrict__ weights,
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     const bool given = expert < num_experts && d_scores != nullptr;
     grad[v] = given ? d_scores[token * num_experts + expert] : 0.0f;
   }
-  // Of a chosen expert's logit; of its score where a weight is a score of the distribution.
+  // Gradient of a chosen expert's logit; of its score if a weight is a score of the distribution.
   const bool weights_are_scores = !normalize && !use_sigmoid;
   int my_expert = 0;
   float my_grad = 0.0f;

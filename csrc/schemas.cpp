@@ -1,4 +1,4 @@
-// All schemas in one file, against torch's stable ABI: one build serves several versions of torch.
+// The schemas of all operators, on torch's stable ABI: one build works with several torch versions.
 //
 // T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows in expert-major order.
 // `inverse[p]` is the row of the flat (token, slot) pair p, `order[row]` the pair of a row.
@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // logits (T, E) fp32 -> scores (T, E) fp32, exp or sigmoid of the logits over a token's sum;
   // weights (T, K) fp32, exp or sigmoid of the chosen logits over their sum with normalize, else
   // the score or the bare sigmoid; expert_ids (T, K) int64, the K largest of softmax or sigmoid
-  // plus selection_bias (E,), best first. Ratios are right also where each score would be zero in
+  // plus selection_bias (E,), best first. Ratios are right even where each score would be zero in
   // fp32.
   library.def(
       "route(Tensor logits, Tensor? selection_bias, int top_k, bool normalize, bool sigmoid)"
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   library.def(
       "activation_backward_(Tensor(a!) h, Tensor(b!) d_act, Tensor weights, Tensor? order,"
       " Tensor? bias, Tensor? offsets, str name) -> Tensor");
-  // grad (E, ...): zeros for the experts without tokens.
+  // grad (E, ...): zeroes the slices of experts without tokens.
   library.def("zero_empty_experts_(Tensor(a!) grad, Tensor tokens_per_expert) -> ()");
   // The layer without biases: x (T, D), weights (T, K), up (E, 2F or F, D), down (E, D, F) -> out
   // (T, D), and the pre-activation h, which the backward needs (without keep_h it has no rows).
@@ -64,7 +64,7 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 
-  // Which kernel of this process gave up waiting, and for what; "" if none has. See deadline.h.
+  // Which kernel of this process timed out, and what it waited for; "" if none. See deadline.h.
   library.def("stall_report() -> str");
 
   // The grouped GEMMs of compute capability 9.0: bf16 and fp16, contiguous, rows that are multiples

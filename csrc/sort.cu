@@ -2,16 +2,16 @@
 // separated by grid barriers:
 //
 //   1. each block counts the ids of its own range, per expert and warp;
-//   2. per expert, prefix sums over the blocks, which each block computes for itself if the counts
-//      are few, and for all blocks if they are many, which takes another grid barrier;
-//   3. each block gives its pairs their rows.
+//   2. per expert, prefix sums over the blocks: with few counts each block computes its own; with
+//      many the blocks divide the experts among themselves, which takes another grid barrier;
+//   3. each block assigns rows to its pairs.
 //
 // There are no atomics on counts: a lane finds its rank among equal ids by ballots, and warps and
-// blocks find theirs by prefix sums. So each pair's row is a function of the ids alone, whatever
-// order the blocks run in.
+// blocks find theirs by prefix sums. So each pair's row depends only on the ids, not on the order
+// in which blocks run.
 //
-// There is little data to move, so the time is the latency of dependent operations. Loads are
-// issued in batches; what a warp found out about its own ids is kept for the last phase.
+// There is little data, so the time is the latency of dependent operations. Loads are issued in
+// batches, and a warp keeps what it computed about its own ids for the last phase.
 #include <cassert>
 
 #include "common.cuh"
@@ -38,7 +38,7 @@ struct Step {
   __device__ __forceinline__ bool exists(int i) const { return pair(i) < last; }
 
   __device__ __forceinline__ void load_ids(const int64_t* __restrict__ ids, int num_experts) {
-    // No check between these loads, or each would wait for the one before it.
+    // No check between these loads, otherwise each would wait for the previous one.
     int64_t value[kIdsPerLane];
 #pragma unroll
     for (int i = 0; i < kIdsPerLane; ++i) value[i] = exists(i) ? ids[pair(i)] : 0;
@@ -76,7 +76,7 @@ struct Step {
     }
   }
 
-  // Gives the pairs their rows. `rows`: where the warp's pairs of each expert begin.
+  // Assigns rows to the pairs. `rows`: the first row of the warp's pairs, per expert.
   __device__ __forceinline__ void finish(const int* rows, int64_t* __restrict__ order,
                                          int64_t* inverse) const {
 #pragma unroll
@@ -90,8 +90,7 @@ struct Step {
 };
 
 // The pairs [first, last) of a warp, step by step. Between count() and finish() the last step,
-// which for most is the only one, stays in registers; the ranks of those before it are kept in
-// `inverse`.
+// usually the only one, stays in registers; the ranks of earlier steps are stored in `inverse`.
 struct WarpPairs {
   int64_t first;
   int64_t last;
@@ -168,7 +167,7 @@ __device__ __forceinline__ void sum_all_blocks(const int* block_counts, int num_
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   for (int start = 0; start < num_experts; start += kBlock) {
-    // Where experts are few, several threads share the blocks of each.
+    // With few experts, several threads share the blocks of each.
     const int width = min(kBlock, num_experts - start), threads = kBlock / width;
     const int share = thread / width, expert = thread - share * width;
     Counts sum{0, 0};
@@ -317,8 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   Tensor inverse = torch::stable::empty_like(expert_ids);
   Tensor tokens_per_expert = torch::stable::new_empty(expert_ids, {num_experts});
   Tensor offsets = torch::stable::new_empty(expert_ids, {num_experts}, ScalarType::Int);
-  // The whole grid has to be resident at once; one block per multiprocessor always is. Without
-  // pairs one block still runs, and writes counts and offsets of zero.
+  // The whole grid must be resident at once; one block per multiprocessor always is. Without pairs
+  // one block still runs, and writes zero counts and offsets.
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                         expert_ids.get_device_index()));

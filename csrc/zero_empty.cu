@@ -1,5 +1,5 @@
-// Zeros for the weight gradients of experts without tokens: a grouped GEMM over no rows may leave
-// its output unwritten. Experts with tokens cost one load each, and the host does not need the
+// Zeroes the weight gradients of experts without tokens: a grouped GEMM over zero rows may not
+// write its output. Experts with tokens cost one load each, and the host doesn't need the
 // counts.
 #include "common.cuh"
 #include "ops.h"

@@ -2,7 +2,7 @@
 
 Importing the package registers ``strategy="fastmoe"`` and its variants with Lightning's Trainer,
 and lets ``load_from_checkpoint`` of any module read this package's checkpoints. It imports neither
-torch nor Lightning nor DeepSpeed: what it exports is loaded when first used.
+torch nor Lightning nor DeepSpeed: exported names are loaded on first use.
 """
 
 from importlib import import_module
@@ -56,12 +56,12 @@ def _load(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name in __all__:
         value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'callbacks')}"), name)
-        globals()[name] = value  # the next time without this function
+        globals()[name] = value  # later accesses bypass this function
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if not TYPE_CHECKING:  # or every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         return _load(name)

@@ -1,6 +1,6 @@
-"""Holds arguments to their annotations, so that a wrong type is named where it was given.
+"""Checks arguments against their annotations, so that a wrong type is reported at the call.
 
-Python would let ``async_checkpoint="yes"`` pass, and ``top_k="2"`` fail far from the call.
+Otherwise ``async_checkpoint="yes"`` would pass, and ``top_k="2"`` would fail far from the call.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ def check_types(
     *,
     whole_floats: bool = False,
 ) -> dict[str, Any]:
-    """Arguments as the types of their annotations.
+    """Checks arguments and returns them as the types of their annotations.
 
-    Integers and floats of NumPy are numbers, a bool is not one, and no string is converted.
+    NumPy's integers and floats are numbers, bools are not, and strings are never converted.
 
     Args:
-        owner: who takes them, for messages.
-        function: whose annotations count. Arguments without one are let through.
+        owner: the class or function that takes them, for messages.
+        function: the function with the annotations. Arguments without one are not checked.
         given: values by name.
-        whole_floats: whether 5e8 is an integer.
+        whole_floats: whether floats such as 5e8 are accepted as integers.
 
     Returns:
-        The values, numbers of NumPy replaced by Python's.
+        The values, with NumPy's numbers replaced by Python's.
 
     Raises:
-        ConfigError: naming the argument, its value and type, and the type that it must have.
+        ConfigError: naming the argument, its value and type, and the required type.
     """
     hints = _hints(function)
     checked = {}
@@ -55,18 +55,18 @@ def check_types(
 
 
 def check_known(owner: str, given: Collection[str], known: Collection[str]) -> None:
-    """Refuses names of arguments that do not exist.
+    """Refuses unknown argument names.
 
     Raises:
         ConfigError: naming the argument, and the one that was probably meant.
     """
     for name in given:
         if name not in known:
-            raise ConfigError(f"{owner} takes no argument {name!r}.{suggestion(name, known)}")
+            raise ConfigError(f"{owner} has no argument {name!r}.{suggestion(name, known)}")
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """A sentence that names the one of ``known`` that was probably meant, "" if there is none.
+    """A sentence that suggests the closest name in ``known``; "" if none is close.
 
     >>> suggestion("expert_parallel", ["stage", "expert_parallel_size"])
     ' Did you mean expert_parallel_size?'
@@ -78,14 +78,14 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's arguments, without ``self`` and those that collect the rest."""
+    """The names of a function's arguments, without ``self``, ``*args`` and ``**kwargs``."""
     rest = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     found = inspect.signature(function).parameters.values()
     return [p.name for p in found if p.name != "self" and p.kind not in rest]
 
 
 def describe(hint: Any) -> str:
-    """What values an annotation stands for, in words."""
+    """Describes the values of an annotation in words."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         members = sorted(get_args(hint), key=lambda member: member is types.NoneType)
@@ -133,7 +133,7 @@ def _convert(value: Any, hint: Any, whole_floats: bool) -> Any:
         return _list(value, members, whole_floats)
     kind = origin or hint
     if kind is Any or not isinstance(kind, type) or isinstance(value, kind):
-        return value  # an annotation that is not a class is not looked at
+        return value  # annotations that are not classes are not checked
     return _WRONG
 
 

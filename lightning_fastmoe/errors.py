@@ -1,8 +1,8 @@
-"""Every exception that the package raises on purpose.
+"""All exceptions that the package raises on purpose.
 
-Each message names the value that was found, the rule that it breaks and the way to mend it. All
-derive from :class:`FastMoEError`; each also derives from the built-in exception that callers would
-expect (``ValueError``, ``RuntimeError``, ...), so that generic handlers keep working.
+Each message names the offending value, the rule that it breaks and how to fix it. All derive from
+:class:`FastMoEError`, and each also from the built-in exception that callers would expect
+(``ValueError``, ``RuntimeError``, ...), so that generic handlers keep working.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class TopologyError(FastMoEError, ValueError):
 
 
 class UnmanagedExpertsError(FastMoEError, RuntimeError):
-    """Experts are sharded over ranks, but nothing here knows how to train them."""
+    """Experts are sharded over ranks, but no strategy manages them."""
 
 
 class ExchangeError(FastMoEError, RuntimeError):
-    """The ranks of an expert parallel group disagree about an exchange of tokens."""
+    """An exchange of tokens failed, timed out, or the ranks disagree about it."""
 
 
 class NonFiniteError(FastMoEError, FloatingPointError):
-    """NaN or Inf reached a router."""
+    """A router's logits contain NaN or Inf."""
 
 
 class ParameterGroupError(FastMoEError, ValueError):
@@ -41,7 +41,7 @@ class ParameterGroupError(FastMoEError, ValueError):
 
 
 class ParameterEditError(FastMoEError, RuntimeError):
-    """A parameter was changed while training in a way that would be lost."""
+    """A parameter was changed during training in a way that would be lost."""
 
 
 class CheckpointError(FastMoEError, RuntimeError):
@@ -53,8 +53,8 @@ class DataError(FastMoEError, ValueError):
 
 
 class ForeignObjectError(FastMoEError, TypeError):
-    """An object of another library stands where one of pytorch_lightning is needed."""
+    """An object of another library was given where one of pytorch_lightning is needed."""
 
 
 class KernelsUnavailableError(FastMoEError, RuntimeError):
-    """The CUDA kernels can't be built or used, for this reason."""
+    """The CUDA kernels can't be built or used."""

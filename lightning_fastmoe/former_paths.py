@@ -1,8 +1,8 @@
-"""Modules under the dotted paths that they had in earlier versions.
+"""Keeps modules importable under the dotted paths that they had in earlier versions.
 
-Configuration files, pickles and users' scripts name classes by the module that they are in, so a
-module that moves must still be found where it was. It is the same module under both names: a class
-has one identity, however it was imported.
+Configuration files, pickles and users' scripts refer to classes by their module, so a module that
+has moved must still be importable under its old path. It is the same module object under both
+names, so a class has one identity, however it was imported.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ FORMER = {
 
 
 def serve_former_paths() -> None:
-    """Make the paths of :data:`FORMER` importable. Nothing is imported before it is asked for."""
+    """Makes the paths in :data:`FORMER` importable; modules are imported on demand."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        # The first: a file that an older installation left behind would be another module.
+        # First in the list: a file left behind by an older installation would be another module.
         sys.meta_path.insert(0, _Finder())
 
 
@@ -62,5 +62,5 @@ class _Alias(Loader):
         self._path = path
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system looks the module up again afterwards, and so gets the one that moved.
+        # The import system looks the module up again afterwards, and finds the moved one.
         sys.modules[module.__name__] = import_module(self._path)

@@ -1,12 +1,12 @@
-"""Lightning's own loaders, and checkpoints that are directories.
+"""Teaches Lightning's own loaders to read this package's checkpoints, which are directories.
 
-``MyModule.load_from_checkpoint("last.ckpt")`` is what people type, and their module is a plain
-LightningModule: no method of ours is called, and Lightning has no place to register a loader. It
-opens the path by a function that ``pytorch_lightning.core.saving`` imports by name. That name, in
-that one module, is given a function which looks whether the path is a checkpoint of this package
-and otherwise calls the former: nothing changes for other files, for ``torch.load`` or for other
-libraries. So is the name by which strategies that know single files alone open them; there the
-function can only say what to do, as such a strategy may want the optimizer's state.
+Users call ``MyModule.load_from_checkpoint("last.ckpt")`` on plain LightningModules: no code of this
+package runs, and Lightning has no hook to register a loader. It opens the path with a function that
+``pytorch_lightning.core.saving`` imports by name. That name, in that one module, is replaced by a
+function that checks whether the path is a checkpoint of this package and otherwise calls the
+original: nothing changes for other files, ``torch.load`` or other libraries. The name that
+strategies for single files use is replaced too; there the function only raises an error with
+instructions, because such a strategy may need the optimizer's state.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _FUNCTIONS = {
     "pytorch_lightning.core.saving": "read",
     "lightning_fabric.plugins.io.torch_io": "refuse",
 }
-"""Which function of ``strategy/plain_loading.py`` stands for ``pl_load`` in which module."""
+"""Module -> the function of ``strategy/plain_loading.py`` that replaces ``pl_load`` in it."""
 
 
 def register_loaders(plain_loading: Callable[[], Any]) -> None:
-    """Lets Lightning's loaders know the directories of this package. Again is the same as once.
+    """Makes Lightning's loaders recognise this package's checkpoints. Idempotent.
 
     Args:
-        plain_loading: imports ``strategy/plain_loading.py``, once there is a path to look at.
+        plain_loading: imports ``strategy/plain_loading.py``; called when there is a path to check.
     """
     when_imported(
         {

@@ -1,9 +1,8 @@
-"""The names by which a Trainer knows the strategy, registered without importing Lightning.
+"""Registers the strategy's names with Lightning's Trainer, without importing Lightning.
 
-``import lightning_fastmoe`` must cost no more than what is used of it, and yet
-``Trainer(strategy="fastmoe")`` must work after it. So the names are registered when
-``pytorch_lightning.strategies`` is imported, be it earlier or later, and the strategy itself is
-imported when a Trainer asks for one.
+``import lightning_fastmoe`` must be cheap, and ``Trainer(strategy="fastmoe")`` must work after it.
+So the names are registered when ``pytorch_lightning.strategies`` is imported, whether before or
+after this package, and the strategy itself is imported when a Trainer asks for it.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ _FIX = (
 
 
 class ForeignPackageWarning(UserWarning):
-    """The package ``lightning`` is imported, whose classes are not ``pytorch_lightning``'s."""
+    """The package ``lightning`` is imported, whose classes differ from ``pytorch_lightning``'s."""
 
 
 def register_names(registry: Any, make_strategy: Callable[..., Any]) -> None:
-    """Put :data:`VARIANTS` into one of Lightning's registries of strategies.
+    """Adds :data:`VARIANTS` to one of Lightning's strategy registries.
 
     Args:
         registry: ``pytorch_lightning.strategies.StrategyRegistry``, or one like it.
@@ -57,7 +56,7 @@ def register_names(registry: Any, make_strategy: Callable[..., Any]) -> None:
 
 
 def register_with_lightning(make_strategy: Callable[..., Any]) -> None:
-    """Register the names as soon as Lightning is imported, at once if it already is.
+    """Registers the names when Lightning is imported; immediately if it already is.
 
     Args:
         make_strategy: as in :func:`register_names`.
@@ -71,12 +70,12 @@ def register_with_lightning(make_strategy: Callable[..., Any]) -> None:
 
 
 class _Names(list[str]):
-    """What a registry holds. The Trainer looks its ``strategy`` up here, and refuses the rest."""
+    """The names in a registry, in which the Trainer looks up its ``strategy``."""
 
     def __contains__(self, name: object) -> bool:
         known = super().__contains__(name)
         if not known and isinstance(name, str) and name.startswith(NAME):
-            # Lightning's own message names none of ours.
+            # Lightning's own message doesn't list this package's names.
             raise ConfigError(
                 f"strategy={name!r} is unknown. The names of FastMoEStrategy are:"
                 f" {', '.join(VARIANTS)}. For other arguments give an object:"
@@ -97,8 +96,8 @@ def _warn_about_foreign(module: ModuleType) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
             "lightning_fastmoe works with pytorch_lightning, but this program imports the package"
-            " lightning, whose classes are others: its Trainer calls FastMoEStrategy an invalid"
-            f" strategy name. {_FIX}",
+            " lightning, whose classes are different: its Trainer rejects FastMoEStrategy as an"
+            f" invalid strategy name. {_FIX}",
             ForeignPackageWarning,
             stacklevel=2,
         )
@@ -106,13 +105,13 @@ def _warn_about_foreign(module: ModuleType) -> None:
 
 def _refuse_foreign(**_: Any) -> NoReturn:
     raise ForeignObjectError(
-        "FastMoEStrategy is a strategy of pytorch_lightning, but the Trainer that asks for it is"
-        f" one of lightning.pytorch. The two packages do not mix. {_FIX}"
+        "FastMoEStrategy is a strategy of pytorch_lightning, but this Trainer is from"
+        f" lightning.pytorch. The two packages can't be mixed. {_FIX}"
     )
 
 
 def when_imported(calls: dict[str, Callable[[ModuleType], None]]) -> None:
-    """Call each function with the module of its name, once that is imported."""
+    """Calls each function with the module of its name, once that is imported."""
     missing = {}
     for name, call in calls.items():
         if (module := sys.modules.get(name)) is not None:
@@ -124,7 +123,7 @@ def when_imported(calls: dict[str, Callable[[ModuleType], None]]) -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds nothing itself; it calls a function after another finder's module has run."""
+    """Calls a function after a module has been imported; leaves finding it to other finders."""
 
     def __init__(self, calls: dict[str, Callable[[ModuleType], None]]) -> None:
         self._calls = calls
@@ -135,14 +134,14 @@ class _Watcher(MetaPathFinder):
         call = self._calls.pop(name, None)
         if call is None:
             return None
-        spec = importlib.util.find_spec(name)  # of the other finders, as it is popped here
+        spec = importlib.util.find_spec(name)  # by the other finders: popped here
         if spec is None or spec.loader is None:
             self._calls[name] = call
             return None
         loader, run = spec.loader, spec.loader.exec_module
 
         def run_and_call(module: ModuleType) -> None:
-            # The loader is this module's own, or that of a whole archive.
+            # A loader may be shared by all modules of an archive.
             if module.__name__ == name:
                 vars(loader).pop("exec_module", None)
             try:

@@ -85,7 +85,7 @@ def test_suggestions() -> None:
     assert suggestion("num_expert", known) == " Did you mean num_experts?"
     assert suggestion("non_finite", known) == " Did you mean nonfinite?"
     assert suggestion("zzz", known) == ""
-    with pytest.raises(ConfigError, match="owner takes no argument 'stag'. Did you mean stage"):
+    with pytest.raises(ConfigError, match="owner has no argument 'stag'. Did you mean stage"):
         check_known("owner", ["stag"], known)
     assert describe(int | Literal["auto"]) == "an integer or 'auto'"
 
@@ -128,7 +128,7 @@ def test_layer_of_numpy_sizes() -> None:
 
 
 STRATEGY = [
-    ({"expert_parallel": 2}, "takes no argument 'expert_parallel'. Did you mean expert_parallel_"),
+    ({"expert_parallel": 2}, "has no argument 'expert_parallel'. Did you mean expert_parallel_"),
     ({"ofload_optimizer": True}, "'ofload_optimizer'. Did you mean offload_optimizer?"),
     ({"stage": "2"}, "stage='2' (str) is invalid: it must be the integer 1, 2 or 3"),
     ({"stage": True}, "stage=True (bool) is invalid: it must be the integer 1, 2 or 3"),

@@ -1,8 +1,8 @@
 // From the accumulators' layout in registers to rows in memory.
 //
 // Four lanes of a warp (a quad) hold a row of D two columns at a time. After an exchange within the
-// quad each lane has eight neighbouring columns, 16 bytes, and the quad 64 contiguous bytes. Where
-// B's columns were reordered for this before the MMAs (see tensor_map.h), each has them already.
+// quad each lane has eight consecutive columns, 16 bytes, and the quad 64 contiguous bytes. If B's
+// columns were reordered for this before the MMAs (see tensor_map.h), no exchange is needed.
 #pragma once
 
 #include <cuda_bf16.h>

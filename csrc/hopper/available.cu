@@ -1,5 +1,5 @@
-// Whether this library has these kernels for a GPU. It may serve a Hopper GPU by PTX of an older
-// architecture, in which their bodies are empty.
+// Whether this library has these kernels for a GPU. On a Hopper GPU the library may run as PTX of
+// an older architecture, in which their bodies are empty.
 #include <array>
 #include <atomic>
 
@@ -16,7 +16,7 @@ bool probe() {
   if (cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess) {
     return attributes.maxThreadsPerBlock >= kThreads;
   }
-  cudaGetLastError();  // the question is answered
+  cudaGetLastError();  // clear the error
   return false;
 }
 

@@ -7,8 +7,8 @@
 namespace lightning_fastmoe::hopper {
 namespace {
 
-// d_weights[order[row]] = the sum of the row's shares, in the order of the N tiles. (Pointers are
-// not __restrict__: the compiler may hoist loads through such ones above the wait.)
+// d_weights[order[row]] = the sum of the row's partial dots, in the order of the N tiles. (Pointers
+// are not __restrict__: the compiler could hoist loads through them above the wait.)
 __global__ void __launch_bounds__(kBlock)
     reduce_dots_kernel(const float* dots, const int64_t* order, float* d_weights, int64_t rows,
                        int n_tiles) {

@@ -1,4 +1,4 @@
-// What the operators of this folder require of their tensors.
+// Checks of the tensor arguments of this folder's operators.
 #pragma once
 
 #include "../common.cuh"
@@ -38,7 +38,7 @@ inline void check_fits(int64_t rows, const char* op) {
   STD_TORCH_CHECK(rows < (int64_t{1} << 31) - kTileM * kClusterSize, op, ": too many rows, ", rows);
 }
 
-// The address of a row that is gathered is a 32-bit number of 16-byte vectors.
+// Gathered rows are addressed by 32-bit counts of 16-byte vectors.
 inline void check_gathered(const Tensor& tensor, const char* op) {
   STD_TORCH_CHECK(tensor.numel() / 8 < (int64_t{1} << 32) - 1, op, ": too many tokens, ",
                   tensor.size(0), " of width ", tensor.size(1));
@@ -54,7 +54,7 @@ inline CUtensorMap tensor_map(const Tensor& tensor, const char* op, const Boxes&
   return map;
 }
 
-// Calls `function(TypeTag<T>{})` for the types that the tensor cores take here.
+// Calls `function(TypeTag<T>{})` for the half-precision types supported here.
 template <typename Function>
 void for_half(ScalarType dtype, const char* op, Function&& function) {
   switch (dtype) {

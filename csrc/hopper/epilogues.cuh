@@ -1,8 +1,8 @@
-// The epilogues: what becomes of a tile of D in the accumulators.
+// The epilogues, which process and store a tile of D in the accumulators.
 //
-// Each has: kGated, whether a tile's columns are 128 gate columns and the 128 up columns next to
-// them; load_stages(n), how many pipeline stages of its own it takes for N tile n, and load(), by
-// which the producer fills one of them; and, for the consumers, prepare() before the mainloop,
+// Each has: kGated, whether a tile's columns are 128 gate columns followed by the corresponding 128
+// up columns; load_stages(n), how many additional pipeline stages it uses for N tile n, and load(),
+// with which the producer fills one of them; and, for the consumers, prepare() before the mainloop,
 // prefetch() while the last MMAs are in flight, and store().
 #pragma once
 
@@ -15,7 +15,7 @@ __device__ __forceinline__ void store_vector(void* to, uint4 vector) {
   *reinterpret_cast<uint4*>(to) = vector;
 }
 
-// D itself, as (N, width) in T: in the order of the rows, or row r as row order[r] of the result,
+// Stores D as (N, width) in T: in row order, or with row r going to row order[r] of the result,
 // times the weight of that row.
 template <typename T>
 struct StoreRows {
@@ -80,7 +80,7 @@ struct StoreRows {
   }
 };
 
-// H = D (+ bias) and A = act(H). h may be null: then only A is written.
+// Stores H = D (+ bias) and A = act(H). If h is null, only A is written.
 template <typename T, typename Act, bool kGated_>
 struct StoreActivation {
   static constexpr bool kGated = kGated_;
@@ -166,12 +166,12 @@ struct StoreActivation {
   }
 };
 
-// With D = dA', the gradient that A would have if the routing weight w were 1, and H of the
-// forward: dH = w D act'(H), the weighted activation w A, and this N tile's share of <A, D> of each
-// row.
+// From D = dA', the gradient that A would have if the routing weight w were 1, and the forward's H,
+// stores dH = w D act'(H), the weighted activation w A, and this N tile's part of each row's
+// <A, D>.
 //
-// H comes through the pipeline, 64 columns to a stage, and the results overwrite it there before
-// they are stored, so that memory sees whole rows of 128 bytes.
+// H is loaded through the pipeline, 64 columns per stage, and the results overwrite it there before
+// they are stored, so that global memory is written in whole rows of 128 bytes.
 template <typename T, typename Act, bool kHasGate>
 struct BackwardActivation {
   static constexpr bool kGated = false;  // D has the columns of A, in order
@@ -218,7 +218,7 @@ struct BackwardActivation {
     for (int half = 0; half < 2; ++half) rows.weight[half] = weights[rows.pair[half]];
   }
 
-  // Replaces a pair of H by that of dH. Returns that of w A.
+  // Replaces a pair of elements of H by those of dH. Returns the pair of w A.
   __device__ __forceinline__ uint32_t replace(uint32_t& gate_pair, uint32_t& up_pair, float2 grad,
                                               float weight, float& dot) const {
     const float2 gate = unpack<T>(gate_pair);
@@ -235,8 +235,8 @@ struct BackwardActivation {
     return pack<T>(weight * value.x, weight * value.y);
   }
 
-  // Replaces a subtile of H, this warp's 16 rows at `subtile`, by that of dH, and writes that of
-  // w A behind it; d: the accumulators of the same columns.
+  // Replaces this warp's 16 rows of H at `subtile` by dH, and writes those of w A after them. d:
+  // the accumulators of the same columns.
   __device__ __forceinline__ void replace_subtile(uint32_t subtile, const float* d,
                                                   const Rows& rows, float (&dot)[2]) const {
     // 8 x 8 matrices: the lower and the upper eight rows, then the same of the next columns.
@@ -270,8 +270,8 @@ struct BackwardActivation {
   }
 
   // Stores a subtile, 64 columns of this warp's 16 rows, from shared memory to `to`, 16 bytes of
-  // every fourth row per lane. `rows_left` rows exist, counted from this lane's first one, and the
-  // columns only if `inside`.
+  // every fourth row per lane. `rows_left`: valid rows from this lane's first one on; `inside`:
+  // whether the columns are valid.
   __device__ __forceinline__ void store_subtile(T* to, int64_t row_size, uint32_t from,
                                                 int rows_left, bool inside) const {
     const int lane = threadIdx.x % 32;

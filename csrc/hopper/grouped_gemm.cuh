@@ -1,5 +1,5 @@
-// What the operators of this folder set up the same way: the checks of a grouped GEMM's operands,
-// its tensor maps, the parameters that every kernel has, and the launch.
+// Setup shared by this folder's operators: the checks of a grouped GEMM's operands, its tensor
+// maps, the parameters common to all kernels, and the launch.
 #pragma once
 
 #include "checks.cuh"
@@ -53,7 +53,7 @@ class GroupedGemm {
     return tensor_map(tensor, op_, boxes);
   }
 
-  // Params with the groups, `a` if its rows are gathered, and the deadline.
+  // Params with the groups, with `a` if its rows are gathered, and with the deadline.
   template <typename Params>
   Params make_params() const {
     Params params{};

@@ -1,10 +1,10 @@
-// How these kernels are launched. Errors stay with the CUDA runtime; the caller asks for them.
+// Launches these kernels. Errors are left in the CUDA runtime; the caller must check for them.
 //
-// With programmatic dependent launch, a kernel's blocks start one by one as those of the kernel
-// before it exit, and run their prologues, rather than when all of them have exited. A kernel has
-// to wait itself for what was written before it (grid_dependency_wait), and lets its own successor
-// in only after that (launch_dependent_grids): so all but the last kernel before it have completed
-// when it starts.
+// With programmatic dependent launch, a kernel's blocks start one by one, and run their prologues,
+// as blocks of the preceding kernel exit, rather than after all of them have. A kernel must itself
+// wait for its predecessor's writes (grid_dependency_wait), and allows its own successor to start
+// only after that (launch_dependent_grids): so when it starts, all earlier kernels but the
+// preceding one have completed.
 #pragma once
 
 #include "pipeline.cuh"

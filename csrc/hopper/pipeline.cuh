@@ -1,5 +1,5 @@
-// The pipeline that all grouped GEMMs share: stages in shared memory that one warpgroup, the
-// producer, fills, and that two others, the consumers, multiply.
+// The pipeline shared by all grouped GEMMs: one warpgroup, the producer, fills stages in shared
+// memory, and two others, the consumers, multiply them.
 //
 //   Block 0 of a cluster; block 1 does the same for the neighbouring tile of A.
 //
@@ -23,15 +23,15 @@
 // all of it twice would take more than the L2 cache can deliver.
 //
 // Consumers don't wait for each other. One may be up to kStages ahead, so that while it runs its
-// epilogue the tensor cores still have the other's MMAs to do.
+// epilogue the tensor cores still have the other's MMAs to execute.
 //
-// Who may wait for what: a wait on an mbarrier sees the parity of a phase, not its number. A thread
-// that is delayed for a whole round of the stages (by an instruction that has to be fetched from
-// memory, say) finds the parity that it started with and waits for the next phase; after the last
-// phase it waits forever, and its cluster with it. So a thread may only wait for a phase that can't
-// be followed by another without that thread. A producer thread that waits for an empty stage takes
-// part in filling it: all of them where each copies rows, the first alone where it issues all
-// loads. A consumer warp releases a stage once all of its lanes have seen it full.
+// Rules for waiting: a wait on an mbarrier sees the parity of a phase, not its number. A thread
+// that is delayed for a whole round of the stages (for example by an instruction cache miss)
+// finds the parity that it started with and waits for the next phase; after the last phase it
+// waits forever, and its cluster with it. So a thread may only wait for a phase that can't be
+// followed by another without that thread. A producer thread that waits for an empty stage takes
+// part in filling it: all of them if each copies rows, only the first if it issues all loads.
+// A consumer warp releases a stage once all of its lanes have seen it full.
 #pragma once
 
 #include "../deadline.cuh"
@@ -54,8 +54,8 @@ constexpr int kBytesA = kTileM / 64 * kBoxBytes;
 constexpr int kBytesB = kTileN / 64 * kBoxBytes;
 constexpr int kStageBytes = kBytesA + kBytesB;
 
-// Warpgroups exchange the registers that the block got at launch, 168 per thread: taking more than
-// are given back waits forever.
+// Warpgroups redistribute the registers that the block got at launch, 168 per thread: requesting
+// more than have been released waits forever.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
@@ -64,10 +64,10 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 +
 constexpr int kTokensBarrier = 1;
 constexpr int kConsumerBarrier = 2;  // and the next, one for each consumer
 
-constexpr int kMaxExperts = 2048;  // what shared memory has room for besides the stages
+constexpr int kMaxExperts = 2048;  // limited by the shared memory left besides the stages
 
-// How the declaration of a kernel starts. For other targets its body is empty and, so that nobody
-// launches it, its blocks are limited to one thread.
+// Starts the declaration of a kernel. For other targets its body is empty and its blocks are
+// limited to one thread, so that it can't be launched.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LIGHTNING_FASTMOE_KERNEL \
   __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
@@ -80,7 +80,7 @@ struct SharedStorage {
   uint64_t empty[kStages];
   int row_end[kMaxExperts];        // running sum of rows
   int work_tile_end[kMaxExperts];  // running sum of work tiles
-  // Where the rows that the producer gathers start, where it looks up many at once.
+  // Start addresses of gathered rows, if the producer looks up many at once.
   alignas(16) uint32_t row_start[2][kWarpgroup];
 };
 
@@ -93,8 +93,8 @@ constexpr int kBufferBytes = kStages * kStageBytes + kConsumers * kStagingBytes;
 constexpr int kSharedBytes = kBufferBytes + static_cast<int>(sizeof(SharedStorage)) + kAlignment;
 static_assert(kSharedBytes <= 227 * 1024);
 
-// A thread's position in the pipeline: the stage that is next, and the parity of the phase in which
-// it is filled.
+// A thread's position in the pipeline: the next stage, and the parity of the phase in which it is
+// filled.
 struct PipelineState {
   int stage = 0;
   uint32_t parity = 0;
@@ -120,18 +120,18 @@ struct Pipeline {
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + stage * 8; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + stage * 8; }
 
-  // By the producer: waits until the stage is empty. In the first round every stage is.
+  // Called by the producer: waits until the stage is empty. In the first round every stage is.
   __device__ __forceinline__ void producer_acquire(const PipelineState& state) const {
     wait(empty_barrier(state.stage), state.parity ^ 1, WaitFor::kEmptyStage, state);
   }
-  // By consumers: waits until the stage is full.
+  // Called by consumers: waits until the stage is full.
   __device__ __forceinline__ void consumer_wait(const PipelineState& state) const {
     wait(full_barrier(state.stage), state.parity, WaitFor::kFullStage, state);
   }
-  // By a whole warp of a consumer: to the producers of both blocks, since both write to this stage.
-  // All of the warp's lanes must have seen the stage full: where no MMA and no barrier has
-  // synchronised them since, a __syncwarp() must. (Here it would keep the compiler from computing
-  // the address before the MMAs are done.)
+  // Called by a whole consumer warp: signals the producers of both blocks, since both write to this
+  // stage. All of the warp's lanes must have seen the stage full: if no MMA or barrier has
+  // synchronised them since, call __syncwarp() first. (In here it would keep the compiler from
+  // computing the address before the MMAs are done.)
   __device__ __forceinline__ void consumer_release(int stage) const {
     const int lane = threadIdx.x % 32;
     delay_at_random(deadline);
@@ -147,8 +147,8 @@ struct Pipeline {
   }
 };
 
-// By all threads, at the start of a kernel. `gathers`: whether each producer thread arrives at the
-// full barriers, for the rows that it copies, besides the one that issues TMA loads.
+// Called by all threads at the start of a kernel. `gathers`: whether each producer thread arrives
+// at the full barriers for the rows that it copies, besides the one that issues TMA loads.
 __device__ __forceinline__ Pipeline make_pipeline(SharedStorage& shared, uint8_t* buffers,
                                                   bool gathers, const Deadline& deadline) {
   const Pipeline pipeline{shared_address(buffers), shared_address(shared.full),

@@ -1,4 +1,4 @@
-// Hopper's own instructions, one thin function each: mbarriers, TMA and cp.async, clusters,
+// Thin wrappers of Hopper's instructions: mbarriers, TMA and cp.async, clusters,
 // programmatic dependent launch, register budgets. Addresses of shared memory are 32-bit
 // throughout.
 #pragma once
@@ -52,15 +52,15 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and adds `bytes` of TMA loads to what completes the phase.
+// Arrives, and makes the phase's completion wait for `bytes` of TMA loads.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Arrives at the mbarrier at this address in block `rank` of the cluster. Not with cluster scope:
-// that would fence all of memory in every iteration of the mainloop, and what is handed over here
-// is shared memory that the tensor cores have read.
+// Arrives at the mbarrier at this address in block `rank` of the cluster. Without cluster scope,
+// which would fence all of memory in every iteration of the mainloop: only shared memory that the
+// tensor cores have read is handed over here.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -91,7 +91,7 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
   return done != 0;
 }
 
-// A named barrier of some of a block's warps; id 0 is that of __syncthreads().
+// A named barrier for some of a block's warps; id 0 is used by __syncthreads().
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -116,7 +116,7 @@ struct BoxCoordinates {
   int c0, c1, c2 = 0, c3 = 0, c4 = 0;
 };
 
-// Loads a box of a five-dimensional tensor. Elements outside of the tensor are zeros.
+// Loads a box of a five-dimensional tensor. Elements outside the tensor are zeros.
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier,
                                          const BoxCoordinates& at) {
   asm volatile(
@@ -139,14 +139,14 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t to, const CUtensorMa
       : "memory");
 }
 
-// Loads 16 bytes by one thread; zeros if not `valid`.
+// One thread loads 16 bytes; zeros if not `valid`.
 __device__ __forceinline__ void cp_async_zfill(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// This thread arrives once its cp.async so far have completed; the mbarrier counts one arrival.
+// Arrives once this thread's earlier cp.async have completed; the mbarrier counts one arrival.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -160,8 +160,8 @@ __device__ __forceinline__ uint4 load_shared_vector(uint32_t from) {
   return vector;
 }
 
-// Four 8 x 8 matrices of 2-byte elements, by a warp, in the registers' layout of the tensor cores:
-// lane l gives the address of the 16 bytes of row l % 8 of matrix l / 8.
+// A warp loads four 8 x 8 matrices of 2-byte elements in the tensor cores' register layout: lane l
+// gives the address of the 16 bytes of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

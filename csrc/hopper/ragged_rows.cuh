@@ -1,9 +1,9 @@
 // Grouped GEMM over rows in expert order (ragged M): D[r] = A[r] @ B[expert of r], with an epilogue
 // on the accumulators.
 //
-// A's rows are loaded in their order by TMA, or gathered: row r of A is row order[r] / top_k of a
-// smaller matrix, copied by the producer, 16 bytes per thread. An M tile ends with its expert: rows
-// beyond are loaded (as zeros if gathered) and not stored.
+// A's rows are loaded in order by TMA, or gathered: row r of A is row order[r] / top_k of a smaller
+// matrix, copied by the producer, 16 bytes per thread. An M tile ends with its expert: rows beyond
+// are loaded (as zeros if gathered) but not stored.
 #pragma once
 
 #include "accumulators.cuh"
@@ -41,8 +41,8 @@ struct RaggedRowsParams {
   int k;
   int n_tiles;
   int stagger_cycles;  // over which the clusters start one after the other
-  // Whether B's columns come in the order of ordered_boxes(), by which each thread of a quad holds
-  // eight neighbours of D rather than every fourth pair.
+  // Whether B's columns are in the order of ordered_boxes(), so that each thread of a quad holds
+  // eight consecutive columns of D rather than every fourth pair.
   bool ordered;
   Deadline deadline;
   Epilogue epilogue;
@@ -52,8 +52,8 @@ struct RaggedRowsParams {
 template <Major kB>
 constexpr int kBoxesB = kB == Major::kK ? 2 : 4;
 
-// Issues the loads of B's tile: of this block's half for both blocks, if they share it, or of all
-// of it.
+// Issues the loads of B's tile: this block's half for both blocks, if they share the tile, or the
+// whole tile.
 template <typename T, typename Epilogue, Major kB>
 __device__ __forceinline__ void load_b(const RaggedRowsParams<T, Epilogue>& params, uint32_t to,
                                        uint32_t full, int k, int expert, const WorkTile& tile,
@@ -86,10 +86,10 @@ __device__ __forceinline__ void load_b(const RaggedRowsParams<T, Epilogue>& para
   }
 }
 
-// Clusters that start at once run their epilogues at once, and then the tensor cores of all of them
-// wait for memory. Where tiles are short, and many enough to make up for the late start, clusters
-// start one after the other, over three quarters of the time of one tile, in clock cycles. `n` is
-// the number of B's columns.
+// Clusters that start simultaneously run their epilogues simultaneously, and then all tensor cores
+// wait for memory. If tiles are short, and numerous enough to make up for the late start, the
+// clusters' starts are spread over three quarters of one tile's time; returns that in clock cycles.
+// `n` is the number of B's columns.
 inline int stagger_cycles(int64_t rows, int64_t k, int64_t n) {
   constexpr int64_t kLongestK = 2048, kFewestWaves = 8, kCyclesPerTileK = 900, kOtherCycles = 4500;
   const int64_t clusters = multiprocessors() / kClusterSize;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void produce_rows(const RaggedRowsParams<T, Epilogue>
   const uint32_t to = swizzled(first, vector_of_row);
   static_assert(kPassRows % kSwizzleRows == 0);
   const int k_tiles = (params.k + kTileK - 1) / kTileK;
-  // The others would wait for stages that are filled without them, see pipeline.cuh.
+  // The others would wait for stages that they take no part in filling, see pipeline.cuh.
   if (!kGathers && thread != 0) return;
   PipelineState state;
   wait_cycles(static_cast<int64_t>(params.stagger_cycles) * blockIdx.x / gridDim.x);
@@ -170,7 +170,7 @@ __device__ __forceinline__ void produce_rows(const RaggedRowsParams<T, Epilogue>
       }
       state.advance();
     }
-    // What the epilogue loads takes the same way, so it is there when the mainloop is done.
+    // The epilogue's loads go through the pipeline too, so they are ready after the mainloop.
     const int load_stages = params.epilogue.load_stages(tile.first_n);
     for (int i = 0; i < load_stages; ++i) {
       pipeline.producer_acquire(state);
@@ -201,7 +201,7 @@ __device__ __forceinline__ void consume_rows(const RaggedRowsParams<T, Epilogue>
         make_work_tile(scheduler.index_in_expert(), m_tiles, params.n_tiles, rank);
     const int row = begin + work.m * kTileM + consumer * kConsumerM;
     const int load_stages = params.epilogue.load_stages(work.first_n);
-    if (row >= end || work.n >= params.n_tiles) {  // nothing to do here, but the pipeline goes on
+    if (row >= end || work.n >= params.n_tiles) {  // no work, but the pipeline must advance
       for (int i = 0; i < k_tiles + load_stages; ++i) {
         pipeline.consumer_wait(state);
         __syncwarp();

@@ -1,5 +1,5 @@
-// A grouped GEMM of rows in expert order and their experts' weights: the down projection, and the
-// gradient of the rows that went into the up projection.
+// A grouped GEMM of rows in expert order with their experts' weights: the down projection, and the
+// gradient of the up projection's input rows.
 #include "epilogues.cuh"
 #include "grouped_gemm.cuh"
 #include "ops.h"

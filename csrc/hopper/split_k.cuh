@@ -1,10 +1,10 @@
-// How the weights' gradients are split along K: which rows of which expert, for which tile of G
-// (see weight_gradient.cuh), a work tile sums.
+// Split-K of the weight gradients: which rows of which expert a work tile sums, for which tile of G
+// (see weight_gradient.cuh).
 //
-// An expert of more than `split_rows` rows is split, so that one hot expert does not keep a few
-// blocks busy long after the others are done. Where none is, the work tiles that are left for a
-// last, mostly idle wave of the clusters are split instead. Partial sums go to a workspace in fp32
-// and are added in their order (split_k_reduction.cuh), so that the result is deterministic.
+// An expert with more than `split_rows` rows is split, so that one hot expert doesn't keep a few
+// blocks busy long after the others are done. If there is none, the work tiles of the last, mostly
+// idle wave of clusters are split instead. Partial sums go to a workspace in fp32 and are added in
+// a fixed order (split_k_reduction.cuh), so that the result is deterministic.
 #pragma once
 
 #include "tile_scheduler.cuh"
@@ -30,8 +30,8 @@ struct LastWave {
   __host__ __device__ __forceinline__ int64_t workspace_floats() const {
     return int64_t{tiles} * splits * kClusterSize * kTileM * kTileN;
   }
-  // The accumulators of one consumer of one block: the first four of this thread; its next four are
-  // kWarpgroup on.
+  // The accumulators of one consumer of one block: returns this thread's first four; the next four
+  // are kWarpgroup further.
   __device__ __forceinline__ float4* accumulators(int tile, int split, int rank,
                                                   int consumer) const {
     const int64_t block = (static_cast<int64_t>(tile) * splits + split) * kClusterSize + rank;
@@ -41,8 +41,8 @@ struct LastWave {
   }
 };
 
-// Where a block's tile is in G. Each of the two blocks of a cluster has 128 of the work tile's 256
-// rows.
+// The position of a block's tile in G. Each of the two blocks of a cluster has 128 of the work
+// tile's 256 rows.
 struct GradientTile {
   int m;  // the first row
   int n;  // the first column
@@ -85,9 +85,9 @@ struct SplitKScheduler {
   __device__ __forceinline__ void advance() { number += scheduler.clusters; }
 };
 
-// How the last wave is split: if it has few work tiles, into as many splits as there are clusters
-// for, up to four. Not if waves are so many, or splits would be so short, that the reduction takes
-// what is gained.
+// Splits the last wave: if it has few work tiles, into as many splits as there are idle clusters
+// for, up to four. Not if there are so many waves, or splits would be so short, that the reduction
+// would cost more than is gained.
 inline LastWave split_last_wave(int64_t rows, int64_t m, int64_t n, int64_t experts,
                                 int64_t blocks) {
   const int64_t clusters = blocks / kClusterSize;
@@ -101,11 +101,11 @@ inline LastWave split_last_wave(int64_t rows, int64_t m, int64_t n, int64_t expe
   return {static_cast<int>(left), static_cast<int>(splits), nullptr};
 }
 
-// How an expert is split: into splits of this many rows. One expert's tiles take a fraction t of
-// all blocks; if it had all rows, in s splits, it would take ceil(s t) / s of the time that they
-// take it alone. Of the s that make a split half to two thirds as long as all blocks together need,
-// we take the fewest that are near the best, for each costs memory. Where an expert's tiles keep
-// nearly all blocks busy by themselves it is never split, and needs no workspace.
+// The number of rows per split of an expert. One expert's tiles occupy a fraction t of all blocks;
+// if it had all rows, in s splits, it would take ceil(s t) / s of the time without splits. Among
+// the s for which a split takes half to two thirds of the time that all blocks together need, this
+// chooses the smallest that is near the optimum, because each split costs memory. If an expert's
+// tiles keep nearly all blocks busy, it is never split and needs no workspace.
 inline int64_t rows_per_split(int64_t rows, int64_t m, int64_t n, int64_t blocks) {
   const int64_t tiles =
       int64_t{kClusterSize} * tiles_of_gradient(static_cast<int>(m), static_cast<int>(n));
@@ -124,8 +124,8 @@ inline int64_t rows_per_split(int64_t rows, int64_t m, int64_t n, int64_t blocks
   return (wanted + kTileK - 1) / kTileK * kTileK;
 }
 
-// How many splits all split experts can have at most, whatever the routing: each of them has more
-// than `split_rows` rows, and at most one split that is not full.
+// The maximum number of splits over all split experts, for any routing: each of them has more than
+// `split_rows` rows, and at most one split that is not full.
 inline int64_t max_splits(int64_t rows, int64_t split_rows) {
   const int64_t experts = rows / (split_rows + 1);
   return experts == 0 ? 0 : experts + (rows - experts) / split_rows;

@@ -1,12 +1,12 @@
-// The reductions of the partial sums of weights' gradients, see split_k.cuh.
+// The reductions of the weight gradients' partial sums, see split_k.cuh.
 #pragma once
 
 #include "weight_gradient.cuh"
 
 namespace lightning_fastmoe::hopper {
 
-// Adds the splits of split experts, in their order. Every block takes a share of each. (Pointers
-// are not __restrict__: the compiler may hoist loads through such ones above the wait.)
+// Adds the splits of split experts, in order. Every block handles a part of each. (Pointers are not
+// __restrict__: the compiler could hoist loads through them above the wait.)
 template <typename T>
 __global__ void __launch_bounds__(256)
     reduce_splits_kernel(const float* workspace, const int32_t* offsets, T* out, int experts,
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Adds the splits of the last wave's work tiles, in their order. A block reduces one block's tile
-// of G, with as many threads as the consumers had, each of which adds the accumulators of its own.
+// Adds the splits of the last wave's work tiles, in order. A block reduces one block's tile of G,
+// with as many threads as the consumers had; each thread adds the accumulators at its own index.
 template <typename T, bool kTransposed>
 __global__ void __launch_bounds__(kConsumers* kWarpgroup)
     reduce_last_wave_kernel(const __grid_constant__ WeightGradientParams<T> params) {

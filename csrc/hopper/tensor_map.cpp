@@ -8,7 +8,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                             CUtensorMapFloatOOBfill);
 
-// Found at run time, so that the library loads where there is no driver.
+// Looked up at run time, so that the library loads on machines without a driver.
 Encode driver_function() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
@@ -40,8 +40,8 @@ bool encode_tensor_map(CUtensorMap* map, const void* address, bool is_bf16, cons
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   };
   if (encoded()) return true;
-  // A thread of the autograd engine has no context before its first call of the runtime, and the
-  // driver refuses everything without one. Choosing the device anew makes its context current.
+  // A thread of the autograd engine has no context before its first runtime call, and driver calls
+  // fail without one. Setting the current device again makes its context current.
   int device = 0;
   return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess && encoded();
 }

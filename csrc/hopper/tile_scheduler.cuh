@@ -1,17 +1,17 @@
-// The tile scheduler: which output tile a cluster computes when, from the experts' row counts,
-// which only the device knows.
+// The tile scheduler: assigns output tiles to clusters, from the experts' row counts, which only
+// the device knows.
 //
-// Kernels are persistent: the grid is as many clusters as fit the GPU, and cluster c takes the work
-// tiles c, c + clusters, ... of all work tiles in expert order. Every thread finds its work tiles
-// by itself, from running sums in shared memory.
+// Kernels are persistent: the grid has as many clusters as fit on the GPU, and cluster c computes
+// work tiles c, c + clusters, ... of all work tiles in expert order. Every thread determines its
+// work tiles itself, from running sums in shared memory.
 #pragma once
 
 #include "pipeline.cuh"
 
 namespace lightning_fastmoe::hopper {
 
-// By the first warp: fills shared.row_end and shared.work_tile_end; count(rows) is an expert's
-// number of work tiles.
+// Called by the first warp: fills shared.row_end and shared.work_tile_end; count(rows) is an
+// expert's number of work tiles.
 template <typename Count>
 __device__ __forceinline__ void sum_work_tiles(SharedStorage& shared, const int32_t* offsets,
                                                int experts, Count&& count) {
@@ -44,8 +44,8 @@ struct TileScheduler {
   int clusters;
   int expert = 0;
 
-  // Advances `expert` to that of `work_tile`; false if there is no such work tile. Work tiles
-  // ascend, so the expert never has to go back.
+  // Advances `expert` to the expert of `work_tile`; false if there is no such work tile. Work tiles
+  // ascend, so `expert` never decreases.
   __device__ __forceinline__ bool fetch_work() {
     while (expert < experts && work_tile >= shared.work_tile_end[expert]) ++expert;
     return expert < experts;
@@ -80,10 +80,9 @@ __host__ __device__ __forceinline__ TileCoordinates rasterize(int index, int m_p
   return {band * most + rest - n * pairs, n};
 }
 
-// What one block of a cluster computes of a work tile, of an expert with m_tiles x n_tiles output
-// tiles. Two M tiles make a pair that shares its N tile. A last M tile without a partner is
-// computed by both blocks, at different N tiles: B is not shared then, but no block multiplies rows
-// that don't exist.
+// One block's part of a work tile, for an expert with m_tiles x n_tiles output tiles. Two M tiles
+// form a pair that shares its N tile. A last M tile without a partner is computed by both blocks,
+// at different N tiles: then B is not shared, but no block multiplies rows that don't exist.
 struct WorkTile {
   int m;
   int n;
@@ -96,7 +95,7 @@ __host__ __device__ __forceinline__ int count_work_tiles(int m_tiles, int n_tile
          m_tiles % kClusterSize * ((n_tiles + kClusterSize - 1) / kClusterSize);
 }
 
-// The work tile number `index` of an expert, as block `rank` of the cluster sees it.
+// Block `rank`'s part of an expert's work tile number `index`.
 __host__ __device__ __forceinline__ WorkTile make_work_tile(int index, int m_tiles, int n_tiles,
                                                             int rank) {
   const int m_pairs = m_tiles / kClusterSize;

@@ -1,4 +1,5 @@
-// The gradients of both weights: grouped GEMMs that gather the tokens' operand.
+// The gradients of both projections' weights: grouped GEMMs that gather the operand with a row per
+// token.
 #include <algorithm>
 
 #include "grouped_gemm.cuh"

@@ -1,8 +1,8 @@
 // Grouped GEMM over ragged K: G[e] = sum over the rows r of expert e of A[r]^T B[r].
 //
 // A is gathered as in ragged_rows.cuh, B is in expert order. Both are MN-major: in shared memory as
-// in global memory, the summed dimension is outermost. How the sum is split over the GPU:
-// split_k.cuh.
+// in global memory, the summed dimension is outermost. split_k.cuh describes how the sum is split
+// over the GPU.
 #pragma once
 
 #include "accumulators.cuh"
@@ -23,11 +23,11 @@ struct WeightGradientParams {
   int split_rows;      // a multiple of 64
   T* out;              // (E, m, n), or (E, n, m) if transposed
   float* workspace;    // the splits of split experts, each m * n in the order of `out`
-  LastWave last_wave;  // in the same memory, since there is one or the other
+  LastWave last_wave;  // shares the workspace, since only one of the two is used
   Deadline deadline;
 };
 
-// What one block computes of a work tile.
+// One block's part of a work tile.
 struct GradientWork : GradientTile {
   int row_begin;
   int row_end;
@@ -90,7 +90,7 @@ struct RowGroups {
     scheduler.advance();
     find();
   }
-  // The (token, slot) pair of this thread's row, -1 if there is none.
+  // The (token, slot) pair of this thread's row; -1 if there is none.
   __device__ __forceinline__ int pair(int thread) const {
     const int row = work.row_begin + first_k_tile * kTileK + thread;
     return exists && row < work.row_end ? static_cast<int>(params.order[row]) : -1;
@@ -124,8 +124,8 @@ __device__ __forceinline__ void produce_gradient(const WeightGradientParams<T>& 
   const int rank = block_rank_in_cluster();
   const int vector_of_row = thread % kRowVectors, first = thread / kRowVectors;
   const uint32_t to = vector_of_row / 8 * kBoxBytes + swizzled(first, vector_of_row % 8);
-  // Where this thread leaves what it looked up: the rows that a thread copies for a stage, every
-  // kPassRows-th one, are neighbours there.
+  // Where this thread stores the address it looked up: the rows that a thread copies for a stage,
+  // every kPassRows-th one, are adjacent there.
   const int lookup =
       thread / kTileK * kTileK + thread % kPassRows * kPasses + thread % kTileK / kPassRows;
   PipelineState state;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void produce_gradient(const WeightGradientParams<T>& 
     shared.row_start[buffer][lookup] =
         pair < 0 ? kNoRow
                  : static_cast<uint32_t>(pair) / static_cast<uint32_t>(params.top_k) * vectors;
-    named_barrier_sync(kTokensBarrier, kWarpgroup);  // so all have read the other buffer as well
+    named_barrier_sync(kTokensBarrier, kWarpgroup);  // all have read the other buffer, too
     const int m = groups.work.m, n = groups.work.n;
     const int row_begin = groups.work.row_begin + groups.first_k_tile * kTileK;
     const int left = groups.work.k_tiles - groups.first_k_tile;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void produce_gradient(const WeightGradientParams<T>& 
 #pragma unroll
     for (int k_tile = 0; k_tile < kWarpgroup / kTileK; ++k_tile) {
       if (k_tile >= left) break;
-      // All at once and before the wait: one after the other, these loads would take as long as the
+      // All at once and before the wait: issued one by one, these loads would take as long as the
       // MMAs of a stage.
       uint32_t from[kPasses];
       const uint4* mine = reinterpret_cast<const uint4*>(
@@ -182,8 +182,8 @@ __device__ __forceinline__ void produce_gradient(const WeightGradientParams<T>& 
 }
 
 // The rows of B's tile beyond the expert's last belong to the next expert. A has zeros there, but
-// zero times infinity is not zero. Each consumer clears them for itself, as waiting for the other
-// would cost more than writing zeros over zeros.
+// zero times infinity is not zero. Each consumer clears them itself, because waiting for the other
+// would cost more than writing zeros twice.
 __device__ __forceinline__ void clear_rows(uint8_t* tile_b, int from, int consumer) {
   const int thread = threadIdx.x % kWarpgroup;
   constexpr int kBoxes = kTileN / 64, kRowVectors = kSwizzleBytes / 16;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void clear_rows(uint8_t* tile_b, int from, int consum
   named_barrier_sync(kConsumerBarrier + consumer, kWarpgroup);
 }
 
-// How many splits the split experts before `expert` have. By a whole warp.
+// The total number of splits of the split experts before `expert`. Called by a whole warp.
 __device__ __forceinline__ int splits_before(const SharedStorage& shared, int expert,
                                              int split_rows) {
   int sum = 0;
@@ -228,8 +228,8 @@ __device__ __forceinline__ void store(T* out, const float (&d)[kAccumulators], i
   }
 }
 
-// The same transposed. A warp has 16 columns of each row, 32 bytes, so the four of a consumer put
-// whole rows together in shared memory first.
+// The same, transposed. A warp has 16 columns of each row, 32 bytes, so a consumer's four warps
+// first assemble whole rows in shared memory.
 template <typename T>
 __device__ __forceinline__ void store_transposed(T* out, const float (&d)[kAccumulators], int m,
                                                  int n, const WeightGradientParams<T>& params,
@@ -252,7 +252,7 @@ __device__ __forceinline__ void store_transposed(T* out, const float (&d)[kAccum
   }
 }
 
-// A split of a split expert, in fp32 and in the order of the result.
+// Stores a split of a split expert, in fp32 and in the layout of the result.
 template <bool kTransposed>
 __device__ __forceinline__ void store_split(float* out, const float (&d)[kAccumulators], int m,
                                             int n, int size_m, int size_n) {
@@ -275,7 +275,7 @@ __device__ __forceinline__ void store_split(float* out, const float (&d)[kAccumu
   }
 }
 
-// A split of the last wave, as the accumulators are.
+// Stores a split of the last wave, in the layout of the accumulators.
 __device__ __forceinline__ void store_accumulators(float4* to, const float (&d)[kAccumulators]) {
 #pragma unroll
   for (int i = 0; i < kAccumulators; i += 4) {
@@ -283,8 +283,8 @@ __device__ __forceinline__ void store_accumulators(float4* to, const float (&d)[
   }
 }
 
-// Stores what a consumer has of a work tile: the gradient itself, or a partial sum. `size` is that
-// of a gradient.
+// Stores a consumer's part of a work tile: the gradient itself, or a partial sum. `size` is the
+// size of a gradient.
 template <typename T, bool kTransposed>
 __device__ __forceinline__ void store_gradient(const WeightGradientParams<T>& params,
                                                const Pipeline& pipeline,

@@ -43,11 +43,11 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
          swizzle_of_128_bytes << 62;
 }
 
-// What to add to a descriptor to advance by kMmaK along K.
+// The increment of a descriptor that advances it by kMmaK along K.
 template <Major kMajor>
 constexpr uint64_t kDescriptorStep = (kMajor == Major::kK ? kMmaK * 2 : kMmaK * kSwizzleBytes) >> 4;
 
-// Before the first MMA, and whenever accumulators have been accessed since the last one.
+// Call before the first MMA, and whenever accumulators have been accessed since the last one.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most kPending of the committed groups are in flight.
+// Waits until at most kPending of the committed groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

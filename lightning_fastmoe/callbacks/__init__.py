@@ -1,4 +1,4 @@
-"""Lightning callbacks."""
+"""Lightning callbacks: schedules, router bias updates and monitoring."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing

@@ -1,4 +1,4 @@
-"""CapacitySchedule: capacity, top-k and noise that change while training goes on."""
+"""CapacitySchedule: changes capacity, top-k and noise during training."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, moe_layers
 
 Schedule = dict[int, float | None] | Callable[[int], float | None]
-"""Step -> value; or a function of the step."""
+"""A dict from step to value, or a function of the step."""
 
 NOISES = ("noise", "jitter")
-"""The attributes by which routers take noise: noisy top-k, Switch."""
+"""The routers' attributes for noise: of noisy top-k and of Switch."""
 
 
 class CapacitySchedule(pl.Callback):
     """Changes capacity factors, top-k and noise of MoE layers between steps, without rebuilding.
 
-    As in Tutel, where capacity and top-k may differ from one iteration to the next. A schedule is
-    a dict from an optimizer step to the value that holds from there on::
+    Like Tutel's per-iteration capacity and top-k. A schedule is a dict from an optimizer step to
+    the value from that step on::
 
         CapacitySchedule(capacity_factor={0: 2.0, 1000: 1.25})       # 2.0, then 1.25
         CapacitySchedule(top_k={0: 4, 5000: 2}, noise={0: 1.0, 2000: 0.0}, interpolation="linear")
 
-    or a function from the step to the value. A value depends on the step alone, so resumed runs and
-    all ranks have the same. Micro-batches of one step see one value. Before the first step of a
-    dict, and without a schedule, the layer keeps what it has; so do evaluation passes, whose
-    capacity is ``eval_capacity_factor``.
+    or a function from the step to the value. A value depends only on the step, so it is the same on
+    all ranks and in resumed runs, and for all micro-batches of a step. Before the first step of a
+    dict, and without a schedule, the layer keeps its setting. Evaluation uses
+    ``eval_capacity_factor``.
 
     Args:
-        capacity_factor: in training; None as a value is dropless.
-        eval_capacity_factor: in evaluation; likewise.
-        top_k: experts per token, K; whole numbers, also with linear interpolation.
+        capacity_factor: schedule for training; the value None is dropless.
+        eval_capacity_factor: schedule for evaluation; the value None is dropless.
+        top_k: experts per token, K; rounded to integers by linear interpolation.
         noise: the factor on the noise of noisy top-k routers, and the jitter of Switch routers.
-        interpolation: "step" or "linear", between neighbouring numbers of a dict. Next to a None
-            values are held.
-        layers: names of the layers that follow the schedule, as a pattern (``blocks.*.moe``).
+        interpolation: "step" or "linear", between consecutive numbers of a dict. Values are held
+            before a None.
+        layers: pattern for the names of the layers to change (``blocks.*.moe``).
 
     Raises:
-        ConfigError: if a schedule is empty or has a wrong step; at the start of a fit, if no layer
-            matches or a layer can't take a value that a dict holds.
+        ConfigError: if a schedule is empty or has an invalid step; at the start of a fit, if no
+            layer matches or a layer doesn't accept a value in a dict.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class CapacitySchedule(pl.Callback):
         self._step = -1
 
     def value(self, name: str, step: int) -> float | None | Literal["unchanged"]:
-        """What ``name`` is at an optimizer step, counted from 0."""
+        """The value of ``name`` at an optimizer step, counted from 0."""
         schedule = self.schedules[name]
         if not isinstance(schedule, dict):
             return schedule(step)
@@ -112,7 +112,7 @@ class CapacitySchedule(pl.Callback):
                 f"layers={self.layers!r} matches no MoE layer; the model has:"
                 f" {', '.join(found) or 'none'}."
             )
-        # Now rather than in a week: every value of a dict must suit every layer.
+        # Try all values of a dict on all layers now, so that errors don't surface days later.
         for name, schedule in self.schedules.items():
             for layer in self._followers:
                 before = _get(layer, name)
@@ -140,7 +140,7 @@ def _check_steps(name: str, schedule: dict[int, float | None]) -> None:
     if not steps or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in steps):
         raise ConfigError(
             f"{name}={schedule!r} is invalid: it must have at least one optimizer step, and steps"
-            " are whole numbers from 0."
+            " must be integers of at least 0."
         )
 
 
@@ -149,8 +149,8 @@ def _noise_name(layer: MoE) -> str:
         if hasattr(layer.router, name):
             return name
     raise ConfigError(
-        f"noise: {type(layer.router).__name__} of {layer.layer_name} has no noise that could be"
-        " changed. Use router='noisy' or 'switch', or leave the layer out by layers=."
+        f"noise: {type(layer.router).__name__} of {layer.layer_name} has no noise to change."
+        " Use router='noisy' or 'switch', or exclude the layer with layers=."
     )
 
 
@@ -171,5 +171,5 @@ def _set(layer: MoE, name: str, value: Any) -> None:
         setattr(layer.router, attribute, float(value))
         return
     if name == "top_k" and isinstance(value, float) and value.is_integer():
-        value = int(value)  # as a command line may give it
+        value = int(value)  # the command line may pass a float
     setattr(layer, name, value)

@@ -1,4 +1,4 @@
-"""RouterBiasBalancing: even loads without a loss."""
+"""RouterBiasBalancing: load balancing without an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lightning_fastmoe.nn import Router, moe_layers
 
 
 class RouterBiasBalancing(pl.Callback):
-    """Moves each router's balance bias towards even loads, once per optimizer step.
+    """Updates each router's balance bias towards even loads, once per optimizer step.
 
     ``bias[e] += rate * sign(mean load - load[e])``, with the loads of the step counted over all
     ranks and micro-batches (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3).
-    Dropped tokens count, masked ones don't, and a replay by activation checkpointing counts once.
-    The bias only helps to choose experts; no gradient sees it. It is a buffer of the router, so
-    checkpoints hold it. One all-reduce per step, whatever the number of layers.
+    Dropped tokens count, masked ones don't, and replays by activation checkpointing don't count
+    again. The bias affects only the choice of experts and gets no gradient. It is a buffer of the
+    router, so checkpoints include it. One all-reduce per step, for any number of layers.
 
-    Usually with ``MoE(..., router="sigmoid", load_balancing=0)``; "softmax" takes
+    Usually combined with ``MoE(..., router="sigmoid", load_balancing=0)``; "softmax" needs
     ``router_options={"balance_bias": True}``.
 
     Args:
-        rate: step of the bias; 0.001 in DeepSeek-V3. Set the attribute to 0 to freeze the bias, as
-            DeepSeek-V3 does for its last tokens.
+        rate: size of an update; 0.001 in DeepSeek-V3. Set the attribute to 0 to freeze the bias, as
+            DeepSeek-V3 does at the end of training.
 
     Raises:
         ConfigError: if ``rate`` is negative or not finite; at the start of a fit, if no router of
@@ -60,12 +60,12 @@ class RouterBiasBalancing(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not before: a checkpoint sets the step after on_fit_start, and what was counted in a step
-        # that it found half accumulated.
+        # Not in on_fit_start: the checkpoint is restored after it, with the step and the counts of
+        # a partially accumulated step.
         self._step, restored = trainer.global_step, self._restored_step
         self._restored_step = None
         if restored is not None and restored != self._step:
-            self.move()  # saved between the step and the move that belongs to it
+            self.move()  # the checkpoint was saved between a step and its update of the bias
 
     @override
     def on_train_batch_end(
@@ -90,7 +90,7 @@ class RouterBiasBalancing(pl.Callback):
 
     @torch.no_grad()
     def move(self) -> None:
-        """Moves the biases by what was counted since the last call; every rank calls this."""
+        """Updates the biases by the loads since the last call; all ranks must call this."""
         loads = torch.cat([_load(router) for router in self._routers])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(loads)

@@ -1,6 +1,6 @@
-"""The command ``lightning-fastmoe``. ``table`` says which commands there are, and what one is.
+"""The command ``lightning-fastmoe``; its subcommands are listed in ``table``.
 
-Before a command's arguments are checked nothing but the standard library is imported.
+Only the standard library is imported before a command's arguments are checked.
 """
 
 from lightning_fastmoe.cli.entry import main

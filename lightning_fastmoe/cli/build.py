@@ -1,14 +1,14 @@
-"""Compile the CUDA kernels ahead of time, for images and clusters.
+"""Compile the CUDA kernels ahead of time, for container images and clusters.
 
-Without this command they are compiled when a process first needs them. It needs nvcc, and no GPU.
+Otherwise they are compiled when a process first needs them. Requires nvcc, but no GPU.
 
   lightning-fastmoe build                       for the GPUs of this machine
   lightning-fastmoe build --arch '8.0;9.0a'     for A100 and H100, on any machine
   lightning-fastmoe build --arch 9.0a --output kernels.so
 
-The library goes into the cache (~/.cache/lightning_fastmoe, or LIGHTNING_FASTMOE_CACHE), where a
-run finds it if it serves the run's GPUs; nothing is compiled if it is there. With --output it goes
-into a file of its own, which a run uses when LIGHTNING_FASTMOE_LIBRARY names it.
+The library goes into the cache (~/.cache/lightning_fastmoe, or LIGHTNING_FASTMOE_CACHE), where runs
+on matching GPUs find it; if it is there already, nothing is compiled. With --output it goes into a
+separate file, which a run uses if LIGHTNING_FASTMOE_LIBRARY names it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
+    """Declares the arguments of the command."""
     parser.add_argument(
         "--arch",
         metavar="LIST",
-        help="compile for these, as '8.0;9.0a'; default: TORCH_CUDA_ARCH_LIST, else the GPUs here",
+        help="architectures, as '8.0;9.0a'; default: TORCH_CUDA_ARCH_LIST, else the local GPUs",
     )
     parser.add_argument(
         "--output",
         metavar="PATH",
         type=Path,
-        help="write this file, or kernels.so in this folder, and leave the cache alone",
+        help="write this file, or kernels.so in this folder, instead of the cache",
     )
-    parser.add_argument("--force", action="store_true", help="compile even if it is there already")
+    parser.add_argument("--force", action="store_true", help="compile even if it exists already")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build, and print where the library is."""
+    """Builds the library and prints its path."""
     from lightning_fastmoe.ops._build.ahead import build_ahead
 
     start = time.perf_counter()
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return 0
-    what = f"compiled in {seconds:.0f} s" if ahead.compiled else "was there already"
+    what = f"compiled in {seconds:.0f} s" if ahead.compiled else "exists already"
     codes = ", ".join(record.codes)
     sys.stdout.write(f"{ahead.library}: {what} ({codes}; CUDA {record.cuda})\n")
     if arguments.output is not None:

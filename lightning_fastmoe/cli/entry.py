@@ -1,4 +1,4 @@
-"""The command ``lightning-fastmoe``: sends each subcommand to the module that runs it."""
+"""Entry point of the command ``lightning-fastmoe``; runs the subcommands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENOUGH = (
     *("-c", "--config", "-h", "--help", "--print_config"),
     *("--trainer.max_", "--trainer.fast_dev_run"),
 )
-"""How an argument of ``fit`` starts that ends the run, or that makes it none."""
+"""Prefixes of ``fit`` arguments that limit the run or replace it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,19 +46,19 @@ def help_text() -> str:
         "  -h, --help     Print this and exit.",
         "  --version      Print the version and exit.",
         "",
-        f"{PROGRAM} COMMAND --help says more about each.",
+        f"{PROGRAM} COMMAND --help describes each command.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Runs the command.
 
     Args:
-        args: Its arguments; those of the process by default.
+        args: command-line arguments; the process's own by default.
 
     Returns:
-        The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C.
+        The exit status: 0; 2 after an error that the user can fix; 130 after Ctrl-C.
     """
     try:
         return _run(sys.argv[1:] if args is None else list(args), args)
@@ -67,14 +67,14 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return _report(str(error))
     except KeyboardInterrupt:
-        # While training Lightning handles it; this is for the seconds before.
+        # During training Lightning handles it; this is for the seconds before.
         return _INTERRUPTED
 
 
 def _run(words: list[str], args: Sequence[str] | None) -> int:
     commands = ", ".join([*TRAINING, *COMMANDS])
     if not words:
-        raise ConfigError(f"name a command: {commands} ({PROGRAM} --help says what they do)")
+        raise ConfigError(f"name a command: {commands} ({PROGRAM} --help describes them)")
     first = words[0]
     if first in ("-h", "--help"):
         sys.stdout.write(help_text())
@@ -90,8 +90,8 @@ def _run(words: list[str], args: Sequence[str] | None) -> int:
         raise ConfigError(f"there is no command {first!r}; the commands are {commands}")
     if first == "fit" and not any(word.startswith(_ENOUGH) for word in words[1:]):
         raise ConfigError(
-            "fit needs a configuration, as nothing else says what to train and for how long:"
-            f" {PROGRAM} fit --config examples/tiny_lm.yaml (a file of the repository)"
+            "fit needs a configuration that says what to train and for how long:"
+            f" {PROGRAM} fit --config examples/tiny_lm.yaml (a file in the repository)"
         )
     from lightning_fastmoe.demos.byte_lm.cli import run
 
@@ -100,7 +100,7 @@ def _run(words: list[str], args: Sequence[str] | None) -> int:
 
 
 def run_command(name: str, words: list[str]) -> int:
-    """Run one of :data:`~lightning_fastmoe.cli.table.COMMANDS`, and return its exit status."""
+    """Runs one of :data:`~lightning_fastmoe.cli.table.COMMANDS` and returns its exit status."""
     module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(
         prog=f"{PROGRAM} {name}",
@@ -115,5 +115,5 @@ def run_command(name: str, words: list[str]) -> int:
 def _report(message: str) -> int:
     rank = os.environ.get("LOCAL_RANK", "0")
     who = "error" if rank == "0" else f"error (rank {rank})"
-    sys.stderr.write(f"{who}: {message}\n")  # in one piece: the ranks share the screen
+    sys.stderr.write(f"{who}: {message}\n")  # one write: ranks share the terminal
     return _USAGE_ERROR

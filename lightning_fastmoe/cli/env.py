@@ -1,7 +1,7 @@
-"""Print what was found on this machine, and whether the CUDA kernels run on it.
+"""Print versions, GPUs and compiler of this machine, and whether the CUDA kernels run on it.
 
-Nothing is compiled, and what is missing is said, not an error: the exit status is 0 either way. A
-script asks for --json, where kernels.run is true, false, or "after compiling".
+Nothing is compiled, and missing parts are reported, not errors: the exit status is always 0. For
+scripts there is --json, where kernels.run is true, false, or "after compiling".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about drivers: the report says it
+        warnings.simplefilter("ignore")  # torch's, about drivers: the report has it
         found = report()
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report() -> dict[str, Any]:
-    """What was found, as JSON's values. What can't be found out is a text that says why."""
+    """The report as JSON values; where something can't be determined, a string says why."""
     from lightning_fastmoe import __version__
 
     return {
@@ -89,14 +89,14 @@ def as_text(found: dict[str, Any]) -> str:
             rows[name] = ", ".join(value) if isinstance(value, list) else value
     lines = [f"{name:27}{value}" for name, value in rows.items()]
     if kernels["state"] == "failed":
-        lines += ["", "The compiler's last words:", kernels["reason"]]
+        lines += ["", "The end of the compiler's output:", kernels["reason"]]
     return "\n".join([*lines, "", _verdict(kernels)]) + "\n"
 
 
 def _kernels() -> dict[str, Any]:
     try:
         from lightning_fastmoe.ops import _build
-    except Exception as error:  # a torch that is missing, or broken in whatever way
+    except Exception as error:  # torch is missing or broken in some way
         return {"run": False, "state": "unavailable", "reason": f"torch can't be imported: {error}"}
     outcome = _tried(_build.look)
     if isinstance(outcome, str):
@@ -116,7 +116,7 @@ def _kernels() -> dict[str, Any]:
 
 def _verdict(kernels: dict[str, Any]) -> str:
     state, reason = kernels["state"], kernels["reason"]
-    absent = "The CUDA kernels don't run here, PyTorch's operators compute instead"
+    absent = "The CUDA kernels don't run here; PyTorch's operators are used instead"
     if state == "built":
         return "The CUDA kernels run here."
     if state == "not built":
@@ -126,7 +126,7 @@ def _verdict(kernels: dict[str, Any]) -> str:
         )
     if state == "failed":
         return (
-            f"{absent}: the last attempt to compile them failed, as shown above. Mend that, and run"
+            f"{absent}: the last attempt to compile them failed, as shown above. Fix that, then run"
             " lightning-fastmoe build."
         )
     return f"{absent}: {' '.join(reason.split())}."
@@ -140,7 +140,7 @@ def _version(name: str) -> str:
 
 
 def _tried(look: Callable[[], Any]) -> Any:
-    """What ``look`` finds, else the reason as a text: a report is for machines that are broken."""
+    """The result of ``look``, or its error as a string: reports must work on broken machines."""
     try:
         return look()
     except Exception as error:
@@ -158,7 +158,7 @@ def _gpus() -> list[dict[str, str]]:
 
     if torch.version.cuda is None:
         return []
-    torch.cuda.init()  # says what is_available() keeps to itself, such as an old driver
+    torch.cuda.init()  # raises what is_available() hides, such as an old driver
     return [
         {
             "name": torch.cuda.get_device_name(device),

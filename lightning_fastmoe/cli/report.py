@@ -1,15 +1,15 @@
-"""Show what the experts of a run did, as one HTML page.
+"""Write an HTML page about the experts of a training run: loads, routing and losses.
 
   lightning-fastmoe report runs/tiny_lm
   lightning-fastmoe report runs/tiny_lm/version_3 --output report.html
 
 RUN_DIR is the folder of a run's logger, or one with version_* folders, of which the latest is read.
-The page shows what it finds there: CSVLogger's metrics.csv, TensorBoard's event files (where
+The page shows what it finds there: CSVLogger's metrics.csv, TensorBoard's event files (if
 tensorboard is installed), and expert_load.jsonl, which ExpertLoadMonitor writes. Its first line
-says which experts starve: by the last tenth of the log they got less than a quarter of the mean
-load.
+names the starving experts: those with less than a quarter of the mean load in the last tenth of the
+log.
 
-The page is one file without references to others; a browser opens it from the disk.
+The page is one self-contained file; open it in a browser.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO",
         type=float,
         default=0.25,
-        help="below this share of the mean load an expert starves; default: %(default)s",
+        help="fraction of the mean load below which an expert starves; default: %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page, and print the verdict and where the page is."""
+    """Writes the page; prints the verdict and the page's path."""
     from lightning_fastmoe.errors import ConfigError
     from lightning_fastmoe.monitoring.report.logs import read_run
     from lightning_fastmoe.monitoring.report.page import build_page

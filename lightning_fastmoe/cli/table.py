@@ -1,4 +1,4 @@
-"""The commands of ``lightning-fastmoe`` beside those of LightningCLI.
+"""The commands of ``lightning-fastmoe`` other than LightningCLI's.
 
 Each is a module with a docstring, which is its help text, and two functions::
 
@@ -6,8 +6,8 @@ Each is a module with a docstring, which is its help text, and two functions::
     def run(arguments: argparse.Namespace) -> int: ...  # the exit status
 
 A group of commands calls ``parser.add_subparsers`` in ``add_arguments``. Modules import torch and
-what else is heavy inside ``run``, so that help and errors in arguments come at once. Errors that
-the user can mend are raised as :class:`~lightning_fastmoe.errors.FastMoEError`: one line, exit
+other heavy packages inside ``run``, so that help and argument errors appear immediately. Errors
+that the user can fix are raised as :class:`~lightning_fastmoe.errors.FastMoEError`: one line, exit
 status 2.
 """
 
@@ -25,8 +25,8 @@ class Command:
     """A command, or a group of them.
 
     Attributes:
-        summary: One line for the list of commands.
-        module: The module that implements it, loaded when it is called.
+        summary: one line for the list of commands.
+        module: the module that implements it, imported when it is called.
     """
 
     summary: str
@@ -35,11 +35,11 @@ class Command:
 
 COMMANDS = {
     "build": Command(
-        "Compile the CUDA kernels ahead of time, for images and clusters.",
+        "Compile the CUDA kernels ahead of time, for container images and clusters.",
         "lightning_fastmoe.cli.build",
     ),
     "env": Command(
-        "Print what was found on this machine, and whether the CUDA kernels run on it.",
+        "Print versions, GPUs and compiler, and whether the CUDA kernels run here.",
         "lightning_fastmoe.cli.env",
     ),
     "checkpoint": Command(
@@ -47,7 +47,7 @@ COMMANDS = {
         "lightning_fastmoe.cli.checkpoint",
     ),
     "report": Command(
-        "Show what the experts of a run did, as one HTML page.",
+        "Write an HTML page about the experts of a training run.",
         "lightning_fastmoe.cli.report",
     ),
 }

@@ -1,4 +1,4 @@
-"""Which rank holds which expert, and moving tokens to it."""
+"""Assigns experts to ranks and exchanges tokens between them."""
 
 from lightning_fastmoe.distributed.auto_placement import AutoPlacement
 from lightning_fastmoe.distributed.dispatch import (

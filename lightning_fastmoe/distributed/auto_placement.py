@@ -1,4 +1,4 @@
-"""Placement of experts while "auto" has not seen all layers yet."""
+"""Expert placement for ``expert_parallel_size="auto"`` while a model is being built."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_fastmoe.nn.placement import Placement, equal_blocks
 class AutoPlacement:
     """A placement rule whose expert parallel size shrinks until it divides every layer built.
 
-    A layer gets its slice for the largest size that divides the layers known so far. If a later
-    layer needs a smaller size, the experts of the earlier ones are made again: their initial values
-    depend on the seed and on their global ids alone, so they are those of any other order. No
-    process group is needed before the size is final.
+    A layer gets its slice for the largest size that divides the expert counts known so far. If a
+    later layer needs a smaller size, the earlier layers' experts are rebuilt: their initial values
+    depend only on the seed and on their global ids, so the order doesn't matter. No process group
+    is needed before the size is final.
 
     Args:
         rank: this process's rank in the world.
         world: number of ranks.
-        ranks_per_node: a group stays inside a node.
-        existing: ``num_experts`` of the layers that the model has already.
+        ranks_per_node: ranks per node; an expert parallel group stays inside a node.
+        existing: ``num_experts`` of the layers that the model already has.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class AutoPlacement:
         )
 
     def __call__(self, num_experts: int) -> Placement | None:
-        """The placement of a layer that is built now; None if all its experts are here.
+        """The placement of a layer being built; None if all its experts are on this rank.
 
         Raises:
-            TopologyError: if an earlier layer, which the new one makes too small, was changed.
+            TopologyError: if an earlier layer must be rebuilt but was changed since.
         """
         before = self.size
         self.num_experts[f"built {self.built}"] = num_experts
@@ -70,7 +70,7 @@ class AutoPlacement:
 
 @dataclass
 class _Built:
-    """A layer, and how its experts were made."""
+    """A built layer and the function that made its experts."""
 
     layer: Any
     make: Callable[[tuple[int, ...] | None], nn.Module]
@@ -81,7 +81,7 @@ class _Built:
         self.untouched = self._state()
 
     def _state(self) -> list[Any]:
-        """What changes if somebody writes to the experts or replaces them."""
+        """A fingerprint that changes if the experts are written to or replaced."""
         tensors = [*self.layer.experts.parameters(), *self.layer.experts.buffers()]
         return [(id(t), t._version, t.dtype, t.device, t.requires_grad) for t in tensors]
 
@@ -90,9 +90,9 @@ class _Built:
     ) -> None:
         if self._state() != self.untouched:
             raise TopologyError(
-                f"expert_parallel_size='auto' took {before} for a layer of {self.num_experts}"
-                f" experts, then came a layer of {num_experts}, which allows {size} only; but the"
-                " first one's experts were changed since they were built, and would be lost."
+                f"expert_parallel_size='auto' chose {before} for a layer of {self.num_experts}"
+                f" experts, but a later layer of {num_experts} allows only {size}, and the first"
+                " layer's experts were changed since they were built, which would be lost."
                 f" Pass expert_parallel_size={size}, or change weights after all layers are built."
             )
         default = torch.get_default_dtype()

@@ -1,7 +1,7 @@
-"""Process groups that are made once per process and used again by every later run.
+"""Process groups that are created once per process and reused by later runs.
 
-A gloo group costs three threads and four descriptors, an NCCL group memory on the device. A run
-can't destroy its groups when it ends: its checkpoint may yet be saved, and DeepSpeed keeps them.
+A gloo group costs three threads and four file descriptors, an NCCL group device memory. A run can't
+destroy its groups when it ends: a checkpoint may still be saved, and DeepSpeed keeps them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def lasting_group(
     backend: str | None = None,
     timeout: timedelta | None = None,
 ) -> dist.ProcessGroup:
-    """The group for ``purpose``; every rank of the world calls this at the same point.
+    """The group for ``purpose``; every rank of the world must call this at the same point.
 
-    Groups of different purposes are different ones, so that what is exchanged in one never comes
-    between what is exchanged in another. They live as long as the world's group.
+    Different purposes get different groups, so that their exchanges never interleave. Groups live
+    as long as the world's group.
 
     Args:
-        purpose: what is exchanged in it. Users of one purpose follow each other.
+        purpose: what is exchanged in the group. Users of one purpose must not overlap in time.
         ranks: its ranks; None is all.
-        backend: None is the world's.
+        backend: the backend; None is the world's.
         timeout: the time limit of a collective; None is torch's default.
     """
     world = dist.group.WORLD

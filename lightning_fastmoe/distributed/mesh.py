@@ -1,4 +1,4 @@
-"""The expert parallel x expert data parallel groups of a run."""
+"""The mesh of expert parallel and expert data parallel groups of a run."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ EDP_DIM, EP_DIM = "expert_data_parallel", "expert_parallel"
 class ExpertMesh:
     """All ranks as a row-major grid ``(expert_data_parallel, expert_parallel)``.
 
-    Ranks of one expert parallel (EP) group are neighbours, so the exchange of tokens stays inside a
-    node where it can: with world 4 and EP 2 the EP groups are {0, 1} and {2, 3}, and the expert
-    data parallel (EDP) groups, whose ranks hold the same experts, are {0, 2} and {1, 3}.
+    Ranks of one expert parallel (EP) group are consecutive, so that tokens are exchanged inside a
+    node where possible: with world size 4 and EP 2 the EP groups are {0, 1} and {2, 3}, and the
+    expert data parallel (EDP) groups, whose ranks hold the same experts, are {0, 2} and {1, 3}.
     """
 
     device_mesh: DeviceMesh
 
     @property
     def ep_group(self) -> dist.ProcessGroup:
-        """The ranks that together hold all experts once."""
+        """The ranks that together hold one copy of all experts."""
         return self.device_mesh.get_group(EP_DIM)
 
     @property
@@ -42,7 +42,7 @@ class ExpertMesh:
 
     @property
     def ep_size(self) -> int:
-        """Ranks over which experts are split."""
+        """Number of ranks over which experts are sharded."""
         return self.device_mesh.size(1)
 
     @property
@@ -52,25 +52,25 @@ class ExpertMesh:
 
     @property
     def edp_size(self) -> int:
-        """Replicas of each expert."""
+        """Number of replicas of each expert."""
         return self.device_mesh.size(0)
 
     def placement(self, num_experts: int) -> list[range]:
-        """The global ids that each rank of an EP group holds of a layer with ``num_experts``."""
+        """The global expert ids on each rank of an EP group, for a layer with ``num_experts``."""
         return equal_blocks(num_experts, self.ep_size)
 
     def local_experts(self, num_experts: int) -> range:
-        """The global ids of this rank's experts of a layer with ``num_experts``."""
+        """The global ids of this rank's experts, for a layer with ``num_experts``."""
         return self.placement(num_experts)[self.ep_rank]
 
 
 def make_expert_mesh(
     expert_parallel_size: int, device_type: str, timeout: timedelta | None = None
 ) -> ExpertMesh:
-    """Creates the groups; every rank of the world calls this at the same point.
+    """Creates the groups; every rank of the world must call this at the same point.
 
     Args:
-        expert_parallel_size: ranks over which experts are split.
+        expert_parallel_size: number of ranks over which experts are sharded.
         device_type: "cpu" or "cuda".
         timeout: the time limit of a collective in these groups; None is torch's default.
 
@@ -94,8 +94,7 @@ def _own_group(
 ) -> dist.ProcessGroup:
     """Creates the groups of a partition of the world; returns the one that this rank is in.
 
-    Not left to ``init_device_mesh``, which splits the world's group and so needs a back end that
-    can do that.
+    ``init_device_mesh`` would split the world's group, which not all backends support.
     """
     rank = dist.get_rank()
     own: dist.ProcessGroup | None = None
@@ -116,7 +115,7 @@ def check_expert_parallel_size(size: int, world: int, num_experts: Mapping[str, 
         num_experts: layer name -> its ``num_experts``.
 
     Raises:
-        TopologyError: naming the value, the rule and the sizes that would do.
+        TopologyError: naming the sizes that would work.
     """
     if size < 1 or world % size:
         raise TopologyError(
@@ -136,12 +135,12 @@ def check_expert_parallel_size(size: int, world: int, num_experts: Mapping[str, 
 def resolve_expert_parallel_size(
     size: int | Literal["auto"], world: int, ranks_per_node: int, num_experts: Mapping[str, int]
 ) -> int:
-    """Turns "auto" into the largest size that divides all ``num_experts`` and the world, in a node.
+    """Resolves "auto" to the largest size that divides all ``num_experts`` and fits into a node.
 
     Args:
-        size: an explicit size, checked and returned as it is, or "auto".
+        size: an explicit size, which is checked and returned, or "auto".
         world: number of ranks.
-        ranks_per_node: "auto" keeps each group inside a node.
+        ranks_per_node: ranks per node; "auto" keeps each group inside a node.
         num_experts: layer name -> its ``num_experts``.
 
     Raises:
@@ -152,7 +151,7 @@ def resolve_expert_parallel_size(
         return size
     if not num_experts:
         return 1
-    # Dividing the node too, or a group of neighbours could lie in two nodes.
+    # It must divide the node size too, or a group of consecutive ranks could span two nodes.
     return math.gcd(world, ranks_per_node, *num_experts.values())
 
 

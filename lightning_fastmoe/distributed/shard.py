@@ -1,4 +1,4 @@
-"""Sharding the experts of a model over the ranks of a mesh."""
+"""Shards the experts of a model over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lightning_fastmoe.nn.schedule import SequentialSchedule
 
 
 class ExpertSharder:
-    """Gives the layers of one model their slices of experts and their dispatchers.
+    """Shards the layers of one model and connects them to their dispatchers.
 
-    A layer with ``dispatcher="local"`` is left alone: all its experts stay on every rank, and train
-    data parallel like a dense layer.
+    A layer with ``dispatcher="local"`` is not sharded: all its experts stay on every rank and train
+    data parallel, like a dense layer.
 
     Args:
         mesh: the groups of the run.
@@ -46,7 +46,7 @@ class ExpertSharder:
         world = mesh.ep_size * mesh.edp_size
         self.batch: WorldBatch | None = None
         if world > 1:
-            # Not the world's own group: what others exchange there must not come in between.
+            # Not the world's own group, where other exchanges could interleave.
             group = self.group if mesh.ep_size == world else None
             if group is None:
                 alone = mesh.ep_size == 1
@@ -55,7 +55,7 @@ class ExpertSharder:
             self.batch = WorldBatch(group, mesh, ranks_per_node or world)
 
     def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
-        """Where a layer with ``num_experts`` puts its experts; None if all stay here.
+        """The placement of a layer with ``num_experts``; None if this rank keeps all of them.
 
         Raises:
             TopologyError: if the experts can't be divided equally.
@@ -67,10 +67,10 @@ class ExpertSharder:
         return Placement(tuple(self.mesh.local_experts(num_experts)))
 
     def shard(self, module: nn.Module) -> None:
-        """Cuts every layer of ``module`` that still holds all experts down to this rank's slice.
+        """Reduces every layer of ``module`` that holds all experts to this rank's slice.
 
         Raises:
-            TopologyError: if a layer's experts can't be divided, or were divided in another way.
+            TopologyError: if a layer's experts can't be divided, or are already sharded otherwise.
         """
         for name, layer in moe_layers(module):
             name = name or type(layer).__name__
@@ -93,16 +93,16 @@ class ExpertSharder:
             layer.connect(name, self.batch, schedule)
 
     def end_pass(self, layers: Iterable[MoE], device: torch.device) -> None:
-        """Ends a forward pass; each rank calls this after it, before anything waits for others.
+        """Ends a forward pass; all ranks call this after it, before waiting for others elsewhere.
 
-        A rank that left out the last layers so meets the ranks that wait for it in them.
+        This detects a rank that skipped the last layers while others wait for it there.
 
         Args:
-            layers: all of the model.
+            layers: all MoE layers of the model.
             device: the device of the exchange.
 
         Raises:
-            ExchangeError: on every rank, if one has more exchanges to come.
+            ExchangeError: on every rank, if one is still in an exchange of a layer.
         """
         layers = list(layers)
         sharded = [layer for layer in layers if layer.is_sharded]
@@ -112,15 +112,15 @@ class ExpertSharder:
         if self.group is not None and sharded and self.group not in groups:
             groups.append(self.group)
         if not all(layer.uses_global_batch for layer in sharded):
-            groups.reverse()  # others wait first where a layer's first exchange is
+            groups.reverse()  # start with the group of a layer's first exchange, where others wait
         for group in groups:
             group.end_pass(device)
 
     def meet(self, what: str) -> None:
-        """All ranks of the run meet here, if the host is what waits in their exchanges.
+        """Synchronises all ranks of the run, if their exchanges block the host.
 
         Args:
-            what: where this rank is.
+            what: this rank's location, for errors.
 
         Raises:
             ExchangeError: on all ranks, if they are in different places.
@@ -130,7 +130,7 @@ class ExpertSharder:
             self.batch.group.exchange_counts(none, 0, what)
 
     def record_exchanges(self, pending: PendingExchange, wait: ExchangeWait) -> None:
-        """Has all exchanges of this rank recorded in ``pending``, and limited by ``wait``."""
+        """Records all exchanges of this rank in ``pending``, with the deadline of ``wait``."""
         for group in (self.group, self.batch.group if self.batch is not None else None):
             if group is not None:
                 group.pending, group.wait = pending, wait
@@ -139,5 +139,5 @@ class ExpertSharder:
         return TopologyError(
             f"Layer {name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
             f" experts from an earlier run; that does not fit expert_parallel_size="
-            f"{self.mesh.ep_size}. Build the model anew, or keep the same expert_parallel_size."
+            f"{self.mesh.ep_size}. Rebuild the model, or keep the same expert_parallel_size."
         )

@@ -1,4 +1,4 @@
-"""The global batch over the ranks of a run."""
+"""The global batch over all ranks of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_fastmoe.nn.placement import equal_blocks
 class WorldBatch:
     """A :class:`~lightning_fastmoe.nn.global_batch.GlobalBatch` of all ranks of the world.
 
-    Every exchange carries its layer and number, and is checked before it is trusted, as the counts
-    of an expert parallel group are. That reads from the device once.
+    Every exchange carries its layer and number, which are checked like the counts of an expert
+    parallel group. That reads from the device once.
 
     Args:
-        group: the group of all ranks; the expert parallel group itself if it is that.
+        group: the group of all ranks; the expert parallel group itself if that has all ranks.
         mesh: the groups of the run.
         ranks_per_node: processes on each node.
     """
@@ -33,7 +33,7 @@ class WorldBatch:
         self._first_rank = self.rank - mesh.ep_rank
 
     def reserve(self, counts: int) -> None:
-        """Makes room for count vectors of this length; all ranks call it before any exchange."""
+        """Reserves room for count vectors of this length; all ranks call it before any exchange."""
         self.group.slots = max(self.group.slots, counts)
 
     def gather_counts(self, counts: Tensor, layer: str) -> Tensor:
@@ -46,9 +46,9 @@ class WorldBatch:
         if counts.numel() > self.group.slots:
             raise ConfigError(
                 f"{layer}: {counts.numel()} counts are to be exchanged over all ranks, but the run"
-                f" began with room for {self.group.slots}. A callback can't raise top_k above"
-                f" {RESERVED_TOP_K}, or switch to capacity_over='global', while training: start"
-                " with them."
+                f" started with room for {self.group.slots}. A callback can't raise top_k above"
+                f" {RESERVED_TOP_K} or switch to capacity_over='global' during training: start"
+                " training with these settings."
             )
         return self.group.exchange_counts(counts, counts.numel(), layer)
 

@@ -1,7 +1,7 @@
-"""Experts from and to Hugging Face: Mixtral, Qwen3-MoE and OLMoE. ``docs/huggingface.md``.
+"""Import, fine-tune and export Hugging Face models: Mixtral, Qwen3-MoE and OLMoE.
 
-The model to fine-tune, which needs Lightning, is loaded when it is first used: converting files
-does without.
+See ``docs/huggingface.md``. ``MoECausalLM``, which needs Lightning, is imported on first use, so
+that converting files works without it.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ __all__ = [
     "read_config",
 ]
 
-if not TYPE_CHECKING:  # or every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         if name != "MoECausalLM":

@@ -1,4 +1,4 @@
-"""What a ``config.json`` says of a model, and where each of its weights lies here and there."""
+"""Model sizes from a ``config.json``, and the mapping between Hugging Face's tensors and ours."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Architecture:
         """Reads the content of a ``config.json``.
 
         Raises:
-            ConfigError: if the family is unknown, or the model has a feature that ours lacks.
+            ConfigError: if the family is unknown, or the model has an unsupported feature.
         """
         family = FAMILIES.get(config.get("model_type", ""))
         if family is None:
@@ -117,13 +117,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of a Hugging Face file and the flat interval of ours that it is.
+    """A tensor in a Hugging Face file, and the flat interval of our tensor that it maps to.
 
     Attributes:
-        key: its name in the file.
-        shape: in the file.
-        name: the name of our tensor.
-        start: where it begins in ours, in elements.
+        key: name in the file.
+        shape: shape in the file.
+        name: name of our tensor.
+        start: start of the interval in our tensor, in elements.
     """
 
     key: str
@@ -135,20 +135,20 @@ class Slot:
 def weight_shapes(about: Architecture) -> dict[str, tuple[int, ...]]:
     """Our names of a model's weights -> their shapes.
 
-    They are those of transformers' modules, except that the router is ``mlp.router.weight`` and the
-    experts are ``mlp.experts.up_proj (E, 2F, D)``, gate first, and ``mlp.experts.down_proj (E, D,
-    F)``.
+    Names are those of transformers' modules, except that the router is ``mlp.router.weight`` and
+    the experts are ``mlp.experts.up_proj (E, 2F, D)``, gate first, and
+    ``mlp.experts.down_proj (E, D, F)``.
     """
     return {name: shape for name, shape, _ in _layout(about)}
 
 
 def slots(about: Architecture) -> list[Slot]:
-    """Every tensor of the files, in the order of the model."""
+    """All tensors of the files, in the order of the model."""
     return [slot for _, _, parts in _layout(about) for slot in parts]
 
 
 def _layout(about: Architecture) -> Iterator[tuple[str, tuple[int, ...], list[Slot]]]:
-    """(our name, our shape, the tensors of files that it consists of)"""
+    """Yields (our name, our shape, the files' tensors that it consists of)."""
     family, d = FAMILIES[about.family], about.d_model
 
     def same(name: str, *shape: int) -> tuple[str, tuple[int, ...], list[Slot]]:
@@ -210,17 +210,17 @@ def read_config(path: Path | str) -> dict[str, Any]:
         path: the path of the file, or of the directory that holds it.
 
     Raises:
-        ConfigError: if there is none, or it is no JSON object.
+        ConfigError: if there is none, or it is not a JSON object.
     """
     path = Path(path)
     file = path / CONFIG if path.is_dir() else path
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"{file} is far too large for a config.json.")
+            raise ConfigError(f"{file} is too large for a config.json.")
         config = json.loads(file.read_bytes())
     except OSError as error:
         raise ConfigError(
-            f"{file} can't be read: {error.strerror}. A model of Hugging Face is a directory with"
+            f"{file} can't be read: {error.strerror}. A Hugging Face model is a directory with"
             f" {CONFIG} and safetensors files."
         ) from error
     except (ValueError, RecursionError) as error:
@@ -231,7 +231,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
 
 
 def modernised(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the number of experts under both names that versions of transformers use."""
+    """The config with the number of experts under both names that transformers versions use."""
     names = ("num_experts", "num_local_experts")
     counts = [config[name] for name in names if name in config]
     if len(set(counts)) > 1:
@@ -240,7 +240,7 @@ def modernised(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_supported(family: Family, fields: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    """Refuses what would make our model compute something else."""
+    """Refuses settings that the decoder doesn't implement."""
     scaling = fields.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type", scaling.get("type", "default"))
     wrong = {
@@ -255,6 +255,6 @@ def _check_supported(family: Family, fields: Mapping[str, Any], rope: Mapping[st
     for name, value in wrong.items():
         if value:
             raise ConfigError(
-                f"config.json of this {family.name} model has {name}={value!r}, which the decoder"
-                " of this package does not have: it would compute something else."
+                f"config.json of this {family.name} model has {name}={value!r}, which this"
+                " package's decoder does not implement: its results would be wrong."
             )

@@ -1,8 +1,7 @@
-"""A batch of token ids: which of them are padding, and which documents are packed into its rows.
+"""Reads batches of token ids with padding and packed documents, in transformers' conventions.
 
-Keys and conventions are those of transformers. What they say is read and checked on the host once
-per batch, not in each layer; a batch that turns out to have neither padding nor packing runs as if
-it had none of the keys.
+The keys are read and checked on the host once per batch, not in each layer; a batch with neither
+padding nor packing runs as if it had none of the keys.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from torch import Tensor
 from lightning_fastmoe.errors import DataError, ShapeError
 
 IGNORED = -100
-"""A label that is not predicted, as in transformers."""
+"""The label of tokens that are not predicted, as in transformers."""
 
 PER_TOKEN = ("attention_mask", "position_ids", "seq_idx")
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 LONGEST = ("max_length_q", "max_length_k")
 KEYS = ("input_ids", "labels", *PER_TOKEN, *BOUNDARIES, *LONGEST)
-"""What a batch map may hold. The last four are what ``DataCollatorWithFlattening`` adds."""
+"""The keys that a batch may have. ``DataCollatorWithFlattening`` adds the last four."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a batch lie. A sequence is a document, or all of a row.
+    """The sequences of a batch. A sequence is a document, or a whole row.
 
     Attributes:
         sequence_ids: (batch, seq_len) int64, ascending over the batch; -1 for padding.
-        positions: (batch, seq_len) int64, each token's place in its sequence; 0 for padding.
-        real: (N,) int64, where the tokens that are not padding lie in the flattened batch; None if
-            all are.
+        positions: (batch, seq_len) int64, each token's position in its sequence; 0 for padding.
+        real: (N,) int64, indices of the non-padding tokens in the flattened batch; None without
+            padding.
         crossing: whether a row has tokens before a sequence that the sequence must not see, so
-            that causal attention alone won't do.
+            that causal attention alone is not enough.
     """
 
     sequence_ids: Tensor
@@ -49,28 +48,28 @@ class Layout:
     def attention_mask(self) -> Tensor | None:
         """(batch, 1, seq_len, seq_len) bool, True where a query sees a key; None if causal."""
         if not self.crossing:
-            # Padding on the right is seen by nothing but padding.
+            # Only padding sees padding on the right.
             return None
         ids = self.sequence_ids
-        # Padding sees padding, as a softmax over nothing would be NaN.
+        # Padding sees padding, because a softmax over no keys would be NaN.
         return (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
 
     @cached_property
     def real_sequence_ids(self) -> Tensor:
-        """(N,) of the tokens that are not padding."""
+        """(N,) ids of the sequences of the non-padding tokens."""
         ids = self.sequence_ids.flatten()
         return ids if self.real is None else ids.index_select(0, self.real)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a batch of the data loader says.
+    """A parsed batch of the data loader.
 
     Attributes:
         tokens: (batch, seq_len), any integer dtype.
-        targets: (batch, seq_len - 1) int64: the label of the token after each, or
-            :data:`IGNORED`; so is what follows padding, is padding, or begins a document.
-        layout: None without padding and packing.
+        targets: (batch, seq_len - 1) int64: the next token's label; :data:`IGNORED` where the next
+            token is padding, follows padding, or starts a document.
+        layout: the sequences; None without padding and packing.
     """
 
     tokens: Tensor
@@ -79,23 +78,23 @@ class TokenBatch:
 
 
 def read_batch(batch: Tensor | Mapping[str, Any]) -> TokenBatch:
-    """Reads token ids, or a map with the keys of :data:`KEYS`; a value of None counts as absent.
+    """Reads token ids, or a mapping with the keys of :data:`KEYS`; values of None are ignored.
 
     Raises:
-        DataError: for an unknown key, a missing one, or values that contradict each other.
-        ShapeError: for another shape or dtype than the key has.
+        DataError: if a key is unknown or missing, or values contradict each other.
+        ShapeError: if a value has the wrong shape or dtype.
     """
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     if unknown := sorted(str(key) for key in given if key not in KEYS):
         raise DataError(
-            f"The batch has {', '.join(unknown)}, which MoECausalLM would have to ignore. It may"
+            f"The batch has {', '.join(unknown)}, which MoECausalLM does not support. It may"
             f" have: {', '.join(KEYS)}. Drop the others in the data set or the collate function."
         )
     given = {key: value for key, value in given.items() if value is not None}
     if "input_ids" not in given:
         raise DataError(
             f"The batch has no input_ids, only: {', '.join(given) or 'nothing'}. A batch is token"
-            " ids (batch, seq_len), or a map with at least input_ids."
+            " ids (batch, seq_len), or a mapping with at least input_ids."
         )
     tokens = given.pop("input_ids")
     _check("input_ids", tokens)
@@ -111,26 +110,26 @@ def read_batch(batch: Tensor | Mapping[str, Any]) -> TokenBatch:
 
 
 def read_layout(tokens: Tensor, given: Mapping[str, Any]) -> Layout | None:
-    """Where the sequences of ``tokens (batch, seq_len)`` lie, or None if each fills its row.
+    """The sequences of ``tokens (batch, seq_len)``, or None if each fills its row.
 
     Args:
         tokens: token ids.
         given: the other keys of the batch: ``attention_mask``, 1 for a token and 0 for padding, at
             either end of a row; ``position_ids``, which restart from 0 with each document;
-            ``seq_idx``, another number for each document of a row; ``cu_seq_lens_q`` and ``_k``,
-            where the documents of a single row begin and end; ``max_length_q`` and ``_k``, the
-            longest of them. Those that are there must agree.
+            ``seq_idx``, a different number for each document of a row; ``cu_seq_lens_q`` and
+            ``_k``, the boundaries of the documents of a single row; ``max_length_q`` and ``_k``,
+            the longest document's length. Those that are given must agree.
 
     Raises:
-        DataError: for values that break these rules.
-        ShapeError: for another shape or dtype than the key has.
+        DataError: if values break these rules.
+        ShapeError: if a value has the wrong shape or dtype.
     """
     if not given or not tokens.numel():
         return None
     shape = tuple(tokens.shape)
     for key in PER_TOKEN:
         if key in given:
-            # transformers' models make position_ids (1, seq_len) for all rows.
+            # transformers' models create position_ids (1, seq_len) for all rows.
             lead = {shape, (1, shape[1])} if key == "position_ids" else {shape}
             _check(key, given[key], *sorted(lead, reverse=True), boolean=key == "attention_mask")
     mask, positions = given.get("attention_mask"), given.get("position_ids")
@@ -153,7 +152,7 @@ def read_layout(tokens: Tensor, given: Mapping[str, Any]) -> Layout | None:
 
 
 def _begins_of_each_key(real: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Key -> (batch, seq_len) bool, the first token of each sequence as this key has it."""
+    """Key -> (batch, seq_len) bool, the first tokens of sequences according to this key."""
     after_padding = real.clone()
     after_padding[:, 1:] &= ~real[:, :-1]
     found = {}
@@ -172,12 +171,12 @@ def _begins_of_each_key(real: Tensor, given: Mapping[str, Any]) -> dict[str, Ten
             begins = torch.zeros_like(real)
             begins[0, _read_boundaries(key, given[key], real)] = True
             found[key] = begins
-    # A mask alone says nothing of documents, so it can contradict none of the others.
+    # A mask says nothing about documents, so it can't contradict the other keys.
     return found or {"attention_mask": after_padding}
 
 
 def _read_boundaries(key: str, bounds: Any, real: Tensor) -> list[int]:
-    """Where the documents of a single row begin, from ``cu_seq_lens (documents + 1,)``."""
+    """The starts of the documents of a single row, from ``cu_seq_lens (documents + 1,)``."""
     if not isinstance(bounds, Tensor) or bounds.dim() != 1 or not _is_integer(bounds):
         raise ShapeError(
             f"{key} is {_describe(bounds)}. It must be a tensor (documents + 1,) of an integer"
@@ -188,8 +187,8 @@ def _read_boundaries(key: str, bounds: Any, real: Tensor) -> list[int]:
     if real.shape[0] != 1 or len(values) < 2 or (values[0], values[-1]) != (0, total):
         raise DataError(
             f"{key} goes from {values[0] if values else None} to {values[-1] if values else None},"
-            f" but input_ids are {tuple(real.shape)}. It says where the documents of a single row"
-            " (1, total) begin and end: from 0 to total. For several rows give position_ids."
+            f" but input_ids are {tuple(real.shape)}. It holds the boundaries of the documents of a"
+            " single row (1, total), from 0 to total. For several rows give position_ids."
         )
     if not ascending:
         raise DataError(f"{key}={values} descends. A document begins where the last one ends.")
@@ -205,17 +204,17 @@ def _read_length(key: str, value: Any) -> int:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the host must know of a batch: the flags that were read from the device.
+    """What the host needs to know about a batch: flags read from the device.
 
     Attributes:
-        padded: some token is padding.
-        crossing: some sequence begins after the first place of its row.
-        shifted: some row's positions begin above 0.
-        not_binary: the mask holds another value than 0 and 1.
-        holes: padding lies between tokens of a row.
-        bad_positions: positions that neither count on nor restart from 0.
-        longest: tokens of the longest sequence.
-        disagreeing: keys whose documents are not those of the first key.
+        padded: whether any token is padding.
+        crossing: whether any sequence starts after the first token of its row.
+        shifted: whether any row's positions start above 0.
+        not_binary: whether the mask has values other than 0 and 1.
+        holes: whether there is padding between the tokens of a row.
+        bad_positions: whether positions neither count up nor restart from 0.
+        longest: length of the longest sequence.
+        disagreeing: keys whose documents differ from those of the first key.
     """
 
     padded: bool
@@ -229,7 +228,7 @@ class _Facts:
 
     @classmethod
     def read(cls, real: Tensor, begins: dict[str, Tensor], given: Mapping[str, Any]) -> _Facts:
-        """Waits for the device once."""
+        """Reads the flags from the device, in one sync."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         first = next(iter(begins.values()))
         never = torch.zeros((), dtype=torch.bool, device=real.device)
@@ -239,8 +238,8 @@ class _Facts:
         if positions is not None:
             places = positions.long().expand(real.shape)
             begin = first & (places != 0)
-            # A row may begin at any position: rotary ones are relative. Each further document
-            # begins at 0, as anything else could as well be a gap.
+            # A row may start at any position, since rotary positions are relative. Later documents
+            # must start at 0, since anything else could also be a gap.
             opening = real & (real.cumsum(dim=1) == 1)
             shifted = (begin & opening).any()
             bad = (begin & ~opening).any() | (real & (places < 0)).any()
@@ -263,37 +262,38 @@ class _Facts:
         return cls(padded, crossing, shifts, not_binary, holes, wrong, found[6], disagreeing)
 
     def check(self, given: Mapping[str, Any]) -> None:
-        """Refuses what the keys' rules forbid.
+        """Refuses values that break the keys' rules.
 
         Raises:
             DataError: naming the key.
         """
         if self.not_binary:
             raise DataError(
-                "attention_mask holds other values than 0 and 1. It is 1 for a token and 0 for"
+                "attention_mask has values other than 0 and 1. It is 1 for a token and 0 for"
                 " padding; to pack documents into a row, give position_ids or seq_idx."
             )
         if self.holes:
             raise DataError(
-                "attention_mask has zeros between the ones of a row. Padding stands before a row's"
-                " tokens or after them; take out tokens in between in the data set, or give them"
-                " the label -100 if they are only not to be learned."
+                "attention_mask has zeros between the ones of a row. Padding must come before or"
+                " after a row's tokens; remove tokens in between in the data set, or give them the"
+                " label -100 if they should only be excluded from the loss."
             )
         if self.bad_positions:
             raise DataError(
-                "position_ids neither count up by 1 nor restart from 0 at some token. Inside a"
-                " document they count up, and each further document of a row begins at 0. Number"
-                " them so, or leave position_ids out."
+                "position_ids neither count up by 1 nor restart from 0 at some token. They must"
+                " count up within a document, and restart from 0 for each further document of a"
+                " row. Correct them, or leave position_ids out."
             )
         if self.padded and (mixed := [key for key in BOUNDARIES if key in given]):
             raise DataError(
-                f"attention_mask has padding, but {mixed[0]} is for rows without. Use one of them."
+                f"attention_mask has padding, but {mixed[0]} is for rows without padding. Use one"
+                " of them."
             )
         if self.disagreeing:
             first = next(key for key in ("position_ids", "seq_idx", *BOUNDARIES) if key in given)
             raise DataError(
-                f"{first} and {self.disagreeing[0]} begin documents at different tokens. They must"
-                " say the same; give one of them."
+                f"{first} and {self.disagreeing[0]} start documents at different tokens. They must"
+                " agree; give only one of them."
             )
         for key in LONGEST:
             if key in given and (said := _read_length(key, given[key])) != self.longest:
@@ -304,7 +304,7 @@ class _Facts:
 
 
 def _check(key: str, value: Any, *shapes: tuple[int, ...], boolean: bool = False) -> None:
-    """Refuses another shape than those, and dtypes that are not integers.
+    """Refuses shapes other than these, and dtypes that are not integers.
 
     Raises:
         ShapeError: naming the key.
@@ -317,8 +317,8 @@ def _check(key: str, value: Any, *shapes: tuple[int, ...], boolean: bool = False
     hint = ""
     if boolean:
         hint = (
-            " Masks of attention scores, with 4 dimensions or floating, are not taken: give a 1"
-            " for each token and a 0 for padding, and position_ids to keep documents apart."
+            " 4-dimensional or floating-point attention masks are not supported: give 1 for each"
+            " token and 0 for padding, and position_ids to separate documents."
         )
     raise ShapeError(
         f"{key} is {_describe(value)}. It must be a tensor {shape} of"

@@ -1,4 +1,4 @@
-"""Fine-tuning a language model that came from Hugging Face."""
+"""A LightningModule that fine-tunes language models imported from Hugging Face."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ Batch = Tensor | Mapping[str, Any]
 class MoECausalLM(LightningModule):
     """Mixtral, Qwen3-MoE or OLMoE, trained to predict the next token.
 
-    ``MoECausalLM(weights="qwen3.ckpt")`` starts from what ``lightning-fastmoe checkpoint import``
-    wrote; ``checkpoint export`` turns checkpoints of its training into a model for transformers.
+    ``MoECausalLM(weights="qwen3.ckpt")`` starts from a checkpoint that ``lightning-fastmoe
+    checkpoint import`` wrote; ``checkpoint export`` turns its checkpoints into a model for
+    transformers.
 
-    Batches are token ids (batch, seq_len), or maps with ``input_ids`` and, in transformers'
+    Batches are token ids (batch, seq_len), or mappings with ``input_ids`` and, in transformers'
     conventions:
 
-    - ``labels`` of the same shape if not every token is to be learned, -100 for the others (not
-      shifted);
-    - ``attention_mask`` of the same shape, 0 for padding, before or after a row's tokens. Padding
-      takes part in nothing;
+    - ``labels`` of the same shape, -100 for tokens to exclude from the loss (not shifted);
+    - ``attention_mask`` of the same shape, 0 for padding before or after a row's tokens. Padding is
+      skipped everywhere;
     - ``position_ids``, which restart from 0 with each document packed into a row; or ``seq_idx``,
-      or ``cu_seq_lens_q`` and ``_k`` (``DataCollatorWithFlattening``). A document sees itself
-      alone, and its first token is not predicted.
+      or ``cu_seq_lens_q`` and ``_k`` (``DataCollatorWithFlattening``). A document sees only itself,
+      and its first token is not predicted.
 
-    The loss is the mean over the tokens that are predicted in the rank's micro-batch, zero if there
-    are none; gradients are those of its mean over ranks and micro-batches. Other keys are refused.
+    The loss is the mean over the predicted tokens in the rank's micro-batch, zero if there are
+    none; gradients are those of its mean over ranks and micro-batches. Other keys are refused.
     Override ``configure_optimizers`` as in any LightningModule.
 
     Args:
         weights: a checkpoint to start from; None starts from random weights.
-        config: ``config.json`` of the model: its content, its path, or its directory. None takes
-            that of ``weights``.
+        config: ``config.json`` of the model: its content, its path, or its directory. None uses
+            the config in ``weights``.
         lr: learning rate of AdamW.
-        weight_decay: AdamW's, on all weights.
+        weight_decay: AdamW's weight decay, on all weights.
         load_balancing: coefficient of the load-balancing loss.
         z_loss: coefficient of the router z-loss.
 
     Raises:
-        ConfigError: if the model is of no supported kind, or both arguments are missing.
+        ConfigError: if the model's family is not supported, or ``weights`` and ``config`` are both
+            missing.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class MoECausalLM(LightningModule):
         self.config = _content(config, weights)
         self.architecture = Architecture.from_config(self.config)
         self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss")
-        # Its content and not its path, as exporting needs it on whatever machine. The weights to
-        # start from are not hyperparameters: a checkpoint has its own.
+        # The content, not the path, because exporting needs it on any machine. The initial weights
+        # are not a hyperparameter: a checkpoint has its own.
         self.save_hyperparameters({"config": self.config})
         self.lr, self.weight_decay = lr, weight_decay
         self._coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
@@ -79,7 +80,7 @@ class MoECausalLM(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        # Here the strategy knows the ranks, so that each creates and reads its own experts only.
+        # By now the strategy knows the ranks, so that each creates and reads only its own experts.
         if self.network is None:
             self.network = MoEDecoder(self.architecture, **self._coefficients)
             if self._weights is not None:
@@ -90,13 +91,13 @@ class MoECausalLM(LightningModule):
         """Predicts each next token.
 
         Args:
-            batch: token ids (batch, seq_len), or a map as for training.
+            batch: token ids (batch, seq_len), or a mapping as for training.
 
         Returns:
-            Logits, (batch, seq_len, vocab_size); those of padding mean nothing.
+            Logits, (batch, seq_len, vocab_size); undefined for padding.
 
         Raises:
-            DataError: if the map has an unknown key, or keys that contradict each other.
+            DataError: if the mapping has an unknown key, or keys that contradict each other.
             ShapeError: if a tensor has the wrong shape or dtype.
         """
         return self._logits(read_batch(batch))
@@ -104,7 +105,7 @@ class MoECausalLM(LightningModule):
     def _logits(self, batch: TokenBatch) -> Tensor:
         if self.network is None:
             raise ConfigError(
-                "The network isn't built yet. A Trainer builds it; outside of one, call"
+                "The network isn't built yet. A Trainer builds it; without one, call"
                 " configure_model() first."
             )
         logits: Tensor = self.network(batch.tokens, batch.layout)
@@ -119,8 +120,8 @@ class MoECausalLM(LightningModule):
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         read = read_batch(batch)
-        # Weighted by what was predicted, so that the mean doesn't depend on how sequences are
-        # padded, packed and batched.
+        # Weighted by the number of predicted tokens, so that the mean doesn't depend on padding,
+        # packing and batching.
         predicted = int((read.targets != IGNORED).sum())
         self.log("val_loss", self._loss(read), sync_dist=True, batch_size=predicted)
 
@@ -129,7 +130,7 @@ class MoECausalLM(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def _loss(self, batch: TokenBatch) -> Tensor:
-        """Mean cross-entropy of the tokens that are predicted, in nats; 0 if there are none."""
+        """Mean cross-entropy of the predicted tokens, in nats; 0 if there are none."""
         logits = self._logits(batch)[:, :-1]
         if logits.dtype != torch.float64:
             logits = logits.float()

@@ -1,7 +1,7 @@
-"""The decoder that Mixtral, Qwen3-MoE and OLMoE have in common, around this package's MoE layer.
+"""The decoder shared by Mixtral, Qwen3-MoE and OLMoE, with this package's MoE layer.
 
-Modules have the names that they have in transformers, so weights go across by name; only what is
-inside a mixture of experts differs (``architecture``).
+Modules are named as in transformers, so weights map by name; only the inside of a MoE layer differs
+(see ``architecture``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         value = self._heads(self.v_proj(x), None)
         mask = None if layout is None else layout.attention_mask
         if mask is not None:
-            # With a mask and grouped queries torch has no kernel that is spare with memory.
+            # With a mask and grouped queries torch has no memory-efficient kernel.
             shared = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
         mixed = F.scaled_dot_product_attention(
@@ -107,9 +107,9 @@ class DecoderLayer(nn.Module):
         return out
 
     def _feed_forward(self, h: Tensor, layout: Layout) -> Tensor:
-        """The MLP or experts for all tokens but padding, which gets zeros."""
+        """Applies the MLP or experts to all tokens but padding, which gets zeros."""
         rows = h.flatten(0, 1)
-        # Taken out here and not by MoE(mask=), which would wait for the device in each layer.
+        # Removed here rather than by MoE(mask=), which would sync with the device in each layer.
         inputs = rows if layout.real is None else rows.index_select(0, layout.real)
         if isinstance(self.mlp, MoE):
             y = self.mlp(inputs, sequence_ids=layout.real_sequence_ids)
@@ -122,7 +122,7 @@ class DecoderLayer(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """What transformers calls ``model``: everything but the head."""
+    """Everything but the head; ``model`` in transformers."""
 
     def __init__(self, about: Architecture, load_balancing: float, z_loss: float) -> None:
         super().__init__()
@@ -150,10 +150,10 @@ class _Backbone(nn.Module):
 
 
 class MoEDecoder(nn.Module):
-    """A causal language model of one of the families of ``checkpoint.huggingface``.
+    """A causal language model of one of the families in ``huggingface.families``.
 
-    Its logits equal those of transformers with the same weights, up to rounding. There is no cache
-    of keys and values: it is for training; export it to generate text.
+    With the same weights, its logits equal those of transformers up to rounding. It is for training
+    and has no KV cache; export it to generate text.
 
     Args:
         about: from :meth:`Architecture.from_config`.
@@ -174,18 +174,18 @@ class MoEDecoder(nn.Module):
 
         Args:
             tokens: (batch, seq_len), any integer dtype.
-            layout: where padding and packed documents lie, from
-                :func:`~lightning_fastmoe.huggingface.batch.read_layout`; None without.
+            layout: padding and packed documents, from
+                :func:`~lightning_fastmoe.huggingface.batch.read_layout`; None without them.
 
         Returns:
-            Logits, (batch, seq_len, vocab_size); those of padding mean nothing.
+            Logits, (batch, seq_len, vocab_size); undefined for padding.
         """
         positions = None if layout is None else layout.positions
         table = rotary_table(
             tokens.shape[1], self.head_dim, tokens.device, self.rope_theta, positions
         )
         if layout is not None:
-            # Whatever id stands for padding, the table needn't have it.
+            # The id of padding may lie outside the embedding table.
             tokens = tokens.masked_fill(layout.sequence_ids < 0, 0)
         x = self.model.embed_tokens(tokens.long())
         for layer in self.model.layers:

@@ -1,4 +1,4 @@
-"""A checkpoint as a directory that transformers loads."""
+"""Exports a checkpoint as a directory that transformers can load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_fastmoe.huggingface.families import FAMILIES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ANCHOR = "model.embed_tokens.weight"
-"""Every model of the families has it: what stands before it is the prefix of all names."""
+"""A weight of every model; what precedes its name is the prefix of all names."""
 
 COMPANIONS = (
     "generation_config.json",
@@ -43,7 +43,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Files beside a model's weights that fine-tuning leaves as they are."""
+"""Files next to a model's weights that fine-tuning doesn't change."""
 
 _NAMES_SHOWN = 3
 
@@ -64,14 +64,14 @@ def export(
 
     Args:
         reader: the checkpoint; verify it first.
-        path: the new directory, which appears complete or not at all.
+        path: the new directory, created atomically.
         family: a key of :data:`FAMILIES`.
-        config: ``config.json`` of a model with these sizes, or the directory that holds it, whose
-            tokenizer is then copied, too. None takes the ``config`` among the checkpoint's
+        config: ``config.json`` of a model with these sizes, or its directory, from which the
+            tokenizer is copied too. None uses the ``config`` among the checkpoint's
             hyperparameters, where importing puts it.
-        prefix: before our names of weights; None finds it.
-        dtype: what weights are converted to; None keeps them as they are.
-        max_shard_bytes: files hold at most so much, but at least one tensor.
+        prefix: prefix of our names of weights; None detects it.
+        dtype: dtype to convert weights to; None keeps theirs.
+        max_shard_bytes: maximum size of a file, unless it holds a single tensor.
         on_total: called once with the number of bytes that will be written.
         on_bytes: called with the number of bytes after each write.
 
@@ -79,14 +79,14 @@ def export(
         {"files": names, "tensors": number, "bytes": total}
 
     Raises:
-        ConfigError: if the directory exists, or the weights aren't those of such a model.
+        ConfigError: if the directory exists, or the weights don't match the model.
         OSError: if it can't be written.
     """
     content = read_config(config) if config is not None else kept_config(reader)
     if content.get("model_type") != family:
         raise ConfigError(
             f"The config.json has model_type={content.get('model_type')!r}, but the export is to"
-            f" {family!r}. Choose the one that the model has."
+            f" {family!r}. Choose the model's own family."
         )
     about = Architecture.from_config(content)
     prefix = find_prefix(reader) if prefix is None else prefix
@@ -125,10 +125,10 @@ def export(
 
 
 def find_prefix(reader: CheckpointReader) -> str:
-    """What stands before our names of weights, such as "network.".
+    """The prefix of our names of weights, such as "network.".
 
     Raises:
-        ConfigError: if no weight, or more than one, is a token embedding.
+        ConfigError: if there is no token embedding, or more than one.
     """
     ending = weight_name("")  # "weights/"
     names = [n.removeprefix(ending) for n in reader.manifest.tensors if n.startswith(ending)]
@@ -137,16 +137,16 @@ def find_prefix(reader: CheckpointReader) -> str:
         what = "no" if not found else "more than one"
         raise ConfigError(
             f"{reader.path} has {what} weight called PREFIX{ANCHOR}. Name the modules as"
-            " transformers does (docs/huggingface.md), or say which with --prefix."
+            " transformers does (docs/huggingface.md), or choose one with --prefix."
         )
     return found[0]
 
 
 def check_weights(reader: CheckpointReader, about: Architecture, prefix: str) -> None:
-    """The checkpoint must have exactly the weights of the model, in their shapes.
+    """Checks that the checkpoint has exactly the model's weights, with their shapes.
 
     Raises:
-        ConfigError: naming what is missing, left over, or of another shape.
+        ConfigError: naming weights that are missing, unknown, or of another shape.
     """
     expected = {weight_name(prefix + n): s for n, s in weight_shapes(about).items()}
     start = weight_name(prefix)
@@ -158,7 +158,7 @@ def check_weights(reader: CheckpointReader, about: Architecture, prefix: str) ->
         if name in found and found[name].shape != shape
     ]
     differ += [f"{name[short:]} is missing" for name in expected if name not in found]
-    differ += [f"{name[short:]} is unknown there" for name in found if name not in expected]
+    differ += [f"{name[short:]} is not in that model" for name in found if name not in expected]
     if differ:
         more = f"; and {len(differ) - _NAMES_SHOWN} more" if len(differ) > _NAMES_SHOWN else ""
         raise ConfigError(
@@ -168,7 +168,7 @@ def check_weights(reader: CheckpointReader, about: Architecture, prefix: str) ->
 
 
 def split(tensors: list[StreamedTensor], limit: int) -> dict[str, list[StreamedTensor]]:
-    """File name -> what it holds, filled in order up to the limit."""
+    """File name -> its tensors, filled in order up to the limit."""
     shards: list[list[StreamedTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -213,14 +213,14 @@ def kept_config(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _finished(config: Mapping[str, Any], tensors: list[StreamedTensor]) -> dict[str, Any]:
-    """The config.json of what was written: the given one, with the class and dtype."""
+    """The config.json to write: the given one, with the model's class and dtype."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
     family = FAMILIES[config["model_type"]]
-    # Fields have other names in transformers 5 than in 4 and in programs that go by it. All of them
-    # ignore those that they don't know, so the file has both.
+    # transformers 5 renamed fields of transformers 4, which other programs still read. Unknown
+    # fields are ignored, so the file has both names.
     both = {"dtype": dtype, "torch_dtype": dtype}
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None:

@@ -1,7 +1,7 @@
-"""The model families of transformers that can be exported to and imported from.
+"""The supported model families of transformers.
 
-Names in files are those on the Hugging Face Hub (one matrix for each expert), which transformers,
-vLLM and others read in all versions; transformers 5 stacks the experts while it loads.
+Tensor names are those on the Hugging Face Hub (one matrix per expert), which all versions of
+transformers, vLLM and others read; transformers 5 stacks the experts while loading.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model, named as in ``config.json``.
+    """A model family, with its names in ``config.json`` and in files.
 
     Attributes:
         name: ``model_type``.
-        architecture: the class of transformers.
-        block: what the feed-forward block of a layer is called in files.
-        projections: what an expert's gate, up and down projections are called in files.
+        architecture: the class in transformers.
+        block: name of a layer's feed-forward block in files.
+        projections: names of an expert's gate, up and down projections in files.
         width: the field with an expert's inner width, F.
         experts: the field with the number of experts, E.
         qk_norm: norms of queries and keys: "none", over each "head", or over their whole "width".
-        reads: fields that not all families look at, and this one does.
-        defaults: what fields mean that a ``config.json`` leaves out.
+        reads: fields that this family reads and some others ignore.
+        defaults: defaults of fields that a ``config.json`` leaves out.
     """
 
     name: str
@@ -79,7 +79,7 @@ FAMILIES = {
                     "rms_norm_eps": 1e-5,
                     "num_experts_per_tok": 2,
                     "num_local_experts": 8,
-                    "norm_topk_prob": True,  # no field of Mixtral's: it always divides by the sum
+                    "norm_topk_prob": True,  # not a field of Mixtral's, which always normalises
                     "rope_theta": 1_000_000.0,
                 }
             ),
@@ -146,7 +146,7 @@ FAMILIES = {
         ),
     )
 }
-"""By ``model_type``."""
+"""Families by ``model_type``."""
 
 NOT_ALL_READ: frozenset[str] = frozenset().union(*(f.reads for f in FAMILIES.values()))
-"""Fields that mean nothing in the families that don't read them."""
+"""Fields that are ignored in the families that don't read them."""

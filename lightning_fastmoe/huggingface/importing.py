@@ -1,4 +1,4 @@
-"""A model of transformers as a checkpoint that training starts from."""
+"""Imports a transformers model as a checkpoint that training can start from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_fastmoe.huggingface.architecture import (
 from lightning_fastmoe.huggingface.exporting import INDEX, SINGLE
 
 _IGNORED = ".rotary_emb.inv_freq"
-"""A constant that old versions of transformers stored."""
+"""Suffix of a constant that old versions of transformers stored."""
 
 _PRECISION = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}
 
@@ -42,16 +42,16 @@ def import_model(
     on_total: Callable[[int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Architecture:
-    """Writes the weights of a Hugging Face model as a checkpoint, bit by bit, stacking the experts.
+    """Writes a Hugging Face model's weights, bit for bit, as a checkpoint with stacked experts.
 
-    One tensor of the source is in memory at a time. The config goes among the hyperparameters, so
-    that ``MoECausalLM.load_from_checkpoint`` and exporting find it.
+    One tensor of the source is in memory at a time. The config is stored in the hyperparameters,
+    where ``MoECausalLM.load_from_checkpoint`` and exporting find it.
 
     Args:
         source: a directory with ``config.json`` and safetensors files.
-        path: the new checkpoint; one that is there is replaced.
-        prefix: what goes before our names of weights: the attribute of the LightningModule that
-            holds the decoder. "network." is that of ``MoECausalLM``.
+        path: the new checkpoint; an existing one is replaced.
+        prefix: prefix of our names of weights: the attribute of the LightningModule that holds the
+            decoder; "network." for ``MoECausalLM``.
         on_total: called once with the number of bytes that will be written.
         on_bytes: called with the number of bytes after each write.
 
@@ -59,9 +59,9 @@ def import_model(
         The model's architecture.
 
     Raises:
-        ConfigError: if the model is of no known family, or its weights aren't those of its config.
-        CheckpointError: if a file is damaged, or see
-            :class:`~lightning_fastmoe.checkpoint.format.publish.Publication`.
+        ConfigError: if the model's family is unknown, or its weights don't match its config.
+        CheckpointError: if a file is damaged; also as
+            :class:`~lightning_fastmoe.checkpoint.format.publish.Publication` does.
         OSError: if it can't be written.
     """
     config = read_config(source)
@@ -96,7 +96,7 @@ def _piece(weights: _Weights, name: str, shape: tuple[int, ...], parts: list[Slo
     if len(dtypes) > 1:
         raise ConfigError(
             f"{weights.source}: the parts of {name} have different dtypes,"
-            f" {', '.join(sorted(map(str, dtypes)))}. Convert the model to one of them first."
+            f" {', '.join(sorted(map(str, dtypes)))}. Convert the model to a single dtype first."
         )
 
     def read() -> Iterator[Tensor]:
@@ -128,10 +128,10 @@ class _Weights:
                 self._places[key] = name
 
     def check(self, expected: list[Slot]) -> None:
-        """Exactly the tensors of the architecture, in their shapes.
+        """Checks that the files have exactly the architecture's tensors, with their shapes.
 
         Raises:
-            ConfigError: naming them.
+            ConfigError: naming tensors that are missing, unknown, or of another shape.
         """
         shapes = {slot.key: slot.shape for slot in expected}
         found = {key for key in self._places if not key.endswith(_IGNORED)}
@@ -158,30 +158,31 @@ class _Weights:
         return self._files[self._places[key]].get_slice(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of a tensor."""
+        """The dtype of a tensor."""
         name = self._slice(key).get_dtype()
         if name not in DTYPES:
             raise ConfigError(f"{self.source}: {key} has dtype {name}, which is not supported.")
         return DTYPES[name]
 
     def read(self, key: str) -> Tensor:
-        """A tensor, flat."""
+        """Reads a tensor, flattened."""
         tensor: Tensor = self._files[self._places[key]].get_tensor(key)
         return tensor.reshape(-1)
 
 
 def _file_names(source: Path) -> list[str]:
-    """The files that hold weights: those of the index, or the only one.
+    """The files with weights: those in the index, or the only one.
 
     Raises:
-        ConfigError: if there are none, or the index leads out of the directory.
+        ConfigError: if there are none, or the index names files outside the directory.
     """
     if not (source / INDEX).is_file():
         if (source / SINGLE).is_file():
             return [SINGLE]
         raise ConfigError(
-            f"{source} holds neither {INDEX} nor {SINGLE}. Weights in pickle files (.bin) are not"
-            " read, as they can run code: save the model with transformers' save_pretrained first."
+            f"{source} has neither {INDEX} nor {SINGLE}. Weights in pickle files (.bin) are not"
+            " read, because they can run code: save the model with transformers' save_pretrained"
+            " first."
         )
     try:
         places = json.loads((source / INDEX).read_bytes())["weight_map"]
@@ -197,7 +198,7 @@ def _file_names(source: Path) -> list[str]:
 
 
 def _state(config: Mapping[str, Any]) -> dict[str, Any]:
-    """state.json of a run that has not begun."""
+    """The state.json of a run that has not started."""
     return {
         "lightning": {
             "epoch": 0,

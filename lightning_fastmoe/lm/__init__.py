@@ -1,7 +1,7 @@
-"""Where the language models were at first: scripts and configuration files name them so.
+"""The former location of the language models, for scripts and configurations that still use it.
 
-They are in ``demos.byte_lm`` (the example) and ``huggingface`` (models from there), and are loaded
-when they are first used.
+They are now in ``demos.byte_lm`` (the example) and ``huggingface`` (imported models), and are
+imported on first use.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ByteCorpus", "MoECausalLM", "MoELanguageModel", "SampleText", "TrainingBar", "generate"]
 
-if not TYPE_CHECKING:  # or every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

@@ -1,4 +1,4 @@
-"""torchmetrics metrics of what routers do: the public path of ``monitoring.metrics``."""
+"""torchmetrics metrics of routing and expert load; public path of ``monitoring.metrics``."""
 
 from lightning_fastmoe.monitoring.metrics import (
     DeadExperts,

@@ -1,1 +1,1 @@
-"""What a run's experts do: metrics, the callbacks that log them, their logs, and a report."""
+"""Monitoring of experts: metrics, callbacks that log them, log files, and an HTML report."""

@@ -1,4 +1,4 @@
-"""torch.nn modules. No Lightning, no DeepSpeed."""
+"""The MoE layer and its parts as ``torch.nn`` modules; needs neither Lightning nor DeepSpeed."""
 
 from lightning_fastmoe.nn.collect import moe_layers, moe_losses
 from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher

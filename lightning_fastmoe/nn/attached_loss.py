@@ -1,11 +1,11 @@
-"""Loss terms that act without being added to the loss.
+"""Loss terms that take part in the backward pass without being added to the loss.
 
 A term is tied to the layer's output: when the output's gradient passes through, the term's own
 gradient starts with the factor that the training loop applied to the loss (1 / accumulation steps,
-the fp16 loss scale). ``LossScale.of`` learns that factor from autograd itself: it is the gradient
-that reaches the user's loss. So the result equals a term added by hand, whatever the loop does.
-The idea of a term that rides on an activation is Megatron-LM's; reading the factor from the graph
-is ours.
+the fp16 loss scale). ``LossScale.of`` reads that factor from autograd: it is the gradient that
+reaches the user's loss. So the result equals adding the term by hand, whatever the loop does.
+Attaching a term to an activation is Megatron-LM's idea; reading the factor from the graph is new
+here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 
 class LossScale:
-    """The factor between the loss that the user returned and the one that is differentiated.
+    """The factor between the loss that the user returned and the loss that is differentiated.
 
-    Unless a loss is watched the factor is 1, which is right for a plain ``loss.backward()``.
+    Unless a loss is watched, the factor is 1, which is right for a plain ``loss.backward()``.
     """
 
     def __init__(self) -> None:
@@ -32,15 +32,15 @@ class LossScale:
         self.value = grad.detach()
 
     def watch(self, loss: Tensor) -> None:
-        """A backward pass through ``loss``, scaled in any way later on, sets the factor.
+        """Lets a backward pass through ``loss``, however it is scaled later, set the factor.
 
-        Of several watched tensors the one nearest to the layers counts: its hook runs last.
+        Of several watched tensors, the one nearest the layers counts: its hook runs last.
         """
         loss.register_hook(self._store)
 
     @contextmanager
     def of(self, loss: Tensor) -> Iterator[None]:
-        """Watches ``loss``; the factor that a backward pass sets inside is forgotten at the end."""
+        """Watches ``loss``; on exit, the factor set by a backward pass inside is discarded."""
         self.watch(loss)
         try:
             yield
@@ -52,9 +52,9 @@ class AttachedLoss:
     """The terms of one forward pass of one layer, alive as long as that pass's graph.
 
     Attributes:
-        terms: name -> coefficient * term, with graph.
-        taken: True once the user has asked for the terms; they then act no more by themselves.
-        spent: True once a backward pass has gone through.
+        terms: name -> coefficient * term, with its graph.
+        taken: True once the user has taken the terms, which are then no longer added here.
+        spent: True once a backward pass has used them.
     """
 
     def __init__(self, terms: dict[str, Tensor], scale: LossScale) -> None:
@@ -85,7 +85,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(y: Tensor, attached: AttachedLoss) -> Tensor:
-    """Returns ``y``; its backward pass also starts that of the attached terms."""
+    """Returns ``y``; its backward pass also starts the attached terms' backward pass."""
     total = torch.stack(list(attached.terms.values())).sum()
     return _Attach.apply(y, total, attached)  # type: ignore[no-any-return]
 
@@ -97,7 +97,7 @@ class AttachedLosses:
         self._alive: list[weakref.ref[AttachedLoss]] = []
 
     def __reduce__(self) -> tuple[type[AttachedLosses], tuple[()]]:
-        """A copy, or an unpickled layer, has made no pass of its own yet."""
+        """Starts empty when copied or unpickled: a copy has run no pass of its own yet."""
         return AttachedLosses, ()
 
     def append(self, attached: AttachedLoss) -> None:

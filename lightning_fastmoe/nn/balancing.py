@@ -20,8 +20,8 @@ class BalancingLosses:
     """The losses of one layer.
 
     Args:
-        traits: the traits of the layer's router, which says what losses make sense and are usual.
-        given: name -> coefficient, or None for what is usual with this router.
+        traits: the traits of the layer's router: its applicable and its default losses.
+        given: name -> coefficient, or None for the router's default.
 
     Attributes:
         coefficients: name -> coefficient of each loss of
@@ -48,7 +48,7 @@ class BalancingLosses:
 
     @property
     def use_batch(self) -> bool:
-        """Whether they exchange counts with the other ranks, as the coefficients are now."""
+        """Whether, with the current coefficients, they exchange counts with the other ranks."""
         return any(LOSSES[name].uses_batch and c > 0 for name, c in self.coefficients.items())
 
     def attach(
@@ -60,12 +60,12 @@ class BalancingLosses:
         *,
         replay: bool,
     ) -> Any:
-        """Returns ``y``, whose backward pass starts that of the losses too.
+        """Returns ``y``; its backward pass also starts the losses' backward pass.
 
         Args:
             y: the layer's output, a tensor or a structure of tensors.
             routing: the routing of this pass.
-            context: what the router was told.
+            context: the router's context.
             traits: the traits of the router.
             replay: activation checkpointing is repeating the pass.
 
@@ -89,7 +89,9 @@ class BalancingLosses:
         return pytree.tree_unflatten(leaves, spec)
 
     def take(self, layer: str) -> list[dict[str, Tensor]]:
-        """The terms, coefficient times loss, of the passes since the last call; they act no more.
+        """Takes the terms (coefficient times loss) of the passes since the last call.
+
+        They are no longer added automatically.
 
         Raises:
             ConfigError: if the latest pass made terms without graphs, which can't be added by hand.
@@ -98,22 +100,23 @@ class BalancingLosses:
             raise ConfigError(
                 f"moe_losses: the last training pass of layer {layer!r} ran without gradients, as"
                 " re-entrant activation checkpointing does, so its terms can't be added by hand."
-                " Leave them to act by themselves, or use checkpoint(..., use_reentrant=False)."
+                " Leave them out of the loss: they are added automatically. Or use"
+                " checkpoint(..., use_reentrant=False)."
             )
         return [attached.terms for attached in self._attached.take()]
 
 
 def check_coefficients(coefficients: dict[str, float], traits: RouterTraits) -> None:
-    """Refuses coefficients that a layer with this router can't act on.
+    """Refuses coefficients that are invalid for a layer with this router.
 
     Raises:
-        ConfigError: for one that is negative or not finite, or a loss that is unknown or that makes
-            no sense with the router.
+        ConfigError: if a coefficient is negative or not finite, or a loss is unknown or does not
+            apply to the router.
     """
     for name, value in coefficients.items():
         if name not in LOSSES:
             raise ConfigError(
-                f"{name} is not a loss of a MoE layer. They are: {', '.join(LOSSES)}."
+                f"{name} is not a loss of a MoE layer. The losses are: {', '.join(LOSSES)}."
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and math.isfinite(value) and value >= 0):
@@ -123,6 +126,6 @@ def check_coefficients(coefficients: dict[str, float], traits: RouterTraits) -> 
             )
         if value > 0 and name not in traits.losses:
             raise ConfigError(
-                f"{name}={value!r}, but this loss has no meaning for {traits.name}."
+                f"{name}={value!r}, but this loss does not apply to {traits.name}."
                 f" Its losses are: {', '.join(sorted(traits.losses)) or 'none'}."
             )

@@ -1,4 +1,4 @@
-"""How many tokens an expert takes, and who is dropped."""
+"""Expert capacity: how many tokens an expert takes, and which are dropped."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ CapacityFactors = float | tuple[float | None, float | None] | list[float | None]
 
 
 class Capacity:
-    """The limit of one layer; its attributes may be changed between passes, identically everywhere.
+    """The capacity of one layer's experts.
+
+    Attributes may be changed between passes, identically on all ranks.
 
     Args:
-        traits: the traits of the layer's router, which has a limit of its own for "router".
-        factors: C is :func:`expert_capacity` of it. A number, a pair (training, evaluation), None
-            for dropless, or "router".
+        traits: the traits of the layer's router, whose factors are used for "router".
+        factors: the capacity factor, see :func:`expert_capacity`: a number, a pair (training,
+            evaluation), None for dropless, or "router".
         over: whose tokens share the C slots, this rank's or the global batch's; None is the
-            router's own.
+            router's default.
         drop_by: see :func:`limit_by_capacity`.
 
     Raises:
-        ConfigError: if an argument is unknown or out of range, or the router has no use for it.
+        ConfigError: if an argument is unknown, out of range, or not applicable to the router.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Capacity:
 
     @property
     def drop_by(self) -> str:
-        """Who keeps their place: by "position" or by "score"."""
+        """Which tokens are kept: by "position" or by "score"."""
         return self._drop_by
 
     @drop_by.setter
@@ -90,7 +92,7 @@ class Capacity:
         return self.over == "global" and (self._training, self._evaluation) != (None, None)
 
     def limit(self, routing: Routing, context: RoutingContext, traits: RouterTraits) -> Routing:
-        """The routing with what the experts have room for, in ``kept``.
+        """The routing with ``kept`` set to the pairs that the experts have room for.
 
         Raises:
             ConfigError: if the router doesn't choose K experts per token.
@@ -131,7 +133,7 @@ def _pair(given: CapacityFactors | str, traits: RouterTraits) -> tuple[float | N
 
 
 def check_factor(name: str, value: float | None, traits: RouterTraits) -> None:
-    """Refuses a capacity factor that is out of range, or that the router couldn't act on.
+    """Refuses a capacity factor that is out of range or not applicable to the router.
 
     Raises:
         ConfigError: if it is neither None nor a positive finite number; for expert choice without a
@@ -178,17 +180,17 @@ def limit_by_capacity(
 ) -> Routing:
     """Keeps at most C pairs of each expert; sets ``kept``.
 
-    All first choices come before all second ones (GShard). Among the k-th choices come first: the
-    earlier tokens (``by="position"``; over all ranks in rank order), or those with the largest best
-    score (``by="score"``: batch-prioritised routing, Riquelme et al. 2021).
+    All first choices come before all second ones (GShard). Among the k-th choices, priority goes to
+    earlier tokens (``by="position"``; over all ranks in rank order), or to tokens with the largest
+    best score (``by="score"``: batch-prioritised routing, Riquelme et al. 2021).
 
     Args:
         routing: token choice.
-        factor: C is :func:`expert_capacity` of it.
+        factor: the capacity factor, see :func:`expert_capacity`.
         over: whose tokens share the C slots: this rank's, or the global batch's. "global" exchanges
             counts (by position) or all choices (by score) between ranks.
         by: see above.
-        batch: reaches the other ranks.
+        batch: access to the other ranks' tokens.
         layer: for errors.
     """
     ids, num_experts = routing.expert_ids, routing.logits.shape[1]
@@ -215,10 +217,10 @@ def limit_by_capacity(
 
 
 def positions_in_expert(ids: Tensor, num_experts: int, priority: Tensor | None) -> Tensor:
-    """How many pairs come before each pair in the queue of its expert.
+    """How many pairs come before each pair in its expert's queue.
 
     Args:
-        ids: (T, K), E for a slot that isn't used.
+        ids: (T, K), E for an unused slot.
         num_experts: E.
         priority: (T,), larger first, ties to the earlier token; None for the order of tokens.
 
@@ -255,7 +257,7 @@ def _globally_by_position(
     total = int(table[:, -1].sum()) if batch.size > 1 else tokens
     by_rank = table[:, :-1].view(-1, top_k, num_experts + 1).to(ids.device)
     everyone = by_rank.sum(dim=0)
-    # Before this rank's k-th choices: everyone's earlier choices, and lower ranks' k-th ones.
+    # Ahead of this rank's k-th choices: all ranks' earlier choices, and lower ranks' k-th ones.
     earlier = everyone.cumsum(dim=0) - everyone
     ahead = earlier + by_rank[: batch.rank].sum(dim=0) - (own.cumsum(dim=0) - own)
     capacity = expert_capacity(factor, total, top_k, num_experts)

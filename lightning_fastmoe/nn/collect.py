@@ -1,4 +1,4 @@
-"""The MoE layers inside a model, and their losses for those who add them by hand."""
+"""Finds the MoE layers inside a model, and collects their losses for adding by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fastmoe.nn.options import warn_if_not_causal
 def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoE]]:
     """The MoE layers inside ``module``, with their names, in registration order.
 
-    A layer inside a module that ``torch.compile`` wrapped has the name that it has without.
+    A layer inside a module wrapped by ``torch.compile`` has the same name as without it.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, MoE):
@@ -21,9 +21,9 @@ def moe_layers(module: nn.Module) -> Iterator[tuple[str, MoE]]:
 
 
 def moe_losses(module: nn.Module) -> dict[str, Tensor]:
-    """The balancing terms of the latest forward passes, for those who add them by hand.
+    """The balancing terms of the latest forward passes, for adding them to the loss by hand.
 
-    Whatever this returns acts no more by itself, so nothing is counted twice::
+    Terms that this returns are no longer added automatically, so nothing is counted twice::
 
         loss = cross_entropy + sum(moe_losses(self).values())
 
@@ -36,7 +36,7 @@ def moe_losses(module: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: after a forward pass inside a re-entrant activation checkpoint, whose terms
-            have no graph yet.
+            have no graph.
     """
     totals: dict[str, Tensor] = {}
     for name, layer in moe_layers(module):
@@ -47,10 +47,10 @@ def moe_losses(module: nn.Module) -> dict[str, Tensor]:
 
 
 def warn_about_causality(module: nn.Module) -> None:
-    """Warns of each layer whose router sees later tokens, inside an autoregressive module.
+    """Warns of each layer inside an autoregressive module whose router sees later tokens.
 
     A module declares itself autoregressive by an attribute ``autoregressive = True``, its own or
-    its class's; that holds for all that it contains.
+    its class's; it applies to all of its submodules.
     """
     warned: set[int] = set()
     for owner in module.modules():

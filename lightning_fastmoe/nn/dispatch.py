@@ -1,4 +1,4 @@
-"""How rows cross ranks, and the order they have there: the interface, and the one-rank case."""
+"""The dispatcher interface (how rows reach their experts' ranks), and the one-rank dispatcher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_dispatcher(name: str) -> None:
 class Dispatcher(Protocol):
     """Moves rows to the ranks of their experts and back. Not a module: it owns no parameters.
 
-    A part that schedules use. All dispatchers are interchangeable: each gives the numbers of
+    Used by schedules. All dispatchers are interchangeable: each gives the same numbers as
     :class:`LocalDispatcher` with all experts on one rank.
     """
 
@@ -38,18 +38,18 @@ class Dispatcher(Protocol):
 
         Args:
             x: (T, D).
-            routing: the choice for these tokens: token choice, some slots perhaps dropped, or
+            routing: the routing of these tokens: token choice, possibly with dropped slots, or
                 expert choice.
             layer: the layer's name, for errors and to detect ranks in different layers.
 
         Returns:
             ``x_by_expert (N, D)`` grouped by local expert, ``tokens_per_expert (e,)`` int64, and
-            whatever :meth:`combine` must remember.
+            an opaque handle for :meth:`send` and :meth:`combine`.
         """
         ...
 
     def send(self, x: Tensor, handle: Any) -> Tensor:
-        """Sends further rows ``x (T, W)``, of any dtype, the way that ``handle`` remembers."""
+        """Sends further rows ``x (T, W)``, of any dtype, along the route in ``handle``."""
         ...
 
     def combine(self, y: Tensor, handle: Any) -> Tensor:
@@ -59,12 +59,12 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which (token, slot) pairs go out in expert-major order, and their way back.
+    """Which (token, slot) pairs are sent, in expert-major order, and how to combine them.
 
     Attributes:
-        weights: (T, K); or (N,), of each row, with ``pairs``.
-        order: the order of all T*K pairs, if every slot goes out.
-        pairs: the rows that go out, if some don't or tokens have different numbers of them.
+        weights: (T, K); or with ``pairs`` (N,), one per row.
+        order: the order of all T*K pairs, if every slot is sent.
+        pairs: the rows to send, if some slots are dropped or tokens have different numbers of them.
     """
 
     weights: Tensor
@@ -94,7 +94,7 @@ def permute_any(x: Tensor, order: ops.ExpertOrder, top_k: int = 1) -> Tensor:
 
 
 def order_routing(routing: Routing, num_experts: int) -> ops.ExpertOrder:
-    """All pairs by expert; those that reach none come last, as if they were expert E's."""
+    """All pairs by expert; dropped pairs come last, as if they belonged to an expert E."""
     if (mask := routing.dispatched) is None:
         return ops.order_by_expert(routing.expert_ids, num_experts)
     ids = routing.expert_ids.masked_fill(~mask, num_experts)
@@ -116,7 +116,7 @@ def plan_rows(routing: Routing, order: ops.ExpertOrder, num_tokens: int, num_row
 
 
 class LocalDispatcher:
-    """All experts are on this rank: a permutation and nothing else."""
+    """The dispatcher when all experts are on this rank: only a permutation."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

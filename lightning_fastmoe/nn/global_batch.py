@@ -1,4 +1,4 @@
-"""The tokens of all ranks in one forward pass, as a router, a capacity or a loss may need them."""
+"""Access to all ranks' tokens in one forward pass, for routers, capacity and losses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 RESERVED_TOP_K = 8
-"""Exchanges have room for the counts of this K, so that a callback may raise ``top_k`` up to it."""
+"""Exchanges reserve room for the counts of this K, so that a callback may raise ``top_k`` to it."""
 
 
 class GlobalBatch(Protocol):
-    """Reaches the other ranks' tokens. The global batch is the ranks' batches in rank order.
+    """Access to the other ranks' tokens. The global batch is all ranks' batches in rank order.
 
     Every rank must call the same methods in the same order.
 
@@ -31,7 +31,7 @@ class GlobalBatch(Protocol):
         ...
 
     def gather_rows(self, rows: Tensor, layer: str) -> tuple[Tensor, int]:
-        """``(T, ...)`` of each rank, one after the other; and where this rank's rows begin.
+        """The rows ``(T, ...)`` of all ranks, concatenated, and the index of this rank's first one.
 
         Not differentiable.
         """
@@ -43,7 +43,7 @@ class GlobalBatch(Protocol):
 
 
 class LocalBatch:
-    """One rank, which holds all tokens and all experts."""
+    """The global batch of a single rank, which holds all tokens and all experts."""
 
     rank = 0
     size = 1

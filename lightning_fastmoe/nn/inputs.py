@@ -1,4 +1,4 @@
-"""What a MoE layer is called with: a tensor or a structure of tensors, perhaps with a mask."""
+"""The inputs of a MoE layer: a tensor or a structure of tensors, optionally with a mask."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TokenInputs:
     Attributes:
         leaves: the tensors, each (T, ...); the router sees the first.
         spec: the tree of the structure; None for a plain tensor.
-        lead: leading dimensions of the input; their product is the number of tokens before a mask.
-        positions: (T,) int64, where the tokens that a mask left stand; None for all.
+        lead: leading dimensions of the input; their product is the number of tokens before masking.
+        positions: (T,) int64, positions of the unmasked tokens in the input; None without a mask.
         labels: (prod(lead),), 0 for active tokens; None without a mask.
         token_ids: (T,) vocabulary ids, or None.
         sequence_ids: (T,) numbers of sequences, ascending and below prod(lead), or None.
@@ -40,7 +40,7 @@ class TokenInputs:
 
     @property
     def tokens(self) -> Tensor:
-        """(T, D): the tensor by which the router chooses, the first."""
+        """(T, D): the first tensor, which the router sees."""
         return self.leaves[0]
 
     def with_leaves(self, leaves: list[Tensor]) -> TokenInputs:
@@ -57,13 +57,13 @@ class TokenInputs:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(sequences, tokens of each) before a mask; sequences lie along the first dimension."""
+        """(sequences, tokens per sequence) before masking; dimension 0 is the sequences."""
         if len(self.lead) < 2:
             return 1, math.prod(self.lead)
         return self.lead[0], math.prod(self.lead[1:])
 
     def restore(self, y: Any, masked_values: MaskedValues | None) -> Any:
-        """Tensors ``(T, ...)`` -> (*lead, ...), with the masked tokens' values put in."""
+        """Tensors ``(T, ...)`` -> (*lead, ...), with values filled in for masked tokens."""
         return pytree.tree_map(lambda leaf: self._restore(leaf, masked_values), y)
 
     def _restore(self, y: Tensor, masked_values: MaskedValues | None) -> Tensor:
@@ -91,10 +91,10 @@ def read_inputs(
     token_ids: Tensor | None = None,
     sequence_ids: Tensor | None = None,
 ) -> TokenInputs:
-    """Takes a call's arguments apart.
+    """Checks the arguments of a call and flattens them to tokens.
 
     Raises:
-        ShapeError: if a shape or dtype is not what the layer takes.
+        ShapeError: if a shape or dtype is invalid.
     """
     if isinstance(x, Tensor):
         if x.shape[-1:] != (d_model,) or not x.is_floating_point():
@@ -133,7 +133,7 @@ def read_inputs(
         if value.is_floating_point() or value.is_complex():
             raise ShapeError(
                 f"{layer} got {name} of dtype {value.dtype}. It must be bool or an integer dtype:"
-                " rounding would change what it says. Convert it, as by mask != 0."
+                " rounding would change its meaning. Convert it, for example by mask != 0."
             )
     if token_ids is not None:
         inputs.token_ids = token_ids.reshape(-1)
@@ -155,7 +155,7 @@ def _take_out_masked(inputs: TokenInputs, mask: Tensor) -> None:
 
 
 def _numbered(sequence_ids: Tensor) -> Tensor:
-    """(G, n) -> (G * n,): the runs of equal ids in each row, numbered from 0."""
+    """(G, n) -> (G * n,): runs of equal ids within each row, numbered from 0."""
     begins = torch.ones_like(sequence_ids, dtype=torch.bool)
     begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
     return begins.reshape(-1).cumsum(0) - 1

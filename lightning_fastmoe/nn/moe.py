@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: a router chooses experts, a schedule takes tokens to them."""
+"""The mixture-of-experts layer: a router chooses experts, a schedule runs tokens through them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _CHECKED = (
     *("router_options", "shared_expert", "shared_expert_gate", "dispatcher", "init_std"),
     *("autoregressive", *LOSSES),
 )
-"""The arguments whose types are checked at once; the others are looked at where they are used."""
+"""Arguments whose types are checked up front; the others are checked where they are used."""
 
 RoutingObserver = Callable[["MoE", Routing], None]
-"""Called once per forward pass (not when a checkpoint replays it), without gradients."""
+"""Called once per forward pass, without gradients; not when a pass is replayed."""
 
 
 class MoE(nn.Module):
-    """A sparse mixture-of-experts feed-forward layer. Dropless unless it is given a capacity.
+    """A sparse mixture-of-experts feed-forward layer. Dropless unless given a capacity.
 
     ``y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])``. On one rank the layer holds all
     experts. :class:`~lightning_fastmoe.FastMoEStrategy` shards them over the ranks of the expert
@@ -59,59 +59,59 @@ class MoE(nn.Module):
 
     1. read: the input becomes ``x (T, D)``, without masked tokens;
     2. route: the router gives each token K experts and their weights, ``(T, K)``;
-    3. limit: what an expert has no room for is dropped, if there is a capacity;
-    4. run: the schedule takes rows to their experts, on whatever rank, and sums what comes back;
+    3. limit: with a capacity, pairs that exceed it are dropped;
+    4. run: the schedule sends rows to their experts, on any rank, and sums the weighted outputs;
     5. attach: the losses join the backward pass;
-    6. restore: the input's shape and dtype.
+    6. restore: the output gets the input's shape and dtype.
 
-    The losses act by themselves: their gradients join the backward pass of the layer's output.
+    The losses take effect automatically: their gradients join the backward pass of the output.
     Under FastMoEStrategy they are scaled exactly as if the terms had been added to the loss in
     ``training_step``; in plain PyTorch as if they had been added to the tensor on which
     ``backward()`` is called. If you divide that by accumulation steps or scale it for fp16
-    yourself, add the terms by hand with :func:`~lightning_fastmoe.moe_losses`; what it returns no
-    longer acts by itself.
+    yourself, add the terms by hand with :func:`~lightning_fastmoe.moe_losses`; the terms that it
+    returns are no longer added automatically.
 
     ``top_k``, ``capacity_factor``, ``eval_capacity_factor``, ``loss_coefficients`` and the router's
-    noise may be set between steps, identically on all ranks; nothing is built anew.
+    noise may be changed between steps, identically on all ranks; nothing is rebuilt.
 
     Args:
         d_model: width of a token, D.
         d_ffn: inner width of one expert, F; with ``expert=`` an argument for it, or None.
-        num_experts: experts of the whole model, E (not per rank). None counts the list of experts.
-        top_k: experts per token, K; None leaves it to the router.
+        num_experts: experts in the whole model, E, not per rank; None counts a list ``expert=[]``.
+        top_k: experts per token, K. None: the router's default.
         activation: "swiglu", "geglu", "reglu", "clamped_swiglu" (gated: two up projections),
             "gelu", "relu", "silu".
-        bias: biases in both projections of each expert.
+        bias: whether both projections of each expert have biases.
         router: a name of :data:`~lightning_fastmoe.nn.router.ROUTERS`; the path of a class; a class
             or function called as ``router(d_model, num_experts, ...)``; or a module, called as
             ``router(x (T, D)) -> Routing``, or as ``router(x, context)`` if it derives from
             :class:`~lightning_fastmoe.nn.Router`.
-        router_options: further arguments for a router that is built here.
+        router_options: further arguments for a router that this layer builds.
         normalize_weights: divide each token's K weights by their sum. None: yes for K > 1.
-        load_balancing: coefficient of the load-balancing loss. For this and the other losses None
-            means: as usual for this router.
+        load_balancing: coefficient of the load-balancing loss. For this and the other losses, None
+            is the router's default.
         z_loss: coefficient of the router z-loss.
         importance: coefficient of the CV^2 of the experts' summed scores.
         load: coefficient of the CV^2 of the experts' smooth loads (noisy routers).
-        sequence_balancing: coefficient of the load-balancing loss of each sequence by itself.
+        sequence_balancing: coefficient of the load-balancing loss computed per sequence.
         global_balancing: coefficient of the load-balancing loss over all ranks' tokens.
-        capacity_factor: an expert takes at most ``ceil(factor * K * T / E)`` pairs, others are
-            dropped: they contribute zero. A number, a pair (training, evaluation), None for
-            dropless, or "router" for the router's own.
-        capacity_over: T is the tokens of this "rank", or of the "global" batch.
-        drop_by: who keeps their place: earlier tokens ("position") or those with the best scores
-            ("score").
-        expert: instead of FFNs: a module class or a function, called per expert as
+        capacity_factor: an expert takes at most ``ceil(factor * K * T / E)`` (token, slot) pairs;
+            the others are dropped and contribute zero. A number, a pair (training, evaluation),
+            None for dropless, or "router" for the router's default.
+        capacity_over: whether T counts the tokens of this "rank" or of the "global" batch.
+        drop_by: which tokens an expert keeps when it is full: the earlier ones ("position") or
+            those with the best scores ("score").
+        expert: replaces the FFNs: a module class or a function, called once per expert as
             ``expert(d_model, d_ffn)`` or ``expert(d_model)``, or the path of one; or a list of E
             modules.
         shared_expert: inner width of a dense FFN added for every token, or a module.
-        shared_expert_gate: multiply its output by a learned ``sigmoid(w x)``.
+        shared_expert_gate: multiply the shared expert's output by a learned ``sigmoid(w x)``.
         dispatcher: "auto", "local", or "all_to_all".
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear`` does.
         autoregressive: warn if the router looks at later tokens.
 
     Raises:
-        ConfigError: if an argument is unknown, out of range, or doesn't fit the others.
+        ConfigError: if an argument is unknown, out of range, or inconsistent with the others.
 
     Example:
         >>> layer = MoE(d_model=64, d_ffn=128, num_experts=8, top_k=2)
@@ -205,28 +205,28 @@ class MoE(nn.Module):
 
         Args:
             x: (..., d_model) in fp32, bf16 or fp16. With ``expert=`` also a tuple, list or dict of
-                tensors (T, ...), the first of them (T, d_model), by which the router chooses; the
-                experts get their rows of all.
-            mask: (...), False or 0 for the tokens that take part. The others skip router, experts,
-                losses and counts. Reads their number from the device.
-            masked_values: what masked tokens return: a number, a tensor (d_model,), or for an
-                integer mask a value for each label. None is zero.
+                tensors (T, ...), the first of them (T, d_model). The router sees the first; the
+                experts get their rows of all of them.
+            mask: (...), False or 0 for the tokens to process. The others skip router, experts,
+                losses and counts. Their number is read from the device.
+            masked_values: output for masked tokens: a number, a tensor (d_model,), or for an
+                integer mask a mapping from label to value. None is zero.
             token_ids: (...), vocabulary ids, for hash routing.
-            sequence_ids: (...), integers, where rows hold several sequences (packed documents):
-                neighbours in a row with the same number belong together. Only
-                ``sequence_balancing`` looks at it. None: each row of the first dimension is one.
+            sequence_ids: (...), integers, for rows that hold several sequences (packed documents):
+                adjacent tokens with the same number form one sequence. Used only by
+                ``sequence_balancing``. None: each row of the first dimension is one sequence.
 
         Returns:
-            The same shape and dtype; what the experts return, if they are modules.
+            A tensor of the shape and dtype of ``x``; with modules as experts, what they return.
 
         Raises:
-            ShapeError: if the last dimension is not ``d_model`` or the dtype is not floating; if a
-                mask or ids have another shape than the tokens, or a floating dtype.
-            ConfigError: if the router looks at whole sequences, and ``mask`` or ``sequence_ids``
-                leave none.
+            ShapeError: if the last dimension is not ``d_model`` or the dtype is not floating; if
+                the shape of a mask or of ids differs from the tokens', or its dtype is floating.
+            ConfigError: if the router works on whole sequences, and ``mask`` or ``sequence_ids``
+                breaks them up.
             UnmanagedExpertsError: if the experts are sharded and no strategy trains them.
-            NonFiniteError: if NaN or Inf reaches the router, on the CPU; on CUDA, where looking
-                would stall the device, FastMoEStrategy checks once a step.
+            NonFiniteError: if the router's logits contain NaN or Inf, on the CPU; on CUDA, where
+                this check would stall the device, FastMoEStrategy checks once per step.
         """
         per_token = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
         inputs = read_inputs(x, self.d_model, self.layer_name, **per_token)
@@ -239,7 +239,7 @@ class MoE(nn.Module):
         return inputs.restore(y, masked_values)
 
     def _context(self, inputs: TokenInputs) -> RoutingContext:
-        """What the router may ask for in this pass."""
+        """The router's context for this pass."""
         context = RoutingContext(
             training=self.training,
             grid=inputs.grid,
@@ -272,7 +272,7 @@ class MoE(nn.Module):
         return y, routing
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the GEMMs: autocast's if it is on, else that of the weights."""
+        """The dtype of the GEMMs: autocast's if it is on, else the weights'."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return self.experts.dtype or x.dtype
@@ -298,15 +298,15 @@ class MoE(nn.Module):
         self._observers[handle.id] = observer
         return handle
 
-    # --------------------------------------------------- what a run over ranks makes of the layer
+    # --------------------------------------------------------------- running over several ranks
 
     def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule | None) -> None:
-        """Joins the ranks of a run.
+        """Connects the layer to the other ranks of a run.
 
         Args:
             name: the layer's name, for errors and to detect ranks in different layers.
-            batch: reaches the tokens of all ranks; None if there is one.
-            schedule: reaches the experts of all ranks; None if all are here.
+            batch: access to the tokens of all ranks; None for a single rank.
+            schedule: access to the experts of all ranks; None if this rank holds them all.
         """
         self.disconnect()
         self.layer_name = name
@@ -316,7 +316,7 @@ class MoE(nn.Module):
             self.schedule = schedule
 
     def disconnect(self) -> None:
-        """Leaves the ranks of a run. A layer that holds only some experts refuses to run then."""
+        """Disconnects from the other ranks. A layer that holds only some experts then can't run."""
         if self.is_sharded or self.dispatcher_name == "all_to_all":
             self.schedule = UnmanagedSchedule(self.schedule.dispatcher)
         else:
@@ -336,30 +336,30 @@ class MoE(nn.Module):
 
     @property
     def uses_global_batch(self) -> bool:
-        """Whether forward passes, as the layer is set now, exchange counts over all ranks."""
+        """Whether forward passes, with the current settings, exchange counts over all ranks."""
         router, traits = self.router, self.router_traits
         asks = isinstance(router, Router) and (traits.random or traits.uses_batch)
         return asks or self.capacity.uses_batch or self.balancing.use_batch
 
     @property
     def exchanged_counts(self) -> int:
-        """The most counts that such an exchange may hold."""
+        """The largest number of counts in one such exchange."""
         slots = min(self.num_experts, max(self.top_k or 1, RESERVED_TOP_K))
         many = self.capacity.over == "global" or self.router_traits.uses_batch
         return (self.num_experts + 1) * slots + 1 if many else self.num_experts + 1
 
-    # ---------------------------------------- settings, which may change between two forward passes
+    # ---------------------------------------- settings that may change between two forward passes
 
     @property
     def router_traits(self) -> RouterTraits:
-        """What the layer knows of its router; read anew if the router has been replaced."""
+        """What the layer knows about its router; refreshed when the router is replaced."""
         if self._traits.router is not self.router:
             self._traits = RouterTraits.of(self.router, self.num_experts)
         return self._traits
 
     @property
     def top_k(self) -> int | None:
-        """Experts per token, K; None if that is not the router's idea."""
+        """Experts per token, K; None if the router doesn't choose a fixed number."""
         name = "_top_k" if isinstance(self.router, Router) else "top_k"
         k: int | None = getattr(self.router, name, None)
         return k
@@ -389,10 +389,10 @@ class MoE(nn.Module):
         self.capacity.set_factor(value, self.router_traits, training=False)
 
     capacity_over = part_of("capacity", "over", "Whose tokens share an expert's slots.")
-    drop_by = part_of("capacity", "drop_by", 'Who keeps their place: by "position" or "score".')
+    drop_by = part_of("capacity", "drop_by", 'Which tokens are kept: by "position" or "score".')
     loss_coefficients = part_of("balancing", "coefficients", "Name of a loss -> its coefficient.")
     last_losses = part_of("balancing", "latest", "Name -> value in the latest training pass.")
-    loss_scale = part_of("balancing", "scale", "The factor between the user's loss and ours.")
+    loss_scale = part_of("balancing", "scale", "Factor that the training loop applies to the loss.")
     nonfinite_policy = part_of("nonfinite", "policy", '"raise", "collect" or "ignore".')
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What a layer does about NaN and Inf in its router's logits."""
+"""Detects NaN and Inf in a router's logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NonFiniteGuard:
         self._seen: Tensor | None = None
 
     def look(self, logits: Tensor, layer: str, *, training: bool) -> None:
-        """Acts on ``logits`` as :attr:`policy` says, without a host synchronisation on CUDA.
+        """Checks ``logits`` and acts according to :attr:`policy`; no host synchronisation on CUDA.
 
         Args:
             logits: (T, E).
@@ -42,11 +42,11 @@ class NonFiniteGuard:
             if training:
                 self._seen = bad if self._seen is None else self._seen | bad
         elif logits.device.type == "cpu" and bool(bad):
-            # On CUDA reading the flag would stall the stream; there the strategy collects it.
+            # On CUDA, reading the flag would stall the stream; there the strategy collects it.
             raise NonFiniteError(
-                f"{layer}: the router's logits hold NaN or Inf, so its input does, or its weights"
+                f"{layer}: the router's logits contain NaN or Inf, so its input or its weights"
                 " do. Lower the learning rate or look for the bad batch; set the layer's"
-                " nonfinite_policy='ignore' to let it pass."
+                " nonfinite_policy='ignore' to continue anyway."
             )
 
     @property
@@ -55,7 +55,7 @@ class NonFiniteGuard:
         return self._seen is not None and bool(self._seen)
 
     def put(self) -> None:
-        """Notes that there was one, as a checkpoint says that was saved in the middle of a step."""
+        """Restores the flag from a checkpoint that was saved in the middle of a step."""
         self._seen = torch.ones((), dtype=torch.bool)
 
     def take(self, device: torch.device) -> Tensor:

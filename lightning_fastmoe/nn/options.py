@@ -1,4 +1,4 @@
-"""What the arguments of a MoE layer become, and which are refused."""
+"""Builds a MoE layer's router and experts from its arguments, and refuses invalid ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RouterArgument = str | nn.Module | Callable[..., nn.Module]
 
 
 class CausalityWarning(UserWarning):
-    """A router that looks at later tokens stands in an autoregressive model."""
+    """A router that looks at later tokens is used in an autoregressive model."""
 
 
 def make_router(
@@ -40,7 +40,7 @@ def make_router(
     """The router of a layer, from a name, a class path, a class, a function or a module.
 
     Raises:
-        ConfigError: if it is unknown or doesn't take what it is given.
+        ConfigError: if it is unknown or doesn't accept the options it is given.
     """
     if isinstance(router, nn.Module):
         return _own_router(router, options, num_experts, top_k, normalize_weights)
@@ -61,7 +61,8 @@ def make_router(
         given = getattr(factory, "__name__", router)
         known = [n for n in takes if n not in ("self", "d_model", "num_experts")]
         raise ConfigError(
-            f"router={given} takes no {', '.join(unknown)}. Its options are: {', '.join(known)}."
+            f"router={given} has no option {', '.join(unknown)}. Its options are:"
+            f" {', '.join(known)}."
         )
     built = factory(d_model, num_experts, **arguments)
     if not isinstance(built, nn.Module):
@@ -85,18 +86,18 @@ def _own_router(
         )
     if normalize_weights is not None:
         raise ConfigError(
-            "normalize_weights is an option of the built-in routers, but router= is a module of"
-            " its own. Drop the argument; the module decides."
+            "normalize_weights is an option of the built-in routers, but router= is already a"
+            " module. Drop the argument; the module decides."
         )
     if options:
         raise ConfigError(
             f"router_options={dict(options)} are for a router that the layer builds, but router= is"
-            " a module already. Drop the argument."
+            " already a module. Drop the argument."
         )
     own = getattr(router, "_top_k", None) if isinstance(router, Router) else None
     if top_k is not None and own is not None and own != top_k:
         raise ConfigError(
-            f"top_k={top_k} of the layer differs from top_k={own} of its router. Drop the layer's."
+            f"The layer's top_k={top_k} differs from its router's top_k={own}. Drop the layer's."
         )
     return router
 
@@ -108,7 +109,7 @@ def _find(name: str) -> Callable[..., nn.Module]:
 
 
 def _import(argument: str, path: str, others: str = "") -> Callable[..., nn.Module]:
-    """What stands at ``package.module.Class``, for an argument of this name."""
+    """Imports ``package.module.Class``, the value of this argument."""
     wanted = (
         f"It must be a module, a class of modules, the path of one (package.module.Class){others}."
     )
@@ -121,7 +122,7 @@ def _import(argument: str, path: str, others: str = "") -> Callable[..., nn.Modu
         raise ConfigError(f"{argument}={path!r} is unknown: {error}. {wanted}") from error
     if not callable(found):
         raise ConfigError(
-            f"{argument}={path!r} is a {type(found).__name__}, which is unknown here. {wanted}"
+            f"{argument}={path!r} is a {type(found).__name__}, which can't be called. {wanted}"
         )
     return found  # type: ignore[no-any-return]
 
@@ -216,8 +217,8 @@ def warn_if_not_causal(traits: RouterTraits, layer: str) -> None:
     """Warns if the router of a MoE layer in an autoregressive model sees later tokens."""
     if not traits.causal:
         warnings.warn(
-            f"{layer}: {traits.name} is not causal: which expert a token meets"
-            " depends on later tokens, so an autoregressive model learns from what it must predict"
+            f"{layer}: {traits.name} is not causal: a token's experts depend on later tokens, so in"
+            " training an autoregressive model sees what it must predict"
             " and does worse when it generates. Choose a router that treats each token alone.",
             CausalityWarning,
             stacklevel=3,

@@ -1,4 +1,4 @@
-"""Attributes of an object that one of its parts keeps."""
+"""Properties that forward to an attribute of one of an object's parts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which experts a layer creates while it is being built.
+"""Decides which experts a layer creates while it is being built.
 
-Outside of any context a layer creates all of its experts. Inside ``expert_placement`` (the strategy
-enters it around ``configure_model``) it creates its rank's experts alone, so that a model larger
+Outside any context a layer creates all of its experts. Inside ``expert_placement`` (the strategy
+enters it around ``configure_model``) it creates only its rank's experts, so that a model larger
 than one rank's memory can be built.
 """
 
@@ -20,8 +20,8 @@ class Placement:
 
     Attributes:
         expert_ids: their global ids, ascending.
-        remember: called with the finished layer and the function that makes its experts from such
-            ids, or from None for all; None if this placement is final.
+        remember: called with the finished layer and the function that makes its experts from
+            global ids (None for all); None if this placement is final.
     """
 
     expert_ids: tuple[int, ...]
@@ -29,20 +29,20 @@ class Placement:
 
 
 def equal_blocks(num_experts: int, ranks: int) -> list[range]:
-    """``num_experts`` ids in ``ranks`` blocks of neighbours: 4 over 2 are (0, 1) and (2, 3)."""
+    """``num_experts`` ids in ``ranks`` contiguous blocks: 4 over 2 are (0, 1) and (2, 3)."""
     each = num_experts // ranks
     return [range(rank * each, (rank + 1) * each) for rank in range(ranks)]
 
 
 PlacementRule = Callable[[int], Placement | None]
-"""From a layer's ``num_experts`` to its placement; None for "all experts here"."""
+"""Maps a layer's ``num_experts`` to its placement; None for "all experts here"."""
 
 _rule: ContextVar[PlacementRule | None] = ContextVar("expert_placement_rule", default=None)
 
 
 @contextmanager
 def expert_placement(rule: PlacementRule) -> Iterator[None]:
-    """Layers built inside create the experts that ``rule`` gives them."""
+    """Makes layers built inside create only the experts that ``rule`` gives them."""
     token = _rule.set(rule)
     try:
         yield

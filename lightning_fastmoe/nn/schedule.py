@@ -1,4 +1,4 @@
-"""How tokens meet their experts: the interface, and the schedules that need no plan."""
+"""Schedules run tokens through their experts: the interface, and the simple ones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lightning_fastmoe.nn.router import Routing
 
 
 class Schedule:
-    """Takes tokens to their experts and back. Not a module: it owns no parameters.
+    """The order of dispatch, expert computation and combine. Owns no parameters: not a module.
 
-    A layer doesn't know which schedule it has: all give the outputs and the gradients of
+    A layer doesn't know which schedule it has: all give the same outputs and gradients as
     :class:`LocalSchedule` with all experts on one rank. A subclass defines :meth:`run_routed`; one
     that overlaps the shared expert with something else overrides :meth:`run`.
 
@@ -41,20 +41,20 @@ class Schedule:
         """Applies routed and shared experts.
 
         Args:
-            inputs: T tokens, in the dtype of the products.
-            routing: the choice for these tokens, of any of its three forms.
+            inputs: T tokens, in the dtype of the GEMMs.
+            routing: the routing of these tokens, in any of its three forms.
             experts: the experts of this rank.
-            shared_expert: applied to every token, and added.
+            shared_expert: applied to every token; its output is added.
             layer: the layer's name, for errors and to detect ranks in different layers.
 
         Returns:
             The outputs, a tensor ``(T, D)`` or what experts that are modules return; and the
-            routing, with its counts if the schedule came to know them.
+            routing, with its counts if the schedule computed them.
 
         Raises:
             ConfigError: if the input is a structure of tensors, and the experts or the routing
                 take one tensor.
-            ShapeError: if experts that are modules return what can't be summed with weights.
+            ShapeError: if experts that are modules return tensors that aren't floating-point.
         """
         if routing.dispatch_mix is not None:
             y, routing = self._run_mixed(inputs, routing, experts, layer)
@@ -78,7 +78,7 @@ class Schedule:
     def _run_mixed(
         self, inputs: TokenInputs, routing: Routing, experts: Experts, layer: str
     ) -> tuple[Any, Routing]:
-        """Soft routing: token choice among the rows that the tokens are mixed into."""
+        """Runs soft routing: mixes tokens into rows and routes the rows as in token choice."""
         if len(inputs.leaves) > 1:
             raise ConfigError(
                 f"{layer}: soft routing mixes the tokens of one tensor, but the input is a"
@@ -127,7 +127,7 @@ class SequentialSchedule(Schedule):
         return pytree.tree_map(lambda y: self._combine(y, handle, layer), outputs), routing
 
     def _send(self, leaf: Tensor, handle: Any) -> Tensor:
-        """``leaf (T, ...) -> (N, ...)``. Bools travel as bytes."""
+        """``leaf (T, ...) -> (N, ...)``. Bools are sent as bytes."""
         flat = leaf.flatten(1) if leaf.dim() > 1 else leaf.unsqueeze(1)
         plain = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
         sent = self.dispatcher.send(plain, handle).to(leaf.dtype)
@@ -146,7 +146,7 @@ class SequentialSchedule(Schedule):
 
 
 class LocalSchedule(SequentialSchedule):
-    """All experts are on this rank: stacked ones in one fused step with one backward pass.
+    """The schedule when all experts are on this rank; stacked ones run in one fused operation.
 
     Args:
         num_experts: experts of the layer, E.
@@ -167,8 +167,8 @@ class LocalSchedule(SequentialSchedule):
         check_all_are_here(experts, layer)
         if not experts.is_stacked or inputs.spec is not None or routing.token_ids is not None:
             return super().run_routed(inputs, routing, experts, layer)
-        # A slot that reaches no expert has weight zero: sizes stay what they are, whatever the
-        # data, so that nothing needs to be read from the device.
+        # Dropped slots are computed with weight zero: sizes don't depend on the data, so nothing
+        # needs to be read from the device.
         order = ops.order_by_expert(routing.expert_ids, self.num_experts)
         weights = routing.weights
         if routing.dispatched is None:
@@ -179,13 +179,13 @@ class LocalSchedule(SequentialSchedule):
 
 
 class UnmanagedSchedule(Schedule):
-    """Refuses to run: experts are to be sharded, and nobody here knows how to train them.
+    """Refuses to run, because no strategy manages the layer's sharded experts.
 
-    A layer with ``dispatcher="all_to_all"`` has it until a strategy connects it to its ranks, and
-    one with sharded experts after the run that sharded them.
+    Used by a layer with ``dispatcher="all_to_all"`` until a strategy connects it to its ranks, and
+    by a layer with sharded experts after the run that sharded them.
 
     Args:
-        dispatcher: which would reach the other ranks.
+        dispatcher: the dispatcher that the schedule exposes but doesn't use.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -217,7 +217,7 @@ def check_all_are_here(experts: Experts, layer: str) -> None:
     if experts.num_local_experts != experts.num_experts:
         raise UnmanagedExpertsError(
             f"{layer} holds {experts.num_local_experts} of {experts.num_experts} experts,"
-            " but the strategy that runs it knows nothing of experts: their gradients would be"
-            " wrong and other experts unreachable. Use FastMoEStrategy, or build the model anew"
+            " but the strategy that runs it doesn't support experts: their gradients would be"
+            " wrong and other experts unreachable. Use FastMoEStrategy, or rebuild the model"
             " to train all experts on each rank."
         )

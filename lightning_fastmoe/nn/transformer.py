@@ -1,4 +1,4 @@
-"""What the package's own transformers share beside MoE layers: dense weights, rotary positions."""
+"""Building blocks of this package's transformers: dense layers, embeddings, rotary positions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """A linear layer, drawn from N(0, ``init_std``); a bias begins at zero."""
+    """A linear layer with weights drawn from N(0, ``init_std``^2) and a zero bias, if any."""
 
     def __init__(
         self, in_features: int, out_features: int, init_std: float, *, bias: bool = False
@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors drawn from N(0, ``init_std``)."""
+    """An embedding with vectors drawn from N(0, ``init_std``^2)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float) -> None:
         super().__init__(num_embeddings, embedding_dim)
@@ -39,14 +39,14 @@ def rotary_table(
     weights, and bf16 can't tell position 1000 from 1001.
 
     Args:
-        seq_len: Positions, from 0.
-        head_dim: Width of a head.
+        seq_len: number of positions.
+        head_dim: width of a head.
         device: the device of the table.
-        base: The base of the angles' geometric series.
-        positions: Where they are not 0, 1, ..., seq_len - 1 in each row: (batch, seq_len) integers.
+        base: base of the geometric series of angles.
+        positions: (batch, seq_len) integers; None for 0, 1, ..., seq_len - 1 in each row.
 
     Returns:
-        fp32, shape (2, seq_len, head_dim / 2), or (2, batch, 1, seq_len, head_dim / 2) of
+        fp32, shape (2, seq_len, head_dim / 2), or (2, batch, 1, seq_len, head_dim / 2) with
         ``positions``.
     """
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
@@ -59,14 +59,14 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its position's angle.
+    """Rotates each pair (x[i], x[i + head_dim / 2]) by its position's angle.
 
     Args:
-        x: Queries or keys, (..., seq_len, head_dim).
-        table: From :func:`rotary_table`.
+        x: queries or keys, (..., seq_len, head_dim).
+        table: from :func:`rotary_table`.
 
     Returns:
-        Shape and dtype of ``x``.
+        A tensor of the shape and dtype of ``x``.
     """
     cos, sin = table
     wide = x if x.dtype == torch.float64 else x.float()

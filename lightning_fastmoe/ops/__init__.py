@@ -1,4 +1,4 @@
-"""The arithmetic of one MoE layer on one device. Imports torch only."""
+"""The computations of one MoE layer on one device. Imports only torch."""
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp

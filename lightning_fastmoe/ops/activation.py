@@ -1,4 +1,4 @@
-"""The activations of an expert, by name."""
+"""The activation functions of experts, by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_fastmoe.errors import ConfigError
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
-"""Gated activations (GLU variants, Shazeer 2020) and the plain one that they apply to the gate."""
+"""Gated activations (GLU variants, Shazeer 2020) -> the plain activation applied to the gate."""
 
 ACTIVATIONS = (*GATED, *_PLAIN)
-"""The names that the planned layer and the kernels know, gated ones first."""
+"""The names that ``expert_layer`` and the kernels support, gated ones first."""
 
 CLAMPED_SWIGLU = "clamped_swiglu"
 """gpt-oss's SwiGLU; computed by PyTorch's operators."""

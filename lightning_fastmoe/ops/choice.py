@@ -1,4 +1,4 @@
-"""Which implementation computes a layer: decided here, for forward and backward."""
+"""Chooses the implementation that computes a layer, for forward and backward."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_fastmoe.ops.two_operators import TwoOperators
 
 
 class Implementation(Protocol):
-    """The three functions of a layer. Any of them takes what another's forward left."""
+    """The three functions of a layer. Each accepts an H from another implementation's forward."""
 
     def forward(self, call: LayerCall, keep_h: bool) -> tuple[Tensor, PreActivation]:
         """The output, like ``x``, and H, without rows unless ``keep_h``."""
 
     def pre_activation(self, call: LayerCall) -> PreActivation:
-        """H of :meth:`forward` again, the same bits."""
+        """Recomputes H of :meth:`forward`, bit for bit."""
 
     def backward_(
         self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
     ) -> Gradients:
-        """The gradients, from that of the output, ``grad (T, D)``. Overwrites H."""
+        """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
 
 
 _TORCH_STEPS = Steps(TorchProducts())
@@ -36,18 +36,18 @@ _TORCH_STEPS = Steps(TorchProducts())
 def choose(call: LayerCall, h: PreActivation | None = None) -> Implementation:
     """The implementation for ``call``.
 
-    Forward and backward ask anew, and may get another answer: ZeRO 3 gathers weights for the
-    backward elsewhere, perhaps where a product can't read them.
+    Forward and backward each choose, and may differ: ZeRO 3 gathers weights for the backward at
+    another address, which may not be aligned as a GEMM needs.
 
     Args:
         call: the layer's inputs.
-        h: in a backward, the H that is there; None if the implementation is to make its own.
+        h: in a backward, the available H; None if the implementation must recompute it.
     """
     x, up, down = call.x, call.up, call.down
     if not x.shape[0]:
         return _TORCH_STEPS
     if call.has_biases:
-        # Hopper's backward adds no bias to an H that came without.
+        # Hopper's backward doesn't add a missing bias to H.
         if h is None or h.has_bias:
             biases = [bias for bias in (call.up_bias, call.down_bias) if bias is not None]
             if (library := hopper(x, up, down, *biases)) is not None:

@@ -1,8 +1,8 @@
-"""All experts of one rank as one node of autograd's graph, with a backward planned as a whole.
+"""All experts of one rank as a single autograd node with a fused backward.
 
-:mod:`~lightning_fastmoe.ops.steps` has the formulas, :mod:`~lightning_fastmoe.ops.choice` says who
-computes them. Only the inputs and the pre-activation H are kept. The backward writes dH over H; a
-second one through a retained graph, which finds H spent, computes it again.
+:mod:`~lightning_fastmoe.ops.steps` has the formulas; :mod:`~lightning_fastmoe.ops.choice` chooses
+the implementation. Only the inputs and the pre-activation H are saved. The backward overwrites H
+with dH; a second backward through a retained graph recomputes H.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def _save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
 
 
 def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
-    """What :func:`_save` was given; None for an H that a backward has overwritten."""
+    """What :func:`_save` saved; None for an H that a backward has overwritten."""
     rows, *tensors = ctx.saved_tensors
     fields: list[Any] = [*tensors, ctx.activation]
     call = LayerCall(*fields)
     if ctx.h_is_spent:
         return call, None
-    # Through .data, as autograd would take the overwritten H of a retained graph for an error.
+    # Through .data, because autograd would reject the overwritten H of a retained graph.
     return call, PreActivation(rows.data, ctx.h_has_bias)
 
 
@@ -72,7 +72,7 @@ def _needs_graph(*inputs: Tensor | None) -> bool:
 def _differentiable_backward(
     call: LayerCall, grad: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
-    """The backward for create_graph=True: that of the chain, whose parts can be differentiated."""
+    """The backward for create_graph=True, through the differentiable, unfused operations."""
     mlp = (call.tokens_per_expert, call.up, call.down, call.activation)
     biases = (call.up_bias, call.down_bias)
     if call.order is None or call.inverse is None:
@@ -99,7 +99,7 @@ def expert_layer(
 ) -> Tensor:
     """``y[t] = sum_k weights[t, k] * expert[k-th of t](x[t])``, with all experts on this rank.
 
-    Keeps x and the pre-activation for the backward, and nothing else of T*K rows.
+    Saves x and the pre-activation for the backward, and nothing else with T*K rows.
 
     Args:
         x: (T, D).
@@ -140,10 +140,10 @@ def expert_mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """Each expert on its own rows: :func:`expert_layer` for rows that came in expert-major order.
+    """Each expert on its own rows: :func:`expert_layer` for rows already in expert-major order.
 
-    What :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp` computes, but it keeps x and the
-    pre-activation alone.
+    Computes the same as :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp`, but saves only x
+    and the pre-activation.
 
     Args:
         x: (N, D), rows grouped by expert.

@@ -1,9 +1,9 @@
-"""The layer on the CPU, one expert after the other.
+"""The layer on the CPU, one expert at a time. Only for layers without biases.
 
-The steps and names of :mod:`~lightning_fastmoe.ops.steps`, but each expert's rows go through all of
-them while they lie in the cache. Memory holds two things of all T*K rows: the pre-activation, if a
-backward follows, and what goes back to the tokens. Grouped products with a pass over all rows
-between them wait for memory instead. Only for layers without biases.
+The steps and names are those of :mod:`~lightning_fastmoe.ops.steps`, but each expert's rows go
+through all steps while they are in the CPU's cache; grouped GEMMs with passes over all rows between
+them would be bound by memory bandwidth. Only two buffers have T*K rows: the pre-activation, if a
+backward follows, and the expert outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 
 
 def applies(x: Tensor) -> bool:
-    """Whether the loop serves ``x``. Graphs that a compiler records can't depend on counts."""
+    """Whether the loop applies to ``x``. Not while compiling: graphs can't depend on counts."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -41,7 +41,7 @@ def forward(call: LayerCall, keep_h: bool) -> tuple[Tensor, PreActivation]:
 
 
 def pre_activation(call: LayerCall) -> PreActivation:
-    """H of :func:`forward` again, the same bits."""
+    """Recomputes H of :func:`forward`, bit for bit."""
     x, tokens, up = call.x, _tokens(call), _aligned(call.up)
     h = x.new_empty(x.shape[0] if call.order is None else call.order.shape[0], up.shape[1])
     for e, mine in _experts(call.tokens_per_expert):
@@ -50,7 +50,7 @@ def pre_activation(call: LayerCall) -> PreActivation:
 
 
 def backward_(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -> Gradients:
-    """The gradients, from that of the output, ``grad (T, D)``. Overwrites H."""
+    """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
     x, weights, inverse, grad = call.x, call.weights, call.inverse, grad.contiguous()
     tokens, up, down = _tokens(call), _aligned(call.up), _aligned(call.down)
     used = x.new_ones(h.rows.shape[0], dtype=kernels.accumulation_dtype(x.dtype))
@@ -65,7 +65,7 @@ def backward_(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -
     for e, mine in _experts(call.tokens_per_expert, d_up, d_down):
         d_out, d_h = _gathered(grad, tokens, mine), h.rows[mine]
         act = torch.mm(d_out, down[e])
-        # From here on the pre-activation is its gradient, and `act` the weighted activation.
+        # This overwrites the pre-activation with its gradient, `act` with the weighted activation.
         dots[mine] = kernels.activation_backward_(d_h, act, used[mine], None, call.activation)
         if d_down is not None:
             torch.mm(d_out.T, act, out=d_down[e])
@@ -83,7 +83,7 @@ def backward_(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -
 
 
 def _experts(tokens_per_expert: Tensor, *grads: Tensor | None) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and where; those without get gradients of zero."""
+    """Yields the experts with rows and their row ranges; zeroes the others' gradients."""
     start = 0
     for e, count in enumerate(tokens_per_expert.tolist()):
         if count:
@@ -103,10 +103,10 @@ def _tokens(call: LayerCall) -> Tensor | None:
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """Weights at an address at which torch itself allocates.
+    """The weight, aligned as torch itself allocates.
 
-    The bits of a product of one row depend on how its operands are aligned, and ZeRO 3 gathers a
-    parameter now here, now there.
+    The bits of a single-row GEMM depend on its operands' alignment, and ZeRO 3 gathers a parameter
+    at varying addresses.
     """
     return weight if weight.data_ptr() % _ALIGNMENT == 0 else weight.clone()
 
@@ -116,7 +116,7 @@ def _gathered(x: Tensor, tokens: Tensor | None, mine: slice) -> Tensor:
 
 
 def _sum_slots(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
-    """What :func:`~lightning_fastmoe.ops.kernels.sum_rows` computes, one slot after the other."""
+    """Computes :func:`~lightning_fastmoe.ops.kernels.sum_rows` slot by slot."""
     acc = kernels.accumulation_dtype(rows.dtype)
     total = None
     for k, slot in enumerate(inverse.view(-1, top_k).unbind(dim=1)):

@@ -1,4 +1,4 @@
-"""All experts of one rank: grouped GEMM, activation, grouped GEMM."""
+"""All experts of one rank by unfused operations: grouped GEMM, activation, grouped GEMM."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
 
 
 def grouped_linear_loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """:func:`grouped_linear` as one product per expert; reads the counts on the host."""
+    """:func:`grouped_linear` as one GEMM per expert; reads the counts on the host."""
     chunks = x.split(tokens_per_expert.tolist())
     # unbind's gradient stacks one slice per expert, zeros for the empty ones.
     return torch.cat([c @ w.T for c, w in zip(chunks, weight.unbind(0), strict=True)])
 
 
 class _RowBias(torch.autograd.Function):
-    """Each row's bias; the gradient is a product with a 0/1 matrix, which needs no scattering."""
+    """Each row's bias; the gradient is a GEMM with a 0/1 matrix, which needs no scatter."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, expert: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The steps of a layer as plain functions: the CUDA kernel where it serves, else its torch twin.
+"""The steps of a layer as plain functions: a CUDA kernel where one applies, else its torch twin.
 
-None of them knows autograd; the autograd functions of :mod:`~lightning_fastmoe.ops.permute` and the
-layer's :mod:`~lightning_fastmoe.ops.steps` are made of them. Twins compute half precisions in fp32,
-as the kernels do, and fp64 in fp64. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows.
+None of them is differentiable; the autograd functions of :mod:`~lightning_fastmoe.ops.permute` and
+the layer's :mod:`~lightning_fastmoe.ops.steps` call them. Twins compute half precisions in fp32, as
+the kernels do, and fp64 in fp64. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def unpermute_backward(
         wanted: which of the two gradients are needed.
 
     Returns:
-        ``d_y (N, D)`` and ``d_weights (T, K)``; those that aren't wanted may be None.
+        ``d_y (N, D)`` and ``d_weights (T, K)``; unwanted ones may be None.
     """
     if any(wanted) and (library := native(grad, y, weights, inverse)) is not None:
         dy, dw = library.unpermute_backward(
@@ -157,7 +157,7 @@ def activation_backward_(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """All that the backward needs of the activation, in one pass. Overwrites ``h`` and ``d_act``.
+    """The activation's whole backward in one pass. Overwrites ``h`` and ``d_act``.
 
     With ``A = act(h + bias)`` and row r's weight ``w = weights.flatten()[order[r]]`` (``[r]``
     without an order): ``h`` becomes ``w * d_act * act'(h + bias)``, ``d_act`` becomes ``w * A``,
@@ -191,7 +191,7 @@ def activation_backward_(
     scaled = w * grad
     d_gate = _plain_backward(scaled if up is None else scaled * up, gate, GATED.get(name, name))
     dots = (value * grad).sum(dim=-1).to(weights.dtype)
-    # Nothing reads `h` and `d_act`, nor `gate`, `up` and `grad`, their views in fp32, from here on.
+    # From here on nothing reads `h` and `d_act`, nor `gate`, `up` and `grad`, their views in fp32.
     d_act.copy_(value.mul_(w))
     if up is None:
         h.copy_(d_gate)
@@ -208,7 +208,7 @@ def activation_backward_(
 
 
 def zero_empty_experts_(grad: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Zeros the slices ``grad[e]`` of the experts without tokens, whatever they hold.
+    """Zeroes the slices ``grad[e]`` of the experts without tokens.
 
     Args:
         grad: (E, ...), contiguous.
@@ -225,7 +225,7 @@ def zero_empty_experts_(grad: Tensor, tokens_per_expert: Tensor) -> Tensor:
 
 
 def _biased(h: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
-    """``h`` plus each row's bias, wide enough to compute with."""
+    """``h`` plus each row's bias, in the accumulation dtype."""
     wide = h.to(accumulation_dtype(h.dtype))
     return wide if bias is None else wide + bias_rows(bias, offsets, h.shape[0]).to(wide.dtype)
 

@@ -1,4 +1,4 @@
-"""What the implementations of a layer hand to each other: one call, its H, its gradients."""
+"""The inputs and results shared by a layer's implementations: a call, its H, its gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fastmoe.ops.kernels import accumulation_dtype
 
 @dataclass(slots=True, eq=False)
 class LayerCall:
-    """The inputs of a layer. Without ``order``, rows come and go in expert-major order.
+    """The inputs of a layer. Without ``order``, input and output are in expert-major order.
 
     Attributes:
         x: (T, D) in the order of the tokens, contiguous; (N, D) by expert without ``order``.
@@ -54,7 +54,7 @@ class LayerCall:
         return self.up_bias is not None or self.down_bias is not None
 
     def pairs(self) -> Tensor:
-        """(N,) int64: ``order``, or the numbers of rows that come in expert-major order."""
+        """(N,) int64: ``order``, or 0, 1, ..., N - 1 for rows in expert-major order."""
         if self.order is not None:
             return self.order
         if self._pairs is None:
@@ -62,7 +62,7 @@ class LayerCall:
         return self._pairs
 
     def weights_or_ones(self) -> Tensor:
-        """``weights``, or the (N, 1) that change nothing."""
+        """``weights``, or ones (N, 1)."""
         if self.weights is not None:
             return self.weights
         if self._ones is None:
@@ -74,7 +74,7 @@ class PreActivation(NamedTuple):
     """H, the input of the activation.
 
     Attributes:
-        rows: (N, 2F) or (N, F) in expert-major order; without rows if no backward may follow.
+        rows: (N, 2F) or (N, F) in expert-major order; zero rows if no backward can follow.
         has_bias: whether the bias, where there is one, has been added to ``rows``.
     """
 
@@ -83,7 +83,7 @@ class PreActivation(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients a backward has to find."""
+    """Which gradients a backward must compute."""
 
     x: bool
     weights: bool

@@ -17,18 +17,18 @@ from lightning_fastmoe.ops.activation import is_gated
 
 NAMESPACE = "lightning_fastmoe"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of tokens and activations that the kernels take."""
+"""Floating dtypes that the kernels support."""
 
 
-_LOADING = threading.Lock()  # autograd's threads may come first, and together
+_LOADING = threading.Lock()  # autograd's threads may be the first to load, concurrently
 
 
 @functools.cache
 def load() -> Any | None:
-    """The namespace of the operators, None if they can't be had (a warning says why, once).
+    """The namespace of the operators; None if they are unavailable (one warning says why).
 
-    The first call compiles them if there is no library yet. Of the processes of a node, which share
-    their reasons, the first one warns.
+    The first call compiles them if there is no library yet. Only the first process of a node warns,
+    since the reason is the same for all.
     """
     with _LOADING:
         return _load()[0]
@@ -48,7 +48,7 @@ def _load() -> tuple[Any | None, str]:
         try:
             torch.ops.load_library(str(outcome.library))
         except OSError as error:
-            # Of another libc, say, or cut short.
+            # For example, built against another libc, or truncated.
             reason = (
                 f"{outcome.library} can't be loaded: {error.__cause__ or error}; delete it, or"
                 " build it again on a machine like this (lightning-fastmoe build --force)"
@@ -72,10 +72,10 @@ def _load() -> tuple[Any | None, str]:
 
 
 def native(*tensors: Tensor) -> Any | None:
-    """The operators, if they take these tensors: CUDA, and floating ones of :data:`DTYPES`.
+    """The operators, if they support these tensors: on CUDA, floating ones in :data:`DTYPES`.
 
-    They know nothing of autograd, so they keep out where a graph is being recorded, as in a double
-    backward; our autograd functions run their forward and their backward without one.
+    They don't support autograd, so they are not used while a graph is being recorded, as in a
+    double backward; this package's autograd functions run forward and backward without one.
     """
     recording = torch.is_grad_enabled()
     for tensor in tensors:
@@ -87,7 +87,7 @@ def native(*tensors: Tensor) -> Any | None:
 
 
 def register_fakes() -> None:
-    """Shapes and dtypes of all results, for fake tensors and opcheck."""
+    """Registers the shapes and dtypes of all results, for fake tensors and opcheck."""
     fakes: dict[str, Callable[..., Any]] = {
         "route": _route,
         "route_backward": lambda logits, *_: torch.empty_like(logits),

@@ -1,4 +1,4 @@
-"""Tokens to experts and back where a token has any number of rows: expert choice, dropped slots.
+"""Permute and combine for a varying number of rows per token: expert choice, dropped slots.
 
 As in :mod:`~lightning_fastmoe.ops.permute`, both directions are gathers and sums in a fixed order,
 forward and backward, so nothing needs atomics and every run gives the same bits.
@@ -17,7 +17,7 @@ from lightning_fastmoe.ops.kernels import accumulation_dtype
 
 @dataclass(frozen=True)
 class PairOrder:
-    """Rows in expert-major order, and the way back to their tokens.
+    """Rows in expert-major order, and how to gather each token's rows.
 
     Example: ``token = [2, 0, 2, 1]`` with T=4 gives ``by_token = [1, 3, 0, 2]`` and
     ``lengths = [1, 1, 2, 0]``.
@@ -34,7 +34,7 @@ class PairOrder:
 
 
 def order_pairs(token: Tensor, num_tokens: int) -> PairOrder:
-    """The way back for rows of tokens ``token (N,)``. No host sync."""
+    """The :class:`PairOrder` of rows of tokens ``token (N,)``. No host sync."""
     sorted_tokens, by_token = torch.sort(token, stable=True)
     edges = torch.searchsorted(
         sorted_tokens, torch.arange(num_tokens + 1, device=token.device, dtype=token.dtype)
@@ -92,7 +92,7 @@ def combine_rows(y: Tensor, weights: Tensor, pairs: PairOrder) -> Tensor:
 
     Args:
         y: (N, D).
-        weights: (N,), of each row.
+        weights: (N,), one per row.
         pairs: from :func:`order_pairs`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tokens into expert order, and the weighted sum back.
+"""Permute tokens into expert order, and combine them by weighted sums.
 
 Both directions are gathers in forward *and* backward: a row that is read K times collects its
 gradient by summing K rows in a fixed order, so nothing needs atomics or ``index_add_`` and every

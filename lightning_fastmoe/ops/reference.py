@@ -1,4 +1,4 @@
-"""Slow, obvious definitions of one MoE layer: the oracle of the tests, the formulas of the docs.
+"""Slow, obvious definitions of one MoE layer: the reference for tests and documentation.
 
 Nothing here is vectorised over experts and nothing is fast. Every function works in the dtype of
 its input (the tests use fp64) and is differentiable by plain autograd.
@@ -51,7 +51,7 @@ def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, 
 def sigmoid_top_k(
     logits: Tensor, top_k: int, normalize: bool, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`softmax_top_k` with sigmoid scores; a bias takes part in the choice alone.
+    """:func:`softmax_top_k` with sigmoid scores; the bias affects only the selection.
 
     Args:
         logits: (T, E).
@@ -60,12 +60,12 @@ def sigmoid_top_k(
         selection_bias: (E,) or None.
 
     Returns:
-        ``scores (T, E)``, the sigmoids over the sum of all of a token's; ``weights (T, K)``,
+        ``scores (T, E)``, the sigmoids divided by each token's sum; ``weights (T, K)``,
         ``expert_ids (T, K)``.
     """
     raw = torch.sigmoid(logits)
     ranked = raw if selection_bias is None else raw + selection_bias
-    # Ratios of sigmoids from their logarithms, for those that are zero in the dtype of the logits.
+    # Ratios of sigmoids via logarithms, because sigmoids may underflow to zero.
     log_raw = torch.nn.functional.logsigmoid(logits)
     return _choose(log_raw, torch.softmax(log_raw, dim=1), raw, ranked, top_k, normalize)
 
@@ -73,9 +73,9 @@ def sigmoid_top_k(
 def _choose(
     log_raw: Tensor, scores: Tensor, raw: Tensor, ranked: Tensor, top_k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts with the largest ``ranked``, of equal ones the more likely, weighted by ``raw``.
+    """The experts with the largest ``ranked``, ties to the larger ``log_raw``, weighted by ``raw``.
 
-    Normalised weights are ``raw / sum of the chosen raw``, by way of the logarithms.
+    Normalised weights are ``raw / sum of the chosen raw``, computed via logarithms.
     """
     num_tokens = scores.shape[0]
     expert_ids = torch.zeros(num_tokens, top_k, dtype=torch.long)

@@ -19,7 +19,7 @@ def best(values: list[float], k: int) -> list[int]:
 
 
 def softmax(v: Tensor) -> Tensor:
-    """Of a vector."""
+    """The softmax of a vector."""
     powers = torch.exp(v - v.detach().max())
     return powers / powers.sum()
 
@@ -70,7 +70,7 @@ def noisy_top_k(
 
     Returns:
         gates (T, E), weights (T, K), ids (T, K), and P (T, E), the probability that an expert is
-        chosen if its own noise is drawn anew.
+        chosen if its own noise is redrawn.
     """
     h = clean + size * z
     weights, ids = softmax_after_selection(h, top_k)
@@ -159,7 +159,7 @@ def soft_mixes(x: Tensor, phi: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_assignment(scores: Tensor) -> float:
-    """The largest sum of scores of an even assignment, by trying all; T up to about 8."""
+    """The largest sum of scores of an even assignment, by brute force; T up to about 8."""
     tokens, experts = scores.shape
     places = [e for e in range(experts) for _ in range(tokens // experts + (e < tokens % experts))]
     values: list[list[float]] = scores.tolist()
@@ -225,7 +225,7 @@ def topology_aware(logits: Tensor, near: list[bool], top_k: int, budget: int) ->
 def capacity_mask(
     ids: Tensor, used: Tensor, capacity: int, num_experts: int, priority: list[float] | None
 ) -> Tensor:
-    """(T, K) bool: the pairs that find room, first choices first."""
+    """(T, K) bool: the pairs within capacity, first choices first."""
     tokens, top_k = ids.shape
     order = list(range(tokens)) if priority is None else best(priority, tokens)
     room = [capacity] * num_experts

@@ -1,4 +1,4 @@
-"""Which expert gets which token: top-k, tokens_per_expert, and the expert-major order."""
+"""Top-k selection, token counts per expert, and the expert-major order of tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_fastmoe.ops.native import native
 
 MAX_EXPERTS = 1024
-"""Most experts of one layer that the kernels take; beyond, PyTorch's operators compute."""
+"""Largest number of experts per layer that the kernels support; else PyTorch's operators run."""
 
 MAX_TOP_K = 32
-"""Most experts per token that the routing kernel takes."""
+"""Largest number of experts per token that the routing kernel supports."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ExpertOrder:
     ``inverse = [2, 0, 3, 5, 1, 4]`` and ``tokens_per_expert = [2, 3, 1]``.
 
     Attributes:
-        order: (T*K,) int64, the pair that stands in each expert-major row.
+        order: (T*K,) int64, the pair in each expert-major row.
         inverse: (T*K,) int64, the row of each pair.
         tokens_per_expert: (E,) int64.
         offsets: (E,) int32, the row at which each expert ends: the running sum of the counts.
@@ -42,14 +42,14 @@ class ExpertOrder:
 def top_k(scores: Tensor, k: int, tie_break: Tensor | None = None) -> Tensor:
     """The ``k`` best experts of each token, best first, ties to the lower expert id.
 
-    ``torch.topk`` leaves the order of ties open (and it differs between devices); a stable sort
-    does not, and E is small.
+    Uses a stable sort, since E is small: the order of ties in ``torch.topk`` is undefined and
+    differs between devices.
 
     Args:
         scores: (T, E), any floating dtype.
         k: experts per token.
-        tie_break: (T, E); of equal scores the one with the larger entry comes first. For scores
-            that round different logits to one number, as a sigmoid does far from zero.
+        tie_break: (T, E); among equal scores the one with the larger entry comes first. For scores
+            that round different logits to the same number, as sigmoids far from zero do.
 
     Returns:
         (T, K) int64.
@@ -124,7 +124,8 @@ def score_top_k_backward(
 ) -> Tensor | None:
     """The gradient of the logits of :func:`softmax_top_k` or :func:`sigmoid_top_k`.
 
-    Nothing is divided by a score, and ``1 - sigmoid(x)`` is ``sigmoid(-x)``: no logit loses it.
+    Stable for all logits: nothing is divided by a score, and ``1 - sigmoid(x)`` is computed as
+    ``sigmoid(-x)``.
 
     Args:
         logits: (T, E).
@@ -175,7 +176,7 @@ def score_top_k_backward(
 
 
 def _log_scores(logits: Tensor, sigmoid: bool) -> Tensor:
-    """The logarithms of the scores, up to a constant per token: they can't underflow."""
+    """The logarithms of the scores, up to a constant per token; unlike scores, can't underflow."""
     return F.logsigmoid(logits) if sigmoid else logits
 
 
@@ -184,20 +185,20 @@ def softmax_top_k(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the experts, the ``k`` best of each token, and their weights.
 
-    Normalised weights are ratios of scores. They come from the logits, so they are right however
-    small the scores are, also where these underflow.
+    Normalised weights are ratios of scores, computed from the logits, so they are right even where
+    scores underflow.
 
     Args:
         logits: (T, E).
         k: experts per token.
         normalize: divide the chosen scores by their sum.
-        selection_bias: (E,), added to the scores for the choice alone: it has no part in the
-            weights and gets no gradient.
+        selection_bias: (E,), added to the scores for selection only: it doesn't affect the weights
+            and gets no gradient.
 
     Returns:
         ``scores (T, E)``, ``weights (T, K)`` and ``expert_ids (T, K)`` int64, in descending order
         of the biased score, ties to the larger logit, then to the lower expert id: K distinct
-        experts of ``[0, E)``, also for a row of NaN.
+        experts in ``[0, E)``, even for a row of NaN.
     """
     return _score_top_k(logits, k, normalize, selection_bias, sigmoid=False)
 
@@ -211,11 +212,11 @@ def sigmoid_top_k(
         logits: (T, E).
         k: experts per token.
         normalize: divide the chosen sigmoids by their sum.
-        selection_bias: (E,), added to the sigmoids for the choice alone.
+        selection_bias: (E,), added to the sigmoids for selection only.
 
     Returns:
-        As :func:`softmax_top_k`: the scores are the sigmoids over the sum of all E, so that each
-        row is a distribution; weights that are not normalised are the sigmoids themselves.
+        As :func:`softmax_top_k`: the scores are the sigmoids divided by their sum over all E, so
+        that each row is a distribution; unnormalised weights are the sigmoids themselves.
     """
     return _score_top_k(logits, k, normalize, selection_bias, sigmoid=True)
 

@@ -1,14 +1,14 @@
-"""What a kernel says that gave up waiting, so that an error can name the operator.
+"""Reports of kernels that timed out waiting, so that errors can name the operator.
 
-Each loop of our kernels in which threads wait for other threads has a deadline (csrc/deadline.h).
-Past it the kernel traps, and whatever call of torch next looks at the device raises "unspecified
-launch failure", which names nothing. The operators of this package raise the report instead;
-:class:`~lightning_fastmoe.FastMoEStrategy` adds it to any exception that ends a run; and if neither
-had a chance, it is printed when the process ends.
+Every loop in this package's kernels in which threads wait for other threads has a deadline
+(csrc/deadline.h). When it passes, the kernel traps, and the next torch call that touches the device
+raises "unspecified launch failure", which doesn't name the kernel. This package's operators raise
+the report instead; :class:`~lightning_fastmoe.FastMoEStrategy` adds it to any exception that ends a
+run; otherwise it is printed when the process ends.
 
 Environment:
-    LIGHTNING_FASTMOE_DEVICE_TIMEOUT: seconds that a thread of a kernel waits (default 60; 0 is
-        without a limit, for debuggers that stop kernels).
+    LIGHTNING_FASTMOE_DEVICE_TIMEOUT: seconds that a kernel's thread waits (default 60; 0 means no
+        limit, for debuggers that stop kernels).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _libraries: list[Any] = []
 
 
 def watch(library: Any) -> None:
-    """Has the report of ``library``, the operators' namespace, printed when the process ends."""
+    """Registers ``library``, the operators' namespace, to print its report at process exit."""
     _libraries.append(library)
     if len(_libraries) == 1:
         atexit.register(_print)
 
 
 def stall_report() -> str:
-    """Which kernel of this process gave up waiting, and for what; "" if none did.
+    """Which kernel of this process timed out, and what it waited for; "" if none did.
 
-    Works after the trap, when nothing on the device does: the report lies in the host's memory.
+    The report is in host memory, so it can be read after the trap, when the device can't be used.
     """
     return next((text for library in _libraries if (text := library.stall_report())), "")
 

@@ -1,8 +1,8 @@
-"""The arithmetic of a layer, written once over whoever computes its grouped products.
+"""Forward and backward of a layer, independent of the grouped GEMM implementation.
 
-The chain permute, grouped MLP, unpermute keeps the gathered tokens, the pre-activation H, the
-activation A and the expert outputs Y for its backward. Here only x and H are kept (the idea is
-SonicMoE's). For a row r of token t with expert e and routing weight w, forward and backward are
+Separate permute, grouped MLP and unpermute operations save the gathered tokens, the pre-activation
+H, the activation A and the expert outputs Y for the backward. Here only x and H are saved (the idea
+is SonicMoE's). For a row r of token t with expert e and routing weight w, forward and backward are
 
     H[r]   = up[e] @ x[t] + up_bias[e]
     A[r]   = act(H[r])
@@ -18,7 +18,7 @@ SonicMoE's). For a row r of token t with expert e and routing weight w, forward 
     dx[t]       = sum of dH[r] @ up[e] over the K rows of t
     d_up        = sum_r dH[r] x[t]^T
 
-dH takes the memory of H, and w A that of dA'. T tokens, D d_model, F d_ffn, E experts, K top_k.
+dH overwrites H, and w A overwrites dA'. T tokens, D d_model, F d_ffn, E experts, K top_k.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lightning_fastmoe.ops.products.torch import expert_sums
 
 
 class Steps:
-    """The layer, one step after the other.
+    """The layer as a sequence of separate steps.
 
     Args:
-        products: who computes the grouped products, and so decides whether H holds its bias.
+        products: the grouped GEMM implementation, which decides whether H includes its bias.
     """
 
     __slots__ = ("products",)
@@ -56,13 +56,13 @@ class Steps:
         return out, h
 
     def pre_activation(self, call: LayerCall) -> PreActivation:
-        """H of :meth:`forward` again, the same bits."""
+        """Recomputes H of :meth:`forward`, bit for bit."""
         return self.products.pre_activation(call)
 
     def backward_(
         self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
     ) -> Gradients:
-        """The gradients, from that of the output, ``grad (T, D)``. Overwrites H."""
+        """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
         products, d_h = self.products, h.rows
         d_x = d_up = d_down = d_up_bias = d_down_bias = None
         grad = products.readable(grad)
@@ -78,8 +78,7 @@ class Steps:
         del d_out, weighted_act
         if wanted.up_bias:
             d_up_bias = expert_sums(d_h, call.tokens_per_expert, call.offsets)
-        # The rows' product comes first, as its N rows of D are gone before the gradient of up is
-        # made.
+        # First d_x, whose N rows of D are freed before the gradient of up is allocated.
         if wanted.x:
             d_x = products.rows(call, d_h, call.up, False)
             if call.inverse is not None:
@@ -92,7 +91,7 @@ class Steps:
 
 
 def _bias_dots(call: LayerCall, grad: Tensor, like: Tensor) -> Tensor:
-    """(T, K): ``<down_bias[expert of the pair], grad[t]>``, what the bias adds to d_weights."""
+    """(T, K): ``<down_bias[expert of the pair], grad[t]>``, the bias's part of d_weights."""
     assert call.inverse is not None
     assert call.down_bias is not None
     by_expert = grad @ call.down_bias.T.to(grad.dtype)  # (T, E)

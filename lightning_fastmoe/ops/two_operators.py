@@ -1,7 +1,7 @@
-"""The layer as two C++ operators, so that many short kernels don't wait for the interpreter.
+"""The layer as two C++ operators, so that launching short kernels doesn't wait for Python.
 
-csrc/layer.cpp takes the steps of :mod:`~lightning_fastmoe.ops.steps`, for layers without biases
-whose every grouped product is one kernel.
+csrc/layer.cpp implements the steps of :mod:`~lightning_fastmoe.ops.steps` for layers without biases
+in which each grouped GEMM is one kernel.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class TwoOperators:
 
     Args:
         library: the compiled kernels.
-        on_hopper: whether to take the products of compute capability 9.0. Without them they give
-            the bits of the steps.
+        on_hopper: whether to use the GEMMs for compute capability 9.0. Without them the results are
+            bit-identical to those of :class:`~lightning_fastmoe.ops.steps.Steps`.
     """
 
     __slots__ = ("library", "on_hopper")
@@ -36,13 +36,13 @@ class TwoOperators:
         return out, PreActivation(h, False)
 
     def pre_activation(self, call: LayerCall) -> PreActivation:
-        """H of :meth:`forward` again: all of the forward, for the same bits."""
+        """Recomputes H by the whole of :meth:`forward`, for identical bits."""
         return self.forward(call, True)[1]
 
     def backward_(
         self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
     ) -> Gradients:
-        """The gradients, from that of the output, ``grad (T, D)``. Overwrites H."""
+        """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
         d_x, d_weights, d_up, d_down = self.library.expert_layer_backward_(
             *(
                 grad.contiguous(),

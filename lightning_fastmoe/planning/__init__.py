@@ -1,1 +1,1 @@
-"""What a run will need, before it starts: parameters and memory."""
+"""Estimates of a run's parameter counts and memory before it starts."""

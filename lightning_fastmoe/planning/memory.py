@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO will allocate for weights, gradients and optimizer, before it does."""
+"""Predicts what DeepSpeed's ZeRO will allocate for weights, gradients and optimizer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: a partition starts at
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that one group of ranks partitions among itself.
+    """Parameters that are partitioned over the same group of ranks.
 
     Attributes:
         sizes: elements of each parameter on this rank, in the optimizer's order.
         ranks: the size of the (expert) data parallel group.
-        experts: whether they are experts.
+        experts: whether they belong to experts.
         requires_grad: whether they are trained.
     """
 
@@ -37,16 +37,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one rank; the largest of all ranks, where they differ.
+    """Bytes on one rank; the maximum over ranks, where they differ.
 
     Attributes:
-        weights: what forward and backward read. Stage 3: this rank's parts, and small parameters
-            whole; large ones are gathered for a moment beside that.
-        gradients: the most that is held between backward and step. Stage 1 holds all while it
-            accumulates; without accumulation it frees some as early as stage 2 does.
+        weights: the weights for forward and backward. In stage 3, this rank's partitions plus small
+            parameters in full; large ones are additionally gathered temporarily.
+        gradients: the maximum held between backward and step. Stage 1 holds all of them while
+            accumulating; without accumulation it frees some as early as stage 2 does.
         optimizer: the optimizer's states and the fp32 copy of the weights that it updates.
         buffers: communication buckets, whose sizes are settings (``reduce_bucket_size``).
-        on_host: names of those that lie in host memory, by offloading.
+        on_host: names of the fields that are offloaded to host memory.
     """
 
     weights: int = 0
@@ -57,7 +57,7 @@ class Bytes:
 
     @property
     def device(self) -> int:
-        """The sum of what lies on the device."""
+        """Total bytes on the device."""
         names = ("weights", "gradients", "optimizer", "buffers")
         return sum(getattr(self, name) for name in names if name not in self.on_host)
 
@@ -73,12 +73,13 @@ class Bytes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one rank will hold, apart from activations.
+    """One rank's memory, without activations.
 
     Attributes:
         dense: everything but sharded experts.
         experts: experts that are sharded over ranks.
-        state_bytes: bytes of optimizer state per parameter; None if they could not be found out.
+        buffers: communication buffers.
+        state_bytes: bytes of optimizer state per parameter; None if unknown.
     """
 
     dense: Bytes
@@ -88,7 +89,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> Bytes:
-        """All together."""
+        """The sum of all parts."""
         return self.dense + self.experts + self.buffers
 
 
@@ -100,7 +101,7 @@ def plan(
     state_bytes: float | None,
     config: Mapping[str, Any],
 ) -> MemoryPlan:
-    """Bytes per rank.
+    """Computes the bytes per rank.
 
     Args:
         groups: all parameters.
@@ -130,13 +131,13 @@ def plan(
         if (config.get(option) or {}).get("device", "none") != "none"
     )
     if "optimizer" in host and stage < 3:
-        host |= {"gradients"}  # kept beside the optimizer that reads them
+        host |= {"gradients"}  # kept with the optimizer that reads them
     dense, experts = (replace(x, on_host=host) for x in (dense, experts))
     return MemoryPlan(dense, experts, buffers, state_bytes)
 
 
 def _whole(group: Group, itemsize: int, master: float, stage: int) -> Bytes:
-    """Stages 1 and 2: parameters lie one after the other, in equal parts for the ranks."""
+    """Stages 1 and 2: parameters are concatenated and split into equal parts for the ranks."""
     count = sum(group.sizes)
     if not group.requires_grad:
         return Bytes(weights=count * itemsize)
@@ -145,7 +146,7 @@ def _whole(group: Group, itemsize: int, master: float, stage: int) -> Bytes:
     part = padded // group.ranks
     held = count
     if stage == 2:
-        # A rank keeps the gradients of all parameters that reach into its part, whole.
+        # A rank keeps the full gradients of all parameters that overlap its part.
         ends = [sum(group.sizes[: i + 1]) for i in range(len(group.sizes))]
         held = max(
             sum(
@@ -161,7 +162,7 @@ def _whole(group: Group, itemsize: int, master: float, stage: int) -> Bytes:
 
 
 def _partitioned(group: Group, itemsize: int, master: float, config: Mapping[str, Any]) -> Bytes:
-    """Stage 3: each parameter is divided by itself."""
+    """Stage 3: each parameter is partitioned separately."""
     parts = [math.ceil(size / group.ranks) for size in group.sizes]
     part = sum(parts)
     name = "param_persistence_threshold"
@@ -179,8 +180,8 @@ def _partitioned(group: Group, itemsize: int, master: float, config: Mapping[str
 def optimizer_state_bytes(optimizer: Optimizer) -> float | None:
     """Bytes of state that the optimizer keeps per parameter, in fp32; 8 for Adam.
 
-    Found by a step of a copy of the optimizer on a vector of zeros: ZeRO gives it vectors, too.
-    None if that fails.
+    Measured by a step of a copy of the optimizer on a vector of zeros, since ZeRO gives it vectors
+    too. None if that fails.
     """
     vector = nn.Parameter(torch.zeros(1024))
     vector.grad = torch.zeros_like(vector)
@@ -190,7 +191,7 @@ def optimizer_state_bytes(optimizer: Optimizer) -> float | None:
         twin.state = defaultdict(dict)
         twin.step()
         tensors = [x for x in twin.state[vector].values() if isinstance(x, torch.Tensor)]
-    except Exception:  # a class of the user's, which may want anything
+    except Exception:  # a custom optimizer may need anything
         return None
     return sum(x.numel() * x.element_size() for x in tensors if x.numel() > 1) / vector.numel()
 
@@ -198,7 +199,7 @@ def optimizer_state_bytes(optimizer: Optimizer) -> float | None:
 def groups_of(
     module: nn.Module, optimizer: Optimizer, world_size: int, expert_data_parallel_size: int
 ) -> list[Group]:
-    """The optimizer's groups as DeepSpeed will partition them, and a group of what isn't trained.
+    """The optimizer's groups as DeepSpeed will partition them, and groups of frozen parameters.
 
     Args:
         module: the whole model, experts sharded.

@@ -1,4 +1,4 @@
-"""How many parameters a model has over all ranks, and how many of them a token uses."""
+"""Counts a model's parameters over all ranks, in total and active per token."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class LayerSize:
     Attributes:
         num_experts: E of the whole model.
         num_local_experts: experts on this rank.
-        parameters_per_expert: the mean, if they differ.
-        experts_per_token: K; the capacity factor for expert choice, which gives a token that many
-            in the mean; E for Soft MoE, whose slots mix all tokens into all experts.
+        parameters_per_expert: the mean, if experts differ.
+        experts_per_token: K; for expert choice the capacity factor, which is the mean number per
+            token; E for Soft MoE, whose slots mix all tokens into all experts.
     """
 
     num_experts: int
@@ -39,9 +39,9 @@ class ModelSize:
 
     Attributes:
         dense: everything but routed experts: attention, routers, shared experts, embeddings.
-        lookups: the part of these that is only looked up in (``nn.Embedding``): a token uses them,
-            but multiplies nothing by them.
-        layers: by name.
+        lookups: the dense parameters that are only looked up (``nn.Embedding``): a token uses them,
+            but not in a GEMM.
+        layers: name -> the experts of that layer.
     """
 
     dense: int
@@ -83,7 +83,7 @@ def model_size(module: nn.Module) -> ModelSize:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Elements of a parameter on this rank, also while ZeRO 3 holds only a part of it."""
+    """Elements of a parameter, even while ZeRO 3 keeps only a partition of it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -91,7 +91,7 @@ def _layer_size(layer: MoE) -> LayerSize:
     held = float(sum(numel(p) for p in layer.experts.parameters()))
     counted = layer.num_local_experts
     if layer.is_sharded and not layer.experts.is_stacked:
-        # Experts of other ranks may be other modules.
+        # Experts on other ranks may have different sizes.
         device = next((p.device for p in layer.experts.parameters()), torch.device("cpu"))
         total = torch.tensor(held, dtype=torch.float64, device=device)
         dist.all_reduce(total, group=layer.schedule.dispatcher.group.group)  # type: ignore[attr-defined]

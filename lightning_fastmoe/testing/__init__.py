@@ -1,4 +1,4 @@
-"""Helpers for tests of code that runs on several ranks; for this package's tests and for users'."""
+"""Helpers for multi-rank tests, for this package's tests and for users."""
 
 from lightning_fastmoe.testing.ranks import RankError, RankPool, free_port
 

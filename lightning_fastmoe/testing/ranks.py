@@ -1,8 +1,8 @@
-"""Functions run on several gloo ranks, in worker processes that are started once and reused.
+"""Runs functions on several gloo ranks, in worker processes that are started once and reused.
 
-Starting a process and importing torch, Lightning and DeepSpeed takes seconds; a case takes a
+Starting a process and importing torch, Lightning and DeepSpeed takes seconds; a test case takes a
 fraction of one. So a pool keeps its workers and gives each case fresh process groups on a free
-port. A case that hangs or kills a worker costs the pool its workers and nothing else.
+port. If a case hangs or kills a worker, the pool only loses its workers.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class RankError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, from the operating system."""
+    """An unused TCP port, from the operating system."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
 class RankPool:
-    """Worker processes on this machine: a set of its own for each number of ranks.
+    """Worker processes on this machine, with a separate set for each number of ranks.
 
-    A worker never sees two world sizes, as no real process does: DeepSpeed remembers the first.
+    A worker only ever sees one world size, like a real process: DeepSpeed remembers the first.
 
     Args:
         threads: torch's threads per worker.
@@ -71,21 +71,21 @@ class RankPool:
         """Runs ``function(*args)`` on ranks ``0 .. world_size - 1``.
 
         Args:
-            function: importable by name; what it returns must be picklable.
+            function: importable by name; its return value must be picklable.
             world_size: number of ranks.
-            args: picklable, the same on every rank.
-            timeout: seconds; then all workers are killed.
-            ranks_per_node: what the ranks are told; None puts all on one node.
+            args: picklable, identical on every rank.
+            timeout: seconds after which all workers are killed.
+            ranks_per_node: the simulated ranks per node; None puts all on one node.
 
         Returns:
-            What each rank returned.
+            The return value of each rank.
 
         Raises:
-            RankError: if a rank raises, dies or is late.
+            RankError: if a rank raises, dies or times out.
         """
         workers = self._start(world_size)
-        # As with torchrun, whoever starts the ranks holds their store, on a port that it has when
-        # it tells them. A free port that rank 0 would listen on later can be taken by then.
+        # As with torchrun, the launcher holds the ranks' store, on a port that it already listens
+        # on. A free port for rank 0 to listen on later could be taken by then.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(workers):
             place = (rank, world_size, ranks_per_node or world_size, store.port)
@@ -93,7 +93,7 @@ class RankPool:
                 pipe.send((function, args, place))
             except BrokenPipeError:
                 self._kill(world_size)
-                raise RankError(f"the worker of rank {rank} had died before", {}) from None
+                raise RankError(f"the worker of rank {rank} had already died", {}) from None
         results: dict[int, Any] = {}
         errors: dict[int, tuple[str, str]] = {}
         deadline = time.monotonic() + timeout
@@ -131,7 +131,7 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def _start(self, world_size: int) -> list[tuple[Any, Connection]]:
-        # Engines that DeepSpeed never lets go keep their groups, and gloo's threads, alive.
+        # DeepSpeed never releases engines, which keep their groups and gloo's threads alive.
         self._runs[world_size] = self._runs.get(world_size, 0) + 1
         if self._runs[world_size] % _RUNS_PER_SET == 0:
             self._kill(world_size)
@@ -170,9 +170,9 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 
 def _context() -> Any:
-    """Workers are copies of one process that has imported everything: that takes ten seconds.
+    """Forks workers from one process that has imported everything, which takes ten seconds.
 
-    Not beside a GPU, where a copy of a process that has counted the devices can't use them.
+    Spawns them on a GPU machine: a fork of a process that has counted the devices can't use them.
     """
     if torch.cuda.is_available():
         return mp.get_context("spawn")
@@ -183,14 +183,13 @@ def _context() -> Any:
 
 def _work(connection: Connection, threads: int, environment: dict[str, str]) -> None:
     faulthandler.enable()
-    os.environ.clear()  # it may be that of a pool that was the first
+    os.environ.clear()  # the fork server may have an earlier pool's environment
     os.environ.update(environment)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     linear = F.linear
-    # What the libraries made while they were imported stays for good. Passing over it took half a
-    # second of each collection, and half of the time of all cases together: _leave() collects, and
-    # so does DeepSpeed whenever it makes an engine.
+    # Objects created by imports live forever. Scanning them took half a second per collection, and
+    # half of the time of all cases: _leave() collects, and so does DeepSpeed for every new engine.
     gc.freeze()
     is_first = True
     while True:
@@ -206,17 +205,17 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
             outcome = (False, (type(error).__name__, str(error), text))
         finally:
             _leave()
-            # ZeRO 3 puts its own in place for good, which rounds otherwise: a run would depend on
-            # those before it.
+            # ZeRO 3 permanently replaces F.linear by a version that rounds differently: a run would
+            # depend on earlier ones.
             F.linear = linear
         connection.send(outcome)
-        if is_first:  # and imported the rest
+        if is_first:  # the first case has imported the rest
             gc.freeze()
             is_first = False
 
 
 def _enter(rank: int, world_size: int, ranks_per_node: int, port: int) -> None:
-    """The environment that torchrun gives to a process; Lightning recognises it."""
+    """Sets the environment that torchrun gives to a process, which Lightning recognises."""
     node, local_rank = divmod(rank, ranks_per_node)
     os.environ.update(
         {
@@ -234,7 +233,7 @@ def _enter(rank: int, world_size: int, ranks_per_node: int, port: int) -> None:
 
 
 def _leave() -> None:
-    """Drops the process groups, and DeepSpeed's module-level memory of them."""
+    """Destroys the process groups, and resets DeepSpeed's module-level references to them."""
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

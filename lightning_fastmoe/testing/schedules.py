@@ -1,4 +1,4 @@
-"""What every schedule must do: give the numbers of all experts on one rank."""
+"""The contract of schedules: the same numbers as with all experts on one rank."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Case:
         top_k: K.
         choice: "any" expert, "one" for all tokens, the last expert "never", "dropped" slots,
             "expert" choice, or "soft" routing.
-        tokens: the number of each rank; rank r takes entry r modulo their number.
+        tokens: the number of tokens per rank; rank r uses entry r modulo the length.
         experts: "stacked", "biased", or "modules", which take a pair of tensors.
         shared: whether there is a shared expert.
-        delays: whether ranks come at random times, several calls in a row.
+        delays: whether ranks arrive at random times, for several calls in a row.
     """
 
     top_k: int = 2
@@ -59,11 +59,11 @@ CASES = {
     "modules and dropped slots": Case(experts="modules", choice="dropped", tokens=(0, T)),
     "ranks at random times": Case(delays=True),
 }
-"""By name: the contract."""
+"""The cases of the contract, by name."""
 
 
 class PairExpert(nn.Module):
-    """Of a pair of tensors (n, D) and (n, 2, 3), a pair of the same shapes."""
+    """An expert from a pair of tensors (n, D) and (n, 2, 3) to a pair of the same shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,18 +83,18 @@ def compare_with_local(
     device: torch.device,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Outputs and gradients by a schedule and by :class:`LocalSchedule`; every rank calls this.
+    """Outputs and gradients of a schedule and of :class:`LocalSchedule`; all ranks must call this.
 
     Args:
-        make: the schedule of this rank, from the number of experts.
+        make: makes this rank's schedule from the number of experts.
         placement: global ids of each rank's experts.
-        case: what to call it with.
+        case: the case to run.
         device: the device of the tensors.
         dtype: the dtype of the tensors.
 
     Returns:
-        Name -> (by the schedule, by all experts on one rank), on the CPU. Gradients of parameters
-        are those of the losses of all ranks.
+        Name -> (value by the schedule, value with all experts on one rank), on the CPU. Gradients
+        of parameters are summed over the losses of all ranks.
     """
     rank = dist.get_rank()
     torch.manual_seed(3)
@@ -151,7 +151,7 @@ def _experts(case: Case, dtype: torch.dtype) -> Experts:
 def _inputs(
     case: Case, rank: int, call: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[TokenInputs, Routing, list[Tensor]]:
-    """The call of this rank, and what of it has gradients."""
+    """The inputs and routing of this rank's call, and those tensors that need gradients."""
     generator = torch.Generator().manual_seed(100 * call + rank)
     tokens = case.tokens[rank % len(case.tokens)]
 

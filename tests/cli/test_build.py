@@ -23,7 +23,7 @@ def test_for_an_image(machine: Machine, capsys: pytest.CaptureFixture[str]) -> N
     machine.uninstall()
     assert cli.main(["build", "--arch", "9.0"]) == 0
     out, err = capsys.readouterr()
-    assert out == f"{library}: was there already (sm_80, sm_90a; CUDA 13.0)\n"
+    assert out == f"{library}: exists already (sm_80, sm_90a; CUDA 13.0)\n"
     assert err == ""
     machine.has_gpus((9, 0))
     assert _build.build().library == Path(library)

@@ -72,7 +72,7 @@ def test_failed(machine: Machine, env, capsys: pytest.CaptureFixture[str]) -> No
     assert found["kernels"]["run"] is False
     assert found["kernels"]["state"] == "failed"
     assert "no host compiler" in found["kernels"]["reason"]
-    assert last.endswith("failed, as shown above. Mend that, and run lightning-fastmoe build.")
+    assert last.endswith("failed, as shown above. Fix that, then run lightning-fastmoe build.")
     assert cli.main(["env"]) == 0
     assert "\nno host compiler\n" in capsys.readouterr().out
 
@@ -81,7 +81,7 @@ def test_without_nvcc(machine: Machine, env) -> None:
     machine.uninstall()
     found, last = env()
     assert found["nvcc"].startswith("there is no nvcc")
-    assert last.startswith("The CUDA kernels don't run here, PyTorch's operators compute instead:")
+    assert last.startswith("The CUDA kernels don't run here; PyTorch's operators are used instead:")
     assert last.endswith("and put nvcc on PATH, or set CUDA_HOME.")
 
 

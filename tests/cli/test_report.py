@@ -40,7 +40,7 @@ def test_json(tmp_path, capsys):
     ("words", "expected"),
     [
         (["nowhere"], "nowhere does not exist"),
-        (["."], "holds no logs"),
+        (["."], "has no logs"),
         ([".", "--starving", "0"], "--starving 0.0 is out of range"),
         ([], "required: RUN_DIR"),
         (["run", "--output", "no/x.html"], "no/x.html can't be written"),

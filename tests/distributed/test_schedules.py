@@ -32,5 +32,5 @@ def test_a_placement_gives_each_expert_to_one_rank(placement):
     if placement == [(0, 1, 2), ()]:
         AllToAllDispatcher(Group(), 3, placement)  # a rank without experts
         return
-    with pytest.raises(TopologyError, match="does not give each of 3 experts to one of 2 ranks"):
+    with pytest.raises(TopologyError, match="does not give each of 3 experts to exactly one"):
         AllToAllDispatcher(Group(), 3, placement)

@@ -262,7 +262,7 @@ def test_what_a_batch_must_not_have():
     tokens = draw(2, 6)
     for method in (module, lambda batch: module.training_step(batch, 0),
                    lambda batch: module.validation_step(batch, 0)):  # fmt: skip
-        with pytest.raises(DataError, match="has token_type_ids, which MoECausalLM would have to"):
+        with pytest.raises(DataError, match="has token_type_ids, which MoECausalLM does not"):
             method({"input_ids": tokens, "token_type_ids": tokens})
         with pytest.raises(ShapeError, match="attention_mask is a tensor of shape"):
             method({"input_ids": tokens, "attention_mask": torch.ones(2, 1, 6, 6)})

@@ -25,10 +25,10 @@ def make(**kwargs) -> MoE:
         ({}, "top_k", True, "top_k=True is out of range"),
         ({"normalize_weights": True}, "top_k", 1, "no gradient"),
         (AFTER, "top_k", 1, "always 1"),
-        ({"router": "switch"}, "top_k", 2, "top_k=2 is not Switch routing"),
-        ({"router": "gshard"}, "top_k", 3, "top_k=3 is not GShard"),
-        ({"router": "dc"}, "top_k", 1, "top_k=1 is not GShard"),
-        ({"router": "base"}, "top_k", 2, "top_k=2 is not BASE"),
+        ({"router": "switch"}, "top_k", 2, "top_k=2 doesn't fit Switch routing"),
+        ({"router": "gshard"}, "top_k", 3, "top_k=3 doesn't fit GShard"),
+        ({"router": "dc"}, "top_k", 1, "top_k=1 doesn't fit GShard"),
+        ({"router": "base"}, "top_k", 2, "top_k=2 doesn't fit BASE"),
         ({"router": "noisy"}, "top_k", 1, "top_k=1 is invalid.*at least 2"),
         ({**IN_GROUPS, "top_k": 2}, "top_k", 3, r"limit_groups=2.*top_k=3"),
         ({"router": "sigmoid", "normalize_weights": True}, "top_k", 1, "no gradient"),
@@ -57,7 +57,7 @@ def test_a_setting_that_the_layer_could_not_be_built_with_is_refused(
     [
         ("load_balancing", -0.1, "load_balancing=-0.1 is invalid"),
         ("z_loss", float("nan"), "z_loss=nan is invalid"),
-        ("load", 0.1, "load=0.1.*no meaning for SoftmaxTopKRouter"),
+        ("load", 0.1, "load=0.1.*does not apply to SoftmaxTopKRouter"),
         ("balance", 0.1, "balance is not a loss of a MoE layer.*load_balancing"),
     ],
 )

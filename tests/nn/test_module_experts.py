@@ -307,7 +307,7 @@ def test_outputs_of_another_structure_are_refused():
         def forward(self, x):
             return x, x
 
-    with pytest.raises(ShapeError, match="Expert 2 returned another structure than expert 0"):
+    with pytest.raises(ShapeError, match="Expert 2 returned a different structure than expert 0"):
         make([nn.Identity(), nn.Identity(), Two(), nn.Identity()])(tokens())
 
 

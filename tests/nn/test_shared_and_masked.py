@@ -163,7 +163,7 @@ def test_each_router_takes_a_mask_or_says_why_not(name):
     x, mask = torch.randn(2, 6, D), torch.rand(2, 6) < 0.5
     ids = torch.arange(12).view(2, 6)
     if name in ("soft", "expert_choice"):
-        with pytest.raises(ConfigError, match="looks at whole sequences"):
+        with pytest.raises(ConfigError, match="works on whole sequences"):
             layer(x, mask=mask, token_ids=ids)
     else:
         y = layer(x, mask=mask, token_ids=ids)

@@ -38,5 +38,5 @@ def test_every_layer_counts(
 def test_weights_that_would_be_lost(rank_pool) -> None:
     case = Case(world=4, ep="auto", num_experts=(4, 6), in_configure_model=True)
     for message in rank_pool.run(written_early, 4, case):
-        assert "took 4 for a layer of 4 experts, then came a layer of 6" in message
+        assert "chose 4 for a layer of 4 experts, but a later layer of 6" in message
         assert "Pass expert_parallel_size=2" in message

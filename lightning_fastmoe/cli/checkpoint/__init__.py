@@ -1,9 +1,9 @@
-"""Look into checkpoints, check them, and turn them into other files.
+"""Inspect, verify, compare and convert checkpoints.
 
 exit status:
-  0    done; nothing is wrong, nothing differs
+  0    success; no damage and no differences
   1    verify found damage, diff found differences
-  2    the arguments are wrong, or the checkpoint doesn't fit the request
+  2    the arguments are invalid, or don't fit the checkpoint
   3    a file is damaged or can't be read or written
   130  interrupted
 
@@ -24,22 +24,22 @@ from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
 from lightning_fastmoe.errors import CheckpointError, FastMoEError
 
 VERBS = {
-    "inspect": "What a checkpoint holds: layers, experts, sizes, step and topology.",
-    "verify": "Check every byte; list all damages.",
+    "inspect": "Show a checkpoint's contents: layers, experts, sizes, step and topology.",
+    "verify": "Check every byte; list all damage.",
     "diff": "Compare two checkpoints tensor by tensor.",
-    "reshard": "Lay the files out anew for another number of ranks.",
+    "reshard": "Rewrite the files for another number of ranks.",
     "consolidate": "Write all weights into one safetensors or torch file.",
-    "export": "Write a model that Hugging Face transformers loads.",
-    "import": "Start from a model of Hugging Face transformers.",
+    "export": "Write a model that Hugging Face transformers can load.",
+    "import": "Convert a Hugging Face transformers model to a checkpoint.",
 }
-"""Each is a module of this package that looks like a command (``cli/table.py``)."""
+"""Verb -> summary. Each is a module here, with the interface of a command (``cli/table.py``)."""
 
 DAMAGED = 3
 _USAGE_ERROR = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verbs and the arguments of each."""
+    """Declares the verbs and their arguments."""
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
     for name, summary in VERBS.items():
         module = _module(name)
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb, and return its exit status."""
+    """Runs the verb and returns its exit status."""
     try:
         return int(_module(arguments.verb).run(arguments))
     except (FastMoEError, OSError) as error:
@@ -68,5 +68,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _module(verb: str) -> Any:
-    suffix = "_" if verb == "import" else ""  # a keyword can't be the name of a module
+    suffix = "_" if verb == "import" else ""  # a keyword can't name a module
     return importlib.import_module(f"{__name__}.{verb}{suffix}")

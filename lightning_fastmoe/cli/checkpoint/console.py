@@ -1,4 +1,4 @@
-"""What the verbs print: JSON, tables, sizes, progress."""
+"""Output helpers of the verbs: JSON, tables, sizes, progress bars."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """How far something has come, in bytes."""
+    """Progress in bytes."""
 
     def total(self, size: int) -> None:
-        """Sets how much there is to do."""
+        """Sets the total."""
 
     def advance(self, size: int) -> None:
-        """Adds to what is done."""
+        """Adds to the bytes done."""
 
 
 class _Silent:
@@ -41,7 +41,7 @@ class _Bar:
 
 @contextmanager
 def progress(what: str) -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal, else nothing."""
+    """Shows a progress bar on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield _Silent()
         return
@@ -52,7 +52,7 @@ def progress(what: str) -> Iterator[Progress]:
 
 
 def print_json(content: Any) -> None:
-    """One object on stdout; what is no JSON number becomes a string ("nan", "inf")."""
+    """Prints one object to stdout; non-finite numbers become strings ("nan", "inf")."""
     sys.stdout.write(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
@@ -67,12 +67,12 @@ def _plain(value: Any) -> Any:
 
 
 def print_text(*lines: str) -> None:
-    """Lines on stdout."""
+    """Prints lines to stdout."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def readable(size: int) -> str:
-    """Bytes, as people read them."""
+    """A size in bytes, with a unit."""
     value, unit = float(size), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -96,10 +96,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def size_in_bytes(size: str) -> int:
-    """``5GB`` or ``200MiB`` in bytes, for argparse.
+    """Parses ``5GB`` or ``200MiB`` to bytes, for argparse.
 
     Raises:
-        ValueError: if it is not a size.
+        ValueError: if it is not a valid size.
     """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     for unit, factor in units.items():

@@ -1,9 +1,9 @@
 """Write all weights of a checkpoint into one file.
 
-A .safetensors file holds the weights under the names of the module's state_dict(). A .ckpt, .pt or
-.pth file is a Lightning checkpoint without optimizer: torch.load reads it with weights_only=True,
-and LightningModule.load_from_checkpoint makes a model of it. The weights pass through a small
-buffer, so that a model of any size can be written.
+A .safetensors file has the weights under the names of the module's state_dict(). A .ckpt, .pt or
+.pth file is a Lightning checkpoint without optimizer state: torch.load(weights_only=True) and
+LightningModule.load_from_checkpoint can read it. The weights are streamed through a small buffer,
+so the model need not fit into memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser, copies=True)
     parser.add_argument("output", type=Path, help="the new file")
     parser.add_argument(
-        "--format", choices=("safetensors", "torch"), help="default: by the end of OUTPUT's name"
+        "--format", choices=("safetensors", "torch"), help="default: by the suffix of OUTPUT"
     )
     parser.add_argument(
         "--prefix",
@@ -46,14 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     file_format = arguments.format or FORMATS.get(output.suffix)
     if file_format is None:
         raise ConfigError(
-            f"The name {output.name!r} does not end with any of {', '.join(FORMATS)}: pass"
+            f"The name {output.name!r} has none of the suffixes {', '.join(FORMATS)}: pass"
             " --format."
         )
     options = Consolidation(torch_dtype(arguments.dtype), arguments.prefix)
     with CheckpointReader(arguments.checkpoint) as reader:
         reader.advice = (
-            "Write a .safetensors file, which holds weights alone. If you trust the checkpoint's"
-            " origin, load_from_checkpoint(..., weights_only=False) makes a module of it."
+            "Write a .safetensors file, which holds only weights. If you trust the checkpoint's"
+            " origin, load it with load_from_checkpoint(..., weights_only=False)."
         )
         tensors = options.tensors(reader)
         verify_unless_told(reader, arguments, weights=True)
@@ -75,5 +75,5 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_text(f"{output}: {len(tensors)} tensors, {readable(size)}.")
         if excluded:
-            print_text(f"{len(excluded)} frozen parameters were never saved and are not in it.")
+            print_text(f"{len(excluded)} frozen parameters were never saved and are missing.")
     return 0

@@ -1,8 +1,8 @@
 """Compare two checkpoints tensor by tensor: names, shapes, dtypes and values.
 
-How the files are laid out does not matter, nor on how many ranks they were written. Values differ
-unless they are equal bit by bit, or within --atol + --rtol * max(|a|, |b|). Status 1 means that
-something differs. Hashes are not checked: that is what verify is for.
+The layout of the files and the number of ranks that wrote them don't matter. Values are equal if
+they are bitwise equal, or within --atol + --rtol * max(|a|, |b|). Exit status 1 means that
+something differs. Hashes are not checked; use verify for that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHOWN = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("first", type=Path, help="a checkpoint's directory")
-    parser.add_argument("second", type=Path, help="another's")
+    parser.add_argument("second", type=Path, help="another checkpoint's directory")
     parser.add_argument("--weights-only", action="store_true", help="ignore optimizer states")
     parser.add_argument("--atol", type=float, default=0.0, metavar="X", help="absolute tolerance")
     parser.add_argument("--rtol", type=float, default=0.0, metavar="X", help="relative tolerance")

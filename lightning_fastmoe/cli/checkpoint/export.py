@@ -1,9 +1,9 @@
-"""Write a model that Hugging Face transformers loads: safetensors files, index and config.json.
+"""Write a model for Hugging Face transformers: safetensors files, index and config.json.
 
-The checkpoint must hold the weights of a model whose modules are named as transformers names them
+The checkpoint must have the weights of a model whose modules are named as transformers names them
 (MoECausalLM, or transformers' own model with this package's MoE layers). Values are not changed.
-The config.json comes from the checkpoint if its training started from an import, else from
---config. docs/huggingface.md has the details.
+The config.json comes from the checkpoint if training started from an import, else from --config.
+docs/huggingface.md has the details.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_source(parser, copies=True)
     parser.add_argument("output", type=Path, help="the new directory")
-    parser.add_argument("--to", choices=FAMILIES, required=True, help="the family of models")
+    parser.add_argument("--to", choices=FAMILIES, required=True, help="the model family")
     parser.add_argument(
         "--config",
         type=Path,
-        help="config.json of a model with these sizes, or its directory; the tokenizer there is"
-        " then copied, too",
+        help="config.json of a model with these sizes, or its directory, from which the tokenizer"
+        " is copied too",
     )
     parser.add_argument(
         "--prefix",
-        help='what the names of the weights begin with, such as "network." (default:'
-        " found by itself)",
+        help='prefix of the names of the weights, such as "network." (default: detected)',
     )
     add_dtype(parser)
     parser.add_argument(
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=size_in_bytes,
         default=5 * 10**9,
         metavar="SIZE",
-        help="of a file, such as 500MB or 2GiB (default: 5GB)",
+        help="maximum size of a file, such as 500MB or 2GiB (default: 5GB)",
     )
 
 
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lightning_fastmoe.huggingface import export
 
     with CheckpointReader(arguments.checkpoint) as reader:
-        reader.advice = "Pass --config with the model's config.json: then they are not needed."
+        reader.advice = "Pass --config with the model's config.json; then they are not needed."
         verify_unless_told(reader, arguments, weights=True)
         with progress("writing") as bar:
             written = export(

@@ -1,4 +1,4 @@
-"""Write a model of Hugging Face transformers as a checkpoint that training starts from.
+"""Convert a Hugging Face transformers model to a checkpoint that training can start from.
 
 Reads Mixtral, Qwen3-MoE and OLMoE models: a directory with config.json and safetensors files, as
 huggingface_hub downloads them. Values are not changed; the experts of a layer are stacked. Train

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: layers, experts, sizes, step and topology.
+"""Show a checkpoint's contents: layers, experts, sizes, step and topology.
 
-Reads the manifest alone, so it is quick for checkpoints of any size, and checks no hashes.
+Reads only the manifest, so it is fast for checkpoints of any size; hashes are not checked.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _lines(s: dict[str, Any]) -> list[str]:
 
 
 def _kind(kind: dict[str, Any]) -> str:
-    """Experts that have equal tensors, by their global ids unless the tensors stack them."""
+    """One line for experts with equal tensors, with their global ids unless they are stacked."""
     tensors = [f"{n} {a['dtype']} {_shape(a['shape'])}" for n, a in kind["tensors"].items()]
     ids = f"{ranges(kind['ids'])}: " if "ids" in kind else ""
     return ids + ("; ".join(tensors) or "nothing")

@@ -1,4 +1,4 @@
-"""What several verbs do with the checkpoint that they read."""
+"""Arguments and checks shared by the verbs that read a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_source(parser: argparse.ArgumentParser, *, copies: bool = False) -> None:
-    """Declare the checkpoint to read, and for verbs that copy it, that hashes may be skipped."""
+    """Declares the checkpoint to read, and --no-verify for verbs that copy it."""
     parser.add_argument("checkpoint", type=Path, help="the checkpoint's directory")
     if copies:
         parser.add_argument(
@@ -26,7 +26,7 @@ def add_source(parser: argparse.ArgumentParser, *, copies: bool = False) -> None
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Declare what weights are converted to."""
+    """Declares the dtype that weights are converted to."""
     parser.add_argument(
         "--dtype", choices=DTYPES, help="convert floating-point weights (default: as stored)"
     )
@@ -42,12 +42,12 @@ def torch_dtype(name: str | None) -> Any:
 def verify_unless_told(
     reader: CheckpointReader, arguments: argparse.Namespace, *, weights: bool
 ) -> None:
-    """Checks the hashes of what will be copied.
+    """Checks the hashes of the files to copy, unless --no-verify was given.
 
     Args:
         reader: the checkpoint.
         arguments: the command's; see :func:`add_source`.
-        weights: leave the optimizer's files out.
+        weights: whether to skip the optimizer's files.
 
     Raises:
         CheckpointError: naming the first damaged file.

@@ -1,8 +1,8 @@
-"""Lay a checkpoint's files out anew, as if so many ranks had written it.
+"""Rewrite a checkpoint's files as if another number of ranks had saved it.
 
-Loading needs no such thing: a checkpoint resumes on any ranks as it is. This is for storage and
-networks that prefer more and smaller, or fewer and larger files. Everything is kept, the state of
-each rank's random number generators included.
+This is not needed for loading: a checkpoint resumes on any number of ranks as it is. It is for
+storage and networks that prefer more, smaller files or fewer, larger ones. Everything is kept,
+including the state of each rank's random number generators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser, copies=True)
     parser.add_argument("output", type=Path, help="the new checkpoint's directory")
     parser.add_argument(
-        "--ranks", type=int, required=True, metavar="N", help="how many ranks' files to write"
+        "--ranks", type=int, required=True, metavar="N", help="number of ranks to write files for"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUTPUT, which may be the same checkpoint"

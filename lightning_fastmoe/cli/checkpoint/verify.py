@@ -1,8 +1,8 @@
-"""Check every byte of a checkpoint and list everything that is wrong.
+"""Check every byte of a checkpoint and list all damage.
 
-Compares size and SHA-256 of each file, and looks whether every expert of every layer, and every
-other element of every tensor, is there exactly once. Nothing that it reads is run. Status 1 means
-that something is damaged: files and tensors are named.
+Compares the size and SHA-256 of each file, and checks that every expert of every layer, and every
+other element of every tensor, exists exactly once. No pickle is executed. Exit status 1 means that
+something is damaged; the report names files and tensors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trusted",
         action="store_true",
-        help="accept objects.pt with objects of any class (it is not loaded; its hash is checked)",
+        help="accept an objects.pt with objects of any class (not loaded; its hash is checked)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the damages, or that there are none."""
+    """Prints all damage, or that there is none."""
     from lightning_fastmoe.checkpoint.tools.verify import Audit
 
     with progress("verifying") as bar:

@@ -1,4 +1,4 @@
-"""A small byte-level language model, which the examples train, its data and its command line."""
+"""The examples' small byte-level language model, with its data and command line."""
 
 from lightning_fastmoe.demos.byte_lm.data import ByteCorpus
 from lightning_fastmoe.demos.byte_lm.model import MoELanguageModel

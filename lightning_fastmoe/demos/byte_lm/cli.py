@@ -34,7 +34,7 @@ _CHATTER = (
     "You are using a CUDA device",
     "\N{ELECTRIC LIGHT BULB} Tip:",
 )
-"""How the lines start that Lightning logs at each start, and that say nothing about this run."""
+"""Prefixes of lines that Lightning logs at every start and that don't concern this run."""
 
 _CHATTERING_LOGGERS = (
     "pytorch_lightning.accelerators.cuda",
@@ -49,11 +49,11 @@ _UPSTREAM = r"(deepspeed|jsonargparse|lightning_fabric|pydantic|pytorch_lightnin
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """What the Trainer's automatic values become, so that one configuration fits every machine.
+    """Values for the Trainer's "auto" settings, so that one configuration works on every machine.
 
     Args:
-        cpu_devices: Processes that `trainer.devices: auto` starts on a machine without a GPU.
-        gpu_precision: The precision on GPUs where `trainer.precision` isn't given.
+        cpu_devices: number of processes for `trainer.devices: auto` on a machine without a GPU.
+        gpu_precision: the precision on GPUs if `trainer.precision` isn't given.
     """
 
     cpu_devices: int = 1
@@ -74,12 +74,12 @@ class FastMoECLI(LightningCLI):
 
 
 def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:
-    """Replace the Trainer's automatic values by those for this machine.
+    """Replaces the Trainer's "auto" values by values for this machine.
 
     Args:
-        trainer: The Trainer's arguments, as attributes; changed in place.
-        auto: An :class:`AutoSettings`, or an object with its attributes.
-        has_cuda: Whether there is a CUDA device.
+        trainer: the Trainer's arguments, as attributes; changed in place.
+        auto: an :class:`AutoSettings`, or an object with its attributes.
+        has_cuda: whether there is a CUDA device.
     """
     if trainer.accelerator == "auto":
         trainer.accelerator = "cuda" if has_cuda else "cpu"
@@ -91,17 +91,17 @@ def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:
 
 
 def silence_upstream() -> None:
-    """Hide what libraries below say about themselves; warnings about the run stay visible."""
+    """Hides dependencies' messages about themselves; warnings about the run stay visible."""
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=_UPSTREAM)
     for message in (
         # The corpus is in memory, where worker processes only cost time.
         ".*does not have many workers",
-        # Each sample is counted once: see FastMoEStrategy about ranks with uneven data.
+        # FastMoEStrategy handles uneven data, so that each sample counts once.
         "Using `DistributedSampler` with the dataloaders",
         # DeepSpeed's, at start.
         r"barrier\(\): using the device under current context",
-        # Runs resume into the folder that they were started in.
+        # Resumed runs continue in the folder they started in.
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
@@ -115,13 +115,13 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
 
 
 def run(args: Sequence[str] | None = None) -> None:
-    """Fit, validate, test or predict.
+    """Runs fit, validate, test or predict.
 
     Args:
-        args: The arguments; those of the process by default.
+        args: the arguments; the process's own by default.
 
     Raises:
-        FastMoEError: for what the user can mend.
+        FastMoEError: for errors that the user can fix.
     """
     silence_upstream()
     try:
@@ -137,7 +137,7 @@ def run(args: Sequence[str] | None = None) -> None:
         FastMoECLI(
             MoELanguageModel,
             ByteCorpus,
-            # A resumed run writes into the folder of the first.
+            # A resumed run writes into the same folder.
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -146,4 +146,4 @@ def run(args: Sequence[str] | None = None) -> None:
         )
     finally:
         if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # or NCCL warns at exit
+            dist.destroy_process_group()  # otherwise NCCL warns at exit

@@ -1,8 +1,8 @@
-"""Bytes of real text as windows for next-byte prediction.
+"""Windows of bytes from text files, for next-byte prediction.
 
-The text of a folder is split into training and validation *by file*, so that validation never
-measures the memory of a file; a single file is split by position. Both splits depend on relative
-names and sizes alone: every rank, every run and every resumed run sees the same ones.
+The text of a folder is split into training and validation *by file*, so that validation never uses
+a file that was trained on; a single file is split by position. Both splits depend only on relative
+names and sizes, so they are identical on every rank and in every resumed run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_fastmoe.errors import DataError
 
 FILE_SEPARATOR = 0
-"""The byte that stands between two files. It doesn't occur in text, so it marks "a file begins"."""
+"""The byte before each file. It doesn't occur in text, so it marks the start of a file."""
 
 _CACHE_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
@@ -30,18 +30,18 @@ _INSTALLED_FOLDERS = frozenset({"dist-packages", "site-packages"})
 
 
 def find_files(path: str | Path | None = None) -> tuple[Path, list[Path]]:
-    """List the files of a corpus, sorted by relative name.
+    """Lists the files of a corpus, sorted by relative name.
 
     Args:
-        path: A file, or a folder that is searched recursively (hidden names, caches and empty files
-            are left out). ``None`` takes the source files of the running Python's standard library,
-            without its tests and without installed packages.
+        path: a file, or a folder to search recursively (hidden, cached and empty files are left
+            out). None uses the source files of the running Python's standard library, without tests
+            and installed packages.
 
     Returns:
         The folder that names are relative to, and the files.
 
     Raises:
-        DataError: ``path`` doesn't exist or holds no file with text.
+        DataError: if ``path`` doesn't exist or contains no text file.
     """
     root = Path(sysconfig.get_path("stdlib")) if path is None else Path(path).expanduser()
     if not root.exists():
@@ -67,7 +67,7 @@ def find_files(path: str | Path | None = None) -> tuple[Path, list[Path]]:
     )
     if not files:
         raise DataError(
-            f"data.path {str(path or root)!r} holds no text. The corpus needs at least one readable"
+            f"data.path {str(path or root)!r} has no text. The corpus needs at least one readable"
             " file that is neither empty nor binary. Point data.path at a file or folder with text,"
             " or leave it out to train on the Python standard library's source files."
         )
@@ -77,16 +77,16 @@ def find_files(path: str | Path | None = None) -> tuple[Path, list[Path]]:
 def split_files(
     root: Path, files: Sequence[Path], val_fraction: float
 ) -> tuple[list[Path], list[Path]]:
-    """Split files into training and validation by a hash of their relative names.
+    """Splits files into training and validation by a hash of their relative names.
 
-    A file stays on its side when others are added or removed. Both sides keep the order of the
-    hashes, which mixes folders: a prefix of a side is a fair sample of it.
+    A file stays in its split when others are added or removed. Both splits are sorted by hash,
+    which mixes folders, so a prefix of a split is a fair sample of it.
 
     Args:
-        root: The folder that names are relative to.
-        files: At least two files.
-        val_fraction: The share of files to validate on, between 0 and 1. Each side gets at least
-            one file.
+        root: the folder that names are relative to.
+        files: at least two files.
+        val_fraction: the fraction of files to validate on, between 0 and 1. Each split gets at
+            least one file.
 
     Returns:
         The training files and the validation files.
@@ -98,11 +98,11 @@ def split_files(
 
 
 def read_files(files: Sequence[Path], max_bytes: int | None = None) -> Tensor:
-    """Read files into one tensor, with :data:`FILE_SEPARATOR` before each.
+    """Reads files into one tensor, with :data:`FILE_SEPARATOR` before each.
 
     Args:
-        files: What to read, in this order.
-        max_bytes: Stop after this many bytes; ``None`` reads all.
+        files: the files to read, in this order.
+        max_bytes: stop after this many bytes; None reads all.
 
     Returns:
         uint8, shape (bytes,).
@@ -119,12 +119,12 @@ def read_files(files: Sequence[Path], max_bytes: int | None = None) -> Tensor:
 class ByteWindows(Dataset[Tensor]):
     """Contiguous windows of ``seq_len + 1`` bytes: ``seq_len`` inputs, shifted by one as targets.
 
-    Neighbours share one byte, so that every byte but the first is a target exactly once.
+    Adjacent windows share one byte, so that every byte but the first is a target exactly once.
 
     Args:
         text: uint8, shape (bytes,).
-        seq_len: Bytes that the model predicts per window.
-        max_windows: Keep this many, evenly spaced over the text; ``None`` keeps all.
+        seq_len: bytes that the model predicts per window.
+        max_windows: keep this many, evenly spaced over the text; None keeps all.
     """
 
     def __init__(self, text: Tensor, seq_len: int, max_windows: int | None = None) -> None:
@@ -144,19 +144,19 @@ class ByteWindows(Dataset[Tensor]):
 
 
 class ResumableLoader(DataLoader[Tensor]):
-    """Shuffled training batches of one rank, entered by a resumed run where the last one stopped.
+    """Shuffled training batches of one rank, which a resumed run continues where the last stopped.
 
-    Lightning restores its count of batches, but would start the data over: the resumed epoch would
-    repeat its first batches and never reach its last ones. The position is kept in samples over all
-    ranks, so it also holds on another number of ranks.
+    Lightning restores its batch counter, but would restart the data: the resumed epoch would repeat
+    its first batches and never reach its last ones. The position is counted in samples over all
+    ranks, so it is valid on another number of ranks too.
 
     Args:
-        dataset: What to train on.
-        batch_size: Windows per batch and rank.
-        num_replicas: World size.
-        rank: This process.
-        seed: the seed of the order; the same on all ranks.
-        num_workers: Processes that load data.
+        dataset: the training data.
+        batch_size: windows per batch and rank.
+        num_replicas: world size.
+        rank: this process's rank.
+        seed: the seed of the order; identical on all ranks.
+        num_workers: processes that load data.
     """
 
     def __init__(
@@ -195,12 +195,12 @@ class ResumableLoader(DataLoader[Tensor]):
         return {"samples": self._done % len(self) * self._global_batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next pass at the position of :meth:`state_dict`; later ones are complete."""
+        """Starts the next pass at the saved position; later passes are complete."""
         self._resume_at = state_dict["samples"] // self._global_batch % len(self)
 
 
 class _SkippingSampler(DistributedSampler[int]):
-    """Leaves out the first ``skip`` samples of this rank."""
+    """Skips the first ``skip`` samples of this rank."""
 
     skip = 0
 
@@ -225,7 +225,7 @@ class ByteCorpus(LightningDataModule):
         seed: Order of the training windows.
 
     Raises:
-        DataError: There is no text at `path`, or too little for a step on all processes.
+        DataError: if there is no text at `path`, or too little for a step on all processes.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class ByteCorpus(LightningDataModule):
             if value < 1:
                 raise DataError(f"data.{name} is {value}; it must be 1 or more.")
         if not 0.0 < val_fraction < 1.0:
-            raise DataError(f"data.val_fraction is {val_fraction}; it must lie between 0 and 1.")
+            raise DataError(f"data.val_fraction is {val_fraction}; it must be between 0 and 1.")
         self.path = path
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -258,8 +258,8 @@ class ByteCorpus(LightningDataModule):
         self.max_val_windows = max_val_windows
         self.num_workers = num_workers
         self.seed = seed
-        # Listed here, not in setup(): a wrong path is then reported by the first process, once,
-        # before it starts any other.
+        # Listed here, not in setup(), so that the first process reports a wrong path once, before
+        # it starts the others.
         self._root, self._files = find_files(path)
         self._train_text: Tensor | None = None
         self._val_text: Tensor | None = None

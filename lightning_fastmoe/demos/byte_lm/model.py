@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 def _known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``arguments``, all of which ``MoE`` takes and the model itself doesn't set."""
+    """Returns ``arguments`` if ``MoE`` takes them and the model doesn't set them itself."""
     own = {"router", "load_balancing", "z_loss", "init_std", "autoregressive", "top_k"}
     known = inspect.signature(MoE).parameters.keys() - own - {"d_model", "d_ffn", "num_experts"}
     if unknown := sorted(arguments.keys() - known):
@@ -76,7 +76,7 @@ def _known(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class MoETransformer(nn.Module):
-    """The network: byte embedding, ``num_layers`` blocks, and a readout of the next byte."""
+    """The network: byte embedding, ``num_layers`` blocks, and an output layer for the next byte."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class MoETransformer(nn.Module):
 
 
 def _describe(network: MoETransformer) -> str:
-    """One line about the network's size, over all ranks, each of which must call it."""
+    """One line about the network's size over all ranks; all ranks must call it."""
     size = model_size(network)
     first = next(iter(size.layers.values()))
     return (
@@ -157,20 +157,20 @@ class MoELanguageModel(LightningModule):
         num_heads: Attention heads; `d_model` must be an even multiple of it.
         d_ffn: Inner width of one expert.
         num_experts: Experts per layer, over all processes.
-        top_k: Experts that each byte visits; null where that is not the router's idea.
+        top_k: Experts per byte; null for routers without a fixed number.
         router: Name of a router, or the path of its class.
-        load_balancing: Weight of the loss that evens out the experts' load; null is the router's.
-        z_loss: Weight of the loss that keeps the router's logits small; null is the router's.
+        load_balancing: Weight of the load-balancing loss; null is the router's default.
+        z_loss: Weight of the loss that keeps router logits small; null is the router's default.
         moe: Further arguments of each `MoE` layer, by name (`router_options`, `bias`, ...).
         lr: Peak learning rate.
-        min_lr_ratio: The learning rate ends at this share of `lr`.
+        min_lr_ratio: Final learning rate as a fraction of `lr`.
         warmup_steps: Steps over which the learning rate rises from 0; a cosine follows.
-        weight_decay: AdamW's decay of matrices (not of embeddings and norms).
-        betas: AdamW's averaging of the gradient and of its square.
+        weight_decay: AdamW's weight decay for matrices (not for embeddings and norms).
+        betas: AdamW's decay rates of the averages of the gradient and of its square.
         init_std: Standard deviation of the initial weights.
 
     Raises:
-        ConfigError: `d_model` isn't an even multiple of `num_heads`.
+        ConfigError: if `d_model` isn't an even multiple of `num_heads`.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class MoELanguageModel(LightningModule):
         if d_model % (2 * num_heads):
             raise ConfigError(
                 f"model.d_model is {d_model} and model.num_heads is {num_heads}; d_model must be a "
-                "multiple of 2 * num_heads, because rotary positions turn pairs of each head's "
+                "multiple of 2 * num_heads, because rotary positions rotate pairs of each head's "
                 "dimensions. Change either."
             )
         self.save_hyperparameters()
@@ -222,8 +222,8 @@ class MoELanguageModel(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        # Built here rather than in the constructor: by now the strategy knows the ranks, so that
-        # each one creates its own experts only. Lightning may call this more than once.
+        # Built here rather than in the constructor, because now the strategy knows the ranks and
+        # each creates only its own experts. Lightning may call this more than once.
         if self.network is None:
             self.network = MoETransformer(**self._arguments)
             rank_zero_info(_describe(self.network))
@@ -233,7 +233,7 @@ class MoELanguageModel(LightningModule):
         """Predict each next byte: (batch, seq_len) to logits (batch, seq_len, 256)."""
         if self.network is None:
             raise ConfigError(
-                "The network isn't built yet. A Trainer builds it; outside of one, call "
+                "The network isn't built yet. A Trainer builds it; without one, call "
                 "configure_model() first."
             )
         logits: Tensor = self.network(tokens)
@@ -268,9 +268,9 @@ class MoELanguageModel(LightningModule):
         }
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Matrices decay; embeddings and norms don't.
+        """Weight decay for matrices, none for embeddings, norms and biases.
 
-        Told apart by module, not by number of dimensions: ZeRO stage 3 flattens its parameters.
+        Distinguished by module, not by number of dimensions: ZeRO stage 3 flattens parameters.
         """
         decay: list[nn.Parameter] = []
         no_decay: list[nn.Parameter] = []

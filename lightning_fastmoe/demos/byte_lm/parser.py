@@ -1,4 +1,4 @@
-"""The parser of the training commands: no abbreviations, and errors of one line."""
+"""The argument parser of the training commands: no abbreviations, one-line errors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _UNKNOWN = (
     r"Option '([^']+)' is not accepted",
     r"Key '([^']+)' is not expected",
 )
-"""How jsonargparse says that there is no such argument."""
+"""jsonargparse's messages for an unknown argument."""
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says in one line what is wrong, and leaves usage to --help."""
+    """Reports errors in one line, without the usage text."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # `--model.num_expert 16` must not set another argument than the one that it names.
+        # `--model.num_expert 16` must be an error, not an abbreviation of another argument.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse only wants to know
+        if not self.exit_on_error:  # jsonargparse is only probing
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         text = one_line(message, list(_options(parser)))
@@ -46,7 +46,7 @@ def one_line(message: str, known: list[str]) -> str:
     """The part of jsonargparse's message that matters, with a suggestion for a misspelt name.
 
     Args:
-        message: lines, of which the innermost tell the reason.
+        message: lines, of which the innermost state the reason.
         known: names of all options, as ``model.num_experts``.
     """
     key = re.match(r'Parser key "([^"]+)":', message)
@@ -98,7 +98,7 @@ def _arguments_of(class_path: str) -> list[str]:
     try:
         module, _, name = class_path.rpartition(".")
         bases = getattr(import_module(module), name).__mro__
-    except Exception:  # whatever the module of a wrong path does
+    except Exception:  # importing a wrong path may raise anything
         return []
     return [
         name for base in bases if "__init__" in vars(base) for name in parameters(base.__init__)

@@ -1,4 +1,4 @@
-"""A progress bar that survives resuming."""
+"""A progress bar that works in runs that resume within an epoch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing_extensions import override
 
 
 class TrainingBar(TQDMProgressBar):
-    """Lightning's text progress bar, with a length also when a run resumes within an epoch.
+    """Lightning's progress bar, with the right total when a run resumes within an epoch.
 
-    Lightning learns the length when an epoch starts, which a resumed one doesn't do again.
+    Lightning sets the total when an epoch starts, which doesn't happen again in a resumed epoch.
 
     Args:
-        refresh_rate: Steps between two updates.
+        refresh_rate: steps between two updates.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -28,12 +28,12 @@ class TrainingBar(TQDMProgressBar):
         if trainer.fit_loop.restarted_mid_epoch:
             self.on_train_epoch_start(trainer, pl_module)
             done = trainer.fit_loop.batch_idx + 1
-            # Lightning's total counts what is left; its position starts at what is done.
+            # Lightning's total counts the remaining batches; its position starts at those done.
             self.train_progress_bar.total = done + self.train_progress_bar.total
             self.train_progress_bar.initial = self.train_progress_bar.n = done
 
     @override
     def get_metrics(self, trainer: pl.Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = dict(super().get_metrics(trainer, pl_module))
-        metrics.pop("v_num", None)  # the number of the log folder says nothing about the training
+        metrics.pop("v_num", None)  # the version of the log folder, which is noise here
         return metrics

@@ -1,4 +1,4 @@
-"""Text from a trained language model, at the end of a run."""
+"""Samples text from a trained language model at the end of a run."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ def generate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> bytes:
-    """Continue a prompt, byte by byte.
+    """Continues a prompt, byte by byte.
 
     With experts sharded over ranks, every rank must call this with the same arguments: each byte
-    takes one forward pass, and each forward pass exchanges tokens with the other ranks. The draws
-    come from a generator of their own, so all ranks draw the same and training is left undisturbed.
+    takes one forward pass, and each forward pass exchanges tokens with the other ranks. Random
+    numbers come from a separate generator, so they are identical on all ranks and don't affect
+    training.
 
     Args:
-        model: Maps bytes (1, context) to logits (1, context, 256).
-        prompt: At least one byte.
-        num_bytes: Bytes to add.
-        context: Bytes that the model sees at a time. All passes have this shape: the space behind
-            the text is filled with zeros, which a causal model doesn't look at.
-        temperature: Below 1 the likelier bytes get likelier still.
-        seed: the seed of the draws.
-        device: Where the model is.
+        model: maps bytes (1, context) to logits (1, context, 256).
+        prompt: at least one byte.
+        num_bytes: number of bytes to add.
+        context: bytes that the model sees at a time. All passes have this shape: the end is padded
+            with zeros, which a causal model ignores.
+        temperature: below 1, likely bytes get even likelier.
+        seed: the random seed.
+        device: the model's device.
 
     Returns:
-        The new bytes alone.
+        Only the new bytes.
 
     Raises:
-        ConfigError: The prompt is empty, or the temperature isn't positive.
+        ConfigError: if the prompt is empty, or the temperature isn't positive.
     """
     if not prompt:
         raise ConfigError("prompt is empty; the model needs at least one byte to start from.")
     if not temperature > 0.0:
         raise ConfigError(f"temperature is {temperature}; it must be greater than 0.")
-    # On the CPU, where the same seed gives the same draws on every machine.
+    # On the CPU, where a seed gives the same numbers on every machine.
     generator = torch.Generator().manual_seed(seed)
     text = bytearray(prompt)
     for _ in range(num_bytes):
@@ -64,14 +65,14 @@ def generate(
 
 
 class SampleText(Callback):
-    """Prints a text that the model continues from a prompt, when training ends.
+    """Prints the model's continuation of a prompt when training ends.
 
     Args:
-        prompt: What the model continues.
-        num_bytes: Length of the continuation.
-        context: Bytes that the model sees at a time; at most the `seq_len` that it was trained on.
-        temperature: Below 1 the likelier bytes get likelier still.
-        seed: the seed of the draws.
+        prompt: the text to continue.
+        num_bytes: length of the continuation.
+        context: bytes that the model sees at a time; at most the `seq_len` that it was trained on.
+        temperature: below 1, likely bytes get even likelier.
+        seed: the random seed.
     """
 
     def __init__(
@@ -90,11 +91,11 @@ class SampleText(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: LightningModule) -> None:
-        # Not on_fit_end: by then the strategy has let go of the experts.
+        # Not on_fit_end: by then the strategy has disconnected the experts.
         was_training = pl_module.training
         pl_module.eval()
         # All ranks take part, rank 0 prints. The module is called directly, not through the
-        # DeepSpeed engine: the hooks that gather ZeRO-3 parameters sit on its submodules.
+        # DeepSpeed engine: the hooks that gather ZeRO-3 parameters are on its submodules.
         with trainer.precision_plugin.forward_context():
             continuation = generate(
                 pl_module,
@@ -108,5 +109,5 @@ class SampleText(Callback):
         pl_module.train(was_training)
         if trainer.is_global_zero:
             text = self.prompt + continuation.decode(errors="replace").replace("\0", "")
-            # Not through the progress bar, which by now may be closed and would drop it.
+            # Not through the progress bar, which may already be closed.
             print(f"\nSample (temperature {self.temperature}):\n{text}\n", flush=True)

@@ -1,4 +1,4 @@
-"""Ways of exchanging tokens between ranks, one file each."""
+"""Dispatchers: ways of exchanging tokens between ranks, one file each."""
 
 from lightning_fastmoe.distributed.dispatch.all_to_all import AllToAllDispatcher
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup

@@ -1,4 +1,4 @@
-"""Tokens to the ranks that own their experts and back, by ``all_to_all_single``."""
+"""The all-to-all dispatcher: sends tokens to their experts' ranks by ``all_to_all_single``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_fastmoe.nn.router import Routing
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks; the gradient takes the same way back."""
+    """Sends rows to other ranks; the backward sends gradients back the same way."""
 
     @staticmethod
     def forward(
@@ -52,10 +52,10 @@ def _exchange(
 
 @dataclass(frozen=True)
 class AllToAllHandle:
-    """What a dispatch must remember for its combine.
+    """What a dispatch keeps for its combine.
 
     Attributes:
-        plan: this rank's pairs by global expert; dropped ones stay here.
+        plan: this rank's pairs by global expert; dropped ones are not sent.
         arrived: order of the received rows, from rank-major to expert-major: with 2 ranks and 2
             local experts, (r0,e0) (r0,e1) (r1,e0) (r1,e1) -> (r0,e0) (r1,e0) (r0,e1) (r1,e1).
         send: rows to each rank.
@@ -71,10 +71,10 @@ class AllToAllHandle:
 
 
 class AllToAllDispatcher:
-    """Every rank sends each row to the rank that has its expert, and gets it back from there.
+    """Sends each row to the rank that owns its expert, and its output back.
 
-    Local rows are ordered by (expert, source rank, token, slot): the order that one process with
-    all tokens would see, so sums have the same order too.
+    Local rows are ordered by (expert, source rank, token, slot): the order in a single process with
+    all tokens, so sums have the same order too.
 
     Args:
         group: the expert parallel group, shared by all layers of a model.
@@ -83,7 +83,7 @@ class AllToAllDispatcher:
             the experts into R equal blocks.
 
     Raises:
-        TopologyError: if the placement isn't one.
+        TopologyError: if the placement doesn't give each expert to exactly one rank.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class AllToAllDispatcher:
         if len(placement) != group.size or sorted(chain(*placement)) != list(range(num_experts)):
             raise TopologyError(
                 f"The placement {list(map(list, placement))} does not give each of {num_experts}"
-                f" experts to one of {group.size} ranks."
+                f" experts to exactly one of {group.size} ranks."
             )
         ends = list(accumulate(map(len, placement), initial=0))
         self._ranges = [slice(a, b) for a, b in pairwise(ends)]
@@ -155,7 +155,7 @@ class AllToAllDispatcher:
 
 
 def _columns(placement: Sequence[Sequence[int]]) -> Tensor | None:
-    """(E,) where each expert stands if experts are sorted by rank; None if by id is by rank."""
+    """(E,) each expert's position in rank order; None if that is the order of ids."""
     by_rank = torch.tensor(list(chain(*placement)))
     columns = torch.argsort(by_rank)
     return None if torch.equal(columns, torch.arange(len(columns))) else columns

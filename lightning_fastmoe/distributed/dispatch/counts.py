@@ -1,8 +1,8 @@
-"""Who sends how many tokens to which expert: exchanged, checked, then trusted.
+"""Exchanges token counts per expert between ranks, and checks them before tokens are sent.
 
-Every rank of the expert parallel group gets every rank's counts, so all of them see the same table
-and come to the same verdict: on an error all of them raise it, and none waits for tokens in vain.
-(`all_to_all_single` itself returns without an error when the two sides disagree about a size.)
+Every rank of the expert parallel group gets every rank's counts, so all see the same table and
+reach the same verdict: on an error all of them raise it, and none is left waiting for tokens.
+(`all_to_all_single` itself doesn't raise when the two sides disagree about a size.)
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ class ExpertGroup:
 
     Attributes:
         group: the process group, R ranks.
-        rank: this rank's place in it.
+        rank: this rank's number in it.
         size: R.
-        slots: the largest ``num_experts`` of the model. All count vectors have this length, so
-            ranks that have come to different layers still understand each other well enough to say
-            so.
-        pending: where this rank is in its exchanges.
+        slots: the largest ``num_experts`` of the model. All count vectors have this length, so that
+            ranks in different layers can detect it.
+        pending: the record of this rank's current exchange.
         wait: how the host waits for the other ranks.
-        is_on_stream: whether exchanges are enqueued on the device, and the host goes on.
+        is_on_stream: whether exchanges are enqueued on the device without blocking the host.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -62,8 +61,8 @@ class ExpertGroup:
 
         Raises:
             ExchangeError: on every rank of the group, if the ranks are not in the same exchange of
-                the same layer, or if counts arrive damaged; on this rank, if the others don't come
-                before the deadline of :attr:`wait`.
+                the same layer, or if counts arrive corrupted; on this rank, if the others don't
+                join before the deadline of :attr:`wait`.
         """
         self._sequence += 1
         vector = pack_counts(counts, self.slots, self._sequence, width, layer)
@@ -74,16 +73,16 @@ class ExpertGroup:
         return unpack_counts(on_host, counts.numel(), layer)
 
     def run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
-        """Runs a collective of the group; the host waits only where the device can't.
+        """Runs a collective of the group; the host waits only if the backend isn't on the device.
 
         Args:
             layer: the layer's name.
             phase: what is exchanged.
             collective: a function of ``torch.distributed``.
-            args: for it, all but the group.
+            args: the collective's arguments, except the group.
 
         Raises:
-            ExchangeError: if the host waits, and the others don't come before the deadline.
+            ExchangeError: if the host waits and the others don't join before the deadline.
         """
         with self.pending(layer, phase):
             self._run(layer, phase, collective, *args)
@@ -98,7 +97,7 @@ class ExpertGroup:
             self.wait.for_work(work, where)
 
     def _read(self, table: Tensor, layer: str) -> Tensor:
-        """``table`` on the host."""
+        """Copies ``table`` to the host."""
         if not (self.is_on_stream and table.is_cuda):
             return table.cpu()
         if self._pinned is None or self._pinned.shape != table.shape:
@@ -109,20 +108,20 @@ class ExpertGroup:
         try:
             self.wait.for_event(event, self._where(layer, "counts"))
         except BaseException:
-            self._pinned = None  # the copy may still come
+            self._pinned = None  # the copy may still be in flight
             raise
-        return self._pinned.clone()  # it is filled again by the next exchange
+        return self._pinned.clone()  # the next exchange overwrites it
 
     def _where(self, layer: str, phase: str) -> str:
         return f"{layer}, exchange of tokens number {self.pending.number}, phase {phase}"
 
     def end_pass(self, device: torch.device) -> None:
-        """Ends a forward pass; each rank calls this after it, before anything waits for others.
+        """Ends a forward pass; all ranks call this after it, before waiting for others elsewhere.
 
-        So a rank that left the last layers out meets the ranks that are still in them.
+        This detects a rank that skipped the last layers while others are still in them.
 
         Raises:
-            ExchangeError: on every rank of the group, if one has more exchanges to come.
+            ExchangeError: on every rank of the group, if one is still in an exchange of a layer.
         """
         none = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self.exchange_counts(none, 0, "the end of the step")
@@ -175,6 +174,6 @@ def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
 
 
 def _checksum(counts: Tensor) -> Tensor:
-    """A sum with a scattered weight per position, so that moved counts are found; shape (1,)."""
+    """A sum with pseudo-random weights per position, to detect moved counts; shape (1,)."""
     position = torch.arange(1, counts.numel() + 1, device=counts.device, dtype=counts.dtype)
     return (counts * (position * 2654435761 % 2147483647)).sum().reshape(1)

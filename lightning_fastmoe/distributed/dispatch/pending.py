@@ -1,4 +1,4 @@
-"""Where a rank is in its exchanges of tokens, written down so that another process can read it."""
+"""A record of a rank's current token exchange that other processes can read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 EXCHANGE = struct.Struct("<Qd?240s")
-"""The record: number, when it began (``time.monotonic``), whether it is pending, and its name."""
+"""The record: number, start time (``time.monotonic``), whether it is pending, and its name."""
 
 _PENDING_AT = struct.calcsize("<Qd")
 
@@ -15,18 +15,19 @@ _PENDING_AT = struct.calcsize("<Qd")
 class PendingExchange:
     """The exchange that this rank is in, or was in last.
 
-    Two writes of a few bytes per exchange. The memory may be shared with a process that reports
-    them when this one can't, because its main thread waits for another rank and holds the GIL.
+    Costs two writes of a few bytes per exchange. The memory may be shared with a process that
+    reports the record when this one can't, because its main thread holds the GIL while it waits for
+    another rank.
 
-    On CUDA an exchange is over, for this record, when it is enqueued; the wait for it shows in the
-    counts of the next layer, which the host reads.
+    On CUDA, this record considers an exchange finished once it is enqueued; waiting for it shows in
+    the next layer's counts, which the host reads.
 
     Args:
         memory: writable buffer; a private one by default.
-        offset: where the record begins in ``memory``.
+        offset: start of the record in ``memory``.
 
     Attributes:
-        number: exchanges begun so far.
+        number: exchanges started so far.
     """
 
     def __init__(self, memory: Any = None, offset: int = 0) -> None:
@@ -37,7 +38,7 @@ class PendingExchange:
         self._names: dict[tuple[str, str], bytes] = {}
 
     def __call__(self, layer: str, phase: str) -> PendingExchange:
-        """A context in which this rank waits for others.
+        """Returns a context manager for an exchange, in which this rank waits for others.
 
         Args:
             layer: the layer's name.

@@ -1,4 +1,4 @@
-"""How the host waits for other ranks in an exchange of tokens: with a deadline."""
+"""Waits on the host, with a deadline, for other ranks in a token exchange."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from lightning_fastmoe.errors import ExchangeError
 _BUSY = 2e-3
 """Seconds of polling a CUDA event before the first sleep; most waits are shorter."""
 _LOOK = 1.0
-"""Seconds between two looks at the other ranks."""
+"""Seconds between two checks of the other ranks."""
 
 ADVICE = (
-    "Every rank must run the same MoE layers in the same order. To run the model for rank 0 alone,"
-    " in a callback say, use strategy.on_rank_zero(...); a rank that leaves a layer out takes part"
-    " without tokens, in its backward pass too: x = x + layer(x[:0]).sum(). If a rank is only late,"
-    " raise FastMoEStrategy(exchange_timeout=...)."
+    "Every rank must run the same MoE layers in the same order. To run the model only for rank 0,"
+    " for example in a callback, use strategy.on_rank_zero(...). A rank that skips a layer must"
+    " take part without tokens, in the backward pass too: x = x + layer(x[:0]).sum(). If a rank is"
+    " only late, raise FastMoEStrategy(exchange_timeout=...)."
 )
 
 
 class Peers(Protocol):
-    """What one rank can learn about the others without a collective."""
+    """What a rank can find out about the others without a collective."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank or another one has given up; asks nobody."""
+        """Whether this rank or another has given up; doesn't communicate."""
         ...
 
     def hopeless(self) -> str | None:
-        """Why the exchange that this rank waits in can't end any more, or None."""
+        """Why this rank's current exchange can no longer complete, or None."""
         ...
 
     def give_up(self, reason: str) -> str:
-        """Tells the other ranks that this one gives up; returns ``reason`` and where each is."""
+        """Tells the other ranks that this one gives up; adds all ranks' states to ``reason``."""
         ...
 
 
 class ExchangeWait:
-    """Waits of the host for the other ranks of an exchange.
+    """Waits on the host for the other ranks of an exchange.
 
     Args:
-        seconds: after which the wait is an error; None is no limit of its own.
-        peers: the other ranks, to ask where they are; None knows nothing about them.
+        seconds: timeout after which the wait is an error; None sets none.
+        peers: access to the other ranks' states; None if there is none.
         rank: this process's rank in the world, for messages.
     """
 
@@ -56,10 +56,10 @@ class ExchangeWait:
         self.rank = rank
 
     def begin(self, where: str) -> None:
-        """Called before an exchange: none begins once a rank has given up.
+        """Called before an exchange; refuses to start one once a rank has given up.
 
-        What a rank leaves behind in a collective can match the next one of another rank, which
-        would go on with it.
+        A collective abandoned by one rank could match another rank's next one, which would then
+        continue with wrong data.
 
         Raises:
             ExchangeError: if a rank has given up.
@@ -68,7 +68,7 @@ class ExchangeWait:
             raise ExchangeError(f"{where}: {self.peers.hopeless()}\n{ADVICE}")
 
     def for_work(self, work: Any, where: str) -> None:
-        """Waits for the ``Work`` of a back end on the host, such as gloo.
+        """Waits for the ``Work`` of a host backend such as gloo.
 
         Args:
             work: what a collective with ``async_op=True`` returned.
@@ -83,21 +83,21 @@ class ExchangeWait:
                 work.wait(timedelta(seconds=self._slice(time.monotonic() - begin)))
                 return
             except RuntimeError as error:
-                if work.is_completed():  # not the end of this slice: the collective failed
+                if work.is_completed():  # the collective failed, rather than this slice timing out
                     raise ExchangeError(self._failed(where, error)) from error
             self._look(time.monotonic() - begin, where)
 
     def for_event(
         self, event: Any, where: str, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        """Waits until the device has reached ``event``, a CUDA event.
+        """Waits until the device has reached a CUDA event.
 
-        ``Work.wait(timeout)`` of NCCL polls coarsely, and a synchronisation has no deadline.
+        NCCL's ``Work.wait(timeout)`` polls too coarsely, and synchronising has no deadline.
 
         Args:
-            event: has ``query()``.
+            event: the event; anything with ``query()``.
             where: layer, number and phase of the exchange, for messages.
-            sleep: gives the processor, and Python's lock, to others.
+            sleep: yields the CPU and the GIL to other threads.
 
         Raises:
             ExchangeError: at the deadline, or if another rank is gone.
@@ -108,7 +108,7 @@ class ExchangeWait:
         look = _LOOK
         while not event.query():
             waited = time.monotonic() - begin
-            # At most a sixteenth of the wait is added to it.
+            # Polling overshoots by at most a sixteenth of the wait.
             sleep(0.0 if waited < _BUSY else min(1e-3, waited / 16))
             if waited >= look or (self.seconds is not None and waited >= self.seconds):
                 look = waited + _LOOK

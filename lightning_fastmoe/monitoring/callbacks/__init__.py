@@ -1,1 +1,1 @@
-"""Callbacks that watch a run and change nothing. Users import them from ``callbacks``."""
+"""Callbacks that observe a run without changing it. Users import them from ``callbacks``."""

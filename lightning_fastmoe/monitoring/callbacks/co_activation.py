@@ -1,4 +1,4 @@
-"""CoActivationMonitor: which experts work together?"""
+"""CoActivationMonitor: records which experts are chosen together."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from lightning_fastmoe.nn import moe_layers
 
 
 class CoActivationMonitor(pl.Callback):
-    """Keeps which experts the tokens choose together, for ``lightning-fastmoe report``.
+    """Records which experts tokens choose together, for ``lightning-fastmoe report``.
 
-    :class:`~lightning_fastmoe.metrics.ExpertCoActivation` of each MoE layer, over all ranks and
-    micro-batches since the last time, goes into ``co_activation.json`` in the run's folder;
-    :mod:`lightning_fastmoe.monitoring.logs.co_activation` describes the file, and each further one
-    replaces it. Rank zero alone writes.
+    Writes each MoE layer's :class:`~lightning_fastmoe.metrics.ExpertCoActivation` counts, over all
+    ranks and micro-batches since the last write, to ``co_activation.json`` in the run's folder,
+    replacing the previous file; :mod:`lightning_fastmoe.monitoring.logs.co_activation` describes
+    the format. Only rank zero writes.
 
-    Each forward pass multiplies two (T, E) matrices per layer, and each time E * E counts per layer
-    are summed over ranks: for a look at a run rather than for all of it.
+    Each forward pass multiplies two (T, E) matrices per layer, and each write sums E * E counts per
+    layer over ranks, so use it for part of a run rather than for all of it.
 
     Args:
         every_n_steps: optimizer steps between two files; None follows ``log_every_n_steps``.
-        folder: the run's folder; None is that of the first logger. Without a logger and this,
-            nothing is written.
+        folder: the run's folder; None uses the first logger's. Without either, nothing is written.
 
     Raises:
         ConfigError: if ``every_n_steps`` is less than 1.
@@ -65,7 +64,7 @@ class CoActivationMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not earlier: only now has a resumed Lightning found its place.
+        # Not earlier: a resumed run's step is only restored by now.
         if not self._opened:
             self._opened = True
             self._written_step = trainer.global_step

@@ -1,4 +1,4 @@
-"""ExpertLoadMonitor: are the experts alive?"""
+"""ExpertLoadMonitor: logs how evenly experts are used."""
 
 from __future__ import annotations
 
@@ -33,23 +33,22 @@ class ExpertLoadMonitor(pl.Callback):
     expert's load over the mean load: 1 is balanced, 0 is dead), ``load_cv`` (coefficient of
     variation), ``dead_experts``, ``drop_rate``, the router's ``entropy`` (nats per token) and
     ``confidence`` (a token's best score); see :mod:`lightning_fastmoe.metrics` for the formulas.
-    Besides, the values of the balancing losses on this rank. To the progress bar: the largest load
-    ratio and the number of dead experts over all layers. One all-reduce per logging step, whatever
-    the number of layers.
+    Also logs the values of the balancing losses on this rank. The progress bar shows the largest
+    load ratio and the number of dead experts over all layers. One all-reduce per logging step, for
+    any number of layers.
 
-    The counts of every expert go into ``expert_load.jsonl`` in the run's folder, which
+    The counts of every expert go to ``expert_load.jsonl`` in the run's folder, which
     ``lightning-fastmoe report`` turns into a page;
-    :mod:`lightning_fastmoe.monitoring.logs.expert_load` describes the file. A resumed run goes on
-    in it. Rank zero alone writes.
+    :mod:`lightning_fastmoe.monitoring.logs.expert_load` describes the format. A resumed run appends
+    to it. Only rank zero writes.
 
     Args:
         every_n_steps: optimizer steps between two logs; None follows ``log_every_n_steps``.
-        prefix: before each name.
+        prefix: prefix of each logged name.
         figures_every_n_steps: optimizer steps between two figures with heat maps (layer x expert,
             and every expert over time). They go to TensorBoard and W&B loggers, else into
             ``<prefix>/expert_load`` in the run's folder, as PNG. Needs matplotlib. None draws none.
-        folder: the run's folder; None is that of the first logger. Without a logger and this,
-            nothing is written.
+        folder: the run's folder; None uses the first logger's. Without either, nothing is written.
 
     Raises:
         ConfigError: if a number of steps is less than 1, or matplotlib is missing.
@@ -103,7 +102,7 @@ class ExpertLoadMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not earlier: only now has a resumed Lightning found its place.
+        # Not earlier: a resumed run's step is only restored by now.
         if self._opened or not self._layers:
             return
         self._opened = True
@@ -159,7 +158,7 @@ class ExpertLoadMonitor(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
         numbers = {f"{self.prefix}/{k}": float(v) for k, v in values.items()}
-        # Lightning's own training metrics of this step go under the same number.
+        # The same step number as Lightning's own training metrics.
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=logged_as(trainer))
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
@@ -171,7 +170,7 @@ class ExpertLoadMonitor(pl.Callback):
             )
 
     def _record(self, trainer: pl.Trainer, packed: Tensor) -> None:
-        """To the file and the figure, on rank zero."""
+        """Writes to the file and the figure, on rank zero."""
         assert self._metric is not None
         by_name = {layer.name: layer for layer in self._metric.layers(packed)}
         found = [by_name.get(name) for name, _ in self._layers]
@@ -208,7 +207,7 @@ class ExpertLoadMonitor(pl.Callback):
 
 
 def run_folder(trainer: pl.Trainer, given: str | None = None) -> Path | None:
-    """Where a run's own files go: the same folder on every rank; all of them must call this.
+    """The folder for a run's files, identical on every rank; all ranks must call this.
 
     Args:
         trainer: the trainer of the run.
@@ -216,7 +215,7 @@ def run_folder(trainer: pl.Trainer, given: str | None = None) -> Path | None:
 
     Returns:
         ``given``; else the folder of the first logger, with the run's name and version; None
-        without a logger, or with one that keeps nothing on this machine.
+        without a logger, or with one that stores nothing on this machine.
     """
     folder: Any = given
     if given is None and trainer.loggers:
@@ -229,15 +228,15 @@ def run_folder(trainer: pl.Trainer, given: str | None = None) -> Path | None:
     folder = trainer.strategy.broadcast(folder)
     if folder is not None and "://" in str(folder):
         rank_zero_warn(
-            f"What single experts do is not kept: the run's folder {folder} is not on this machine."
-            " Give ExpertLoadMonitor, and CoActivationMonitor, a folder= that is."
+            f"Per-expert data is not recorded: the run's folder {folder} is not on this machine."
+            " Give ExpertLoadMonitor and CoActivationMonitor a local folder=."
         )
         return None
     return None if folder is None else Path(folder)
 
 
 def logged_as(trainer: pl.Trainer) -> int:
-    """The number under which Lightning's loggers keep this step's training metrics."""
+    """The step number that Lightning's loggers use for this step's training metrics."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 

@@ -13,7 +13,7 @@ from lightning_fastmoe.monitoring.logs.expert_load import Layer, Span, merged, r
 from lightning_fastmoe.monitoring.report.colours import LIMIT, colour
 
 COLUMNS = 160
-"""Columns of the map over time; longer runs have several steps in one."""
+"""Maximum columns of the map over time; in longer runs a column covers several steps."""
 
 
 def check_matplotlib() -> None:
@@ -23,7 +23,7 @@ def check_matplotlib() -> None:
     if find_spec("matplotlib") is None:
         raise ConfigError(
             "figures_every_n_steps needs matplotlib: pip install 'lightning-fastmoe[plots]'. The"
-            " logged numbers, expert_load.jsonl and `lightning-fastmoe report` do without."
+            " logged numbers, expert_load.jsonl and `lightning-fastmoe report` don't need it."
         )
 
 
@@ -35,7 +35,7 @@ class LoadHistory:
         self._thin()
 
     def add(self, span: Span) -> None:
-        """Appends what happened since the last call."""
+        """Appends the loads since the last call."""
         self._spans.append(span)
         self._thin()
 
@@ -45,7 +45,7 @@ class LoadHistory:
 
     @property
     def latest(self) -> Span:
-        """What was added last, or what it was merged into."""
+        """The last span added, or the one that it was merged into."""
         return self._spans[-1]
 
     def _thin(self) -> None:
@@ -56,7 +56,7 @@ class LoadHistory:
 def load_pixels(
     rows: Sequence[Sequence[float | None] | None], widths: Sequence[int]
 ) -> list[list[tuple[int, int, int]]]:
-    """Colours of load ratios; row i has ``widths[i]`` experts, and is filled up with white."""
+    """Colours of load ratios; row i has ``widths[i]`` experts, and is padded with white."""
     width = max(widths)
     pixels = []
     for row, experts in zip(rows, widths, strict=True):
@@ -71,10 +71,10 @@ def draw_loads(layers: Sequence[Layer], latest: Span, columns: Sequence[Span]) -
     Args:
         layers: the layers of the model.
         latest: the loads of the upper map, layer x expert.
-        columns: those of the lower one, from left to right; its rows are the experts of all layers.
+        columns: the loads of the lower map, from left to right; its rows are all layers' experts.
 
     Returns:
-        A ``matplotlib.figure.Figure``, not known to pyplot.
+        A ``matplotlib.figure.Figure`` that is not registered with pyplot.
     """
     from matplotlib.figure import Figure
 
@@ -126,15 +126,15 @@ def _add_scale(figure: Any, axes: Any) -> None:
 
 
 def publish(figure: Any, loggers: Sequence[Any], folder: Path | None, name: str, step: int) -> None:
-    """Hands a figure to the loggers that take one, else writes ``folder/name/step_<step>.png``.
+    """Passes a figure to loggers that accept one, else writes ``folder/name/step_<step>.png``.
 
     Args:
         figure: from :func:`draw_loads`.
         loggers: Lightning's; TensorBoard's take figures by ``experiment.add_figure``, W&B's by
             ``log_image``.
         folder: the folder of the run; None writes no file.
-        name: the figure's, with slashes.
-        step: the number under which the loggers keep it.
+        name: the figure's name, with slashes.
+        step: the step number for the loggers.
     """
     taken = False
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""MoESummary: what a run will train, and what it will hold in memory."""
+"""MoESummary: prints a model's parameter counts and memory per rank."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lightning_fastmoe.strategy import FastMoEStrategy
 
 
 class MoESummary(pl.Callback):
-    """Prints, when a fit starts, parameters and bytes per rank; before DeepSpeed allocates them.
+    """Prints parameter counts and bytes per rank when a fit starts, before DeepSpeed allocates.
 
-    All and active parameters, experts per rank, the expert parallel groups, ZeRO stage, precision,
-    and what a rank will hold for weights, gradients, optimizer and communication buffers
-    (Rajbhandari et al. 2020, "ZeRO"; what DeepSpeed really holds differs from the paper's formulas,
-    and the numbers are DeepSpeed's). Activations are not included. Under other strategies than
-    FastMoEStrategy the parameters alone. Tables where ``rich`` is installed, else plain text.
+    Total and active parameters, experts per rank, the expert parallel groups, ZeRO stage,
+    precision, and each rank's memory for weights, gradients, optimizer and communication buffers
+    (Rajbhandari et al. 2020, "ZeRO"; where DeepSpeed's actual allocations differ from the paper's
+    formulas, the numbers are DeepSpeed's). Activations are not included. Under strategies other
+    than FastMoEStrategy only the parameters. Tables if ``rich`` is installed, else plain text.
 
     Attributes:
-        size: the counted parameters, once a fit has started.
-        memory: the plan, likewise; None under other strategies.
+        size: the parameter counts, once a fit has started.
+        memory: the memory plan, once a fit has started; None under other strategies.
     """
 
     def __init__(self) -> None:

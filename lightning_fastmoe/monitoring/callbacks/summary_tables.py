@@ -1,4 +1,4 @@
-"""What MoESummary says, as tables; imported where ``rich`` is installed."""
+"""MoESummary's output as tables; needs ``rich``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lightning_fastmoe.planning.sizes import LayerSize, ModelSize
 
 
 def print_tables(summary: Summary, console: Console | None = None) -> None:
-    """Prints one table of parameters, and one of bytes per rank where they are known.
+    """Prints a table of parameters, and one of bytes per rank if they are known.
 
     Args:
-        summary: what to say; as plain text if the console is too narrow for a table.
-        console: None is standard output, in colours on a terminal that has them.
+        summary: the summary; printed as plain text if the console is too narrow for tables.
+        console: None is standard output, in colour on terminals that support it.
     """
     console = console or Console()
     parameters = _parameters(summary.size)
     memory = None if summary.memory is None else _memory(summary.memory)
-    wide = console.options.update(max_width=1000)  # else a table's measure is cut to the console's
+    wide = console.options.update(max_width=1000)  # otherwise clipped to the console
     tables = [parameters] if memory is None else [parameters, memory]
     if max(console.measure(x, options=wide).maximum for x in tables) > console.width:
         console.out(plain_text(summary), highlight=False, end="")
@@ -51,7 +51,7 @@ def print_tables(summary: Summary, console: Console | None = None) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """The first column to the left, numbers to the right."""
+    """A table with the first column left-aligned and the numbers right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), show_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)

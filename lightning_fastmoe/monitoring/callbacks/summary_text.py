@@ -1,4 +1,4 @@
-"""What MoESummary says, as plain text; and the words and numbers that its tables share."""
+"""MoESummary's output as plain text, and the helpers that its tables share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ HELD = {
     "optimizer": "optimizer and fp32 weights",
     "buffers": "communication buffers",
 }
-"""Fields of :class:`~lightning_fastmoe.planning.memory.Bytes`, and what they are called."""
+"""Fields of :class:`~lightning_fastmoe.planning.memory.Bytes` -> their labels."""
 HEADER = ("per rank", "dense", "experts", "together")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What there is to say.
+    """The contents of a summary.
 
     Attributes:
         size: the size of the model.
-        memory: None if it is unknown.
+        memory: the memory plan; None if unknown.
         ranks: the run's groups and settings; empty if they are unknown.
     """
 
@@ -34,7 +34,7 @@ class Summary:
 
 
 def plain_text(summary: Summary) -> str:
-    """Lines between two empty ones."""
+    """The summary as text, with an empty line before and after."""
     lines = parameters_text(summary.size)
     if summary.ranks:
         lines.append(f"Ranks: {summary.ranks}")
@@ -96,11 +96,11 @@ def memory_text(memory: MemoryPlan) -> list[str]:
 def memory_notes(memory: MemoryPlan) -> list[str]:
     """What the table leaves out."""
     notes = [
-        "On top come activations, and what ZeRO holds for a moment: copies of gradients, and in"
-        " stage 3 gathered weights."
+        "Not included: activations, and ZeRO's temporary copies of gradients and, in stage 3,"
+        " gathered weights."
     ]
     if memory.state_bytes is None:
-        notes.append("The optimizer's own states are unknown, and not included.")
+        notes.append("The optimizer's own states are unknown and not included.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""ThroughputMonitor: tokens per second, and the share of the device's peak that a model reaches."""
+"""ThroughputMonitor: tokens per second and model FLOPs utilisation (MFU) of MoE models."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ FORWARD, BACKWARD = 2, 4
 
 
 class ThroughputMonitor(callbacks.ThroughputMonitor):
-    """Lightning's ThroughputMonitor, which knows what a mixture of experts computes.
+    """Lightning's ThroughputMonitor, with FLOPs counted for mixture-of-experts models.
 
     Lightning's needs ``flops_per_batch`` from the module, and functions that count samples and
-    items. This one counts by what goes through the MoE layers of rank zero::
+    items. This one counts what passes through the MoE layers of rank zero::
 
         FLOPs of a batch = 6 * (dense * tokens + sum over MoE layers of pairs * per_expert)
 
-    with the parameters that a token multiplies (embedding tables are looked up, so they are left
-    out), the tokens of the layer that saw most, and the (token, expert) pairs of each layer: K per
-    token for top-k routing. That is 6 * active parameters * tokens, as in PaLM (Chowdhery et al.
-    2022, appendix B), without recomputation of activations; evaluation takes 2 in the place of 6.
-    Attention's product of queries and keys has no parameters: give it by
-    ``extra_flops_per_token``.
+    where ``dense`` excludes embedding tables, which are looked up rather than multiplied,
+    ``tokens`` are those of the layer that saw most, and ``pairs`` are a layer's (token, expert)
+    pairs: K per token for top-k routing. That is 6 * active parameters * tokens, as in PaLM
+    (Chowdhery et al. 2022, appendix B), without recomputation of activations; in evaluation the
+    factor is 2 instead of 6. Attention's product of queries and keys has no parameters: account
+    for it by ``extra_flops_per_token``.
 
-    Logged are Lightning's names: ``train/device/items_per_sec`` (items are tokens, per rank;
+    The logged names are Lightning's: ``train/device/items_per_sec`` (items are tokens, per rank;
     ``train/items_per_sec`` over all ranks), ``train/device/flops_per_sec``, ``train/device/mfu``
-    (FLOPs per second over ``peak_flops``), and so on, once ``window_size`` batches are done. They
-    are rank zero's numbers times the number of ranks.
+    (FLOPs per second over ``peak_flops``), and so on, once ``window_size`` batches are done.
+    Numbers over all ranks are rank zero's times the number of ranks.
 
-    A module that has ``flops_per_batch`` is believed, as by Lightning.
+    If the module has ``flops_per_batch``, that is used, as in Lightning.
 
     Args:
-        peak_flops: FLOPs per second that one device can do in the precision of the run. None looks
-            it up in Lightning's table, which has no CPUs and not every GPU; without an entry no
-            ``mfu`` is logged. "measured" times large matrix products on the device at start.
-        extra_flops_per_token: FLOPs of a forward pass beside the parameters'; for attention
-            ``4 * layers * d_model * seq_len / 2`` if it is causal.
-        batch_size_fn: samples of a batch; None finds the batch dimension as Lightning does.
-        length_fn: tokens of a batch; None counts what goes through the MoE layers.
+        peak_flops: peak FLOPs per second of one device in the precision of the run. None looks it
+            up in Lightning's table, which lacks CPUs and some GPUs; without an entry no ``mfu`` is
+            logged. "measured" times large matrix products on the device at the start.
+        extra_flops_per_token: FLOPs of a forward pass besides the parameters'; for causal attention
+            ``4 * layers * d_model * seq_len / 2``.
+        batch_size_fn: samples in a batch; None finds the batch dimension as Lightning does.
+        length_fn: tokens in a batch; None counts what passes through the MoE layers.
         window_size: batches to average over, at least 2.
 
     Raises:
@@ -106,7 +106,7 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
             throughput.available_flops = self.available_flops
 
     def _begin(self, module: pl.LightningModule) -> None:
-        """All ranks: counts parameters, and starts to watch the layers."""
+        """Counts parameters and starts observing the layers; all ranks must call it."""
         self._end()
         self._size = model_size(module)
         for name, layer in moe_layers(module):
@@ -114,7 +114,7 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
 
     def _observer(self, name: str) -> Callable[[MoE, Routing], None]:
         def observe(layer: MoE, routing: Routing) -> None:
-            # Sizes of tensors, which the host knows without waiting for the device.
+            # Tensor sizes, which the host knows without a sync.
             self._tokens[name] = self._tokens.get(name, 0) + routing.scores.shape[0]
             self._pairs[name] = self._pairs.get(name, 0) + routing.expert_ids.numel()
 
@@ -130,7 +130,7 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
         self._tokens, self._pairs = {}, {}
 
     def flops_of_batch(self, factor: int) -> int:
-        """FLOPs of what went through the layers since the batch began.
+        """FLOPs of the current batch, from what passed through the layers.
 
         Args:
             factor: FLOPs per parameter and token.
@@ -201,12 +201,12 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOPs per second of large matrix products, the best of several.
+    """FLOPs per second of large matrix products, best of several.
 
     Args:
         device: CUDA or CPU.
         dtype: the dtype of the matrices.
-        seconds: about how long to measure.
+        seconds: approximate duration of the measurement.
     """
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)

@@ -1,1 +1,1 @@
-"""The files in which runs keep what their experts did. Standard library only."""
+"""Log files about a run's experts. Uses only the standard library."""

@@ -1,16 +1,16 @@
-"""The file in which a run keeps which experts work together: ``co_activation.json``.
+"""The file with counts of experts chosen together: ``co_activation.json``.
 
-One JSON object, which each further one replaces::
+One JSON object; each write replaces the previous one::
 
     {"format": "lightning_fastmoe.co_activation", "version": 1,
-     "first_step": 400, "last_step": 449,     the numbers under which the loggers keep these steps
+     "first_step": 400, "last_step": 449,     step numbers as in the loggers
      "layers": [{"name": "blocks.0.moe", "num_experts": 8,
                  "together": [[1021, 130, ...], ...]}, ...]}
 
 ``together[i][j]`` counts the tokens that chose both experts i and j, over all ranks and
 micro-batches of these steps and before any capacity; ``together[i][i]`` those that chose i.
 
-This module imports the standard library only, so that reading the file takes no time.
+This module imports only the standard library, so that reading the file is fast.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CoActivationLog:
 
 
 def write(folder: str | Path, log: CoActivationLog) -> Path:
-    """Writes the file in one step, so that a crash leaves the old one or the new one."""
+    """Writes the file atomically, so that a crash leaves the old one or the new one."""
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     layers = [
@@ -75,12 +75,12 @@ def read(path: str | Path) -> CoActivationLog:
     """Reads a file.
 
     Raises:
-        DataError: if it is not such a file, or one that is damaged or of a later version.
+        DataError: if it is not such a file, is damaged, or has a later version.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8", errors="replace"))
         if found["format"] != FORMAT:
-            raise ValueError("another format")
+            raise ValueError("unknown format")
         if found["version"] != VERSION:
             raise DataError(
                 f"{path} has format version {found['version']}, but this release reads version"
@@ -89,7 +89,7 @@ def read(path: str | Path) -> CoActivationLog:
         layers = [_layer(x) for x in found["layers"]]
         return CoActivationLog(int(found["first_step"]), int(found["last_step"]), layers)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} does not tell which experts work together: {error}.") from error
+        raise DataError(f"{path} is not a valid co-activation file: {error}.") from error
 
 
 def _layer(found: Any) -> LayerCoActivation:
@@ -101,7 +101,7 @@ def _layer(found: Any) -> LayerCoActivation:
 
 
 def shares(together: Sequence[Sequence[int]]) -> list[list[float | None]]:
-    """``together[i][j] / together[i][i]``, the share of i's tokens that chose j, too.
+    """``together[i][j] / together[i][i]``, the fraction of i's tokens that also chose j.
 
     None on the diagonal, and in rows of experts without tokens.
     """

@@ -1,23 +1,23 @@
-"""The file in which a run keeps the loads of its experts: ``expert_load.jsonl``.
+"""The log file of expert loads: ``expert_load.jsonl``.
 
 One JSON object per line. The first one describes the layers::
 
     {"format": "lightning_fastmoe.expert_load", "version": 1,
      "layers": [{"name": "blocks.0.moe", "num_experts": 8}, ...]}
 
-Each other line holds what the routers did since the line before, over all ranks and micro-batches,
-in the order of the layers; null for a layer that saw no token::
+Each other line covers the steps since the previous line, over all ranks and micro-batches, with one
+entry per layer in order; null for a layer that saw no token::
 
-    {"step": 9,                      the number under which the loggers keep this step
+    {"step": 9,                      step number as in the loggers
      "tokens": [4096, ...],
-     "routed": [[1021, ...], ...],   pairs of token and expert before any capacity, per expert
+     "routed": [[1021, ...], ...],   (token, expert) pairs before any capacity, per expert
      "kept": [null, ...],            pairs that reached their expert; null: all of them
      "entropy": [1.93, ...],         of a token's scores, mean over tokens, nats
      "confidence": [0.31, ...]}      a token's best score, mean over tokens
 
-``routed`` and ``kept`` are counts, so lines can be added up. Steps ascend.
+``routed`` and ``kept`` are counts, so lines can be summed. Steps ascend.
 
-This module imports the standard library only, so that reading a log takes no time.
+This module imports only the standard library, so that reading a log is fast.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ class LoadLog:
 
 
 class LoadLogWriter:
-    """Appends to the file of a run; for one process only.
+    """Appends to the file of a run; for a single process.
 
-    What a file already holds from ``first_step`` on was written by a run that this one replaces: it
-    went on past the checkpoint from which this one resumes. It is dropped, as is a line that was
-    cut short. A file about other layers is renamed to ``expert_load.<n>.jsonl``.
+    Existing lines from ``first_step`` on come from a run that continued past the checkpoint from
+    which this one resumes. They are dropped, as is a truncated line. A file about other layers is
+    renamed to ``expert_load.<n>.jsonl``.
 
     Args:
-        folder: the folder of the run; made if it isn't there.
+        folder: the folder of the run; created if missing.
         layers: the layers of the model.
-        first_step: no line has an earlier step than this.
+        first_step: the earliest step that will be written.
     """
 
     def __init__(self, folder: str | Path, layers: Sequence[Layer], first_step: int) -> None:
@@ -90,14 +90,14 @@ class LoadLogWriter:
                 log.records = [r for r in before.records if r.step < first_step]
             else:
                 self.path.rename(_unused(self.path))
-        # In one step, so that a crash leaves the old file or the new one.
+        # Atomically, so that a crash leaves the old file or the new one.
         draft = self.path.with_suffix(".tmp")
         draft.write_text("".join([_header(log.layers), *map(_line, log.records)]), encoding="utf-8")
         os.replace(draft, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Appends a line, which is on its way to the disk when this returns."""
+        """Appends a line and flushes it to the operating system."""
         self._file.write(_line(record))
         self._file.flush()
 
@@ -107,22 +107,22 @@ class LoadLogWriter:
 
 
 def read(path: str | Path) -> LoadLog:
-    """Reads a file; a last line that was cut short is left out.
+    """Reads a file; a truncated last line is ignored.
 
     Raises:
-        DataError: if it is not such a file, or one that is damaged or of a later version.
+        DataError: if it is not such a file, is damaged, or has a later version.
     """
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     try:
         header = json.loads(lines[0])
         if header["format"] != FORMAT:
-            raise ValueError("another format")
+            raise ValueError("unknown format")
         layers = [Layer(str(x["name"]), int(x["num_experts"])) for x in header["layers"]]
         version = header["version"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(
-            f"{path} is no log of expert loads: its first line should describe the layers."
+            f"{path} is not a log of expert loads: its first line should describe the layers."
         ) from error
     if version != VERSION:
         raise DataError(
@@ -192,7 +192,7 @@ def _unused(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Span:
-    """Loads over several lines.
+    """Loads summed over consecutive lines.
 
     Attributes:
         first_step: the step of the first line.
@@ -211,7 +211,7 @@ def spans(records: Sequence[Record]) -> list[Span]:
 
 
 def merged(parts: Sequence[Span], limit: int) -> list[Span]:
-    """At most ``limit`` spans; neighbours are added up, equally many into each but the last."""
+    """At most ``limit`` spans, each the sum of equally many consecutive ones (the last fewer)."""
     if not parts:
         return []
     size = -(-len(parts) // limit)

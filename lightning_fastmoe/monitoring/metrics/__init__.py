@@ -1,4 +1,4 @@
-"""torchmetrics metrics of what routers do."""
+"""torchmetrics metrics of routing and expert load."""
 
 from lightning_fastmoe.monitoring.metrics.expert_load import ExpertLoad
 from lightning_fastmoe.monitoring.metrics.formulas import (

@@ -1,4 +1,4 @@
-"""The load of many layers in one state."""
+"""A metric for the expert loads of many layers, with one tensor as its state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_fastmoe.nn import Routing
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """What one layer's router did.
+    """Routing statistics of one layer.
 
     Attributes:
         name: the name of the layer.
@@ -43,8 +43,8 @@ class ExpertLoad(ExactMetric):
     """Loads, drops, entropy and confidence of several MoE layers.
 
     The state is one fp64 tensor ``(layers, 2 * experts + 3)``: pairs routed to and kept by each
-    expert, tokens, and the sums of the tokens' entropies and confidences. So ranks are combined by
-    one all-reduce, whatever the layers.
+    expert, tokens, and the sums of the tokens' entropies and confidences. So one all-reduce
+    combines the ranks, for any number of layers.
 
     Args:
         num_experts: E of each layer.

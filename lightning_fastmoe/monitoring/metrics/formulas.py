@@ -1,4 +1,4 @@
-"""The numbers that speak of an expert's load, from counts that were summed over everything."""
+"""Formulas for load ratios, variation, dead experts and drop rate, from token counts."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def dead_experts(tokens_per_expert: Tensor) -> Tensor:
 
 
 def drop_rate(routed: Tensor, kept: Tensor) -> Tensor:
-    """``1 - sum(kept) / sum(routed)``: the share of pairs without room, fp64; 0 without pairs."""
+    """``1 - sum(kept) / sum(routed)``: the fraction of dropped pairs, fp64; 0 without pairs."""
     total = routed.sum(dim=-1).double()
     return 1.0 - torch.where(total > 0, kept.sum(dim=-1) / total.clamp_min(1.0), 1.0)

@@ -1,9 +1,9 @@
-"""One metric per question about one MoE layer.
+"""Metrics of one MoE layer's routing: load, drops, entropy, confidence, co-activation.
 
-Each holds sums over tokens, so it is exact however the tokens come: over ranks with different
-numbers of tokens (states are added, not averaged), micro-batches and epochs. A replay of
-activation checkpointing calls no observer, so it does not count twice; masked tokens reach no
-router, so they do not count at all. Updates never wait for the device.
+Each state is a sum over tokens, so metrics are exact over ranks with different numbers of tokens
+(states are added, not averaged), micro-batches and epochs. Replays by activation checkpointing call
+no observer, so they don't count twice; masked tokens don't reach the router, so they don't count.
+Updates never sync with the device.
 
 Example::
 
@@ -52,7 +52,7 @@ class ExactMetric(Metric):
                 default = defaults[name]
                 assert isinstance(default, Tensor)
                 self._defaults[name] = default.to(new.device)
-                self._computed = None  # was cast, too
+                self._computed = None  # it was cast too
         return self
 
 
@@ -76,11 +76,11 @@ class RoutingMetric(ExactMetric):
         """Updates with each forward pass of ``layer``, until the handle is removed.
 
         Args:
-            layer: with as many experts as this metric.
-            training: passes of training, else those of evaluation.
+            layer: a layer with the same number of experts as this metric.
+            training: whether to observe training passes, or else evaluation passes.
 
         Raises:
-            ConfigError: if the layer has another number of experts.
+            ConfigError: if the layer has a different number of experts.
         """
         if layer.num_experts != self.num_experts:
             raise ConfigError(
@@ -99,7 +99,7 @@ class RoutingMetric(ExactMetric):
 
 
 class _RoutedCounts(RoutingMetric):
-    """From the pairs that the router chose, before any capacity."""
+    """Base of metrics computed from routed pairs, before any capacity."""
 
     routed: Tensor
 
@@ -147,9 +147,9 @@ class DeadExperts(_RoutedCounts):
 
 
 class DropRate(RoutingMetric):
-    """``1 - kept / routed``: the share of (token, expert) pairs that found no room.
+    """``1 - kept / routed``: the fraction of (token, expert) pairs that were dropped.
 
-    0 for dropless layers, and for routers that fill capacities by themselves (expert choice).
+    0 for dropless layers, and for routers with their own capacity (expert choice).
     """
 
     higher_is_better = False
@@ -218,9 +218,9 @@ class ExpertCoActivation(RoutingMetric):
     """``P[i, j] = tokens that chose i and j / tokens that chose i``, as in OLMoE (2024), (E, E).
 
     The diagonal is 1, rows of experts without tokens are NaN. Under balanced, independent choices
-    the rest is near ``(K - 1) / (E - 1)``; larger values show experts that work as one. Choices
-    count before any capacity. Soft MoE activates all experts for every token. An update multiplies
-    two (T, E) matrices.
+    the rest is near ``(K - 1) / (E - 1)``; larger values show experts that act as one. Choices are
+    counted before any capacity. Soft MoE activates all experts for every token. An update
+    multiplies two (T, E) matrices.
     """
 
     together: Tensor

@@ -1,1 +1,1 @@
-"""A page that shows what a run's experts did. Standard library only, so that it comes at once."""
+"""The HTML report about a run's experts. Uses only the standard library, so that it starts fast."""

@@ -1,4 +1,4 @@
-"""Which experts work together: a heat map of each layer, and its strongest pair in words."""
+"""Which experts are chosen together: a heat map per layer, and its strongest pair in words."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class Pair:
     Attributes:
         first: an expert.
         second: another one.
-        share: how many of the first one's tokens chose the second, too, as a fraction.
-        expected: what it would be if tokens chose the second independently of the first, as often
-            as they do.
+        share: the fraction of the first one's tokens that also chose the second.
+        expected: the fraction if tokens chose the second independently of the first, equally often.
     """
 
     first: int
@@ -35,7 +34,7 @@ class Pair:
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.0%} of expert {self.first}'s tokens chose {self.second}, too;"
+            f"{self.share:.0%} of expert {self.first}'s tokens also chose {self.second};"
             f" by chance {self.expected:.0%}"
         )
 
@@ -43,7 +42,7 @@ class Pair:
 def strongest_pair(together: Sequence[Sequence[int]]) -> Pair | None:
     """The pair with the largest share; None if no token chose two experts.
 
-    Shares of an expert's few tokens say little, so starving experts come first in no pair.
+    Starving experts are not considered as the first of a pair: they have too few tokens.
 
     Args:
         together: (E, E) counts, see :mod:`lightning_fastmoe.monitoring.logs.co_activation`.
@@ -57,7 +56,7 @@ def strongest_pair(together: Sequence[Sequence[int]]) -> Pair | None:
     if best is None:
         return None
     share, i, j = best
-    # The other choices of i's tokens, dealt out among the other experts by their loads.
+    # The other choices of i's tokens, distributed over the other experts by their loads.
     others = sum(n for e, n in enumerate(together[i]) if e != i) / together[i][i]
     loads = [row[e] for e, row in enumerate(together)]
     return Pair(i, j, share, min(1.0, others * loads[j] / (sum(loads) - loads[i])))

@@ -1,8 +1,8 @@
-"""One colour scale of load ratios for all pictures.
+"""The colour scale of load ratios for all pictures.
 
-Orange starves, white is balanced, blue is crowded. Orange and blue stay apart for every common
-colour blindness, and in grey the two ends are dark. The scale is that of factors: half the mean
-load is as far from white as twice the mean.
+Orange is starving, white balanced, blue overloaded. Orange and blue remain distinguishable with
+every common colour blindness, and both ends are dark in greyscale. The scale is logarithmic: half
+the mean load is as far from white as twice the mean.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DEAD: Colour = (26, 26, 26)
 UNKNOWN: Colour = (232, 232, 232)
 """No data, or no such expert."""
 LIMIT = 4.0
-"""Ratios beyond 1 / LIMIT and LIMIT have the colours of these."""
+"""Ratios are clamped to 1 / LIMIT and LIMIT."""
 
 _STARVING: list[Colour] = [(247, 247, 245), (253, 208, 162), (241, 132, 50), (173, 66, 3)]
 _CROWDED: list[Colour] = [(247, 247, 245), (178, 212, 236), (78, 149, 206), (12, 78, 148)]
@@ -55,7 +55,7 @@ def hex_colour(ratio: float | None) -> str:
 
 
 def ink(ratio: float | None) -> str:
-    """Black or white, whichever is read better on :func:`colour`."""
+    """Black or white, whichever is more readable on :func:`colour`."""
     red, green, blue = (_linear(x / 255) for x in colour(ratio))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     return "#ffffff" if luminance < 0.18 else "#1a1a1a"

@@ -1,4 +1,4 @@
-"""Reading what a run has logged: metrics.csv, TensorBoard's event files, the monitors' files."""
+"""Reads a run's logs: metrics.csv, TensorBoard's event files, the monitors' files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Series = list[tuple[int, float]]
 
 @dataclass
 class Run:
-    """What was found in a run's folder.
+    """The logs found in a run's folder.
 
     Attributes:
-        folder: where.
+        folder: the folder.
         scalars: name -> series.
-        loads: the loads of every expert, None without the monitor's file.
-        co_activation: which experts work together, None without that monitor's file.
-        notes: what is missing, or was left out, in sentences.
+        loads: the loads of every expert; None without the monitor's file.
+        co_activation: counts of experts chosen together; None without that monitor's file.
+        notes: sentences about what is missing or was left out.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ def read_run(folder: Path) -> Run:
     """Reads a run's folder, or the latest ``version_*`` in it.
 
     Raises:
-        DataError: if the folder is missing or holds no logs, or a log is damaged.
+        DataError: if the folder is missing or has no logs, or a log is damaged.
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -52,14 +52,14 @@ def read_run(folder: Path) -> Run:
         versions = sorted(filter(_has_logs, folder.glob("version_*")), key=_version)
         if not versions:
             raise DataError(
-                f"{folder} holds no logs: neither {CSV_NAME}, {load_log.FILE_NAME}, nor"
+                f"{folder} has no logs: neither {CSV_NAME}, {load_log.FILE_NAME}, nor"
                 " TensorBoard's event files. Give the folder that a run's logger wrote into, such"
                 " as runs/tiny_lm/version_0."
             )
         run.folder = versions[-1]
         if len(versions) > 1:
             run.notes.append(
-                f"{folder} holds {len(versions)} runs; this is the latest, {versions[-1].name}."
+                f"{folder} has {len(versions)} runs; this is the latest, {versions[-1].name}."
             )
     if (table := run.folder / CSV_NAME).is_file():
         _merge(run.scalars, _read_csv(table))
@@ -88,7 +88,7 @@ def _read_csv(path: Path) -> dict[str, Series]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames is None or "step" not in rows.fieldnames:
-            raise DataError(f"{path} has no column 'step', so it is not CSVLogger's.")
+            raise DataError(f"{path} has no column 'step', so CSVLogger didn't write it.")
         for row in rows:
             step = _number(row["step"])
             if step is None:
@@ -101,7 +101,7 @@ def _read_csv(path: Path) -> dict[str, Series]:
 
 
 def _number(cell: object) -> float | None:
-    """The number in a cell; None for an empty cell or a text. NaN is a number."""
+    """The number in a cell; None if it is empty or text. NaN is a number."""
     try:
         return float(cell) if isinstance(cell, str) else None
     except ValueError:
@@ -128,16 +128,16 @@ def _read_events(run: Run) -> None:
 
 
 def _merge(into: dict[str, Series], found: dict[str, Series]) -> None:
-    """Sorted by step; of several values of one step the last."""
+    """Merges series, sorted by step; of several values for one step, the last."""
     for name, series in found.items():
         if series:
             into[name] = sorted(dict([*into.get(name, []), *series]).items())
 
 
 def matching(scalars: dict[str, Series], names: Iterable[str]) -> dict[str, Series]:
-    """The series of these names, also with Lightning's ``_step`` and ``_epoch`` endings.
+    """The series of these names, also with Lightning's ``_step`` and ``_epoch`` suffixes.
 
-    Of ``name_step`` and ``name_epoch`` the finer one is taken.
+    Prefers ``name_step`` to ``name`` to ``name_epoch``.
     """
     found = {}
     for name in names:
@@ -149,5 +149,5 @@ def matching(scalars: dict[str, Series], names: Iterable[str]) -> dict[str, Seri
 
 
 def finite(series: Series) -> Series:
-    """Without NaN and Inf, which no chart can show."""
+    """The series without NaN and Inf, which charts can't show."""
     return [(step, value) for step, value in series if math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""The page: a verdict, the loads of every expert, and the curves of the run."""
+"""Builds the report page: a verdict, the loads of every expert, and the run's curves."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_fastmoe.monitoring.report.svg import line_chart, load_grid, load_
 from lightning_fastmoe.monitoring.report.verdict import Verdict
 
 COLUMNS = 160
-"""Of a map over time; longer runs have several log lines in one."""
+"""Maximum columns of a map over time; in longer runs a column covers several log lines."""
 MAPS = 8
-"""Layers whose co-activation is shown."""
+"""Maximum number of layers whose co-activation is shown."""
 LISTED = 12
-"""Starving experts that are listed beside the verdict's sentence."""
+"""Maximum number of starving experts listed next to the verdict's sentence."""
 
 _LOSSES = {"train_loss": "train", "val_loss": "validation", "loss": "train"}
 _SPEEDS = ("train/items_per_sec", "train/device/items_per_sec", "train/device/samples_per_sec")
@@ -29,7 +29,7 @@ _MFU = "train/device/mfu"
 
 @dataclass(frozen=True)
 class Panel:
-    """A titled chart; or, in its place, what is missing and how to get it."""
+    """A titled chart, or a note about what is missing and how to get it."""
 
     title: str
     caption: str
@@ -38,7 +38,7 @@ class Panel:
 
 
 def build_page(run: Run, verdict: Verdict) -> str:
-    """The page as one HTML text that refers to nothing outside of itself."""
+    """The page as one self-contained HTML string."""
     panels = curves(run)
     name = run.folder.resolve()
     facts = [f"{name.parent.name}/{name.name}", *_facts(run)]
@@ -157,10 +157,10 @@ def _co_activation(log: CoActivationLog) -> str:
     rest = len(found) - len(shown)
     also = f" The {rest} other layers have no stronger pair." if rest else ""
     return (
-        "<section><h2>Experts that work together</h2>"
-        f'<p class="caption">Row i, column j: the share of expert i&rsquo;s tokens that chose j,'
-        f" too, steps {log.first_step:,} to {log.last_step:,}. White: none; dark blue: all, the two"
-        f" work as one.{also}</p>"
+        "<section><h2>Experts chosen together</h2>"
+        f'<p class="caption">Row i, column j: the share of expert i&rsquo;s tokens that also chose'
+        f" j, steps {log.first_step:,} to {log.last_step:,}. White: none; dark blue: all, the two"
+        f" act as one.{also}</p>"
         f'<div class="panels" style="--n:4">{"".join(panels)}</div></section>'
     )
 
@@ -222,9 +222,9 @@ def _of_layers(run: Run) -> list[Panel]:
         return [Panel(name, "", missing=why) for name in what]
     dead = [(r.step, float(sum(row.count(0) for row in r.routed if row))) for r in log.records]
     return [
-        Panel("Dead experts", "no token since the line before", _one(dead, "dead experts", True)),
+        Panel("Dead experts", "no token since the previous log", _one(dead, "dead experts", True)),
         _drops(log),
-        Panel("Router entropy", "nats per token, least and greatest layer", _range(log)),
+        Panel("Router entropy", "nats per token, lowest and highest layer", _range(log)),
     ]
 
 
@@ -239,7 +239,7 @@ def _drops(log: LoadLog) -> Panel:
         )
     series = [(record.step, _dropped(record)) for record in log.records]
     chart = line_chart({"dropped": series}, title="drop rate", zero=True, percent=True)
-    return Panel("Drop rate", "pairs of token and expert without room, all layers", chart)
+    return Panel("Drop rate", "dropped (token, expert) pairs, all layers", chart)
 
 
 def _dropped(record: Record) -> float:

@@ -14,15 +14,15 @@ from lightning_fastmoe.monitoring.report.colours import colour, hex_colour, ink
 from lightning_fastmoe.monitoring.report.logs import Series, finite
 
 PALETTE = ("#0c4e94", "#d9661f", "#3f8f6b", "#8a5aa8", "#7a7a7a", "#b0882b")
-"""Lines; dark enough on white, and apart for every common colour blindness."""
+"""Line colours; readable on white, and distinguishable with every common colour blindness."""
 INK = "#5c6370"
 GRID = "#e6e8eb"
 MOST_POINTS = 400
-"""Of a line; longer series are thinned to the least and the greatest of each stretch."""
+"""Maximum points of a line; longer series are thinned to the extremes of each interval."""
 
 
 def number(value: float) -> str:
-    """A short text of a number."""
+    """A number as a short string."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -58,7 +58,7 @@ class Frame:
     bottom: float = 22.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the data lies in the picture."""
+        """The position of a data point in the picture."""
         across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1.0)
         up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1.0)
         width = self.width - self.left - self.right
@@ -78,12 +78,12 @@ def line_chart(
     """Lines over steps, with a legend if there are several.
 
     Args:
-        lines: label -> points; at least one finite point in all.
+        lines: label -> points; at least one finite point in total.
         title: for screen readers.
-        zero: let the scale begin at 0.
-        percent: values are shares.
+        zero: start the scale at 0.
+        percent: show values as percentages.
         width: the width of the picture, in its own units.
-        height: likewise.
+        height: the height of the picture, in its own units.
     """
     lines = {name: points for name, series in lines.items() if (points := finite(series))}
     values = [v for series in lines.values() for _, v in series]
@@ -258,8 +258,8 @@ def load_over_time(
 
     Args:
         rows: load ratios of each expert, one per column.
-        steps: the first and the last.
-        starving: experts.
+        steps: the first and the last step.
+        starving: the starving experts.
         title: for screen readers.
         width: the width of the picture, in its own units.
     """
@@ -310,7 +310,7 @@ def png(rows: Sequence[Sequence[tuple[int, int, int]]]) -> bytes:
 
 
 def wrap_svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
-    """The picture around these elements."""
+    """Wraps these elements in an ``<svg>`` element."""
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}"'
         f' style="max-width:{width * 1.15:.0f}px">' + "".join(parts) + "</svg>"

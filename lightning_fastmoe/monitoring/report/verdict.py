@@ -1,4 +1,4 @@
-"""Which experts starve, in numbers and in a sentence."""
+"""Finds starving experts and summarises them in a sentence."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 from lightning_fastmoe.monitoring.logs.expert_load import LoadLog, Span, ratios, spans, total
 
 STARVING = 0.25
-"""Below this load ratio an expert starves, unless the user says otherwise."""
+"""Default load ratio below which an expert starves."""
 RECENT = 0.1
-"""The share of a run's log, at its end, by which experts are judged."""
+"""The fraction at the end of a run's log by which experts are judged."""
 FEW_TOKENS = 20
-"""Below this mean count per expert, ratios are mostly chance."""
+"""Mean count per expert below which ratios are mostly noise."""
 _NAMED = 3
 
 
@@ -43,15 +43,15 @@ class Starving:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the latest part of a log says.
+    """The verdict on the latest part of a log.
 
     Attributes:
         state: "starving", "alive", or "unknown" without data.
-        sentence: one line.
-        starving: the worst first.
-        recent: the judged part; None without data.
-        num_experts: over all layers.
-        notes: what to keep in mind.
+        sentence: a one-line summary.
+        starving: the starving experts, worst first.
+        recent: the judged part of the log; None without data.
+        num_experts: number of experts over all layers.
+        notes: caveats.
     """
 
     state: Literal["starving", "alive", "unknown"]
@@ -66,11 +66,11 @@ def judge(log: LoadLog | None, threshold: float = STARVING) -> Verdict:
     """Judges the last tenth of a log, at least its last line.
 
     Args:
-        log: None if there is none.
+        log: the log; None if there is none.
         threshold: the load ratio below which an expert starves.
     """
     if log is None or not log.records:
-        sentence = "Whether experts are starving is unknown: no loads of single experts were logged"
+        sentence = "Whether experts are starving is unknown: no per-expert loads were logged"
         why = (
             " yet." if log is not None else "; add lightning_fastmoe.ExpertLoadMonitor to the run."
         )
@@ -91,7 +91,7 @@ def judge(log: LoadLog | None, threshold: float = STARVING) -> Verdict:
         if sum(counts) < FEW_TOKENS * layer.num_experts:
             notes.append(
                 f"Layer {index} routed only {sum(counts)} tokens to {layer.num_experts} experts"
-                " in the judged steps: its loads are partly chance."
+                " in the judged steps, so its loads are noisy."
             )
         for expert, ratio in enumerate(loads):
             candidate = Starving(index, layer.name, expert, ratio)

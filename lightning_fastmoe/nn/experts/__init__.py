@@ -1,4 +1,4 @@
-"""The experts of a layer: stacked FFNs, modules of the user's own, the shared one."""
+"""The experts of a layer: stacked FFNs, custom modules, and the shared expert."""
 
 from lightning_fastmoe.nn.experts.base import Experts
 from lightning_fastmoe.nn.experts.init import draw_layer_seed, expert_generator, init_experts_

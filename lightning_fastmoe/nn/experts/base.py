@@ -1,4 +1,4 @@
-"""What a layer, a schedule and a strategy need to know of a rank's experts."""
+"""The base class of a layer's local experts, as layers, schedules and strategies use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Experts(nn.Module):
         local_ids: global ids of the experts on this rank, ascending; None for all.
 
     Raises:
-        TopologyError: if ids are out of range, not ascending, or none.
+        TopologyError: if there are no ids, or they are out of range or not ascending.
     """
 
     is_stacked: ClassVar[bool]
@@ -37,7 +37,7 @@ class Experts(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the weights; None without floating-point ones."""
+        """The dtype of the weights; None if none is floating-point."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class Experts(nn.Module):
             ids: global ids, ascending.
 
         Raises:
-            TopologyError: if one of them is not here.
+            TopologyError: if one of them is not on this rank.
         """
         kept = _checked(ids, self)
         if missing := sorted(set(kept) - set(self.local_ids)):
@@ -77,14 +77,14 @@ class Experts(nn.Module):
 
 
 def describe_ids(ids: tuple[int, ...]) -> str:
-    """``0..3`` for neighbours, else ``0, 2, 5``."""
+    """``0..3`` for contiguous ids, else ``0, 2, 5``."""
     if is_interval(ids):
         return f"{ids[0]}..{ids[-1]}"
     return ", ".join(map(str, ids))
 
 
 def is_interval(ids: tuple[int, ...]) -> bool:
-    """Whether ascending ids have no gap."""
+    """Whether ascending ids are contiguous."""
     return ids[-1] - ids[0] + 1 == len(ids)
 
 
@@ -93,7 +93,7 @@ def _checked(ids: Iterable[int], experts: Experts) -> tuple[int, ...]:
     ascending = all(a < b for a, b in zip(found, found[1:], strict=False))
     if not (found and ascending and found[0] >= 0 and found[-1] < experts.num_experts):
         raise TopologyError(
-            f"The ids of a rank's experts are {list(found)}. They must be one or more of"
-            f" [0, {experts.num_experts}), ascending."
+            f"The ids of a rank's experts are {list(found)}. They must be a non-empty ascending"
+            f" list of ids in [0, {experts.num_experts})."
         )
     return found

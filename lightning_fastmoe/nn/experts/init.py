@@ -1,4 +1,4 @@
-"""Initial weights by (seed, layer, global expert id): one seed, one model, on any topology."""
+"""Initial weights seeded by (seed, layer, expert id): one seed gives one model on any topology."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 def draw_layer_seed() -> int:
     """A seed for the layer that is being built, drawn from torch's global CPU generator.
 
-    Every layer takes exactly one draw whatever it holds locally, so ranks that start from the same
+    Every layer takes exactly one draw whichever experts it holds, so ranks that start from the same
     global seed build the same layers, and the same modules after them, on any topology.
     """
     return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
 
 
 def expert_generator(layer_seed: int, parameter: str, expert_id: int) -> torch.Generator:
-    """The generator of one parameter of one expert, by its global id."""
+    """The random generator of one parameter of the expert with this global id."""
     key = f"{layer_seed}/{parameter}/{expert_id}".encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     generator = torch.Generator(device="cpu")

@@ -1,4 +1,4 @@
-"""Experts that are modules of the user's own, each called with its own tokens."""
+"""Experts that are custom modules, each called with its own tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ExpertFactory = Callable[..., nn.Module]
 class ModuleExperts(Experts):
     """The routed experts of one layer that live on this rank, each a module named after its id.
 
-    Every local expert is called in each pass, with no tokens if it has none, so that every
-    parameter gets a gradient. Splitting the tokens reads their counts on the host.
+    Every local expert is called in each pass, even with zero tokens, so that every parameter gets a
+    gradient. Splitting the tokens reads their counts on the host.
 
     Args:
         expert: called once per local expert, as ``expert(*arguments)``; or the E modules.
@@ -32,7 +32,7 @@ class ModuleExperts(Experts):
             an expert starts from the same weights on any topology.
 
     Raises:
-        ConfigError: if ``expert`` yields no modules, or one twice.
+        ConfigError: if ``expert`` gives something other than a module, or one module twice.
     """
 
     is_stacked = False
@@ -63,7 +63,7 @@ class ModuleExperts(Experts):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating parameter, None without any."""
+        """The dtype of the first floating-point parameter; None without any."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
 
     def _keep(self, ids: tuple[int, ...]) -> None:
@@ -74,14 +74,15 @@ class ModuleExperts(Experts):
         """Calls each local expert with its rows.
 
         Args:
-            x: a tensor (N, ...), or a tuple, list or dict of such; rows grouped by local expert.
+            x: a tensor (N, ...), or a tuple, list or dict of them; rows grouped by local expert.
             tokens_per_expert: (e,) int64.
 
         Returns:
-            The experts' outputs, joined: a tensor (N, ...) or a structure of such.
+            The experts' outputs, concatenated: a tensor (N, ...) or a structure of them.
 
         Raises:
-            ShapeError: if an expert returns another number of rows than it got.
+            ShapeError: if an expert returns a different number of rows than it got, or a different
+                structure than the others.
         """
         counts = tokens_per_expert.tolist()
         leaves, spec = pytree.tree_flatten(x)
@@ -99,7 +100,7 @@ class ModuleExperts(Experts):
                 )
             if outputs and y_spec != out_spec:
                 raise ShapeError(
-                    f"Expert {i} returned another structure than expert {self.local_ids[0]}:"
+                    f"Expert {i} returned a different structure than expert {self.local_ids[0]}:"
                     f" {y_spec} and {out_spec}. All experts of a layer must return the same."
                 )
             outputs.append(y_leaves)
@@ -108,7 +109,7 @@ class ModuleExperts(Experts):
         return pytree.tree_unflatten(joined, out_spec)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of the whole layer loads into a slice of it, by global id."""
+        """Loads the local experts, by global id, from a state dict of the whole layer."""
         others = set(map(str, range(self.num_experts))) - set(map(str, self.local_ids))
         for key in [k for k in state_dict if k.startswith(prefix)]:
             if key[len(prefix) :].split(".")[0] in others:

@@ -1,4 +1,4 @@
-"""An expert that every token visits, beside the routed ones."""
+"""The shared expert: a dense FFN applied to every token alongside the routed experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SharedExpert(nn.Module):
         ffn: inner width of an FFN like the routed ones, or a module called with ``x (T, D)``.
         activation: the activation of the FFN.
         bias: whether the FFN has biases.
-        gate: have the gate.
+        gate: whether to have the gate.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -62,7 +62,7 @@ class SharedExpert(nn.Module):
 
 
 class DenseFFN(nn.Module):
-    """``down act(up x)``, the FFN of :class:`~lightning_fastmoe.nn.Experts` once.
+    """``down act(up x)``: one FFN like those of :class:`~lightning_fastmoe.nn.StackedExperts`.
 
     Parameters: ``up_proj (2F, D)`` for gated activations (gate rows first), else (F, D);
     ``down_proj (D, F)``; biases ``up_bias`` and ``down_bias`` if wanted, initially zero.

@@ -1,4 +1,4 @@
-"""Experts that are FFNs of one shape: their weights stacked, their products grouped."""
+"""Experts that are FFNs of one shape: stacked weights, grouped GEMMs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lightning_fastmoe.nn.experts.init import init_experts_
 class StackedExperts(Experts):
     """The routed FFNs of one layer that live on this rank, stacked along the first dimension.
 
-    The layout is that of Hugging Face transformers 5 (``Qwen3MoeExperts`` and its kin), so weights
-    go across by plain copies.
+    The layout matches Hugging Face transformers 5 (``Qwen3MoeExperts`` and similar classes), so
+    weights can be copied across directly.
 
     Parameters:
         up_proj: (e, 2F, D) for gated activations, the gate's F rows first; else (e, F, D).
@@ -62,7 +62,7 @@ class StackedExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initial values of the local experts, by their global ids; does nothing on meta."""
+        """Initialises the local experts by their global ids; does nothing on the meta device."""
         if self.up_proj.is_meta:
             return
         for name, fan_in in (("up_proj", self.d_model), ("down_proj", self.d_ffn)):
@@ -79,7 +79,7 @@ class StackedExperts(Experts):
                 nn.init.zeros_(bias)
 
     def _keep(self, ids: tuple[int, ...]) -> None:
-        """Parameters are replaced by copies of their slices, so that the rest is freed."""
+        """Replaces parameters by copies of their slices, so that the rest is freed."""
         for name, parameter in self.named_parameters():
             rows = _rows(self.local_ids, ids)
             kept = parameter.detach()[rows].clone()
@@ -94,8 +94,8 @@ class StackedExperts(Experts):
     ) -> Tensor:
         """``x (N, D)`` grouped by local expert, ``tokens_per_expert (e,)`` -> (N, D).
 
-        With ``weights (T, K)`` and ``order``, the whole layer in one step: ``x (T, D)`` in the
-        order of the tokens -> (T, D), each token's weighted sum.
+        With ``weights (T, K)`` and ``order``, permutes and combines too: ``x (T, D)`` in token
+        order -> (T, D), each token's weighted sum.
         """
         up, down, up_bias, down_bias = (
             None if p is None else p.to(x.dtype)
@@ -114,7 +114,7 @@ class StackedExperts(Experts):
         return ops.unpermute(y, weights, order.order, order.inverse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of the whole layer (E experts) loads into a slice of it, by global id."""
+        """Loads the local experts, by global id, from a state dict of the whole layer (E)."""
         if self.num_local_experts < self.num_experts:
             for name, _ in self.named_parameters(recurse=False):
                 value = state_dict.get(prefix + name)
@@ -135,7 +135,7 @@ class StackedExperts(Experts):
 
 
 def _rows(held: Sequence[int], wanted: Sequence[int]) -> slice | list[int]:
-    """Where experts ``wanted`` stand among ``held``; a slice, which makes no copy, if it can be."""
+    """The rows of experts ``wanted`` among ``held``; a slice, which makes no copy, if possible."""
     rows = [held.index(i) for i in wanted]
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)

@@ -17,28 +17,27 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 Over = Literal["rank", "global"]
 
 _FINEST_TOLERANCE = 1e-12
-"""Of the auction, whose numbers are fp64."""
+"""Smallest relative bid increment that still changes fp64 prices in the auction."""
 
 
 class BaseRouter(LinearRouter):
-    """In training every expert gets equally many tokens, so that the sum of logits is largest.
+    """BASE routing: in training, the equal split of tokens over experts with the largest logits.
 
-    ``logits = x W^T``; the assignment a maximises ``sum_t logits[t, a(t)]`` under the condition
-    that expert e gets T/E of the T tokens (the first ``T mod E`` experts get one more). It is
+    ``logits = x W^T``; the assignment a maximises ``sum_t logits[t, a(t)]`` under the constraint
+    that every expert gets T/E of the T tokens (the first ``T mod E`` experts get one more). It is
     found by an auction (Bertsekas) up to ``T * tolerance`` times the range of the logits. In
     evaluation each token goes to its best expert. The weight is ``sigmoid(logits[t, a(t)])``.
 
-    In training the assignment looks at the whole batch: that of this rank, so that it depends on
-    how many ranks there are, or the global one, whose logits every rank then gathers. The auction
-    reads from the device in each of its rounds: on GPUs :class:`SinkhornRouter` is the faster way
-    to the same end.
+    In training the assignment uses the whole batch: either this rank's, so that it depends on the
+    number of ranks, or the global one, whose logits every rank then gathers. The auction reads from
+    the device in every round: on GPUs :class:`SinkhornRouter` gets a similar balance faster.
 
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: 1.
         tolerance: the tolerance of the assignment, relative to the range of the logits.
-        over: the T tokens are those of this "rank", or of the "global" batch.
+        over: whether the T tokens are those of this "rank" or of the "global" batch.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -69,7 +68,7 @@ class BaseRouter(LinearRouter):
         """Refuses all but 1."""
         if top_k != 1:
             raise ConfigError(
-                f"top_k={top_k} is not BASE routing, which assigns one expert: use 1."
+                f"top_k={top_k} doesn't fit BASE routing, which assigns one expert: use 1."
             )
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
@@ -86,22 +85,22 @@ class BaseRouter(LinearRouter):
 
 
 class SinkhornRouter(LinearRouter):
-    """Top-k of logits shifted so that soft loads are even (S-BASE); a matrix scaling, no auction.
+    """Top-k of logits shifted so that soft loads are even (S-BASE), by matrix scaling.
 
     In training ``iterations`` rounds of Sinkhorn's algorithm find row factors a and column factors
     b such that ``exp(logits + a + b)`` has rows of sum 1 and columns of sum T/E over T tokens, and
-    the K largest entries of each row are chosen; in evaluation those of the logits. Weights:
+    the K largest entries of each row are chosen; in evaluation, the K largest logits. Weights:
     ``sigmoid`` of the chosen logit for K = 1, softmax over the chosen logits for K > 1.
 
-    In training the choice looks at the whole batch: that of this rank, without a host sync, so that
-    it depends on how many ranks there are; or the global one, whose logits every rank then gathers.
+    In training the choice uses the whole batch: either this rank's, without a host sync, so that it
+    depends on the number of ranks; or the global one, whose logits every rank then gathers.
 
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: experts per token, K.
         iterations: rounds of Sinkhorn's algorithm.
-        over: the T tokens are those of this "rank", or of the "global" batch.
+        over: whether the T tokens are those of this "rank" or of the "global" batch.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -152,7 +151,7 @@ def check_over(over: Over) -> Over:
 
 
 def batch_logits(logits: Tensor, over: Over, context: RoutingContext) -> tuple[Tensor, int]:
-    """The logits of the tokens that are assigned together, and where this rank's begin.
+    """The logits of all tokens that are assigned together, and the row where this rank's begin.
 
     Args:
         logits: (T, E) of this rank.
@@ -170,7 +169,7 @@ def batch_logits(logits: Tensor, over: Over, context: RoutingContext) -> tuple[T
 def sinkhorn_shift(logits: Tensor, iterations: int) -> Tensor:
     """The column factors b of :class:`SinkhornRouter`, ``logits (T, E) -> (E,)``."""
     tokens, experts = logits.shape
-    # The plan is the same, and its rounding that of the differences.
+    # Row shifts don't change the plan, and this rounds the differences, not the large values.
     logits = logits - logits.amax(dim=1, keepdim=True)
     shift = torch.zeros(experts, dtype=logits.dtype, device=logits.device)
     for _ in range(iterations):
@@ -180,7 +179,7 @@ def sinkhorn_shift(logits: Tensor, iterations: int) -> Tensor:
 
 
 def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
-    """Equally many tokens to each expert, with nearly the largest sum of scores.
+    """Assigns equally many tokens to each expert, with nearly the largest sum of scores.
 
     An auction with falling bid increments: unassigned tokens bid for the expert that is worth most
     to them at its price; each expert keeps its highest bids. Ties go to the earlier token and the
@@ -204,7 +203,7 @@ def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
     # An expert without room must not be bid for.
     price = torch.where(room > 0, 0.0, torch.inf).to(torch.float64)
     step = 0.25 * spread
-    # A step that vanishes beside a price would raise no bid, and the auction would never end.
+    # A step too small to change a price would raise no bid, and the auction would never end.
     tolerance = max(tolerance, _FINEST_TOLERANCE)
     while True:
         owner, price = _auction(value, room, price, step)
@@ -214,7 +213,7 @@ def balanced_assignment(scores: Tensor, tolerance: float) -> Tensor:
 
 
 def _auction(value: Tensor, room: Tensor, price: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """One auction to its end: the expert of each token, and the experts' prices."""
+    """Runs one auction to completion: the expert of each token, and the experts' prices."""
     tokens, experts = value.shape
     start = price
     bids = torch.full_like(value, -torch.inf)
@@ -224,7 +223,7 @@ def _auction(value: Tensor, room: Tensor, price: Tensor, step: float) -> tuple[T
         worth = value - price
         best = ops.top_k(worth, 2)
         top = torch.gather(worth, 1, best)
-        # With a single expert left there is nobody to outbid.
+        # With a single expert left there is no second-best price to outbid.
         margin = torch.where(torch.isfinite(top[:, 1]), top[:, 0] - top[:, 1], 0.0)
         bid = price[best[:, 0]] + margin + step
         rows = place.squeeze(1)[free]

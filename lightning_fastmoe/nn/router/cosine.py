@@ -19,7 +19,7 @@ _LOWEST_TEMPERATURE = 0.01
 class CosineTopKRouter(Router):
     """Softmax top-k of the cosine between a projected token and each expert's embedding.
 
-    ``logits[t, e] = cos(P x[t], v[e]) / tau``: on a low-dimensional sphere tokens don't gather
+    ``logits[t, e] = cos(P x[t], v[e]) / tau``: on a low-dimensional sphere tokens don't cluster
     around the experts' embeddings, which would make representations collapse (X-MoE). tau is
     learned as ``exp(-log_scale)`` and never below 0.01 (Swin-MoE), or fixed.
 
@@ -27,9 +27,10 @@ class CosineTopKRouter(Router):
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: experts per token, K.
-        d_router: width of the sphere; None is E/2 as in X-MoE, at least 2. Swin-MoE has 256.
-        temperature: tau at the start.
-        learn_temperature: Swin-MoE's form; False keeps tau.
+        d_router: dimension of the sphere's space; None is E/2 as in X-MoE, at least 2. Swin-MoE
+            uses 256.
+        temperature: the initial tau.
+        learn_temperature: whether tau is learned, as in Swin-MoE; False keeps it fixed.
         normalize_weights: divide the chosen scores by their sum. None: yes for K > 1.
         init_std: standard deviation of the initial projection; None initialises as ``nn.Linear``.
 
@@ -61,7 +62,7 @@ class CosineTopKRouter(Router):
         self._normalize, self.init_std, self.temperature = normalize_weights, init_std, temperature
         self.projection = nn.Parameter(torch.empty(width, d_model))
         self.embedding = nn.Parameter(torch.empty(num_experts, width))
-        # One element and not none: ZeRO 3 partitions parameters by their dimensions.
+        # Shape (1,), not (): ZeRO 3 can't partition a parameter without dimensions.
         self.log_scale = nn.Parameter(torch.empty(1), requires_grad=learn_temperature)
         self.check_top_k(top_k)
         self.reset_parameters()

@@ -67,7 +67,7 @@ class ExpertChoiceRouter(LinearRouter):
         scores = torch.softmax(logits, dim=-1)
         # (G, E, n): each expert ranks the tokens of a group.
         by_expert = scores.view(groups, n, experts).transpose(1, 2)
-        # By the logarithm, which still has an order where scores underflow to zero.
+        # Logarithms still order the tokens where scores underflow to zero.
         log_scores = torch.log_softmax(logits.detach(), dim=-1)
         ranked = log_scores.view(groups, n, experts).transpose(1, 2)
         picked = ops.top_k(ranked.reshape(groups * experts, n), taken)

@@ -14,13 +14,13 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class GShardRouter(LinearRouter):
-    """The two best experts; in training the second one only with probability ``2 * weight``.
+    """The two best experts; in training the second is used only with probability ``2 * weight``.
 
     ``scores = softmax(x W^T)``; the weights g1, g2 are the two best scores over their sum. With u
     uniform in [0, 1), the second expert is used in training if ``2 * g2 > u``, and always in
     evaluation. A second expert that isn't used contributes zero and counts as not routed. The
     layer's capacity factors default to FastMoE's 1.2 in training and 2.4 in evaluation. The
-    load-balancing losses count first choices alone (c_e of the paper's algorithm 1).
+    load-balancing losses count only first choices (c_e of the paper's algorithm 1).
 
     Args:
         d_model: width of a token, D.
@@ -53,7 +53,7 @@ class GShardRouter(LinearRouter):
         """Refuses all but 2."""
         if top_k != 2:
             raise ConfigError(
-                f"top_k={top_k} is not GShard routing, which sends each token to two experts. Use"
+                f"top_k={top_k} doesn't fit GShard routing, which uses two experts per token. Use"
                 " top_k=2, or router='softmax'."
             )
 
@@ -74,10 +74,10 @@ class GShardRouter(LinearRouter):
 class DCRouter(GShardRouter):
     """FastMoE's DC gate: GShard's routing with capacity over the tokens of all ranks.
 
-    "Distributed capacity": an expert's room is that of the global batch, and goes to the ranks in
-    order, so that a rank whose tokens like an expert may use what others leave. In this package
-    that is ``MoE(capacity_over="global")``, which any router can have; this class is GShard's
-    with that default.
+    "Distributed capacity": an expert's capacity is computed over the global batch and filled in
+    rank order, so that a rank with many tokens for an expert may use slots that other ranks don't
+    need. In this package that is ``MoE(capacity_over="global")``, which works with any router; this
+    class is the GShard router with that default.
     """
 
     capacity_over = "global"

@@ -17,8 +17,9 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 class HashRouter(Router):
     """The K experts with the largest ``hash(seed, token id, e)``, each with weight 1/K.
 
-    Needs the vocabulary ids: ``moe(x, token_ids=ids)``. Nothing is learned, so nothing collapses;
-    but frequent ids make busy experts. Ties have probability 2^-63, and go to the lower expert id.
+    Needs the vocabulary ids: ``moe(x, token_ids=ids)``. Nothing is learned, so routing can't
+    collapse, but experts with frequent ids get more tokens. Ties, with probability 2^-63, go to the
+    lower expert id.
 
     Args:
         d_model: width of a token, D.

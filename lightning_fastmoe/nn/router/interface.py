@@ -1,4 +1,4 @@
-"""The base class of routers, and of those with a weight matrix."""
+"""The base classes of routers: ``Router``, and ``LinearRouter`` for those with a weight matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class Router(nn.Module):
-    """Base class of routers. A subclass defines :meth:`route`; ten lines make a router::
+    """Base class of routers. A subclass defines :meth:`route`::
 
         class Nearest(Router):
             def __init__(self, d_model, num_experts, top_k=2):
@@ -26,34 +26,34 @@ class Router(nn.Module):
                 logits = -torch.cdist(x, self.centres.to(x.dtype))
                 return self.token_choice(logits, torch.softmax(logits, dim=-1))
 
-    ``MoE(router=Nearest)`` builds it; ``MoE(router="my.module.Nearest")`` does so by name.
+    Use it as ``MoE(router=Nearest)``, or by its path as ``MoE(router="my.module.Nearest")``.
 
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
-        top_k: experts per token, K, or None if that is not the router's idea.
+        top_k: experts per token, K, or None if the router doesn't choose a fixed number.
 
     Raises:
         ConfigError: if ``top_k`` is outside ``[1, num_experts]``.
     """
 
     causal: ClassVar[bool] = True
-    """Whether a token's experts depend on that token and earlier ones alone."""
+    """Whether a token's experts depend only on that token and earlier ones."""
     random: ClassVar[bool] = False
     """Whether :meth:`route` draws random numbers in training; they come from the context."""
     uses_batch: bool = False
-    """Whether :meth:`route` asks other ranks through the context's batch, besides random numbers;
-    with at most K * E counts at a time."""
+    """Whether :meth:`route` exchanges data with other ranks through the context's batch, other than
+    for random numbers; at most K * E counts at a time."""
     losses: ClassVar[frozenset[str]] = TOKEN_CHOICE_LOSSES
-    """The losses that make sense with this router."""
+    """The losses that apply to this router."""
     default_losses: ClassVar[frozenset[str]] = frozenset({"load_balancing", "z_loss"})
-    """Those of them that the layer switches on if it isn't told."""
+    """The losses that the layer enables by default."""
     capacity_factors: tuple[float | None, float | None] = (None, None)
-    """The layer's capacity factors in training and evaluation if it isn't told."""
+    """The layer's default capacity factors in training and evaluation."""
     capacity_over: str = "rank"
-    """See ``MoE``; what the layer does if it isn't told."""
+    """The default of ``MoE(capacity_over=...)``."""
     own_capacity: ClassVar[bool] = False
-    """Whether the router itself acts on the context's capacity factor."""
+    """Whether the router itself applies the context's capacity factor."""
 
     balance_bias: Tensor | None
     load_since_update: Tensor | None
@@ -67,7 +67,7 @@ class Router(nn.Module):
             self._top_k = self._in_range(top_k)
         self.register_buffer("balance_bias", None)
         self.register_buffer("load_since_update", None, persistent=False)
-        # Numbers all tokens of a training, so that draws go on after a checkpoint.
+        # Numbers the tokens of the whole training run, so that random draws resume with it.
         seen = torch.zeros((), dtype=torch.int64) if self.random else None
         self.register_buffer("tokens_seen", seen)
 
@@ -83,13 +83,13 @@ class Router(nn.Module):
         self._top_k = value
 
     def check_top_k(self, top_k: int) -> None:
-        """Refuses a K of ``[1, num_experts]`` that this router can't act on.
+        """Refuses a K within ``[1, num_experts]`` that this router doesn't support.
 
-        Asked whenever :attr:`top_k` is set. A subclass that overrides it calls it at the end of its
-        ``__init__``, where what it looks at exists.
+        Called whenever :attr:`top_k` is set. A subclass that overrides it calls it at the end of
+        its ``__init__``, when the attributes it needs exist.
 
         Raises:
-            ConfigError: naming the rule.
+            ConfigError: if the router doesn't support it.
         """
 
     def _in_range(self, value: int) -> int:
@@ -102,18 +102,18 @@ class Router(nn.Module):
         return value
 
     def add_balance_bias(self) -> None:
-        """Gives the router a bias per expert that only the selection sees (DeepSeek-V3).
+        """Adds a bias per expert that affects only the selection (DeepSeek-V3).
 
-        :class:`~lightning_fastmoe.RouterBiasBalancing` moves it. fp32 whatever the model is.
+        Updated by :class:`~lightning_fastmoe.RouterBiasBalancing`. fp32 whatever the model's dtype.
         """
         self.register_buffer("balance_bias", torch.zeros(self.num_experts, dtype=torch.float32))
-        # What a rank has routed since the bias last moved. Not in state dicts, as each
-        # rank has its own; it is empty between steps.
+        # What this rank has routed since the last update of the bias. Not in state dicts: it
+        # differs between ranks, and is zero between steps.
         load = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("load_since_update", load, persistent=False)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Routes ``x (T, D)``, in fp32 whatever its dtype, also under autocast; fp64 stays fp64."""
+        """Routes ``x (T, D)`` in fp32, even under autocast; fp64 stays fp64."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             return self.route(x.to(dtype), context or RoutingContext(training=self.training))
@@ -134,15 +134,15 @@ class Router(nn.Module):
         normalize: bool = True,
         log_scores: Tensor | None = None,
     ) -> Routing:
-        """The K best scores of each token, plus the balance bias if there is one.
+        """Chooses each token's K best experts by score plus the balance bias, if there is one.
 
         Args:
             logits: (T, E).
             scores: (T, E), a distribution.
             normalize: divide the chosen scores by their sum.
             log_scores: (T, E), the logarithms of the scores up to a constant per token, such as the
-                logits of a softmax. Normalised weights come from them where given. Without them, a
-                token whose chosen scores all underflow gets equal weights and no gradient.
+                logits of a softmax. If given, normalised weights are computed from them. Otherwise
+                a token whose chosen scores all underflow gets equal weights and no gradient.
         """
         expert_ids = self.select(scores, log_scores)
         weights = torch.gather(scores, 1, expert_ids)
@@ -150,13 +150,13 @@ class Router(nn.Module):
             weights = torch.softmax(torch.gather(log_scores, 1, expert_ids), dim=-1)
         elif normalize:
             total = weights.sum(dim=-1, keepdim=True)
-            # Beneath it gradients, which go with 1 / total, overflow.
+            # Below this, gradients, which scale with 1 / total, overflow.
             lost = total < torch.finfo(total.dtype).tiny ** 0.75
             weights = torch.where(lost, 1 / self.top_k, weights / total.masked_fill(lost, 1.0))
         return Routing(logits, scores, weights, expert_ids)
 
     def select(self, scores: Tensor, tie_break: Tensor | None = None) -> Tensor:
-        """Ids of the K best of ``scores (T, E)`` plus bias, best first, ties to the lower id.
+        """Ids of the K largest ``scores (T, E)`` plus bias, largest first, ties to the lower id.
 
         Args:
             scores: (T, E).
@@ -168,7 +168,7 @@ class Router(nn.Module):
         return ops.top_k(chosen, self.top_k, None if tie_break is None else tie_break.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        """Casts of the whole model leave the balance bias in fp32: bf16 can't hold its steps."""
+        """Keeps the balance bias in fp32 when the model is cast: bf16 can't represent its steps."""
         before = self.balance_bias
         super()._apply(fn, recurse)
         after = self.balance_bias
@@ -188,7 +188,7 @@ class LinearRouter(Router):
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
-        top_k: experts per token, K, or None if that is not the router's idea.
+        top_k: experts per token, K, or None if the router doesn't choose a fixed number.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -213,17 +213,17 @@ class LinearRouter(Router):
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """``x / |x|`` along the last dimension, of any finite length; zeros stay zeros.
+    """``x / |x|`` along the last dimension, for any finite length; zeros stay zeros.
 
-    ``F.normalize`` squares the entries as they are: beyond 1e19 a vector becomes zero, below 1e-12
-    it keeps its length.
+    ``F.normalize`` alone squares unscaled entries: beyond 1e19 a vector becomes zero, and below
+    1e-12 it keeps its length.
     """
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     return F.normalize(x / largest.masked_fill(largest == 0, 1.0), dim=-1)
 
 
 def init_gate(weight: Tensor, d_model: int, init_std: float | None) -> None:
-    """Draws a router's weights from torch's global generator, as ``nn.Linear`` does or normally."""
+    """Draws a router's weights: as ``nn.Linear`` does, or normal with ``init_std``."""
     if init_std is None:
         nn.init.uniform_(weight, -(d_model**-0.5), d_model**-0.5)
     else:

@@ -1,7 +1,7 @@
-"""Losses on a router's output. All are zero for zero tokens, and fp32 (fp64 for fp64) scalars.
+"""Losses on a router's output. All are fp32 scalars (fp64 for fp64), and zero for zero tokens.
 
 Each is a mean over this rank's micro-batch, as if each rank added the term to its own loss; the
-loss of the global batch is then the mean over ranks. Only :func:`global_load_balancing_loss` knows
+loss of the global batch is then the mean over ranks. Only :func:`global_load_balancing_loss` uses
 other ranks' tokens.
 """
 
@@ -22,7 +22,7 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
     ``f_e`` is the share of (token, slot) pairs that chose expert e (no gradient), ``P_e`` the mean
     score of e (Switch Transformer, eq. 4-6). GShard's router sets ``routing.balanced_slots`` to 1:
-    then f counts first choices alone. Computed over the tokens of this rank's micro-batch, as if
+    then f counts only first choices. Computed over the tokens of this rank's micro-batch, as if
     each rank added the term to its own loss. Dropped pairs count: they were chosen.
     """
     tokens, num_experts = routing.scores.shape
@@ -40,9 +40,10 @@ def z_loss(routing: Routing) -> Tensor:
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Over the last dimension; its gradient is the softmax.
+    """Logsumexp over the last dimension, with the softmax as its gradient.
 
-    PyTorch's is exp(x - result), in which the rounding of a large result becomes a factor.
+    PyTorch computes the gradient as exp(x - result), where the rounding error of a large result
+    becomes a factor.
     """
 
     @staticmethod
@@ -73,12 +74,12 @@ def load_loss(routing: Routing) -> Tensor:
 
 
 def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> Tensor:
-    """The load-balancing loss of each sequence by itself, averaged (DeepSeek-V3, eq. 17-20).
+    """The load-balancing loss of each sequence, averaged over sequences (DeepSeek-V3, eq. 17-20).
 
-    ``mean_s E * sum_e f_se P_se``, with share and mean score over the tokens of sequence s; those
-    without tokens are left out. Sequences lie along the input's first dimension, a 2-dimensional
-    input is one; or the layer was given ``sequence_ids``. Invariant under how sequences are divided
-    over ranks and micro-batches, if each gets as many.
+    ``mean_s E * sum_e f_se P_se``, with share and mean score over the tokens of sequence s;
+    sequences without tokens are left out. Sequences are given by ``sequence_ids``, or else are the
+    entries of the input's first dimension (a 2-dimensional input is one sequence). Independent of
+    how sequences are divided over ranks and micro-batches, if each gets the same number.
     """
     scores = routing.scores
     tokens, num_experts = scores.shape
@@ -117,11 +118,11 @@ def sequence_load_balancing_loss(routing: Routing, context: RoutingContext) -> T
 def global_load_balancing_loss(routing: Routing, context: RoutingContext) -> Tensor:
     """The load-balancing loss over the tokens of all ranks ("Demons in the detail", 2025).
 
-    The shares f are those of the global batch; the mean score P is the part of the global mean that
-    this rank's tokens make up, times the number of ranks, so that the mean over ranks is
-    ``E * sum_e f_e P_e`` of the global batch, also where ranks hold different numbers of tokens.
-    So experts need to be even over the whole batch only, and may specialise in a domain. Exchanges
-    E + 1 counts over all ranks, once per forward pass.
+    The shares f are those of the global batch; the mean score P is this rank's contribution to the
+    global mean, times the number of ranks. So the mean over ranks is ``E * sum_e f_e P_e`` of the
+    global batch, even if ranks hold different numbers of tokens. Experts are balanced only over the
+    whole batch, so they may specialise in a domain. Exchanges E + 1 counts over all ranks once per
+    forward pass.
     """
     scores = routing.scores
     tokens, num_experts = scores.shape
@@ -138,10 +139,10 @@ class Loss:
     """One of the losses that a layer can attach.
 
     Attributes:
-        function: its value, a scalar, from a routing and the context of the pass.
-        coefficient: where a router has the loss switched on and the layer isn't told otherwise.
-        token_choice: whether it makes sense for every router that gives each token a choice of K
-            experts. Others name it in their ``losses``.
+        function: computes the loss, a scalar, from a routing and the context of the pass.
+        coefficient: the default coefficient, for routers that enable the loss by default.
+        token_choice: whether the loss applies to every router that gives each token K experts. If
+            not, routers opt in through their ``losses``.
         uses_batch: whether it exchanges counts with the other ranks.
     """
 
@@ -162,7 +163,7 @@ LOSSES = {
 """The losses by the names of their coefficients among the arguments of ``MoE``."""
 
 TOKEN_CHOICE_LOSSES = frozenset(name for name, loss in LOSSES.items() if loss.token_choice)
-"""Those that make sense for any router that gives each token a choice of K experts."""
+"""The losses that apply to any router that gives each token K experts."""
 
 
 def loss_value(name: str, routing: Routing, context: RoutingContext) -> Tensor:
@@ -171,15 +172,15 @@ def loss_value(name: str, routing: Routing, context: RoutingContext) -> Tensor:
 
 
 def _sum_runs(rows: Tensor, sizes: Tensor) -> Tensor:
-    """Sums of the next ``sizes (G,)`` rows of ``rows (T, n)`` at a time, (G, n).
+    """Sums of consecutive runs of ``rows (T, n)``, of lengths ``sizes (G,)``: (G, n).
 
-    Not ``index_add``, which adds in another order each time on CUDA.
+    Not by ``index_add``, whose order of additions varies between calls on CUDA.
     """
     sums: Tensor = torch.segment_reduce(rows, "sum", lengths=sizes, axis=0, unsafe=True)
     return sums
 
 
 def _cv_squared(values: Tensor) -> Tensor:
-    # Before squaring, which would underflow. All are zero if their mean is.
+    # Divided before squaring, which could underflow. A zero mean means that all values are zero.
     ratios = values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
     return ratios.var(correction=0)

@@ -16,12 +16,13 @@ from lightning_fastmoe.nn.router.random import normal_from_uniform
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 _SMALLEST_NOISE = 1e-26
-"""What the noise's size is at least: softplus falls to zero far below it. Smaller noise decides
-nothing but ties, while the load and its gradient, which go with 1 / size, would leave fp32."""
+"""Lower limit of the noise's standard deviation; softplus alone can underflow to zero. Smaller
+noise would only break ties, while the load and its gradient, which scale with 1 / size, would
+overflow fp32."""
 
 
 class NoisyTopKRouter(Router):
-    """Top-k of logits with noise whose size the router learns; CV^2 losses keep experts even.
+    """Top-k of noisy logits; the router learns the size of the noise, CV^2 losses balance the load.
 
     With ``c = x W^T``, ``s = softplus(x V^T)`` and standard normal noise z (none in evaluation)::
 
@@ -32,7 +33,7 @@ class NoisyTopKRouter(Router):
     where ``noise * s`` is at least 1e-26.
 
     ``kth[t, e]`` is the K-th largest of h[t] with e left out, so ``load`` is the probability that e
-    is chosen if only its own noise is drawn anew; a differentiable stand-in for the counts. The
+    is chosen if only its own noise is redrawn: a differentiable substitute for the counts. The
     losses of the paper are ``importance`` (CV^2 of the summed gates) and ``load`` (CV^2 of the
     summed load), each with coefficient 0.1 there.
 
@@ -42,7 +43,7 @@ class NoisyTopKRouter(Router):
         top_k: experts per token, K; at least 2, as for K = 1 the only weight is always 1.
         noise: factor on the noise; may be changed between steps, 0 switches it off.
         init_std: standard deviation of W; None initialises with zeros, as the paper does, so that
-            at first noise alone decides.
+            at first only the noise decides.
 
     Raises:
         ConfigError: if ``top_k`` is out of range or ``noise`` negative.
@@ -96,9 +97,9 @@ class NoisyTopKRouter(Router):
         order = ops.top_k(noisy.detach(), k + 1)
         best = torch.gather(noisy, 1, order)
         chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter(1, order[:, :k], True)
-        # Without a chosen one, the K-th largest of the others is the (K+1)-th of all.
+        # Leaving out a chosen expert, the K-th largest of the others is the (K+1)-th of all.
         kth = torch.where(chosen, best[:, k : k + 1], best[:, k - 1 : k])
-        # A product, as the gradient of a quotient has the square of `size` in it, which underflows.
+        # A product, because the gradient of a quotient contains size^2, which underflows.
         probability: Tensor = torch.special.ndtr((clean - kth) * torch.exp(-torch.log(size)))
         return probability
 

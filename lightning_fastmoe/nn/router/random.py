@@ -1,9 +1,9 @@
-"""Random numbers by (seed, stream, token number, column): the same on any topology and device.
+"""Random numbers keyed by (seed, stream, token, column): identical on any topology and device.
 
 A counter-based generator has no state, so a token's numbers don't depend on which rank, micro-batch
-or replay asks for them (the idea is Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"). The mixing function is SplitMix64's (Steele et al. 2014) in wrapping int64 arithmetic,
-which is the same on every device.
+or replay draws them (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The mixing
+function is SplitMix64's (Steele et al. 2014) in wrapping int64 arithmetic, which gives the same
+result on every device.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def random_bits(seed: int, stream: int, tokens: Tensor, columns: int) -> Tensor:
     """64 random bits for each token and column.
 
     Args:
-        seed: any integer; its lowest 64 bits count.
-        stream: numbers apart what is drawn for different purposes.
+        seed: any integer; only its lowest 64 bits matter.
+        stream: distinguishes draws for different purposes.
         tokens: (T,) int64, the tokens' numbers.
         columns: draws per token.
 
@@ -71,22 +71,22 @@ def normal_from_uniform(u: Tensor) -> Tensor:
 
 
 class PassNumbers:
-    """Finds, when activation checkpointing replays a forward pass, where its tokens' numbers began.
+    """Remembers each forward pass's first token number, for when checkpointing replays the pass.
 
-    A replay is recognised by what activation checkpointing restores for it: the state of torch's
-    CPU generator. Each pass draws its name from there.
+    Activation checkpointing restores the state of torch's CPU generator for a replay. Each pass
+    draws its name from that generator, so a replay draws the same name.
     """
 
     def __init__(self) -> None:
         self._first: OrderedDict[int, Tensor] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[PassNumbers], tuple[()]]:
-        """A copy, or an unpickled layer, has made no pass of its own yet."""
+        """Starts empty when copied or unpickled: a copy has run no pass of its own yet."""
         return PassNumbers, ()
 
     @staticmethod
     def name() -> int:
-        """The name of the pass that begins, or that is replayed."""
+        """Draws the name of the pass that is starting or being replayed."""
         return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
 
     def first_token(
@@ -95,9 +95,9 @@ class PassNumbers:
         """The number of a pass's first token, over all ranks since training began.
 
         Args:
-            seen: int64 scalar, the tokens before this pass; moved on unless it is a replay.
+            seen: int64 scalar, the tokens before this pass; advanced in place unless replayed.
             tokens: this rank's number of tokens in this pass.
-            batch: reaches the other ranks.
+            batch: access to the other ranks' tokens.
             layer: for errors.
             replay: activation checkpointing is repeating the pass.
         """
@@ -112,21 +112,21 @@ class PassNumbers:
         return first
 
     def store(self, name: int, first: Tensor) -> None:
-        """Notes the number of a pass's first token."""
+        """Stores the number of a pass's first token."""
         self._first[name] = first
         while len(self._first) > _MAX_PASSES:
             self._first.popitem(last=False)
 
     def find(self, name: int, layer: str) -> Tensor:
-        """The number of the first token of the pass that is replayed.
+        """The number of the first token of the pass being replayed.
 
         Raises:
             ConfigError: if the pass is unknown.
         """
         if name not in self._first:
             raise ConfigError(
-                f"{layer}: activation checkpointing replays a forward pass, but without the random"
-                " state it had, so the router can't draw the same numbers again. Use"
-                " checkpoint(..., preserve_rng_state=True), or a router that draws none."
+                f"{layer}: activation checkpointing replays a forward pass, but without its random"
+                " state, so the router can't draw the same numbers again. Use"
+                " checkpoint(..., preserve_rng_state=True), or a router without random numbers."
             )
         return self._first[name]

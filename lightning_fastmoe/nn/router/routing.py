@@ -1,4 +1,4 @@
-"""A router's choice, and what it is told to make it."""
+"""A router's output (``Routing``) and its input besides the tokens (``RoutingContext``)."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Routing(NamedTuple):
       token occurs any number of times. N must not depend on the data.
     - Soft: ``dispatch_mix (G, S, n)`` turns each of G sequences of n tokens into S rows, which are
       routed as in token choice (``expert_ids (G*S, 1)``), and ``combine_mix (G, n, S)`` turns the
-      results back: T = G*n.
+      results into tokens again: T = G*n.
 
-    A named tuple, as ZeRO 3 looks for the tensors in a module's output to know when the module's
+    A named tuple because ZeRO 3 looks for tensors in a module's output, to know when the module's
     backward pass begins, and it looks into tuples but not into dataclasses.
 
     Attributes:
         logits: (T, E) fp32, raw.
-        scores: (T, E) fp32, non-negative, each row of sum 1: what losses and metrics take as the
-            router's probabilities.
+        scores: (T, E) fp32, non-negative, rows sum to 1: the router's probabilities, as losses and
+            metrics use them.
         weights: fp32, used to combine; differentiable with respect to the router.
         expert_ids: int64, global expert ids.
         active: (T, K) bool, the slots that the router uses; None for all.
         kept: (T, K) bool, the active slots that fit into their expert's capacity; None for all
-            active ones. Others contribute zero.
+            active ones. The others contribute zero.
         token_ids: (N,) int64, for expert choice.
         dispatch_mix: (G, S, n), for soft routing.
         combine_mix: (G, n, S), for soft routing.
-        load: (T, E), the probability that a token picks an expert once more if its noise is drawn
-            anew; for the load loss of noisy routers.
+        load: (T, E), the probability that a token chooses an expert if that expert's noise is
+            redrawn; for the load loss of noisy routers.
         tokens_per_expert: (E,) int64, counts of the active pairs, if they are known already.
         balanced_slots: how many slots, from the first, the load-balancing losses count; None for
             all.
@@ -84,7 +84,7 @@ class Routing(NamedTuple):
         return count_experts(self.expert_ids, self.logits.shape[1], self.kept)
 
     def dropped_counts(self) -> Tensor:
-        """(E,) int64: the pairs that their expert had no room for: routed = kept + dropped."""
+        """(E,) int64: the pairs that exceeded their expert's capacity: routed = kept + dropped."""
         return self.routed_counts() - self.kept_counts()
 
 
@@ -98,20 +98,21 @@ def count_experts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = No
 
 @dataclass
 class RoutingContext:
-    """What a router may want to know besides the tokens; the layer fills it in.
+    """A router's input besides the tokens; filled in by the layer.
 
     Attributes:
         training: whether the layer is training.
-        grid: (G, n): the tokens are G sequences of n each, one after the other.
-        positions: (T,) int64, the places in the grid of the tokens that a mask left; None for all.
+        grid: (G, n): before masking the tokens are G sequences of n each, concatenated.
+        positions: (T,) int64, the positions of the unmasked tokens in the grid; None without a
+            mask.
         sequence_ids: (T,) int64, numbers of the sequences that the tokens belong to, ascending
-            and below G * n; None if each row of the grid is one.
+            and below G * n; None if each row of the grid is one sequence.
         token_ids: (T,) integers, the vocabulary ids that the layer was called with, or None.
         capacity_factor: the layer's, for training or evaluation; None is dropless.
-        seed: differs between layers.
+        seed: the layer's random seed.
         first_token: int64 scalar tensor, the number of the first token of this pass, counted from
             the start of training over all ranks and micro-batches; None where nothing is drawn.
-        batch: reaches the other ranks' tokens.
+        batch: access to the other ranks' tokens.
         layer: the layer's name, for errors.
     """
 
@@ -127,7 +128,7 @@ class RoutingContext:
     layer: str = "MoE"
 
     def uniform(self, like: Tensor, columns: int, stream: int = 0) -> Tensor:
-        """(T, columns) numbers of [0, 1) in the dtype of ``like (T, ...)``.
+        """Uniform random numbers (T, columns) in [0, 1), in the dtype of ``like (T, ...)``.
 
         Token i of the global batch gets the same numbers on any number of ranks, with any number of
         micro-batches, on the CPU and on CUDA. Masked tokens are not counted, so padding changes
@@ -136,7 +137,7 @@ class RoutingContext:
         Args:
             like: T tokens.
             columns: numbers per token.
-            stream: a second call in the same pass takes another one.
+            stream: use a different one for each call in the same pass.
         """
         at = torch.arange(like.shape[0], dtype=torch.int64, device=like.device)
         if self.first_token is not None:
@@ -147,18 +148,17 @@ class RoutingContext:
         """:attr:`grid`, for routers that work on whole sequences.
 
         Raises:
-            ConfigError: if a mask has left sequences of different lengths, or the tokens are packed
-                documents.
+            ConfigError: if the input is masked, or its rows hold several sequences.
         """
         if self.sequence_ids is not None:
             raise ConfigError(
-                f"{self.layer}: this router looks at whole rows of the batch, but sequence_ids="
+                f"{self.layer}: this router works on whole rows of the batch, but sequence_ids="
                 " says that rows hold several sequences, which it would mix. Give each sequence a"
                 " row of its own, or choose a router that treats each token alone."
             )
         if self.positions is not None:
             raise ConfigError(
-                f"{self.layer}: this router looks at whole sequences, so mask= can't take tokens"
+                f"{self.layer}: this router works on whole sequences, so mask= can't take tokens"
                 " out of them. Drop the mask, or choose a router that treats each token alone."
             )
         return self.grid or (1, num_tokens)

@@ -18,25 +18,26 @@ from lightning_fastmoe.nn.router.softmax import check_normalized
 class SigmoidTopKRouter(LinearRouter):
     """Experts by ``s = sigmoid(x W^T)``, chosen by ``s + bias`` inside the best groups.
 
-    The experts form G groups of E/G neighbours. A group's score is the sum of its two best
-    ``s + bias``; the ``limit`` best groups remain, and of their experts the K best ``s + bias``.
-    Ties go to the larger logits, then to the lower id, for groups too. The bias acts on the choice
-    alone::
+    The experts form G groups of E/G consecutive ids. A group's score is the sum of its two largest
+    ``s + bias``; from the ``limit_groups`` best groups, the K experts with the largest ``s + bias``
+    are chosen. Ties go to the larger logits, then to the lower id, for groups too. The bias affects
+    only the selection::
 
         weights[t, k] = scale * s[t, e_k] / sum_j s[t, e_j]       (T, K)
         scores[t, e]  = s[t, e] / sum_j s[t, j]                   (T, E), for losses and metrics
 
-    Both ratios come from the logarithms of s: they are right also where s is zero in fp32.
+    Both ratios are computed from log s, so they are right even where s underflows to zero in fp32.
 
     Args:
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: experts per token, K.
-        num_groups: G, a divisor of E; 1 selects among all.
-        limit_groups: groups that a token may use; None for all.
+        num_groups: G, a divisor of E; 1 selects among all experts.
+        limit_groups: number of groups that a token may use; None for all.
         scale: factor on the weights (2.5 in DeepSeek-V3).
         normalize_weights: divide the chosen s by their sum. None: yes for K > 1.
-        balance_bias: have the bias, moved by :class:`~lightning_fastmoe.RouterBiasBalancing`.
+        balance_bias: whether to have the bias, which
+            :class:`~lightning_fastmoe.RouterBiasBalancing` updates.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -112,7 +113,7 @@ class SigmoidTopKRouter(LinearRouter):
         grouped = s.view(in_groups)
         size = min(2, grouped.shape[2])
         best = grouped.topk(size, dim=-1).values.sum(dim=-1)
-        # Far from zero all s round to 0 or 1; the logit of their mean tells the groups apart.
+        # For large |logits| all s round to 0 or 1; the logit of their mean still orders the groups.
         pair = logits.view(in_groups).topk(size, dim=-1).values
         mean_logit = F.logsigmoid(pair).logsumexp(dim=-1) - F.logsigmoid(-pair).logsumexp(dim=-1)
         groups = ops.top_k(best, self.limit_groups, mean_logit)

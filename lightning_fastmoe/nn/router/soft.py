@@ -22,7 +22,7 @@ class SoftRouter(Router):
         Y = (softmax over slots of L) expert(slots)                (n, D): combine
 
     Slot s belongs to expert ``s // slots_per_expert``. Fully differentiable; nothing to balance.
-    Cost goes with the slots, not with the tokens. Not causal: slots mix all tokens of a sequence.
+    Cost scales with the slots, not the tokens. Not causal: slots mix all tokens of a sequence.
 
     Args:
         d_model: width of a token, D.

@@ -25,8 +25,8 @@ class SoftmaxTopKRouter(LinearRouter):
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
         score_after_selection: weights are the softmax over the K chosen logits alone, as in Mixtral
             and FastMoE's naive gate. Normalised weights, the default for K > 1, are the same
-            numbers; this refuses settings that have others.
-        balance_bias: a bias per expert that only the selection sees, moved by
+            numbers; this option only refuses settings that differ.
+        balance_bias: whether to have a bias per expert that affects only the selection, updated by
             :class:`~lightning_fastmoe.RouterBiasBalancing` (Wang et al. 2024, "Auxiliary-loss-free
             load balancing").
 

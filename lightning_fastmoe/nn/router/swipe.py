@@ -1,4 +1,4 @@
-"""FastMoE's SWIPE: what overflows a rank moves on to the next rank with room."""
+"""FastMoE's SWIPE router: pairs that overflow a rank move to the next rank with room."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 class SwipeRouter(LinearRouter):
     """Top-k routing that gives every rank equally many pairs in training, and drops none.
 
-    The experts form G groups of neighbours, one per rank that holds experts. A group takes at most
+    The experts form G groups of consecutive ids, one per expert rank. A group takes at most
     ``ceil(N / G)`` of the N (token, slot) pairs of the global batch. Slot by slot, the pairs
     arrive in order of (rank, token). A pair that finds its group full goes to the next group with
     room, in cyclic order (those that overflow from group 0 first), and there to the expert that
@@ -29,8 +29,8 @@ class SwipeRouter(LinearRouter):
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: experts per token, K.
-        num_groups: G, a divisor of E; None for the ranks over which experts are split. Give a
-            number to have the same routing on any topology.
+        num_groups: G, a divisor of E; None for the number of ranks over which experts are sharded.
+            Give a number to have the same routing on any topology.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -63,7 +63,7 @@ class SwipeRouter(LinearRouter):
         if context.training:
             expert_ids = self._swipe(logits.detach(), expert_ids, context)
         chosen = torch.gather(logits, 1, expert_ids)
-        # The softmax over a single logit is always 1, which would leave the router untrained.
+        # The softmax over a single logit is always 1, which would give the router no gradient.
         scores = torch.softmax(logits, dim=-1)
         weights = (
             torch.softmax(chosen, dim=-1) if self.top_k > 1 else torch.gather(scores, 1, expert_ids)
@@ -99,11 +99,11 @@ class SwipeRouter(LinearRouter):
 def swipe_plan(
     demand: Sequence[Sequence[int]], room: Sequence[int]
 ) -> tuple[list[list[int]], list[list[list[int]]], list[int]]:
-    """Who stays and who moves, for one slot.
+    """Which pairs stay in their group and which move, for one slot.
 
     Args:
         demand: [rank][group], pairs that arrive.
-        room: [group], pairs that still fit; in all at least as many as arrive.
+        room: [group], pairs that still fit; in total at least as many as arrive.
 
     Returns:
         ``stays`` [rank][group]; ``moves`` [rank][group], the new groups of those that don't stay,
@@ -116,7 +116,7 @@ def swipe_plan(
         left = [free - k for free, k in zip(left, kept, strict=True)]
         stays.append(kept)
     moves: list[list[list[int]]] = [[[] for _ in room] for _ in demand]
-    for group in range(len(room)):  # groups outside, so that ranks don't change the order
+    for group in range(len(room)):  # outer loop, so that the order doesn't depend on the ranks
         at = group
         for rank, kept, targets in zip(demand, stays, moves, strict=True):
             for _ in range(rank[group] - kept[group]):

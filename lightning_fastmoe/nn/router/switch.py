@@ -13,7 +13,7 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class SwitchRouter(LinearRouter):
-    """The best expert alone, weighted by its score; in training the router sees jittered tokens.
+    """Only the best expert, weighted by its score; in training the router sees jittered tokens.
 
     ``scores = softmax((x * u) W^T)`` with ``u (T, D)`` uniform in [1 - jitter, 1 + jitter] in
     training and 1 in evaluation; the expert itself gets x. ``weights (T, 1)`` is the best score.
@@ -22,7 +22,7 @@ class SwitchRouter(LinearRouter):
         d_model: width of a token, D.
         num_experts: E of the whole model.
         top_k: 1.
-        jitter: may be changed between steps, 0 switches it off.
+        jitter: half-width of the noise; may be changed between steps, 0 switches it off.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear``.
 
     Raises:
@@ -50,7 +50,7 @@ class SwitchRouter(LinearRouter):
         """Refuses all but 1."""
         if top_k != 1:
             raise ConfigError(
-                f"top_k={top_k} is not Switch routing, which sends each token to one expert. Use"
+                f"top_k={top_k} doesn't fit Switch routing, which uses one expert per token. Use"
                 " top_k=1, or router='softmax'."
             )
 

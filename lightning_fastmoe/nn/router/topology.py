@@ -1,4 +1,4 @@
-"""FasterMoE's topology-aware gate (He et al. 2022): only a fraction of tokens leaves the node."""
+"""FasterMoE's topology-aware gate (He et al. 2022), which limits how many tokens leave the node."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
 class TopologyAwareRouter(LinearRouter):
-    """Top-k routing in which at most a fraction of a rank's tokens uses experts of other nodes.
+    """Top-k routing in which only a fraction of a rank's tokens may use experts of other nodes.
 
     Of the tokens whose K best experts are not all on the rank's own node, the
-    ``floor(outgoing_fraction * T)`` with the largest logit of an expert elsewhere keep their choice
-    (ties to the earlier token); the others take the K best experts of the node. Weights: softmax
+    ``floor(outgoing_fraction * T)`` with the largest logit of a remote expert keep their choice
+    (ties to the earlier token); the others take the K best experts on the node. Weights: softmax
     over the K chosen logits, for K = 1 the score. FasterMoE's gate limits first choices; here the
-    limit holds for all K.
+    limit covers all K.
 
-    What is near depends on the ranks, so the same model routes differently on other topologies;
-    where all experts are on one node this is softmax top-k. It acts in evaluation too.
+    Which experts are near depends on the ranks, so the same model routes differently on other
+    topologies; if all experts are on one node, this is softmax top-k. Evaluation is limited too.
 
     Args:
         d_model: width of a token, D.
@@ -61,7 +61,7 @@ class TopologyAwareRouter(LinearRouter):
                 raise ConfigError(
                     f"{context.layer}: top_k={self.top_k}, but this rank's node holds"
                     f" {int(near.sum())} of the {self.num_experts} experts. A token that stays"
-                    " needs top_k experts near: use a smaller expert_parallel_size or top_k."
+                    " needs top_k experts on its node: use a smaller expert_parallel_size or top_k."
                 )
             expert_ids = self._limit(logits.detach(), expert_ids, near.to(x.device))
         weights = torch.gather(logits, 1, expert_ids)
@@ -75,7 +75,7 @@ class TopologyAwareRouter(LinearRouter):
         budget = int(self.outgoing_fraction * logits.shape[0])
         away = ~near[expert_ids]
         wish = torch.gather(logits, 1, expert_ids).masked_fill(~away, -torch.inf).amax(dim=1)
-        # Tokens that stay anyway have the wish -inf; their K best near experts are their K best.
+        # Tokens that stay anyway get -inf: their K best near experts are their K best of all.
         first = ops.top_k(wish.unsqueeze(0), budget)[0]
         let_go = torch.zeros_like(wish, dtype=torch.bool).index_fill(0, first, True)
         at_home = ops.top_k(logits.masked_fill(~near, -torch.inf), expert_ids.shape[1])

@@ -1,4 +1,4 @@
-"""What a layer needs to know of its router besides how to call it."""
+"""The properties of a router that its layer needs to know, and checks of its output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 @dataclass(frozen=True)
 class RouterTraits:
-    """The traits that :class:`Router` documents, also of a module that doesn't derive from it.
+    """The traits documented in :class:`Router`, for any router module.
 
-    Such a module may declare any of them as an attribute; for the others it has the defaults of
-    :class:`Router`.
+    A module that doesn't derive from :class:`Router` may declare any of them as an attribute; the
+    others default to those of :class:`Router`.
 
     Attributes:
-        router: whose they are.
+        router: the router they describe.
         name: the name of the router's class.
         num_experts: the number of experts of the layer, E.
     """
@@ -56,7 +56,7 @@ def route(traits: RouterTraits, tokens: Tensor, context: RoutingContext) -> Rout
         context: the context of the pass.
 
     Raises:
-        ShapeError: if a router that isn't one of this package's returns what it must not.
+        ShapeError: if a router from outside this package returns an invalid routing.
     """
     router = traits.router
     if isinstance(router, Router):
@@ -71,10 +71,10 @@ def route(traits: RouterTraits, tokens: Tensor, context: RoutingContext) -> Rout
 def _check_routing(
     routing: Any, router: str, num_tokens: int, num_experts: int, layer: str
 ) -> None:
-    """Refuses what a router of the user's own must not return; ids are looked at on the CPU alone.
+    """Refuses an invalid return value of a custom router; ids are checked only on the CPU.
 
     Args:
-        routing: what it returned.
+        routing: what the router returned.
         router: its class's name.
         num_tokens: T.
         num_experts: E.

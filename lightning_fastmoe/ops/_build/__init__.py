@@ -1,23 +1,23 @@
-"""Compiles csrc/ on first use on a CUDA machine, or says why it did not.
+"""Compiles csrc/ on first use on a CUDA machine, or reports why it couldn't.
 
-Nothing is compiled by ``pip install``. A library is looked for in this order, and the first that
-serves all GPUs of this process is taken:
+``pip install`` compiles nothing. Libraries are searched in this order, and the first one that runs
+on all GPUs of this process is used:
 
-1. the file that LIGHTNING_FASTMOE_LIBRARY names; nothing else, if it is set;
+1. the file named by LIGHTNING_FASTMOE_LIBRARY; if that is set, nothing else is tried;
 2. ``kernels.so`` in the package's folder, put there by a packager;
 3. the cache: a folder for each (sources and flags, major version of CUDA, machine), with a file for
    each list of architectures;
-4. a new one in the cache, compiled once by however many processes start together.
+4. a new library, compiled into the cache once even if many processes start together.
 
-What a library was built from and for is written in it, see :mod:`.record`.
+Each library contains a record of what it was built from and for, see :mod:`.record`.
 
 Environment:
-    LIGHTNING_FASTMOE_KERNELS: 0 switches the kernels off; PyTorch's operators compute instead.
+    LIGHTNING_FASTMOE_KERNELS: 0 disables the kernels; PyTorch's operators are used instead.
     LIGHTNING_FASTMOE_LIBRARY: a library made by ``lightning-fastmoe build --output``.
     LIGHTNING_FASTMOE_CACHE: where libraries are kept (default ~/.cache/lightning_fastmoe).
-    TORCH_CUDA_ARCH_LIST: architectures to build for, as "8.0;9.0a" (default: of the GPUs present).
-    CUDA_HOME: the CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda).
-    MAX_JOBS: compilers that run at once.
+    TORCH_CUDA_ARCH_LIST: architectures to build for, as "8.0;9.0a" (default: the GPUs present).
+    CUDA_HOME: the CUDA toolkit (default: the one of the nvcc on PATH, then /usr/local/cuda).
+    MAX_JOBS: number of parallel compiler processes.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ from lightning_fastmoe.ops._build.toolchain import (
 
 PACKAGE = Path(__file__).resolve().parents[2]
 SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
-"""A folder in an installed package, a link to csrc/ in a checkout (or that, without links)."""
+"""A folder in an installed package; in a checkout a link to csrc/, or csrc/ itself."""
 
 PACKAGED = PACKAGE / "kernels.so"
-"""A library that a packager may have shipped."""
+"""Where a packager may have placed a library."""
 
 ARCH_LIST = "TORCH_CUDA_ARCH_LIST"
 LIBRARY = "LIGHTNING_FASTMOE_LIBRARY"
@@ -73,9 +73,10 @@ class Build:
 
     Attributes:
         library: the shared library, None if there is none.
-        reason: why there is none and what to do, "" if there is one.
-        state: "built"; "not built" if :func:`build` would compile it; "failed" if it would, and the
-            last attempt failed; "off" if the user switched the kernels off; "unavailable".
+        reason: why there is none and what to do about it; "" if there is one.
+        state: "built"; "not built" if :func:`build` would compile it; "failed" if the last attempt
+            failed and :func:`build` would retry; "off" if the user disabled the kernels;
+            "unavailable".
     """
 
     library: Path | None
@@ -84,7 +85,7 @@ class Build:
 
 
 def build() -> Build:
-    """The library for the GPUs of this machine, compiled unless there is one."""
+    """The library for the GPUs of this machine, compiled if there is none yet."""
     return _outcome(compile_it=True)
 
 
@@ -102,7 +103,7 @@ def sources() -> list[Path]:
     found = sorted(SOURCES.rglob("*.c*")) + sorted(SOURCES.rglob("*.h"))
     if not found:
         raise KernelsUnavailableError(
-            f"the sources are missing from {SOURCES}; install the package anew"
+            f"the sources are missing from {SOURCES}; reinstall the package"
         )
     return found
 
@@ -123,20 +124,20 @@ def codes_to_build(capabilities: list[Capability]) -> list[str]:
     """The architectures of TORCH_CUDA_ARCH_LIST, or of these GPUs if it is not set.
 
     Raises:
-        KernelsUnavailableError: if the list can't be read, or has nothing for one of the GPUs.
+        KernelsUnavailableError: if the list can't be parsed, or doesn't cover one of the GPUs.
     """
     text = os.environ.get(ARCH_LIST, "")
     codes = codes_of_list(text, ARCH_LIST)
     if codes and (gpu := unserved(codes, capabilities)):
         raise KernelsUnavailableError(
-            f"{ARCH_LIST}={text!r} has nothing for a GPU of compute capability {gpu}; add it, or"
+            f"{ARCH_LIST}={text!r} doesn't cover a GPU of compute capability {gpu}; add it, or"
             " unset the variable"
         )
     return codes or codes_of_gpus(capabilities)
 
 
 def compile_for(codes: list[str], nvcc: Path, key: Key, cuda: str, library: Path) -> None:
-    """Compile csrc/ for ``codes`` into ``library`` with ``nvcc``, which is of CUDA ``cuda``."""
+    """Compiles csrc/ for ``codes`` into ``library`` with ``nvcc`` of CUDA version ``cuda``."""
     record = Record(key.sources, cuda, key.machine, tuple(codes), torch.__version__)
     units = [source for source in sources() if source.suffix in (".cu", ".cpp")]
     compile_library(nvcc, record, units, library)
@@ -151,7 +152,7 @@ def _outcome(compile_it: bool) -> Build:
                 f"this torch ({torch.__version__}) is built without CUDA; install one with it"
             )
         if not (capabilities := gpus()):
-            raise KernelsUnavailableError("torch sees no CUDA device; if there is one, nvidia-smi and CUDA_VISIBLE_DEVICES tell why")
+            raise KernelsUnavailableError("torch sees no CUDA device; if there is one, check nvidia-smi and CUDA_VISIBLE_DEVICES")
         key = key_for(torch.version.cuda)
         if named := os.environ.get(LIBRARY):
             return Build(_named(Path(named).expanduser(), key, capabilities), "", "built")
@@ -167,8 +168,8 @@ def _named(library: Path, key: Key, capabilities: list[Capability]) -> Path:
         raise KernelsUnavailableError(f"{LIBRARY} can't be read: {error}") from error
     if record is None:
         raise KernelsUnavailableError(
-            f"{LIBRARY}={library} says nothing about how it was built; name a file that"
-            " lightning-fastmoe build --output has made"
+            f"{LIBRARY}={library} has no build record; name a file made by"
+            " lightning-fastmoe build --output"
         )
     if objection := record.objection(key, capabilities):
         raise KernelsUnavailableError(
@@ -191,7 +192,7 @@ def _packaged_cached_or_new(key: Key, capabilities: list[Capability], compile_it
         return Build(library, "", "built")
     try:
         codes = codes_to_build(capabilities)
-        # A list of the user's may hold no more than PTX for these GPUs.
+        # The user's architecture list may contain only PTX for these GPUs.
         least = least_service(codes, capabilities)
         if (library := present(least)) is not None:
             return Build(library, "", "built")
@@ -218,7 +219,7 @@ def _packaged_cached_or_new(key: Key, capabilities: list[Capability], compile_it
 
 def _packaged_objection(key: Key, capabilities: list[Capability]) -> str:
     record = read_record(PACKAGED)
-    why = record.objection(key, capabilities) if record else "it says nothing about its build"
+    why = record.objection(key, capabilities) if record else "it has no build record"
     return f"{PACKAGED} is not used: {why}"
 
 

@@ -1,4 +1,4 @@
-"""Compiling ahead of time, for images and clusters, with or without a GPU here."""
+"""Ahead-of-time compilation for container images and clusters, with or without a local GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Ahead:
 
     Attributes:
         library: the file.
-        compiled: whether it was compiled now; it was there already if not.
+        compiled: whether it was compiled now; False if it existed already.
         record: what it was built from and for.
     """
 
@@ -34,15 +34,15 @@ class Ahead:
 def build_ahead(
     architectures: str | None = None, output: Path | None = None, force: bool = False
 ) -> Ahead:
-    """Compile csrc/ where a run will look for it, unless it is there.
+    """Compiles csrc/ to where a run will look for it, unless the library exists.
 
     Args:
         architectures: as "8.0;9.0a". By default TORCH_CUDA_ARCH_LIST, else the GPUs present.
-        output: a file, or a folder that exists, for ``kernels.so``. By default into the cache.
-        force: compile even so.
+        output: a file, or an existing folder to put ``kernels.so`` into. By default the cache.
+        force: compile even if the library exists.
 
     Raises:
-        KernelsUnavailableError: if it is not known what to compile for, or the compiler fails.
+        KernelsUnavailableError: if there are no architectures to compile for, or compiling fails.
     """
     codes = _codes(architectures)
     if torch.version.cuda is not None:
@@ -62,7 +62,7 @@ def _codes(architectures: str | None) -> list[str]:
         codes = codes_of_list(text, _build.ARCH_LIST) or codes_of_gpus(_build.gpus())
     if not codes:
         raise KernelsUnavailableError(
-            "there is no GPU here to build for; say which are meant, as in --arch '8.0;9.0a' or in"
+            "there is no GPU here to build for; give the architectures by --arch '8.0;9.0a' or in"
             f" {_build.ARCH_LIST}"
         )
     return codes
@@ -101,5 +101,5 @@ def _into_file(codes: list[str], key: Key, library: Path, force: bool) -> Ahead:
 def _ahead(library: Path, compiled: bool) -> Ahead:
     record = read_record(library)
     if record is None:
-        raise KernelsUnavailableError(f"{library} changed while it was read; build it again")
+        raise KernelsUnavailableError(f"{library} changed while it was being read; build it again")
     return Ahead(library, compiled, record)

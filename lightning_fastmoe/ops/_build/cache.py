@@ -1,8 +1,8 @@
-"""The folder where libraries of one key are kept, and who may compile into it.
+"""The cache folder for libraries of one key, and the lock under which they are compiled.
 
-Processes that start together meet at a lock file: the first compiles, the others then find its
-library, or its reason why there is none. The lock is the kernel's (flock): it is gone when its
-holder is, however that ended.
+Processes that start together wait for a lock file: the first compiles, the others then find its
+library, or its error. The lock is the kernel's (flock), so it is released when its holder exits,
+however that happens.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Cache:
     """The folder of one key.
 
     Attributes:
-        folder: it, whether it exists or not.
-        key: what its libraries have in common.
+        folder: its path; it need not exist.
+        key: the key that its libraries share.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Cache:
             return []
 
     def serving(self, capabilities: Sequence[Capability], least: int) -> Path | None:
-        """A library that serves all these GPUs, the worst served of them at least so well."""
+        """A library that supports all of these GPUs at least as well as ``least``."""
         for library in self.libraries():
             record = usable(library, self.key, capabilities)
             if record and least_service(record.codes, capabilities) >= least:
@@ -92,7 +92,7 @@ class Cache:
             return ""
 
     def obstacle(self) -> str:
-        """Why nothing can be written into the folder, "" if it seems that something can."""
+        """Why the folder can't be written to; "" if it seems writable."""
         there = self.folder
         while not there.exists() and there != there.parent:
             there = there.parent
@@ -111,7 +111,7 @@ class Cache:
         Args:
             codes: its architectures.
             compile_to: compiles it into a file.
-            present: finds one that will do.
+            present: finds an existing library that will do.
 
         Returns:
             The library, and whether it was made by this call.
@@ -143,15 +143,15 @@ class Cache:
 
     def _refusal(self, why: str) -> str:
         return (
-            f"the cache {self.folder} can't be written: {why}; point {VARIABLE} to a folder that"
-            " can, or build ahead of time (lightning-fastmoe build --help)"
+            f"the cache {self.folder} can't be written: {why}; set {VARIABLE} to a writable"
+            " folder, or build ahead of time (lightning-fastmoe build --help)"
         )
 
     def _failure_file(self, codes: Sequence[str]) -> Path:
         return self.path(codes).with_suffix(".failed.txt")
 
     def _last_failure(self, codes: Sequence[str]) -> tuple[int, int] | None:
-        """Tells one failure from the next, on file systems whose clock is another's, too."""
+        """Identifies the last failure, independent of the file system's clock."""
         try:
             status = self._failure_file(codes).stat()
         except FileNotFoundError:
@@ -159,7 +159,7 @@ class Cache:
         return status.st_mtime_ns, status.st_size
 
     def _sweep(self) -> None:
-        """Removes what builds left that were killed; whoever holds the lock is the only builder."""
+        """Removes the leftovers of killed builds; the lock's holder is the only builder."""
         for left in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Compilers as child processes, none of which outlives the build that started it."""
+"""Runs compilers as child processes that never outlive the build that started them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from types import FrameType, TracebackType
 from lightning_fastmoe.errors import KernelsUnavailableError
 
 GRACE = 5.0
-"""Seconds that a compiler has between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 _SLICE = 0.1
-"""Seconds between two looks of the main thread at its signals."""
+"""Seconds after which the main thread checks for signals."""
 
 
 class Compilers:
     """Runs compilers, several at once; use it as a context manager.
 
-    Each gets a process group of its own, since nvcc leaves the work to children. However the block
-    ends, with an error, Ctrl-C or :func:`unwound_by_signals`, the groups that still run are ended,
-    and the temporary files of the compilers are removed.
+    Each gets its own process group, since nvcc does its work in child processes. However the block
+    ends, including by an error, Ctrl-C or :func:`unwound_by_signals`, groups that are still running
+    are killed and the compilers' temporary files are removed.
 
     Args:
         jobs: how many run at once.
@@ -57,14 +57,14 @@ class Compilers:
         self._temporary.cleanup()
 
     def run(self, commands: Sequence[list[str]]) -> None:
-        """Run all commands to their end.
+        """Runs all commands to completion.
 
         Raises:
-            KernelsUnavailableError: if one fails, with the end of what it said.
+            KernelsUnavailableError: if one fails, with the end of its output.
         """
         pending = {self._pool.submit(self._run, command) for command in commands}
-        # In slices: a signal that comes just before the main thread begins to wait, or that another
-        # thread gets, doesn't wake it, and Python runs handlers in the main thread alone.
+        # In slices: a signal that arrives just before the main thread starts waiting, or in another
+        # thread, doesn't wake it, and Python runs handlers only in the main thread.
         while pending:
             done, pending = wait(pending, _SLICE, FIRST_EXCEPTION)
             for future in done:
@@ -94,7 +94,7 @@ class Compilers:
 
 def check_status(command: list[str], status: int, said: str) -> None:
     """Raises:
-    KernelsUnavailableError: if a command failed, with the end of what it said.
+    KernelsUnavailableError: if a command failed, with the end of its output.
     """
     if status != 0:
         tail = "\n".join(said.strip().splitlines()[-20:])
@@ -102,7 +102,7 @@ def check_status(command: list[str], status: int, said: str) -> None:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """End a process that leads a group, and with it the group."""
+    """Terminates the process group that this process leads, then kills what is left."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -119,9 +119,9 @@ class _Stopped(BaseException):
 
 @contextmanager
 def unwound_by_signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the block before they end this process, as they would at once.
+    """Makes SIGTERM and SIGHUP unwind the block before they end this process.
 
-    Handlers of others stay as they are, and so does what happens outside of the main thread.
+    Does nothing outside the main thread, or for signals that already have a handler.
     """
     ours: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
@@ -130,7 +130,7 @@ def unwound_by_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # let the block unwind in peace
+            signal.signal(each, signal.SIG_IGN)  # don't interrupt the unwinding
         raise _Stopped(number)
 
     for number in ours:

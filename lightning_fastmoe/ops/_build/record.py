@@ -1,7 +1,7 @@
-"""What a library says about itself: a line of text among its constants.
+"""The build record of a library: a line of text embedded in it.
 
-It is in the file and not beside it, so that a library can be copied, renamed and stripped, and is
-complete or absent. ``strings kernels.so | grep lightning_fastmoe_build`` shows it.
+It is embedded rather than stored in a second file, so that a library can be copied, renamed and
+stripped. ``strings kernels.so | grep lightning_fastmoe_build`` shows it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _LINE = re.compile(rb"lightning_fastmoe_build\{([ -|~]*)\}")
 
 @dataclass(frozen=True)
 class Key:
-    """What a library must have in common with the process that loads it, beside its GPUs.
+    """What must match, besides the GPUs, between a library and the process that loads it.
 
     torch's version is not part of it: csrc/ is written against torch's stable ABI, so a library
-    runs on every torch from TORCH_TARGET_VERSION on (which is one of the flags). CUDA's major
-    version is, because the library shares torch's libcudart.so.<major>; within a major version CUDA
-    promises compatibility.
+    works with every torch from TORCH_TARGET_VERSION on (which is one of the flags). CUDA's major
+    version is, because the library shares torch's libcudart.so.<major>; CUDA guarantees
+    compatibility within a major version.
 
     Attributes:
-        sources: hash of csrc/ and of the compiler's flags but for the architectures.
+        sources: hash of csrc/ and of the compiler's flags except the architectures.
         cuda: the major version of CUDA, as "13".
         machine: operating system and processor, as "linux-x86_64".
     """
@@ -100,7 +100,7 @@ class Record:
 
 
 def read_record(library: Path) -> Record | None:
-    """The record of a library, None if there is none in it.
+    """The record of a library; None if it has none.
 
     Raises:
         OSError: if the file can't be read.

@@ -1,4 +1,4 @@
-"""nvcc: where it is, and how it makes a library of csrc/."""
+"""Finds nvcc and builds a library from csrc/ with it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lightning_fastmoe.ops._build.architectures import codes_of_list, flags_of
 from lightning_fastmoe.ops._build.compilers import Compilers, check_status, unwound_by_signals
 from lightning_fastmoe.ops._build.record import Record, read_record
 
-# The oldest torch whose stable ABI has all that csrc/ calls, 2.11, as the headers spell versions.
+# Version 2.11 in the headers' encoding: the oldest torch whose stable ABI has all that csrc/ calls.
 _ABI = "0x020b000000000000ULL"
 _DEFINES = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={_ABI}"]
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", *_DEFINES]
-"""nvcc's flags, but for the architectures."""
+"""nvcc's flags, except the architectures."""
 
 PLACES = (Path("/usr/local/cuda/bin/nvcc"),)
-"""Where nvcc may be if nothing says so."""
+"""Default locations of nvcc."""
 
 TEMPORARY = "build-"
-"""How the names of folders start that a build works in."""
+"""Prefix of the names of temporary build folders."""
 
 
 def find_nvcc() -> Path:
@@ -54,15 +54,15 @@ def toolkit_version(nvcc: Path) -> str:
     """The release of ``nvcc``, as "13.0".
 
     Raises:
-        KernelsUnavailableError: if it doesn't run, or isn't of the major version of torch's CUDA.
+        KernelsUnavailableError: if it doesn't run, or its major version isn't that of torch's CUDA.
     """
     text = _run([str(nvcc), "--version"])
     if (found := re.search(r"release (\d+\.\d+)", text)) is None:
-        raise KernelsUnavailableError(f"{nvcc} --version names no release: {text.strip()!r}")
+        raise KernelsUnavailableError(f"{nvcc} --version reports no release: {text.strip()!r}")
     version = found[1]
     if torch.version.cuda and version.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise KernelsUnavailableError(
-            f"{nvcc} is of CUDA {version}, but torch was built with CUDA {torch.version.cuda};"
+            f"{nvcc} is from CUDA {version}, but torch was built with CUDA {torch.version.cuda};"
             " install a toolkit of the same major version, or point CUDA_HOME to it"
         )
     return version
@@ -86,17 +86,17 @@ def compile_library(
     library: Path,
     defines: Sequence[str] = (),
 ) -> None:
-    """Compile ``sources``, several at once, and link them.
+    """Compiles ``sources``, several at once, and links them.
 
     Args:
         nvcc: the compiler.
-        record: what the library will say about itself; its ``codes`` are compiled for.
+        record: the record to embed; its ``codes`` are the architectures to compile for.
         sources: the files to compile.
-        library: the result. It appears complete or not at all, in place of an older one.
-        defines: macros to define beside those of every build, for tests.
+        library: the result, replaced atomically.
+        defines: additional macros to define, for tests.
 
     Raises:
-        KernelsUnavailableError: if the compiler fails, with the end of what it said.
+        KernelsUnavailableError: if the compiler fails, with the end of its output.
         OSError: if the folder of the library can't be written.
     """
     jobs = _max_jobs()
@@ -109,7 +109,7 @@ def compile_library(
     flags = [*FLAGS, *(f"-D{name}" for name in defines), *flags_of(record.codes)]
     if (threads := min(len(record.codes), jobs // len(sources))) > 1:
         flags.append(f"--threads={threads}")  # architectures of one file at once
-    # A folder of this process: what a killed build leaves behind is in nobody's way.
+    # A folder of this process: leftovers of a killed build don't disturb later builds.
     with (
         unwound_by_signals(),
         tempfile.TemporaryDirectory(dir=library.parent, prefix=TEMPORARY) as name,
@@ -135,11 +135,11 @@ def compile_library(
 
 
 def link_commands(nvcc: Path, objects: list[Path], output: Path, folder: Path) -> list[list[str]]:
-    """The commands that link ``objects``, in turn, against torch's libraries by name alone.
+    """The commands, to run in order, that link ``objects`` against torch's libraries by name.
 
-    They are in the process by the time that the library is loaded, as is a CUDA runtime of the same
-    major version, torch's own. A torch without CUDA has no libtorch_cuda.so; an empty library of
-    that name then stands in for it, so that images can be built with one.
+    By the time the library is loaded, the process has loaded torch's libraries and torch's CUDA
+    runtime of the same major version. A torch without CUDA has no libtorch_cuda.so; then an empty
+    library of that name stands in for it, so that images can be built with a CPU-only torch.
     """
     lib = Path(torch.__file__).parent / "lib"
     commands = []
@@ -151,7 +151,7 @@ def link_commands(nvcc: Path, objects: list[Path], output: Path, folder: Path) -
         soname = ["-Xlinker", "-soname", "-Xlinker", name]
         commands.append([str(nvcc), "-shared", *soname, str(empty), "-o", str(folder / name)])
         paths.append(f"-L{folder}")
-    # Some linkers drop a library that nothing seems to need, which the one that stands in is.
+    # Some linkers drop a library that resolves no symbol, as the empty stand-in does.
     names = ["-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
     inputs = [*(str(path) for path in objects), *paths, *names]
     commands.append([str(nvcc), "-shared", "-cudart", "shared", *inputs, "-o", str(output)])
@@ -163,7 +163,7 @@ def _max_jobs() -> int:
     if not text:
         return len(os.sched_getaffinity(0))
     if not text.isdecimal() or int(text) < 1:
-        raise KernelsUnavailableError(f"MAX_JOBS={text!r} is not a number of compilers, 1 or more")
+        raise KernelsUnavailableError(f"MAX_JOBS={text!r} is invalid: it must be an integer of at least 1")
     return int(text)
 
 

@@ -1,1 +1,1 @@
-"""The grouped products of a layer, by who computes them."""
+"""The grouped GEMMs of a layer, one module per implementation."""

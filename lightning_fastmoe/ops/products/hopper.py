@@ -1,13 +1,12 @@
-"""The grouped GEMMs of compute capability 9.0 (H100, H200): rows gathered inside the product.
+"""Grouped GEMMs for compute capability 9.0 (H100, H200) that gather rows as they load them.
 
-The chain permute, product, activation writes and reads T*K rows of D between its steps. These
-kernels fetch a token's row where it lies while they multiply, and apply the activation, or its
-gradient, while the result is in registers (the idea is SonicMoE's). Nothing is tuned, and nothing
-waits for the device. T tokens, D d_model, F d_ffn, E experts, K top_k, N = T*K rows in expert
-order.
+Separate permute, GEMM and activation kernels write and read T*K rows between steps. These kernels
+load tokens' rows in place, and apply the activation or its gradient while the result is in
+registers (the idea is SonicMoE's). There is no autotuning and no host sync. T tokens, D d_model,
+F d_ffn, E experts, K top_k, N = T*K rows in expert order.
 
 Environment:
-    LIGHTNING_FASTMOE_HOPPER: 0 leaves the products to ``F.grouped_mm``.
+    LIGHTNING_FASTMOE_HOPPER: 0 uses ``F.grouped_mm`` instead.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def hopper(*tensors: Tensor) -> Any | None:
-    """The operators, if they take these tensors of tokens, rows and weights, else None.
+    """The operators, if they support these tensors of tokens, rows and weights, else None.
 
-    They take contiguous bf16 or fp16 tensors of one dtype on a GPU of compute capability 9.0 that
-    start at a multiple of 16 bytes and whose rows are multiples of 16 bytes.
+    They support contiguous bf16 or fp16 tensors of one dtype on a GPU of compute capability 9.0
+    that start at a multiple of 16 bytes and whose rows are multiples of 16 bytes.
 
     Args:
         tensors: all of the call's tensors of two or three dimensions; of three: weights (E, ., .).
@@ -57,7 +56,7 @@ def hopper(*tensors: Tensor) -> Any | None:
         return None
     if (library := native(*tensors)) is None:
         return None
-    # It may have been compiled for older GPUs alone.
+    # It may have been compiled only for older GPUs.
     return library if library.hopper_available(first.device.index) else None
 
 
@@ -113,7 +112,7 @@ def backward_activation_(
     weights: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """From the layer's gradient to that of ``h``, which takes its place.
+    """Computes the gradient of ``h`` from the layer's gradient, and overwrites ``h`` with it.
 
     With ``d_act[r] = grad[order[r] // K] @ down[e]``, row r's routing weight w and ``A = act(h)``,
     ``h`` becomes ``w * d_act * act'(h)``.
@@ -147,8 +146,8 @@ def rows_product(
 ) -> Tensor:
     """``rows[r] @ weight[e]``, or with ``transposed`` ``rows[r] @ weight[e].T``.
 
-    With ``order`` that is row ``order[r]`` of the result, times ``weights[order[r]]``: where each
-    token has one expert, no sum over its rows is needed.
+    With ``order``, the product goes to row ``order[r]`` of the result, times ``weights[order[r]]``:
+    with one expert per token, no sum over rows is needed.
 
     Args:
         library: what :func:`hopper` returned for ``rows`` and ``weight``.
@@ -196,9 +195,9 @@ def weight_gradient(
 
 
 class HopperProducts:
-    """:class:`~lightning_fastmoe.ops.products.interface.Products`; H comes with its bias.
+    """Hopper's :class:`~lightning_fastmoe.ops.products.interface.Products`; H includes its bias.
 
-    The product adds it to its registers. The backward takes no H that lacks it.
+    The GEMM adds the bias in registers. The backward requires an H that includes it.
 
     Args:
         library: what :func:`hopper` returned for the call's tensors.
@@ -245,7 +244,7 @@ class HopperProducts:
         )
 
     def weighted_sums(self, call: LayerCall, gathered: Tensor) -> Tensor:
-        """A product as well: with a few columns beside the rows, which hold the weights."""
+        """Also a GEMM: with a few extra columns that hold the weights."""
         weights = call.weights_or_ones().reshape(-1).index_select(0, call.pairs())
         sums = self.weight_gradient(call, gathered, weight_columns(weights, gathered), False)
         wide = kernels.accumulation_dtype(gathered.dtype)

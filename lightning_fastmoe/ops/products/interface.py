@@ -1,4 +1,4 @@
-"""What the layer's steps need of whoever computes the grouped products."""
+"""The interface of the grouped GEMM implementations, as the layer's steps use it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation
 
 
 class Products(Protocol):
-    """Grouped products, and what a kernel can do to their rows while it holds them.
+    """Grouped GEMMs, and the operations that kernels can fuse with them.
 
-    "Rows" are N = T*K, in expert-major order. "Gathered" is what :meth:`gather` makes of the
-    tokens' (T, D): the rows themselves, or the tokens if these products gather as they read.
+    "Rows" are N = T*K, in expert-major order. "Gathered" is what :meth:`gather` returns for tokens
+    (T, D): the rows themselves, or the tokens if these GEMMs gather as they load.
     """
 
     def up(self, call: LayerCall, keep_h: bool) -> tuple[PreActivation, Tensor]:
         """H, without rows unless ``keep_h``, and ``A = act(H)``, (N, F)."""
 
     def pre_activation(self, call: LayerCall) -> PreActivation:
-        """H of :meth:`up` again, the same bits."""
+        """Recomputes H of :meth:`up`, bit for bit."""
 
     def readable(self, grad: Tensor) -> Tensor:
-        """A gradient of any strides (it may be expanded) as :meth:`gather` reads it."""
+        """A gradient of any strides (it may be expanded), in a layout :meth:`gather` accepts."""
 
     def gather(self, call: LayerCall, tokens: Tensor) -> Tensor:
-        """What :meth:`backward_activation_`, :meth:`weight_gradient`, :meth:`weighted_sums` take.
+        """The input of :meth:`backward_activation_` and :meth:`weight_gradient`, from tokens.
 
         Args:
             call: the call, for its order.
@@ -39,7 +39,7 @@ class Products(Protocol):
     def backward_activation_(
         self, call: LayerCall, d_out: Tensor, h: PreActivation
     ) -> tuple[Tensor, Tensor]:
-        """Back through down and the activation; ``h.rows`` becomes dH.
+        """Backward through down and the activation; overwrites ``h.rows`` with dH.
 
         Args:
             call: the call.
@@ -47,7 +47,7 @@ class Products(Protocol):
             h: H.
 
         Returns:
-            ``w A`` (N, F), and the gradient of ``call.weights_or_ones()``, down's bias left out.
+            ``w A`` (N, F), and the gradient of ``call.weights_or_ones()`` without down's bias.
         """
 
     def weight_gradient(

@@ -1,6 +1,6 @@
-"""The layer's grouped products by ``F.grouped_mm`` where it is one kernel, else expert by expert.
+"""The layer's grouped GEMMs by ``F.grouped_mm`` where it is one kernel, else expert by expert.
 
-Rows are gathered, and the activation is applied, by kernels of their own.
+Separate kernels gather rows and apply the activation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation
 
 _ALIGNMENT_BYTES = 16  # F.grouped_mm refuses row strides that are not multiples of this
-_COLUMNS = _ALIGNMENT_BYTES // 2  # the fewest that a product of half types takes
+_COLUMNS = _ALIGNMENT_BYTES // 2  # the smallest width of a GEMM in half precision
 
 
 class TorchProducts:
-    """:class:`~lightning_fastmoe.ops.products.interface.Products`; H comes without its bias."""
+    """PyTorch's :class:`~lightning_fastmoe.ops.products.interface.Products`; H lacks its bias."""
 
     __slots__ = ()
 
@@ -52,7 +52,7 @@ class TorchProducts:
         d_weights = kernels.activation_backward_(
             h.rows, d_act, used, call.order, call.activation, bias, call.offsets
         )
-        return d_act, d_weights  # which is the weighted activation by now
+        return d_act, d_weights  # d_act now holds the weighted activation
 
     def weight_gradient(
         self, call: LayerCall, gathered: Tensor, rows: Tensor, transposed: bool
@@ -73,7 +73,7 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def grouped_mm_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``F.grouped_mm`` serves these operands as one kernel, without a host sync.
+    """Whether ``F.grouped_mm`` runs these operands as one kernel, without a host sync.
 
     On CUDA that is bf16 on compute capability 9.0 and above; on the CPU fp32 and bf16. Both sides
     of each product need rows of whole 16-byte units, in forward and in backward.
@@ -86,7 +86,7 @@ def grouped_mm_applies(x: Tensor, weight: Tensor) -> bool:
 
 
 def _one_kernel(x: Tensor, *widths: int) -> bool:
-    """:func:`grouped_mm_applies` to products of the dtype and device of ``x``, by row lengths."""
+    """:func:`grouped_mm_applies` by row lengths, for the dtype and device of ``x``."""
     if any((n * x.element_size()) % _ALIGNMENT_BYTES for n in widths):
         return False
     if x.is_cuda:
@@ -97,7 +97,7 @@ def _one_kernel(x: Tensor, *widths: int) -> bool:
 def grouped_product(
     x: Tensor, weight: Tensor, tokens_per_expert: Tensor, offsets: Tensor
 ) -> Tensor:
-    """``x[rows of e] @ weight[e]`` for every expert e, unknown to autograd.
+    """``x[rows of e] @ weight[e]`` for every expert e; not differentiable.
 
     Args:
         x: (N, D), rows grouped by expert.
@@ -135,7 +135,7 @@ def grouped_outer_product(
         return a.new_zeros(shape)
     if _one_kernel(a, *shape[1:]):
         out = F.grouped_mm(a.T, b, offs=offsets)
-        # A product over no rows may leave the memory as it was.
+        # A GEMM over zero rows may leave its output uninitialised.
         return kernels.zero_empty_experts_(out, tokens_per_expert)
     out = a.new_empty(shape)
     counts = tokens_per_expert.tolist()
@@ -149,7 +149,7 @@ def expert_sums(
 ) -> Tensor:
     """``sum of weights[r] * rows[r] over the rows r of e`` for every expert e, in fixed order.
 
-    A grouped product with a few columns, so that long sums run in fp32 and nothing is scattered.
+    A grouped GEMM with a few columns, so that long sums run in fp32 without a scatter.
 
     Args:
         rows: (N, M), grouped by expert.
@@ -166,7 +166,7 @@ def expert_sums(
 
 
 def weight_columns(weights: Tensor | None, rows: Tensor) -> Tensor:
-    """(N, 8) whose sum over columns is each row's weight, to twice the precision of ``rows``.
+    """(N, 8) columns that sum to each row's weight, to twice the precision of ``rows``.
 
     Args:
         weights: (N,), or None for ones.
@@ -177,11 +177,11 @@ def weight_columns(weights: Tensor | None, rows: Tensor) -> Tensor:
         columns[:, 0] = 1
     else:
         columns[:, 0] = weights
-        # What a half precision loses of the weight, in a column that would be idle.
+        # The rounding error of the weight in half precision goes to a second column.
         columns[:, 1] = weights - columns[:, 0]
     return columns
 
 
 def is_aligned(weight: Tensor) -> bool:
-    """Whether grouped_mm takes the address: a view into one of ZeRO's flat buffers may be odd."""
+    """Whether grouped_mm accepts the address: a view into ZeRO's flat buffers may be unaligned."""
     return weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES == 0

@@ -72,9 +72,9 @@ def test_table():
         "optimizer and fp32 weights (host)    3.0 GiB  6.0 GiB    9.0 GiB",
         "communication buffers                                  256.0 MiB",
         "on the device                        1.5 GiB  3.0 GiB    4.8 GiB",
-        "On top come activations, and what ZeRO holds for a moment: copies of gradients, and in"
-        " stage 3 gathered weights.",
-        "The optimizer's own states are unknown, and not included.",
+        "Not included: activations, and ZeRO's temporary copies of gradients and, in stage 3,"
+        " gathered weights.",
+        "The optimizer's own states are unknown and not included.",
     ]
 
 

@@ -28,7 +28,7 @@ def test_round_trip(tmp_path):
     ("change", "message"),
     [
         (lambda x: x.update(version=2), "format version 2"),
-        (lambda x: x.update(format="other"), "another format"),
+        (lambda x: x.update(format="other"), "unknown format"),
         (lambda x: x.pop("layers"), "layers"),
         (lambda x: x["layers"][0]["together"].pop(), "a does not have 2 x 2 counts"),
         (lambda x: x["layers"][0]["together"][1].append(3), "a does not have 2 x 2 counts"),
@@ -48,7 +48,7 @@ def test_damage(tmp_path, change, message):
 def test_no_such_file(tmp_path, text):
     path = tmp_path / log.FILE_NAME
     path.write_text(text)
-    with pytest.raises(DataError, match="does not tell which experts work together"):
+    with pytest.raises(DataError, match="is not a valid co-activation file"):
         log.read(path)
 
 

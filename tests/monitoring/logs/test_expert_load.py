@@ -72,7 +72,7 @@ def replaced(path, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (load_log.FORMAT, "other", "no log of expert loads"),
+        (load_log.FORMAT, "other", "not a log of expert loads"),
         ('"version":1', '"version":2', "version 2"),
         ("[1,4]", "[1,4,4]", "line 2 is damaged"),
         ('"step":4', '"stop":4', "line 2 is damaged"),
@@ -94,7 +94,7 @@ def test_damage_is_named(tmp_path, old, new, message):
 def test_empty_file(tmp_path):
     path = tmp_path / load_log.FILE_NAME
     path.touch()
-    with pytest.raises(DataError, match="no log"):
+    with pytest.raises(DataError, match="not a log"):
         load_log.read(path)
 
 

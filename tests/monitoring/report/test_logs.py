@@ -53,7 +53,7 @@ def test_the_latest_version_is_read(tmp_path):
 def test_folders_without_logs(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_run(tmp_path / "no")
-    with pytest.raises(DataError, match="holds no logs"):
+    with pytest.raises(DataError, match="has no logs"):
         read_run(tmp_path)
     file = tmp_path / "file"
     file.touch()

@@ -69,14 +69,14 @@ def test_a_whole_run(tmp_path):
 def test_co_activation(tmp_path):
     """Experts 2 and 6 of layer 1 share 90 of the 100 choices that begin with one of them."""
     runs.write_loads(tmp_path)
-    assert "work together" not in page(tmp_path)
+    assert "chosen together" not in page(tmp_path)
     runs.write_co_activation(tmp_path)
     table = runs.together(1)
     share = table[6][2] / table[6][6]
     assert 0.5 < share < 0.9
     html = page(tmp_path)
     check(html)
-    assert f"{share:.0%} of expert 6&#x27;s tokens chose 2, too; by chance 20%" in html
+    assert f"{share:.0%} of expert 6&#x27;s tokens also chose 2; by chance 20%" in html
     assert html.count("<small>15% of expert") == 2
     assert "steps 390 to 399" in html
 

@@ -167,7 +167,7 @@ def test_a_full_disk_is_the_reason(machine: Machine, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     reason = _build.build().reason
     assert reason.startswith(f"the cache {machine.cache}")
-    assert "No space left on device; point LIGHTNING_FASTMOE_CACHE to" in reason
+    assert "No space left on device; set LIGHTNING_FASTMOE_CACHE to" in reason
 
 
 def test_a_library_without_a_record_is_not_kept(machine: Machine):
@@ -196,15 +196,15 @@ def test_damaged_libraries_are_passed_over(machine: Machine):
         (lambda m: m.setenv("TORCH_CUDA_ARCH_LIST", "Hopper"), "'Hopper'"),
         (
             lambda m: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0"),
-            "='8.0' has nothing for a GPU of compute capability 9.0; add it, or unset",
+            "='8.0' doesn't cover a GPU of compute capability 9.0; add it, or unset",
         ),
-        (lambda m: m.setattr(_build, "SOURCES", Path("nowhere")), "install the package anew"),
+        (lambda m: m.setattr(_build, "SOURCES", Path("nowhere")), "reinstall the package"),
         (lambda m: m.setenv("LIGHTNING_FASTMOE_CACHE", os.devnull + "/x"), "can't be written"),
         (lambda m: m.setenv("LIGHTNING_FASTMOE_CACHE", os.devnull + "/x"), "LIGHTNING_FASTMOE_CAC"),
         (lambda m: m.setenv("LIGHTNING_FASTMOE_CACHE", "/proc/x"), "can't be written"),
         (lambda m: m.setenv("CUDA_HOME", "/nowhere"), "there is no nvcc; install the CUDA toolkit"),
-        (lambda m: m.setenv("MAX_JOBS", "many"), "MAX_JOBS='many' is not a number"),
-        (lambda m: m.setenv("MAX_JOBS", "0"), "MAX_JOBS='0' is not a number"),
+        (lambda m: m.setenv("MAX_JOBS", "many"), "MAX_JOBS='many' is invalid"),
+        (lambda m: m.setenv("MAX_JOBS", "0"), "MAX_JOBS='0' is invalid"),
     ],
 )
 def test_reasons(machine: Machine, monkeypatch: pytest.MonkeyPatch, change, reason: str):
@@ -257,7 +257,7 @@ class TestPrebuilt:
             (b"cuda=13", b"cuda=12", "with CUDA 12.0"),
             (b"machine=linux", b"machine=haiku", "for haiku-"),
             (b"codes=sm_90a", b"codes=sm_80", "for sm_80, which does not run on a GPU of"),
-            (b"lightning_fastmoe_build", b"", "says nothing about how it was built"),
+            (b"lightning_fastmoe_build", b"", "has no build record"),
         ],
     )
     def test_named_but_of_another_kind(
