@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategy import edit_runs as runs
 from strategy.exactness import assert_close
 from strategy.models import Case
+from zero import edit_runs as runs
 
 CASE = Case(world=2, ep=2, steps=4, coefficients=(0.0, 0.0), stage=2)
 ALONE = replace(CASE, world=1, ep=1)
