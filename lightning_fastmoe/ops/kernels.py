@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.activation import GATED, apply_activation, is_gated
+from lightning_fastmoe.ops.activation import GATED, PLAIN, apply_activation, is_gated
 from lightning_fastmoe.ops.native import native
 
 
@@ -186,10 +186,11 @@ def activation_backward_(
     w = (flat if order is None else flat.index_select(0, order)).to(acc).unsqueeze(-1)
     grad, pre = d_act.to(acc), _biased(h, bias, offsets)
     gate, up = pre.chunk(2, dim=-1) if is_gated(name) else (pre, None)
-    bent = apply_activation(gate, GATED.get(name, name))
+    plain = PLAIN[GATED.get(name, name)]
+    bent = plain.value(gate)
     value = bent if up is None else bent * up
     scaled = w * grad
-    d_gate = _plain_backward(scaled if up is None else scaled * up, gate, GATED.get(name, name))
+    d_gate = plain.backward(scaled if up is None else scaled * up, gate)
     dots = (value * grad).sum(dim=-1).to(weights.dtype)
     # From here on nothing reads `h` and `d_act`, nor `gate`, `up` and `grad`, their views in fp32.
     d_act.copy_(value.mul_(w))
@@ -232,11 +233,3 @@ def _biased(h: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
 
 def _tokens_of(order: Tensor, top_k: int) -> Tensor:
     return order if top_k == 1 else torch.div(order, top_k, rounding_mode="floor")
-
-
-def _plain_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
-    if name == "silu":
-        return torch.ops.aten.silu_backward(grad, x)  # type: ignore[no-any-return]
-    if name == "gelu":
-        return torch.ops.aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
-    return torch.ops.aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]

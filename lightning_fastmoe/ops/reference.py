@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.activation import CLAMPED_SWIGLU, GATED
+from lightning_fastmoe.ops.activation import GATED
 from lightning_fastmoe.ops.reference_routers import (
     best_assignment,
     biased_top_k,
@@ -91,7 +91,7 @@ def _choose(
 
 def activation(h: Tensor, name: str) -> Tensor:
     """The activation of one expert; gated ones split their input into (gate, up) halves."""
-    if name == CLAMPED_SWIGLU:
+    if name == "clamped_swiglu":
         gate, up = h.chunk(2, dim=-1)
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
@@ -102,7 +102,9 @@ def activation(h: Tensor, name: str) -> Tensor:
         return h / (1 + torch.exp(-h))
     if name == "gelu":
         return 0.5 * h * (1 + torch.erf(h / 2**0.5))
-    return torch.where(h > 0, h, torch.zeros_like(h))
+    if name == "relu":
+        return torch.where(h > 0, h, torch.zeros_like(h))
+    raise NotImplementedError(f"the reference has no activation {name!r}")
 
 
 def expert_ffn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nn.thread_ranks import on_ranks
 from torch import nn
 
@@ -11,6 +12,7 @@ from lightning_fastmoe.errors import ConfigError, ShapeError
 from lightning_fastmoe.nn import LocalDispatcher, MoE, SequentialSchedule
 from lightning_fastmoe.nn.router import ROUTERS
 from lightning_fastmoe.ops import apply_activation, reference
+from lightning_fastmoe.ops.activation import COMPOSED, Composed
 
 D, E = 5, 4
 
@@ -341,3 +343,26 @@ def test_clamped_swiglu_in_a_layer(bias, chain):
         e.up_bias, e.down_bias,
     )  # fmt: skip
     assert_same(layer(x), want, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_new_activation_needs_its_formula_alone(monkeypatch, gated, chain):
+    def value(h):
+        gate, up = h.chunk(2, dim=-1) if gated else (h, 1)
+        return F.mish(gate) * up
+
+    monkeypatch.setitem(COMPOSED, "new", Composed(gated, value))
+    layer, x = make(activation="new", bias=True, shared_expert=7), tokens(9)
+    if chain:
+        layer.schedule = SequentialSchedule(LocalDispatcher(E))
+    e, shared, routing = layer.experts, layer.shared_expert.ffn, layer.router(x)
+    rows = []
+    for t in range(9):
+        up = shared.up_proj @ x[t] + shared.up_bias
+        y = shared.down_proj @ value(up) + shared.down_bias
+        for weight, i in zip(routing.weights[t], routing.expert_ids[t].tolist(), strict=True):
+            up = e.up_proj[i] @ x[t] + e.up_bias[i]
+            y = y + weight * (e.down_proj[i] @ value(up) + e.down_bias[i])
+        rows.append(y)
+    assert_same(layer(x), torch.stack(rows), [x, *layer.parameters()])

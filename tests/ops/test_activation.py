@@ -5,6 +5,7 @@ import torch
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.ops import ACTIVATIONS, apply_activation, is_gated, reference
+from lightning_fastmoe.ops.activation import PLAIN
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -37,3 +38,17 @@ def test_three_are_gated():
 def test_unknown_name_lists_the_known(call):
     with pytest.raises(ConfigError, match="'tanh'.*swiglu, geglu, reglu, silu, gelu, relu"):
         call("tanh")
+
+
+def test_the_reference_knows_no_other_name():
+    with pytest.raises(NotImplementedError, match="'tanh'"):
+        reference.activation(torch.ones(1, 2), "tanh")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_gradient_that_the_layer_uses_is_the_derivative(name):
+    x = torch.linspace(-4, 4, 10, dtype=torch.float64, requires_grad=True)
+    upstream = torch.arange(1.0, 11, dtype=torch.float64)
+    (want,) = torch.autograd.grad(reference.activation(x, name), x, upstream)
+    got = PLAIN[name].backward(upstream, x.detach())
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
