@@ -261,7 +261,7 @@ class MoE(nn.Module):
     def _run(self, inputs: TokenInputs, routing: Routing) -> tuple[Any, Routing]:
         x = inputs.tokens
         y, routing = self.schedule.run(
-            inputs.to(self._compute_dtype(x)),
+            inputs.to(self.experts.compute_dtype(x)),
             routing,
             self.experts,
             self.shared_expert,
@@ -270,12 +270,6 @@ class MoE(nn.Module):
         if isinstance(y, Tensor) and inputs.spec is None:
             y = y.to(x.dtype)
         return y, routing
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the GEMMs: autocast's if it is on, else the weights'."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return self.experts.dtype or x.dtype
 
     def _attach(self, y: Any, routing: Routing, context: RoutingContext) -> Any:
         """Attaches the losses, counts the load and calls the observers, once per pass."""

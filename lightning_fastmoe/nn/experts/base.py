@@ -40,6 +40,12 @@ class Experts(nn.Module):
         """The dtype of the weights; None if none is floating-point."""
         raise NotImplementedError
 
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which ``x`` meets the weights: autocast's if it is on, else the weights'."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return self.dtype or x.dtype
+
     @torch.no_grad()
     def keep(self, ids: Iterable[int]) -> None:
         """Drops all local experts but these, and frees their memory.
