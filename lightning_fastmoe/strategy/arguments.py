@@ -1,4 +1,4 @@
-"""The arguments of FastMoEStrategy: which exist, what they may be, and which do not go together."""
+"""Checks the arguments of FastMoEStrategy: names, types, ranges and combinations."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_arguments(
 
 
 def check_stage_beside_config(stage: int, config: Mapping[str, Any]) -> None:
-    """Refuses a stage that the DeepSpeed config overrules.
+    """Refuses a stage that the DeepSpeed config overrides.
 
     Raises:
         ConfigError: naming both.

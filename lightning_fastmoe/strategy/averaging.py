@@ -1,4 +1,4 @@
-"""Lightning's WeightAveraging, on the shares of the fp32 master weights that each rank owns.
+"""Runs Lightning's WeightAveraging on each rank's shard of the fp32 master weights.
 
 The callback keeps a deep copy of the whole model, updates it after steps, and swaps it with the
 model around validation. Here no rank has the whole model, and in bf16 the module's weights are too
@@ -31,7 +31,7 @@ _STATE = "averaging_state"
 
 
 class ShardedAverage(AveragedModel):
-    """The average of what this rank owns; its ``module`` has no names, only tensors in order.
+    """The average of this rank's shard; its ``module`` holds tensors in order, without names.
 
     Args:
         engine: the DeepSpeed engine, with its optimizer.
@@ -52,14 +52,14 @@ class ShardedAverage(AveragedModel):
 
     @override
     def update_parameters(self, model: nn.Module) -> None:
-        """As the base class; what was written to weights since the step counts."""
+        """Updates the average, including edits made to the weights since the last step."""
         engine, state = self._of()
         engine.take_over_edits()
         super().update_parameters(_Shares(state.share(), engine.module))
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:
-        """What trains, as a module of the same tensors; what is written to it takes effect."""
+        """The training weights as a module; writes to it take effect."""
         engine, state = self._of()
         # Validation runs in inference mode, and memory allocated there could not train any more.
         with torch.inference_mode(False), torch.no_grad():
@@ -73,7 +73,7 @@ class ShardedAverage(AveragedModel):
             engine.edits.forget()
 
     def averages(self) -> Averages:
-        """For a checkpoint."""
+        """The averages, for a checkpoint."""
         engine, state = self._of()
         share = state.share()
         kept = [p.detach() for p in self.module.parameters()]
@@ -88,7 +88,7 @@ class ShardedAverage(AveragedModel):
 
 
 class _Shares(nn.Module):
-    """A module that has this rank's share as its parameters and buffers, in the same memory."""
+    """A module whose parameters and buffers are this rank's shard, sharing its memory."""
 
     def __init__(self, share: ZeroShare, module: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _Shares(nn.Module):
 
 
 class AveragedRun:
-    """One run of a callback under the strategy.
+    """Adapts one WeightAveraging callback for one run.
 
     Args:
         callback: whose methods that handle whole models are replaced until :meth:`end`.
@@ -137,18 +137,18 @@ class AveragedRun:
         vars(callback).update(replacements)
 
     def begin(self, engine: Any) -> None:
-        """The engine is there, and has what the average begins with."""
+        """Starts the average from the engine's weights."""
         callback = self._callback
         options = {"use_buffers": callback._use_buffers, **callback._kwargs}
         callback._average_model = ShardedAverage(engine, callback._device, options)
 
     def end(self) -> None:
-        """Gives the callback its methods back. What trains has the averages by now."""
+        """Restores the callback's methods. By now the averages are in the model."""
         self._forget()
         self._callback._average_model = None
 
     def averages(self) -> Averages | None:
-        """For a checkpoint, once there is an engine."""
+        """The averages for a checkpoint, once there is an engine."""
         model = self._callback._average_model
         return model.averages() if isinstance(model, ShardedAverage) else None
 
@@ -194,13 +194,13 @@ class AveragedRun:
 
 
 class Averaging:
-    """The WeightAveraging callback of each run, if it has one; one object per strategy."""
+    """Adapts the WeightAveraging callback of each run, if it has one; one object per strategy."""
 
     def __init__(self) -> None:
         self._run: AveragedRun | None = None
 
     def prepare(self, module: pl.LightningModule | None) -> None:
-        """Takes the callback of a run that trains over, before it is set up.
+        """Takes over the callback of a training run, before it is set up.
 
         Raises:
             ConfigError: for two of them, or one that can't be done.
@@ -217,16 +217,16 @@ class Averaging:
         self._run = AveragedRun(found[0]) if found else None
 
     def begin(self, engine: Any) -> None:
-        """The engine is there, and has what the average begins with."""
+        """Starts the average from the engine's weights."""
         if self._run is not None:
             self._run.begin(engine)
 
     def averages(self) -> Averages | None:
-        """For a checkpoint: what the callback keeps beside the weights."""
+        """The averages for a checkpoint; None without the callback."""
         return self._run.averages() if self._run is not None else None
 
     def end(self) -> None:
-        """Gives the callback its methods back."""
+        """Restores the callback's methods."""
         run, self._run = self._run, None
         if run is not None:
             run.end()

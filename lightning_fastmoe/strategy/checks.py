@@ -1,4 +1,4 @@
-"""Refusals at set-up: each names the value, the rule and the fix, before any rank waits."""
+"""Checks at set-up. Each error names the value, the rule and the fix, before any rank waits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ELEMENTWISE_OF_DEEPSPEED = (
 
 
 def check_objects(owner: str, objects: Iterable[Any]) -> None:
-    """Refuses objects of the ``lightning`` package, whose classes are other classes than ours.
+    """Refuses objects of the ``lightning`` package, whose classes differ from pytorch_lightning's.
 
     Raises:
         ForeignObjectError: naming the object and what to import instead.
@@ -69,7 +69,7 @@ def attached_module(strategy: DeepSpeedStrategy, method: str) -> pl.LightningMod
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuses what the Trainer was told but can't do right.
+    """Refuses Trainer options that can't work correctly here.
 
     Raises:
         ConfigError: for gradient clipping by value or by hand, and fp16 on the CPU.
@@ -113,7 +113,7 @@ def check_links(trainer: pl.Trainer) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuses what DeepSpeed trains otherwise than it was told.
+    """Refuses optimizers that DeepSpeed would apply incorrectly.
 
     Raises:
         ConfigError: for Adagrad, and for optimizers that look at parameters as a whole.
@@ -139,7 +139,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_directories(trainer: pl.Trainer) -> None:
-    """Refuses places to which no checkpoint can be saved before training starts, not hours later.
+    """Refuses unwritable checkpoint directories before training starts, not hours later.
 
     Raises:
         CheckpointError: if a callback saves to a URL.
@@ -150,7 +150,7 @@ def check_directories(trainer: pl.Trainer) -> None:
 
 
 def fixed_paths(trainer: pl.Trainer) -> list[Path]:
-    """Where callbacks will save whatever is there; elsewhere they look for a name that is free."""
+    """Paths that callbacks overwrite; for others they pick a free name."""
     paths = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
@@ -188,7 +188,7 @@ def check_can_be_saved(
 
 
 def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
-    """An optimizer's state in a single file knows parameters by their order alone.
+    """Refuses single files whose optimizer state can't be matched: it is ordered, not named.
 
     Raises:
         CheckpointError: if each rank has another order.
@@ -204,7 +204,7 @@ def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
 
 
 def warn_within_batch(trainer: pl.Trainer, filepath: Any) -> None:
-    """Says what a checkpoint lacks that is saved in the middle of a training batch."""
+    """Warns what a checkpoint saved in the middle of a training batch lacks."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     if batches.ready > batches.processed:
         rank_zero_warn(

@@ -55,10 +55,10 @@ def _compiled_in_place(wrapper: OptimizedModule, path: str) -> nn.Module:
 
 
 class CompiledSteps:
-    """The steps of a LightningModule that was given to the Trainer compiled; one per strategy.
+    """The steps of a compiled LightningModule; one object per strategy.
 
     Lightning marks such a module, and refuses the mark for strategies that it does not know. The
-    mark is taken off here, and the steps are compiled between :meth:`apply` and :meth:`undo`.
+    mark is removed here, and the steps are compiled between :meth:`apply` and :meth:`undo`.
 
     Attributes:
         module: the LightningModule, or None.
@@ -70,7 +70,7 @@ class CompiledSteps:
         self._replaced: dict[str, Any] = {}
 
     def take(self, module: pl.LightningModule | None) -> None:
-        """Takes the mark off.
+        """Removes the mark.
 
         Args:
             module: as ``pytorch_lightning.utilities.compile.from_compiled`` made it, if it was
@@ -96,7 +96,7 @@ class CompiledSteps:
             vars(self.module)[name] = self._compile(getattr(self.module, name))
 
     def undo(self) -> None:
-        """Leaves the module as it was."""
+        """Restores the module."""
         for name, before in self._replaced.items():
             vars(self.module).pop(name, None)
             if before is not None:

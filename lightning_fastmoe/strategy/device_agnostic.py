@@ -1,4 +1,4 @@
-"""Lightning's DeepSpeedStrategy on the CPU as on CUDA; Lightning decides when to step."""
+"""Lightning's DeepSpeedStrategy for CUDA and the CPU, with Lightning deciding when to step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fastmoe.zero.config import check_deepspeed_config, select_acceler
 
 
 class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
-    """What has nothing to do with experts.
+    """The base of FastMoEStrategy: everything that is unrelated to experts.
 
     Args:
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.

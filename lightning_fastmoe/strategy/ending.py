@@ -1,4 +1,4 @@
-"""What an exception that ends a run takes along: the kernel that stood still, an exit status."""
+"""Completes the exception that ends a run: a stalled kernel's report, an exit status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_fastmoe.strategy.watch import TERMINATED_STATUS
 
 
 def is_launched(environment: ClusterEnvironment | None, local_rank: int) -> bool:
-    """Whether Lightning itself has started this rank, beside rank 0."""
+    """Whether Lightning launched this process, as one of rank 0's children."""
     return isinstance(environment, LightningEnvironment) and local_rank > 0
 
 

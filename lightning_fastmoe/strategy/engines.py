@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a LightningModule: what it is built from, and its end."""
+"""Builds and tears down the DeepSpeed engine around a LightningModule."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Engines:
         nonfinite: what happens when NaN or Inf reaches a router.
 
     Attributes:
-        state: what the engine and the strategy both know of the model's experts.
+        state: what the engine and the strategy share about the model's experts.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Engines:
         self.state = ExpertState(nonfinite=nonfinite)
 
     def shard(self, trainer: pl.Trainer, module: pl.LightningModule) -> ExpertSharder:
-        """Leaves each rank its experts, and tells every MoE layer about the run.
+        """Shards the experts and connects every MoE layer to the run.
 
         An engine that an earlier fit, by any strategy, put around the module's parameters is
         freed: its gradient hooks would run beside the new engine's. Not done when a fit ends, as
@@ -88,7 +88,7 @@ class Engines:
         return sharder
 
     def begin(self, module: pl.LightningModule) -> None:
-        """Once there is an engine: its gathers meet the other ranks, and a later fit finds it."""
+        """After the engine is built: synchronises its gathers, and lets a later fit find it."""
         if self._strategy.zero_stage_3:
             assert self._groups.sharder is not None
             meet_before_gathering(self._strategy.deepspeed_engine, self._groups.sharder.meet)
@@ -151,7 +151,7 @@ class Engines:
         return self._make(model, config)
 
     def end(self) -> None:
-        """The layers belong to no run any more."""
+        """Disconnects the layers and the engine from the run."""
         for layer in self.state.layers.values():
             layer.disconnect()
         if isinstance(self._strategy.model, FastMoEEngine):

@@ -1,4 +1,4 @@
-"""The deadline of a run's exchanges, and one error on all ranks when one of them ends the run."""
+"""Deadlines of a run's token exchanges; an error on one rank ends the run on all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_fastmoe.strategy.watch import Watch
 
 
 class ExchangeWaits:
-    """From the set-up of a run to its end; one object per strategy.
+    """Limits how long ranks wait for each other in exchanges; one object per strategy.
 
     Why "auto" is that long: a rank may be late for minutes, because of its data, its first
     compilation, or a file that it writes alone. ``hang_timeout`` lets all of this pass, and so must
@@ -35,7 +35,7 @@ class ExchangeWaits:
         self._broken: tuple[str, BaseException] | None = None
 
     def begin(self, sharder: ExpertSharder, watch: Watch) -> None:
-        """Limits and records all exchanges of this rank from here on; every rank calls this."""
+        """Limits and records all of this rank's exchanges from now on; every rank calls this."""
         pending = watch.exchanges()
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if size > 1 and self._peers is None:
@@ -43,7 +43,7 @@ class ExchangeWaits:
         sharder.record_exchanges(pending, ExchangeWait(self.seconds, self._peers, rank))
 
     def leave(self, exception: BaseException) -> None:
-        """An error of one rank ends the run on all: none waits for a rank that is gone."""
+        """Tells the other ranks about an error here, so that none waits for this one."""
         peers = self._peers
         if peers is None or not isinstance(exception, Exception):
             return
@@ -61,7 +61,7 @@ class ExchangeWaits:
             peers.stop()
 
     def raise_for_peer(self, module: pl.LightningModule | None) -> None:
-        """Last of all: where a connection broke because a rank gave up, that is the error.
+        """Raises the real cause if a connection broke because another rank gave up; called last.
 
         Raises:
             ExchangeError: if another rank had given up, and this one lost the connection to it.

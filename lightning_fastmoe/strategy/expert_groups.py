@@ -1,4 +1,4 @@
-"""The expert parallel groups of a run, made as soon as their size is known."""
+"""The expert parallel groups of a run, created as soon as their size is known."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lightning_fastmoe.zero.groups import divided_experts, register_groups
 
 
 class ExpertGroups:
-    """Which ranks share the experts; one object per strategy.
+    """Creates and holds the expert parallel groups; one object per strategy.
 
     Args:
         strategy: whose ranks, device and module these are.
         size: the expert parallel size. "auto" can be resolved only once a layer has been seen.
 
     Attributes:
-        sharder: gives each rank its experts; None until the groups are made.
+        sharder: assigns experts to ranks; None until the groups exist.
     """
 
     def __init__(self, strategy: DeepSpeedStrategy, size: int | Literal["auto"]) -> None:
@@ -52,12 +52,12 @@ class ExpertGroups:
         return self.sharder.mesh
 
     def make_if_sized(self) -> None:
-        """Makes the groups if their size was given as a number."""
+        """Creates the groups if their size was given as a number."""
         if self.size != "auto":
             self.make({})
 
     def make(self, num_experts: Mapping[str, int]) -> ExpertSharder:
-        """Makes the groups, unless they exist; every rank calls this.
+        """Creates the groups unless they exist; every rank calls this.
 
         Args:
             num_experts: name -> ``num_experts`` of the layers, which "auto" must divide.
@@ -101,6 +101,6 @@ class ExpertGroups:
             self.make(auto.num_experts)
 
     def end_pass(self, layers: Iterable[MoE]) -> None:
-        """A rank that left out its last MoE layers meets the ranks that wait for it in them."""
+        """Joins the exchanges of trailing MoE layers that this rank skipped."""
         if self.sharder is not None:
             self.sharder.end_pass(layers, self._strategy.root_device)

@@ -1,4 +1,4 @@
-"""FastMoEStrategy: expert parallelism beside DeepSpeed ZeRO data parallelism, for Lightning."""
+"""FastMoEStrategy: expert parallelism with DeepSpeed ZeRO data parallelism, for Lightning."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _Result = TypeVar("_Result")
 
 
 class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
-    """Trains mixture-of-experts models: experts split over ranks, the rest by DeepSpeed ZeRO.
+    """Trains mixture-of-experts models: experts sharded over ranks, the rest by DeepSpeed ZeRO.
 
     Every ``MoE`` layer of the model has its experts divided over ``expert_parallel_size``
     neighbouring ranks; replicas of an expert (if the world is larger) are ZeRO-partitioned among
@@ -119,7 +119,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     @property
     def expert_parallel_size(self) -> int | Literal["auto"]:
-        """As it was given: :attr:`expert_mesh` has what "auto" comes to."""
+        """The argument as given; :attr:`expert_mesh` has the size that "auto" resolved to."""
         return self._groups.size
 
     @property
@@ -273,16 +273,16 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._steps.begin_evaluation(Activity.PREDICTING)
 
     def edit_parameters(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Parameters that may be read and written whole, in any hook while training.
+        """Gives access to whole parameters, for reading and writing, in any hook during training.
 
-        At the end what was written is in the master weights that ZeRO trains, at every stage and
-        whatever wrote it. ZeRO 3 gathers the parameters, each rank those of its own experts. ::
+        On exit, what was written is copied to the master weights that ZeRO trains, at every stage.
+        ZeRO 3 gathers the parameters; each rank gathers those of its own experts. ::
 
             with trainer.strategy.edit_parameters([self.head.bias]), torch.no_grad():
                 self.head.bias.zero_()
 
-        Every rank calls this with the same parameters in the same order, and writes the same into
-        those that are not experts.
+        Every rank calls this with the same parameters in the same order, and writes the same values
+        to those that are not experts.
 
         Args:
             parameters: the parameters of the LightningModule.
@@ -293,11 +293,11 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         return self._steps.editing(parameters)
 
     def on_rank_zero(self, function: Callable[..., _Result], *args: Any) -> _Result | None:
-        """Runs ``function(*args)`` on rank 0 alone, a callback's sample say.
+        """Runs ``function(*args)`` on rank 0 only, for example to sample text in a callback.
 
-        Every rank calls this at the same point, also those where nothing runs: while rank 0 runs
-        the model, they take part in its MoE layers without tokens of their own. The model is in
-        evaluation mode meanwhile, without gradients and in the precision of the run.
+        Every rank must call this at the same point: while rank 0 runs the model, the others take
+        part in its MoE layers without tokens of their own. The model is in evaluation mode,
+        without gradients and in the precision of the run.
 
         Args:
             function: may run the LightningModule any number of times.
@@ -325,12 +325,12 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Names and shapes alone: each rank writes its weights in :meth:`save_checkpoint`."""
+        """Names and shapes only: each rank writes its weights in :meth:`save_checkpoint`."""
         return self._saving.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Empty: as for the weights."""
+        """Empty: each rank writes its state in :meth:`save_checkpoint`."""
         return {}
 
     @override
@@ -348,7 +348,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
+        """Deletes a checkpoint, its name first, so that no partial one is ever found."""
         self._saving.remove(filepath)
 
     @override
@@ -367,7 +367,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Comes after the hooks; :meth:`load_checkpoint` has restored the weights."""
+        """Checks that no hook edited weights; :meth:`load_checkpoint` has restored them."""
         self._loading.check_hooks(checkpoint)
 
     # ------------------------------------------------------------------------------------ the end

@@ -1,4 +1,4 @@
-"""What Lightning's checkpoint hooks see of the weights, and whether they have tried to change them.
+"""What Lightning's checkpoint hooks see of the weights, and a check that they didn't edit them.
 
 Each rank writes and reads the weights that it owns, outside of the dictionary that Lightning hands
 from hook to hook. So that hooks which look at names and shapes work, ``checkpoint["state_dict"]``
@@ -37,7 +37,7 @@ _MEND = {
 
 
 class WeightNames:
-    """The weights as a hook is to find them again.
+    """The names and shapes that a hook must leave unchanged.
 
     Args:
         shapes: name -> (shape, dtype).
@@ -59,20 +59,20 @@ class WeightNames:
 
     @classmethod
     def of_model(cls, model: ModelMap) -> WeightNames:
-        """What will be saved of a model, as far as this rank knows its names."""
+        """The weights of a model that will be saved, as far as this rank knows their names."""
         shapes = {name: (place.shape, p.dtype) for name, (p, place) in model.parameters.items()}
         shapes |= {name: (tuple(b.shape), b.dtype) for name, b in model.buffers.items()}
         return cls(shapes, model.tied)
 
     @classmethod
     def of_source(cls, source: Source) -> WeightNames:
-        """What a checkpoint holds."""
+        """The weights in a checkpoint."""
         weights = ((split_name(tensor), record) for tensor, record in source.tensors.items())
         shapes = {n: (r.shape, DTYPES[r.dtype]) for (kind, n), r in weights if kind is None}
         return cls(shapes, source.tied)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For Lightning's checkpoint dictionary."""
+        """The entry for Lightning's checkpoint dictionary."""
         return dict(self._tensors)
 
     def check(

@@ -1,4 +1,4 @@
-"""Resuming a run: Lightning's calls, led to the checkpoint package."""
+"""Resumes runs: connects Lightning's hooks to the checkpoint package."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from lightning_fastmoe.zero.restore import Loaded, load
 class Loading:
     """Restores checkpoints into the engine of a strategy; one object per strategy.
 
-    A part of what is loaded waits for the moment at which Lightning would not overwrite it: random
-    numbers until the loaders are made, gradients until training starts.
+    Some of the state is applied later, when Lightning no longer overwrites it: random number
+    generators when the loaders are created, gradients when training starts.
 
     Args:
         strategy: whose engine is restored.
@@ -100,7 +100,7 @@ class Loading:
         return loaded.lightning
 
     def check_hooks(self, checkpoint: Mapping[str, Any]) -> None:
-        """After the hooks: :meth:`load` has restored the weights, and an edit would be lost.
+        """Refuses edits by hooks: :meth:`load` has restored the weights, so they would be lost.
 
         Raises:
             CheckpointError: on all ranks, if a hook has edited weights in ``checkpoint``.
@@ -112,11 +112,11 @@ class Loading:
                 names.check(checkpoint, 0, "on_load_checkpoint", trainer)
 
     def before_iteration(self) -> None:
-        """Before an iterator is made, which draws numbers at the beginning of an epoch."""
+        """Restores random states before an iterator is created, which draws numbers."""
         self._restore_random_state()
 
     def on_train_start(self) -> None:
-        """Puts in place what Lightning has cleared or drawn from since :meth:`load`."""
+        """Restores what Lightning has cleared or drawn from since :meth:`load`."""
         assert self._strategy.lightning_module is not None
         if self._strategy.lightning_module.trainer.fit_loop.restarted_mid_epoch:
             # The iterator of a run that was not interrupted was made long before the save.

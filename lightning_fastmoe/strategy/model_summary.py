@@ -1,4 +1,4 @@
-"""What Lightning's own table of parameters leaves out: the experts of other ranks."""
+"""Reports what Lightning's model summary leaves out: the experts of other ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_fastmoe.planning.sizes import numel
 
 
 def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Says how many parameters Lightning's summary, printed just before, did not count.
+    """Prints how many parameters Lightning's summary, just printed, did not count.
 
     A model built in ``configure_model`` holds this rank's experts only when Lightning counts them,
     and its "Total params" would pass for the whole model's.

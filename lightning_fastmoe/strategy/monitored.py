@@ -1,4 +1,4 @@
-"""One value on all ranks for what decides about checkpoints, stopping and the learning rate.
+"""Makes monitored values equal on all ranks, so that they checkpoint and stop together.
 
 ``self.log("loss", loss)`` without ``sync_dist`` keeps a value per rank, and Lightning's callbacks
 decide by it on every rank separately. Each rank then has a best checkpoint of its own, a number of
@@ -28,7 +28,7 @@ _NAME_IN_TEMPLATE = re.compile(r"\{([^:}]*)")
 
 
 def share_monitored(trainer: pl.Trainer) -> Callable[[], None]:
-    """Lets all ranks decide by rank 0's values wherever Lightning decides by a logged one.
+    """Makes all ranks use rank 0's values wherever Lightning decides by a logged one.
 
     Args:
         trainer: whose ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` decide.
@@ -57,7 +57,7 @@ def share_monitored(trainer: pl.Trainer) -> Callable[[], None]:
 
 
 class _SharedValues:
-    """Logged values, made equal to rank 0's right before somebody decides by them."""
+    """Logged values, set to rank 0's right before they are used."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""Where the other ranks are, when one waits for them in vain.
+"""Finds out where the other ranks are when one waits for them too long.
 
 Nothing is sent while a run is healthy. A thread of each rank looks once a second whether another
 rank has given up, and then says through the process group's store what its own main thread is
@@ -73,7 +73,7 @@ class Peers:
     # -------------------------------------------------------------------------- of the main thread
 
     def failure(self) -> str | None:
-        """What another rank said when it gave up, with where all ranks were; None if none did."""
+        """The report of the rank that gave up, with where all ranks were; None if none did."""
         if self._failure is None:
             self._notice()
         if self._failure is None:
@@ -84,11 +84,11 @@ class Peers:
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank or another one has given up, as far as this one has heard."""
+        """Whether any rank has given up, as far as this one knows."""
         return self._failure is not None
 
     def hopeless(self) -> str | None:
-        """Why the exchange that this rank waits in can't end any more, or None."""
+        """The reason why this rank's pending exchange can never finish, or None."""
         if self._failure is not None:
             return self.failure()
         if not self._all_wait():
@@ -99,7 +99,7 @@ class Peers:
         )
 
     def give_up(self, reason: str) -> str:
-        """Tells the other ranks that this one gives up; returns ``reason`` and where each is."""
+        """Tells the others that this rank gives up; returns ``reason`` and where each rank is."""
         self._over = True
         self._failure = reason
         try:
@@ -113,7 +113,7 @@ class Peers:
         return report
 
     def leave(self, reason: str) -> None:
-        """Tells the other ranks that this one leaves the run, if none has done so before."""
+        """Tells the other ranks that this one leaves the run, unless one has done so before."""
         self._over = True
         try:
             if self._failure is None and not self._store.check(["failure"]):

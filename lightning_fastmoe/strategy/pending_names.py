@@ -1,4 +1,4 @@
-"""What ModelCheckpoint must know about checkpoints that are still being written."""
+"""Makes ModelCheckpoint count checkpoints that are still being written."""
 
 from __future__ import annotations
 

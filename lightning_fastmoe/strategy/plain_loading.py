@@ -1,4 +1,4 @@
-"""What Lightning's own loaders do with a checkpoint of ours; see ``lightning_loaders.py``."""
+"""Lets Lightning's own loaders read our checkpoints; see ``lightning_loaders.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Lightning and DeepSpeed print because of this strategy, and what nobody can act on.
+"""Silences messages of Lightning and DeepSpeed that users of this strategy can't act on.
 
 Each message is left out by its text and by the module of theirs that prints it. Warnings about the
 user's own code and data stay.
@@ -35,7 +35,7 @@ _WARNED = (
 
 
 def quiet_logs() -> None:
-    """Leaves out what is logged; before the Trainer logs its first line, and for good."""
+    """Filters log messages, permanently; called before the Trainer logs its first line."""
     for name in _LOGGED:
         logging.getLogger(name).addFilter(_is_wanted)  # the same function is added once
 
@@ -48,7 +48,7 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 
 def quiet_warnings() -> Callable[[], None]:
-    """Leaves out warnings while a run goes on.
+    """Filters warnings during a run.
 
     Returns:
         What ends that.

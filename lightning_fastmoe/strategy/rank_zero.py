@@ -1,4 +1,4 @@
-"""Running a model for rank 0 alone, while the other ranks lend it their experts."""
+"""Runs a model on rank 0 only, with the experts of the other ranks."""
 
 from __future__ import annotations
 

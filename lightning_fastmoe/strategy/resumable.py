@@ -1,4 +1,4 @@
-"""Training loaders without a state of their own go on where a checkpoint was saved."""
+"""Lets training loaders without a state of their own resume within an epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCHES, _BEGUN, _SAMPLED = "batches_of_epoch", "begun", "sampled"
 
 
 def resumable(loader: Any, trainer: Any) -> Any:
-    """The loader itself if it has a state, else a wrapper that has one; its sampler in the epoch.
+    """Returns the loader if it has a state, else a wrapper with one, and sets the sampler's epoch.
 
     Lightning makes the iterator of a run's first epoch before it tells the sampler which epoch that
     is. Workers begin at once, and would take the order of epoch 0.
@@ -62,7 +62,7 @@ def _epoch(fit_loop: Any) -> int:
 
 
 class ResumableLoader:
-    """Looks like the loader that it wraps, and knows how far it is in its epoch.
+    """Wraps a loader and tracks its position in the epoch.
 
     A checkpoint of the middle of an epoch has the number of batches that were done, and the random
     numbers with which the epoch began. On resuming, the sampler is advanced by as many batches,
@@ -98,7 +98,7 @@ class ResumableLoader:
         return len(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the epoch is; between epochs nothing."""
+        """The position in the epoch; zero between epochs."""
         progress = self._fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch or not progress.current.processed or self._begun is None:
             return {_BATCHES: 0}
@@ -110,7 +110,7 @@ class ResumableLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Has the next iterator begin where the state was saved.
+        """Starts the next iterator where the state was saved.
 
         Raises:
             CheckpointError: if the state is another kind of loader's.
@@ -153,7 +153,7 @@ class ResumableLoader:
 
 
 class _Indices:
-    """Stands for the sampler from which a loader takes its indices, while an iterator is made.
+    """Replaces a loader's sampler while an iterator is created.
 
     Attributes:
         begun: the random numbers when the sampler of the last epoch began. That is not when the

@@ -1,4 +1,4 @@
-"""Saving a run: Lightning's calls, led to the checkpoint package."""
+"""Saves runs: connects Lightning's hooks to the checkpoint package."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Saving:
         self._saves_after_error = 0
 
     def begin(self, trainer: pl.Trainer, in_background: bool) -> Callable[[], None]:
-        """Before a run: what it will save to must exist, be replaceable, and be counted as taken.
+        """Prepares the directories and names that a run will save to.
 
         Args:
             trainer: of the run.
@@ -90,7 +90,7 @@ class Saving:
         return count_pending_names(trainer, self._is_pending)
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and shapes alone: each rank writes its weights in :meth:`save`."""
+        """Names and shapes only: each rank writes its weights in :meth:`save`."""
         attached_module(self._strategy, "lightning_module_state_dict")
         self._weight_names = None
         try:
@@ -150,7 +150,7 @@ class Saving:
             self._writer.wait()  # no step will come in which an error could surface
 
     def poll(self) -> None:
-        """Raises what went wrong in the background since the last call."""
+        """Raises any error from the background writer."""
         if self._made_writer is not None:
             self._made_writer.poll()
 
@@ -160,14 +160,14 @@ class Saving:
             self._made_writer.wait()
 
     def remove(self, filepath: Any) -> None:
-        """Deletes a checkpoint: first its name, then its files, so that no half of it is found."""
+        """Deletes a checkpoint, its name first, so that no partial one is ever found."""
         if self._strategy.is_global_zero:
             path = local_path(filepath)
             writer = self._made_writer or ForegroundWriter()
             writer.after_success(lambda: remove(path))
 
     def end(self) -> None:
-        """At the end of a run, waits for its last checkpoint.
+        """Waits for the last checkpoint at the end of a run.
 
         Raises:
             CheckpointError: on all ranks, if that could not be written.

@@ -1,4 +1,4 @@
-"""A process beside each rank that ends it when it stands still, or does not obey SIGTERM.
+"""A watchdog process for each rank that ends it if it hangs or ignores SIGTERM.
 
 It is a process because nothing inside the rank is sure to run. A main thread that waits inside C,
 in a launch or a collective, runs no Python signal handler; if it holds the GIL while it waits, no
@@ -77,7 +77,7 @@ _MAY_FINISH = (Activity.LOADING, Activity.SAVING, Activity.ENDING)
 
 
 def start_time(pid: int) -> str:
-    """When a process started, in ticks; with the pid it names a process for good."""
+    """Start time of a process in ticks; with the pid it identifies the process uniquely."""
     return _stat(pid)[19]
 
 
@@ -133,7 +133,7 @@ class Sentry:
         self._interval = max(0.05, min([1.0, *(limit / 10 for limit in limits)]))
 
     def run(self, channel: socket.socket) -> None:
-        """Watches until the rank says STOP or is gone; then sees to those that it launched."""
+        """Watches until the rank sends STOP or exits; then ends the processes that it launched."""
         while os.getppid() == self.pid:
             if select.select([channel], [], [], self._interval)[0]:
                 numbers = self._receive(channel)

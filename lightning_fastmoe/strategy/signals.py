@@ -1,4 +1,4 @@
-"""Signals that stop a run are obeyed between two batches, by all ranks at the same one."""
+"""Handles stop signals between batches, on all ranks at the same one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fastmoe.strategy.watch import Activity, Watch
 
 
 class DeferredSignals(pl.Callback):
-    """Puts off Lightning's handlers of SIGTERM, and of SLURM's signal to requeue.
+    """Defers Lightning's handlers of SIGTERM and of SLURM's requeue signal.
 
     Lightning's handlers talk to the other ranks at once, wherever each of them is: between two
     exchanges of tokens on one rank, two later on another. The ranks then wait for each other until
@@ -55,7 +55,7 @@ class DeferredSignals(pl.Callback):
                 signal.signal(number, self._note)
 
     def detach(self) -> None:
-        """Leaves the Trainer, which sets the handlers back itself."""
+        """Removes itself from the Trainer, which restores the handlers."""
         if self in self._callbacks:
             self._callbacks.remove(self)
         if self._group is not None and self._under_way is None:

@@ -1,4 +1,4 @@
-"""What surrounds each step: edits of weights are taken over, and ranks that stopped early meet."""
+"""Runs training and evaluation steps: applies weight edits and keeps the ranks in step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EVALUATION_STEPS = {
 
 
 class Steps:
-    """The steps of a strategy whose forward passes exchange tokens; one object per strategy.
+    """Runs the steps of a strategy whose forward passes exchange tokens; one object per strategy.
 
     Args:
         strategy: whose engine runs.
@@ -76,14 +76,14 @@ class Steps:
         return output
 
     def begin_training(self) -> Callable[[], None]:
-        """Before the first batch; returns what ends it."""
+        """Called before the first batch; returns the function that undoes it."""
         module = self._strategy.lightning_module
         assert module is not None
         unwrap_compiled(module)  # what a hook of the user's has compiled since set-up
         return DeferredSignals(module.trainer, self._watch).detach
 
     def begin_evaluation(self, activity: Activity) -> None:
-        """Before the first batch of a validation, a test or a prediction."""
+        """Called before the first batch of validation, testing or prediction."""
         assert self._strategy.lightning_module is not None
         self._watch.beat(activity)
         unwrap_compiled(self._strategy.lightning_module)
@@ -91,7 +91,7 @@ class Steps:
 
     @contextmanager
     def editing(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Parameters that may be read and written whole.
+        """Gives access to whole parameters, for reading and writing.
 
         Raises:
             ParameterEditError: if there is no training, or if one is not the model's.
@@ -111,7 +111,7 @@ class Steps:
             edits.look()
 
     def on_rank_zero(self, function: Callable[..., _Result], *args: Any) -> _Result | None:
-        """Runs ``function(*args)`` on rank 0 alone, in the precision of the run.
+        """Runs ``function(*args)`` on rank 0 only, in the precision of the run.
 
         Raises:
             ConfigError: on all ranks, at stage 3.

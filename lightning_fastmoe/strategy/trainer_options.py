@@ -1,4 +1,4 @@
-"""What Lightning offers and this strategy does not do, refused before anything is built.
+"""Refuses Lightning options that this strategy doesn't support, before anything is built.
 
 The table in docs/lightning_features.md lists all of it, and what works.
 """

@@ -1,4 +1,4 @@
-"""Ranks with different numbers of batches.
+"""Keeps ranks with different numbers of batches in step.
 
 Every forward pass exchanges tokens between ranks, so all ranks must run equally many. The rules:
 
@@ -90,11 +90,11 @@ class UnevenData:
         return combined is not None and any(item is loader for item in combined.flattened)
 
     def agree(self, has_batch: bool) -> list[bool]:
-        """Which ranks have another batch."""
+        """Whether each rank has another batch."""
         return [bool(flag) for flag in self._gather(int(has_batch))]
 
     def fill_up(self, step: str) -> None:
-        """At the start of an evaluation: checks that extra steps can be put where they belong.
+        """At the start of an evaluation, checks that extra steps can run in the right place.
 
         Args:
             step: "validation_step", "test_step" or "predict_step".
@@ -119,7 +119,7 @@ class UnevenData:
 
     @torch.no_grad()
     def extra_step(self, loader: object, batch: Any) -> None:
-        """Runs an evaluation step for the other ranks' sake and forgets all that it did."""
+        """Runs an evaluation step for the other ranks and discards all its effects."""
         trainer, module = self._trainer, self._module
         loop = self._evaluation_loop()
         loaders = loop._combined_loader.flattened
@@ -133,7 +133,7 @@ class UnevenData:
             call._call_strategy_hook(trainer, self._step, *arguments)
 
     def index_of(self, loader: object) -> int:
-        """The place of ``loader`` among the loaders of the running evaluation."""
+        """The index of ``loader`` among the loaders of the running evaluation."""
         loaders = self._evaluation_loop()._combined_loader.flattened
         return next(i for i, item in enumerate(loaders) if item is loader)
 
@@ -160,7 +160,7 @@ class UnevenData:
 
 
 class _Loader:
-    """Looks like the loader that it wraps."""
+    """Wraps a loader and forwards its attributes."""
 
     def __init__(self, loader: Any, uneven: UnevenData) -> None:
         self._loader = loader
@@ -174,7 +174,7 @@ class _Loader:
     # By name, as Lightning looks for them without __getattr__.
 
     def state_dict(self) -> Any:
-        """That of the loader itself; every training loader has one."""
+        """The loader's own state; every training loader has one."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
@@ -229,7 +229,7 @@ class SizedLoader(_Loader):
 
 
 class UnsizedLoader(_Loader):
-    """A loader of unknown length; before each batch the ranks agree who has another one."""
+    """A loader of unknown length; before each batch, ranks exchange whether they have another."""
 
     def __iter__(self) -> Iterator[Any]:
         uneven = self._uneven

@@ -1,4 +1,4 @@
-"""Undoing what a step left behind in a LightningModule."""
+"""Undoes a step's effects on a LightningModule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Undo = Callable[[], Any]
 
 @contextmanager
 def untouched(module: pl.LightningModule) -> Iterator[None]:
-    """Restores, at the end, what evaluation steps usually write to.
+    """Restores on exit what evaluation steps usually write to.
 
     That is: the state of every torchmetrics metric; all other buffers; and the module's own
     attributes, into lists, dicts, sets and deques at any depth (``self.outputs.append(...)``), but

@@ -1,4 +1,4 @@
-"""A rank that stands still, or does not obey SIGTERM, ends: the rank's side of ``sentry.py``."""
+"""Ends a rank that hangs or ignores SIGTERM: the rank's side of ``sentry.py``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ON_LINUX = sys.platform.startswith("linux")
 
 
 def check_seconds(name: str, value: Any) -> None:
-    """Checks an argument of FastMoEStrategy that is a limit of time.
+    """Checks an argument of FastMoEStrategy that is a time limit.
 
     Raises:
         ConfigError: if it is neither None nor a positive, finite number.
@@ -58,7 +58,7 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 class Watch:
-    """Tells the sentry of this rank's progress, and is its voice inside the rank.
+    """Reports this rank's progress to the sentry, and prints stacks when the sentry asks.
 
     What runs per batch is one write of 25 bytes into shared memory.
 
@@ -82,7 +82,7 @@ class Watch:
     # ---------------------------------------------------------------------------------- progress
 
     def beat(self, activity: Activity | None = None, step: int | None = None) -> None:
-        """Notes progress.
+        """Records progress.
 
         Args:
             activity: what begins now; None is the same as before.
@@ -97,17 +97,17 @@ class Watch:
         )
 
     def batch(self, activity: Activity, step: int | None = None) -> None:
-        """Notes that the forward pass of a batch is done."""
+        """Records that the forward pass of a batch is done."""
         self._batches += 1
         self.beat(activity, step)
 
     def doing(self) -> str:
-        """What this rank does, in a few words."""
+        """A short description of what this rank is doing."""
         return f"{WORDS[self._activity]}, optimizer steps done: {self._step}"
 
     @contextmanager
     def during(self, activity: Activity) -> Iterator[None]:
-        """Notes that something begins and, at the end, that it is over."""
+        """Records an activity for the duration of the context."""
         before = self._activity
         self.beat(activity)
         try:
@@ -186,7 +186,7 @@ class Watch:
         return PendingExchange(self._memory, EXCHANGE_AT)
 
     def stop(self) -> None:
-        """Stops the sentry and the thread; nothing of them is left. May be called again."""
+        """Stops the sentry and the thread, and frees their resources; idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
