@@ -1,4 +1,4 @@
-"""Everything that knows DeepSpeed's private names: its engine, its groups, where its state lies.
+"""All uses of DeepSpeed's private names: its engine, its groups, and the layout of its state.
 
 Another engine would be another folder.
 """

@@ -1,4 +1,4 @@
-"""Averaged weights beside those that train, as a save and a load see them.
+"""Averaged weights kept alongside the training weights, for saving and loading.
 
 A checkpoint of a run that averages its weights has the averages as its weights, and the weights
 that train as one more state of the optimizer. Resuming needs them there, and every other reader of
@@ -32,7 +32,7 @@ def has_training_weights(tensors: Mapping[str, object]) -> bool:
 
 @dataclass(frozen=True)
 class Averages:
-    """This rank's share of the averages.
+    """This rank's shard of the averages.
 
     Attributes:
         masters: one per partition, laid out like its master.
@@ -47,7 +47,7 @@ class Averages:
     swapped: bool = False
 
     def beside(self, share: ZeroShare) -> ZeroShare:
-        """A share of the same layout that holds these tensors."""
+        """A shard of the same layout that holds these tensors."""
         return ZeroShare(
             [replace(f, master=m) for f, m in zip(share.flats, self.masters, strict=True)],
             [replace(one, data=self.loose[one.name], origin=None) for one in share.loose],
@@ -55,7 +55,7 @@ class Averages:
 
     @torch.no_grad()
     def take(self, share: ZeroShare, buffers: Mapping[str, Tensor]) -> None:
-        """Copies what the module has."""
+        """Copies the module's weights."""
         for flat, master in zip(share.flats, self.masters, strict=True):
             master.copy_(flat.master)
         for one in share.loose:

@@ -1,4 +1,4 @@
-"""DeepSpeed's collectives, by the names that torch gives them now."""
+"""Maps DeepSpeed's collectives to torch's current names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SUCCESSORS = {
 
 
 def modernise_collectives() -> None:
-    """Lets DeepSpeed call what torch has put in the place of two deprecated collectives.
+    """Makes DeepSpeed call the successors of two collectives that torch deprecated.
 
     They are the same functions under new names. Under the old ones, each call at stage 3 prints a
     warning, on every rank. Call it once DeepSpeed's back end is there.

@@ -1,4 +1,4 @@
-"""What DeepSpeed must be told before anything else happens."""
+"""Checks of the DeepSpeed config, and the choice of its accelerator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES = (1, 2, 3)
 
 
 def select_accelerator(device: torch.device) -> None:
-    """Makes DeepSpeed compute on ``device.type``, also on a machine that has something faster."""
+    """Makes DeepSpeed use ``device.type``, even on a machine with a faster device."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
 
@@ -61,7 +61,7 @@ _REFUSED_ZERO = {
 
 
 def check_deepspeed_config(config: Mapping[str, Any]) -> None:
-    """Refuses what would train experts wrongly, or what was never checked to train them right.
+    """Refuses options that would train experts incorrectly, or were never verified.
 
     Raises:
         ConfigError: naming the option, the rule and the fix.
@@ -99,7 +99,7 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
 
 
 def check_stage(stage: Any) -> None:
-    """Refuses ZeRO stages that do not exist, or that train experts wrongly.
+    """Refuses ZeRO stages that do not exist, or that train experts incorrectly.
 
     Raises:
         ConfigError: naming the stages that do.

@@ -1,4 +1,4 @@
-"""Whether an optimizer updates each element on its own, as ZeRO's flat partitions need.
+"""Tests whether an optimizer is elementwise, as ZeRO's flat partitions require.
 
 ZeRO gives the optimizer a flat piece of all parameters of a group, cut where a rank's share ends.
 An optimizer that looks at a parameter as a whole (its shape, its norm) then trains without an

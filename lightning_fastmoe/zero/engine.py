@@ -1,4 +1,4 @@
-"""DeepSpeed's engine, taught about experts."""
+"""DeepSpeed's engine, extended for sharded experts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ExpertState:
 
     @property
     def sharded_layers(self) -> list[MoE]:
-        """The layers whose experts are split over ranks."""
+        """The layers whose experts are sharded over ranks."""
         return [layer for layer in self.layers.values() if layer.is_sharded]
 
     @property
@@ -127,7 +127,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             )
 
     def let_go(self) -> None:
-        """After the last step: undoes what keeps it alive; it can still be saved and evaluated.
+        """After the last step, drops references that keep it alive; it can still save and evaluate.
 
         Its hooks on gradients, which Python's garbage collector does not see, and a list of
         DeepSpeed's hold the engine, and with it model, optimizer and Trainer, so that none of them
@@ -145,7 +145,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             F.linear = partition_parameters.InsertPostInitMethodToModuleSubClasses.linear_bk
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the base class, but the loss is not divided by the accumulation steps again.
+        """Runs backward without dividing the loss by the accumulation steps again.
 
         Lightning has divided it already; DeepSpeed would do it a second time. The attached loss
         terms learn from ``loss`` how it is scaled from here on.
@@ -216,7 +216,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                         flat.grad.zero_()
 
     def take_over_edits(self) -> None:
-        """Makes what the user has done to parameters and to the optimizer's groups count.
+        """Applies the user's edits of parameters and of the optimizer's groups.
 
         Raises:
             ParameterEditError: if something done to a parameter can't hold.

@@ -1,4 +1,4 @@
-"""ZeRO 3 on the CPU: ranks that would gather different parameters find out before they do."""
+"""ZeRO 3 on the CPU: detects ranks that are about to gather different parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fastmoe.zero.groups import is_tagged
 
 
 def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
-    """Has ranks meet before a module's parameters are gathered, which all of them must do.
+    """Synchronises ranks before a module's parameters are gathered, which all must do.
 
     Where one rank leaves a layer out, the ranks would gather tensors of different sizes from each
     other; gloo ends the process then, and says nothing of layers. With NCCL, exchanges of tokens

@@ -1,4 +1,4 @@
-"""Gradients of a step that a save finds half accumulated.
+"""Saves and restores gradients of a partly accumulated step.
 
 ZeRO 2 and 3 hold their share of the averaged gradient; ZeRO 1 holds on every rank the gradient of
 its own batches, which is averaged only before the step. Both are stored as they are, so that the
@@ -36,7 +36,7 @@ class GradientSource(Protocol):
 
     @property
     def topology(self) -> Topology | None:
-        """Of the run that saved."""
+        """The topology of the run that saved."""
         ...
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
@@ -46,7 +46,7 @@ class GradientSource(Protocol):
 
 @dataclass(frozen=True)
 class GradientFragment:
-    """A part of the gradient that this rank holds.
+    """A fragment of a gradient on this rank.
 
     Attributes:
         name: the name of the parameter.
@@ -60,7 +60,7 @@ class GradientFragment:
 
 
 class PartialGradients:
-    """The half accumulated gradients of an engine.
+    """The partly accumulated gradients of an engine.
 
     Args:
         zero: the zero of the engine.
@@ -74,7 +74,7 @@ class PartialGradients:
         self.parameters = {n: p for n, (p, _) in model.parameters.items()}
 
     def pieces(self) -> Iterator[OwnedPiece]:
-        """What this rank writes of them."""
+        """The fragments that this rank writes."""
         for fragment in self._fragments():
             place = self.model.place(fragment.name)
             shape, start = place.shape, place.offset + fragment.start
@@ -86,7 +86,7 @@ class PartialGradients:
             yield OwnedPiece.of(name, shape, start, self._read(fragment))
 
     def load(self, source: GradientSource) -> dict[GradientFragment, Tensor]:
-        """Reads what this rank needs; nothing if the checkpoint was not taken half-way."""
+        """Reads this rank's fragments; none if the checkpoint was taken between steps."""
         result = {}
         for fragment in self._fragments():
             value = self._load_fragment(source, fragment)
@@ -122,7 +122,7 @@ class PartialGradients:
         return value * share if self.is_local else value
 
     def put(self, gradients: Mapping[GradientFragment, Tensor], scale: float = 1.0) -> None:
-        """Gives them to the engine, which adds the rest of the step's batches.
+        """Hands them to the engine, which accumulates the step's remaining batches.
 
         Args:
             gradients: from :meth:`load`.

@@ -1,4 +1,4 @@
-"""Telling DeepSpeed which parameters are experts: tags on parameters, groups of ranks."""
+"""Tells DeepSpeed which parameters are experts, by tags and process groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fastmoe.nn import MoE
 
 
 def group_name(mesh: ExpertMesh) -> str:
-    """DeepSpeed's name of the expert data parallel group; it parses the size out of it."""
+    """DeepSpeed's name for the expert data parallel group; it parses the size from it."""
     return f"ep_size_{mesh.ep_size}"
 
 
@@ -54,7 +54,7 @@ def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
 
 
 def check_batch_norms(layers: Mapping[str, MoE]) -> None:
-    """Refuses experts that wait for all ranks whenever they see tokens.
+    """Refuses experts with modules that synchronise all ranks, such as SyncBatchNorm.
 
     Raises:
         ConfigError: naming the layer and the module.
@@ -71,7 +71,7 @@ def check_batch_norms(layers: Mapping[str, MoE]) -> None:
 
 
 def register_groups(mesh: ExpertMesh) -> None:
-    """Gives DeepSpeed the mesh's groups, so that it does not create its own beside them."""
+    """Registers the mesh's groups with DeepSpeed, so that it doesn't create its own."""
     from deepspeed.utils import groups
 
     name = group_name(mesh)
@@ -84,5 +84,5 @@ def register_groups(mesh: ExpertMesh) -> None:
 
 
 def divided_experts(layers: Iterable[tuple[str, MoE]]) -> dict[str, int]:
-    """``num_experts`` of the layers, by name, whose experts are divided over ranks."""
+    """Name -> ``num_experts`` of the layers whose experts are divided over ranks."""
     return {n: m.num_experts for n, m in layers if m.dispatcher_name != "local"}

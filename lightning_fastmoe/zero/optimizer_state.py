@@ -1,4 +1,4 @@
-"""The optimizer's state by parameter: options, scalars and what is stored as tensors."""
+"""The optimizer's state by parameter: options, scalars and tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_fastmoe.zero.state import FlatPartition
 
 
 def elementwise(flat: FlatPartition) -> Iterator[tuple[str, Tensor]]:
-    """The states that have a value for each element of the partition."""
+    """The states with one value per element of the partition."""
     for name, value in flat.state.items():
         if isinstance(value, Tensor) and value.shape == flat.master.shape:
             yield name, value
 
 
 def scalars(flat: FlatPartition) -> dict[str, Any]:
-    """The states that the whole partition has in common, such as ``step``.
+    """The states shared by the whole partition, such as ``step``.
 
     Raises:
         CheckpointError: for a state that is neither one value nor one per element: it was made from
@@ -50,5 +50,5 @@ def scalars(flat: FlatPartition) -> dict[str, Any]:
 
 
 def shared_scalars(flats: Iterable[FlatPartition]) -> list[dict[str, Any]]:
-    """For JSON: the scalars of each partition and the parameters that they are of."""
+    """The scalars of each partition and the names of its parameters, for JSON."""
     return [{"params": flat.names, "values": scalars(flat)} for flat in flats if flat.state]

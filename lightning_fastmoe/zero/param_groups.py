@@ -1,4 +1,4 @@
-"""Optimizer groups: DeepSpeed wants experts apart, users and schedulers want theirs as written.
+"""Splits experts into optimizer groups for DeepSpeed, and hides that from the user.
 
 The user's optimizer stays what ``configure_optimizers`` returned: the Trainer, schedulers and
 monitors have that very object, with its groups in their order. DeepSpeed gets a twin of it whose
@@ -31,7 +31,7 @@ _MISSING = object()
 
 
 class EngineOptimizer(Optimizer):
-    """Mixed into the class of the user's optimizer while an engine steps for it.
+    """Mixin for the user's optimizer while an engine steps for it.
 
     The parameters' gradients and master weights belong to ZeRO, so whatever would act on them
     through this object acts through ZeRO, or raises.
@@ -56,7 +56,7 @@ class EngineOptimizer(Optimizer):
     _opt_called = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of a step that has begun, wherever ZeRO keeps them."""
+        """Clears the gradients of a step in progress, wherever ZeRO keeps them."""
         self._fastmoe_zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ _FIXED_GROUPS = (
 
 
 class UserParamGroups:
-    """The groups of the user's optimizer, and the twin that has them split.
+    """The groups of the user's optimizer, and the twin optimizer with experts split off.
 
     Args:
         optimizer: the user's.
@@ -124,7 +124,7 @@ class UserParamGroups:
         self._seen = [_options(group) for group in optimizer.param_groups]
 
     def attach(self, zero: Any) -> None:
-        """Makes the user's optimizer act through ZeRO's, which the engine has built.
+        """Connects the user's optimizer to ZeRO's, which the engine has built.
 
         Args:
             zero: DeepSpeed's optimizer around the twin.
@@ -141,7 +141,7 @@ class UserParamGroups:
         optimizer.__class__ = type(kind.__name__, (EngineOptimizer, kind), names)
 
     def push(self) -> None:
-        """Writes what changed in the user's groups since the last call into the twin's.
+        """Copies changes of the user's groups since the last call to the twin's.
 
         Raises:
             ParameterGroupError: if groups or parameters were added, dropped or moved.
@@ -160,7 +160,7 @@ class UserParamGroups:
         self._seen = options
 
     def pull(self) -> None:
-        """Shows in the user's groups what the twin's own step has written into its groups.
+        """Copies what the twin's step wrote to its groups back to the user's.
 
         Some optimizers count there. A value in which dense parameters and experts of a group differ
         has no place in the user's and stays where it is.
@@ -272,7 +272,7 @@ def split_expert_groups(
 
 
 def release(optimizer: Optimizer) -> None:
-    """Gives an optimizer that an earlier fit has used its own class back."""
+    """Restores the class of an optimizer that an earlier fit used."""
     if isinstance(optimizer, EngineOptimizer):
         optimizer.__class__ = optimizer._fastmoe_class  # type: ignore[assignment]
         for name in ("step", "_fastmoe_class", "_fastmoe_zero_grad"):

@@ -1,4 +1,4 @@
-"""Loading on any ranks: each reads the intervals it needs, whoever wrote them."""
+"""Loads a checkpoint on any topology: each rank reads the fragments it needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_fastmoe.zero.state import FlatPartition, ZeroShare, ZeroState
 
 @dataclass
 class Loaded:
-    """What loading found beside tensors.
+    """Everything in a checkpoint other than tensors.
 
     Attributes:
         lightning: Lightning's checkpoint dictionary.
@@ -182,7 +182,7 @@ def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], stri
 
 
 class _OptimizerLoader:
-    """Puts optimizer states and options where this rank's partitions need them."""
+    """Restores optimizer states and options into this rank's partitions."""
 
     def __init__(
         self, source: Source, model: ModelMap, info: Mapping[str, Any], strict: bool

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs identical on every rank, though experts that are modules may differ."""
+"""Checks what DeepSpeed needs identical on every rank, where experts are modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fastmoe.nn import MoE
 
 
 def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
-    """The layers whose experts are modules that other ranks don't have; identical on every rank."""
+    """The layers with sharded module experts; the same list on every rank."""
     return {
         name: layer
         for name, layer in layers.items()
@@ -22,7 +22,7 @@ def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
 
 
 def check_same_structure(layers: Mapping[str, MoE]) -> None:
-    """For ZeRO 3, which wants the same sequence of modules on all ranks; all ranks call this.
+    """Checks that all ranks have the same sequence of modules, for ZeRO 3; collective.
 
     DeepSpeed would find out in the second step, on some of the ranks, for which the others wait.
 
@@ -48,7 +48,7 @@ def check_same_structure(layers: Mapping[str, MoE]) -> None:
 
 
 def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
-    """Groups must correspond, as DeepSpeed adds up their norms over ranks; all ranks call this.
+    """Checks that optimizer groups match, as DeepSpeed sums norms over ranks; collective.
 
     Args:
         optimizer: with its groups split into dense ones and those of experts.

@@ -1,4 +1,4 @@
-"""What a rank will write: the state of its engine, by parameter."""
+"""Collects the state that a rank will write: its engine's, by parameter."""
 
 from __future__ import annotations
 

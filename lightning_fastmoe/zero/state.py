@@ -1,4 +1,4 @@
-"""Where ZeRO keeps this rank's share of the state; DeepSpeed's private names in one place."""
+"""Locates this rank's shard of the state in ZeRO's private data structures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 @dataclass(frozen=True)
 class Fragment:
-    """An interval of a parameter in a flat partition.
+    """A fragment of a parameter in a flat partition.
 
     Attributes:
         name: the name of the parameter.
@@ -33,7 +33,7 @@ class Fragment:
 
 @dataclass
 class FlatPartition:
-    """A flat tensor that the inner optimizer updates: this rank's share of a group of parameters.
+    """A flat tensor that the inner optimizer updates: this rank's shard of a group.
 
     Attributes:
         master: the tensor, in the precision of the optimizer.
@@ -55,13 +55,13 @@ class FlatPartition:
         return dict(self.inner.state.get(self.master, {}))
 
     def view(self, tensor: Tensor, fragment: Fragment) -> Tensor:
-        """The part of a tensor laid out like ``master`` that belongs to a fragment."""
+        """The slice of a tensor laid out like ``master`` that belongs to a fragment."""
         return tensor.detach()[fragment.offset : fragment.offset + fragment.length]
 
 
 @dataclass(frozen=True)
 class LooseParameter:
-    """A parameter that no optimizer partition holds: frozen, not optimized, or of an evaluation.
+    """A parameter outside of optimizer partitions: frozen, not optimized, or in evaluation.
 
     Attributes:
         name: the name of the parameter.
@@ -79,21 +79,21 @@ class LooseParameter:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """After ``data`` was written to."""
+        """Applies writes to ``data``."""
         if self.origin is not None:
             self.origin.copy_(self.data.view(self.origin.shape))
 
 
 @dataclass
 class ZeroShare:
-    """Everything that this rank has of the parameters and their optimizer state."""
+    """This rank's shard of all parameters and their optimizer state."""
 
     flats: list[FlatPartition] = field(default_factory=list)
     loose: list[LooseParameter] = field(default_factory=list)
 
 
 class ZeroState:
-    """Reads and writes what ZeRO keeps on this rank.
+    """Reads and writes ZeRO's state on this rank.
 
     Args:
         engine: the DeepSpeed engine.
@@ -108,7 +108,7 @@ class ZeroState:
         self.trains = engine.basic_optimizer is not None
 
     def share(self) -> ZeroShare:
-        """What this rank has at the moment."""
+        """This rank's shard at the moment."""
         result = ZeroShare()
         if self.trains:
             if not self.partitions_parameters:
@@ -177,7 +177,7 @@ class ZeroState:
         return LooseParameter(name, flat, 0, share, origin)
 
     def replicas(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """(this rank's place, number) among the ranks that hold the same parameter."""
+        """(index of this rank, count) among the ranks that hold the same parameter."""
         group = None
         if not getattr(parameter, "allreduce", True):
             from deepspeed.utils import groups
@@ -188,7 +188,7 @@ class ZeroState:
     # ------------------------------------------------------------------------------- after loading
 
     def begin_loading(self) -> None:
-        """Before anything is written into the share."""
+        """Prepares for writes to the shard."""
         if self.partitions_parameters:
             for parameter in self.engine.module.parameters():
                 if parameter.ds_status.name == "AVAILABLE":
@@ -223,7 +223,7 @@ class ZeroState:
         return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
 
     def load_scaler(self, saved: dict[str, float]) -> None:
-        """Restores :meth:`scaler`; another precision has another one, which keeps its own."""
+        """Restores :meth:`scaler`; a scaler of another precision keeps its own state."""
         scaler = self.zero.loss_scaler
         if saved.keys() == self.scaler().keys():
             for name, value in saved.items():

@@ -1,4 +1,4 @@
-"""What a user does to parameters while training: written to ZeRO's master weights, or refused.
+"""Writes a user's edits of parameters to ZeRO's master weights, or refuses them.
 
 ZeRO trains a flat fp32 copy of the weights and overwrites the module's after each step, so a weight
 that is written in a hook would be lost. Before each step and each save the module's parameters are
@@ -55,7 +55,7 @@ class _Watched:
 
 
 class WeightEdits:
-    """Notices what was done to parameters since the last step, and makes it hold.
+    """Detects edits of parameters since the last step, and applies them.
 
     Args:
         engine: the DeepSpeed engine, with its optimizer.
@@ -103,7 +103,7 @@ class WeightEdits:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Takes all parameters for what they should be, as after a step."""
+        """Records the current parameters as unedited, as after a step."""
         self._turn += 1
         self._versions = [p._version for p in self._parameters]
         self._addresses = [p.data_ptr() for p in self._parameters]
@@ -117,13 +117,13 @@ class WeightEdits:
         ]
 
     def forget(self) -> None:
-        """Everything was loaded: what was done before does not matter."""
+        """Forgets earlier edits, after everything was loaded."""
         self._complaints.clear()
         self.remember()
 
     @torch.no_grad()
     def look(self) -> None:
-        """Before a forward pass of ZeRO 3, which overwrites what it gathers.
+        """Looks for edits before a forward pass of ZeRO 3, which overwrites gathered parameters.
 
         Raises:
             ParameterEditError: if a parameter was replaced by one that ZeRO can't gather.
@@ -151,7 +151,7 @@ class WeightEdits:
 
     @torch.no_grad()
     def settle(self) -> list[str]:
-        """Takes over what was written to parameters since :meth:`remember`.
+        """Applies what was written to parameters since :meth:`remember`.
 
         Returns:
             For each edit that can't hold, what it is, why, and what does hold.
@@ -165,7 +165,7 @@ class WeightEdits:
         return [*standing, *self._complaints.values()]
 
     def assigned_gradients(self) -> list[str]:
-        """Right before a step, when ZeRO has taken all over: those that were set since."""
+        """Complaints about gradients that were assigned after the backward pass; called before a step."""
         return [
             f"The gradient of {one.name!r} was set after the backward pass, when ZeRO had taken"
             " gradients over and reduced them, so it would be lost. Change gradients in a hook:"

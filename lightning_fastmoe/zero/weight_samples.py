@@ -1,4 +1,4 @@
-"""Samples of weights: a few elements of each, other ones each time, compared by their bits."""
+"""Detects changed weights from samples: a few elements of each, different ones each time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sampler:
         self.steps = torch.tensor(steps, dtype=torch.int64)
 
     def sample(self, flat: Tensor, turn: int) -> Tensor:
-        """The bits of some elements, the same for the same turn."""
+        """The bits of some elements; the same elements for the same turn."""
         if self.steps.device != flat.device:
             for name in ("offsets", "lengths", "steps"):
                 setattr(self, name, getattr(self, name).to(flat.device))
@@ -38,12 +38,12 @@ class Sampler:
         return _bits(flat.detach()[positions])
 
     def owners_of(self, hits: Tensor) -> set[int]:
-        """The parameters, by number, of which elements were hit."""
+        """The indices of the parameters that were sampled."""
         return set(self.owners[hits.cpu()].tolist())
 
 
 def sample_each(tensors: Sequence[Tensor], turn: int) -> list[Tensor]:
-    """The bits of some elements of small tensors, those of one kind together."""
+    """The bits of some elements of small tensors, grouped by kind."""
     parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         flat = tensor.reshape(-1)
@@ -65,7 +65,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def differ(now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
-    """Whether some tensor differs; waits for each device once."""
+    """Whether any tensor differs; one synchronisation per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for a, b in zip(now, before, strict=True):
         by_device.setdefault(a.device, []).append((a != b).any())
