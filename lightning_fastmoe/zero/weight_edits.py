@@ -165,7 +165,7 @@ class WeightEdits:
         return [*standing, *self._complaints.values()]
 
     def assigned_gradients(self) -> list[str]:
-        """Complaints about gradients that were assigned after the backward pass; called before a step."""
+        """Complaints about gradients assigned after the backward pass; called before a step."""
         return [
             f"The gradient of {one.name!r} was set after the backward pass, when ZeRO had taken"
             " gradients over and reduced them, so it would be lost. Change gradients in a hook:"
