@@ -129,7 +129,7 @@ def test_missing_path_names_path_rule_and_fix(tmp_path: Path) -> None:
 def test_corpus_without_text_is_an_error(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "file.txt").write_bytes(content)
-    with pytest.raises(DataError, match="holds no text") as caught:
+    with pytest.raises(DataError, match="has no text") as caught:
         ByteCorpus(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
