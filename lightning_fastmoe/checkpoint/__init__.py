@@ -1,7 +1,8 @@
-"""Saving and resuming: checkpoints that fit any ranks. ``docs/checkpoint_format.md`` defines them.
+"""Sharded checkpoints that resume on any number of ranks.
 
-``format`` knows the files, ``sources`` what can be loaded from, and ``tools`` what is done outside
-of runs. What stands beside them is what the ranks of a run do together.
+``format`` reads and writes the files that ``docs/checkpoint_format.md`` specifies, ``sources`` has
+one class for each kind of checkpoint that can be loaded, and ``tools`` works on checkpoints outside
+of runs. The modules of this folder itself are what the ranks of a run do together.
 """
 
 from lightning_fastmoe.checkpoint.format.manifest import FORMAT_VERSION, Manifest, Topology

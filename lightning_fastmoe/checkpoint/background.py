@@ -1,4 +1,4 @@
-"""Writing in a thread while training goes on, from copies in the host's memory."""
+"""Writes checkpoints in a thread while training continues, from copies in host memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lightning_fastmoe.errors import CheckpointError
 
 
 class HostCopies:
-    """Copies of pieces in the host's memory, which is kept for the next save.
+    """Host-memory copies of pieces; the buffers are reused by the next save.
 
-    Memory into which a CUDA device copies by itself is pinned, which takes far longer than to copy.
+    Buffers for CUDA tensors are pinned. Pinning takes far longer than the copy, hence the reuse.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ def _key(piece: OwnedPiece) -> tuple[str, int]:
 class BackgroundWriter:
     """Writes one checkpoint at a time in a thread. All ranks create it, and call it, together.
 
-    It has groups of its own, of gloo: one in which the threads meet, one in which the ranks find
-    out whether all threads are done. So errors surface on all ranks at the same step.
+    It has two gloo groups: one for the threads, and one in which the ranks find out whether all
+    threads are done, so that errors surface on all ranks at the same step.
     """
 
     def __init__(self) -> None:
@@ -70,15 +70,15 @@ class BackgroundWriter:
         self._afterwards: list[Callable[[], None]] = []
 
     def submit(self, path: Path, snapshot: Snapshot) -> None:
-        """Copies the snapshot and begins to write it, after the save before is done.
+        """Waits for the previous save, copies the snapshot and starts to write it.
 
         Raises:
-            CheckpointError: that of the save before, on all ranks.
+            CheckpointError: on all ranks, if the previous save failed.
         """
         self.wait()
         copy = self._copies.of(snapshot)
         self._path = path
-        # Not a daemon: the interpreter waits for it before it ends.
+        # Not a daemon: the interpreter waits for it before exiting.
         self._thread = threading.Thread(
             target=self._run, args=(path, copy), name="checkpoint", daemon=False
         )
@@ -87,24 +87,24 @@ class BackgroundWriter:
     def _run(self, path: Path, snapshot: Snapshot) -> None:
         try:
             write(path, snapshot, self._threads_group)
-        except BaseException as error:  # raised where training can see it
+        except BaseException as error:  # raised in the training thread
             self._error = error
 
     def is_pending(self, path: Path) -> bool:
-        """Whether a save to ``path`` has begun and was not waited for; identical on every rank."""
+        """Whether a save to ``path`` was started and not waited for; identical on every rank."""
         return self._path == path
 
     def after_success(self, action: Callable[[], None]) -> None:
-        """Does something once the save in progress is on the disk; never if it fails."""
+        """Runs an action once the save in progress is on the disk; never if it fails."""
         if self._thread is None:
             action()
         else:
             self._afterwards.append(action)
 
     def poll(self) -> None:
-        """Raises the error of a save that is over on all ranks.
+        """Raises the error of a save that has ended on all ranks.
 
-        Costs nothing unless a save is in progress, and then one number from each rank.
+        Free unless a save is in progress; then it costs an all-reduce of one number.
 
         Raises:
             CheckpointError: on all ranks.
@@ -135,14 +135,14 @@ class BackgroundWriter:
 
 
 class ForegroundWriter:
-    """The same for saves that are waited for."""
+    """Writes each checkpoint at once, with the interface of :class:`BackgroundWriter`."""
 
     def submit(self, path: Path, snapshot: Snapshot) -> None:
         """Writes a checkpoint."""
         write(path, snapshot)
 
     def after_success(self, action: Callable[[], Any]) -> None:
-        """Does something at once."""
+        """Runs an action at once."""
         action()
 
     def poll(self) -> None:

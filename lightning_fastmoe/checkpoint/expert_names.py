@@ -1,7 +1,7 @@
-"""Experts that are modules: each has names, shapes and a count of parameters of its own.
+"""Names of experts that are modules, each with its own parameters.
 
-A rank has names only for the experts that it holds, so what is said of names (which were left out,
-which are tied, which options they have) is gathered from all ranks before it is written.
+A rank knows the names of only the experts that it holds, so everything that refers to names (which
+are excluded, which are tied, which options they have) is gathered from all ranks before saving.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Rows = list[dict[str, Any]]
 
 
 def expert_of(name: str, layers: Container[str]) -> tuple[str, int] | None:
-    """Which module expert a parameter or buffer belongs to; the outermost, if one is in another.
+    """Which module expert a parameter or buffer belongs to; the outermost if they are nested.
 
     Args:
-        name: in the state dict of the whole model.
+        name: name in the state dict of the whole model.
         layers: names of layers whose experts are modules.
 
     Returns:
-        ("moe", 5) for ``moe.experts.5.up.weight``; None for what belongs to none.
+        ("moe", 5) for ``moe.experts.5.up.weight``; None if it belongs to no expert.
     """
     return next(_experts_of(name, layers), None)
 
@@ -47,17 +47,17 @@ def why_not_saved(name: str, layer: MoE) -> str | None:
     """Why no checkpoint can hold a layer's sharded experts, or None if one can."""
     for path, module in layer.experts.named_modules():
         what = f"Expert {path.split('.')[0]} of layer {name!r}"
-        # state_dict() asks the class in the same way.
+        # The same test as in state_dict().
         if getattr(type(module), "get_extra_state", None) is not nn.Module.get_extra_state:
             return (
                 f"{what} has an extra state ({type(module).__name__}.get_extra_state), which"
-                " checkpoints can't hold of experts that are sharded over ranks. Keep it in"
+                " checkpoints can't hold for experts that are sharded over ranks. Keep it in"
                 " buffers, or keep all experts on each rank with MoE(dispatcher='local')."
             )
         if isinstance(module, MoE):
             return (
-                f"{what} has a MoE layer inside ({path!r}), which only the ranks of that expert"
-                " know of. Keep all experts of the outer layer on each rank with"
+                f"{what} contains a MoE layer ({path!r}), which exists only on the ranks of that"
+                " expert. Keep all experts of the outer layer on each rank with"
                 " MoE(dispatcher='local')."
             )
     return None
@@ -65,15 +65,15 @@ def why_not_saved(name: str, layer: MoE) -> str | None:
 
 @dataclass
 class Inventory:
-    """What a rank says of the state that it holds: names and numbers, no tensors.
+    """Description of the state that a rank holds: names and numbers, no tensors.
 
     Attributes:
-        excluded: parameters that are left out.
+        excluded: parameters that are not saved.
         tied: further name of a parameter -> its first.
         experts: layer whose experts are modules -> global id -> names inside the expert.
-        groups: rows of parameter names and the optimizer's options.
-        user_groups: the same, as the user wrote them.
-        scalars: rows of parameter names and scalar states of the optimizer.
+        groups: rows of parameter names and the options of their optimizer group.
+        user_groups: the same for the groups that the user configured.
+        scalars: rows of parameter names and their scalar optimizer states.
     """
 
     excluded: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Inventory:
 def names_by_expert(
     names: Iterable[str], layers: Mapping[str, Iterable[int]]
 ) -> dict[str, dict[int, list[str]]]:
-    """Sorts names by the module expert that they belong to.
+    """Groups names by the module expert that they belong to.
 
     Args:
         names: names of parameters and buffers.
@@ -104,10 +104,10 @@ def names_by_expert(
 
 
 def merged(everyone: Sequence[Inventory], num_experts: Mapping[str, int]) -> Inventory:
-    """What all ranks say together.
+    """Merges the inventories of all ranks.
 
     Args:
-        everyone: what each rank has, or what one has that holds everything.
+        everyone: one inventory per rank, or a single one that covers everything.
         num_experts: the number of experts of each layer.
 
     Raises:
@@ -138,7 +138,7 @@ def merged(everyone: Sequence[Inventory], num_experts: Mapping[str, int]) -> Inv
 
 
 def _merged_rows(everyone: Iterable[Rows]) -> Rows:
-    """Rows that list each parameter once: as the first rank does, then what only others have."""
+    """Rows that list each parameter once: the first rank's, then what only later ranks have."""
     result: Rows = []
     seen: set[str] = set()
     for rows in everyone:
@@ -154,13 +154,13 @@ def _merged_rows(everyone: Iterable[Rows]) -> Rows:
 def check_expert_ids(
     saved: Iterable[str], layers: Mapping[str, int], own: Iterable[str], where: object
 ) -> None:
-    """Refuses files of plain weights that hold other experts than the model's.
+    """Refuses files of plain weights whose experts are not the model's.
 
     Args:
-        saved: names of the weights there.
+        saved: names of the weights in the file.
         layers: layer whose experts are modules -> its ``num_experts``.
         own: names of this rank's parameters.
-        where: path, for messages.
+        where: the file's path, for messages.
 
     Raises:
         CheckpointError: naming the layer and the expert.

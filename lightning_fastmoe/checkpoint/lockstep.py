@@ -1,4 +1,4 @@
-"""Ranks that do something together fail together."""
+"""Collective error handling: if one rank fails to save or load, all ranks raise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Together:
     Args:
         path: the path of the checkpoint, for messages.
         doing: "saved" or "loaded", for messages.
-        group: the ranks; None is the world. In a background thread it must be one of its own.
+        group: the ranks; None is the world. A background thread needs a group of its own.
     """
 
     def __init__(self, path: Path, doing: str, group: Any = None) -> None:
@@ -30,9 +30,9 @@ class Together:
 
     @contextmanager
     def stage(self) -> Iterator[None]:
-        """What fails on one rank inside fails on all at the end; otherwise the others would wait.
+        """An error on one rank inside is raised on all ranks at the end.
 
-        Nothing inside may wait for other ranks.
+        The code inside must not wait for other ranks.
 
         Raises:
             CheckpointError: on every rank, naming the ranks that failed and why.
@@ -45,7 +45,7 @@ class Together:
         self.agree(own)
 
     def agree(self, own: BaseException | None) -> None:
-        """All ranks raise if one has an error."""
+        """Raises on all ranks if any rank passes an error."""
         message = None if own is None else self._describe(own)
         messages = self.gather(message)
         if own is not None and not isinstance(own, Exception):
@@ -61,7 +61,7 @@ class Together:
         return values
 
     def ranks_on_host(self) -> int:
-        """How many of the ranks share this rank's machine; all ranks call this."""
+        """Number of ranks on this rank's machine; all ranks must call this."""
         own = socket.gethostname()
         return self.gather(own).count(own)
 
@@ -84,19 +84,19 @@ class Together:
 
 
 def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60.0) -> None:
-    """Waits until all ranks are here, without the collectives that other ranks may be in.
+    """Waits for all ranks through the store, since other ranks may be inside a collective.
 
-    An error stops some ranks, and not always all. Those that save because of it would wait for the
+    An error may stop only some of the ranks. Those that save because of it would wait for the
     others forever.
 
     Args:
-        path: that will be saved to. Its name may differ between ranks, as logged values do.
-        step: the step of training.
-        number: how many saves have met before this one; the same on all ranks.
+        path: the path to save to. Its name may differ between ranks, as logged values do.
+        step: the training step.
+        number: how many saves have called this before; identical on every rank.
         seconds: how long to wait.
 
     Raises:
-        CheckpointError: if some rank does not come.
+        CheckpointError: if some rank does not arrive in time.
     """
     store = dist.distributed_c10d._get_default_store()
     key = f"fastmoe-after-error/{step}/{number}/{path.parent}"
@@ -106,7 +106,7 @@ def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"{path} was not saved after the error: {world_size - here} of {world_size} ranks"
-                f" did not come within {seconds:g} seconds, as they did not fail. Resume"
+                f" did not arrive within {seconds:g} seconds, because they did not fail. Resume"
                 " from the previous checkpoint."
             )
         time.sleep(0.02)

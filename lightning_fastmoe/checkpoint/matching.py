@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are those of a model: names, shapes, experts."""
+"""Checks that a checkpoint's tensors fit a model: names, shapes, experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fastmoe.errors import CheckpointError
 
 
 def check_experts(source: Source, model: ModelMap) -> None:
-    """Every layer must have as many experts in the checkpoint as in the model.
+    """Checks that every layer has as many experts in the checkpoint as in the model.
 
     Raises:
         CheckpointError: naming the layer.
@@ -28,7 +28,7 @@ def check_experts(source: Source, model: ModelMap) -> None:
                 f" num_experts={experts}. Experts can't be added or dropped on loading: build the"
                 f" model with num_experts={saved}."
             )
-    # Files of plain weights don't say it, but names of module experts do.
+    # Files of plain weights don't store num_experts, but names of module experts tell it.
     unsaid = {n: model.num_experts[n] for n in model.module_layers.keys() - source.moe_layers}
     check_expert_ids(weights_of(source), unsaid, model.parameters, source.path)
 
@@ -39,16 +39,16 @@ def weights_of(source: Source) -> set[str]:
 
 
 def check_names(source: Source, model: ModelMap, strict: bool) -> None:
-    """Parameters and buffers must be the same in checkpoint and model.
+    """Checks that checkpoint and model have the same parameters and buffers.
 
     Raises:
-        CheckpointError: naming those that are not.
+        CheckpointError: naming those that only one of them has.
     """
     saved_names = weights_of(source) - model.tied.keys()
     extra = {name for name, value in model.extra().items() if isinstance(value, Tensor)}
     own = model.parameters.keys() | model.buffers.keys() | extra
     missing = sorted(own - saved_names - set(source.excluded))
-    # The ranks that hold an expert look at its names.
+    # The names of an expert are checked by the ranks that hold it.
     unknown = sorted(name for name in saved_names - own if not model.is_elsewhere(name))
     if not strict or not (missing or unknown):
         return
@@ -64,7 +64,7 @@ def check_names(source: Source, model: ModelMap, strict: bool) -> None:
 
 
 def check_shapes(source: Source, model: ModelMap) -> None:
-    """What is in both must have the same shape.
+    """Checks that tensors that are in both have the same shape.
 
     Raises:
         CheckpointError: naming the tensor, and its layer if it stacks another number of experts.

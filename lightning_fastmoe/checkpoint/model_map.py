@@ -1,4 +1,4 @@
-"""Where a rank's parameters lie in the whole model: names, global shapes, intervals."""
+"""Maps a rank's parameters to the whole model: names, global shapes, offsets."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter or buffer of this rank in the whole model.
+    """Position of one of this rank's parameters or buffers in the whole model.
 
     Attributes:
-        name: the same on all ranks.
+        name: name in the model, identical on every rank.
         shape: the shape of the whole tensor.
         offset: where this rank's part begins in it, in elements.
         numel: elements of this rank's part, which are contiguous.
-        is_expert: whether other ranks hold other experts of it.
+        is_expert: whether other ranks hold other experts of the tensor.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Place:
 
 @dataclass
 class ModelMap:
-    """The places of everything that a module's checkpoint holds.
+    """Positions of everything that a module's checkpoint holds.
 
     Attributes:
         module: the LightningModule.
         parameters: name -> (parameter, its place).
-        buffers: name -> buffer; persistent ones.
+        buffers: name -> persistent buffer.
         tied: further name of a parameter -> its first.
         names: ``id(parameter)`` -> name.
-        num_experts: name of every MoE layer, sharded or not -> its experts.
-        module_layers: those of them whose experts are modules -> the experts that are here.
+        num_experts: name of every MoE layer, sharded or not -> its ``num_experts``.
+        module_layers: name of every layer whose experts are modules -> this rank's experts.
     """
 
     module: nn.Module
@@ -57,7 +57,7 @@ class ModelMap:
     module_layers: dict[str, ModuleExperts] = field(default_factory=dict)
 
     def place(self, name: str) -> Place:
-        """Where a parameter lies."""
+        """The position of a parameter."""
         return self.parameters[name][1]
 
     def frozen(self) -> set[str]:
@@ -71,11 +71,11 @@ class ModelMap:
 
     @property
     def sharded_modules(self) -> set[str]:
-        """Layers whose experts are modules that differ between ranks; the same on every rank."""
+        """Layers whose module experts are sharded over ranks; identical on every rank."""
         return {n for n, e in self.module_layers.items() if e.num_local_experts < e.num_experts}
 
     def is_elsewhere(self, name: str) -> bool:
-        """Whether a name is of a module expert that other ranks have, and they alone."""
+        """Whether a name belongs to a module expert that only other ranks hold."""
         owner = expert_of(name, self.module_layers)
         if owner is None:
             return False
@@ -83,21 +83,22 @@ class ModelMap:
         return owner[1] < experts.num_experts and owner[1] not in experts.local_ids
 
     def names_by_expert(self) -> dict[str, dict[int, list[str]]]:
-        """Layer whose experts are modules -> id of an expert that is here -> names inside it."""
+        """Layer whose experts are modules -> id of a local expert -> names inside it."""
         extra = {name for name, value in self.extra().items() if isinstance(value, Tensor)}
         names = {*self.parameters, *self.tied, *self.buffers, *extra}
         return names_by_expert(names, {n: e.local_ids for n, e in self.module_layers.items()})
 
 
 def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
-    """Finds the place of every parameter.
+    """Finds the position of every parameter and buffer.
 
     Args:
         module: the LightningModule, partitioned by ZeRO 3 or not.
-        layers: name -> MoE layer, of all its layers.
+        layers: name -> MoE layer, for all MoE layers.
 
     Raises:
-        CheckpointError: if sharded experts have state that has no place in the whole model.
+        CheckpointError: if sharded experts have state that a checkpoint of the whole model can't
+            represent.
     """
     for name, layer in layers.items():
         if layer.is_sharded and (why := why_not_saved(name, layer)):
@@ -130,19 +131,19 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
         stacked = layer.is_sharded and layer.experts.is_stacked
         if stacked and (own := [b for b, _ in layer.experts.named_buffers()]):
             raise CheckpointError(
-                f"The experts of layer {name!r} have buffers ({', '.join(own)}). Every rank holds"
-                " other ones, and checkpoints can't hold them. Make them parameters."
+                f"The experts of layer {name!r} have buffers ({', '.join(own)}). They differ"
+                " between ranks, and checkpoints can't hold them. Make them parameters."
             )
     return result
 
 
 def _check_tied(first: str, name: str, model: ModelMap) -> None:
-    """What experts of several ranks share would be other parameters on other ranks."""
+    """Refuses parameters shared between sharded experts: each rank would train its own copy."""
     sharded = model.sharded_modules
     if expert_of(first, sharded) != expert_of(name, sharded):
         raise CheckpointError(
-            f"{first!r} and {name!r} are one parameter, but experts of that layer are sharded over"
-            " ranks: other ranks would train another one. Give each expert its own parameters, or"
+            f"{first!r} and {name!r} are one parameter, but the layer's experts are sharded over"
+            " ranks: each rank would train its own copy. Give each expert its own parameters, or"
             " keep all of them on each rank with MoE(dispatcher='local')."
         )
 
@@ -158,7 +159,7 @@ def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
     if not is_interval(experts.local_ids):
         raise CheckpointError(
             f"The experts {describe_ids(experts.local_ids)} of {name!r} are on one rank."
-            " Checkpoints have a place for experts that are neighbours."
+            " Checkpoints require each rank's experts to have consecutive ids."
         )
     row = math.prod(shape[1:])
     return Place(

@@ -1,4 +1,4 @@
-"""The optimizer's options and scalars, by group and by parameter."""
+"""Optimizer options and scalar states, by group and by parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_OPTIONS = ("params", "name", "moe")
 
 @dataclass(frozen=True)
 class NamedGroup:
-    """Options of an optimizer's group and the names of its parameters."""
+    """Options of an optimizer's parameter group, and the names of its parameters."""
 
     params: list[str]
     options: dict[str, Any]
@@ -27,7 +27,7 @@ class NamedGroup:
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options; tensors are copied, as they are changed in place."""
+    """A group's options; tensors are copied, because optimizers change them in place."""
     return {
         k: v.detach().clone() if isinstance(v, Tensor) else v
         for k, v in group.items()
@@ -43,7 +43,7 @@ def by_parameter(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, dict[
 def common(
     names: Iterable[str], values: Mapping[str, dict[str, Any]], what: str, where: object
 ) -> dict[str, Any] | None:
-    """What all of some parameters have, which must be the same; None if they have nothing.
+    """The value that all of the given parameters must share; None if they have none.
 
     Raises:
         CheckpointError: naming two parameters that differ.
@@ -64,7 +64,7 @@ def common(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, also for tensors inside dictionaries."""
+    """Whether two values are equal, including tensors inside dictionaries."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -73,7 +73,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def restored(value: Any, like: Any) -> Any:
-    """A saved option or scalar, of its own: tensors are copied to the device of the present one."""
+    """A copy of a saved option or scalar; tensors go to the device of the current one."""
     if isinstance(value, Tensor):
         device = like.device if isinstance(like, Tensor) else "cpu"
         return value.clone().to(device)

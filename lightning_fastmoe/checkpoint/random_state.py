@@ -1,4 +1,4 @@
-"""The random number generators of this process."""
+"""Saves and restores the states of this process's random number generators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The generators of Python, NumPy, torch and the device, as plain data."""
+    """The states of the generators of Python, NumPy, torch and the device, as plain data."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  the global one
     kind, words, next_gauss = random.getstate()
     state: dict[str, Any] = {
@@ -25,7 +25,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restores :func:`random_state`; the generator of another kind of device is left alone."""
+    """Restores :func:`random_state`; a CUDA state is ignored on other devices."""
     kind, data, next_gauss = state["python"]
     random.setstate((kind, tuple(np.frombuffer(data, dtype="<u4").tolist()), next_gauss))
     name, keys, position, has_gauss, gauss = state["numpy"]

@@ -1,4 +1,4 @@
-"""Saving from all ranks: each writes what it owns, one writes the manifest, nothing is gathered."""
+"""Saves a checkpoint: each rank writes what it owns, rank 0 the manifest; nothing is gathered."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Snapshot:
     """What a rank will write.
 
     Attributes:
-        pieces: what it owns; views of the live state unless they were copied.
-        small: name -> content of files with what is not a tensor.
-        manifest: on rank 0.
+        pieces: tensors that the rank owns; views of the live state unless they were copied.
+        small: file name -> content, for everything that is not a tensor.
+        manifest: the manifest on rank 0; None on the other ranks.
     """
 
     pieces: list[OwnedPiece]
@@ -41,10 +41,10 @@ class Snapshot:
 
 
 def local_path(path: Any) -> Path:
-    """A path that all ranks can write to.
+    """Converts to a file-system path.
 
     Raises:
-        CheckpointError: for URLs.
+        CheckpointError: if it is a URL.
     """
     text = str(path)
     if text.startswith("file://"):
@@ -67,8 +67,8 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
         group: the ranks; None is the world.
 
     Raises:
-        CheckpointError: on every rank, naming the rank and the path that failed. Nothing has
-            changed on the disk then.
+        CheckpointError: on every rank, naming the rank and the path that failed. Nothing on the
+            disk has changed then.
     """
     together = Together(path, "saved", group)
     publication: Publication | None = None
@@ -100,7 +100,7 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
 
 
 def warn_of_objects(small: Mapping[str, bytes]) -> None:
-    """Says today what would be refused on the day when the checkpoint is needed."""
+    """Warns on saving of objects that loading will refuse."""
     for name, content in small.items():
         if name.endswith(".pt"):
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(BytesIO(content))
@@ -121,12 +121,12 @@ def loaders_of(client_state: dict[str, Any]) -> Any:
 
 
 def set_loaders(client_state: dict[str, Any], states: Any) -> None:
-    """Replaces what :func:`loaders_of` has found in it, or in another rank's."""
+    """Replaces the state that :func:`loaders_of` returns."""
     client_state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
 
 
 def batches_of_epoch(client_state: dict[str, Any]) -> int:
-    """How many batches of an epoch were done, on each rank; 0 between epochs."""
+    """Number of batches of the current epoch that each rank has processed; 0 between epochs."""
     with suppress(KeyError, TypeError):
         progress = client_state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         return 0 if progress["is_last_batch"] else int(progress["current"]["processed"])

@@ -1,7 +1,8 @@
-"""What layers have counted since the last step, for a save that finds a step half accumulated.
+"""Saves and restores the MoE layers' counts since the last optimizer step.
 
-That is how many tokens went to each expert, by which a balance bias will move, and whether NaN or
-Inf reached the router. Each rank counts its own tokens; the step adds up all ranks.
+They matter if a save falls between the micro-batches of a step: the tokens of each expert, from
+which the balance bias is updated, and whether NaN or Inf reached the router. Each rank counts its
+own tokens; the step adds up all ranks.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ class RankStates(Protocol):
 
     @property
     def topology(self) -> Topology | None:
-        """Of the run that saved."""
+        """The topology of the run that saved."""
         ...
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
-        """What a rank kept for itself."""
+        """The state that only this rank saved."""
         ...
 
 
 def counts_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
-    """This rank's counts, for JSON."""
+    """This rank's counts, as JSON values."""
     return {
         name: {
             "load": load.tolist() if (load := _load_of(layer)) is not None else None,
@@ -43,14 +44,14 @@ def counts_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
 def restore_counts(
     source: RankStates, layers: Mapping[str, MoE], rank: int, world_size: int, trusted: bool
 ) -> None:
-    """Puts counts back: each rank its own; on another number of ranks, rank 0 all of them.
+    """Restores the counts: each rank its own; on another number of ranks, rank 0 gets them all.
 
-    Checkpoints of earlier versions have none.
+    Checkpoints of earlier versions have no counts.
 
     Args:
         source: the checkpoint.
         layers: name -> MoE layer.
-        rank: this one.
+        rank: this rank.
         world_size: the number of ranks of this run.
         trusted: see :meth:`RankStates.read_rank_state`.
     """

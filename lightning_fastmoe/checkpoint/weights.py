@@ -1,4 +1,4 @@
-"""Starting from the weights of a checkpoint, before there is an engine."""
+"""Loads a checkpoint's weights into a module before training starts."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def load_weights(
     strict: bool = True,
     verify: bool = True,
 ) -> None:
-    """Fills a module with a checkpoint's weights, to train it from there.
+    """Loads a checkpoint's weights into a module, to train from there.
 
-    Call it at the end of ``configure_model``, on all ranks if there are several. Each reads the
-    experts that it has created and the dense weights, converted to the dtype of its parameters.
-    Optimizer states, counters and random number generators are left alone; to go on with a run,
-    pass its checkpoint to ``Trainer.fit(ckpt_path=...)`` instead.
+    Call it at the end of ``configure_model``, on all ranks if there are several. Each rank reads
+    the dense weights and the experts that it has created, converted to the dtype of its parameters.
+    Optimizer states, counters and random number generators are left alone; to resume a run, pass
+    its checkpoint to ``Trainer.fit(ckpt_path=...)`` instead.
 
     Args:
-        path: a checkpoint, that of a run or what importing wrote.
-        module: what to fill.
-        prefix: what the checkpoint's names have before those of the module, such as "network.".
-        strict: names must match exactly; else what is missing keeps its values.
+        path: a checkpoint, saved by a run or written by an import.
+        module: the module to load into.
+        prefix: the prefix of the module's names in the checkpoint, such as "network.".
+        strict: names must match exactly; otherwise, missing weights keep their values.
         verify: compare the files with their hashes first; each is read by one rank.
 
     Raises:
@@ -95,7 +95,7 @@ def _fill(source: _Inside, name: str, start: int, target: Tensor) -> None:
 
 
 class _Inside(DirectorySource):
-    """The part of a checkpoint whose names have a prefix, without it."""
+    """The part of a checkpoint whose names have a prefix, with the prefix removed."""
 
     def __init__(self, reader: CheckpointReader, prefix: str) -> None:
         super().__init__(reader)

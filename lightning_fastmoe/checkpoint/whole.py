@@ -1,4 +1,4 @@
-"""A whole checkpoint in one process's memory, as the dictionary that a single file would hold."""
+"""Reads a whole checkpoint into memory, as the dictionary that a single-file checkpoint holds."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _ADVICE = (
 def read_whole(
     path: Path, *, trusted: bool = False, place: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> dict[str, Any]:
-    """Lightning's checkpoint dictionary, with all weights and without optimizer states.
+    """Returns Lightning's checkpoint dictionary, with all weights and without optimizer states.
 
-    Every byte that is read is compared with its hash first.
+    The files that are read are compared with their hashes first.
 
     Args:
         path: the path of the directory.
         trusted: also unpickle arbitrary objects, which can run any code.
-        place: moves a tensor to where it is wanted.
+        place: moves a tensor to the wanted device.
 
     Returns:
-        What Lightning and hooks saved, and ``"state_dict"`` under the names of the module's own:
-        experts by their global ids, tied weights one tensor.
+        What Lightning and hooks saved, and ``"state_dict"`` with the names of the module's state
+        dict: experts have their global ids, and tied weights share one tensor.
 
     Raises:
-        CheckpointError: if it is damaged, or holds more than plain data and isn't trusted.
+        CheckpointError: if it is damaged, or not trusted and holds more than plain data.
     """
     with CheckpointReader(path) as reader:
         reader.advice, reader.threads = _ADVICE, thread_count(1)
-        # What only a run that resumes needs stays unread.
+        # Only a resuming run needs these.
         skipped = ("optimizer_", "rank_")
         reader.verify(name for name in reader.manifest.files if not name.startswith(skipped))
         state = reader.read_state(trusted=trusted)
@@ -56,9 +56,9 @@ def read_whole(
 
 
 def extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """What ``get_extra_state()`` of modules gave, under the names of a state dict.
+    """What the modules' ``get_extra_state()`` returned, under the names of a state dict.
 
-    Runs write these names; the names of modules alone are accepted, too.
+    Runs write these names; names of modules without the suffix are accepted too.
     """
     return {_extra_name(name): value for name, value in state["extra_state"].items()}
 

@@ -1,4 +1,4 @@
-"""The format: what a checkpoint's files hold. ``docs/checkpoint_format.md`` defines it.
+"""Reads and writes the files of a checkpoint, as ``docs/checkpoint_format.md`` specifies them.
 
-It knows torch alone: no process group, no optimizer, no model.
+Depends only on torch: no process groups, optimizers or models.
 """

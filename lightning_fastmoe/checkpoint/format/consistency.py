@@ -1,7 +1,7 @@
-"""What the parts of a manifest must say together, for loading and for verifying.
+"""Checks that the parts of a manifest are consistent, for loading and for verifying.
 
-A reader stops at the first fault and an audit lists them all; there is one list, so that they can't
-come to different verdicts. It takes time in proportion to the manifest, whatever that says.
+A reader stops at the first fault and an audit lists them all; both use the same checks, so they
+can't come to different verdicts. The time is linear in the size of the manifest, even a forged one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOCAL = f"{GRADIENTS}/local"
 
 
 def check_manifest(manifest: Manifest, where: object) -> None:
-    """Refuses a manifest that contradicts itself; looks at no file.
+    """Refuses a manifest that contradicts itself; no other file is read.
 
     Raises:
         CheckpointError: with the first of :func:`faults`.
@@ -37,7 +37,7 @@ def check_manifest(manifest: Manifest, where: object) -> None:
 
 
 def faults(manifest: Manifest, where: object) -> Iterator[str]:
-    """All contradictions of a manifest, naming the files and tensors."""
+    """All contradictions in a manifest, with the names of files and tensors."""
     proper: dict[str, TensorRecord] = {}
     for name, record in manifest.tensors.items():
         try:
@@ -60,7 +60,7 @@ def faults(manifest: Manifest, where: object) -> Iterator[str]:
 def _coverage_faults(
     name: str, record: TensorRecord, manifest: Manifest, where: object
 ) -> Iterator[str]:
-    """Elements that are in no piece, or in two; of a stacked tensor, experts."""
+    """Elements that are in no piece or in two; for a stacked tensor, the experts concerned."""
     kind, parameter = split_name(name)
     layer, found, rest = parameter.rpartition(_EXPERTS)
     experts = manifest.moe_layers.get(layer) if found and "." not in rest else None
@@ -108,7 +108,7 @@ def _expert_faults(
 def _state_faults(
     name: str, record: TensorRecord, manifest: Manifest, where: object
 ) -> Iterator[str]:
-    """Optimizer states and gradients that belong to no parameter, or to one of another shape."""
+    """Optimizer states and gradients without a parameter, or with another shape than it has."""
     kind, parameter = split_name(name)
     if kind is None:
         return
@@ -139,11 +139,11 @@ def _state_faults(
 def _file_faults(
     tensors: dict[str, TensorRecord], manifest: Manifest, where: object
 ) -> Iterator[str]:
-    """Tensors in files that can't hold them; files that must be there."""
+    """Tensors in files that can't hold them, and required files that are missing."""
     data: dict[str, int] = {}
     strange: dict[str, str] = {}
     for name, record in tensors.items():
-        # Weights alone are verified where no optimizer is wanted, by the names of files.
+        # Loading without the optimizer verifies only the files that are named as weights.
         kind = f"{WEIGHTS if split_name(name)[0] is None else OPTIMIZER}_"
         for piece in record.pieces:
             data[piece.file] = data.get(piece.file, 0) + piece.length * itemsize(record.dtype)
@@ -154,7 +154,7 @@ def _file_faults(
     for file, size in data.items():
         if size > manifest.files[file].size:
             yield (
-                f"{where}: {file} should hold {size} bytes of tensors, but it has"
+                f"{where}: {file} should hold {size} bytes of tensors, but has only"
                 f" {manifest.files[file].size} in all."
             )
     if STATE not in manifest.files:
@@ -175,7 +175,7 @@ def _tied_faults(manifest: Manifest, where: object) -> Iterator[str]:
 def _layer_faults(
     tensors: dict[str, TensorRecord], manifest: Manifest, where: object
 ) -> Iterator[str]:
-    """Experts of which something is nowhere, or there though it is not theirs."""
+    """Experts with missing tensors, and tensors that belong to no expert."""
     start = f"{WEIGHTS}/"
     weights = {name.removeprefix(start) for name in tensors if name.startswith(start)}
     known = weights | manifest.tied.keys() | set(manifest.excluded)
@@ -207,7 +207,7 @@ def _layer_faults(
 
 
 def unlisted_layers(names: Set[str], listed: Container[str]) -> list[str]:
-    """Layers with a router and stacked experts, named as those of ``MoE``, that are not listed.
+    """Layers that look like ``MoE`` by their names (a router, stacked experts) but are not listed.
 
     Args:
         names: the names of all parameters.
@@ -224,7 +224,7 @@ def unlisted_layers(names: Set[str], listed: Container[str]) -> list[str]:
 
 
 def _names_inside(known: set[str], manifest: Manifest) -> dict[str, list[str]]:
-    """MoE layer -> the names of what its experts hold, those of a layer inside another included."""
+    """MoE layer -> names of its experts' tensors, including those of MoE layers nested in them."""
     layers = manifest.moe_layers.keys() | manifest.module_experts.keys()
     lengths = {len(layer) for layer in layers}
     inside: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's directory, each compared with what the manifest says of it."""
+"""Opens and verifies the files of a checkpoint directory against its manifest."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Pieces = Sequence[tuple[str, str, Piece]]
 
 
 def read_manifest(directory: int, path: Path) -> bytes:
-    """The manifest's bytes.
+    """Reads the manifest's bytes.
 
     Args:
-        directory: descriptor of the checkpoint.
+        directory: file descriptor of the checkpoint directory.
         path: the path of the checkpoint, for messages.
 
     Raises:
@@ -39,7 +39,7 @@ def read_manifest(directory: int, path: Path) -> bytes:
 
 
 def check_checksum(directory: int, path: Path, data: bytes) -> str:
-    """The SHA-256 of the manifest, which must be what the file beside it says, byte by byte.
+    """Returns the manifest's SHA-256, after comparing it with ``manifest.sha256``.
 
     Raises:
         CheckpointError: if it differs.
@@ -71,7 +71,7 @@ def pieces_by_file(manifest: Manifest) -> dict[str, list[tuple[str, str, Piece]]
 def open_listed(
     directory: int, path: Path, name: str, record: FileRecord, pieces: Pieces
 ) -> tuple[int, int]:
-    """Opens a file of the manifest, which must be as large as that says.
+    """Opens a file that the manifest lists, and checks its size.
 
     Returns:
         (descriptor, size in bytes)
@@ -100,10 +100,10 @@ def verify_file(
     pieces: Pieces,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Reads a file whole: its size, its header and all its hashes must be the manifest's.
+    """Reads a whole file and compares its size, header and hashes with the manifest.
 
     Raises:
-        CheckpointError: naming the file and the tensor of the first damage.
+        CheckpointError: naming the file and the first damaged tensor.
     """
     where = path / name
     fd, size = open_listed(directory, path, name, record, pieces)
@@ -121,7 +121,7 @@ def verify_file(
 
 
 def strangers(directory: int, path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong) of each file that the manifest does not know."""
+    """(name, error message) of each file that the manifest does not list."""
     expected = {*manifest.files, MANIFEST, CHECKSUM}
     for name in sorted(os.listdir(directory)):
         if name not in expected and not name.startswith("."):

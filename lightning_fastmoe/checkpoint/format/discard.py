@@ -1,4 +1,4 @@
-"""Deleting a checkpoint, and nothing else: files that users put into its directory are kept."""
+"""Deletes a checkpoint but keeps files that users have put into its directory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from lightning_fastmoe.checkpoint.format.manifest import (
 from lightning_fastmoe.errors import CheckpointError
 
 _OF_NFS = ".nfs"
-"""So a network file system calls what is deleted and still open; it goes by itself."""
+"""Prefix that NFS gives to files that were deleted while open; it removes them on its own."""
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuses a path whose directory a save would delete though it is not a checkpoint.
+    """Refuses to replace a directory that is not a checkpoint.
 
-    What lies in a checkpoint's directory without being a part of it is not in the way:
-    :func:`discard` keeps it.
+    Extra files in a checkpoint's directory are allowed: :func:`discard` keeps them.
 
     Raises:
         CheckpointError: naming a file that is in the way, or if the directory is read-only.
@@ -35,8 +34,8 @@ def check_replaceable(path: Path) -> None:
     found = sorted(os.listdir(path))
     if found and MANIFEST not in _own_files(path):
         raise CheckpointError(
-            f"{path} is a directory with other files than a checkpoint's ({found[0]!r}, ...), which"
-            " saving would delete. Choose another path, or move it elsewhere."
+            f"{path} is a directory that is not a checkpoint (it contains {found[0]!r}), and saving"
+            " would delete it. Choose another path, or move it elsewhere."
         )
     if found and not os.access(path, os.W_OK | os.X_OK):
         raise CheckpointError(
@@ -46,13 +45,13 @@ def check_replaceable(path: Path) -> None:
 
 
 def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: bool = False) -> None:
-    """Deletes a checkpoint's own files; what else lies there is moved beside it, with a warning.
+    """Deletes a checkpoint's own files; other files are kept under a new name, with a warning.
 
     Args:
-        directory: a checkpoint's, which has lost its name already; or a file or a link.
-        path: how it was called.
-        strict: raise if something can't be deleted; else leave it for the next save.
-        unfinished: it is of a save that died, which may have been writing its manifest.
+        directory: the checkpoint, already renamed to a hidden name; or a file or a link.
+        path: its former name.
+        strict: raise if something can't be deleted; otherwise leave it for the next save.
+        unfinished: it was left by a save that died, perhaps while writing the manifest.
 
     Raises:
         OSError: if ``strict``.
@@ -62,7 +61,7 @@ def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: boo
             directory.unlink()
             return
         own = _own_files(directory, unfinished)
-        # The manifest goes last: who is stopped before still knows what to delete.
+        # The manifest goes last, so that an interrupted deletion can be completed.
         for name in sorted(own, key=lambda name: (name == MANIFEST, name)):
             entry = directory / name
             if entry.is_symlink() or entry.is_file():
@@ -72,8 +71,8 @@ def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: boo
             kept = _free_name(path)
             os.rename(directory, kept)
             warnings.warn(
-                f"{path} held {', '.join(left[:4])}{' and more' if left[4:] else ''}, which belongs"
-                f" to no checkpoint. It was kept, and is in {kept} now.",
+                f"{path} contained {', '.join(left[:4])}{' and more' if left[4:] else ''}, which"
+                f" is not part of the checkpoint. It was kept and moved to {kept}.",
                 stacklevel=2,
             )
             return
@@ -82,13 +81,13 @@ def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: boo
 
 
 def _own_files(directory: Path, unfinished: bool = False) -> set[str]:
-    """The files that belong to a checkpoint: as its manifest says, else by their names."""
+    """The files that belong to a checkpoint: those that its manifest lists, else by their names."""
     found = {name for name in os.listdir(directory) if not (directory / name).is_dir()}
     listed = _listed(directory)
     if listed is not None:
         return found & {*listed, MANIFEST, CHECKSUM}
     own = {name for name in found if is_file_name(name)}
-    # Other programs have files called manifest.json; that pair is ours, be it damaged.
+    # Other programs write a manifest.json too; both files together are ours, even if damaged.
     pair = found & {MANIFEST, CHECKSUM}
     return own | pair if unfinished or len(pair) == 2 else own
 
@@ -107,7 +106,7 @@ def _listed(directory: Path) -> set[str] | None:
 
 
 def _free_name(path: Path) -> Path:
-    """Beside the checkpoint; no name that looks like one's to who looks for the last."""
+    """An unused name next to the checkpoint that ``ckpt_path="last"`` does not take for one."""
     kept, number = path.with_name(f"{path.name}.kept"), 0
     while os.path.lexists(kept):
         number += 1

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: opened without following links, written so that a power cut can't lie."""
+"""Low-level file access: opening without following links, writing with fsync."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 from lightning_fastmoe.errors import CheckpointError
 
 FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\.(safetensors|json|pt|sha256)")
-"""Every file of a checkpoint is named like this: no name can lead out of the directory."""
+"""Pattern of all file names in a checkpoint; no match can lead out of the directory."""
 
 BUFFER_BYTES = 4 * 2**20
-"""Data passes through the host in pieces of this size."""
+"""Size of the host buffers that data passes through."""
 
 _SYNC_FILE_RANGE_WRITE = 2
 
 
 def open_directory(path: Path) -> int:
-    """A descriptor of the directory. It stays with it when another takes over its name.
+    """Opens a directory. The descriptor stays valid if another directory takes over the name.
 
     Raises:
         CheckpointError: if there is none.
@@ -80,10 +80,10 @@ def open_regular(directory: int, name: str, where: Path) -> tuple[int, int]:
 
 
 def read_exactly(fd: int, view: memoryview, offset: int, where: Path) -> None:
-    """Fills ``view`` from ``offset`` on.
+    """Fills ``view`` with the bytes from ``offset`` on.
 
     Raises:
-        CheckpointError: if the file ends before, or can't be read.
+        CheckpointError: if the file is too short or can't be read.
     """
     done = 0
     while done < len(view):
@@ -99,7 +99,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: Path) -> None:
 
 
 def read_small(directory: int, name: str, where: Path, limit: int) -> bytes:
-    """The whole of a file of at most ``limit`` bytes.
+    """Reads a whole file of at most ``limit`` bytes.
 
     Raises:
         CheckpointError: as :func:`open_regular`, or if it is larger.
@@ -108,7 +108,7 @@ def read_small(directory: int, name: str, where: Path, limit: int) -> bytes:
     try:
         if size > limit:
             raise CheckpointError(
-                f"{where / name} has {size} bytes, more than the {limit} that are ever written."
+                f"{where / name} has {size} bytes; this package writes at most {limit}."
             )
         data = bytearray(size)
         read_exactly(fd, memoryview(data), 0, where / name)
@@ -118,7 +118,7 @@ def read_small(directory: int, name: str, where: Path, limit: int) -> bytes:
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new file; it must not exist."""
+    """Creates a file, which must not exist, and returns its descriptor."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o644)
 
@@ -131,11 +131,10 @@ def write_all(fd: int, view: memoryview) -> None:
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Has the system begin to bring what was written there to the disk, and does not wait for it.
+    """Tells the kernel to start flushing the given bytes to the disk, without waiting.
 
-    By itself it would begin seconds later, or when told to wait for the end: then the disk would
-    idle first, and the processor afterwards. A hint: whether it is followed or fails changes no
-    byte, and :func:`os.fsync` reports every error, as it would have.
+    Otherwise it would start seconds later, or at fsync: the disk would idle first and the CPU
+    afterwards. This is only a hint; :func:`os.fsync` still reports every error.
     """
     sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if sync_file_range is not None:  # Linux
@@ -158,10 +157,10 @@ def write_small(path: Path, data: bytes) -> tuple[int, str]:
 
 
 def fsync_directory(path: Path) -> None:
-    """Waits until the names in the directory are on the disk."""
+    """Waits until the directory's entries are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Some network file systems can't; they keep names in order by themselves.
+        # Some network file systems don't support it; they order renames on their own.
         with contextlib.suppress(OSError):
             os.fsync(fd)
     finally:

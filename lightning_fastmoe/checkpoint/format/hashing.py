@@ -1,4 +1,4 @@
-"""Comparing a file with its hash, and finding the tensor where it first differs."""
+"""Compares a file with its hash, and finds the first tensor that differs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_fastmoe.errors import CheckpointError
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """What the hash must be at some place in a file.
+    """Expected hash of the first ``end`` bytes of a file.
 
     Attributes:
         end: number of bytes.
-        digest: how the SHA-256 of so many bytes begins, in hexadecimal.
-        what: lies before ``end``.
+        digest: first hexadecimal digits of the SHA-256 of these bytes.
+        what: description of the data that ends there, for messages.
     """
 
     end: int
@@ -34,17 +34,17 @@ def check_hash(
     marks: Iterable[Mark],
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Reads a file once and compares its hash, on the way and at the end.
+    """Reads a file once and compares its hash, at each mark and at the end.
 
     Args:
         fd: the file.
         where: its path, for messages.
         expected: SHA-256 of all bytes, in hexadecimal.
-        marks: places on the way.
+        marks: positions at which the hash is compared too.
         on_bytes: called with the number of bytes after each read.
 
     Raises:
-        CheckpointError: if they differ; it says before which mark.
+        CheckpointError: if the hash differs, naming the first mark at which it does.
     """
     size = os.fstat(fd).st_size
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""JSON of files that may be forged, read strictly: each field of its type and in its range."""
+"""Strict reader for JSON files that may be forged; checks the type and range of each field."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, cast
 from lightning_fastmoe.errors import CheckpointError
 
 MAX_INTEGER = 2**63 - 1
-"""Counts and sizes fit into 64 bits everywhere."""
+"""Largest count or size: all must fit into 64 bits."""
 
 
 def load_json(data: bytes, where: object) -> dict[str, Any]:
-    """A JSON object: UTF-8 without a byte order mark, no key twice, no NaN, no number too large.
+    """Parses a JSON object: UTF-8 without a byte order mark, no duplicate keys, no NaN or overflow.
 
-    Takes time and memory in proportion to ``data``, whatever it holds.
+    Time and memory are linear in the size of ``data``, whatever it contains.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: if ``data`` is not such an object.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def is_a(value: Any, kind: type) -> bool:
 
 
 class Fields:
-    """The fields of a JSON object, each taken once and of the expected type.
+    """Reads the fields of a JSON object one by one, and checks their types.
 
     Args:
         content: the object.
@@ -76,7 +76,7 @@ class Fields:
         self.content, self.where, self.left = content, where, set(content)
 
     def get(self, name: str, kind: type) -> Any:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         if not is_a(self.content.get(name), kind):
             raise CheckpointError(
                 f"{self.where}: the field {name!r} is missing or not of type {kind.__name__}."
@@ -85,27 +85,27 @@ class Fields:
         return self.content[name]
 
     def optional(self, name: str, kind: type) -> Any:
-        """The value of a field that must be there and may be null."""
+        """The value of a required field that may be null."""
         if name in self.content and self.content[name] is None:
             self.left.discard(name)
             return None
         return self.get(name, kind)
 
     def any(self, name: str) -> Any:
-        """The value of a field that must be there, of whatever type."""
+        """The value of a required field of any type."""
         if name not in self.content:
             raise CheckpointError(f"{self.where}: the field {name!r} is missing.")
         self.left.discard(name)
         return self.content[name]
 
     def count(self, name: str, least: int = 0) -> int:
-        """An integer from ``least`` on that fits into 64 bits."""
+        """An integer of at least ``least`` that fits into 64 bits."""
         value: int = self.get(name, int)
         self._check_range(name, value, least)
         return value
 
     def strings(self, name: str) -> list[str]:
-        """A list of different strings."""
+        """A list of distinct strings."""
         values = self.get(name, list)
         self._check_all(name, values, str)
         if len(set(values)) != len(values):
@@ -119,7 +119,7 @@ class Fields:
         return dict(value)
 
     def counts(self, name: str, least: int = 0) -> dict[str, int]:
-        """A map of integers from ``least`` on that fit into 64 bits."""
+        """A map of integers of at least ``least`` that fit into 64 bits."""
         value = self.get(name, dict)
         self._check_all(name, value.values(), int)
         for number in value.values():
@@ -133,7 +133,7 @@ class Fields:
         return dict(value)
 
     def nothing_else(self) -> None:
-        """Refuses fields that were not taken."""
+        """Refuses fields that were not read."""
         if self.left:
             raise CheckpointError(
                 f"{self.where}: unknown fields {sorted(self.left)[:4]}. This version does not know"

@@ -1,6 +1,6 @@
-"""Python values as JSON, without loss; what JSON can't hold goes into a list beside it.
+"""Lossless encoding of Python values as JSON; what JSON can't hold goes into a separate list.
 
-Beyond JSON's own types a value is an object with one key that begins with ``$``:
+A value of a type that JSON lacks is an object with one key that begins with ``$``:
 
     {"$float": "nan" | "inf" | "-inf"}
     {"$tuple": [values]}
@@ -43,8 +43,8 @@ def encode(value: Any, objects: list[Any]) -> Any:
     """Turns a value into what ``json.dumps`` writes.
 
     Args:
-        value: anything.
-        objects: what JSON can't hold is appended here.
+        value: any value.
+        objects: values that JSON can't hold are appended to this list.
     """
     if value is None or type(value) in (bool, int, str):
         return value
@@ -75,7 +75,7 @@ def _fits(value: Tensor) -> bool:
 
 
 class Sized(Protocol):
-    """What objects are taken from: a list, or what stands for one that is not loaded."""
+    """A list of objects, or a placeholder for one that is not loaded."""
 
     def __len__(self) -> int: ...
 
@@ -83,7 +83,7 @@ class Sized(Protocol):
 
 
 def decode(value: Any, objects: Sized, where: object) -> Any:
-    """The opposite of :func:`encode`.
+    """The inverse of :func:`encode`.
 
     Args:
         value: from JSON.
@@ -110,7 +110,7 @@ def decode(value: Any, objects: Sized, where: object) -> Any:
                 raise CheckpointError(f"{where}: {key!r} can't be read: {error}") from error
     for key in value:
         if key.startswith("$"):
-            raise CheckpointError(f"{where}: the key {key[:80]!r} is not alone in its object.")
+            raise CheckpointError(f"{where}: {key[:80]!r} is not the only key of its object.")
     return {k: decode(v, objects, where) for k, v in value.items()}
 
 
@@ -145,7 +145,7 @@ def _decode_tagged(key: str, content: Any, objects: Sized, where: object) -> Any
 def _tensor(name: Any, shape: Any, values: Any, where: object) -> Tensor:
     dtype = DTYPES.get(_a(name, str))
     if dtype not in _JSON_DTYPES:
-        raise ValueError(f"dtype {name[:40]!r} is not stored like this")
+        raise ValueError(f"dtype {name[:40]!r} can't be stored in JSON")
     for size in _a_list(shape):
         if not 0 <= _a(size, int) <= MAX_NUMEL:
             raise ValueError(f"the shape {str(shape)[:80]} is invalid")

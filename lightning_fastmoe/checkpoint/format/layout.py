@@ -1,7 +1,7 @@
-"""Which files a rank writes: enough for several cores to hash, few enough for a file system.
+"""Divides a rank's state into files: enough to hash on several cores, few enough for file systems.
 
-What goes where depends on the state and the number of ranks alone, never on the machine: the same
-state gives the same files.
+The layout depends only on the state and the number of ranks, never on the machine: the same state
+gives the same files.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, WEIGHTS, spli
 from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
 
 MIN_FILE_BYTES = 64 * 2**20
-"""Less is hashed in the time that a network file system needs to make a file."""
+"""Minimum size of a file: hashing less takes no longer than creating a file on a network disk."""
 
 MAX_FILES = 8
 MAX_FILES_OF_ALL = 1024
 
 _WHOLE = 2**20
-"""Pieces of fewer bytes are not cut."""
+"""Pieces of fewer bytes are not split."""
 
 
 def files_per_rank(world_size: int) -> int:
-    """Into about how many files a rank divides its state; many ranks have many files anyway."""
+    """About how many files a rank writes; fewer on many ranks, which have many files anyway."""
     return max(1, min(MAX_FILES, MAX_FILES_OF_ALL // world_size))
 
 
 def divide(pieces: Sequence[OwnedPiece], rank: int, max_files: int) -> dict[str, list[OwnedPiece]]:
-    """File name -> the pieces in it, in the order given. Files of a kind are about equally large.
+    """File name -> its pieces, in the given order. Files of a kind are about equally large.
 
     Args:
-        pieces: what the rank owns; those in memory may be cut.
-        rank: names the files.
-        max_files: in all, or one more: weights and the rest are never in one file.
+        pieces: pieces that the rank owns; those in memory may be split.
+        rank: the rank, for the names of the files.
+        max_files: maximum number of files; may be exceeded by one, as weights and the rest never
+            share a file.
     """
     kinds: dict[str, list[OwnedPiece]] = {}
     for kind, wanted in ((WEIGHTS, True), (OPTIMIZER, False)):
@@ -53,13 +54,13 @@ def divide(pieces: Sequence[OwnedPiece], rank: int, max_files: int) -> dict[str,
 
 
 def _cut(pieces: Sequence[OwnedPiece], count: int) -> list[list[OwnedPiece]]:
-    """Pieces in ``count`` lists of about as many bytes."""
+    """Divides pieces into ``count`` lists of about equally many bytes."""
     total = sum(piece.size for piece in pieces)
     result: list[list[OwnedPiece]] = [[] for _ in range(count)]
     position = 0
     for piece in pieces:
         for part in _cut_piece(piece, position, total, count):
-            # The list in whose share of the bytes its middle lies; nothing is in the last's end.
+            # A piece goes to the list whose share of the bytes contains the piece's middle.
             middle = position + part.size // 2
             result[min(count - 1, middle * count // max(1, total))].append(part)
             position += part.size
@@ -67,7 +68,7 @@ def _cut(pieces: Sequence[OwnedPiece], count: int) -> list[list[OwnedPiece]]:
 
 
 def _cut_piece(piece: OwnedPiece, position: int, total: int, count: int) -> Iterator[OwnedPiece]:
-    """The piece, which begins at byte ``position``, cut where shares end."""
+    """Splits a piece that begins at byte ``position`` at the boundaries of the shares."""
     if piece.data is None or piece.size < _WHOLE:
         yield piece
         return

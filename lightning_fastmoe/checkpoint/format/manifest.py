@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint consists of. ``docs/checkpoint_format.md`` is its definition."""
+"""The manifest, which lists a checkpoint's files and tensors; see ``docs/checkpoint_format.md``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LISTED = re.compile(
     r"|state\.json|objects\.pt",
     re.ASCII,
 )
-"""The names of files that a manifest may list."""
+"""Patterns of the file names that a manifest may list."""
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DIGEST = re.compile("[0-9a-f]{8}")
@@ -33,7 +33,7 @@ _DIGEST = re.compile("[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class Topology:
-    """How the run that saved was laid out; loading needs none of it."""
+    """Topology and precision of the run that saved; loading doesn't depend on them."""
 
     world_size: int
     expert_parallel_size: int
@@ -43,7 +43,7 @@ class Topology:
 
 @dataclass
 class Manifest:
-    """What a checkpoint consists of.
+    """Description of a checkpoint: its files, tensors and MoE layers.
 
     Attributes:
         written_by: name and version of the writer.
@@ -51,10 +51,10 @@ class Manifest:
         topology: the topology of the run that saved.
         progress: "epoch" and "global_step".
         moe_layers: layer name -> its ``num_experts``.
-        excluded: parameters that were left out because they are frozen.
-        tied: further names of parameters that are stored under their first one.
-        files: every file but the manifest and its checksum.
-        tensors: name -> where it is.
+        excluded: frozen parameters that were not saved.
+        tied: further name of a parameter -> its first name, under which it is stored.
+        files: name -> size and hash of every file except the manifest and its checksum.
+        tensors: name -> dtype, shape and the pieces that it is stored in.
         module_experts: layer whose experts are modules -> for each expert, by its global id, the
             names of its parameters and buffers inside it.
     """
@@ -71,7 +71,7 @@ class Manifest:
     module_experts: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def dumps(self) -> bytes:
-        """As JSON. The same manifest gives the same bytes."""
+        """Serializes to JSON; equal manifests give equal bytes."""
         order = {name: i for i, name in enumerate(sorted(self.files))}
         content = {
             "format": FORMAT,
@@ -103,22 +103,23 @@ def is_file_name(name: str) -> bool:
 
 
 def parse_manifest(data: bytes, where: object) -> Manifest:
-    """Reads a manifest, each field of the type and range that it must have.
+    """Parses a manifest and checks the type and range of each field.
 
-    What fields say together is for :func:`~lightning_fastmoe.checkpoint.format.consistency.faults`.
+    Whether the fields are consistent is checked by
+    :func:`~lightning_fastmoe.checkpoint.format.consistency.faults`.
 
     Args:
         data: the file's bytes.
         where: its path, for messages.
 
     Raises:
-        CheckpointError: if it is not a manifest, or of another version.
+        CheckpointError: if it is not a manifest, or has an unsupported version.
     """
     content = load_json(data, where)
     read = Fields(content, where)
     if read.get("format", str) != FORMAT:
         raise CheckpointError(
-            f"{where} has format {content['format']!r}, not {FORMAT!r}: it is not a checkpoint of"
+            f"{where} has format {content['format']!r}, not {FORMAT!r}: it was not written by"
             " this package."
         )
     version = read.get("format_version", int)
@@ -154,7 +155,7 @@ def parse_manifest(data: bytes, where: object) -> Manifest:
 
 
 def _check_names(manifest: Manifest, where: object) -> None:
-    """Names of the model's parts are short enough to be taken apart quickly, whatever they are."""
+    """Limits the length of names, so that parsing forged ones stays fast."""
     experts = (n for layer in manifest.module_experts.values() for names in layer for n in names)
     tied = (*manifest.tied, *manifest.tied.values())
     layers = (*manifest.moe_layers, *manifest.module_experts)
@@ -177,8 +178,8 @@ def _topology(value: dict[str, Any], where: object) -> Topology:
     read.nothing_else()
     if result.world_size % result.expert_parallel_size or result.zero_stage > 3:
         raise CheckpointError(
-            f"{where}: no run has the topology {vars(result)}: expert_parallel_size divides"
-            " world_size, and zero_stage is 0 to 3."
+            f"{where}: the topology {vars(result)} is invalid: expert_parallel_size must divide"
+            " world_size, and zero_stage must be 0 to 3."
         )
     return result
 
@@ -191,7 +192,7 @@ def _progress(value: dict[str, Any], where: object) -> dict[str, int]:
 
 
 def _module_experts(read: Fields, where: object) -> dict[str, list[list[str]]]:
-    """Only there if the model has such experts."""
+    """An optional field, written only if the model has module experts."""
     if "module_experts" not in read.content:
         return {}
     layers = read.lists("module_experts")
