@@ -45,8 +45,8 @@ def check_objects(owner: str, objects: Iterable[Any]) -> None:
                 raise ForeignObjectError(
                     f"{owner} got a {type(item).__name__}, which is a {base.__module__}."
                     f"{base.__name__}. The packages 'lightning' and 'pytorch_lightning' can't be"
-                    f" mixed: import from pytorch_lightning (or lightning_fabric) instead, in the whole"
-                    " program."
+                    f" mixed: import from pytorch_lightning (or lightning_fabric) instead, in the"
+                    " whole program."
                 )
 
 
