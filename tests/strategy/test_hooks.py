@@ -60,6 +60,6 @@ def test_what_could_not_be_saved_is_refused_before_training(rank_pool, tmp_path)
         for name, file in (("last", "last.ckpt"), ("name", "best.ckpt")):
             kind, message = found[name]
             assert kind == "CheckpointError", message
-            assert f"{file} is a directory with other files" in message
+            assert f"{file} is a directory that is not a checkpoint" in message
             assert "thesis.txt" in message
     assert (tmp_path / "last.ckpt" / "thesis.txt").read_text() == "years of work"

@@ -174,7 +174,7 @@ def test_frozen_experts_can_be_left_out(rank_pool, tmp_path):
     ("experts", "match"),
     [
         ("extra", "of layer 'net.moes.0' has an extra state (WithExtraState.get_extra_state)"),
-        ("inner", "of layer 'net.moes.0' has a MoE layer inside"),
+        ("inner", "of layer 'net.moes.0' contains a MoE layer"),
     ],
 )
 def test_experts_that_no_checkpoint_can_hold_are_refused(rank_pool, tmp_path, experts, match):

@@ -71,8 +71,8 @@ def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: boo
             kept = _free_name(path)
             os.rename(directory, kept)
             warnings.warn(
-                f"{path} contained {', '.join(left[:4])}{' and more' if left[4:] else ''}, which"
-                f" is not part of the checkpoint. It was kept and moved to {kept}.",
+                f"{path} contained files that are not part of the checkpoint: {', '.join(left[:4])}"
+                f"{' and more' if left[4:] else ''}. They were kept, in {kept}.",
                 stacklevel=2,
             )
             return
