@@ -112,6 +112,25 @@ def test_slices_of_a_work_end_with_the_deadline_and_go_on_until_it_completes():
     assert work.waited[2] == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.parametrize("error", [None, "Connection closed by peer"])
+def test_a_work_may_complete_between_the_end_of_a_slice_and_the_look_at_it(error):
+    class Late(Work):
+        """Completes as soon as a slice has ended without it."""
+
+        def is_completed(self) -> bool:
+            self.left = 0
+            return True
+
+    work = Late(float("inf"), error)
+    wait = ExchangeWait(60.0, look=1e-3)
+    if error is None:
+        wait.for_work(work, WHERE)
+    else:
+        with pytest.raises(ExchangeError, match=f"failed on rank None: {error}"):
+            wait.for_work(work, WHERE)
+    assert len(work.waited) == 2
+
+
 @pytest.mark.parametrize("seconds", [None, 60.0])
 def test_a_wait_without_hope_ends_at_the_next_look(seconds):
     with pytest.raises(ExchangeError, match="number 7, phase counts: rank 1 has left"):

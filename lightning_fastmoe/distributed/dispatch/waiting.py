@@ -46,14 +46,20 @@ class ExchangeWait:
         seconds: timeout after which the wait is an error; None sets none.
         peers: access to the other ranks' states; None if there is none.
         rank: this process's rank in the world, for messages.
+        look: seconds between two looks at the other ranks.
     """
 
     def __init__(
-        self, seconds: float | None = None, peers: Peers | None = None, rank: int | None = None
+        self,
+        seconds: float | None = None,
+        peers: Peers | None = None,
+        rank: int | None = None,
+        look: float = _LOOK,
     ) -> None:
         self.seconds = seconds
         self.peers = peers
         self.rank = rank
+        self.look = look
 
     def begin(self, where: str) -> None:
         """Called before an exchange; refuses to start one once a rank has given up.
@@ -82,10 +88,16 @@ class ExchangeWait:
             try:
                 work.wait(timedelta(seconds=self._slice(time.monotonic() - begin)))
                 return
-            except RuntimeError as error:
-                if work.is_completed():  # the collective failed, rather than this slice timing out
-                    raise ExchangeError(self._failed(where, error)) from error
+            except RuntimeError:  # the end of the slice, or what the collective failed with
+                if work.is_completed():
+                    break
             self._look(time.monotonic() - begin, where)
+        # It may have completed only after the slice had ended: a second wait, which no longer takes
+        # time, tells that from a failure.
+        try:
+            work.wait(timedelta(seconds=self.look))
+        except RuntimeError as error:
+            raise ExchangeError(self._failed(where, error)) from error
 
     def for_event(
         self, event: Any, where: str, sleep: Callable[[float], None] = time.sleep
@@ -105,18 +117,18 @@ class ExchangeWait:
         if event.query():
             return
         begin = time.monotonic()
-        look = _LOOK
+        look = self.look
         while not event.query():
             waited = time.monotonic() - begin
             # Polling overshoots by at most a sixteenth of the wait.
             sleep(0.0 if waited < _BUSY else min(1e-3, waited / 16))
             if waited >= look or (self.seconds is not None and waited >= self.seconds):
-                look = waited + _LOOK
+                look = waited + self.look
                 self._look(waited, where)
 
     def _slice(self, waited: float) -> float:
-        left = _LOOK if self.seconds is None else self.seconds - waited
-        return max(1e-3, min(_LOOK, left))
+        left = self.look if self.seconds is None else self.seconds - waited
+        return max(1e-3, min(self.look, left))
 
     def _look(self, waited: float, where: str) -> None:
         reason = self.peers.hopeless() if self.peers is not None else None
