@@ -8,23 +8,19 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from lightning_fastmoe.distributed.dispatch import (
-    ACROSS_RANKS,
-    ExchangeWait,
-    ExpertGroup,
-    PendingExchange,
-)
+from lightning_fastmoe.distributed.dispatch import ExchangeWait, ExpertGroup, PendingExchange
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
+from lightning_fastmoe.distributed.schedule import schedule_across_ranks
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.placement import Placement
-from lightning_fastmoe.nn.schedule import SequentialSchedule
+from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule
 
 
 class ExpertSharder:
-    """Shards the layers of one model and connects them to their dispatchers.
+    """Shards the layers of one model and gives them their schedules.
 
     A layer with ``dispatcher="local"`` is not sharded: all its experts stay on every rank and train
     data parallel, like a dense layer.
@@ -78,15 +74,15 @@ class ExpertSharder:
                 self.batch.reserve(layer.exchanged_counts)
             local = layer.dispatcher_name == "local"
             placement = None if local else self.placement(layer.num_experts, name)
-            schedule = None
+            schedule: Schedule = LocalSchedule(layer.num_experts)
             if placement is not None:
                 if not layer.is_sharded:
                     layer.experts.keep(placement.expert_ids)
                 assert self.group is not None
                 blocks = self.mesh.placement(layer.num_experts)
-                across = ACROSS_RANKS[layer.dispatcher_name]
-                dispatcher = across(self.group, layer.num_experts, blocks)
-                schedule = SequentialSchedule(dispatcher)
+                schedule = schedule_across_ranks(
+                    layer.dispatcher_name, self.group, layer.num_experts, blocks
+                )
             held = tuple(range(layer.num_experts)) if placement is None else placement.expert_ids
             if layer.experts.local_ids != held:
                 raise self._sharded_otherwise(name, layer)

@@ -12,8 +12,13 @@ from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.router import Routing
 
-DISPATCHERS = ("auto", "local", "all_to_all")
-"""Names that ``MoE(dispatcher=...)`` takes. "auto" is "local" until experts are sharded."""
+ONE_RANK = ("auto", "local")
+"""Names of dispatchers for which no other rank is needed. "auto" is "local" until experts are
+sharded."""
+
+DISPATCHERS = (*ONE_RANK, "all_to_all")
+"""Names that ``MoE(dispatcher=...)`` takes. Those that need other ranks have a line in
+``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
 
 
 def check_dispatcher(name: str) -> None:

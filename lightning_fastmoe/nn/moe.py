@@ -15,7 +15,7 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.balancing import BalancingLosses
 from lightning_fastmoe.nn.capacity import Capacity, CapacityFactors, CapacityOver, DropBy
-from lightning_fastmoe.nn.dispatch import check_dispatcher
+from lightning_fastmoe.nn.dispatch import ONE_RANK, check_dispatcher
 from lightning_fastmoe.nn.experts import ExpertFactory, Experts, draw_layer_seed
 from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K, GlobalBatch, LocalBatch
 from lightning_fastmoe.nn.inputs import MaskedValues, TokenInputs, read_inputs
@@ -106,7 +106,8 @@ class MoE(nn.Module):
             modules.
         shared_expert: inner width of a dense FFN added for every token, or a module.
         shared_expert_gate: multiply the shared expert's output by a learned ``sigmoid(w x)``.
-        dispatcher: "auto", "local", or "all_to_all".
+        dispatcher: "auto"; "local", which doesn't shard the experts; or how tokens reach sharded
+            experts: "all_to_all".
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear`` does.
         autoregressive: warn if the router looks at later tokens.
 
@@ -294,25 +295,24 @@ class MoE(nn.Module):
 
     # --------------------------------------------------------------- running over several ranks
 
-    def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule | None) -> None:
+    def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule) -> None:
         """Connects the layer to the other ranks of a run.
 
         Args:
             name: the layer's name, for errors and to detect ranks in different layers.
             batch: access to the tokens of all ranks; None for a single rank.
-            schedule: access to the experts of all ranks; None if this rank holds them all.
+            schedule: reaches the experts, wherever they are.
         """
         self.disconnect()
         self.layer_name = name
         if batch is not None:
             self.batch = batch
-        if schedule is not None:
-            self.schedule = schedule
+        self.schedule = schedule
 
     def disconnect(self) -> None:
         """Disconnects from the other ranks. A layer that holds only some experts then can't run."""
-        if self.is_sharded or self.dispatcher_name == "all_to_all":
-            self.schedule = UnmanagedSchedule(self.schedule.dispatcher)
+        if self.is_sharded or self.dispatcher_name not in ONE_RANK:
+            self.schedule = UnmanagedSchedule(self.schedule.dispatcher, self.dispatcher_name)
         else:
             self.schedule = LocalSchedule(self.num_experts)
         self.batch = LocalBatch()

@@ -181,15 +181,16 @@ class LocalSchedule(SequentialSchedule):
 class UnmanagedSchedule(Schedule):
     """Refuses to run, because no strategy manages the layer's sharded experts.
 
-    Used by a layer with ``dispatcher="all_to_all"`` until a strategy connects it to its ranks, and
+    Used by a layer whose ``dispatcher`` needs other ranks until a strategy connects it to them, and
     by a layer with sharded experts after the run that sharded them.
 
     Args:
         dispatcher: the dispatcher that the schedule exposes but doesn't use.
+        name: what ``MoE(dispatcher=...)`` was given.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.dispatcher = dispatcher
+    def __init__(self, dispatcher: Dispatcher, name: str) -> None:
+        self.dispatcher, self.name = dispatcher, name
 
     def run(
         self,
@@ -204,7 +205,7 @@ class UnmanagedSchedule(Schedule):
         """
         check_all_are_here(experts, layer)
         raise UnmanagedExpertsError(
-            f"{layer}: dispatcher='all_to_all' exchanges tokens between ranks, but no"
+            f"{layer}: dispatcher={self.name!r} exchanges tokens between ranks, but no"
             " expert parallel group was set up. Train with FastMoEStrategy, or use"
             " dispatcher='auto'."
         )

@@ -13,7 +13,7 @@ from lightning_fastmoe.errors import (
     ShapeError,
     UnmanagedExpertsError,
 )
-from lightning_fastmoe.nn import MoE, SoftmaxTopKRouter, moe_layers, moe_losses
+from lightning_fastmoe.nn import MoE, SoftmaxTopKRouter, dispatch, moe_layers, moe_losses
 from lightning_fastmoe.ops import ACTIVATIONS, reference
 
 
@@ -268,8 +268,13 @@ def test_experts_elsewhere_need_a_strategy():
     layer.experts.keep((0, 1))
     with pytest.raises(UnmanagedExpertsError, match="2 of 4 experts"):
         layer(torch.randn(3, 5))
-    with pytest.raises(UnmanagedExpertsError, match="all_to_all"):
-        make(dispatcher="all_to_all")(torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("name", ["all_to_all", "by_pigeon"])
+def test_a_dispatcher_that_needs_other_ranks_needs_a_strategy(monkeypatch, name):
+    monkeypatch.setattr(dispatch, "DISPATCHERS", (*dispatch.DISPATCHERS, "by_pigeon"))
+    with pytest.raises(UnmanagedExpertsError, match=f"dispatcher='{name}' exchanges tokens"):
+        make(dispatcher=name)(torch.randn(3, 5))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,35 +19,50 @@ from lightning_fastmoe.nn.placement import equal_blocks
 from lightning_fastmoe.nn.router import Routing
 
 
-class _AllToAll(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Route:
+    """One exchange: how many rows go to each rank and come from it, and how.
+
+    Attributes:
+        collective: see :attr:`AllToAllDispatcher.collective`.
+        group: the expert parallel group.
+        send: rows to each rank.
+        receive: rows from each rank.
+        layer: the layer's name.
+        phase: what is exchanged.
+    """
+
+    collective: Callable[..., Any]
+    group: ExpertGroup
+    send: list[int]
+    receive: list[int]
+    layer: str
+    phase: str
+
+    def run(self, x: Tensor) -> Tensor:
+        """``x (sum(send), ...)`` -> (sum(receive), ...), in the order of the ranks."""
+        out = x.new_empty((sum(self.receive), *x.shape[1:]))
+        arguments = (out, x.contiguous(), self.receive, self.send)
+        self.group.run(self.layer, self.phase, self.collective, *arguments)
+        return out
+
+    def back(self) -> _Route:
+        """The way of the gradients."""
+        phase = f"{self.phase} (backward)"
+        return replace(self, send=self.receive, receive=self.send, phase=phase)
+
+
+class _Exchange(torch.autograd.Function):
     """Sends rows to other ranks; the backward sends gradients back the same way."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        send: list[int],
-        receive: list[int],
-        group: ExpertGroup,
-        layer: str,
-        phase: str,
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group, ctx.layer, ctx.phase = send, receive, group, layer, phase
-        return _exchange(x, send, receive, group, layer, phase)
+    def forward(ctx: Any, x: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return route.run(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        phase = f"{ctx.phase} (backward)"
-        gradient = _exchange(grads[0], ctx.receive, ctx.send, ctx.group, ctx.layer, phase)
-        return gradient, None, None, None, None, None
-
-
-def _exchange(
-    x: Tensor, send: list[int], receive: list[int], group: ExpertGroup, layer: str, phase: str
-) -> Tensor:
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    group.run(layer, phase, dist.all_to_all_single, out, x.contiguous(), receive, send)
-    return out
+        return ctx.route.back().run(grads[0]), None
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,10 @@ class AllToAllDispatcher:
     Raises:
         TopologyError: if the placement doesn't give each expert to exactly one rank.
     """
+
+    collective: ClassVar[Callable[..., Any]] = staticmethod(dist.all_to_all_single)
+    """What moves the rows, with the arguments of ``all_to_all_single`` and the result that
+    :meth:`ExpertGroup.run` asks for. A subclass that only moves them otherwise replaces it."""
 
     def __init__(
         self,
@@ -133,18 +152,19 @@ class AllToAllDispatcher:
     def send(self, x: Tensor, handle: AllToAllHandle) -> Tensor:
         """See :class:`~lightning_fastmoe.nn.dispatch.Dispatcher`."""
         rows = handle.plan.gather(x)
-        received: Tensor = _AllToAll.apply(
-            rows, handle.send, handle.receive, self.group, handle.layer, "dispatch"
-        )
+        route = self._route(handle.send, handle.receive, handle.layer, "dispatch")
+        received: Tensor = _Exchange.apply(rows, route)
         return permute_any(received, handle.arrived)
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Tensor:
         """See :class:`~lightning_fastmoe.nn.dispatch.Dispatcher`."""
         rank_major = ops.permute(y, handle.arrived.inverse, handle.arrived.order)
-        back: Tensor = _AllToAll.apply(
-            rank_major, handle.receive, handle.send, self.group, handle.layer, "combine"
-        )
+        route = self._route(handle.receive, handle.send, handle.layer, "combine")
+        back: Tensor = _Exchange.apply(rank_major, route)
         return handle.plan.combine(back)
+
+    def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> _Route:
+        return _Route(self.collective, self.group, send, receive, layer, phase)
 
     def _expert_major(self, block: Tensor, rows: int, device: torch.device) -> ops.ExpertOrder:
         local = block.shape[1]

@@ -78,7 +78,11 @@ class ExpertGroup:
         Args:
             layer: the layer's name.
             phase: what is exchanged.
-            collective: a function of ``torch.distributed``.
+            collective: a function of ``torch.distributed``, or one called like it: with ``group=``,
+                it enqueues the exchange on the device; with ``async_op=True`` as well, where the
+                host waits, it returns a ``Work``. That is waited for a slice at a time, so a
+                ``wait(timeout)`` that runs out must leave it intact. gloo's single sends and
+                receives don't: they close the connection.
             args: the collective's arguments, except the group.
 
         Raises:
