@@ -11,24 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops.activation import GATED
-from lightning_fastmoe.ops.reference_routers import (
-    best_assignment,
-    biased_top_k,
-    capacity_mask,
-    cosine_logits,
-    cv_squared,
-    expert_choice,
-    grouped_sigmoid_top_k,
-    gshard,
-    noisy_top_k,
-    random_bits,
-    sinkhorn_plan,
-    soft_mixes,
-    softmax_after_selection,
-    swipe,
-    topology_aware,
-    uniform,
-)
 
 
 def softmax_top_k(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,31 +167,3 @@ def sequence_load_balancing_loss(scores: Tensor, expert_ids: Tensor, lengths: li
             terms.append(load_balancing_loss(scores[start:stop], expert_ids[start:stop]))
             start = stop
     return torch.stack(terms).mean()
-
-
-__all__ = [
-    "activation",
-    "best_assignment",
-    "biased_top_k",
-    "capacity_mask",
-    "cosine_logits",
-    "cv_squared",
-    "expert_choice",
-    "expert_ffn",
-    "grouped_sigmoid_top_k",
-    "gshard",
-    "load_balancing_loss",
-    "moe",
-    "noisy_top_k",
-    "random_bits",
-    "sequence_load_balancing_loss",
-    "sigmoid_top_k",
-    "sinkhorn_plan",
-    "soft_mixes",
-    "softmax_after_selection",
-    "softmax_top_k",
-    "swipe",
-    "topology_aware",
-    "uniform",
-    "z_loss",
-]

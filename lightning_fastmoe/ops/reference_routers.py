@@ -1,4 +1,4 @@
-"""Slow, obvious definitions of routers, capacities and losses; part of ``ops/reference.py``.
+"""Slow, obvious definitions of routers, capacities and losses; see ``ops/reference.py``.
 
 One token and one expert at a time, in the dtype of the input, differentiable by plain autograd.
 Random numbers come in as arguments. Shapes: T tokens, D d_model, E experts, K top_k.

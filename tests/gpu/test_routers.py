@@ -11,6 +11,7 @@ import torch
 from lightning_fastmoe import MoE
 from lightning_fastmoe.nn import LocalDispatcher, SequentialSchedule
 from lightning_fastmoe.nn.router import ROUTERS, RoutingContext, loss_value
+from lightning_fastmoe.nn.router.losses import TOKEN_CHOICE_LOSSES
 from lightning_fastmoe.nn.router.random import random_bits, uniform
 
 T, D, F, E = 96, 32, 48, 8
@@ -20,7 +21,7 @@ CASES = {
     "capacity by score": {"capacity_factor": 0.7, "drop_by": "score"},
     "in groups": {"router": "sigmoid", "router_options": {"num_groups": 4, "limit_groups": 2}},
     "clamped, shared": {"activation": "clamped_swiglu", "shared_expert": 24, "bias": True},
-    "losses": {"importance": 0.1, "sequence_balancing": 0.1, "global_balancing": 0.1},
+    "losses": dict.fromkeys(sorted(TOKEN_CHOICE_LOSSES - {"load_balancing", "z_loss"}), 0.1),
 }
 READS_THE_DEVICE = ("base", "swipe")
 """Routers whose docs say that they do."""

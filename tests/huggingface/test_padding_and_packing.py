@@ -17,11 +17,18 @@ from lightning_fastmoe.huggingface import MoECausalLM
 from lightning_fastmoe.huggingface.decoder import DecoderLayer
 from lightning_fastmoe.metrics import DropRate, LoadRatio, RouterEntropy
 from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.router.losses import TOKEN_CHOICE_LOSSES
 
 V = SIZES["vocab_size"]
 LENGTHS = (5, 9, 1, 7)
-COEFFICIENTS = {"load_balancing": 0.3, "z_loss": 0.1, "importance": 0.2,
-                "sequence_balancing": 0.4, "global_balancing": 0.5}  # fmt: skip
+COEFFICIENTS = {
+    **dict.fromkeys(TOKEN_CHOICE_LOSSES, 0.6),
+    "load_balancing": 0.3,
+    "z_loss": 0.1,
+    "importance": 0.2,
+    "sequence_balancing": 0.4,
+    "global_balancing": 0.5,
+}
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 """fp64, which leaves nothing but the order of sums; angles of positions are fp32, but the same."""
 

@@ -12,7 +12,7 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import LocalDispatcher, MoE, Routing, SequentialSchedule
 from lightning_fastmoe.nn.capacity import limit_by_capacity
 from lightning_fastmoe.nn.global_batch import LocalBatch
-from lightning_fastmoe.ops import reference
+from lightning_fastmoe.ops import reference, reference_routers
 
 CASES = [(1, 1, 1), (13, 5, 1), (16, 4, 2), (9, 6, 3), (8, 3, 3), (0, 4, 2)]
 """(T, E, K)."""
@@ -23,7 +23,7 @@ def route(tokens, experts, k, inactive=0.0):
     logits = torch.randn(tokens, experts, dtype=torch.float64)
     logits[:, 0] += 1.0
     scores = logits.softmax(dim=1)
-    ids = reference.biased_top_k(scores, torch.zeros(()), k)
+    ids = reference_routers.biased_top_k(scores, torch.zeros(()), k)
     active = torch.rand(tokens, k) >= inactive if inactive else None
     return Routing(logits, scores, scores.gather(1, ids), ids, active=active)
 
@@ -42,7 +42,7 @@ def by_reference(routing, factor, by):
     if by == "score":
         priority = routing.scores.gather(1, routing.expert_ids).amax(dim=1).tolist()
     capacity = math.ceil(factor * k * tokens / experts)
-    return reference.capacity_mask(routing.expert_ids, used, capacity, experts, priority)
+    return reference_routers.capacity_mask(routing.expert_ids, used, capacity, experts, priority)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), CASES)

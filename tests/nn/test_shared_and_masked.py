@@ -11,6 +11,7 @@ from torch import nn
 from lightning_fastmoe.errors import ConfigError, ShapeError
 from lightning_fastmoe.nn import LocalDispatcher, MoE, SequentialSchedule
 from lightning_fastmoe.nn.router import ROUTERS
+from lightning_fastmoe.nn.router.losses import LOSSES
 from lightning_fastmoe.ops import apply_activation, reference
 from lightning_fastmoe.ops.activation import COMPOSED, Composed
 
@@ -191,17 +192,13 @@ def assert_twins(got, want, x):
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
-COEFFICIENTS = ("load_balancing", "z_loss", "importance", "load", "sequence_balancing",
-                "global_balancing")  # fmt: skip
-
-
 @pytest.mark.parametrize("over", ["rank", "global"])
 @pytest.mark.parametrize("by", ["position", "score"])
 @pytest.mark.parametrize("name", [n for n in ROUTERS if n != "soft"])
 def test_a_padded_batch_equals_the_batch(name, by, over):
     """Outputs, gradients, losses, drops, and what moves the balance bias, in two steps."""
     known = ROUTERS[name].losses
-    own = {c: 0.1 for c in COEFFICIENTS if c in known}
+    own = {c: 0.1 for c in LOSSES if c in known}
     options = {"balance_bias": True} if name in ("softmax", "sigmoid") else {}
     if name == "expert_choice":  # refuses a mask over sequences
         options = {"over": "rank"}

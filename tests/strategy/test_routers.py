@@ -11,6 +11,7 @@ from strategy.exactness import assert_same
 from strategy.router_runs import RouterCase
 
 from lightning_fastmoe.nn.router import ROUTERS
+from lightning_fastmoe.nn.router.losses import LOSSES
 from lightning_fastmoe.testing import RankError
 
 NOTHING = {"load_balancing": 0.0, "z_loss": 0.01}
@@ -66,6 +67,23 @@ BY_RANK = {
 }
 
 
+def acting(moe: dict) -> set[str]:
+    """The losses of a layer with these arguments."""
+    usual = ROUTERS[moe.get("router", "softmax")].default_losses
+    return {n for n in LOSSES if moe.get(n, LOSSES[n].coefficient if n in usual else 0)}
+
+
+# What has no line above is run as it comes.
+LISTED = [*WHOLE.values(), *BY_RANK.values()]
+WHOLE |= {
+    name: {"router": name, **{loss: NOTHING.get(loss, 0.0) for loss in cls.default_losses}}
+    for name, cls in ROUTERS.items()
+    if name not in {moe.get("router", "softmax") for moe in LISTED}
+}
+for name in LOSSES.keys() - set().union(*map(acting, LISTED)):
+    (WHOLE if LOSSES[name].uses_batch else BY_RANK)[name] = {**NOTHING, name: 0.2}
+
+
 def make(name: str, world: int, **kwargs) -> RouterCase:
     whole = name in WHOLE
     moe = (WHOLE if whole else BY_RANK)[name]
@@ -94,9 +112,10 @@ def check(rank_pool, case: RouterCase) -> None:
             assert int(kept.sum()) < int(routed.sum())
 
 
-def test_every_router_is_covered():
-    used = {moe.get("router", "softmax") for moe in (*WHOLE.values(), *BY_RANK.values())}
-    assert used == set(ROUTERS)
+def test_every_router_and_loss_is_covered():
+    cases = [*WHOLE.values(), *BY_RANK.values()]
+    assert {moe.get("router", "softmax") for moe in cases} == set(ROUTERS)
+    assert set().union(*map(acting, cases)) == set(LOSSES)
 
 
 @pytest.mark.parametrize("world", [2, 4])

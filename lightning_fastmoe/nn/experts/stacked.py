@@ -31,7 +31,8 @@ class StackedExperts(Experts):
         num_experts: E of the whole model.
         local_ids: global ids of the experts on this rank, ascending; None for all.
         layer_seed: seeds each expert together with its global id.
-        activation: a name of :data:`lightning_fastmoe.ops.ACTIVATIONS`, or "clamped_swiglu".
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS` or
+            :data:`~lightning_fastmoe.ops.activation.COMPOSED`.
         bias: whether both projections have biases (initially zero).
         init_std: see :func:`~lightning_fastmoe.nn.experts.init.init_experts_`.
     """

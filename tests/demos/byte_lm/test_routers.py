@@ -15,6 +15,7 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.metrics import ExpertLoad
 from lightning_fastmoe.nn import CausalityWarning, moe_layers
 from lightning_fastmoe.nn.router import ROUTERS
+from lightning_fastmoe.nn.router.losses import LOSSES, TOKEN_CHOICE_LOSSES
 
 STEPS, WINDOW, BATCH, EXPERTS = 50, 33, 8, 4
 
@@ -23,9 +24,10 @@ RUNS = {
     **{name: {"router": name} for name in ROUTERS},
     "no loss": NONE,
     "balance bias": {**NONE, "moe": {"router_options": {"balance_bias": True}}},
-    "importance": {**NONE, "moe": {"importance": 0.1}},
-    "sequence_balancing": {**NONE, "moe": {"sequence_balancing": 0.01}},
-    "global_balancing": {**NONE, "moe": {"global_balancing": 0.01}},
+    **{
+        name: {**NONE, "moe": {name: LOSSES[name].coefficient or 0.01}}
+        for name in sorted(TOKEN_CHOICE_LOSSES - NONE.keys())
+    },
     "capacity": {"moe": {"capacity_factor": 1.0}},
     "clamped, shared": {"moe": {"activation": "clamped_swiglu", "shared_expert": 16}},
 }

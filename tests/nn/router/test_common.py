@@ -225,10 +225,10 @@ def test_what_is_not_causal_warns_in_an_autoregressive_model(name, recwarn):
     MoE(D, 8, E, router=name, autoregressive=True)
     model = nn.Sequential(nn.Identity(), MoE(D, 8, E, router=name))
     warn_about_causality(model)
-    assert len(recwarn) == (name in ("expert_choice", "soft"))
+    assert len(recwarn) == (not ROUTERS[name].causal)
     model.autoregressive = True
     warn_about_causality(nn.ModuleList([model]))
-    assert len(recwarn) == 2 * (name in ("expert_choice", "soft"))
+    assert len(recwarn) == 2 * (not ROUTERS[name].causal)
     for warning in recwarn:
         assert warning.category is CausalityWarning
         assert "is not causal" in str(warning.message)
@@ -255,8 +255,13 @@ def test_causal_routers_treat_each_token_alone(name):
 def test_state_dict_holds_what_a_resumed_run_needs(name):
     layer = MoE(D, 8, E, router=name)
     buffers = {n for n, _ in layer.router.named_buffers()} & layer.router.state_dict().keys()
-    random = name in ("noisy", "switch", "gshard", "dc")
-    want = {"tokens_seen"} if random else {"balance_bias"} if name == "sigmoid" else set()
+    want = (
+        {"tokens_seen"}
+        if ROUTERS[name].random
+        else {"balance_bias"}
+        if name == "sigmoid"
+        else set()
+    )
     assert buffers == want
 
 

@@ -25,7 +25,7 @@ from lightning_fastmoe.nn.router import (
     SwitchRouter,
     TopologyAwareRouter,
 )
-from lightning_fastmoe.ops import reference
+from lightning_fastmoe.ops import reference, reference_routers
 
 D = 5
 CASES = [(1, 1, 1), (7, 5, 1), (11, 7, 3), (6, 4, 4), (9, 2, 2)]
@@ -53,7 +53,7 @@ EVALUATION = RoutingContext(training=False)
 
 def best(scores, k):
     """Ids (T, K) of the largest scores."""
-    return reference.biased_top_k(scores, torch.zeros(()), k)
+    return reference_routers.biased_top_k(scores, torch.zeros(()), k)
 
 
 def assert_same(got, want, leaves):
@@ -72,7 +72,7 @@ def assert_same(got, want, leaves):
 def draws(tokens, columns, stream=0):
     return torch.tensor(
         [
-            [reference.uniform(SEED, stream, FIRST + t, c) for c in range(columns)]
+            [reference_routers.uniform(SEED, stream, FIRST + t, c) for c in range(columns)]
             for t in range(tokens)
         ],
         dtype=torch.float64,
@@ -84,7 +84,7 @@ def test_softmax_after_selection(tokens, experts, k):
     router, x = make(SoftmaxTopKRouter, tokens, experts, k, score_after_selection=True)
     got = router(x)
     logits = x @ router.weight.T
-    weights, ids = reference.softmax_after_selection(logits, k)
+    weights, ids = reference_routers.softmax_after_selection(logits, k)
     assert torch.equal(got.expert_ids, ids)
     assert_same([got.weights, got.scores], [weights, logits.softmax(1)], [x, router.weight])
     normalised = make(SoftmaxTopKRouter, tokens, experts, k)[0](x)
@@ -100,7 +100,7 @@ def test_the_bias_chooses_and_nothing_else(cls, tokens, experts, k):
     router.balance_bias.copy_(bias)
     got = router(x)
     raw = torch.sigmoid(plain.logits) if cls is SigmoidTopKRouter else plain.scores
-    ids = reference.biased_top_k(raw, bias.double(), k)
+    ids = reference_routers.biased_top_k(raw, bias.double(), k)
     assert torch.equal(got.expert_ids, ids)
     weights = raw.gather(1, ids)
     if k > 1:
@@ -119,15 +119,15 @@ def test_noisy_top_k(tokens, experts, k):
     z = torch.special.ndtri(draws(tokens, experts) + 2.0**-25)
     leaves = list(router.parameters()) + [x]
     if k == experts:
-        weights, ids = reference.softmax_after_selection(clean + size * z, k)
+        weights, ids = reference_routers.softmax_after_selection(clean + size * z, k)
         assert torch.equal(got.load, torch.ones_like(got.load))
         assert_same([got.weights], [weights], leaves)
     else:
-        gates, weights, ids, load = reference.noisy_top_k(clean, size, z, k)
+        gates, weights, ids, load = reference_routers.noisy_top_k(clean, size, z, k)
         assert_same([got.scores, got.weights, got.load], [gates, weights, load], leaves)
     assert torch.equal(got.expert_ids, ids)
     quiet = router(x, EVALUATION)
-    assert torch.equal(quiet.expert_ids, reference.softmax_after_selection(clean, k)[1])
+    assert torch.equal(quiet.expert_ids, reference_routers.softmax_after_selection(clean, k)[1])
     assert quiet.load is None
     router.noise = 0.0
     assert torch.equal(router(x, training()).expert_ids, quiet.expert_ids)
@@ -170,7 +170,7 @@ def test_gshard(cls, tokens, experts):
     with torch.no_grad():
         router.weight *= 3
     got = router(x, training())
-    weights, ids, used = reference.gshard(x @ router.weight.T, draws(tokens, 1).squeeze(1))
+    weights, ids, used = reference_routers.gshard(x @ router.weight.T, draws(tokens, 1).squeeze(1))
     assert torch.equal(got.expert_ids, ids)
     assert torch.equal(got.active, used)
     assert 0 < int(used[:, 1].sum()) < tokens
@@ -198,7 +198,7 @@ def test_sigmoid_in_groups(tokens, experts, k, groups, limit):
     )
     router.balance_bias.copy_(0.2 * torch.randn(experts))
     got = router(x)
-    want = reference.grouped_sigmoid_top_k(
+    want = reference_routers.grouped_sigmoid_top_k(
         x @ router.weight.T, router.balance_bias.double(), k, groups, limit or groups, 2.5
     )
     assert torch.equal(got.expert_ids, want[2])
@@ -214,7 +214,7 @@ def test_cosine(tokens, experts, k, learned):
     got = router(x)
     tau = torch.exp(-router.log_scale)
     assert tau.item() == pytest.approx(0.2)
-    logits = reference.cosine_logits(x, router.projection, router.embedding, tau)
+    logits = reference_routers.cosine_logits(x, router.projection, router.embedding, tau)
     scores, weights, ids = reference.softmax_top_k(logits, k, normalize=k > 1)
     assert torch.equal(got.expert_ids, ids)
     leaves = [x, *(p for p in router.parameters() if p.requires_grad)]
@@ -238,7 +238,7 @@ def test_expert_choice(over, grid, experts, factor):
     want, pairs = [], []
     for g in range(groups):
         capacity = math.ceil(factor * n / experts)
-        weights, chosen = reference.expert_choice(scores[g * n : (g + 1) * n], capacity)
+        weights, chosen = reference_routers.expert_choice(scores[g * n : (g + 1) * n], capacity)
         assert len(chosen) == capacity * experts
         want.append(weights)
         pairs += [(e, g * n + t) for e, t in chosen]
@@ -260,7 +260,7 @@ def test_soft(slots):
     got = router(x, RoutingContext(grid=(2, 4)))
     leaves = [x, router.weight, router.scale]
     for g in range(2):
-        mixes = reference.soft_mixes(x[g * 4 : (g + 1) * 4], router.weight, router.scale)
+        mixes = reference_routers.soft_mixes(x[g * 4 : (g + 1) * 4], router.weight, router.scale)
         assert_same([got.dispatch_mix[g], got.combine_mix[g]], mixes, leaves)
         per_expert = mixes[1].view(4, 3, slots).sum(dim=2)
         assert_same([got.scores[g * 4 : (g + 1) * 4]], [per_expert], leaves)
@@ -274,7 +274,7 @@ def test_hash(k):
     ids = torch.arange(50) % 23
     got = router(x, RoutingContext(token_ids=ids))
     for t in range(50):
-        bits = [reference.random_bits(7, 0, int(ids[t]), e) for e in range(4)]
+        bits = [reference_routers.random_bits(7, 0, int(ids[t]), e) for e in range(4)]
         want = sorted(range(4), key=lambda e: -bits[e])[:k]
         assert got.expert_ids[t].tolist() == want
     assert torch.equal(got.weights, torch.full((50, k), 1 / k, dtype=torch.float64))
@@ -288,7 +288,7 @@ def test_base(tokens, experts):
     got = router(x, training())
     logits = (x @ router.weight.T).detach()
     total = float(logits.gather(1, got.expert_ids).sum())
-    assert total == pytest.approx(reference.best_assignment(logits), abs=1e-6)
+    assert total == pytest.approx(reference_routers.best_assignment(logits), abs=1e-6)
     counts = got.routed_counts().tolist()
     assert counts == [tokens // experts + (e < tokens % experts) for e in range(experts)]
     weights = torch.sigmoid((x @ router.weight.T).gather(1, got.expert_ids))
@@ -315,9 +315,9 @@ def test_sinkhorn(tokens, experts, k):
         router.weight[0] *= 5
     got = router(x, training())
     logits = x @ router.weight.T
-    plan = reference.sinkhorn_plan(logits.detach(), 5)
+    plan = reference_routers.sinkhorn_plan(logits.detach(), 5)
     ids = torch.tensor(
-        [reference.biased_top_k(r[None], torch.zeros(()), k)[0].tolist() for r in plan]
+        [reference_routers.biased_top_k(r[None], torch.zeros(()), k)[0].tolist() for r in plan]
     )
     assert torch.equal(got.expert_ids, ids)
     chosen = logits.gather(1, ids)
@@ -353,7 +353,7 @@ def test_swipe(tokens, experts, k, groups):
     with torch.no_grad():
         router.weight[0] *= 20  # many tokens want expert 0
     logits = x @ router.weight.T
-    want = reference.swipe([part.detach() for part in logits.split(tokens)], k, groups)
+    want = reference_routers.swipe([part.detach() for part in logits.split(tokens)], k, groups)
     table = [None] * len(tokens)
     for _ in range(2):  # once to collect the counts
         got = [
@@ -382,7 +382,7 @@ def test_topology_aware(tokens, k, fraction):
     near = [True, False, True, False, False, True]
     got = router(x, RoutingContext(batch=Ranks([None], 0, near)))
     logits = x @ router.weight.T
-    want = reference.topology_aware(logits.detach(), near, k, int(fraction * tokens))
+    want = reference_routers.topology_aware(logits.detach(), near, k, int(fraction * tokens))
     assert torch.equal(got.expert_ids, want)
     leaving = (~torch.tensor(near)[want]).any(dim=1).sum()
     assert int(leaving) <= int(fraction * tokens)

@@ -9,16 +9,19 @@ from nn.thread_ranks import on_ranks
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, Routing, moe_losses
 from lightning_fastmoe.nn.router import (
+    ROUTERS,
     GShardRouter,
     RoutingContext,
     global_load_balancing_loss,
     importance_loss,
     load_balancing_loss,
     load_loss,
+    loss_value,
     sequence_load_balancing_loss,
     z_loss,
 )
-from lightning_fastmoe.ops import reference
+from lightning_fastmoe.nn.router.losses import LOSSES
+from lightning_fastmoe.ops import reference, reference_routers
 
 E = 5
 
@@ -43,10 +46,10 @@ def assert_same(got, want, leaf, rtol=1e-11):
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (7, 2), (12, 5)])
 def test_importance_and_load(tokens, k):
     logits, routing = route(tokens, k)
-    want = reference.cv_squared(routing.scores.sum(dim=0))
+    want = reference_routers.cv_squared(routing.scores.sum(dim=0))
     assert_same(importance_loss(routing), want, logits)
     noisy = routing._replace(load=torch.sigmoid(logits))
-    assert_same(load_loss(noisy), reference.cv_squared(noisy.load.sum(dim=0)), logits)
+    assert_same(load_loss(noisy), reference_routers.cv_squared(noisy.load.sum(dim=0)), logits)
     assert load_loss(routing).item() == 0
 
 
@@ -155,14 +158,32 @@ def test_token_and_sequence_losses_do_not_depend_on_the_split(parts):
         assert_same(a, b, logits)
 
 
-LAYERS = {
-    "load_balancing": ("softmax", 0.3),
-    "z_loss": ("softmax", 0.2),
-    "importance": ("softmax", 0.7),
-    "load": ("noisy", 0.4),
-    "sequence_balancing": ("softmax", 0.6),
-    "global_balancing": ("softmax", 0.5),
+FUNCTIONS = {
+    "load_balancing": lambda routing, context: load_balancing_loss(routing),
+    "z_loss": lambda routing, context: z_loss(routing),
+    "importance": lambda routing, context: importance_loss(routing),
+    "load": lambda routing, context: load_loss(routing),
+    "sequence_balancing": sequence_load_balancing_loss,
+    "global_balancing": global_load_balancing_loss,
 }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_name_stands_for_its_formula(name):
+    logits, routing = route(12, skew=1.0)
+    routing = routing._replace(load=torch.sigmoid(logits))
+    context = RoutingContext(grid=(3, 4))
+    values = {n: float(f(routing, context).detach()) for n, f in FUNCTIONS.items()}
+    assert float(loss_value(name, routing, context).detach()) == values[name]
+    same = {n for n, value in values.items() if value == values[name]}
+    assert same <= {name, "load_balancing", "global_balancing"}  # which are equal on one rank
+
+
+LAYERS = {
+    name: (next(r for r, cls in ROUTERS.items() if name in cls.losses), 0.2 + 0.1 * i)
+    for i, name in enumerate(LOSSES)
+}
+"""Loss -> the first router that has it, and a coefficient."""
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -194,14 +215,7 @@ def test_each_loss_acts_by_itself_with_its_own_coefficient(name, taken):
     torch.manual_seed(0)
     again = MoE(4, 6, E, 2, router=router, router_options=options, **off).double()
     routing = again.router(x.view(12, 4), context)
-    term = {
-        "load_balancing": lambda: load_balancing_loss(routing),
-        "z_loss": lambda: z_loss(routing),
-        "importance": lambda: importance_loss(routing),
-        "load": lambda: load_loss(routing),
-        "sequence_balancing": lambda: sequence_load_balancing_loss(routing, context),
-        "global_balancing": lambda: global_load_balancing_loss(routing, context),
-    }[name]()
+    term = loss_value(name, routing, context)
     assert float(layer.last_losses[name]) == pytest.approx(float(term), rel=1e-10)
     want = torch.autograd.grad(coefficient * term, [x, again.router.weight])
     for a, b in zip(got, want, strict=True):
