@@ -25,3 +25,9 @@ def test_activations_are_named_in_the_docstring_of_the_layer() -> None:
 def test_losses_are_arguments_of_the_layer() -> None:
     text = MoE.__doc__ or ""
     assert [name for name in LOSSES if f"\n        {name}: coefficient of" not in text] == []
+
+
+def test_losses_have_a_row_each() -> None:
+    page = (ROOT / "docs/routers.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Losses\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(LOSSES)
