@@ -48,6 +48,6 @@ def test_a_rank_that_fails_alone_does_not_wait_for_ever(rank_pool, tmp_path):
     assert first == [("nothing", "")]
     (kind, message), both = second
     assert kind == "CheckpointError"
-    assert "1 of 2 ranks did not come within" in message
+    assert "1 of 2 ranks did not arrive within" in message
     assert path in message
     assert both == ("nothing", "")

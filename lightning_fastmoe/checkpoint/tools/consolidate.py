@@ -1,4 +1,4 @@
-"""Consolidates a checkpoint's weights into one file, for inference, other tools or plain PyTorch."""
+"""Consolidates a checkpoint's weights into one file, for inference and other programs."""
 
 from __future__ import annotations
 

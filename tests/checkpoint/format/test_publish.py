@@ -160,7 +160,7 @@ def test_files_of_the_user_are_kept_of_a_damaged_checkpoint(tmp_path):
     path = write_sample(tmp_path / "last.ckpt")
     (path / "manifest.json").write_text("{")
     (path / "notes.txt").write_text("mine")
-    with pytest.warns(UserWarning, match="held notes.txt, which"):
+    with pytest.warns(UserWarning, match="contained notes.txt, which"):
         replace(path)
     assert os.listdir(tmp_path / "last.ckpt.kept") == ["notes.txt"]
 
@@ -170,7 +170,7 @@ def test_files_of_the_user_outlive_a_save_that_died(tmp_path, way):
     path = write_sample(tmp_path / "last.ckpt")
     (path / "notes.txt").write_text("mine")
     killed(path, BEFORE_DELETING.format(way=way))
-    with pytest.warns(UserWarning, match="held notes.txt, which"):
+    with pytest.warns(UserWarning, match="contained notes.txt, which"):
         write_sample(tmp_path / "another.ckpt", make_tensors(2))
     assert (tmp_path / "last.ckpt.kept" / "notes.txt").read_text() == "mine"
     assert seed_of(path) == 1
