@@ -135,7 +135,7 @@ def test_files_of_the_user_are_kept(tmp_path, replacing, way):
     own = add_own_files(path, tmp_path)
     assert len(own) == 6
     kept = tmp_path / "last.ckpt.kept"
-    with pytest.warns(UserWarning, match=r"model.safetensors.* is in .*last.ckpt.kept now"):
+    with pytest.warns(UserWarning, match=r"model.safetensors.* moved to .*last.ckpt.kept"):
         way(path)
     assert contents(kept, kept.rglob("*")) == own
     assert (kept / "link.json").is_symlink()
