@@ -1,27 +1,27 @@
-"""Saving and loading: time and peak memory, against DeepSpeed's own, DCP and ``torch.save``.
+"""Checkpoint benchmark: time and peak memory, against DeepSpeed, DCP and ``torch.save``.
 
     python benchmarks/checkpoint.py --sizes 1 4 --ranks 1 2 4
 
-Ranks are processes on this machine, without GPUs, and gloo between them. Each trains one step of a
-plain model (DeepSpeed's own saving knows no experts but its own) under ``FastMoEStrategy(stage=2)``
-in fp32, so that weights and AdamW's states, 12 bytes for each parameter, lie partitioned over the
-ranks. Then the same state of the same engine is saved and loaded by
+Ranks are processes on this machine, without GPUs, connected by gloo. Each trains a dense model for
+one step (DeepSpeed can save only its own experts) under ``FastMoEStrategy(stage=2)`` in fp32, so
+that weights and AdamW's states, 12 bytes per parameter, are partitioned over the ranks. Then the
+same state of the same engine is saved and loaded in turn by
 
     fastmoe      trainer.save_checkpoint, strategy.load_checkpoint: one checkpoint for any ranks
     deepspeed    engine.save_checkpoint, engine.load_checkpoint: one for as many ranks
     dcp          torch.distributed.checkpoint, partitions as DTensors
     torch        torch.save and torch.load of each rank's partitions, a file for each rank
 
-in turn. Times are of the slowest rank, in seconds: `save` until the call returns; `durable` until
-every byte is on the disk, too (the call does not wait for that in `torch` and `deepspeed`); `load`
-with the page cache emptied of the files. `peak` is how far the resident memory of a rank rose above
-what it was, at most. `unhashed` and `unverified` are fastmoe's times without hashing, taken before
-and after the others by turns; `cpu` is what all ranks' processors did meanwhile: divided by the
-cores, it bounds the time from below, however fast the disk is. The stall of --async is how long the
-second of two saves in the background keeps training waiting.
+Times are those of the slowest rank, in seconds: `save` until the call returns; `durable` until all
+bytes are on the disk (`torch` and `deepspeed` return before that); `load` with the files evicted
+from the page cache. `peak` is the maximum increase of a rank's resident memory. `unhashed` and
+`unverified` are fastmoe's times without hashing, measured alternately before and after the others;
+`cpu` is the CPU time of all ranks: divided by the number of cores, it is a lower bound of the time,
+however fast the disk is. The stall of --async is how long the second of two background saves blocks
+training.
 
-Files go below --directory, which needs room for twice the largest size; they are deleted. Prints a
-table, or with --json a line with one object, for each size and number of ranks.
+Files are written below --directory, which needs space for twice the largest size, and deleted
+afterwards. Prints a table, or with --json one object per line, for each size and number of ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from lightning_fastmoe.testing import RankPool
 
 
 def measure(size: float, ranks: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One size on so many ranks: name -> what -> the median of all turns."""
+    """Measures one size on a number of ranks: system -> metric -> median over the repeats."""
     directory = tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=arguments.directory)
     pool = RankPool()
     try:
@@ -121,7 +121,7 @@ def main() -> None:
     room = shutil.disk_usage(arguments.directory or tempfile.gettempdir()).free
     if room < 2 * max(arguments.sizes) * GIB:
         sys.exit(f"error: only {room / GIB:.1f} GiB are free; choose --directory or --sizes")
-    # Told to stop, it still ends its ranks and deletes its files.
+    # When terminated, it still ends its ranks and deletes its files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for size in arguments.sizes:
         for ranks in arguments.ranks:

@@ -2,10 +2,10 @@
 
     python benchmarks/compare_routers.py --steps 80
 
-Trains ``--config`` once per router, in a process of its own, on one CPU process or GPU with the
-data, seed, learning rate and number of steps of the others; prints a Markdown table. The loads are
-those of the last logging step, over all layers. Takes what ``lightning-fastmoe fit`` takes as
-further arguments. A short run says how a router starts, not how it ends.
+Trains ``--config`` once per router, each in a separate process on the CPU or one GPU, with the same
+data, seed, learning rate and number of steps; prints a Markdown table. The loads are from the last
+logging step, over all layers. Further arguments are passed to ``lightning-fastmoe fit``. A short
+run shows how training starts with a router, not how it ends.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ RUNS: dict[str, tuple[str, int | None, dict[str, Any], float]] = {
     "expert_choice (sees the future)": ("expert_choice", None, {}, 0.0),
     "soft (sees the future)": ("soft", None, {"router_options": {"slots_per_expert": 16}}, 0.0),
 }
-"""Name -> router, top_k, arguments of the layer, rate of the bias."""
+"""Name -> router, top_k, arguments of the layer, update rate of the balance bias."""
 
 
 class Report(pl.Callback):
-    """Notes the validation's result, the loads and the time."""
+    """Records the validation result, the loads and the time."""
 
     def __init__(self) -> None:
         self.found: dict[str, float] = {}

@@ -1,12 +1,12 @@
-"""The energy of one step of the layer, ours and peers', while the device is kept busy.
+"""Measures the energy per step of an MoE layer, ours and peers', under sustained load.
 
     python benchmarks/energy_moe.py --configs switch-8,fastmoe-64 --peers ours,torch
 
-Under load a GPU lowers its clock until it stays below its power limit. A step that is repeated for
-hours, as in training, then takes the energy that it needs over that power, and not the time that
-its kernels take one by one on a cool device. The estimate beside it is what a large dense product
-needs for the layer's FLOPs, and a large copy, beyond an idle device, for the bytes that its kernels
-move if each reads its operands once (`layer/floors.py`).
+Under load a GPU lowers its clock until it stays below its power limit. The time of a step that is
+repeated for hours, as in training, is then its energy divided by that power, not the sum of its
+kernels' times on a cool device. The estimate in the last column is the energy of a large dense GEMM
+with the layer's FLOPs, plus that of a large copy (above idle) of the bytes that the kernels move if
+each reads its operands once (`layer/floors.py`).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from layer.routings import parse_routings
 from layer.worker import Bench
 
 SHORTEST = 0.3
-"""Seconds in which the driver answers often enough to make a mean."""
+"""Shortest time in seconds in which the driver gives enough power readings for a mean."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the device needs for simple things.
+    """Energy that the device needs for a dense GEMM and for a copy, as a reference.
 
     Attributes:
-        yardsticks: a dense product and a copy.
-        dense: the product.
-        copy: the copy.
-        idle: watts without work.
+        yardsticks: the dense GEMM and the copy to run.
+        dense: measurement of the GEMM.
+        copy: measurement of the copy.
+        idle: power of the idle device, in watts.
     """
 
     yardsticks: Yardsticks
@@ -52,22 +52,22 @@ class Scale:
 
     @property
     def per_flop(self) -> float:
-        """Joules, of the dense product, all that the device draws included."""
+        """Joules per FLOP of the dense GEMM, including idle power."""
         return self.dense.joules / self.yardsticks.flops
 
     @property
     def per_byte(self) -> float:
-        """Joules, of the copy, read and written counted, beyond what an idle device draws."""
+        """Joules per byte read or written by the copy, above idle power."""
         beyond = (self.copy.watts - self.idle) * self.copy.ms / 1e3
         return beyond / self.yardsticks.bytes
 
     def of(self, work: Work) -> float:
-        """Joules that ``work`` would take."""
+        """Estimated energy of ``work``, in joules."""
         return work.flops * self.per_flop + work.bytes * self.per_byte
 
 
 def work_of(sizes: Sizes) -> Work:
-    """All of a layer that gathers inside its products, with K rows of a token added apart."""
+    """Work of a layer that gathers inside its GEMMs and sums each token's K rows separately."""
     kernels = [
         floors.sort,
         floors.fused_up,
@@ -86,10 +86,10 @@ def work_of(sizes: Sizes) -> Work:
 
 
 def measure_scale(device: torch.device, seconds: float) -> Scale:
-    """Runs the simple things.
+    """Measures the dense GEMM, the copy and the idle device.
 
     Raises:
-        BenchmarkError: if the driver tells no power.
+        BenchmarkError: if the driver doesn't report power.
     """
     idle = power.idle_watts(device, seconds)
     large = machine.yardsticks(device)
@@ -122,7 +122,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def row_of(name: str, found: Sustained, estimate: float | None = None) -> dict[str, Any]:
-    """A row of the report: what was measured, and the joules that were estimated."""
+    """A row of the report: the measurement and the estimated joules."""
     return {
         "name": name,
         "status": "ok",
@@ -137,10 +137,10 @@ def row_of(name: str, found: Sustained, estimate: float | None = None) -> dict[s
 def run(
     configs: list[Config], routing: str, peers: list[str], device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """Measures each peer at each configuration, if its answers are right (`layer/worker.py`).
+    """Measures each peer at each configuration if its results are correct (`layer/worker.py`).
 
     Raises:
-        BenchmarkError: for a peer that can't run here, or if the driver tells no power.
+        BenchmarkError: if a peer can't run here, or the driver doesn't report power.
     """
     benches = [Bench(PEERS[name](), device.type) for name in peers]
     for bench in benches:

@@ -1,16 +1,16 @@
-"""One MoE layer beside its peers: forward and backward, speed, memory, launches, errors.
+"""Compares one MoE layer with its peers: time, memory, launches and errors, forward and backward.
 
     python benchmarks/moe_layer.py                               # every configuration, uniform
     python benchmarks/moe_layer.py --configs sonic-7b,mixtral-8x7b --routings uniform,zipf:1.5 \\
         --peers ours,torch,transformers --json run.json --markdown run.md --plot run.png
     python benchmarks/moe_layer.py --device cpu --tiny           # checks the script itself
 
-All peers get the same tokens, weights and routing. Each runs in a process of its own and takes its
-turn in each round, so that a device that slows down slows down all of them. Before anything is
-timed, the output and every gradient are compared with an fp32 computation, one expert after the
-other; a peer whose error is above 1e-2 is refused. What isn't installed, or fails, or takes too
-long, is a row that says so. `layer/measure.py` says how time, memory and launches are measured, and
-`layer/routings.py` what the routings are.
+All peers get the same tokens, weights and routing. Each runs in a separate process, and they take
+turns in every round, so that a device that slows down affects all of them. Before anything is
+timed, the output and every gradient are compared with an fp32 computation, one expert at a time; a
+peer whose error is above 1e-2 is refused. A peer that isn't installed, fails or takes too long gets
+a row that says so. `layer/measure.py` describes how time, memory and launches are measured, and
+`layer/routings.py` defines the routings.
 
 Peers that compile for minutes (liger, sonicmoe) run only if named. ``--limit sonicmoe=300`` gives
 one of them more time to get ready for a row; ``--ahead 8`` lets eight of them compile at once
@@ -40,7 +40,7 @@ from layer.worker import TOLERANCE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SCHEMA = 1
-"""Version of the JSON file; goes up when a field changes its meaning."""
+"""Version of the JSON file; increases when the meaning of a field changes."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_limits(texts: list[str]) -> tuple[float, dict[str, float]]:
-    """``["120", "sonicmoe=300"]`` -> the limit of all, and those of single peers, in seconds."""
+    """``["120", "sonicmoe=300"]`` -> the default limit and the limits per peer, in seconds."""
     everyone, single = 90.0, {}
     for text in texts:
         name, _, seconds = text.rpartition("=")
@@ -88,7 +88,7 @@ def parse_limits(texts: list[str]) -> tuple[float, dict[str, float]]:
 
 
 def make_options(arguments: argparse.Namespace) -> Options:
-    """How to run, from the command line.
+    """Converts the command line to options.
 
     Raises:
         BenchmarkError: for options that can't be met.

@@ -1,12 +1,12 @@
-"""Where the time of one step of the layer goes, kernel by kernel, beside each kernel's floor.
+"""Profiles one step of an MoE layer kernel by kernel, against each kernel's lower bound in time.
 
     python benchmarks/profile_moe.py --config sonic-7b
     python benchmarks/profile_moe.py --config olmoe-1b-7b --routing zipf:1.5 --module
 
-A kernel's floor is the greater of its FLOPs at the rate of a large dense product and its bytes at
-the rate of a large copy, both measured in the same run (`layer/floors.py`). `layer/phases.py` says
-which kernel does what; kernels that it does not know are listed as "other". Times are medians over
-several profiled steps. What the step takes beyond the sum of its kernels are the gaps between them.
+A kernel's floor is the larger of the times that its FLOPs take at the rate of a large dense GEMM
+and its bytes at the rate of a large copy, both measured in the same run (`layer/floors.py`).
+`layer/phases.py` maps kernels to phases; unknown kernels are listed as "other". Times are medians
+over several profiled steps. The gaps are the step's time minus the sum of its kernels' times.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 SHORTEST_US = 0.5
-"""A floor below this says nothing: a kernel takes longer to start."""
+"""Floors below this are meaningless, because launching a kernel takes longer."""
 
 Kernel = tuple[str, float]
-"""Name and microseconds."""
+"""A kernel's name and its time in microseconds."""
 
 
 def profiled_step(layer: Layer, grad: Tensor) -> list[Kernel]:
-    """The kernels of one step, in the order in which they ran; copies and fills too."""
+    """The kernels of one step in the order in which they ran, including copies and fills."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         measure.step(layer, grad)
@@ -51,7 +51,7 @@ def profiled_step(layer: Layer, grad: Tensor) -> list[Kernel]:
 
 
 def medians(steps: list[list[Kernel]]) -> list[Kernel]:
-    """The median time of each kernel over the steps with the commonest sequence of kernels."""
+    """The median time of each kernel over the steps with the most common sequence of kernels."""
     sequences = Counter(tuple(name for name, _ in step) for step in steps)
     names, _ = sequences.most_common(1)[0]
     alike = [step for step in steps if tuple(name for name, _ in step) == names]
@@ -65,14 +65,14 @@ def make_report(
     sizes: Sizes,
     rates: Rates,
 ) -> dict[str, Any]:
-    """What is printed and saved.
+    """Builds the report that is printed and saved.
 
     Args:
-        kernels: of one step.
-        step_ms: of a step that is not profiled.
-        entries: which kernel does what.
-        sizes: of the problem.
-        rates: of the device.
+        kernels: kernels of one step.
+        step_ms: time of a step without the profiler, in milliseconds.
+        entries: phase of each kernel.
+        sizes: sizes of the problem.
+        rates: measured rates of the device.
     """
     places = assign([name for name, _ in kernels], entries)
     phases = []
@@ -158,7 +158,7 @@ def _times(us: float, floor: float | None) -> tuple[str, str, str]:
 
 
 def _short(name: str) -> str:
-    """A kernel's name without its templates' arguments, which can take a page."""
+    """A kernel's name without its template arguments, which can fill a page."""
     plain = name.replace("void ", "").replace("(anonymous namespace)::", "").split("(")[0]
     return plain.split("<")[0][-60:] + ("<...>" if "<" in plain else "")
 

@@ -1,4 +1,4 @@
-"""Does training ever stand still? Many cold starts, and one long run of changing load.
+"""Soak test for hangs and leaks: many cold starts, and one long run with changing load.
 
     python benchmarks/soak.py starts --mode strategy --count 60 --parallel 3
     python benchmarks/soak.py starts --mode compiled --count 60 --parallel 3
@@ -13,9 +13,9 @@ trains a small model by FastMoEStrategy while routing goes from even to all toke
 back, experts die, sequence lengths change, with validation in between and checkpoints in the
 background.
 
-Prints a line of JSON: how many starts hung (they had not ended after --limit seconds, or a kernel
-of ours gave up waiting), and whether the losses of all starts are the same bits; what memory,
-threads and file descriptors did over the steps. The exit status is 1 if anything hung, failed,
+Prints a line of JSON. For ``starts``: how many hung (had not ended after --limit seconds, or one of
+our kernels timed out), and whether the losses of all starts are bitwise equal. For ``steps``: how
+memory, threads and file descriptors developed. The exit status is 1 if anything hung, failed,
 differed or grew.
 """
 
@@ -100,7 +100,7 @@ def train_by_strategy(steps: int, world: int, scratch: Path, deterministic: bool
 
 
 def train_in_a_loop(steps: int, compiled: bool, deterministic: bool) -> list[str]:
-    """The same network without Lightning: autocast, fused AdamW, clipping."""
+    """Trains the same network without Lightning: autocast, fused AdamW, clipping."""
     import torch
     import torch.nn.functional as F
 
@@ -177,14 +177,14 @@ def start(args: argparse.Namespace, rank: int, port: int, folder: str, core: int
 
 
 def free_port() -> int:
-    """A port that the system says is free."""
+    """A free port, chosen by the system."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def one_start(context: Any, number: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs start ``number`` on all its ranks and says how it ended."""
+    """Runs start ``number`` on all its ranks, and returns its outcome."""
     folder = tempfile.mkdtemp(prefix=f"soak-{number}-", dir=args.scratch)
     port = free_port()
     core = number if number % ONE_CORE_EVERY == ONE_CORE_EVERY - 1 else -1
@@ -217,8 +217,8 @@ def one_start(context: Any, number: int, args: argparse.Namespace) -> dict[str, 
 
 
 def cold_starts(args: argparse.Namespace) -> bool:
-    """Runs all starts and prints what happened. True if all is well."""
-    # By NVML, or a library that looks for GPUs while it is imported would spoil CUDA for all forks.
+    """Runs all starts and prints a summary. True if all succeeded with equal losses."""
+    # Check by NVML: a library that looks for GPUs on import would break CUDA in all forks.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -265,7 +265,7 @@ def machine() -> dict[str, Any]:
 
 
 def pressure(step: int, experts: int) -> list[float]:
-    """What is added to the experts' logits at a step: even, all on one, dead experts, and back."""
+    """Bias on the experts' logits at a step: even, all on one expert, dead experts, and back."""
     place, cycle = step % 1000, step // 1000
     added = [0.0] * experts
     if place < 500:  # towards one expert and back
@@ -277,7 +277,7 @@ def pressure(step: int, experts: int) -> list[float]:
 
 
 def resources() -> dict[str, float]:
-    """What a leak would show in."""
+    """The resources in which a leak would show."""
     import psutil
     import torch
 
@@ -315,7 +315,7 @@ def long_run(args: argparse.Namespace) -> bool:
             return super().logits(x) + self.push
 
     class Windows(torch.utils.data.Dataset[Any]):
-        """Batches of random bytes, each of another length."""
+        """Batches of random bytes, each with a different length."""
 
         def __init__(self, batches: int) -> None:
             self.batches = batches
@@ -411,7 +411,7 @@ def long_run(args: argparse.Namespace) -> bool:
 
 
 def halves(samples: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """The most of each resource in the second quarter of the samples, and in their second half."""
+    """Maximum of each resource in the second quarter of the samples, and in the second half."""
     count = len(samples)
     if count < 8:
         raise SystemExit(f"{count} samples are too few; --steps must be {8 * SAMPLE_EVERY} or more")
@@ -425,7 +425,7 @@ def halves(samples: list[dict[str, float]]) -> tuple[dict[str, float], dict[str,
 
 
 def main() -> None:
-    """Runs one of the two and exits with 1 if something was wrong."""
+    """Runs the chosen command; exits with 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scratch", help="where checkpoints go while they are needed")
     commands = parser.add_subparsers(dest="command", required=True)

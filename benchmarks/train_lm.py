@@ -1,10 +1,10 @@
-"""Tokens per second and peak memory of training a configuration of the example language model.
+"""Measures tokens per second and peak memory of training the example language model.
 
     python benchmarks/train_lm.py --config examples/gpu_lm.yaml --steps 100
 
-Takes what ``lightning-fastmoe fit`` takes as further arguments. Each step is timed from the end of
-the previous one with the device synchronised, data loading and the optimizer step included; the
-median leaves out the first ten. Prints one line of JSON per process of rank 0.
+Further arguments are passed to ``lightning-fastmoe fit``. Each step is timed from the end of the
+previous one with the device synchronized, including data loading and the optimizer step; the median
+excludes the first ten. Rank 0 prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WARM_UP = 10
 
 
 class StepTimer(pl.Callback):
-    """Notes when each step ends, its loss, and what memory the device needed at most."""
+    """Records when each step ends, its loss, and the peak device memory."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

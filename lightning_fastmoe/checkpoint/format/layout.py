@@ -60,7 +60,7 @@ def _cut(pieces: Sequence[OwnedPiece], count: int) -> list[list[OwnedPiece]]:
     position = 0
     for piece in pieces:
         for part in _cut_piece(piece, position, total, count):
-            # A piece goes to the list whose share of the bytes contains the piece's middle.
+            # To the list whose share of the bytes contains the part's middle.
             middle = position + part.size // 2
             result[min(count - 1, middle * count // max(1, total))].append(part)
             position += part.size

@@ -25,7 +25,7 @@ _LISTED = re.compile(
     r"|state\.json|objects\.pt",
     re.ASCII,
 )
-"""Patterns of the file names that a manifest may list."""
+"""Pattern of the file names that a manifest may list."""
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DIGEST = re.compile("[0-9a-f]{8}")
@@ -162,8 +162,8 @@ def _check_names(manifest: Manifest, where: object) -> None:
     for name in chain(manifest.tensors, manifest.excluded, tied, layers, experts):
         if len(name) > MAX_NAME:
             raise CheckpointError(
-                f"{where}: a name of {len(name)} characters, {name[:80]!r}...: names have"
-                f" {MAX_NAME} at most."
+                f"{where}: a name of {len(name)} characters, {name[:80]!r}...: names have at most"
+                f" {MAX_NAME}."
             )
 
 

@@ -1,9 +1,9 @@
-"""The few pickles of a checkpoint, read as plain data within bounds.
+"""Loads a checkpoint's few pickles as plain data, with bounded memory.
 
-``torch.load(weights_only=True)`` runs no code, but allocates whatever it is told to: a deflated
-record of two megabytes becomes two gigabytes, ``bytearray(6_000_000_000)`` takes forty bytes. So an
-archive is first looked at without loading it. What ``torch.save`` writes is never compressed, and
-takes about as much memory as the file has bytes; what would take more is refused.
+``torch.load(weights_only=True)`` runs no code, but allocates whatever the file asks for: a deflated
+record of 2 MB can inflate to 2 GB, and ``bytearray(6_000_000_000)`` takes 40 bytes to write. So an
+archive is examined before it is loaded. ``torch.save`` never compresses, and what it writes needs
+about as much memory as the file has bytes; archives that would need more are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRUST_STRATEGY = (
     "If you trust the checkpoint's origin, use FastMoEStrategy(trust_checkpoints=True), or allow"
     " their classes with torch.serialization.add_safe_globals([...]) before loading."
 )
-"""What to do about objects that are not plain data where a strategy loads them."""
+"""Advice for error messages about objects that are not plain data, where a strategy loads them."""
 
 _MAX_DEPTH = 500
 _STORAGE_ITEMSIZES = {
@@ -53,23 +53,23 @@ _STORAGE_ITEMSIZES = {
 _VIEWS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
 _COLLECTIONS = ("OrderedDict", "Counter", "set", "Size", "complex")
 _EXPANDED = 2**20
-"""Elements of a tensor that repeats those of its storage, and takes their memory when copied."""
+"""Maximum number of elements of a tensor that repeats its storage's, as an expanded one does."""
 
 _ENCODINGS = ("latin1", "latin-1", "utf-8", "ascii")
 
 
 def load_objects(data: bytes, where: Path, *, trusted: bool, advice: str) -> list[Any]:
-    """The list of values in ``objects.pt`` or ``rank_NNNNN.pt``.
+    """Loads the list of values in ``objects.pt`` or ``rank_NNNNN.pt``.
 
     Args:
         data: the file's bytes.
         where: its path, for messages.
         trusted: also unpickle arbitrary objects, which can run any code.
-        advice: what the caller's user can do about objects that are not plain data.
+        advice: for the error message, what to do about objects that are not plain data.
 
     Raises:
-        CheckpointError: if it holds more than plain data and isn't trusted, claims more memory than
-            a file of its size can need, or is not a list.
+        CheckpointError: if it is not trusted and holds more than plain data, asks for more memory
+            than a file of its size can need, or is not a list.
     """
     archive = _read_archive(io.BytesIO(data), where)
     if not trusted:
@@ -81,7 +81,7 @@ def load_objects(data: bytes, where: Path, *, trusted: bool, advice: str) -> lis
             f"{where} holds objects that are not plain data, and loading them could run any code:"
             f" {_reason(error)}. {advice}"
         ) from error
-    except Exception as error:  # whatever a forged file makes the unpickler stumble over
+    except Exception as error:  # a forged file can make the unpickler raise anything
         raise CheckpointError(f"{where} can't be read: {_reason(error)}.") from error
     if not isinstance(objects, list):
         raise CheckpointError(
@@ -91,22 +91,22 @@ def load_objects(data: bytes, where: Path, *, trusted: bool, advice: str) -> lis
 
 
 def _reason(error: Exception) -> str:
-    """What was refused, without torch's paragraphs of advice, which do not fit here."""
+    """What torch refused, without its paragraphs of advice, which don't apply here."""
     found = re.search(r"(?:GLOBAL|function|new object|operand) *(\S+)", str(error))
     lines = [line for line in str(error).splitlines() if line.strip()]
     return found[0] if found else (lines or [type(error).__name__])[0]
 
 
 def count_objects(data: bytes, where: Path) -> int:
-    """How many values :func:`load_objects` would give, of a file that is not loaded.
+    """Number of values that :func:`load_objects` would return; loads nothing.
 
     Raises:
-        CheckpointError: if it is not an archive of ``torch.save``, or holds no list.
+        CheckpointError: if it is not a ``torch.save`` archive of a list.
     """
     archive = _read_archive(io.BytesIO(data), where)
     top = _follow(archive, where, bounded=False)
     if top is None:
-        return 2**62  # of instructions that are not known here
+        return 2**62  # the pickle has instructions that are not interpreted here
     if not isinstance(top, _List):
         raise CheckpointError(
             f"{where} does not contain a list: it was not written by this package."
@@ -115,10 +115,10 @@ def count_objects(data: bytes, where: Path) -> int:
 
 
 def check_archive(file: IO[bytes], where: Path) -> None:
-    """Refuses an archive that would take much more memory than it has bytes.
+    """Refuses an archive that would need much more memory than it has bytes.
 
     Args:
-        file: a file of ``torch.save``, in the format of a zip archive.
+        file: a file written by ``torch.save``, in its zip format.
         where: its path, for messages.
 
     Raises:
@@ -159,7 +159,7 @@ def _read_archive(file: IO[bytes], where: Path) -> _Archive:
 
 
 def _follow(archive: _Archive, where: Path, *, bounded: bool = True) -> Any:
-    """What is on top at the end; None if it was not reached."""
+    """The final value of the pickle; None if the end was not reached."""
     try:
         return _DryRun(archive, where, bounded).run()
     except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -181,7 +181,7 @@ class _Storage:
 
 
 class _Tuple(tuple[Any, ...]):
-    """A tuple that knows how deep it is: Python hashes deeper ones by recursion."""
+    """A tuple that knows its nesting depth, because Python hashes nested tuples recursively."""
 
     depth: int
 
@@ -193,16 +193,17 @@ class _Tuple(tuple[Any, ...]):
 
 _OTHER = object()
 _MADE = object()
-"""What a call has returned."""
+"""Placeholder for the result of a call."""
 _BYTES = object()
-"""What a call has returned that makes bytes of a string."""
+"""Placeholder for the result of a call that encodes a string to bytes."""
 
 
 class _DryRun:
-    """Follows a pickle's instructions without making the objects.
+    """Interprets a pickle's instructions without creating the objects.
 
-    Numbers, strings, tuples and names are followed, as calls have no other arguments that say how
-    much memory to take. Instructions that torch does not obey end the run: it will refuse them.
+    Only numbers, strings, tuples and names are tracked: no other arguments determine how much
+    memory a call allocates. Instructions that torch doesn't support end the run, since torch will
+    refuse them.
     """
 
     def __init__(self, archive: _Archive, where: Path, bounded: bool) -> None:
@@ -294,7 +295,7 @@ class _DryRun:
     def _made(name: str, function: Any, arguments: Any) -> Any:
         if function == "_codecs.encode":
             return _BYTES
-        # torch.Size((2, 3)) is a tuple to whom it is given.
+        # torch.Size((2, 3)) acts as a tuple where it is an argument.
         is_one = name == "REDUCE" and isinstance(arguments, _Tuple) and len(arguments) == 1
         return arguments[0] if is_one and isinstance(arguments[0], _Tuple) else _MADE
 
@@ -324,7 +325,7 @@ class _DryRun:
             if arguments and arguments[0] is not _BYTES and type(arguments[0]) is not str:
                 self._refuse("a bytearray by its size")
         elif function == "_codecs.encode":
-            # Other encodings double what they get, and take what another call has returned.
+            # Other encodings can double their input, which can be another call's result.
             if type(arguments[0]) is not str or any(a not in _ENCODINGS for a in arguments[1:]):
                 self._refuse(f"the encoding {str(arguments[1:])[:80]}")
         elif name in _COLLECTIONS and any(a is _MADE for a in arguments):
@@ -335,7 +336,7 @@ class _DryRun:
             self._check_view(*state[:4])
 
     def _check_view(self, storage: _Storage, offset: Any, shape: Any, stride: Any) -> None:
-        """torch lets a storage grow to what a tensor claims of it."""
+        """Refuses a view beyond its storage: torch would grow the storage to fit it."""
         if 0 in shape:
             return
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
@@ -347,6 +348,6 @@ class _DryRun:
 
     def _refuse(self, what: str) -> None:
         raise CheckpointError(
-            f"{self.where} asks for {what}, which may take more memory than the file has bytes;"
+            f"{self.where} asks for {what}, which may need more memory than the file has bytes;"
             " torch.save never writes that. Don't load it."
         )

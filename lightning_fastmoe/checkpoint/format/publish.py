@@ -1,11 +1,11 @@
-"""A checkpoint appears whole or not at all, and replaces another without a gap.
+"""Publishes a finished checkpoint atomically: it appears complete or not at all.
 
-``NAME`` is written as ``.NAME.fastmoe-saving-TOKEN`` beside it, with a token that was never used:
-the machines of a network file system may remember for a while what a name meant before. Where the
-system can exchange two names (Linux, local file systems), the new directory and an older ``NAME``
-swap names in one step. Elsewhere (NFS) the older one first becomes ``.NAME.fastmoe-old``; if the
-machine stops between the two renames, loading ``NAME`` finds the complete new one, and the next
-save puts it in its place.
+``NAME`` is written to ``.NAME.fastmoe-saving-TOKEN`` in the same directory. The token is never
+reused, because clients of a network file system may cache for a while what a name meant. Where the
+system can exchange two names (local file systems on Linux), the new directory and an older ``NAME``
+swap names in one step. Elsewhere (NFS) the older one is first renamed to ``.NAME.fastmoe-old``; if
+the machine crashes between the two renames, loading ``NAME`` finds the complete new one, and the
+next save renames it to ``NAME``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def saving_name(path: Path, token: str) -> Path:
-    """The directory in which a save to ``path`` is prepared."""
+    """The hidden directory that a save to ``path`` writes into."""
     return path.with_name(f".{path.name}.fastmoe-saving-{token}")
 
 
 def _saving(path: Path) -> list[Path]:
-    """The directories that saves to ``path`` have left."""
+    """The hidden directories that unfinished saves to ``path`` have left."""
     if not path.parent.is_dir():
         return []
     beginning = saving_name(path, "").name
@@ -58,21 +58,21 @@ def _lock_name(path: Path) -> Path:
 
 
 class Publication:
-    """One save, as the rank that coordinates it sees it: prepared, then published or dropped.
+    """One save, on the rank that coordinates it; ends with :meth:`commit` or :meth:`abort`.
 
-    Creating it takes a lock on the name, which the system releases if the process dies, clears
-    what dead saves left in the same directory, and makes an empty directory to write into.
+    Creating it locks the name (the system releases the lock if the process dies), removes what
+    dead saves have left in the same directory, and creates an empty directory to write into.
 
     Args:
-        path: what the checkpoint will be called.
+        path: the final path of the checkpoint.
 
     Attributes:
-        token: with it, other ranks find the directory by :func:`saving_name`.
-        directory: to be written into.
+        token: token from which other ranks get the directory, with :func:`saving_name`.
+        directory: directory to write into.
 
     Raises:
-        CheckpointError: if another process is saving to the same name, or if what is there is no
-            checkpoint and would be deleted.
+        CheckpointError: if another process is saving to the same name, or if the path has a
+            directory that is not a checkpoint and would be deleted.
         OSError: if the directory can't be written.
     """
 
@@ -92,7 +92,7 @@ class Publication:
             raise
 
     def commit(self) -> None:
-        """Gives the directory its name. The checkpoint that had it is deleted afterwards."""
+        """Renames the directory to its final name, then deletes the checkpoint that had it."""
         fsync_directory(self.directory)
         parent = self.path.parent
         if not os.path.lexists(self.path):
@@ -110,7 +110,7 @@ class Publication:
         self._release()
 
     def abort(self) -> None:
-        """Drops what was written; nothing has changed."""
+        """Deletes what was written; an older checkpoint stays as it was."""
         if self._lock is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
             self._release()
@@ -122,7 +122,7 @@ class Publication:
 
 
 def resolve(path: Path) -> Path:
-    """Where the checkpoint of that name lies: elsewhere only if a save died between two renames."""
+    """The directory of a checkpoint: ``path``, unless a save died between its two renames."""
     if path.exists():
         return path
     old = _old_name(path)
@@ -132,22 +132,22 @@ def resolve(path: Path) -> Path:
 
 
 def put_back(directory: Path) -> list[str]:
-    """Gives names back that saves which died between two renames have taken away.
+    """Restores the names of checkpoints whose saves died between their two renames.
 
-    Lightning looks for a "last" checkpoint by listing names, and finds none in that moment.
+    Lightning finds the "last" checkpoint by listing names, so it can't see these.
 
     Args:
-        directory: in which checkpoints lie.
+        directory: the directory that contains the checkpoints.
 
     Returns:
-        The names.
+        The restored names.
     """
     if not directory.is_dir():
         return []
     found = [m[1] for f in sorted(os.listdir(directory)) if (m := _HIDDEN.fullmatch(f))]
     lost = [n for n in dict.fromkeys(found) if _is_lost(directory / n)]
     for name in lost:
-        with contextlib.suppress(CheckpointError):  # a save that is alive will do it itself
+        with contextlib.suppress(CheckpointError):  # the save is still running, and will do it
             lock = _Lock(directory / name)
             try:
                 _recover(directory / name)
@@ -161,12 +161,12 @@ def _is_lost(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint, a file or a link. It loses its name first, so no half of it is found.
+    """Deletes a checkpoint, a file or a link.
 
-    What is in its directory and not a part of it is kept, see
+    It is renamed to a hidden name first, so that a partly deleted checkpoint is never found. If the
+    process dies meanwhile, the next save to the same parent directory deletes the rest. Other files
+    in a checkpoint's directory are kept, see
     :func:`~lightning_fastmoe.checkpoint.format.discard.discard`.
-
-    What has the hidden name when the process dies is deleted by the next save beside it.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -179,7 +179,7 @@ def remove(path: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Lets two names trade places in one step; False where the system can't."""
+    """Exchanges two names atomically; returns False where the system can't."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -192,12 +192,12 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def _is_complete(directory: Path) -> bool:
-    # Written and on the disk before anything is renamed, so its being there is enough.
+    # It is on the disk before anything is renamed, so its existence is enough.
     return (directory / MANIFEST).is_file() and (directory / CHECKSUM).is_file()
 
 
 def _recover(path: Path) -> None:
-    """Finishes or undoes what a dead save to ``path`` left; the lock is held."""
+    """Finishes or undoes a dead save to ``path``; the caller holds the lock."""
     old = _old_name(path)
     if old.exists() and not path.exists():
         os.rename(next(filter(_is_complete, _saving(path)), old), path)
@@ -209,14 +209,14 @@ def _recover(path: Path) -> None:
 
 
 def _clean_others(path: Path) -> None:
-    """Clears the remains of dead saves to other names in the same directory."""
+    """Removes what dead saves to other names have left in the same directory."""
     names = {m[1] for f in os.listdir(path.parent) if (m := _HIDDEN.fullmatch(f))}
     for name in sorted(names - {path.name}):
         other = path.with_name(name)
         try:
             lock = _Lock(other)
         except CheckpointError:
-            continue  # alive
+            continue  # still running
         try:
             _recover(other)
         finally:
@@ -224,7 +224,7 @@ def _clean_others(path: Path) -> None:
 
 
 class _Lock:
-    """``flock`` on a file beside the checkpoint, which says who holds it."""
+    """``flock`` on a file next to the checkpoint; the file's content names the holder."""
 
     def __init__(self, path: Path) -> None:
         self._file = _lock_name(path)
@@ -237,7 +237,7 @@ class _Lock:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(fd, 1000, 0).decode("utf-8", "replace") or "not known yet"
+            owner = os.pread(fd, 1000, 0).decode("utf-8", "replace") or "unknown"
             os.close(fd)
             raise CheckpointError(
                 f"{path} is being saved by another process right now ({owner}). Give each run"
@@ -257,7 +257,7 @@ class _Lock:
             same = os.path.samestat(os.fstat(fd), os.stat(self._file))
         except FileNotFoundError:
             same = False
-        if not same:  # its last holder deleted it meanwhile
+        if not same:  # its last holder has deleted it meanwhile
             os.close(fd)
             return -1
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -267,9 +267,9 @@ class _Lock:
         return fd
 
     def release(self) -> None:
-        """Deletes the file and lets go of it, in this order."""
+        """Deletes the file, then releases the lock, in this order."""
         self._file.unlink(missing_ok=True)
-        # Not left to closing: processes forked meanwhile (data loader workers) hold a copy.
+        # Closing is not enough: forked processes (data loader workers) hold a copy.
         with contextlib.suppress(OSError):
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)

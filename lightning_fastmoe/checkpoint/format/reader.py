@@ -1,4 +1,4 @@
-"""Reading a checkpoint: any interval of any tensor, from files that are trusted last."""
+"""Reads checkpoints: any interval of any tensor, from files that may be damaged or forged."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ _MAX_OPEN = 64
 
 
 class CheckpointReader:
-    """An opened checkpoint.
+    """An open checkpoint.
 
-    Opening reads the manifest and looks at names and sizes; it reads no tensor. From then on the
-    directory is held by descriptor: if a newer checkpoint takes its place, reading goes on in this
-    one or fails, and never mixes the two.
+    Opening reads the manifest and checks names and sizes; it reads no tensor. The directory is then
+    held open by its descriptor: if a newer checkpoint replaces it, reading continues from this one
+    or fails, and never mixes the two.
 
     Use as a context manager, or call :meth:`close`.
 
@@ -65,13 +65,13 @@ class CheckpointReader:
         path: the directory.
 
     Attributes:
-        threads: how many files are verified, or parts of a large tensor read, at a time; 1 unless
-            it is set. Whatever it is, a reader serves one caller at a time.
-        advice: what the caller's user can do about objects that are not plain data.
+        threads: number of threads that verify files or read parts of a large tensor; default 1.
+            The reader itself is not thread-safe.
+        advice: text for error messages, what to do about objects that are not plain data.
 
     Raises:
         CheckpointError: if it is not a complete checkpoint of this package and version, or if files
-            are missing, added, or of another size.
+            are missing, added, or of the wrong size.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -125,7 +125,7 @@ class CheckpointReader:
         return manifest, checksum
 
     def _check_files(self) -> None:
-        """Exactly the files of the manifest, as large as it says."""
+        """Checks that the directory has exactly the manifest's files, with the right sizes."""
         for name, record in self.manifest.files.items():
             fd, _ = open_listed(self._directory, self.path, name, record, self.pieces_of(name))
             os.close(fd)
@@ -162,14 +162,14 @@ class CheckpointReader:
         names: Iterable[str] | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        """Reads files whole and compares their hashes.
+        """Reads whole files and compares their hashes.
 
         Args:
-            names: files of the manifest; None is all of them.
+            names: names of files in the manifest; None for all of them.
             on_bytes: called with the number of bytes after each read, for progress bars.
 
         Raises:
-            CheckpointError: naming file and tensor of the first damage that is found.
+            CheckpointError: naming the file and tensor of the first damage found.
         """
         known = self.manifest.files
         wanted = sorted(known if names is None else names, key=lambda name: -known[name].size)
@@ -186,7 +186,7 @@ class CheckpointReader:
         """Dtype, shape and pieces of a tensor.
 
         Raises:
-            CheckpointError: if the checkpoint has none of that name.
+            CheckpointError: if the checkpoint has no such tensor.
         """
         try:
             return self.manifest.tensors[tensor]
@@ -210,7 +210,7 @@ class CheckpointReader:
         if not 0 <= start <= stop <= record.numel:
             raise CheckpointError(
                 f"{self.path}: tensor {tensor!r} has {record.numel} elements; {start} to {stop}"
-                " were asked for."
+                " were requested."
             )
         if out.dtype != stored and not (out.is_floating_point() and stored.is_floating_point):
             raise CheckpointError(
@@ -245,7 +245,7 @@ class CheckpointReader:
             out[begin:end].copy_(part)
 
     def _read_parts(self, fd: int, view: memoryview, offset: int, where: Path) -> None:
-        """As :func:`read_exactly`, in several threads if that pays."""
+        """Does what :func:`read_exactly` does, in several threads if that is worth it."""
         count = max(1, min(self.threads, len(view) // BUFFER_BYTES))
         edges = [len(view) * i // count for i in range(count + 1)]
 
@@ -255,7 +255,7 @@ class CheckpointReader:
         run_all([partial(read, *part) for part in zip(edges, edges[1:], strict=False)], count)
 
     def read(self, tensor: str) -> Tensor:
-        """A whole tensor, on the CPU."""
+        """Reads a whole tensor to the CPU."""
         record = self.record(tensor)
         flat = torch.empty(record.numel, dtype=DTYPES[record.dtype])
         self.read_into(tensor, 0, flat)
@@ -264,7 +264,7 @@ class CheckpointReader:
     # ------------------------------------------------------------------------------ everything else
 
     def read_file(self, name: str) -> bytes:
-        """A small file, its hash checked.
+        """Reads a small file and checks its hash.
 
         Raises:
             CheckpointError: if it is damaged.
@@ -278,7 +278,7 @@ class CheckpointReader:
         return data
 
     def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
-        """``state.json``, with the objects that JSON could not hold put back in their places.
+        """Reads ``state.json``, including the objects that JSON could not hold.
 
         Args:
             trusted: see :meth:`read_objects`.
@@ -291,7 +291,7 @@ class CheckpointReader:
         return decode_state(data, objects, self.manifest.contents, where)
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
-        """What a rank wrote for itself alone; None if it did not.
+        """Reads the state that only this rank saved; None if there is none.
 
         Args:
             rank: the rank, in the run that saved.
@@ -304,7 +304,7 @@ class CheckpointReader:
         return decode_rank_state(self.read_file(name), objects, self.path / name)
 
     def read_objects(self, name: str = OBJECTS, *, trusted: bool = False) -> list[Any]:
-        """What JSON could not hold; empty if there was nothing of the kind.
+        """Reads the objects that JSON could not hold; empty if there are none.
 
         Args:
             name: the name of the file.

@@ -1,4 +1,4 @@
-"""What a manifest says of files, tensors and the pieces that they are stored in."""
+"""The manifest's records of files, tensors, and the pieces that tensors are stored in."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ DTYPES: dict[str, torch.dtype] = {
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
-"""safetensors' names of the dtypes that can be stored."""
+"""safetensors name -> dtype, for the dtypes that can be stored."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_NUMEL = 2**60
 MAX_DIMENSIONS = 64
 MAX_NAME = 4096
-"""Characters of a tensor's name; Python's own names of modules are far shorter."""
+"""Maximum length of a tensor's name in characters; real names are far shorter."""
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 
 _TENSOR_NAME = re.compile(r"(weights|optimizer/[^/]+|gradients/(mean|local))/.+", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, which JSON can spell and no file can hold."""
+"""Surrogates, which JSON can escape but UTF-8 can't encode."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Piece:
         start: first element, counted through the tensor in row-major order.
         length: number of elements.
         file: name of a safetensors file.
-        digest: the first 8 hexadecimal digits of the SHA-256 of the file's bytes up to and
-            including this piece: where a damaged file first differs, is found by them.
+        digest: first 8 hexadecimal digits of the SHA-256 of the file's bytes up to and including
+            this piece; they tell where a damaged file first differs.
     """
 
     start: int
@@ -81,8 +81,8 @@ class TensorRecord:
 
     Attributes:
         dtype: a key of :data:`DTYPES`.
-        shape: that of the whole tensor; stacked experts have ``num_experts`` first.
-        pieces: sorted by start; together they cover every element once.
+        shape: shape of the whole tensor; stacked experts have ``num_experts`` first.
+        pieces: pieces sorted by start; together they cover every element exactly once.
     """
 
     dtype: str
@@ -96,13 +96,13 @@ class TensorRecord:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.numel * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
 class WrittenPiece:
-    """A piece that some rank has written, on its way into a manifest."""
+    """A piece that some rank has written, to be listed in the manifest."""
 
     tensor: str
     dtype: str
@@ -116,28 +116,28 @@ def itemsize(dtype: str) -> int:
 
 
 def weight_name(name: str) -> str:
-    """The tensor that holds a parameter or buffer."""
+    """Name of the tensor that holds a parameter or buffer."""
     return f"{WEIGHTS}/{name}"
 
 
 def state_name(state: str, name: str) -> str:
-    """The tensor that holds an optimizer's state of a parameter."""
+    """Name of the tensor that holds an optimizer state of a parameter."""
     return f"{OPTIMIZER}/{state}/{name}"
 
 
 def gradient_name(name: str, is_local: bool) -> str:
-    """The tensor that holds the half accumulated gradient of a parameter.
+    """Name of the tensor that holds the partly accumulated gradient of a parameter.
 
     Args:
         name: the name of the parameter.
-        is_local: it has one more dimension, the first: the rank's replica of the parameter, and the
-            gradient is that of the replica's own batches. Else it is the average.
+        is_local: whether it has one gradient per replica of the parameter, from that replica's own
+            batches, along an additional first dimension; otherwise it is the average.
     """
     return f"{GRADIENTS}/{'local' if is_local else 'mean'}/{name}"
 
 
 def split_name(tensor: str) -> tuple[str | None, str]:
-    """(optimizer state, "gradients/KIND" or None for weights; the parameter's or buffer's name)."""
+    """(kind, parameter or buffer name); kind is an optimizer state, "gradients/..." or None."""
     if tensor.startswith(WEIGHTS + "/"):
         return None, tensor.split("/", 1)[1]
     kind, state, name = tensor.split("/", 2)
@@ -174,7 +174,7 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -
 
 
 def check_coverage(name: str, record: TensorRecord, where: object) -> None:
-    """Every element of the tensor must be in exactly one piece.
+    """Checks that every element of the tensor is in exactly one piece.
 
     Raises:
         CheckpointError: naming the tensor, the gap or overlap, and the file.
@@ -205,7 +205,7 @@ def check_coverage(name: str, record: TensorRecord, where: object) -> None:
 
 
 def merge(written: Iterable[WrittenPiece], where: object) -> dict[str, TensorRecord]:
-    """The tensors that the pieces of all ranks make up.
+    """Merges the pieces of all ranks into tensors.
 
     Raises:
         CheckpointError: if ranks disagree about a tensor, or its pieces don't cover it exactly.

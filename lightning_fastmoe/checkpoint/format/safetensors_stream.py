@@ -1,7 +1,7 @@
-"""Writing safetensors files as a stream.
+"""Writes safetensors files as a stream.
 
-The safetensors library writes a file from tensors that all lie in memory. Here they pass, from
-whatever device, through two small buffers, and are hashed beside being written.
+The safetensors library needs all tensors of a file in host memory. Here they pass, from any device,
+through two small buffers, and are hashed while they are written.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from lightning_fastmoe.checkpoint.format.records import DTYPE_NAMES, FileRecord
 from lightning_fastmoe.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library refuses larger headers."""
+"""Maximum size of a header; the safetensors library refuses larger ones."""
 
 _METADATA = {"format": "pt"}
 _DIGEST = 8
 _WRITEBACK_BYTES = 16 * 2**20
-"""So much at a time is sent to the disk; less would cut files into more extents."""
+"""Amount that is flushed to the disk at a time; less would fragment files into more extents."""
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor of a safetensors file, given part by part while it is written.
+    """A tensor of a safetensors file, produced part by part while it is written.
 
     Attributes:
         key: its name in the file.
         dtype: the dtype of all parts.
-        shape: in the file.
-        parts: called once; yields one-dimensional contiguous tensors, on any device, that together
-            are the tensor's elements in row-major order.
+        shape: shape in the file.
+        parts: function that is called once and yields one-dimensional contiguous tensors on any
+            device, which together are the tensor's elements in row-major order.
     """
 
     key: str
@@ -53,7 +53,7 @@ class StreamedTensor:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -69,22 +69,23 @@ def write_safetensors(
 ) -> tuple[FileRecord, dict[str, str]]:
     """Writes a new safetensors file and waits until it is on the disk.
 
-    Needs two buffers of 4 MiB beside what ``parts`` yields, whatever the size of the tensors.
-    Hashing runs beside copying and writing, and the disk beside both.
+    Uses two buffers of 4 MiB in addition to what ``parts`` yields, whatever the size of the
+    tensors. Copying, hashing, writing and flushing overlap.
 
     Args:
         path: must not exist.
-        tensors: what to write, with different keys.
+        tensors: the tensors to write, with distinct keys.
         on_bytes: called with the number of bytes after each write, for progress bars.
 
     Returns:
-        (the file, key -> digest: how the SHA-256 of the file up to the end of that tensor begins)
+        (the file, key -> digest: first hexadecimal digits of the SHA-256 of the file up to the end
+        of that tensor)
 
     Raises:
         OSError: naming the file, if it can't be written.
         CheckpointError: if a dtype can't be stored.
     """
-    # Larger elements first, so that every tensor is aligned to its own.
+    # Larger elements first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)
     header = _header(ordered, path)
     stream = _Stream(path, on_bytes)
@@ -94,7 +95,7 @@ def write_safetensors(
             stream.put(tensor.parts(), tensor.size)
         record = stream.finish()
     except OSError as error:
-        error.filename = error.filename or str(path)  # writing and flushing know a number only
+        error.filename = error.filename or str(path)  # os.write and os.fsync don't know the name
         raise
     finally:
         stream.close()
@@ -129,24 +130,24 @@ def _header(tensors: Sequence[StreamedTensor], path: Path) -> bytes:
 
 
 class _Stream:
-    """Copies, hashes and writes through two buffers that take turns."""
+    """Copies, hashes and writes through two alternating buffers."""
 
     def __init__(self, path: Path, on_bytes: Callable[[int], None] | None) -> None:
         self.path, self.on_bytes = path, on_bytes
         self.digests: list[str] = []
         self._fd = files.create(path)
-        # Pinned where data comes from a CUDA device would be faster, but pins 8 MiB for a moment
-        # that the disk dominates anyway.
+        # Not pinned: copies from CUDA would be faster, but pinning takes time, and the disk is the
+        # bottleneck anyway.
         self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         self._used = 0
-        self._ends: list[int] = []  # where pieces end in the buffer being filled
+        self._ends: list[int] = []  # offsets at which pieces end in the buffer being filled
         self._size = self._reported = self._sent = 0
         self._hash = hashlib.sha256()
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._pending: list[Any] = []
 
     def put(self, parts: Iterable[Tensor], size: int) -> None:
-        """A tensor of ``size`` bytes."""
+        """Writes a tensor of ``size`` bytes."""
         begin = self._size + self._used
         for part in parts:
             self._fill(part.detach())
@@ -168,7 +169,7 @@ class _Stream:
     @staticmethod
     def _copy(data: Tensor, target: Tensor) -> None:
         if data.device.type == "cpu":
-            # Not by torch, of which each of many threads here would start as many of its own.
+            # Not by torch, which would start a pool of threads for each of the many threads here.
             np.copyto(target.numpy(), data.view(torch.uint8).numpy())
         else:
             target.view(data.dtype).copy_(data)
@@ -208,7 +209,7 @@ class _Stream:
             self._reported = self._size
 
     def finish(self) -> FileRecord:
-        """What was written, once it is on the disk."""
+        """Waits until the file is on the disk, and returns its record."""
         self._flush()
         self._settle()
         os.fsync(self._fd)

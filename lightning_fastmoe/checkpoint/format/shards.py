@@ -1,4 +1,4 @@
-"""A rank's files of pieces: written from what it owns, checked before they are believed."""
+"""Writes a rank's safetensors files, and checks their headers on reading."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class OwnedPiece:
     """A flat interval of a tensor that this rank owns and will write.
 
     Attributes:
-        tensor: name in the manifest.
+        tensor: name of the tensor in the manifest.
         shape: the shape of the whole tensor.
         start: first element of the interval.
         length: number of elements.
         dtype: the dtype of the elements.
         parts: see :class:`~lightning_fastmoe.checkpoint.format.safetensors_stream.StreamedTensor`.
-        data: what ``parts`` yields, if all of it lies in memory; else None.
+        data: the elements, if they are in memory; otherwise None.
     """
 
     tensor: str
@@ -52,23 +52,23 @@ class OwnedPiece:
 
     @classmethod
     def of(cls, tensor: str, shape: Sequence[int], start: int, data: Tensor) -> OwnedPiece:
-        """A piece that lies in memory: ``data (length,)``, contiguous, a view and not a copy."""
+        """A piece in memory: ``data (length,)``, contiguous, is kept as a view and not copied."""
         return cls(tensor, tuple(shape), start, data.numel(), data.dtype, lambda: (data,), data)
 
     @property
     def key(self) -> str:
-        """Its name in the file."""
+        """The piece's name in the file."""
         return piece_key(self.tensor, self.start, self.start + self.length)
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.length * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """Where a piece lies: byte offsets from the beginning of the file."""
+    """Position of a piece, as byte offsets from the beginning of the file."""
 
     dtype: str
     length: int
@@ -83,13 +83,13 @@ def write_shard(
 ) -> tuple[FileRecord, list[WrittenPiece]]:
     """Streams pieces into a new safetensors file.
 
-    Args and errors are those of
+    For arguments and errors see
     :func:`~lightning_fastmoe.checkpoint.format.safetensors_stream.write_safetensors`.
 
     Returns:
         (the file, the pieces with their digests)
     """
-    # Pieces without elements tell the manifest about their tensor, but are in no file.
+    # Empty pieces add their tensor to the manifest, but are not in any file.
     streamed = [StreamedTensor(p.key, p.dtype, (p.length,), p.parts) for p in pieces if p.length]
     record, digests = write_safetensors(path, streamed, on_bytes)
     return record, [
@@ -106,7 +106,7 @@ def write_shard(
 def read_header(
     fd: int, size: int, expected: Sequence[tuple[str, str, Piece]], where: Path
 ) -> dict[str, HeaderEntry]:
-    """Reads a file's header; it must hold exactly what the manifest says.
+    """Reads a file's header and checks it against the manifest.
 
     Args:
         fd: the file.
@@ -115,7 +115,7 @@ def read_header(
         where: path of the file, for messages.
 
     Returns:
-        key of a piece -> where it lies. The pieces fill the file from the header to the end.
+        key of a piece -> its position. The pieces fill the file from the header to the end.
 
     Raises:
         CheckpointError: naming the file and the tensor.
@@ -128,37 +128,37 @@ def read_header(
         if entry is None:
             raise CheckpointError(
                 f"{where} does not hold elements {piece.start} to {piece.stop} of tensor"
-                f" {tensor!r}, which the manifest expects there: it is damaged or another file."
+                f" {tensor!r}, which the manifest expects there: it is damaged or the wrong file."
             )
         if (entry.dtype, entry.length) != (dtype, piece.length):
             raise CheckpointError(
-                f"{where}: tensor {tensor!r} has {entry.length} elements of {entry.dtype} there,"
-                f" the manifest expects {piece.length} of {dtype}: it is damaged or another file."
+                f"{where}: tensor {tensor!r} has {entry.length} elements of {entry.dtype}, but the"
+                f" manifest expects {piece.length} of {dtype}: it is damaged or the wrong file."
             )
         result[key] = entry
     if entries:
         raise CheckpointError(
-            f"{where} holds {next(iter(entries))[:200]!r}, of which the manifest knows nothing:"
-            " the file is damaged or another's."
+            f"{where} holds {next(iter(entries))[:200]!r}, which the manifest does not list: the"
+            " file is damaged or the wrong one."
         )
     position = begin
     for key, entry in sorted(result.items(), key=lambda item: item[1].begin):
         if entry.begin != position:
             raise CheckpointError(
-                f"{where}: {key!r} begins at byte {entry.begin}, not at {position} where the one"
-                " before ends: the file is damaged."
+                f"{where}: {key!r} begins at byte {entry.begin}, not at {position}, where the"
+                " previous one ends: the file is damaged."
             )
         position = entry.end
     if position != size:
         raise CheckpointError(
             f"{where} has {size} bytes, but its tensors end at {position}: it was cut short or"
-            " something was added."
+            " extended."
         )
     return result
 
 
 def _parse_header(fd: int, size: int, where: Path) -> tuple[dict[str, HeaderEntry], int]:
-    """(key -> entry, where the data begins)."""
+    """(key -> entry, offset of the data)."""
     prefix = bytearray(8)
     if size < 8:
         raise CheckpointError(f"{where} has {size} bytes: it was cut short.")
@@ -166,8 +166,8 @@ def _parse_header(fd: int, size: int, where: Path) -> tuple[dict[str, HeaderEntr
     length = int.from_bytes(prefix, "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(
-            f"{where} claims a header of {length} bytes; it has {size} bytes in all, and headers"
-            f" may have {MAX_HEADER_BYTES}: the file is damaged, don't load it."
+            f"{where} claims a header of {length} bytes, but has {size} bytes in all, and a header"
+            f" may have at most {MAX_HEADER_BYTES}: the file is damaged, don't load it."
         )
     data = bytearray(length)
     read_exactly(fd, memoryview(data), 8, where)
@@ -201,6 +201,6 @@ def _entry(key: str, value: Any, begin: int, where: Path) -> HeaderEntry:
 
 
 def chunks(begin: int, end: int, step: int = BUFFER_BYTES) -> Iterator[tuple[int, int]]:
-    """[begin, end) in steps."""
+    """Divides [begin, end) into intervals of at most ``step``."""
     for start in range(begin, end, step):
         yield start, min(start + step, end)

@@ -1,4 +1,4 @@
-"""What ``state.json`` and ``rank_NNNNN.json`` hold, checked before anything is restored from it."""
+"""Decodes and checks ``state.json`` and ``rank_NNNNN.json``."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lightning_fastmoe.checkpoint.format.json_values import Sized, decode
 from lightning_fastmoe.errors import CheckpointError
 
 COUNTS = "layers"
-"""The key of what layers have counted since the last step, in what a rank keeps for itself."""
+"""Key of the MoE layers' counts since the last step in ``rank_NNNNN.json``."""
 
 
 def decode_state(
     data: bytes, objects: Sized, contents: Sequence[str], where: object
 ) -> dict[str, Any]:
-    """The values of ``state.json``.
+    """Decodes ``state.json``.
 
     Args:
         data: the file's bytes.
-        objects: what JSON could not hold.
-        contents: the contents of the manifest.
+        objects: the objects that JSON could not hold.
+        contents: the manifest's ``contents``.
         where: the file's path, for messages.
 
     Raises:
-        CheckpointError: if it is no JSON of the format, or something is missing or of another type.
+        CheckpointError: if it is invalid JSON, or a field is missing or of the wrong type.
     """
     value = _decoded(data, objects, where)
     read = Fields(value, where)
@@ -37,7 +37,7 @@ def decode_state(
     if (optimizer is not None, engine is not None) != (expected, expected):
         raise CheckpointError(
             f"{where} {'lacks the' if expected else 'holds an'} optimizer or engine, but the"
-            f" manifest's contents is {list(contents)}: they are not of the same checkpoint."
+            f" manifest's contents is {list(contents)}: they belong to different checkpoints."
         )
     if optimizer is not None and engine is not None:
         _check_optimizer(optimizer, f"{where}: optimizer")
@@ -46,7 +46,7 @@ def decode_state(
 
 
 def decode_rank_state(data: bytes, objects: Sized, where: object) -> dict[str, Any]:
-    """The values of ``rank_NNNNN.json``.
+    """Decodes ``rank_NNNNN.json``.
 
     Raises:
         CheckpointError: as :func:`decode_state`.
@@ -55,7 +55,7 @@ def decode_rank_state(data: bytes, objects: Sized, where: object) -> dict[str, A
     read = Fields(value, where)
     read.get("rng", dict)
     read.any("loaders")
-    if COUNTS in value:  # checkpoints of earlier versions have none
+    if COUNTS in value:  # missing in checkpoints of earlier versions
         for layer, row in read.get(COUNTS, dict).items():
             _check_counts(row, f"{where}: {COUNTS}: {layer}")
     read.nothing_else()

@@ -1,6 +1,6 @@
-"""Several files at once: one core hashes less than many disks take, and a file is hashed in order.
+"""Runs jobs on several files in parallel, because hashing on one core is slower than many disks.
 
-hashlib, reads, writes and copies all release the interpreter's lock, so threads are enough.
+hashlib, reads, writes and copies all release the GIL, so threads are enough.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 MAX_THREADS = 8
-"""More would need more memory, and at 1 GB/s for each the disk is what one waits for."""
+"""Maximum number of threads: more would need more memory, and at 1 GB/s each the disk is slower."""
 
 OnBytes = Callable[[int], None]
 T = TypeVar("T")
 
 
 class _Stopped(Exception):
-    """Another job has failed; nobody waits for this one."""
+    """Raised inside a job to stop it after another job has failed."""
 
 
 def thread_count(ranks_on_host: int) -> int:
-    """How many files a rank works on at a time.
+    """Number of files that a rank works on at a time.
 
-    That is its share of the cores that this process may use, but at least two: while one file
-    waits for the disk, the other is hashed.
+    It is the rank's share of the cores that this process may use, but at least two, so that one
+    file is hashed while the other waits for the disk.
 
     Args:
-        ranks_on_host: how many ranks do the same on this machine.
+        ranks_on_host: number of ranks that work at the same time on this machine.
     """
     return max(2, min(MAX_THREADS, len(os.sched_getaffinity(0)) // ranks_on_host))
 
@@ -40,20 +40,20 @@ def run_all(
     on_bytes: OnBytes | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> list[T]:
-    """Runs jobs in threads. The first error ends the others as soon as they report.
+    """Runs jobs in threads. After an error, the other jobs stop at their next report.
 
     Args:
-        jobs: begun in this order. Each calls its argument with the number of bytes that it has
-            dealt with, often enough to be stopped there.
-        threads: how many run at a time; with one, in the calling thread.
+        jobs: functions, started in this order. Each regularly calls its argument with the number of
+            bytes that it has processed; this call is also where it can be stopped.
+        threads: number of jobs that run at a time; 1 runs them in the calling thread.
         on_bytes: called with every report, by one thread at a time.
         prepare: called once in each thread.
 
     Returns:
-        What the jobs returned, in their order.
+        The jobs' results, in order.
 
     Raises:
-        BaseException: what the first job to fail has raised, after all have ended.
+        BaseException: the error of the first job to fail, after all have ended.
     """
     stop, lock = threading.Event(), threading.Lock()
 
@@ -77,7 +77,7 @@ def run_all(
                 done, left = wait(left, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-        finally:  # an error or an interrupt: what has not begun never does
+        finally:  # after an error or an interrupt, jobs that are still waiting never start
             stop.set()
             for future in left:
                 future.cancel()

@@ -1,4 +1,4 @@
-"""Writing the files of a checkpoint; when, and on which ranks, ``checkpoint.save`` decides."""
+"""Writes the files of a checkpoint; ``checkpoint.save`` coordinates the ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_fastmoe.checkpoint.format.threads import run_all
 
 @dataclass
 class WrittenFiles:
-    """What one rank has written: metadata only, to be sent to the rank that writes the manifest."""
+    """Metadata of the files that a rank has written, for the rank that writes the manifest."""
 
     files: dict[str, FileRecord] = field(default_factory=dict)
     pieces: list[WrittenPiece] = field(default_factory=list)
@@ -48,17 +48,17 @@ def write_rank(
     max_files: int = 1,
     threads: int = 1,
 ) -> WrittenFiles:
-    """Writes a rank's own files. The first error ends all of it.
+    """Writes a rank's own files; stops at the first error.
 
     Args:
         directory: the directory of the unpublished checkpoint.
-        rank: names the files.
-        pieces: what the rank owns.
+        rank: the rank, for the names of the files.
+        pieces: the pieces that the rank owns.
         small: name -> content of further files, from :func:`pack`.
         on_bytes: see
             :func:`~lightning_fastmoe.checkpoint.format.safetensors_stream.write_safetensors`.
         max_files: see :func:`~lightning_fastmoe.checkpoint.format.layout.divide`.
-        threads: how many files are written at a time, each through two buffers of 4 MiB.
+        threads: number of files that are written at a time, each through two buffers of 4 MiB.
     """
     result = WrittenFiles()
     shards = divide(pieces, rank, max_files)
@@ -74,22 +74,22 @@ def write_rank(
 
 
 def _prepare(pieces: Sequence[OwnedPiece]) -> Callable[[], None] | None:
-    """What a thread must do before it copies from a CUDA device."""
+    """The function that a thread must call before it copies from a CUDA device, if any."""
     if not any(piece.data is not None and piece.data.is_cuda for piece in pieces):
         return None
-    # What this thread's stream still computes, the other threads' streams would not wait for. And
-    # a new thread begins on device 0, where touching it would take hundreds of megabytes.
+    # The other threads' streams would not wait for this thread's pending kernels. And a new thread
+    # starts on device 0, where creating a CUDA context would take hundreds of megabytes.
     torch.cuda.current_stream().synchronize()
     return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def pack(json_name: str, objects_name: str, value: dict[str, Any]) -> dict[str, bytes]:
-    """Values as files: JSON, and a list of what JSON can't hold if there is anything of the kind.
+    """Encodes values as a JSON file, plus a pickle file if there are objects that JSON can't hold.
 
     Args:
         json_name: the name of the file of plain data.
         objects_name: the name of the file of pickled objects.
-        value: to be packed; may change afterwards.
+        value: the values to pack; may change afterwards.
     """
     objects: list[Any] = []
     result = {json_name: json.dumps(encode(value, objects), allow_nan=False).encode()}
@@ -101,17 +101,17 @@ def pack(json_name: str, objects_name: str, value: dict[str, Any]) -> dict[str, 
 
 
 def pack_state(state: dict[str, Any]) -> dict[str, bytes]:
-    """``state.json``, and ``objects.pt`` if need be."""
+    """``state.json``, and ``objects.pt`` if needed."""
     return pack(STATE, OBJECTS, state)
 
 
 def pack_rank_state(rank: int, state: dict[str, Any]) -> dict[str, bytes]:
-    """``rank_NNNNN.json``, and ``rank_NNNNN.pt`` if need be."""
+    """``rank_NNNNN.json``, and ``rank_NNNNN.pt`` if needed."""
     return pack(f"rank_{rank:05d}.json", f"rank_{rank:05d}.pt", state)
 
 
 def write_manifest(directory: Path, manifest: Manifest, written: Iterable[WrittenFiles]) -> None:
-    """Completes the manifest with what all ranks wrote, and writes it.
+    """Adds the files and tensors of all ranks to the manifest, and writes it.
 
     Raises:
         CheckpointError: if the pieces of all ranks don't cover every tensor exactly once.
@@ -133,10 +133,10 @@ def write_checkpoint(
     state: dict[str, Any],
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a whole checkpoint from one process, for tools that make one anew.
+    """Writes a whole checkpoint from one process, for tools.
 
     Args:
-        path: where it will appear, complete; a checkpoint there is replaced.
+        path: the final path; a checkpoint there is replaced once the new one is complete.
         manifest: its ``files`` and ``tensors`` are filled in.
         pieces: the pieces of every tensor.
         state: see ``docs/checkpoint_format.md``.

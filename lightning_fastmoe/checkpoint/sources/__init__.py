@@ -1,1 +1,1 @@
-"""What can be loaded from: this package's directories, single files, and DeepSpeed's own."""
+"""Readers for the kinds of checkpoints that can be loaded: ours, single files, DeepSpeed's."""

@@ -1,4 +1,4 @@
-"""What loading asks of a checkpoint, whatever its files look like."""
+"""The interface that loading needs from a checkpoint of any kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fastmoe.checkpoint.format.records import (
 
 
 class Source(Protocol):
-    """A checkpoint that can be read by intervals, whatever its files look like."""
+    """A checkpoint of any kind whose tensors can be read by intervals."""
 
     path: Path
 
@@ -26,17 +26,17 @@ class Source(Protocol):
 
     @property
     def topology(self) -> Topology | None:
-        """Of the run that saved, if known."""
+        """The topology of the run that saved, if known."""
         ...
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """ "weights", "optimizer"."""
+        """What the checkpoint holds: "weights" and perhaps "optimizer"."""
         ...
 
     @property
     def excluded(self) -> tuple[str, ...]:
-        """Parameters that were left out on purpose."""
+        """Parameters that were deliberately not saved."""
         ...
 
     @property
@@ -46,11 +46,11 @@ class Source(Protocol):
 
     @property
     def moe_layers(self) -> Mapping[str, int]:
-        """Layer name -> num_experts, as far as known."""
+        """Layer name -> num_experts, for the layers for which it is known."""
         ...
 
     def check(self, rank: int, world_size: int, contents: Iterable[str]) -> None:
-        """This rank's part of verifying the files that hold ``contents``."""
+        """Verifies this rank's share of the files that hold ``contents``."""
         ...
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
@@ -58,9 +58,9 @@ class Source(Protocol):
         ...
 
     def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
-        """Everything that is not a tensor; the keys of ``state.json``."""
+        """Everything that is not a tensor, with the keys of ``state.json``."""
         ...
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
-        """What a rank kept for itself."""
+        """The state that only this rank saved; None if there is none."""
         ...

@@ -1,8 +1,8 @@
-"""Weights of a checkpoint that DeepSpeed wrote of a model with its own MoE layers.
+"""Reads the weights from DeepSpeed's checkpoints of models with its own MoE layers.
 
-DeepSpeed writes one file of the dense weights and one for each (layer, expert), in the precision
-that the model computed with. The fp32 master copies and optimizer states lie in flat partitions of
-the ranks that saved, which DeepSpeed itself reads on the same ranks only; they are not loaded.
+DeepSpeed writes one file with the dense weights and one for each (layer, expert), in the model's
+compute dtype. The fp32 master copies and optimizer states are in flat partitions, which even
+DeepSpeed can read only on the same number of ranks; they are not loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LIGHTNING = ("epoch", "global_step", "pytorch-lightning_version", "loops", "hyp
 
 
 def find_deepspeed(path: Path) -> Path | None:
-    """The directory with DeepSpeed's files: ``path``, or one in it; None if there are none."""
+    """The directory with DeepSpeed's files: ``path`` or a subdirectory; None if there are none."""
     candidates = [path, path / "checkpoint"]
     latest = path / "latest"
     if latest.is_file() and latest.stat().st_size < 1000:
@@ -58,13 +58,14 @@ def open_deepspeed(directory: Path, *, trusted: bool) -> WholeTensors:
 
     Raises:
         CheckpointError: if weights are partitioned (ZeRO 3), experts are missing, or an expert is
-            no feed-forward network of two or three linear layers.
+            not a feed-forward network of two or three linear layers.
     """
     dense = directory / _DENSE
     if not dense.is_file():
         raise CheckpointError(
             f"{directory} has no {_DENSE}: its weights are partitioned by ZeRO 3 or by tensor"
-            " parallelism. Turn it into one file with DeepSpeed's zero_to_fp32.py, and load that."
+            " parallelism. Convert it to a single file with DeepSpeed's zero_to_fp32.py, and load"
+            " that."
         )
     content = torch_load(dense, trusted)
     if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
@@ -106,7 +107,7 @@ def _sort_in(
 def _stack(
     directory: Path, layer: str, experts: Mapping[int, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The experts of a layer as this package has them, in the order of their global ids."""
+    """Stacks a layer's experts by global id, with this package's names and shapes."""
     missing = sorted(set(range(max(experts) + 1)) - experts.keys())
     if missing:
         raise CheckpointError(
@@ -114,7 +115,9 @@ def _stack(
         )
     parts = [_as_ours(directory, layer, experts[i]) for i in range(len(experts))]
     if any(part.keys() != parts[0].keys() for part in parts):
-        raise CheckpointError(f"{directory}: the experts of layer {layer!r} differ in their parts.")
+        raise CheckpointError(
+            f"{directory}: the experts of layer {layer!r} have different parameters."
+        )
     return {
         f"{layer}.experts.{name}": torch.stack([part[name] for part in parts]) for name in parts[0]
     }
@@ -127,7 +130,7 @@ def _as_ours(directory: Path, layer: str, expert: Mapping[str, Tensor]) -> dict[
     if roles is None or len(expert) not in (len(matrices), 2 * len(matrices)):
         raise CheckpointError(
             f"{directory}: the experts of layer {layer!r} consist of {', '.join(expert)}, which is"
-            " no feed-forward network of two linear layers, or of three called gate_proj, up_proj"
+            " not a feed-forward network of two linear layers, or of three named gate_proj, up_proj"
             " and down_proj (or w1, w3 and w2)."
         )
     *ups, down = roles
@@ -142,7 +145,7 @@ def _as_ours(directory: Path, layer: str, expert: Mapping[str, Tensor]) -> dict[
 
 
 def _roles(names: list[str]) -> list[str] | None:
-    """(up, down) or (gate, up, down), by name; two layers without known names by their order."""
+    """Names of (up, down) or (gate, up, down); two layers with unknown names count in order."""
     found = {
         role: name
         for name in names

@@ -1,4 +1,4 @@
-"""A checkpoint directory as a source for :func:`~lightning_fastmoe.zero.restore.load`."""
+"""This package's own checkpoint directories as a source to load from."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _UNEVEN = 1.1
 
 
 class DirectorySource:
-    """What :class:`~lightning_fastmoe.checkpoint.format.reader.CheckpointReader` reads.
+    """Source for the checkpoint directories that this package writes.
 
     Args:
-        reader: the reader of the directory; closed by its owner.
+        reader: the reader of the directory; the caller closes it.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
@@ -35,17 +35,17 @@ class DirectorySource:
 
     @property
     def topology(self) -> Topology:
-        """Of the run that saved."""
+        """The topology of the run that saved."""
         return self.reader.manifest.topology
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """ "weights", "optimizer"."""
+        """What the checkpoint holds: "weights" and perhaps "optimizer"."""
         return self.reader.manifest.contents
 
     @property
     def excluded(self) -> tuple[str, ...]:
-        """Parameters that were left out on purpose."""
+        """Parameters that were deliberately not saved."""
         return self.reader.manifest.excluded
 
     @property
@@ -78,22 +78,22 @@ class DirectorySource:
         return self.reader.read_state(trusted=trusted)
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
-        """What a rank kept for itself."""
+        """The state that only this rank saved; None if there is none."""
         return self.reader.read_rank_state(rank, trusted=trusted)
 
 
 def shares(sizes: Mapping[str, int], world_size: int, saved_world_size: int) -> list[list[str]]:
-    """Which rank verifies which files.
+    """Divides the files to verify among the ranks.
 
-    On as many ranks as saved, each rank takes the files of its own number: it will read them
-    again, and its machine has them in memory by then. If that gives one rank much more than its
-    part, or there are more or fewer ranks, the largest files go first, each to the rank with the
-    fewest bytes.
+    If the number of ranks is that of the run that saved, each rank takes the files of its own
+    number: it will read them again, from its machine's page cache. If that would give one rank much
+    more than its share, or the number of ranks differs, files are assigned in order of decreasing
+    size, each to the rank with the fewest bytes.
 
     Args:
         sizes: file name -> bytes.
-        world_size: how many ranks share.
-        saved_world_size: how many ranks wrote the files.
+        world_size: number of ranks that verify.
+        saved_world_size: number of ranks that wrote the files.
     """
     by_size: list[list[str]] = [[] for _ in range(world_size)]
     by_writer: list[list[str]] = [[] for _ in range(world_size)]

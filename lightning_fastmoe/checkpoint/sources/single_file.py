@@ -1,4 +1,4 @@
-"""Checkpoints in single files: Lightning's, torch state dicts, safetensors; experts all in one."""
+"""Reads checkpoints in single files: Lightning's, torch state dicts and safetensors."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _NOT_STATE = ("state_dict", "optimizer_states")
 
 
 def plain_name(key: str) -> str:
-    """A key of a state dict without torch.compile's wrapper, which is in no name here."""
+    """Removes the prefix of torch.compile's wrapper from a state dict key."""
     return key.replace("_orig_mod.", "")
 
 
 class WholeTensors:
-    """A source of tensors that each lie in one piece.
+    """A source of whole tensors in memory or mapped from a file.
 
     Args:
         path: the path of the file, for messages.
-        tensors: name in the canonical state -> tensor, best mapped from the disk.
-        state: the keys of ``state.json``.
+        tensors: name in the canonical state -> tensor, preferably memory-mapped.
+        state: values of the keys of ``state.json``.
     """
 
     topology: Topology | None = None
@@ -66,11 +66,11 @@ class WholeTensors:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """ "weights", "optimizer"."""
+        """What the checkpoint holds: "weights" and perhaps "optimizer"."""
         return ("weights", "optimizer") if self._state.get("optimizer") else ("weights",)
 
     def check(self, rank: int, world_size: int, contents: Iterable[str]) -> None:
-        """Nothing to do: such files have no hashes."""
+        """Does nothing: such files have no hashes."""
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
         """Fills ``out`` with the elements from ``start`` on."""
@@ -94,12 +94,12 @@ class WholeTensors:
         return {**empty, **self._state}
 
     def read_rank_state(self, rank: int, *, trusted: bool = False) -> dict[str, Any] | None:
-        """There is none."""
+        """Always None: single files have no per-rank state."""
         return None
 
 
 class SafetensorsFile(WholeTensors):
-    """A safetensors file of whole tensors, of which only the rows that are needed are read.
+    """A safetensors file of whole tensors; only the needed rows are read.
 
     Args:
         path: the path of the file.
@@ -144,11 +144,11 @@ def open_file(
     Args:
         path: the path of the file.
         trusted: also unpickle arbitrary objects, which can run any code.
-        user_groups: this run's optimizer groups as the user wrote them; an optimizer's state in the
-            file is of the parameters in this order.
+        user_groups: this run's optimizer groups as the user configured them; the optimizer states
+            in the file refer to the parameters by their position in these groups.
 
     Raises:
-        CheckpointError: if it is none of them, or holds objects that are not plain data.
+        CheckpointError: if it is none of them, or not trusted and holds more than plain data.
     """
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
@@ -182,7 +182,7 @@ def torch_load(path: Path, trusted: bool) -> Any:
 
     Raises:
         CheckpointError: if the file is damaged, or not trusted and holds more than plain data or
-            asks for more memory than it has bytes.
+            needs more memory than it has bytes.
     """
     if not trusted and zipfile.is_zipfile(path):
         with path.open("rb") as file:
@@ -217,13 +217,13 @@ def _optimizer(
     user_groups: list[NamedGroup],
     weights: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state tensors, what ``state.json`` says of an optimizer)."""
+    """(optimizer state tensors, the ``optimizer`` entry of ``state.json``)."""
     names = [name for group in user_groups for name in group.params]
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     if len(names) != len(indices):
         raise CheckpointError(
             f"{path} holds the optimizer state of {len(indices)} parameters, but here"
-            f" configure_optimizers returned an optimizer of {len(names)}. Use the same optimizer"
+            f" configure_optimizers returned an optimizer with {len(names)}. Use the same optimizer"
             " groups to resume."
         )
     name_of = dict(zip(indices, names, strict=True))
@@ -239,7 +239,7 @@ def _optimizer(
             elif isinstance(value, Tensor) and value.dim():
                 raise CheckpointError(
                     f"{path}: the optimizer state {key!r} of {name!r} has the shape"
-                    f" {list(value.shape)}, the parameter {list(shape)}."
+                    f" {list(value.shape)}, but the parameter has {list(shape)}."
                 )
             else:
                 single[key] = value

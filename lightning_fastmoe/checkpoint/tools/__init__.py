@@ -1,1 +1,1 @@
-"""What is done with checkpoints outside of runs, in one process. The command line is ``cli``."""
+"""Tools for checkpoints outside of runs, in one process; ``cli.checkpoint`` has their commands."""

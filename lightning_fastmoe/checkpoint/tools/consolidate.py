@@ -1,4 +1,4 @@
-"""One file out of a checkpoint: for inference, for other programs, for plain PyTorch."""
+"""Consolidates a checkpoint's weights into one file, for inference and other programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_fastmoe.errors import ConfigError
 SAFETENSORS, TORCH = "safetensors", "torch"
 
 FORMATS = {".safetensors": SAFETENSORS, ".ckpt": TORCH, ".pt": TORCH, ".pth": TORCH}
-"""File name's end -> format."""
+"""File name suffix -> format."""
 
 _KEPT = (
     "epoch",
@@ -35,23 +35,23 @@ _KEPT = (
     "datamodule_hparams_name",
     "datamodule_hparams_type",
 )
-"""What ``load_from_checkpoint`` needs of Lightning's part."""
+"""The keys of Lightning's checkpoint dictionary that ``load_from_checkpoint`` needs."""
 
 
 @dataclass(frozen=True)
 class Consolidation:
-    """How a checkpoint becomes one file.
+    """Options of :func:`consolidate`: which weights to write, and in which dtype.
 
     Attributes:
-        dtype: what floating-point weights are converted to; None keeps them as they are.
-        prefix: cut off the names of weights; others are left out. "" keeps all.
+        dtype: dtype that floating-point weights are converted to; None keeps the stored dtypes.
+        prefix: prefix to remove from the names; weights without it are skipped. "" keeps all.
     """
 
     dtype: torch.dtype | None = None
     prefix: str = ""
 
     def tensors(self, reader: CheckpointReader) -> list[StreamedTensor]:
-        """The weights, each read from the checkpoint while it is written.
+        """The weights, streamed from the checkpoint.
 
         Raises:
             ConfigError: if no weight has the prefix.
@@ -70,7 +70,7 @@ class Consolidation:
         return result
 
     def tied(self, reader: CheckpointReader) -> dict[str, str]:
-        """Further name -> the name that is stored, both without the prefix."""
+        """Further name -> the stored name, both without the prefix."""
         pairs = reader.manifest.tied.items()
         return {
             name.removeprefix(self.prefix): first.removeprefix(self.prefix)
@@ -90,21 +90,21 @@ def consolidate(
 ) -> None:
     """Writes all weights into one file, which appears complete or not at all.
 
-    A safetensors file holds the tensors under the names of the module's ``state_dict()``, tied
-    weights once. A torch file is a Lightning checkpoint without optimizer: ``torch.load`` reads it
-    with ``weights_only=True``, ``LightningModule.load_from_checkpoint`` makes a model of it. A few
-    buffers of 4 MiB are all that is needed.
+    A safetensors file has the tensors under the names of the module's ``state_dict()``, tied
+    weights once. A torch file is a Lightning checkpoint without optimizer state, which
+    ``torch.load(weights_only=True)`` and ``LightningModule.load_from_checkpoint`` can read. The
+    weights are streamed through a few buffers of 4 MiB.
 
     Args:
         reader: the checkpoint; verify it first.
-        path: the new file.
+        path: the file to write.
         file_format: "safetensors" or "torch".
         options: which weights, in which dtype.
-        overwrite: replace a file of that name.
+        overwrite: whether to replace an existing file.
         on_bytes: called with the number of bytes after each write.
 
     Raises:
-        ConfigError: if the file exists, or no weight is chosen.
+        ConfigError: if the file exists, or no weight is selected.
         CheckpointError: if hyperparameters are not plain data.
         OSError: if it can't be written.
     """
@@ -127,7 +127,7 @@ def _extra_state(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary name beside ``path`` for a file that becomes ``path`` once it is written.
+    """Context manager: a temporary file name that is renamed to ``path`` on success.
 
     Raises:
         ConfigError: if ``path`` exists and must not be overwritten, or is a directory.

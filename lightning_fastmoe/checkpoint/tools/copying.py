@@ -1,4 +1,4 @@
-"""Tensors on their way from a checkpoint into other files, through one small buffer each."""
+"""Streams tensors from a checkpoint into other files, through one small buffer each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_fastmoe.checkpoint.format.shards import OwnedPiece, chunks
 def stored_piece(
     reader: CheckpointReader, name: str, record: TensorRecord, start: int, stop: int
 ) -> OwnedPiece:
-    """An interval that will be read from another checkpoint while it is written."""
+    """An interval of a tensor, read from another checkpoint while it is written."""
     return OwnedPiece(
         name,
         record.shape,
@@ -35,14 +35,14 @@ def read_parts(
     stop: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
-    """An interval of a tensor, in parts of at most 4 MiB that share one buffer.
+    """Reads an interval of a tensor, in parts of at most 4 MiB that share one buffer.
 
     Args:
         reader: the checkpoint.
-        tensor: name in the manifest.
+        tensor: name of the tensor in the manifest.
         start: first element, in row-major order.
-        stop: one past the last; None is the tensor's end.
-        dtype: to convert to; None is the stored one.
+        stop: one past the last element; None for the tensor's end.
+        dtype: dtype to convert to; None keeps the stored one.
     """
     record = reader.record(tensor)
     stop = record.numel if stop is None else stop
@@ -62,11 +62,11 @@ def stored_tensor(
     key: str,
     dtype: torch.dtype | None,
 ) -> StreamedTensor:
-    """A whole tensor of a checkpoint on its way into another file."""
+    """A whole tensor, read from a checkpoint while it is written to another file."""
     target = target_dtype(DTYPES[record.dtype], dtype)
     return StreamedTensor(key, target, record.shape, lambda: read_parts(reader, name, dtype=target))
 
 
 def target_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The wanted dtype, for what is floating-point at all."""
+    """The wanted dtype for a floating-point tensor; the stored one otherwise."""
     return wanted if wanted is not None and stored.is_floating_point else stored

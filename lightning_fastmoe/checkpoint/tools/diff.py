@@ -1,4 +1,4 @@
-"""Comparing two checkpoints tensor by tensor, through two small buffers."""
+"""Compares two checkpoints tensor by tensor, through two small buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_fastmoe.checkpoint.format.records import DTYPES, TensorRecord
 from lightning_fastmoe.checkpoint.format.shards import chunks
 
 _ELEMENTS = 2**21
-"""Values are compared in fp64, so many at a time: 16 MiB for each of a few buffers."""
+"""Number of values compared at a time, in fp64: 16 MiB for each of a few buffers."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Difference:
     """How a tensor differs between two checkpoints.
 
     Attributes:
-        tensor: its name.
+        tensor: name of the tensor.
         kind: "only in first", "only in second", "shape", "dtype" or "values".
         detail: the shapes or dtypes; "" for values.
-        elements: how many elements differ in value; 0 unless both have the tensor in one shape.
+        elements: number of elements that differ in value; 0 if the shapes differ.
         max_abs: the largest ``|a - b|``; inf where one is NaN or infinite and the other is not.
         max_rel: the largest ``|a - b| / max(|a|, |b|)``, between 0 and 2, or inf as above.
     """
@@ -47,18 +47,19 @@ def compare(
     rtol: float = 0.0,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Iterator[Difference]:
-    """The tensors that differ, in the order of their names.
+    """The tensors that differ, sorted by name.
 
-    Values differ if their bits do (so -0.0 differs from 0.0, and a NaN equals itself alone), unless
-    a tolerance is given: then if ``|a - b| > atol + rtol * max(|a|, |b|)``, and NaN equals NaN.
+    Without a tolerance, values are compared bit by bit: -0.0 differs from 0.0, and NaN equals only
+    the same NaN. With one, they differ if ``|a - b| > atol + rtol * max(|a|, |b|)``, and any NaN
+    equals any other.
 
     Args:
         first: a checkpoint.
-        second: another.
-        prefix: look only at tensors whose names begin so.
+        second: another checkpoint.
+        prefix: compare only tensors whose names have this prefix.
         atol: absolute tolerance.
         rtol: relative tolerance.
-        on_bytes: called with the number of bytes of the first after each step.
+        on_bytes: called after each step with the number of bytes compared, counted in ``first``.
     """
     a, b = first.manifest.tensors, second.manifest.tensors
     for name in sorted({*a, *b}):
@@ -80,7 +81,7 @@ def compare(
 
 
 def bytes_to_compare(first: CheckpointReader, second: CheckpointReader, prefix: str = "") -> int:
-    """How many bytes of the first :func:`compare` will report to ``on_bytes``."""
+    """Total number of bytes that :func:`compare` will report to ``on_bytes``."""
     a, b = first.manifest.tensors, second.manifest.tensors
     shared = (n for n in a if n in b and n.startswith(prefix) and a[n].shape == b[n].shape)
     return sum(a[n].size for n in shared)
@@ -98,7 +99,7 @@ def _compare_values(
     rtol: float,
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[int, float, float]:
-    """(elements that differ, largest absolute and relative difference)."""
+    """(number of elements that differ, largest absolute difference, largest relative one)."""
     records = [reader.record(name) for reader in (first, second)]
     buffers = [torch.empty(min(_ELEMENTS, r.numel), dtype=DTYPES[r.dtype]) for r in records]
     differ, max_abs, max_rel = 0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for people and for scripts."""
+"""Summarizes a checkpoint's contents, for display and for scripts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_fastmoe.checkpoint.format.records import TensorRecord, split_name
 
 
 def summarize(reader: CheckpointReader, *, tensors: bool = False) -> dict[str, Any]:
-    """A checkpoint in numbers; reads the manifest alone.
+    """Summarizes a checkpoint; reads only the manifest.
 
     Args:
         reader: the checkpoint.
-        tensors: also list each tensor.
+        tensors: whether to list each tensor too.
 
     Returns:
-        What ``json.dumps`` takes; sizes are in bytes.
+        Values for ``json.dumps``; sizes are in bytes.
     """
     manifest = reader.manifest
     summary: dict[str, Any] = {
@@ -58,7 +58,7 @@ def _weights(manifest: Manifest) -> dict[str, Any]:
 
 
 def _optimizer(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """State -> what it consists of."""
+    """Optimizer state -> dtype and numbers of tensors, elements and bytes."""
     states: dict[str, dict[str, Any]] = {}
     for name, record in manifest.tensors.items():
         state = split_name(name)[0]
@@ -71,7 +71,7 @@ def _optimizer(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _layer(manifest: Manifest, layer: str) -> dict[str, Any]:
-    """A layer's expert tensors, by their names inside it: stacked, or of each module."""
+    """A layer's expert tensors by their names inside the layer: stacked, or for each module."""
     start = f"{layer}.experts."
     experts: dict[str, Any] = {}
     total = 0
@@ -91,7 +91,7 @@ def _layer(manifest: Manifest, layer: str) -> dict[str, Any]:
 
 
 def _modules(experts: list[list[str]], tensors: dict[str, Any]) -> list[dict[str, Any]]:
-    """Module experts, those with equal tensors together; nothing if the layer stacks them."""
+    """Module experts, grouped by equal tensors; empty if the layer stacks its experts."""
     kinds: list[dict[str, Any]] = []
     for i, names in enumerate(experts):
         own = {name: tensors[full] for name in names if (full := f"{i}.{name}") in tensors}

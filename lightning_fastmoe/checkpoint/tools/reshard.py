@@ -1,4 +1,4 @@
-"""Laying a checkpoint's files out anew. Loading needs none of this: any ranks read any layout."""
+"""Rewrites a checkpoint's files for another number of ranks. Loading does not need this."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fastmoe.checkpoint.format.writer import WrittenFiles, write_manif
 from lightning_fastmoe.checkpoint.tools.copying import stored_piece
 
 _WHOLE = 4096
-"""A tensor with fewer elements for each rank than this isn't cut."""
+"""Tensors with fewer elements per rank are not split."""
 
 
 def reshard(
@@ -24,17 +24,17 @@ def reshard(
     ranks: int,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes the same checkpoint with the tensors spread evenly over the files of ``ranks`` ranks.
+    """Writes a copy of a checkpoint with its tensors sharded evenly over ``ranks`` ranks' files.
 
-    Large tensors are cut into equal intervals, which fall between experts where ``ranks`` divides
+    Large tensors are split into equal intervals, at boundaries between experts if ``ranks`` divides
     their number; small ones go whole to the rank with the fewest bytes. Everything else is copied
-    byte by byte, the topology of the run that saved and its ranks' own states included: on that
-    topology it still resumes exactly. Needs a few buffers of 4 MiB.
+    unchanged, including the saving run's topology and per-rank states, so the copy still resumes
+    exactly on that topology. Uses a few buffers of 4 MiB.
 
     Args:
         reader: the checkpoint; verify it first.
-        path: where the new one will appear, complete; a checkpoint there is replaced.
-        ranks: number of ranks.
+        path: path of the copy; a checkpoint there is replaced once the copy is complete.
+        ranks: number of ranks to write files for.
         on_bytes: called with the number of bytes after each write.
 
     Raises:
@@ -57,7 +57,7 @@ def reshard(
 
 
 def spread(reader: CheckpointReader, ranks: int) -> list[list[OwnedPiece]]:
-    """Which intervals each rank writes."""
+    """The intervals that each rank writes."""
     pieces: list[list[OwnedPiece]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for name, record in reader.manifest.tensors.items():
@@ -73,7 +73,7 @@ def spread(reader: CheckpointReader, ranks: int) -> list[list[OwnedPiece]]:
 
 
 def _copies(reader: CheckpointReader, directory: Path) -> WrittenFiles:
-    """state.json, rank_*.json and objects.pt as they are; nothing is unpickled."""
+    """Copies state.json, rank_*.json and objects.pt unchanged; nothing is unpickled."""
     result = WrittenFiles()
     for name in reader.manifest.files:
         if not name.endswith(".safetensors"):

@@ -1,7 +1,7 @@
-"""Writing a file for ``torch.load`` as a stream.
+"""Writes a file for ``torch.load`` as a stream.
 
 ``torch.save`` needs every tensor in memory. Under ``torch.serialization.skip_data`` it writes the
-archive around the tensors and leaves their places empty; here they are filled one after the other.
+archive but leaves gaps for the tensors' data; here they are filled in one after the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a record's bytes and the two copies of its CRC-32 lie in an archive."""
+    """Positions of a record's bytes and of the two copies of its CRC-32 in an archive."""
 
     name: str
     begin: int
@@ -45,13 +45,13 @@ def write_torch(
 ) -> None:
     """Writes ``{"state_dict": {...}, **rest}`` and waits until it is on the disk.
 
-    The file equals one of ``torch.save`` and is a valid zip archive. Memory: what ``parts`` yields,
-    and ``rest``.
+    The file has the same content as one from ``torch.save``, and is a valid zip archive. Needs
+    memory for what ``parts`` yields and for ``rest``.
 
     Args:
         path: overwritten if it exists.
         tensors: the state dict.
-        tied: further name -> the name whose tensor it is.
+        tied: further name -> the name of the tensor that it shares.
         rest: the other entries, written as ``torch.save`` does.
         extra_state: entries of the state dict that are not tensors.
         on_bytes: called with the number of bytes after each write.
@@ -59,14 +59,14 @@ def write_torch(
     Raises:
         OSError: if it can't be written.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second, only needed here
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
     with FakeTensorMode():
         fakes: dict[str, Any] = {t.key: torch.empty(t.shape, dtype=t.dtype) for t in tensors}
     state = {**fakes, **{name: fakes[first] for name, first in tied.items()}}
     extra = dict(extra_state or {})
     # The streamed tensors come first: they are the records data/0, data/1, ... in this order. Those
-    # in `extra` and `rest` follow, in the order in which they come when saved alone.
+    # in `extra` and `rest` follow, in the same order as when they are saved on their own.
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({_STATE_DICT: {**state, **extra}, **rest}, path)
     alone = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Finding everything that is wrong with a checkpoint, where a reader stops at the first."""
+"""Finds all damage in a checkpoint, where a reader would stop at the first."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from lightning_fastmoe.checkpoint.format.state_files import decode_rank_state, d
 from lightning_fastmoe.errors import CheckpointError
 
 _ADVICE = (
-    "If you trust the checkpoint's origin, pass --trusted, which does not look into it, and load it"
-    " with FastMoEStrategy(trust_checkpoints=True)."
+    "If you trust the checkpoint's origin, pass --trusted, which skips this check, and load it with"
+    " FastMoEStrategy(trust_checkpoints=True)."
 )
 
 
@@ -40,8 +40,8 @@ class Damage:
     """Something wrong with a checkpoint.
 
     Attributes:
-        file: name of the file that shows it.
-        message: what is wrong, with the path of the file and the names of tensors.
+        file: name of the damaged or inconsistent file.
+        message: error message, with the path of the file and the names of tensors.
     """
 
     file: str
@@ -49,18 +49,18 @@ class Damage:
 
 
 class Audit:
-    """Looks at every byte of a checkpoint and goes on after each damage.
+    """Checks every byte of a checkpoint, and continues after finding damage.
 
-    Nothing of what it reads is trusted or run; memory stays within a buffer and the manifest.
+    It trusts and executes nothing that it reads, and needs memory for one buffer and the manifest.
 
     Args:
         path: the path of the checkpoint.
-        trusted: don't complain of objects that only an unpickler that runs code could restore.
-        on_total: called once with the number of bytes that will be read.
+        trusted: accept pickled objects of any class; they are not loaded.
+        on_total: called once with the number of bytes to read.
         on_bytes: called with the number of bytes after each read.
 
     Attributes:
-        manifest: once :meth:`damages` has read it; None if it can't be.
+        manifest: the manifest once :meth:`damages` has read it; None if it can't be read.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Audit:
         self._directory = -1
 
     def damages(self) -> Iterator[Damage]:
-        """What is wrong, as it is found.
+        """Yields the damage as it is found.
 
         Raises:
-            CheckpointError: if there is no such directory.
+            CheckpointError: if the directory does not exist.
         """
         self._directory = files.open_directory(self.path)
         try:
@@ -131,14 +131,14 @@ class Audit:
         yield from self._contents(manifest, [n for n in whole if not n.endswith(".safetensors")])
 
     def _contents(self, manifest: Manifest, names: list[str]) -> Iterator[Damage]:
-        """What JSON and pickles hold must be readable as plain data, as it will be on loading."""
+        """Checks that JSON files and pickles can be read as plain data, as loading does."""
         objects: dict[str, Sized] = {}
         for name in sorted(names, key=lambda name: not name.endswith(".pt")):
             where = self.path / name
             try:
                 data = files.read_small(self._directory, name, self.path, manifest.files[name].size)
                 if name.endswith(".pt"):
-                    # For complaints about places in it, if it is damaged itself.
+                    # If the pickle is damaged, indices into it can't be checked: allow them all.
                     objects[name] = _Placeholders(2**62)
                     objects[name] = (
                         _Placeholders(count_objects(data, where))
@@ -155,7 +155,7 @@ class Audit:
 
 
 class _Placeholders:
-    """As long as a list that is not loaded."""
+    """Placeholder for a list that is not loaded; only its length is known."""
 
     def __init__(self, length: int) -> None:
         self._length = length

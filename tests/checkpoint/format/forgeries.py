@@ -150,7 +150,7 @@ HEADERS = [
     (lambda d: len(d).to_bytes(8, "little") + d[8:], "claims a header of"),
     (lambda d: d[:5], "should hold|cut short"),
     (edit(lambda h: h.pop(KEY)), "does not hold elements 0 to 17 of tensor 'weights/head.weight'"),
-    (edit(lambda h: h.update({"x[0:1]": h[KEY]})), "holds 'x.0:1.', of which the manifest"),
+    (edit(lambda h: h.update({"x[0:1]": h[KEY]})), "holds 'x.0:1.', which the manifest"),
     (edit(lambda h: h[KEY].update(shape=[1, 17])), "entry of 'weights/head.weight.0:17.'"),
     (edit(lambda h: h[KEY].update(shape=[2**60])), "entry of 'weights/head.weight.0:17.'"),
     (edit(lambda h: h[KEY].update(dtype="F64")), "entry of 'weights/head.weight.0:17.'"),

@@ -102,7 +102,7 @@ def test_swapped_shards_even_without_hashes(path):
         if row[0] in (W0, W1):
             row[1] = (path / row[0]).stat().st_size
     write_manifest_again(path, content)
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match="another file"):
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match="the wrong file"):
         reader.read("weights/head.weight")
 
 
