@@ -171,9 +171,9 @@ def test_stages_that_do_not_exist(stage: int) -> None:
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
-        ({}, "names no ZeRO stage"),
-        ({"zero_optimization": True}, "names no ZeRO stage"),
-        ({"zero_optimization": {}}, "names no ZeRO stage"),
+        ({}, "sets no ZeRO stage"),
+        ({"zero_optimization": True}, "sets no ZeRO stage"),
+        ({"zero_optimization": {}}, "sets no ZeRO stage"),
         ({"zero_optimization": {"stage": "2"}}, "stage='2' is not supported"),
         ({"zero_optimization": {"stage": 0}}, "stage=0 is not supported"),
     ],
@@ -187,7 +187,7 @@ def test_what_a_config_overrules_is_refused() -> None:
     config = {"zero_optimization": {"stage": 2}}
     with pytest.raises(ConfigError, match=r"stage=3 has no effect.*stage to 2"):
         FastMoEStrategy(stage=3, config=config)
-    with pytest.raises(ConfigError, match="offload_optimizer=True has no effect beside config="):
+    with pytest.raises(ConfigError, match="offload_optimizer=True has no effect with config="):
         FastMoEStrategy(offload_optimizer=True, config=config)
     assert FastMoEStrategy(stage=2, config=dict(config)).config["zero_optimization"]["stage"] == 2
 

@@ -19,7 +19,7 @@ DEFAULT_STAGE = 2
 _POLICIES = ("raise", "skip", "ignore")
 _REFUSED = {
     "load_full_weights": "a single file of weights loads without it: pass it as ckpt_path",
-    "remote_device": "parameters are made on the rank's own device, then partitioned;"
+    "remote_device": "parameters are created on the rank's own device, then partitioned;"
     " offload_parameters=True moves them to the host",
 }
 
@@ -31,13 +31,13 @@ def check_arguments(
 
     Args:
         init: FastMoEStrategy's, for the types of its own arguments.
-        given: its ``locals()``, where "kwargs" are those that DeepSpeedStrategy gets.
+        given: its ``locals()``, where "kwargs" are passed on to DeepSpeedStrategy.
 
     Returns:
-        our own arguments and those of DeepSpeedStrategy, numbers of NumPy replaced by Python's.
+        our own arguments and DeepSpeedStrategy's, with NumPy numbers converted to Python's.
 
     Raises:
-        ConfigError: if one is unknown, of the wrong type or out of range, or has no effect.
+        ConfigError: if one is unknown, has the wrong type, is out of range or has no effect.
     """
     base, others = DeepSpeedStrategy.__init__, given["kwargs"]
     own = {name: given[name] for name in parameters(init)}
@@ -103,12 +103,12 @@ def _is_level(value: Any) -> bool:
 
 
 def _check_beside_config(others: Mapping[str, Any]) -> None:
-    """DeepSpeedStrategy makes no config of these arguments if it is given one."""
+    """Refuses arguments that DeepSpeedStrategy ignores when it is given a config."""
     into_config = parameters(DeepSpeedStrategy._create_default_config)
     usual = inspect.signature(DeepSpeedStrategy.__init__).parameters
     for name, value in others.items():
         if name in into_config and value != usual[name].default:
             raise ConfigError(
-                f"{OWNER}: {name}={value!r} has no effect beside config=, which takes the place of"
-                " all arguments that DeepSpeed's configuration holds. Set it there, or drop config."
+                f"{OWNER}: {name}={value!r} has no effect with config=, which replaces all"
+                " arguments that DeepSpeed's config covers. Set it in the config, or drop config=."
             )

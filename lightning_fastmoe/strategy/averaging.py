@@ -2,9 +2,9 @@
 
 The callback keeps a deep copy of the whole model, updates it after steps, and swaps it with the
 model around validation. Here no rank has the whole model, and in bf16 the module's weights are too
-coarse to average. So the callback gets an ``AveragedModel`` of this rank's master shares instead,
-and averages, swaps and copies those. An averaging function that treats each element on its own
-gives the same average on any ranks and at any stage.
+coarse to average. So the callback gets an ``AveragedModel`` of this rank's master shards instead,
+and averages, swaps and copies those. An elementwise averaging function gives the same average on
+any number of ranks and at any stage.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class ShardedAverage(AveragedModel):
 
     Args:
         engine: the DeepSpeed engine, with its optimizer.
-        device: where the averages are kept; None is beside what they are of.
+        device: where the averages are kept; None for the device of the averaged weights.
         options: the options of ``AveragedModel``.
 
     Attributes:
-        swapped: whether the model has the averages, and this object what trains.
+        swapped: whether the model holds the averages, and this object the training weights.
     """
 
     def __init__(self, engine: Any, device: Any, options: dict[str, Any]) -> None:
         names = {id(p): name for name, p in engine.module.named_parameters()}
         state = ZeroState(engine, names)
         super().__init__(_Shares(state.share(), engine.module), device=device, **options)
-        # Not attributes, as whose submodules they would be averaged.
+        # In a closure: as attributes they would be submodules, and averaged.
         self._of: Callable[[], tuple[Any, ZeroState]] = lambda: (engine, state)
         self.swapped = False
 
@@ -61,7 +61,7 @@ class ShardedAverage(AveragedModel):
     def writing(self) -> Iterator[nn.Module]:
         """The training weights as a module; writes to it take effect."""
         engine, state = self._of()
-        # Validation runs in inference mode, and memory allocated there could not train any more.
+        # Validation runs in inference mode, and tensors allocated there can't be trained.
         with torch.inference_mode(False), torch.no_grad():
             engine.take_over_edits()
             state.begin_loading()
@@ -104,11 +104,12 @@ class AveragedRun:
     """Adapts one WeightAveraging callback for one run.
 
     Args:
-        callback: whose methods that handle whole models are replaced until :meth:`end`.
+        callback: the callback; its methods that handle whole models are replaced until
+            :meth:`end`.
 
     Raises:
-        ConfigError: if it has methods of its own there, or an averaging function that does not
-            treat each element on its own.
+        ConfigError: if it overrides one of these methods, or its averaging function is not
+            elementwise.
     """
 
     def __init__(self, callback: WeightAveraging) -> None:
@@ -119,16 +120,16 @@ class AveragedRun:
         if own:
             raise ConfigError(
                 f"{kind.__name__} overrides {own[0]}() of WeightAveraging, which would never be"
-                " called: averages are partitioned over ranks here. Override should_update() alone."
+                " called: averages are partitioned over ranks here. Override should_update() only."
             )
         if not _is_elementwise(callback._kwargs):
             raise ConfigError(
-                f"The averaging function of {kind.__name__} does not treat each element on its own,"
-                " but parameters are partitioned over ranks here. Use get_ema_avg_fn(), or another"
-                " function of single elements."
+                f"The averaging function of {kind.__name__} is not elementwise, but parameters are"
+                " partitioned over ranks here. Use get_ema_avg_fn(), or another elementwise"
+                " function."
             )
         replacements = {
-            "setup": lambda *_, **__: None,  # which would copy the whole model
+            "setup": lambda *_, **__: None,  # it would copy the whole model
             _SWAP: self._swap,
             _COPY: self._copy,
             "on_save_checkpoint": self._on_save,
@@ -203,7 +204,7 @@ class Averaging:
         """Takes over the callback of a training run, before it is set up.
 
         Raises:
-            ConfigError: for two of them, or one that can't be done.
+            ConfigError: for two such callbacks, or one that can't work here.
         """
         if module is None or not module.trainer.training:
             return
@@ -211,7 +212,7 @@ class Averaging:
         found = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
         if len(found) > 1:
             raise ConfigError(
-                f"The Trainer has {len(found)} WeightAveraging callbacks. Each would swap the"
+                f"The Trainer has {len(found)} WeightAveraging callbacks, which would swap each"
                 " other's weights: keep one."
             )
         self._run = AveragedRun(found[0]) if found else None
@@ -234,7 +235,7 @@ class Averaging:
 
 @torch.no_grad()
 def _is_elementwise(options: dict[str, Any]) -> bool:
-    """Whether tensors averaged in pieces give the same as whole ones."""
+    """Whether averaging a tensor in pieces gives the same result as averaging it whole."""
     average, current = torch.linspace(-2, 3, 8), torch.linspace(1, 0, 8).square()
     cut = 3
     pieces = torch.cat(

@@ -23,7 +23,7 @@ from lightning_fastmoe.zero.elementwise import is_elementwise
 from lightning_fastmoe.zero.engine import FastMoEEngine
 
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
-# Known by name, as copies of some of them share memory outside of Python and can't be tried.
+# Listed by name: copies of some of them share native memory, so they can't be tried on a copy.
 _ELEMENTWISE_OF_DEEPSPEED = (
     "FusedAdam",
     "DeepSpeedCPUAdam",
@@ -51,17 +51,17 @@ def check_objects(owner: str, objects: Iterable[Any]) -> None:
 
 
 def attached_module(strategy: DeepSpeedStrategy, method: str) -> pl.LightningModule:
-    """The module of a strategy, once there is an engine around it.
+    """The module of a strategy that has an engine.
 
     Raises:
-        ConfigError: before, naming ``method``.
+        ConfigError: if there is no engine yet, naming ``method``.
     """
     module = strategy.lightning_module
     if module is None or not isinstance(strategy.model, FastMoEEngine):
         raise ConfigError(
-            f"FastMoEStrategy.{method}() needs a model that a Trainer has set up, and there is"
-            " none yet. Pass the path to Trainer.fit(..., ckpt_path=...), validate, test or"
-            " predict; without a Trainer, make a module of a checkpoint with"
+            f"FastMoEStrategy.{method}() needs a model that a Trainer has set up, and none has"
+            " been yet. Pass the path to Trainer.fit(..., ckpt_path=...), validate, test or"
+            " predict; without a Trainer, create a module from a checkpoint with"
             " Module.load_from_checkpoint(path), or fill one with"
             " lightning_fastmoe.checkpoint.weights.load_weights(path, module)."
         )
@@ -101,7 +101,7 @@ def check_links(trainer: pl.Trainer) -> None:
     """Refuses links to checkpoints that are still being written.
 
     Raises:
-        ConfigError: if a callback makes them.
+        ConfigError: if a callback creates such links.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
@@ -116,7 +116,7 @@ def check_optimizer(optimizer: Any) -> None:
     """Refuses optimizers that DeepSpeed would apply incorrectly.
 
     Raises:
-        ConfigError: for Adagrad, and for optimizers that look at parameters as a whole.
+        ConfigError: for Adagrad, and for optimizers that are not elementwise.
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
@@ -131,10 +131,10 @@ def check_optimizer(optimizer: Any) -> None:
         elementwise = is_elementwise(optimizer) is not False
     if not elementwise:
         raise ConfigError(
-            f"{kind.__module__}.{kind.__name__} looks at a parameter as a whole, at its shape or"
-            " its norm, but under ZeRO it gets flat pieces of parameters: it would train"
-            " differently from one device, and differently on every number of ranks. Use an"
-            " optimizer that updates each element on its own, such as AdamW, RMSprop or SGD."
+            f"{kind.__module__}.{kind.__name__} depends on whole parameters, such as their shape or"
+            " norm, but under ZeRO it gets flat pieces of parameters: its updates would differ"
+            " from those on one device, and change with the number of ranks. Use an elementwise"
+            " optimizer, such as AdamW, RMSprop or SGD."
         )
 
 
@@ -169,17 +169,17 @@ def check_can_be_saved(
     """Refuses to begin a run whose first checkpoint would fail.
 
     Raises:
-        ConfigError: for sharded experts with state that has no place in a checkpoint, and for
-            modules whose parameters are named as those of a MoE layer, if the Trainer saves any.
+        ConfigError: if the Trainer saves checkpoints, for sharded experts with state that can't be
+            saved, and for modules whose parameters are named like a MoE layer's.
     """
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for other in unlisted_layers(names, layers):
         if trainer.checkpoint_callbacks:
             raise ConfigError(
                 f"{other!r} is not a MoE layer of this package, but has a router and stacked"
-                f" experts under the same names ({other}.experts.up_proj, ...), by which"
-                " checkpoints are checked to list every MoE layer. Use MoE, or rename its parts. Or"
-                " train with Trainer(enable_checkpointing=False)."
+                f" experts under the same names ({other}.experts.up_proj, ...). Checkpoints use"
+                " these names to check that every MoE layer is listed. Use MoE, or rename its"
+                " parts. Or train with Trainer(enable_checkpointing=False)."
             )
     for name, layer in layers.items():
         why = why_not_saved(name, layer) if layer.is_sharded else None
@@ -191,14 +191,14 @@ def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
     """Refuses single files whose optimizer state can't be matched: it is ordered, not named.
 
     Raises:
-        CheckpointError: if each rank has another order.
+        CheckpointError: if the order differs between ranks.
     """
     for name, layer in layers.items():
         if layer.is_sharded and not layer.experts.is_stacked:
             raise CheckpointError(
-                f"Training can't resume from {path}: the optimizer state in a single file knows"
-                f" parameters by their order, and the experts of layer {name!r}, modules that"
-                " are sharded over ranks, are in another order on each. Resume from it with"
+                f"Training can't resume from {path}: the optimizer state in a single file"
+                f" identifies parameters by their order, and the experts of layer {name!r}, modules"
+                " sharded over ranks, are in a different order on each. Resume from it with"
                 " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
             )
 
@@ -208,10 +208,10 @@ def warn_within_batch(trainer: pl.Trainer, filepath: Any) -> None:
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     if batches.ready > batches.processed:
         rank_zero_warn(
-            f"{filepath} is saved in the middle of a training batch. The batch is repeated when"
-            " training resumes from it, with other random numbers, and if its backward pass had"
-            " begun, with a gradient that is not exact in this one step. A data loader that"
-            " keeps its state goes on after the batch."
+            f"{filepath} is saved in the middle of a training batch. When training resumes from it,"
+            " the batch is repeated with other random numbers, and if its backward pass had"
+            " begun, the gradient of this one step is not exact. A data loader that keeps its"
+            " own state continues after the batch."
         )
 
 
@@ -219,7 +219,7 @@ def check_single(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
     """Refuses several optimizers or schedulers, which one engine can't step.
 
     Raises:
-        ConfigError: with what can be done instead.
+        ConfigError: naming the alternatives.
     """
     if len(optimizers) != 1 or len(schedulers) > 1:
         raise ConfigError(

@@ -1,9 +1,9 @@
 """torch.compile under the strategy: parameters and layers keep the names of the plain module.
 
 ``torch.compile(module)`` puts a wrapper around a module, and its ``_orig_mod.`` into every name
-below. Here the module takes the wrapper's place and is compiled as by ``module.compile()``, so that
-checkpoints, metrics and errors know one name for one parameter. ``trainer.fit(torch.compile(m))``
-is the same for the LightningModule itself, whose steps are compiled while the Trainer runs.
+below. Here the module replaces its wrapper and is compiled as by ``module.compile()``, so that a
+parameter has one name in checkpoints, metrics and errors. ``trainer.fit(torch.compile(m))`` works
+likewise: the LightningModule is unwrapped, and its steps are compiled while the Trainer runs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def unwrap_compiled(module: nn.Module) -> None:
-    """Puts every module inside ``module`` that torch.compile wrapped in the place of its wrapper.
+    """Replaces every torch.compile wrapper inside ``module`` by the module that it wraps.
 
-    It stays compiled, with the wrapper's back end and options.
+    The module stays compiled, with the wrapper's back end and options.
 
     Raises:
-        ConfigError: if a wrapper has hooks, which would be lost with it.
+        ConfigError: if a wrapper has hooks, which would be lost.
     """
     for prefix, parent in list(module.named_modules()):
         for name, child in list(parent._modules.items()):
@@ -44,7 +44,7 @@ def _compiled_in_place(wrapper: OptimizedModule, path: str) -> nn.Module:
         if any(vars(inner).get(hooks) for hooks in _HOOKS):
             raise ConfigError(
                 f"A hook is registered on {path.replace('_orig_mod.', '')!r} after torch.compile"
-                " wrapped it; the strategy drops the wrapper, so that its name does not get into"
+                " wrapped it; the strategy removes the wrapper to keep its name out of"
                 " checkpoints. Register the hook before torch.compile, or compile with"
                 " module.compile()."
             )
@@ -57,8 +57,8 @@ def _compiled_in_place(wrapper: OptimizedModule, path: str) -> nn.Module:
 class CompiledSteps:
     """The steps of a compiled LightningModule; one object per strategy.
 
-    Lightning marks such a module, and refuses the mark for strategies that it does not know. The
-    mark is removed here, and the steps are compiled between :meth:`apply` and :meth:`undo`.
+    Lightning marks such a module, and refuses marked modules for unknown strategies. The mark is
+    removed here, and the steps are compiled between :meth:`apply` and :meth:`undo`.
 
     Attributes:
         module: the LightningModule, or None.
@@ -83,7 +83,7 @@ class CompiledSteps:
             return
         self._compile = context["dynamo_ctx"]
         to_uncompiled(module)
-        for name in _STEPS:  # which leaves methods of the class on the instance
+        for name in _STEPS:  # to_uncompiled leaves methods of the class on the instance
             if vars(module).get(name) == MethodType(getattr(type(module), name), module):
                 del vars(module)[name]
 

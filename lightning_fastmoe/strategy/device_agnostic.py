@@ -35,7 +35,7 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
     def _init_config_if_needed(self) -> None:
         super()._init_config_if_needed()
         assert isinstance(self.config, dict)
-        check_deepspeed_config(self.config)  # anew: the user may have changed it
+        check_deepspeed_config(self.config)  # again: the user may have changed it
 
     @override
     def setup_environment(self) -> None:
@@ -44,7 +44,7 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
                 f"accelerator={type(self.accelerator).__name__} is not supported: FastMoEStrategy"
                 " runs on 'cuda' (NCCL) and 'cpu' (gloo)."
             )
-        # Past DeepSpeedStrategy's own method, which refuses the CPU.
+        # Skips DeepSpeedStrategy's own method, which refuses the CPU.
         DDPStrategy.setup_environment(self)
 
     @override
@@ -53,12 +53,12 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
         if self.root_device.type == "cuda":
             super().setup_distributed()
             return
-        # What the base class does, less its check of CUDA device indices.
+        # As the base class, without its check of CUDA device indices.
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
         assert isinstance(self.config, dict)
-        self.config["zero_optimization"]["overlap_comm"] = False  # there are no streams
+        self.config["zero_optimization"]["overlap_comm"] = False  # the CPU has no streams
 
     @override
     def _init_deepspeed_distributed(self) -> None:
@@ -67,8 +67,8 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def _auto_select_batch_size(self) -> int:
-        # DeepSpeed wants it for its own throughput log. The base class builds the user's data
-        # loader a second time to find out, and fails on loaders without a batch sampler.
+        # DeepSpeed uses it only for its throughput log. To find it, the base class builds the
+        # user's data loader a second time, and fails on loaders without a batch sampler.
         return 1
 
     @property
@@ -86,7 +86,7 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """As the base class, but the mean of integers is not rounded down to one.
+        """Reduces as the base class does, but doesn't round the mean of integers down.
 
         ``self.log(..., sync_dist=True)`` divides by the mean number of samples per rank.
         """

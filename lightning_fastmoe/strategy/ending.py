@@ -25,6 +25,6 @@ def prepare_ending(exception: BaseException, launched: bool) -> None:
     if report := stall_report():  # CUDA's own error names no kernel
         exception.add_note(f"lightning_fastmoe: {report}")
     if isinstance(exception, SIGTERMException) and exception.code is None:
-        # Lightning raises it without a status, and Python would leave with 0. A launched rank does
-        # so on purpose: Lightning kills rank 0 when one leaves with another status.
+        # Lightning raises it without a status, and Python would exit with 0. A launched rank does
+        # so on purpose: Lightning kills rank 0 when one exits with any other status.
         exception.code = 0 if launched else TERMINATED_STATUS

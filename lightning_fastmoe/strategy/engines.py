@@ -43,9 +43,9 @@ class Engines:
     """Builds an engine for each run; one object per strategy.
 
     Args:
-        strategy: whose module, device and DeepSpeed configuration these are.
-        groups: where the experts are.
-        nonfinite: what happens when NaN or Inf reaches a router.
+        strategy: the strategy, with its module, device and DeepSpeed config.
+        groups: the expert parallel groups.
+        nonfinite: what to do when NaN or Inf reaches a router.
 
     Attributes:
         state: what the engine and the strategy share about the model's experts.
@@ -61,8 +61,8 @@ class Engines:
         """Shards the experts and connects every MoE layer to the run.
 
         An engine that an earlier fit, by any strategy, put around the module's parameters is
-        freed: its gradient hooks would run beside the new engine's. Not done when a fit ends, as
-        the engine is still needed to save its checkpoint.
+        freed: its gradient hooks would run along with the new engine's. It isn't freed when a fit
+        ends, as it is still needed to save checkpoints.
 
         Raises:
             ConfigError: for experts that can't be trained or saved when they are sharded.
@@ -98,7 +98,7 @@ class Engines:
         """The user's optimizer and its scheduler.
 
         Raises:
-            ConfigError: for more than one of them, or one that can't work here.
+            ConfigError: for more than one of either, or one that can't work here.
         """
         assert self._strategy.lightning_module is not None
         found, schedulers = _init_optimizers_and_lr_schedulers(self._strategy.lightning_module)
@@ -119,7 +119,8 @@ class Engines:
 
         Args:
             model: experts sharded and tagged.
-            optimizer: the user's. The engine gets a twin, whose groups are of one kind.
+            optimizer: the user's. The engine gets a twin whose groups hold either dense parameters
+                or experts.
             lr_scheduler: the user's, or None.
             before: called with the model and the twin.
         """
@@ -140,8 +141,8 @@ class Engines:
             keys = ("fp16", "bf16", "zero_optimization", "zero_allow_untested_optimizer")
             config.update({key: self._config[key] for key in keys if key in self._config})
         else:
-            # Without an optimizer DeepSpeed would build a mixed-precision optimizer all the same,
-            # which knows no experts; all that is wanted of it is the cast.
+            # Without an optimizer DeepSpeed would still build a mixed-precision optimizer, which
+            # doesn't support experts; only its cast is needed here.
             plugin: Any = self._strategy.precision_plugin
             for parameter in model.parameters():
                 if parameter.is_floating_point():

@@ -16,15 +16,15 @@ from lightning_fastmoe.strategy.watch import Watch
 class ExchangeWaits:
     """Limits how long ranks wait for each other in exchanges; one object per strategy.
 
-    Why "auto" is that long: a rank may be late for minutes, because of its data, its first
-    compilation, or a file that it writes alone. ``hang_timeout`` lets all of this pass, and so must
-    the deadline; a tenth before it, since its report is the last resort. Ranks that wait for each
-    other, in an exchange and in a collective of gloo, are found within half a minute anyway.
+    "auto" is long because a rank may legitimately be minutes late: slow data, its first
+    compilation, or a file that only it writes. ``hang_timeout`` tolerates all of this, and so must
+    the deadline; it comes a tenth earlier, so that its more precise report is printed first. Ranks
+    that deadlock, in an exchange and in a gloo collective, are detected within half a minute.
 
     Args:
-        seconds: that a rank waits for the others in an exchange; None is no limit, "auto" nine
+        seconds: how long a rank waits for the others in an exchange; None is no limit, "auto" nine
             tenths of ``hang_timeout``.
-        hang_timeout: that of the run.
+        hang_timeout: the run's ``hang_timeout``.
     """
 
     def __init__(self, seconds: float | Literal["auto"] | None, hang_timeout: float | None) -> None:
@@ -50,7 +50,7 @@ class ExchangeWaits:
         if is_broken_connection(exception) and (failure := peers.failure()) is not None:
             self._broken = failure, exception
         kind = type(exception).__name__
-        peers.leave(f"rank {peers.rank} has left the run by {kind}: {exception}")
+        peers.leave(f"rank {peers.rank} has left the run with {kind}: {exception}")
 
     def end(self, sharder: ExpertSharder | None) -> None:
         """Undoes :meth:`begin`."""
@@ -64,14 +64,14 @@ class ExchangeWaits:
         """Raises the real cause if a connection broke because another rank gave up; called last.
 
         Raises:
-            ExchangeError: if another rank had given up, and this one lost the connection to it.
+            ExchangeError: if another rank gave up, and this one lost the connection to it.
         """
         broken, self._broken = self._broken, None
         if broken is None:
             return
         assert module is not None
         trainer: Any = module.trainer
-        # What the Trainer would do after this.
+        # The error skips the rest of the Trainer's teardown, so do it here.
         if (loop := trainer._active_loop) is not None:
             loop.teardown()
         trainer._logger_connector.teardown()

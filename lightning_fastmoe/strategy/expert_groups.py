@@ -25,8 +25,8 @@ class ExpertGroups:
     """Creates and holds the expert parallel groups; one object per strategy.
 
     Args:
-        strategy: whose ranks, device and module these are.
-        size: the expert parallel size. "auto" can be resolved only once a layer has been seen.
+        strategy: the strategy, with its ranks, device and module.
+        size: the expert parallel size. "auto" is resolved once a layer exists.
 
     Attributes:
         sharder: assigns experts to ranks; None until the groups exist.
@@ -39,14 +39,14 @@ class ExpertGroups:
 
     @property
     def mesh(self) -> ExpertMesh:
-        """The groups.
+        """The mesh of expert parallel and expert data parallel groups.
 
         Raises:
-            UnmanagedExpertsError: before they exist.
+            UnmanagedExpertsError: if the groups don't exist yet.
         """
         if self.sharder is None:
             raise UnmanagedExpertsError(
-                "The expert mesh does not exist yet: it is made when the Trainer starts, and with"
+                "The expert mesh does not exist yet: it is created when the Trainer starts, or with"
                 " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
             )
         return self.sharder.mesh
@@ -74,7 +74,7 @@ class ExpertGroups:
         return self.sharder
 
     def _show_mesh(self) -> None:
-        """Lets the user read ``module.device_mesh``."""
+        """Sets ``module.device_mesh``."""
         if self.sharder is not None and self._strategy.lightning_module is not None:
             self._strategy.lightning_module._device_mesh = self.sharder.mesh.device_mesh
 
@@ -82,8 +82,8 @@ class ExpertGroups:
     def placing(self) -> Iterator[None]:
         """Around ``configure_model``: MoE layers create only this rank's experts.
 
-        DeepSpeed's zero.Init stays out: it would partition experts over all ranks. Dense parameters
-        are partitioned when the engine is built.
+        DeepSpeed's zero.Init is not used: it would partition experts over all ranks. Dense
+        parameters are partitioned when the engine is built.
         """
         self._show_mesh()
         if self.sharder is not None:

@@ -42,40 +42,40 @@ _Result = TypeVar("_Result")
 class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     """Trains mixture-of-experts models: experts sharded over ranks, the rest by DeepSpeed ZeRO.
 
-    Every ``MoE`` layer of the model has its experts divided over ``expert_parallel_size``
-    neighbouring ranks; replicas of an expert (if the world is larger) are ZeRO-partitioned among
-    themselves, all other parameters over the whole world. The result equals training on one
-    process: an expert's gradient is that of the loss averaged over the global batch.
+    The experts of every ``MoE`` layer are sharded over ``expert_parallel_size`` neighbouring ranks.
+    ZeRO partitions the replicas of an expert (if the world is larger) among themselves, and all
+    other parameters over the whole world. The result equals training in one process: gradients,
+    those of experts too, are of the loss averaged over the global batch.
 
     Runs on CUDA (NCCL) and on the CPU (gloo).
 
     Args:
-        expert_parallel_size: ranks over which the experts of each layer are split. It must divide
-            the world and every layer's ``num_experts``. "auto" is the largest such size that fits
-            into a node.
+        expert_parallel_size: number of ranks over which the experts of each layer are sharded. It
+            must divide the world size and every layer's ``num_experts``. "auto" is the largest such
+            size that fits into a node.
         stage: ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         nonfinite: what happens when NaN or Inf reaches a router on any rank in a training step:
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
-            "ignore" does not look (ZeRO itself drops a step whose gradient norm is not finite, in
-            fp32 and fp16).
+            "ignore" does not check (in fp32 and fp16, ZeRO itself drops a step whose gradient norm
+            is not finite).
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
         trust_checkpoints: also unpickle objects that are not plain data (of callbacks, say) from
-            checkpoints. That can run any code: only for checkpoints whose origin you trust.
-        async_checkpoint: copy the state into the host's memory and write it while training goes on.
-            Needs that much memory, once. An error surfaces at the next step; the end of a run waits
+            checkpoints. This can run arbitrary code: use it only for checkpoints that you trust.
+        async_checkpoint: copy the state to host memory and write it while training continues. Needs
+            host memory for one copy. An error is raised at the next step; the end of a run waits
             for the last checkpoint.
-        hang_timeout: seconds after which a run that stands still ends, on every rank, with its
-            stacks on stderr and exit status 75: no batch was finished (in training or evaluation),
-            and no phase of the run began or ended. None switches it off, as for a debugger.
-        exchange_timeout: seconds that a rank waits for the others in an exchange of tokens. Then it
-            raises an ExchangeError that says where each rank is, as do the others. "auto" is nine
-            tenths of ``hang_timeout``: no wait is cut that may be legitimate. None is no limit.
-        signal_grace: seconds after SIGTERM, without a batch that ends, after which the process ends
+        hang_timeout: seconds without progress after which a run ends on every rank, with stacks on
+            stderr and exit status 75. Progress is a finished batch (in training or evaluation), or
+            a phase of the run that begins or ends. None disables it, for a debugger say.
+        exchange_timeout: seconds that a rank waits for the others in a token exchange. Then all
+            ranks raise an ExchangeError that says where each rank is. "auto" is nine tenths of
+            ``hang_timeout``, so that legitimate waits are not cut short. None is no limit.
+        signal_grace: seconds without a finished batch after SIGTERM, after which the process exits
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
-        ConfigError: if an option is unknown or would train experts wrongly.
+        ConfigError: if an option is unknown or would train experts incorrectly.
     """
 
     strategy_name = NAME
@@ -103,7 +103,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self.verify_checkpoints: bool = own["verify_checkpoints"]
         self.trust_checkpoints: bool = own["trust_checkpoints"]
         self.async_checkpoint: bool = own["async_checkpoint"]
-        # Called with the model, experts sharded, and an optimizer whose groups are of one kind.
+        # Called with the model (experts sharded) and the optimizer with expert groups split off.
         self.before_engine: list[Callable[[nn.Module, Optimizer], None]] = []
         self._watch = Watch(hang_timeout, signal_grace)
         self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
@@ -127,7 +127,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         """The expert parallel and expert data parallel groups.
 
         Raises:
-            UnmanagedExpertsError: before they exist.
+            UnmanagedExpertsError: if the groups don't exist yet.
         """
         return self._groups.mesh
 
@@ -149,7 +149,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     @override
     def setup_environment(self) -> None:
-        # Before callbacks are set up, some of which fail for reasons of their own.
+        # Before callbacks are set up: some would fail first, with less helpful errors.
         check_trainer_options(self.lightning_module)
         super().setup_environment()
 
@@ -288,7 +288,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
             parameters: the parameters of the LightningModule.
 
         Raises:
-            ParameterEditError: if there is no training, or if one is not the model's.
+            ParameterEditError: outside of training, or if a parameter is not the model's.
         """
         return self._steps.editing(parameters)
 
@@ -308,9 +308,9 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
         Raises:
             ConfigError: on all ranks, at stage 3, where rank 0 can't gather a dense layer's
-                parameters alone; on rank 0, if ``function`` trains.
-            ExchangeError: on the other ranks, if ``function`` raised on rank 0, where its own error
-                is.
+                parameters by itself; on rank 0, if ``function`` trains.
+            ExchangeError: on the other ranks, if ``function`` raised on rank 0, which raises the
+                original error.
 
         Example:
             >>> class Sample(pl.Callback):
@@ -341,8 +341,8 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
         Raises:
             CheckpointError: on all ranks, if one can't write, or hooks have edited weights in
-                ``checkpoint``; training may go on.
-            ConfigError: for storage options, and without a model that a Trainer has set up.
+                ``checkpoint``; training may continue.
+            ConfigError: for storage options, and if no Trainer has set up a model.
         """
         self._saving.save(checkpoint, filepath, storage_options)
 
@@ -359,7 +359,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
         Raises:
             CheckpointError: on all ranks, if it is damaged or does not fit.
-            ConfigError: without a model that a Trainer has set up.
+            ConfigError: if no Trainer has set up a model.
         """
         self._saving.wait()
         trusted = self.trust_checkpoints or weights_only is False
@@ -381,7 +381,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     @override
     def teardown(self) -> None:
-        with ExitStack() as last:  # the last one is called first, and an error keeps none back
+        with ExitStack() as last:  # called in reverse order, all of them even if one raises
             last.callback(self._watch.stop)
             last.callback(lambda: self._waits.end(self._groups.sharder))
             last.callback(super().teardown)

@@ -1,8 +1,8 @@
 """What Lightning's checkpoint hooks see of the weights, and a check that they didn't edit them.
 
-Each rank writes and reads the weights that it owns, outside of the dictionary that Lightning hands
-from hook to hook. So that hooks which look at names and shapes work, ``checkpoint["state_dict"]``
-has them all, as meta tensors without values. An edit could not be done, and is refused.
+Each rank writes and reads the weights that it owns, outside of the dictionary that Lightning passes
+to hooks. For hooks that look at names and shapes, ``checkpoint["state_dict"]`` lists all weights as
+meta tensors, without values. Edits would have no effect, so they are refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WeightNames:
 
     Args:
         shapes: name -> (shape, dtype).
-        tied: further name -> its first.
+        tied: alias -> first name of a tied parameter.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WeightNames:
         shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         tied: Mapping[str, str],
     ) -> None:
-        with torch.inference_mode(False):  # or they would not count what is written to them
+        with torch.inference_mode(False):  # inference tensors don't count writes
             tensors = {
                 name: torch.empty(shape, dtype=dtype, device="meta")
                 for name, (shape, dtype) in shapes.items()
@@ -78,19 +78,19 @@ class WeightNames:
     def check(
         self, checkpoint: Mapping[str, Any], optimizers: int, hook: str, trainer: pl.Trainer
     ) -> None:
-        """Refuses what hooks have changed.
+        """Refuses changes that hooks made.
 
         Args:
             checkpoint: the dictionary after the hooks.
-            optimizers: how many (empty) optimizer states it was given.
-            hook: their name.
-            trainer: whose hooks they are.
+            optimizers: number of (empty) optimizer states in the dictionary before the hooks.
+            hook: name of the hook.
+            trainer: the Trainer that called the hooks.
 
         Raises:
             CheckpointError: naming the hook and what it changed.
         """
         change = self._change(checkpoint.get("state_dict"))
-        # Without the key, weights alone are saved, as without any hook.
+        # Without the key only weights are saved, which is allowed.
         if change is None and checkpoint.get("optimizer_states", [{}] * optimizers) != (
             [{}] * optimizers
         ):

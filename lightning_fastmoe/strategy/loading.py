@@ -40,10 +40,10 @@ class Loading:
     generators when the loaders are created, gradients when training starts.
 
     Args:
-        strategy: whose engine is restored.
-        state: what is known of its experts.
-        watch: is told what goes on.
-        averaging: what WeightAveraging keeps beside the weights.
+        strategy: the strategy with the engine to restore.
+        state: the MoE layers and optimizer groups of the engine.
+        watch: records progress.
+        averaging: adapter of the WeightAveraging callback.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Loading:
 
         Raises:
             CheckpointError: on all ranks, if it is damaged or does not fit.
-            ConfigError: without a model that a Trainer has set up.
+            ConfigError: if no Trainer has set up a model.
         """
         with self._watch.during(Activity.LOADING):
             return self._load_into_engine(checkpoint_path, verify, trusted)
@@ -82,7 +82,7 @@ class Loading:
         path = local_path(strategy.broadcast(checkpoint_path))
         edits = strategy.deepspeed_engine.edits
         if edits is not None:
-            edits.settle()  # what is loaded replaces it, where parameters have their memory
+            edits.settle()  # first, so that loading writes to the memory that ZeRO trains
         loaded = self._load(path, training=bool(trainer.training), verify=verify, trusted=trusted)
         user = self._state.user_groups
         if trainer.training and user is not None:
@@ -92,10 +92,10 @@ class Loading:
         self._take_local_state(loaded)
         assert self._weight_names is not None
         loaded.lightning["state_dict"] = self._weight_names.state_dict()
-        # Without it, Lightning takes a state dict of another program for a very old checkpoint.
+        # Without it, Lightning mistakes another program's state dict for a very old checkpoint.
         loaded.lightning.setdefault("pytorch-lightning_version", version("pytorch-lightning"))
         if trainer.training:
-            # Lightning looks for it; what it stands for is restored.
+            # Lightning expects the key; the states themselves are restored already.
             loaded.lightning.setdefault("optimizer_states", [])
         return loaded.lightning
 
@@ -119,11 +119,11 @@ class Loading:
         """Restores what Lightning has cleared or drawn from since :meth:`load`."""
         assert self._strategy.lightning_module is not None
         if self._strategy.lightning_module.trainer.fit_loop.restarted_mid_epoch:
-            # The iterator of a run that was not interrupted was made long before the save.
+            # In an uninterrupted run, the iterator would have been created long before the save.
             self._restore_random_state()
         self._random_state = None
         if self._put_gradients is not None:
-            self._put_gradients()  # not before: Lightning clears gradients when it starts
+            self._put_gradients()  # not earlier: Lightning clears gradients when training starts
             self._strategy.deepspeed_engine.has_accumulated = True
         self._put_gradients = None
 
@@ -156,8 +156,8 @@ class Loading:
             averages = self._averaging.averages() if training else None
             if training and averages is None and has_training_weights(source.tensors):
                 rank_zero_warn(
-                    f"{path} was saved with WeightAveraging, and this run has no such callback: it"
-                    " trains on from the averages."
+                    f"{path} was saved with WeightAveraging, and this run has no such callback:"
+                    " training continues from the averages."
                 )
             return load(
                 source,
@@ -182,17 +182,17 @@ class Loading:
         if (batches := batches_of_epoch(loaded.lightning)) and loaded.topology is not None:
             rank_zero_warn(
                 f"The checkpoint was saved in the middle of an epoch, after {batches} batches on"
-                f" each of {loaded.topology.world_size} ranks. Lightning goes on after as many on"
-                f" each of {self._strategy.world_size}: the same place only if an epoch has as many"
-                " batches as before. Keep the global batch by the batch size of a rank, not by"
-                " accumulate_grad_batches."
+                f" each of {loaded.topology.world_size} ranks. Lightning skips as many on each of"
+                f" {self._strategy.world_size}, which is the same position only if an epoch has as"
+                " many batches as before. Keep the global batch size through the batch size per"
+                " rank, not through accumulate_grad_batches."
             )
         if (states := loaders_of(loaded.lightning)) is not None:
             set_loaders(loaded.lightning, for_other_ranks(states))
         if not all(map(is_own_state, states or ())):
             rank_zero_warn(
                 "The checkpoint was saved on another number of ranks: every data loader resumes"
-                " from the state of rank 0's. Check that its state does not depend on the rank."
+                " from rank 0's state. Check that this state does not depend on the rank."
             )
 
     def _restore_random_state(self) -> None:

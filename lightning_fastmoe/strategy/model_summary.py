@@ -14,11 +14,11 @@ def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Prints how many parameters Lightning's summary, just printed, did not count.
 
     A model built in ``configure_model`` holds this rank's experts only when Lightning counts them,
-    and its "Total params" would pass for the whole model's.
+    and its "Total params" would be mistaken for the whole model's.
 
     Args:
-        trainer: whose callbacks tell whether there was a summary.
-        module: its MoE layers are as they were when it was printed.
+        trainer: the Trainer; its callbacks show whether a summary was printed.
+        module: the module, with its MoE layers unchanged since then.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     summaries = [c for c in callbacks if isinstance(c, ModelSummary) and c._max_depth != 0]
@@ -31,11 +31,11 @@ def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         f" {first.num_local_experts} of {first.num_experts} in {name}."
     )
     if all(layer.experts.is_stacked for layer in divided.values()):
-        text += f" The other ranks hold {sum(map(_elsewhere, divided.values())):,} parameters more."
+        text += f" The other ranks hold {sum(map(_elsewhere, divided.values())):,} more parameters."
     rank_zero_info(f"{text} Add the callback MoESummary for the whole model's numbers.")
 
 
 def _elsewhere(layer: MoE) -> int:
-    """Parameters of the experts that this rank does not hold; stacked experts are of one size."""
+    """Parameters of the experts that this rank does not hold; stacked experts have equal sizes."""
     here = sum(map(numel, layer.experts.parameters()))
     return here // layer.num_local_experts * (layer.num_experts - layer.num_local_experts)

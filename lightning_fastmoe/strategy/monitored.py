@@ -1,9 +1,9 @@
 """Makes monitored values equal on all ranks, so that they checkpoint and stop together.
 
 ``self.log("loss", loss)`` without ``sync_dist`` keeps a value per rank, and Lightning's callbacks
-decide by it on every rank separately. Each rank then has a best checkpoint of its own, a number of
-collectives of its own (a hang) and, with ReduceLROnPlateau, its own learning rate. So whatever is
-about to decide gets rank 0's value on every rank.
+act on it on every rank separately. Ranks then disagree on the best checkpoint, on the number of
+collectives (a hang) and, with ReduceLROnPlateau, on the learning rate. So every rank gets rank 0's
+value right before it is used.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def share_monitored(trainer: pl.Trainer) -> Callable[[], None]:
     """Makes all ranks use rank 0's values wherever Lightning decides by a logged one.
 
     Args:
-        trainer: whose ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` decide.
+        trainer: the Trainer with the ``ModelCheckpoint``, ``EarlyStopping`` and
+            ``ReduceLROnPlateau``.
 
     Returns:
-        What gives the callbacks and the loop their own methods back.
+        A function that restores the methods of the callbacks and the loop.
     """
     values = _SharedValues(trainer)
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -64,7 +65,7 @@ class _SharedValues:
         self._warned: set[str] = set()
 
     def of_checkpoint(self, callback: ModelCheckpoint) -> Callable[[pl.Trainer], Any]:
-        """Its ``_monitor_candidates``: what it compares, and what is part of file names."""
+        """Replaces ``_monitor_candidates``: the values that are compared or put into file names."""
         candidates = callback._monitor_candidates
 
         def shared(trainer: pl.Trainer) -> Any:
@@ -76,7 +77,7 @@ class _SharedValues:
         return shared
 
     def of_stopping(self, callback: EarlyStopping) -> Callable[[pl.Trainer], None]:
-        """Its ``_run_early_stopping_check``."""
+        """Replaces ``_run_early_stopping_check``."""
         check = callback._run_early_stopping_check
 
         def shared(trainer: pl.Trainer) -> None:
@@ -86,7 +87,7 @@ class _SharedValues:
         return shared
 
     def of_scheduler(self, loop: Any) -> Callable[[str], Any]:
-        """The loop's ``_get_monitor_value``, asked for ReduceLROnPlateau."""
+        """Replaces the loop's ``_get_monitor_value``, which ReduceLROnPlateau uses."""
         get = loop._get_monitor_value
 
         def shared(key: str) -> Any:
@@ -99,11 +100,11 @@ class _SharedValues:
         """Gives every rank the values of rank 0; every rank calls this.
 
         Raises:
-            ConfigError: on all ranks, for a value that other ranks have and rank 0 has not.
+            ConfigError: on all ranks, for a value that rank 0 has not logged but another rank has.
         """
         trainer = self._trainer
         wanted = sorted(name for name in names if name is not None)
-        # After an error, ranks do not meet.
+        # After an error, ranks are no longer in step.
         if not wanted or trainer.world_size == 1 or trainer.interrupted:
             return
         logged = trainer.callback_metrics
@@ -114,8 +115,8 @@ class _SharedValues:
         for rank, values in enumerate(everyone):
             if missing := sorted(values.keys() - first.keys()):
                 raise ConfigError(
-                    f"{reader} monitors {missing[0]!r}, which rank {rank} has logged and rank 0 has"
-                    " not. Rank 0's value decides for all ranks: log it on every rank."
+                    f"{reader} monitors {missing[0]!r}, which rank {rank} has logged but rank 0 has"
+                    " not. Rank 0's value is used on all ranks: log it on every rank."
                 )
         for name, value in first.items():
             if all(_is_same(value, values.get(name)) for values in everyone):
@@ -129,7 +130,7 @@ class _SharedValues:
             self._warned.add(name)
             rank_zero_warn(
                 f"{reader} monitors {name!r}, which differs between ranks, as it was logged without"
-                " sync_dist=True. Rank 0's value decides for all ranks. To monitor the mean over"
+                " sync_dist=True. Rank 0's value is used on all ranks. To monitor the mean over"
                 f" all ranks, call self.log({name!r}, ..., sync_dist=True)."
             )
 
@@ -144,7 +145,7 @@ def _nan(value: Tensor) -> list[bool]:
 
 
 def _put(trainer: pl.Trainer, name: str, value: Tensor) -> None:
-    """Replaces a logged value, also where Lightning would take it from the next time."""
+    """Replaces a logged value, and the copies from which Lightning would read it later."""
     connector = trainer._logger_connector
     own = connector._callback_metrics.get(name)
     value = value.to(own.device if isinstance(own, Tensor) else trainer.strategy.root_device)

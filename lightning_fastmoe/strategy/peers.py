@@ -1,8 +1,8 @@
 """Finds out where the other ranks are when one waits for them too long.
 
 Nothing is sent while a run is healthy. A thread of each rank looks once a second whether another
-rank has given up, and then says through the process group's store what its own main thread is
-doing. It uses a connection of its own, as a wait on the store blocks all that share one.
+rank has given up, and then reports through the process group's store what its own main thread is
+doing. It uses a separate connection, as a wait on the store blocks everyone who shares one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lightning_fastmoe.strategy.sentry import HANG_STATUS
 
 _POLL = 1.0
 _STILL = 15.0
-"""Seconds in one place after which a rank says that it waits there."""
+"""Seconds in one place after which a rank reports that it is waiting there."""
 _ANSWERS = 4.0
-"""Seconds in which the others answer a rank that gives up."""
+"""Seconds that a rank which gives up waits for the others' answers."""
 _FREED = 30.0
-"""Seconds in which an error must free a main thread that waits for a rank that gave up."""
+"""Seconds within which an error must wake a main thread that waits for a rank that gave up."""
 _TORCH = str(Path(torch.__file__).parent)
 _COLLECTIVES = str(Path(dist.__file__).parent / "distributed_c10d.py")
 _OWN = str(Path(__file__).parents[1])
@@ -40,8 +40,8 @@ class Peers:
     """The other ranks of a run, reached through the store of the process group.
 
     Args:
-        doing: says what this rank does, in a few words.
-        exchange: where it is in its exchanges.
+        doing: returns a short description of what this rank is doing.
+        exchange: the record of this rank's exchanges.
     """
 
     def __init__(self, doing: Callable[[], str], exchange: PendingExchange) -> None:
@@ -49,7 +49,7 @@ class Peers:
         self._doing, self._exchange = doing, exchange
         default: Any = dist.distributed_c10d._get_default_store()
         default = default.clone()
-        # Ranks begin the same runs in the same order; each counts its own.
+        # Ranks start the same runs in the same order, so each can number them itself.
         run = default.add(f"fastmoe/runs/{self.rank}", 1)
         self._store = PrefixStore(f"fastmoe/peers/{run}", default)
         self._main = threading.get_ident()
@@ -94,8 +94,8 @@ class Peers:
         if not self._all_wait():
             return None
         return self.give_up(
-            f"rank {self.rank} waits in an exchange of tokens, and no rank will ever come to it:"
-            " all ranks wait, and not all in this exchange."
+            f"rank {self.rank} waits in an exchange of tokens that can never finish: all ranks are"
+            " waiting, and not all in this exchange."
         )
 
     def give_up(self, reason: str) -> str:
@@ -109,7 +109,7 @@ class Peers:
             self._report = report
             self._store.set("report", report)
         except RuntimeError as error:  # the store is gone, with the rank that held it
-            return f"{reason}\nThe other ranks can't be asked: {error}"
+            return f"{reason}\nThe other ranks can't be reached: {error}"
         return report
 
     def leave(self, reason: str) -> None:
@@ -121,7 +121,7 @@ class Peers:
                 self._store.set("failure", reason)
                 self._store.set("report", reason)
         except RuntimeError:
-            pass  # the store is gone, and so are the others
+            pass  # the store is gone, and the other ranks with it
 
     def _where_all_are(self) -> str:
         keys = [f"at/{rank}" for rank in range(self.size)]
@@ -137,10 +137,10 @@ class Peers:
         return "\n".join(f"  {_ranks(ranks)}: {said}" for said, ranks in rows)
 
     def _all_wait(self) -> bool:
-        """Whether no rank of the world moves, and some wait for something else than an exchange.
+        """Whether all ranks are stuck, and some of them outside of exchanges.
 
-        Each rank that waits counts on while it does, so that one that has moved since, or whose
-        process is stopped, proves nothing.
+        A waiting rank keeps incrementing a counter next to its place. If the place changes, the
+        rank has moved on; if the counter doesn't, its process is stopped. Neither counts as stuck.
         """
         now = time.monotonic()
         if now < self._next_look:
@@ -173,7 +173,7 @@ class Peers:
                     self._notice()
                 if self._failure is not None and not self._over:
                     self._store.set(f"at/{self.rank}", self._here())
-                    # Now: the rank that holds the store may be the next to end.
+                    # Read it now: the rank that holds the store may exit next.
                     self._report = self._read("report", _ANSWERS)
                     self._see_to_the_end()
                     return
@@ -230,17 +230,17 @@ class Peers:
         return sys._current_frames().get(self._main)
 
     def _see_to_the_end(self) -> None:
-        """Ends this process if it goes on waiting for the rank that gave up.
+        """Ends this process if it keeps waiting for the rank that gave up.
 
-        A collective of NCCL ends for no other reason: the ranks that are left would wait until the
-        watchdog of NCCL, or the sentry, ends them.
+        Nothing else interrupts an NCCL collective: the remaining ranks would wait until NCCL's
+        watchdog or the sentry ends them.
         """
         if self._stop.wait(_FREED) or self._over:
             return
         report = self._read("report", 0.0) or self._failure
         text = (
-            f"\nlightning_fastmoe, rank {self.rank}: another rank has given up, and this one does"
-            f" not come back from where it waits.\n{report}\nThis process ends with status"
+            f"\nlightning_fastmoe, rank {self.rank}: another rank has given up, and this one is"
+            f" still blocked.\n{report}\nThis process ends with status"
             f" {HANG_STATUS}.\n"
         )
         os.write(2, text.encode())
@@ -249,7 +249,7 @@ class Peers:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective has failed, as it does when another rank is gone."""
+    """Whether an error is a failed collective, as when another rank is gone."""
     if isinstance(error, dist.DistError):
         return True
     frame = error.__traceback__
@@ -260,7 +260,7 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def _stack(frame: FrameType | None) -> str:
-    """The innermost function outside of torch and this package, and the user's that led there."""
+    """The innermost function outside of torch and this package, and the user's callers of it."""
     at: list[str] = []
     while frame is not None and len(at) < 3:
         file, function = frame.f_code.co_filename, frame.f_code.co_name

@@ -15,18 +15,18 @@ _METHOD = "file_exists"
 def count_pending_names(
     trainer: pl.Trainer, is_pending: Callable[[Path], bool]
 ) -> Callable[[], None]:
-    """Lets the callbacks find a name taken as soon as a save to it has begun.
+    """Makes the callbacks treat a name as taken as soon as a save to it has begun.
 
-    ``ModelCheckpoint`` keeps checkpoints of one name apart by a counter (``b.ckpt``, ``b-v1.ckpt``)
-    and looks on the disk for the names that are taken. A checkpoint in the making is not there yet:
+    ``ModelCheckpoint`` numbers checkpoints of the same name (``b.ckpt``, ``b-v1.ckpt``) and looks
+    on disk for names that are taken. A checkpoint that is still being written isn't there yet, so
     the next one would get the same name and replace it, though it may be the best.
 
     Args:
-        trainer: whose checkpoint callbacks to tell.
+        trainer: the Trainer with the checkpoint callbacks.
         is_pending: whether a save to a path is in progress; the same on all ranks.
 
     Returns:
-        What gives the callbacks their own methods back.
+        A function that restores the callbacks' methods.
     """
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
@@ -34,7 +34,7 @@ def count_pending_names(
         for callback in callbacks:
             vars(callback).pop(_METHOD, None)
 
-    forget()  # a run before may have ended without notice
+    forget()  # an earlier run may have ended without a teardown
     for callback in callbacks:
         vars(callback)[_METHOD] = _counting(callback.file_exists, is_pending)
     return forget
@@ -42,7 +42,7 @@ def count_pending_names(
 
 def _counting(on_disk: Callable[..., bool], is_pending: Callable[[Path], bool]) -> Any:
     def file_exists(filepath: Any, trainer: pl.Trainer) -> bool:
-        # The ranks talk to each other in the first; so it comes first on all of them.
+        # on_disk communicates between ranks, so every rank must call it, and first.
         return on_disk(filepath, trainer) or is_pending(Path(filepath))
 
     return file_exists

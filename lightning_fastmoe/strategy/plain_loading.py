@@ -21,26 +21,26 @@ def is_ours(path: str | Path) -> bool:
 
 
 def read(path: Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """What a single file of Lightning's would hold, less what only the strategy can restore."""
+    """What Lightning's single file would hold, without what only the strategy can restore."""
     return read_whole(path, trusted=weights_only is False, place=_placer(map_location))
 
 
 def refuse(path: Path, map_location: Any = None, weights_only: bool | None = None) -> NoReturn:
-    """For strategies that know single files alone.
+    """Replaces the loader of strategies that read single files only.
 
     Raises:
         CheckpointError: always, naming the ways that work.
     """
     raise CheckpointError(
         f"{path} is a checkpoint of FastMoEStrategy, which other strategies can't read. Pass"
-        " Trainer(strategy=FastMoEStrategy()), on one device, too; or write its weights into a"
-        f" single file with `lightning-fastmoe checkpoint consolidate {path} model.ckpt`; or make a"
-        " module of it with load_from_checkpoint."
+        " Trainer(strategy=FastMoEStrategy()), which also works on one device; or write its weights"
+        f" to a single file with `lightning-fastmoe checkpoint consolidate {path} model.ckpt`; or"
+        " load it into a module with load_from_checkpoint."
     )
 
 
 def _placer(map_location: Any) -> Callable[[Tensor], Tensor]:
-    """Moves a tensor on the CPU as ``torch.load(map_location=...)`` would."""
+    """A function that moves CPU tensors as ``torch.load(map_location=...)`` would."""
 
     def place(tensor: Tensor) -> Tensor:
         if callable(map_location):

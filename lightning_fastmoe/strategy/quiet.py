@@ -1,7 +1,7 @@
 """Silences messages of Lightning and DeepSpeed that users of this strategy can't act on.
 
-Each message is left out by its text and by the module of theirs that prints it. Warnings about the
-user's own code and data stay.
+Each message is matched by its text and by the module that prints it. Warnings about the user's own
+code and data stay.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _LOGGED = {
         "Enabling DeepSpeed ",  # the precision, which the user has set
     ),
     "pytorch_lightning.strategies.deepspeed": ("initializing deepspeed distributed",),
-    # Of every trainer.save_checkpoint(path), on every rank; it means the default.
+    # At every trainer.save_checkpoint(path), on every rank, though the default is meant.
     "pytorch_lightning.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),
-    # check_optimizer has looked at the optimizer.
+    # check_optimizer has tested the optimizer.
     "DeepSpeed": ("**** You are using ZeRO with an untested optimizer",),
 }
 _WARNED = (
@@ -51,7 +51,7 @@ def quiet_warnings() -> Callable[[], None]:
     """Filters warnings during a run.
 
     Returns:
-        What ends that.
+        A function that removes the filters.
     """
     added = []
     for message, module in _WARNED:
@@ -60,7 +60,7 @@ def quiet_warnings() -> Callable[[], None]:
 
     def undo() -> None:
         for entry in added:
-            with suppress(ValueError):  # whoever has put all filters back has dropped it
+            with suppress(ValueError):  # gone already if somebody has reset all filters
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
 
     return undo

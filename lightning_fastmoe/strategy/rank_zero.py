@@ -27,22 +27,22 @@ def run_on_rank_zero(
 ) -> _Result | None:
     """Runs ``function(*args)`` on rank 0; every rank calls this at the same point.
 
-    Before each MoE layer whose experts are split, or whose router sees the global batch, rank 0
-    announces it to the others, and they run that layer without tokens of their own. In between
-    they wait for the next announcement, or for the end.
+    Rank 0 announces each MoE layer with sharded experts, or with a router that uses the global
+    batch, and the other ranks then run that layer without tokens of their own. In between they
+    wait for the next announcement, or for the end.
 
     Args:
-        module: what ``function`` runs; in evaluation mode meanwhile, on all ranks.
+        module: the model that ``function`` runs; put into evaluation mode on all ranks.
         layers: its MoE layers by name, the same on all ranks.
         progress: called at each announcement.
         function: may run the model any number of times, with inputs of any shapes.
-        args: for it.
+        args: its arguments.
 
     Returns:
         What ``function`` returned on rank 0; None on the others.
 
     Raises:
-        ExchangeError: on the other ranks, if ``function`` raised on rank 0, where its own error is.
+        ExchangeError: on the other ranks, if ``function`` raised on rank 0.
         ConfigError: on rank 0, if ``function`` trains.
     """
     shared = {n: m for n, m in layers.items() if m.is_sharded or m.uses_global_batch}
@@ -69,7 +69,7 @@ def _serve(layers: Mapping[str, MoE], progress: Callable[[], None]) -> None:
         progress()
         if name is None:
             if x:
-                raise ExchangeError(f"The function that runs on rank 0 alone failed there: {x}")
+                raise ExchangeError(f"The function that on_rank_zero runs failed on rank 0: {x}")
             return
         layer = layers[name]
         x, token_ids = _to(next(layer.parameters()).device, (x, token_ids))
@@ -87,8 +87,8 @@ def _announcing(layers: Mapping[str, MoE], progress: Callable[[], None]) -> Iter
         def hook(layer: MoE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer.training or torch.is_grad_enabled():
                 raise ConfigError(
-                    f"{name} is run for training on rank 0 alone: on_rank_zero runs the model in"
-                    " evaluation mode without gradients, and the other ranks do no backward pass."
+                    f"{name} was run for training on rank 0: on_rank_zero runs the model in"
+                    " evaluation mode without gradients, as the other ranks run no backward pass."
                 )
             progress()
             x = args[0] if args else kwargs["x"]
@@ -109,7 +109,7 @@ def _announcing(layers: Mapping[str, MoE], progress: Callable[[], None]) -> Iter
 
 
 def _without_tokens(x: Any, d_model: int) -> Any:
-    """The same structure and dtypes, with no token."""
+    """An input of the same structure and dtypes with zero tokens."""
     if isinstance(x, Tensor):
         return x.new_empty((0, d_model), device="cpu")
     return pytree.tree_map(lambda leaf: leaf.new_empty((0, *leaf.shape[1:]), device="cpu"), x)

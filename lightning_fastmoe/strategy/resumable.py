@@ -44,13 +44,13 @@ def is_own_state(state: Any) -> bool:
 def for_other_ranks(states: list[Any]) -> list[Any]:
     """The loaders' states of one rank, for a run on another number of ranks.
 
-    The place in the epoch holds there, if the global batch does; random numbers are a rank's own.
+    The position in the epoch stays valid if the global batch size is the same; random states don't.
     """
     return [{_BATCHES: s[_BATCHES]} if is_own_state(s) else s for s in states]
 
 
 def _epoch(fit_loop: Any) -> int:
-    """The epoch that begins or goes on, as ``fit_loop.reset()`` will find it in a moment."""
+    """The epoch that starts or continues, as ``fit_loop.reset()`` is about to compute it."""
     fit_loop.update_restart_stage()
     epoch_loop = fit_loop.epoch_loop
     ended = (
@@ -64,13 +64,13 @@ def _epoch(fit_loop: Any) -> int:
 class ResumableLoader:
     """Wraps a loader and tracks its position in the epoch.
 
-    A checkpoint of the middle of an epoch has the number of batches that were done, and the random
-    numbers with which the epoch began. On resuming, the sampler is advanced by as many batches,
-    and nothing is read; a loader without a sampler is read that far.
+    A checkpoint within an epoch stores the number of finished batches and the random state at the
+    start of the epoch. On resuming, the sampler is advanced by that many batches without reading
+    data; a loader without a sampler reads and discards them.
 
     Args:
         loader: a ``DataLoader``, or any iterable.
-        fit_loop: the Trainer's.
+        fit_loop: the Trainer's fit loop.
     """
 
     def __init__(self, loader: Any, fit_loop: Any) -> None:
@@ -87,7 +87,7 @@ class ResumableLoader:
 
     @property
     def _iterator(self) -> Any:
-        """The iterator of persistent workers, which Lightning ends and forgets after a run."""
+        """The iterator of persistent workers, which Lightning shuts down and clears after a run."""
         return self._loader._iterator
 
     @_iterator.setter
@@ -113,7 +113,7 @@ class ResumableLoader:
         """Starts the next iterator where the state was saved.
 
         Raises:
-            CheckpointError: if the state is another kind of loader's.
+            CheckpointError: if another kind of loader saved the state.
         """
         if not is_own_state(state):
             raise CheckpointError(
@@ -168,7 +168,7 @@ class _Indices:
 
     @classmethod
     def of(cls, loader: Any) -> _Indices | None:
-        """For a loader that reads by index; None for others."""
+        """Wraps the sampler of a loader that reads by index; None for other loaders."""
         by_index = isinstance(loader, DataLoader) and not isinstance(
             loader.dataset, IterableDataset
         )
@@ -177,10 +177,10 @@ class _Indices:
     def iterate(
         self, loader: DataLoader[Any], skip: int, sampled: dict[str, Any] | None
     ) -> Iterator[Any]:
-        """An iterator of ``loader`` from batch ``skip`` on."""
+        """An iterator of ``loader`` that starts at batch ``skip``."""
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self._skip, self._sampled = skip, sampled  # workers take two iterators of indices
-        # Past DataLoader.__setattr__, which refuses this to users.
+        # Bypasses DataLoader.__setattr__, which refuses this.
         vars(loader)[name] = self
         try:
             return iter(loader)

@@ -42,11 +42,11 @@ class Saving:
     """Writes checkpoints of a strategy whose state is sharded; one object per strategy.
 
     Args:
-        strategy: whose engine is saved.
-        state: what is known of its experts.
-        groups: where the experts are.
-        watch: is told what goes on.
-        averaging: what WeightAveraging keeps beside the weights.
+        strategy: the strategy with the engine to save.
+        state: the MoE layers and optimizer groups of the engine.
+        groups: the expert parallel groups.
+        watch: records progress.
+        averaging: adapter of the WeightAveraging callback.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Saving:
         """Prepares the directories and names that a run will save to.
 
         Args:
-            trainer: of the run.
-            in_background: write while training goes on.
+            trainer: the run's Trainer.
+            in_background: write while training continues.
 
         Returns:
-            What ends it.
+            A function that undoes it.
 
         Raises:
-            CheckpointError: on all ranks, if a name is taken by something else, or has just been
-                put back.
-            ConfigError: if links to checkpoints are asked for that are not there yet.
+            CheckpointError: on all ranks, if something else has one of the names, or a checkpoint
+                has just been restored.
+            ConfigError: if a callback links to checkpoints that are still being written.
         """
         self._in_background = in_background
         if trainer.training:
@@ -96,7 +96,7 @@ class Saving:
         try:
             model = map_model(self._strategy.deepspeed_engine.module, self._state.layers)
         except CheckpointError:
-            return {}  # on this rank, maybe: save() is where all ranks meet and say it
+            return {}  # maybe on this rank only: save() raises it on all ranks together
         self._weight_names = WeightNames.of_model(model)
         return self._weight_names.state_dict()
 
@@ -105,8 +105,8 @@ class Saving:
 
         Raises:
             CheckpointError: on all ranks, if one can't write, or if hooks have edited weights in
-                ``checkpoint``; training may go on.
-            ConfigError: for storage options, and without a model that a Trainer has set up.
+                ``checkpoint``; training may continue.
+            ConfigError: for storage options, and if no Trainer has set up a model.
         """
         if storage_options is not None:
             raise ConfigError(
@@ -133,7 +133,7 @@ class Saving:
             with together.stage():
                 names.check(checkpoint, len(trainer.optimizers), "on_save_checkpoint", trainer)
         with together.stage():
-            # What was set for the next step, and written to weights, belongs to the state.
+            # Pending edits of weights and of optimizer options are part of the state.
             strategy.deepspeed_engine.take_over_edits()
         snapshot = take_snapshot(
             together,
@@ -147,7 +147,7 @@ class Saving:
         )
         self._writer.submit(path, snapshot)
         if trainer.state.status != TrainerStatus.RUNNING:
-            self._writer.wait()  # no step will come in which an error could surface
+            self._writer.wait()  # no later step could raise its error
 
     def poll(self) -> None:
         """Raises any error from the background writer."""
@@ -170,7 +170,7 @@ class Saving:
         """Waits for the last checkpoint at the end of a run.
 
         Raises:
-            CheckpointError: on all ranks, if that could not be written.
+            CheckpointError: on all ranks, if it could not be written.
         """
         writer, self._made_writer = self._made_writer, None
         try:
@@ -181,26 +181,26 @@ class Saving:
             assert self._strategy.lightning_module is not None
             if not self._strategy.lightning_module.trainer.interrupted:
                 raise
-            rank_zero_warn(str(error))  # what interrupted the run matters more
+            rank_zero_warn(str(error))  # the error that interrupted the run matters more
 
     @property
     def _writer(self) -> BackgroundWriter | ForegroundWriter:
-        """Made by the first save, on all ranks together."""
+        """The writer; created by the first save, on all ranks together."""
         if self._made_writer is None:
             self._made_writer = BackgroundWriter() if self._in_background else ForegroundWriter()
         return self._made_writer
 
     def _put_back_names(self, trainer: pl.Trainer) -> None:
-        """After a save that died at the wrong moment "last" finds nothing: don't start anew then.
+        """Restores checkpoints that a killed run was replacing, so that ``"last"`` finds them.
 
         Raises:
-            CheckpointError: on all ranks, if a checkpoint has got its name back.
+            CheckpointError: on all ranks, if one was restored after this run looked for it.
         """
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         names: list[str] = []
         if self._strategy.is_global_zero:
             for folder in dict.fromkeys(str(c.dirpath) for c in callbacks if c.dirpath):
-                with suppress(OSError):  # of which saving will complain
+                with suppress(OSError):  # saving will report it
                     names += [f"{folder}/{name}" for name in put_back(Path(folder))]
         names = self._strategy.broadcast(names)
         if names and trainer.ckpt_path is None:
@@ -211,10 +211,10 @@ class Saving:
             )
 
     def _check_names(self, trainer: pl.Trainer) -> None:
-        """What will be saved to and can't be replaced is refused now, not hours later.
+        """Refuses paths that a save can't replace, now rather than hours later.
 
         Raises:
-            CheckpointError: on all ranks, naming the file that is in the way.
+            CheckpointError: on all ranks, naming the path.
         """
         fault = ""
         if self._strategy.is_global_zero:

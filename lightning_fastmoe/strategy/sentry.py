@@ -1,16 +1,16 @@
 """A watchdog process for each rank that ends it if it hangs or ignores SIGTERM.
 
-It is a process because nothing inside the rank is sure to run. A main thread that waits inside C,
-in a launch or a collective, runs no Python signal handler; if it holds the GIL while it waits, no
-Python thread runs either. This process needs nothing from the rank but some shared memory, in which
-the rank writes when it last made progress, and a socket, into which Python's own signal handler, in
-C, writes the number of every signal that arrives.
+It is a separate process because nothing inside the rank is sure to run. A main thread that waits in
+C code, in a launch or a collective, runs no Python signal handlers; if it holds the GIL while it
+waits, no other Python thread runs either. This process needs only two things from the rank: shared
+memory, where the rank records when it last made progress, and a socket, to which Python's C-level
+signal handler writes the number of every signal that arrives.
 
-When time is up the sentry says so on stderr and asks the rank's own thread to print stacks and to
-exit (see ``watch.py``). If it does not answer, a signal makes faulthandler's handler print the
-stacks, in C again, and SIGKILL ends the rank.
+When time is up, the sentry prints why to stderr and asks a thread of the rank to print stacks and
+exit (see ``watch.py``). If that thread does not answer, a signal makes faulthandler print the
+stacks from C, and SIGKILL ends the rank.
 
-Run as a script, so that it starts in milliseconds: the standard library only.
+Run as a script that imports only the standard library, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from contextlib import suppress
 from mmap import mmap
 
 HANG_STATUS = 75
-"""The exit status of a rank that stood still (EX_TEMPFAIL: try again)."""
+"""The exit status of a rank that hung (EX_TEMPFAIL: try again)."""
 TERMINATED_STATUS = 128 + signal.SIGTERM
 INTERRUPTED_STATUS = 128 + signal.SIGINT
-DUMP_SIGNAL = getattr(signal, "SIGRTMAX", signal.NSIG) - 5  # which Linux alone has
-"""Makes a rank print its stacks. Nothing of torch, CUDA or NCCL uses real-time signals."""
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", signal.NSIG) - 5  # Linux only
+"""Makes a rank print its stacks. torch, CUDA and NCCL don't use real-time signals."""
 STOP = b"\0"
-"""What the rank writes into the socket when it needs no sentry any more; no signal's number."""
+"""Sent by the rank when it no longer needs the sentry; not a valid signal number."""
 
 PROGRESS = struct.Struct("<dqqB")
-"""When progress was last made (``time.monotonic``), optimizer steps, batches, activity."""
+"""Time of the last progress (``time.monotonic``), optimizer steps, batches, activity."""
 SPOKEN_AT, OVER_AT, EXCHANGE_AT, MEMORY_BYTES = 64, 65, 128, 4096
 
 _SAME_REQUEST = 2.0
-"""Seconds in which signals are one request: a group gets one, and torchrun passes on its own."""
+"""Seconds within which signals count as one: the process group's, and torchrun's copy of it."""
 _ANSWER = 3.0
 _CREDENTIALS = struct.Struct("3i")
 _MOVED_BYTES = 1 << 20
 
 
 class Activity(enum.IntEnum):
-    """What a rank does."""
+    """What a rank is doing."""
 
     SETTING_UP = 0
     LOADING = 1
@@ -71,9 +71,9 @@ WORDS = {
     Activity.ENDING: "ending the run",
 }
 _MOVES_BYTES = (Activity.SETTING_UP, Activity.LOADING, Activity.SAVING)
-"""Where no batch comes for long: here bytes that the rank reads or writes are progress."""
+"""Long activities without batches, where bytes that the rank reads or writes are progress."""
 _MAY_FINISH = (Activity.LOADING, Activity.SAVING, Activity.ENDING)
-"""What SIGTERM lets finish: a last checkpoint takes longer than a batch."""
+"""Activities that may finish after SIGTERM: a last checkpoint takes longer than a batch."""
 
 
 def start_time(pid: int) -> str:
@@ -82,13 +82,13 @@ def start_time(pid: int) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third, the state, on."""
+    """The fields of /proc/PID/stat, starting with the third, the state."""
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()
 
 
 def _moved_bytes(pid: int) -> int:
-    """How much a process has read and written, caches included; 0 where that is not told."""
+    """Bytes that a process has read and written, caches included; 0 where unavailable."""
     try:
         with open(f"/proc/{pid}/io", encoding="ascii") as file:
             fields = dict(line.split(": ") for line in file)
@@ -101,14 +101,14 @@ class Sentry:
     """Watches one rank.
 
     Args:
-        rank: for messages.
+        rank: the rank, for messages.
         pid: the process id of the rank, the parent of this process.
         hang_timeout: seconds without progress; 0 is no limit.
         grace: seconds without progress after SIGTERM; 0 is no limit.
-        linger: seconds between the message and the end, in which other ranks print theirs.
-        memory: shared with the rank.
+        linger: seconds between the message and the exit, in which other ranks print theirs.
+        memory: the memory shared with the rank.
         exchange: layout of the record of exchanges.
-        launched: (pid, start time) of processes that the rank has launched, ranks themselves.
+        launched: (pid, start time) of the ranks that this rank has launched.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Sentry:
         self.rank, self.pid, self.linger = rank, pid, linger
         self.hang_timeout, self.grace = hang_timeout, grace
         self.memory, self.exchange, self.launched = memory, exchange, launched
-        self.requests: dict[int, float] = {}  # signal -> when it first came
+        self.requests: dict[int, float] = {}  # signal -> when it first arrived
         self.again: int | None = None
         self._floor = self._looked = time.monotonic()
         self._moved = _moved_bytes(pid)
@@ -151,11 +151,11 @@ class Sentry:
         self._end_launched(10.0)
 
     def _receive(self, channel: socket.socket) -> set[bytes]:
-        """The signals that came, and STOP; nothing at the end of the connection."""
+        """The signals that arrived, and STOP; empty if the connection is closed."""
         data, ancillary, *_ = channel.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
         if not data:
             return set()
-        # Processes that the rank has forked inherit the socket and Python's handlers.
+        # Ignore processes forked from the rank, which inherit the socket and Python's handlers.
         sender = next((_CREDENTIALS.unpack(item[2])[0] for item in ancillary), self.pid)
         if sender != self.pid:
             return {b"\xff"}
@@ -164,7 +164,7 @@ class Sentry:
             if number in (signal.SIGTERM, signal.SIGINT):
                 first = self.requests.setdefault(number, now)
                 if number == signal.SIGINT and PROGRESS.unpack_from(self.memory)[0] > first:
-                    # Somebody caught the first KeyboardInterrupt, and the run goes on.
+                    # The first KeyboardInterrupt was caught, and the run continues.
                     first = self.requests[number] = now
                 if now - first > _SAME_REQUEST:
                     self.again = number
@@ -176,7 +176,7 @@ class Sentry:
         """(exit status, why, seconds to linger) if the rank must end."""
         if self.again is not None:
             name = signal.Signals(self.again).name
-            return 128 + self.again, f"{name} came a second time.", 0.0
+            return 128 + self.again, f"{name} arrived a second time.", 0.0
         beat, *_, activity = PROGRESS.unpack_from(self.memory)
         if now - self._looked > self._interval + 2:
             self._floor = now  # this process was stopped for a while, and so was the rank
@@ -192,28 +192,28 @@ class Sentry:
         if asked is not None and not obeys and not self._is_stopped(now):
             return (
                 TERMINATED_STATUS,
-                f"SIGTERM came {now - asked:.0f} s ago, and no batch has ended in the last"
+                f"SIGTERM arrived {now - asked:.0f} s ago, and no batch has finished in the last"
                 f" {quiet:.0f} s (signal_grace={self.grace:g}).",
                 self.linger,
             )
         if self.hang_timeout and now - since > self.hang_timeout and not self._is_stopped(now):
             return (
                 HANG_STATUS,
-                f"The run stands still: no batch has ended, and nothing else has moved, for"
+                f"The run hangs: no batch has finished and nothing else has made progress for"
                 f" {now - since:.0f} s (hang_timeout={self.hang_timeout:g}).",
                 self.linger,
             )
         return None
 
     def _is_stopped(self, now: float) -> bool:
-        """Whether somebody has stopped the rank, or looks at it with a debugger."""
+        """Whether the rank is stopped, or traced by a debugger."""
         stopped = _stat(self.pid)[0] in "Tt"
         if stopped:
             self._floor = now
         return stopped
 
     def _end(self, status: int, reason: str, linger: float) -> bool:
-        """Ends the rank; False if it says that its run is over already."""
+        """Ends the rank; returns False if its run is over already."""
         self._say(self._report(status, reason))
         with suppress(OSError):
             os.write(1, f"{status} {linger}\n".encode())
@@ -226,7 +226,7 @@ class Sentry:
             waited = time.monotonic() - begin
             if not (self.memory[SPOKEN_AT] or signalled) and waited > min(_ANSWER, 1 + linger):
                 signalled = True
-                self._say(f"{self._name}: no Python thread answers; the interpreter is locked.\n")
+                self._say(f"{self._name}: no Python thread answers: the GIL is held.\n")
                 os.kill(self.pid, DUMP_SIGNAL)
             if waited > _ANSWER + linger + 2:
                 self._say(f"{self._name}: ended by SIGKILL.\n")
@@ -260,10 +260,10 @@ class Sentry:
 
     @staticmethod
     def _say(text: str) -> None:
-        # Not into a full pipe that nobody reads: the rank may stand still for the same reason.
+        # Not into a full pipe that nobody reads: the rank may hang for the same reason.
         if select.select([], [2], [], 1.0)[1]:
             with suppress(OSError):
-                os.write(2, text.encode())  # in one piece: the ranks share the screen
+                os.write(2, text.encode())  # in one write: the ranks share the terminal
 
     def _send_launched(self, number: int) -> None:
         for process in filter(_lives, self.launched):
@@ -271,7 +271,7 @@ class Sentry:
                 os.kill(process[0], number)
 
     def _end_launched(self, seconds: float) -> None:
-        """Ranks whose launcher is gone get some seconds to notice, and are killed then."""
+        """Gives the launched ranks some seconds to exit, then kills them."""
         deadline = time.monotonic() + seconds
         while self.launched and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -295,17 +295,17 @@ def arguments(
     exchange: struct.Struct,
     launched: Sequence[int],
 ) -> list[str]:
-    """The arguments with which this file becomes the sentry of the calling process."""
+    """The command-line arguments that run this file as the sentry of the calling process."""
     own = [rank, os.getpid(), *(limit or 0.0 for limit in limits), linger, memory, exchange.format]
     processes = []
     for pid in launched:
-        with suppress(FileNotFoundError):  # it is gone already
+        with suppress(FileNotFoundError):  # it has exited already
             processes.append(f"{pid}:{start_time(pid)}")
     return [__file__, *map(str, own), *processes]
 
 
 def main() -> None:
-    """Watches the process that has started this one."""
+    """Watches the parent process."""
     rank, pid, hang_timeout, grace, linger, memory, exchange, *launched = sys.argv[1:]
     pairs = [process.split(":") for process in launched]
     sentry = Sentry(

@@ -20,18 +20,18 @@ from lightning_fastmoe.strategy.watch import Activity, Watch
 class DeferredSignals(pl.Callback):
     """Defers Lightning's handlers of SIGTERM and of SLURM's requeue signal.
 
-    Lightning's handlers talk to the other ranks at once, wherever each of them is: between two
-    exchanges of tokens on one rank, two later on another. The ranks then wait for each other until
-    they are killed, or a checkpoint of half a step is saved. Here a signal is only noted; after
-    each batch the ranks begin to tell each other, and after the next, if one has got a signal, all
-    run the handlers. (A single rank runs them at once.) If no batch ends any more, the watch ends
-    the process.
+    Lightning's handlers communicate immediately, wherever each rank is: one rank may be two token
+    exchanges ahead of another. The ranks then deadlock, or save a checkpoint in the middle of a
+    step. Here a signal is only recorded. After each batch the ranks start an asynchronous
+    all-reduce of what they recorded, and after the next batch, if any rank got a signal, all run
+    the handlers. (A single rank runs them right after the batch.) If no further batch finishes,
+    the watch ends the process.
 
-    Made by the strategy on all ranks together when training starts.
+    Created by the strategy on all ranks together when training starts.
 
     Args:
-        trainer: whose handlers to put off.
-        watch: told that SIGTERM is being obeyed.
+        trainer: the Trainer with the handlers to defer.
+        watch: notified when SIGTERM is handled.
     """
 
     def __init__(self, trainer: pl.Trainer, watch: Watch) -> None:
@@ -43,7 +43,7 @@ class DeferredSignals(pl.Callback):
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._under_way: tuple[Any, torch.Tensor] | None = None
         if threading.current_thread() is not threading.main_thread():
-            return  # where Python lets nobody set handlers, Lightning has none
+            return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
         numbers = [signal.SIGTERM]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -59,7 +59,7 @@ class DeferredSignals(pl.Callback):
         if self in self._callbacks:
             self._callbacks.remove(self)
         if self._group is not None and self._under_way is None:
-            # Else an error came in between, and the other ranks may never answer.
+            # Otherwise an error came in between, and the other ranks may never join the all-reduce.
             dist.destroy_process_group(self._group)
             self._group = None
 
@@ -69,12 +69,12 @@ class DeferredSignals(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self._obey_what_all_know()
-        # Alike on all ranks, whose environment is the same.
+        # The same handlers on all ranks, as their environments are the same.
         noted = torch.tensor([number in self._noted for number in self._handlers], dtype=torch.int)
         if self._group is None:
             self._obey(noted)
         else:
-            # Over by the end of the next batch, so that nobody waits for it.
+            # Done by the end of the next batch, so no rank waits for it.
             work = dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._under_way = (work, noted)
 
@@ -83,7 +83,7 @@ class DeferredSignals(pl.Callback):
         self._obey_what_all_know()
 
     def _obey_what_all_know(self) -> None:
-        """Takes the ranks' answers of the batch before."""
+        """Runs the handlers of signals that any rank had recorded by the previous batch."""
         if self._under_way is not None:
             work, noted = self._under_way
             self._under_way = None
@@ -96,7 +96,7 @@ class DeferredSignals(pl.Callback):
                 handler = self._handlers.pop(number)
                 if number == signal.SIGTERM:
                     self._watch.beat(Activity.ENDING)
-                    # Lightning would send it on to the ranks that it has launched. They know
-                    # already, and to their own watch it would be the second, which ends them.
+                    # Keeps Lightning from forwarding it to the ranks that it launched. They know
+                    # already, and a second SIGTERM would make their watch end them.
                     self._trainer._signal_connector.received_sigterm = True
                 handler(number, None)

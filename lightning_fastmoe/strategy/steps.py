@@ -30,10 +30,10 @@ class Steps:
     """Runs the steps of a strategy whose forward passes exchange tokens; one object per strategy.
 
     Args:
-        strategy: whose engine runs.
-        state: what is known of its experts.
-        groups: where the experts are.
-        watch: is told of each batch.
+        strategy: the strategy with the engine.
+        state: the MoE layers and optimizer groups of the engine.
+        groups: the expert parallel groups.
+        watch: records each batch.
         uneven: keeps ranks with different numbers of batches in step.
     """
 
@@ -79,7 +79,7 @@ class Steps:
         """Called before the first batch; returns the function that undoes it."""
         module = self._strategy.lightning_module
         assert module is not None
-        unwrap_compiled(module)  # what a hook of the user's has compiled since set-up
+        unwrap_compiled(module)  # a user's hook may have compiled modules since set-up
         return DeferredSignals(module.trainer, self._watch).detach
 
     def begin_evaluation(self, activity: Activity) -> None:
@@ -94,13 +94,13 @@ class Steps:
         """Gives access to whole parameters, for reading and writing.
 
         Raises:
-            ParameterEditError: if there is no training, or if one is not the model's.
+            ParameterEditError: outside of training, or if a parameter is not the model's.
         """
         edits = getattr(self._strategy.model, "edits", None)
         if edits is None:
             raise ParameterEditError(
-                "edit_parameters() was called outside of training. It may be called from"
-                " on_fit_start to on_train_end; at other times write into the parameters."
+                "edit_parameters() was called outside of training. Call it between"
+                " on_fit_start and on_train_end; at other times write to the parameters directly."
             )
         with edits.editing(parameters):
             yield
@@ -121,8 +121,8 @@ class Steps:
         if strategy.zero_stage_3:
             raise ConfigError(
                 "on_rank_zero does not work at stage 3: the parameters of dense layers are"
-                " partitioned over all ranks, and rank 0 can't gather them alone. Call the function"
-                " on every rank, with the same inputs, or use stage 2."
+                " partitioned over all ranks, and rank 0 can't gather them by itself. Call the"
+                " function on every rank, with the same inputs, or use stage 2."
             )
         with strategy.precision_plugin.forward_context():
             return run_on_rank_zero(

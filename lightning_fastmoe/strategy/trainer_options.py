@@ -32,7 +32,7 @@ _CALLBACKS: dict[type[Callback], str] = {
     " trainer.accumulate_grad_batches in your own on_train_epoch_start, which is exact here",
     LearningRateFinder: "it sets the learning rate of an optimizer that the engine has taken over"
     " by then. Search with another strategy, with a small model on one device",
-    BatchSizeFinder: "one rank runs out of memory where the others go on, and they would wait for"
+    BatchSizeFinder: "when one rank runs out of memory, the others continue and would wait for"
     " it. Try a few batch sizes by hand; MoESummary shows the memory of each",
     BaseFinetuning: "it adds parameters to the optimizer while training, which ZeRO would never"
     " update. Set requires_grad in __init__ or configure_model, and start a second fit for the"
@@ -47,7 +47,7 @@ _CALLBACKS: dict[type[Callback], str] = {
 def check_trainer_options(module: pl.LightningModule | None) -> None:
     """Refuses options of the Trainer, callbacks and hooks that would have no effect or fail.
 
-    A logger's wish to trace the model is left out with a warning.
+    Loggers that would trace the model are kept from it, with a warning.
 
     Raises:
         ConfigError: naming the option and what to do instead.
@@ -96,14 +96,14 @@ def check_trainer_options(module: pl.LightningModule | None) -> None:
 def _leave_out_graphs(trainer: pl.Trainer) -> None:
     """Keeps loggers from tracing the model, with a warning.
 
-    They run it on rank 0 alone, where experts on other ranks can't be reached.
+    They run it on rank 0 only, which can't reach the experts of other ranks.
     """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and logger._log_graph:
             logger._log_graph = False
             rank_zero_warn(
                 "TensorBoardLogger(log_graph=True) logs no graph under FastMoEStrategy: it runs the"
-                " model on rank 0 alone, which can't reach the experts of other ranks. Log it from"
+                " model on rank 0 only, which can't reach the experts of other ranks. Log it from"
                 " a run on one process without the strategy."
             )
 
@@ -117,7 +117,7 @@ def check_has_no_closure(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(
             "torch.optim.LBFGS is not supported: it evaluates the loss several times in a step,"
-            " and the engine does so once. Use AdamW, or another optimizer of one evaluation."
+            " and the engine evaluates it once. Use AdamW, or another optimizer without a closure."
         )
 
 

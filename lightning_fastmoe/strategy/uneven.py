@@ -1,14 +1,15 @@
 """Keeps ranks with different numbers of batches in step.
 
-Every forward pass exchanges tokens between ranks, so all ranks must run equally many. The rules:
+Every forward pass exchanges tokens between ranks, so all ranks must run the same number of forward
+passes. The rules:
 
-- fit stops together: an epoch has as many steps as the rank with the fewest batches;
+- in fit, an epoch has as many steps as the rank with the fewest batches has batches;
 - validation, testing and prediction count each sample once: a rank with fewer batches runs extra
-  steps for the sake of the others on a batch of its own, and nothing of them is kept.
+  steps on its last batch, so that the others can continue, and discards their results.
 
-A loader's extra steps run when Lightning asks for the batch after this rank's last. By then its own
-steps are done, and what Lightning and torchmetrics reduce at the end of a loader is yet to come, so
-that all ranks go through the same steps and reductions in the same order.
+A loader's extra steps run when Lightning asks for the batch after this rank's last. By then the
+rank's own steps are done, but Lightning and torchmetrics have not yet reduced their results, so all
+ranks run the same steps and reductions in the same order.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class UnevenData:
     """Keeps the ranks in step; one object per strategy.
 
     Args:
-        strategy: whose trainer, ranks and steps these are.
+        strategy: the strategy, with its Trainer, ranks and steps.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -62,7 +63,7 @@ class UnevenData:
         return self._module.trainer
 
     def wrap(self, dataloader: object) -> object:
-        """Returns the loader itself if all ranks have equally many batches, else a wrapper.
+        """Returns the loader itself if all ranks have the same number of batches, else a wrapper.
 
         Called by all ranks at the same point.
 
@@ -112,7 +113,7 @@ class UnevenData:
                 f" combined by CombinedLoader(mode={combined._mode!r}). Use mode='sequential'."
             )
         if any(isinstance(loader, UnsizedLoader) for loader in wrapped):
-            # Lightning then fetches one batch ahead, also across the end of a loader.
+            # Lightning then fetches one batch ahead, even past the end of a loader.
             for loader in loaders[1:]:
                 if isinstance(loader, SizedLoader):
                     check_second_batch(self._gather(loader.own_length()))
@@ -171,14 +172,14 @@ class _Loader:
             raise AttributeError(name)
         return getattr(self._loader, name)
 
-    # By name, as Lightning looks for them without __getattr__.
+    # Defined explicitly, as Lightning looks for them without __getattr__.
 
     def state_dict(self) -> Any:
         """The loader's own state; every training loader has one."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        """Loads it into the loader itself."""
+        """Loads the loader's own state."""
         self._loader.load_state_dict(state)
 
 
@@ -187,12 +188,12 @@ class SizedLoader(_Loader):
 
     In evaluation all ranks report the longest rank's length, so that Lightning's limits agree.
 
-    Lightning's sampler repeats samples to give all ranks equally many; in evaluation that would
-    count them twice, so there the loader reads each sample once.
+    Lightning's sampler repeats samples so that all ranks have the same number; evaluation would
+    count these twice, so there the loader reads each sample once.
 
     Args:
-        loader: the loader itself.
-        uneven: who keeps the ranks in step.
+        loader: the wrapped loader.
+        uneven: keeps the ranks in step.
         lengths: the lengths of the loaders of all ranks.
     """
 
@@ -260,10 +261,10 @@ class UnsizedLoader(_Loader):
 
 
 def check_second_batch(lengths: list[int]) -> None:
-    """Where Lightning fetches ahead, a rank's second batch is due before its first step.
+    """Checks for a second batch, which Lightning fetches before the first step.
 
     Args:
-        lengths: each rank's number of batches in a loader that is not the first one.
+        lengths: each rank's number of batches in a loader other than the first.
 
     Raises:
         DataError: if one rank has a single batch and another has more.
@@ -289,7 +290,7 @@ def _length(loader: Any) -> int:
 
 
 def _pads(loader: Any) -> bool:
-    """Whether the loader's sampler repeats samples to give every rank equally many."""
+    """Whether the loader's sampler repeats samples so that all ranks have the same number."""
     sampler: Any = getattr(loader, "sampler", None)
     return (
         type(sampler) in (DistributedSampler, DistributedSamplerWrapper)
@@ -299,7 +300,7 @@ def _pads(loader: Any) -> bool:
 
 
 def _without_padding(loader: DataLoader[Any]) -> Any:
-    """The same loader, each sample once; the ranks' lengths then differ by up to one sample.
+    """The loader without repeated samples; the ranks' lengths then differ by up to one sample.
 
     Raises:
         DataError: if some rank would have no batch.
@@ -331,7 +332,7 @@ def _without_padding(loader: DataLoader[Any]) -> Any:
 def _nothing_logged(
     trainer: Any, loop: Any, batch: Any, dataloader_idx: int | None
 ) -> Iterator[None]:
-    """Inside, ``self.log`` works as ever, joins other ranks' reductions, and is then forgotten."""
+    """Inside, ``self.log`` joins other ranks' reductions as usual, and its values are discarded."""
     kept, connector = loop._results, trainer._logger_connector
     current = connector._current_fx
     if kept is not None:

@@ -20,8 +20,8 @@ def untouched(module: pl.LightningModule) -> Iterator[None]:
     """Restores on exit what evaluation steps usually write to.
 
     That is: the state of every torchmetrics metric; all other buffers; and the module's own
-    attributes, into lists, dicts, sets and deques at any depth (``self.outputs.append(...)``), but
-    not into other objects.
+    attributes, including lists, dicts, sets and deques at any depth (``self.outputs.append(...)``),
+    but not the contents of other objects.
     """
     undo = [*_metrics(module), *_buffers(module), _attributes(module)]
     try:
@@ -58,7 +58,7 @@ def _buffers(module: nn.Module) -> Iterator[_Undo]:
 
 
 def _rebind(owner: dict[str, Any], name: str, tensor: Tensor) -> _Undo:
-    """Restores both the values of ``tensor`` and its place in ``owner``."""
+    """An action that restores the values of ``tensor`` and its entry in ``owner``."""
     copy = tensor.detach().clone()
 
     def restore() -> None:

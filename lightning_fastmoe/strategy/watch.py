@@ -38,7 +38,7 @@ __all__ = ["TERMINATED_STATUS", "Activity", "Watch", "check_seconds"]
 
 _LINGER = 2.0
 _LINGER_OF_LAUNCHED = 7.0
-"""Lightning kills the whole run once it finds a launched rank gone: rank 0 is to end first."""
+"""Longer, so that rank 0 ends first: Lightning kills the run once a launched rank is gone."""
 _STDERR = 2
 _ON_LINUX = sys.platform.startswith("linux")
 
@@ -60,12 +60,12 @@ def check_seconds(name: str, value: Any) -> None:
 class Watch:
     """Reports this rank's progress to the sentry, and prints stacks when the sentry asks.
 
-    What runs per batch is one write of 25 bytes into shared memory.
+    The cost per batch is one write of 25 bytes to shared memory.
 
-    Why stacks are printed here and not by an exception in the main thread: a main thread that
-    stands in C raises nothing. The thread below runs wherever C code has released the GIL, as
-    torch's collectives and synchronisations do; where it can't run, the sentry's signal prints the
-    stacks, since faulthandler's handler needs no GIL, and the sentry kills the rank.
+    A thread prints the stacks, as a main thread that is blocked in C code can't raise an exception.
+    The thread runs wherever C code has released the GIL, as torch's collectives and
+    synchronisations do. Where it can't run, the sentry's signal prints the stacks, since
+    faulthandler's handler needs no GIL, and the sentry kills the rank.
 
     Args:
         hang_timeout: seconds without progress after which the run ends; None is no limit.
@@ -85,8 +85,8 @@ class Watch:
         """Records progress.
 
         Args:
-            activity: what begins now; None is the same as before.
-            step: optimizer steps done, if that is known here.
+            activity: the activity that begins now; None keeps the current one.
+            step: optimizer steps done, if known.
         """
         if activity is not None:
             self._activity = activity
@@ -124,16 +124,16 @@ class Watch:
         launched: Sequence[int] = (),
         is_launched: bool = False,
     ) -> None:
-        """Starts the sentry; only on Linux, whose kernel it asks about the rank.
+        """Starts the sentry; on Linux only, as it reads /proc.
 
         Args:
             rank: this process's rank in the world.
             device: the device of this rank.
-            launched: processes that this one has launched, ranks themselves. They end with it.
-            is_launched: whether this process is one of those.
+            launched: process ids of the ranks that this one has launched. They end with it.
+            is_launched: whether this process is such a launched rank.
 
         Raises:
-            ConfigError: if no process can be started here.
+            ConfigError: if the process can't be started.
         """
         if self._process is not None or self._limits == (None, None) or not _ON_LINUX:
             return
@@ -194,7 +194,7 @@ class Watch:
         if self._previous_wakeup is not None:
             current = signal.set_wakeup_fd(self._previous_wakeup)
             if current != self._channel.fileno():
-                signal.set_wakeup_fd(current)  # somebody else's by now
+                signal.set_wakeup_fd(current)  # somebody else has replaced it
         with suppress(OSError):
             self._channel.send(STOP)
         self._channel.close()
@@ -225,24 +225,24 @@ class Watch:
                 )
             return
         if not self._is_in_fit():
-            # An error skipped the teardown, and somebody caught it.
+            # An error skipped the teardown, and the user's program caught it.
             memory[OVER_AT] = 1
             _say(
-                "lightning_fastmoe: but no run is in progress any more, so the process is left"
-                " alone.\n"
+                "lightning_fastmoe: but no run is in progress any more, so the process is not"
+                " ended.\n"
             )
             return
         status, linger = int(words[0]), float(words[1])
         begin = time.monotonic()
         faulthandler.dump_traceback(_STDERR, all_threads=True)
         memory[SPOKEN_AT] = 1
-        # These may wait for locks that the main thread holds.
+        # These may block on locks that the main thread holds.
         last = threading.Thread(target=_last_words, args=(self._device,), daemon=True)
         last.start()
         last.join(max(1.0, linger))
-        # The other ranks are late, too; whoever started them all may end them when this one ends.
+        # Gives the other ranks time to report: the launcher may end them all when this one exits.
         time.sleep(max(0.0, begin + linger - time.monotonic()))
-        # Not an exception: the main thread may never return from where it is.
+        # Not an exception: the main thread may never get to raise it.
         os._exit(status)
 
     def _is_in_fit(self) -> bool:

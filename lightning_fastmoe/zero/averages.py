@@ -1,8 +1,8 @@
 """Averaged weights kept alongside the training weights, for saving and loading.
 
-A checkpoint of a run that averages its weights has the averages as its weights, and the weights
-that train as one more state of the optimizer. Resuming needs them there, and every other reader of
-the checkpoint gets the averages.
+A checkpoint of a run that averages its weights stores the averages as its weights, and the training
+weights as one more optimizer state. Resuming reads the training weights from there; every other
+reader of the checkpoint gets the averages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, state_name
 from lightning_fastmoe.zero.state import ZeroShare
 
 TRAINING = "training_weights"
-"""The state that holds what trains."""
+"""Name of the optimizer state that holds the training weights."""
 
 
 def training_name(name: str) -> str:
@@ -36,9 +36,10 @@ class Averages:
 
     Attributes:
         masters: one per partition, laid out like its master.
-        loose: parameter that no partition holds -> flat, what this rank has of it.
+        loose: parameter that no partition holds -> this rank's part of its average, flat.
         buffers: persistent buffer -> its average.
-        swapped: the module has the averages at the moment, and these tensors what trains.
+        swapped: whether the module currently holds the averages, and these tensors the training
+            weights.
     """
 
     masters: list[Tensor]

@@ -14,7 +14,7 @@ def modernise_collectives() -> None:
     """Makes DeepSpeed call the successors of two collectives that torch deprecated.
 
     They are the same functions under new names. Under the old ones, each call at stage 3 prints a
-    warning, on every rank. Call it once DeepSpeed's back end is there.
+    warning on every rank. Call this once DeepSpeed's back end exists.
     """
     from deepspeed.comm import comm
 

@@ -11,7 +11,7 @@ import torch
 from lightning_fastmoe.errors import ConfigError
 
 if not torch.cuda.is_available():
-    # Saves DeepSpeed's guess, and its warning about the guess. Must precede its first import.
+    # Keeps DeepSpeed from guessing and warning about it. Must precede its first import.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -46,7 +46,7 @@ _REFUSED_SECTIONS = {
     "use_data_before_expert_parallel": "neighbouring ranks form an expert parallel group",
     "sequence_parallel_size": "experts can't be combined with sequence parallelism",
     "zenflow": "experts can't be combined with ZenFlow",
-    "data_types": "its gradient accumulation types select optimizers that know no experts",
+    "data_types": "its gradient accumulation types select optimizers that don't support experts",
     "torch_autocast": "its gradient scaler is not part of checkpoints; use Trainer(precision=...)",
     "amp": "use Trainer(precision=...)",
 }
@@ -69,9 +69,9 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     zero = config.get("zero_optimization")
     if not isinstance(zero, Mapping) or "stage" not in zero:
         raise ConfigError(
-            "The DeepSpeed config names no ZeRO stage, and takes the place of FastMoEStrategy's own"
-            " stage. Put 'zero_optimization': {'stage': 2} into it, or give no config and"
-            " FastMoEStrategy(stage=2)."
+            "The DeepSpeed config sets no ZeRO stage, and it replaces FastMoEStrategy's own stage."
+            " Put 'zero_optimization': {'stage': 2} into it, or use FastMoEStrategy(stage=2)"
+            " without a config."
         )
     check_stage(zero["stage"])
     for name, reason in _REFUSED_SECTIONS.items():
@@ -86,15 +86,15 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "nvme":
             raise ConfigError(
-                f"zero_optimization.{name}.device='nvme' is refused: what lies on NVMe is not part"
-                " of checkpoints. Use device 'cpu'."
+                f"zero_optimization.{name}.device='nvme' is refused: state on NVMe is not part of"
+                " checkpoints. Use device 'cpu'."
             )
     for name, neutral in _REFUSED_ZERO.items():
         if zero.get(name, neutral) != neutral:
             raise ConfigError(
                 f"zero_optimization.{name}={zero[name]} is refused: it has not been tested with"
-                " experts, which have other data parallel groups than dense parameters. Drop the"
-                " option."
+                " experts, whose data parallel groups differ from those of dense parameters. Drop"
+                " the option."
             )
 
 
@@ -102,7 +102,7 @@ def check_stage(stage: Any) -> None:
     """Refuses ZeRO stages that do not exist, or that train experts incorrectly.
 
     Raises:
-        ConfigError: naming the stages that do.
+        ConfigError: naming the supported stages.
     """
     if stage == 0 and type(stage) is int:
         raise ConfigError(

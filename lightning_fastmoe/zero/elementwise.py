@@ -1,9 +1,9 @@
 """Tests whether an optimizer is elementwise, as ZeRO's flat partitions require.
 
-ZeRO gives the optimizer a flat piece of all parameters of a group, cut where a rank's share ends.
-An optimizer that looks at a parameter as a whole (its shape, its norm) then trains without an
-error, but otherwise than it should, and differently on every number of ranks. Its class does not
-say so, so a copy of it is tried on one small matrix, and on the same numbers in two flat pieces.
+ZeRO gives the optimizer a flat slice of all parameters of a group, cut at the boundary of a rank's
+shard. An optimizer that depends on whole parameters (their shape or norm) then trains without an
+error, but incorrectly, and differently for each number of ranks. Its class doesn't tell, so a copy
+of it is run on one small matrix, and on the same numbers in two flat pieces.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 
 _CUT = 7
 _STEPS = 8  # RAdam takes plain steps at first
-_TOLERANCE = 1e-4  # of the longest way that an element went; what depends on norms differs by 1e-2
+_TOLERANCE = 1e-4  # relative to the largest change of an element; norms make a difference of 1e-2
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool | None:
     """Tries a copy of an optimizer, with the options of each of its groups.
 
-    Nothing of the optimizer changes, nor do random numbers; the copy's learning rate is not that of
-    a scheduler, which may begin at zero.
+    The optimizer and the random states are left unchanged. The copy has its own learning rate, as a
+    scheduler's may start at zero.
 
     Args:
-        optimizer: not of DeepSpeed, whose copies would share memory outside of Python.
+        optimizer: any but DeepSpeed's, whose copies would share native memory.
 
     Returns:
-        None if it can't be told: the copy takes no step on a matrix without a closure (or asks for
-        sparse gradients, or for another device), or its steps are random.
+        None if unknown: the copy can't step on a matrix without a closure (or needs sparse
+        gradients, or another device), or its steps are random.
     """
     if hasattr(type(optimizer), "__del__"):
-        return None  # owns something that a copy would give back
+        return None  # owns a resource that a copy would release
     answers = [_try_group(optimizer, group) for group in optimizer.param_groups]
     if False in answers:
         return False
@@ -46,16 +46,16 @@ def _try_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool 
     start = _numbers(0, device)
     try:
         whole, again = (_train(optimizer, group, start.view(4, 6), seed=seed) for seed in (0, 1))
-    except Exception:  # noqa: BLE001  whatever a stranger's step raises, at its first real one too
+    except Exception:  # noqa: BLE001  a third-party step() may raise anything
         return None
     if not torch.equal(whole, again):
         return None
-    try:  # each piece by a copy that sees nothing else, as on a rank
+    try:  # each piece by its own copy, as on a rank
         pieces = [
             _train(optimizer, group, start[part], part, seed=0)
             for part in (slice(_CUT), slice(_CUT, None))
         ]
-    except Exception:  # noqa: BLE001  one that wants matrices, for one
+    except Exception:  # noqa: BLE001  for example, one that needs matrices
         return False
     way = (whole - start).abs().max()
     return bool((torch.cat(pieces) - whole).abs().max() <= _TOLERANCE * way)
@@ -69,12 +69,12 @@ def _train(
     *,
     seed: int,
 ) -> Tensor:
-    """What some steps make of a parameter that holds a part of the numbers, flat."""
+    """The values, flat, of a parameter that holds a part of the numbers, after some steps."""
     parameter = torch.nn.Parameter(start.clone())
     trial = _copy(optimizer, group, parameter)
     is_cuda = start.device.type == "cuda"
     with torch.random.fork_rng(devices=[start.device] if is_cuda else []):
-        # Not torch.manual_seed(), which seeds every GPU, whose numbers nobody would put back.
+        # Not torch.manual_seed(): it seeds every GPU, and their states would not be restored.
         torch.default_generator.manual_seed(seed)
         if is_cuda:
             torch.cuda.default_generators[start.device.index].manual_seed(seed)
@@ -87,9 +87,9 @@ def _train(
 def _copy(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.nn.Parameter
 ) -> torch.optim.Optimizer:
-    """With its own state, no hooks, and the options of a group."""
+    """A copy with its own state, no hooks, and the options of a group."""
     trial: torch.optim.Optimizer = object.__new__(type(optimizer))
-    for key, value in vars(optimizer).items():  # copy.copy forgets what a subclass adds
+    for key, value in vars(optimizer).items():  # copy.copy drops attributes of subclasses
         setattr(trial, key, copy.copy(value) if isinstance(value, dict | list | set) else value)
     options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
     if isinstance(rate := options.get("lr"), (float, int, Tensor)):
@@ -102,7 +102,7 @@ def _copy(
 
 
 def _numbers(step: int, device: torch.device) -> Tensor:
-    """24 values of either sign whose size grows, so that pieces have norms of their own."""
+    """24 values of both signs and growing size, so that the norms of pieces differ."""
     i = torch.arange(24, dtype=torch.float32)
     values = torch.sin(i * (step + 1) + step) * (0.05 + i / 12)
     return values.to(device)

@@ -47,7 +47,7 @@ class ExpertState:
 
     Attributes:
         layers: name -> MoE layer, sharded or not.
-        loss_scale: shared by all layers.
+        loss_scale: the loss scale, shared by all layers.
         nonfinite: what to do when NaN or Inf reaches a router.
         user_groups: the optimizer's groups as the user wrote them; None without an optimizer.
     """
@@ -71,17 +71,17 @@ class ExpertState:
 class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     """``DeepSpeedEngine`` for models with this package's MoE layers.
 
-    The base class recognises experts by its own layer classes alone. Without its ``has_moe_layers``
-    flag, ZeRO 3 silently trains third-party experts wrongly.
+    The base class recognises only its own MoE layers. Without its ``has_moe_layers`` flag, ZeRO 3
+    silently trains third-party experts wrongly.
 
     Args:
         expert_state: the layers and how to treat them.
         kwargs: as for the base class.
 
     Attributes:
-        edits: takes over what the user does to parameters; None without an optimizer.
-        mid_accumulation: whether there are gradients that wait for more before a step.
-        has_accumulated: whether there are gradients of earlier micro-batches of the step.
+        edits: applies the user's edits of parameters; None without an optimizer.
+        mid_accumulation: whether gradients of an unfinished accumulation are pending.
+        has_accumulated: whether earlier micro-batches of the step have left gradients.
     """
 
     def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
@@ -99,8 +99,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _take_optimizer(self) -> None:
         if type(self.optimizer) not in _KNOWN_OPTIMIZERS:
             raise ConfigError(
-                f"The DeepSpeed config leads to {type(self.optimizer).__name__}, which was never"
-                " checked to train experts. Drop the options that ask for it (data_types,"
+                f"The DeepSpeed config selects {type(self.optimizer).__name__}, which has not been"
+                " tested with experts. Drop the options that select it (data_types,"
                 " super_offload, ...)."
             )
         user = self.expert_state.user_groups
@@ -118,8 +118,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         self.num_experts = [layer.num_experts for layer in state.sharded_layers]
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        # The base class looks for its own layers. What it refuses besides is refused by
-        # `check_deepspeed_config`, before anything is built.
+        # The base class looks for its own layers. Its other refusals are made earlier, in
+        # `check_deepspeed_config`.
         if self.sequence_parallel_size != 1:
             raise ConfigError(
                 f"sequence_parallel_size={self.sequence_parallel_size} can't be combined with"
@@ -129,10 +129,10 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def let_go(self) -> None:
         """After the last step, drops references that keep it alive; it can still save and evaluate.
 
-        Its hooks on gradients, which Python's garbage collector does not see, and a list of
-        DeepSpeed's hold the engine, and with it model, optimizer and Trainer, so that none of them
-        would ever be freed. ZeRO 3's own ``torch.nn.functional.linear`` would stay for every model
-        of the process, and it rounds otherwise.
+        Gradient hooks, which Python's garbage collector doesn't see, and a global list in DeepSpeed
+        refer to the engine, so that it, the model, the optimizer and the Trainer would never be
+        freed. ZeRO 3 also replaces ``torch.nn.functional.linear`` for the whole process, with a
+        version that rounds differently; this restores the original.
         """
         hooks = getattr(vars(self).get("optimizer"), "_grad_acc_hooks", None) or []
         for hook in hooks:
@@ -147,14 +147,14 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs backward without dividing the loss by the accumulation steps again.
 
-        Lightning has divided it already; DeepSpeed would do it a second time. The attached loss
-        terms learn from ``loss`` how it is scaled from here on.
+        Lightning has divided it already, and DeepSpeed would divide it a second time. The attached
+        loss terms take their scale from ``loss``.
         """
         if self._awaits_step:
             raise ConfigError(
-                "backward() was called twice before a step: DeepSpeed would keep the last gradient"
-                " only. Use Trainer(accumulate_grad_batches=...) with automatic optimization, or"
-                " add the losses and call backward once."
+                "backward() was called twice before a step: DeepSpeed would keep only the last"
+                " gradient. Use Trainer(accumulate_grad_batches=...) with automatic optimization,"
+                " or add the losses and call backward once."
             )
         self._awaits_step = bool(self.is_gradient_accumulation_boundary())
         self.mid_accumulation = not self._awaits_step
@@ -175,8 +175,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         bad, is_refused = self._meet(refusal is not None)
         if is_refused:
             raise refusal or ParameterEditError(
-                "Another rank has refused what was done to parameters or to the optimizer's groups"
-                " there: see its error. Do the same on all ranks."
+                "Another rank has refused edits of parameters or of the optimizer's groups: see its"
+                " error. Make the same edits on all ranks."
             )
         if bad and state.nonfinite == "raise":
             raise NonFiniteError(
@@ -195,7 +195,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             self.edits.remember()
 
     def _collect_gradients(self) -> None:
-        """ZeRO 3 with the optimizer on the host sends it those of the last micro-batch alone."""
+        """Sends all gradients to ZeRO 3's host optimizer, not only the last micro-batch's."""
         zero = self.optimizer
         if self.has_accumulated and getattr(zero, "offload_optimizer", False):
             zero._offload_boundary_param_ids = {
@@ -205,7 +205,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         self.has_accumulated = False
 
     def _drop_gradients(self) -> None:
-        """ZeRO 3 would use them again in a next step in which their parameters take no part."""
+        """Clears gradients that ZeRO 3 would reuse in a step where their parameters are unused."""
         if self.zero_optimization_partition_weights():
             zero = self.optimizer
             zero.grad_partitions_flat_buffer.zero_()
@@ -219,8 +219,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         """Applies the user's edits of parameters and of the optimizer's groups.
 
         Raises:
-            ParameterEditError: if something done to a parameter can't hold.
-            ParameterGroupError: if groups or parameters were added, dropped or moved.
+            ParameterEditError: if an edit of a parameter can't be applied.
+            ParameterGroupError: if groups or parameters were added, removed or moved.
         """
         if self.expert_state.user_groups is not None:
             self.expert_state.user_groups.push()
@@ -230,7 +230,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _meet(self, refused: bool) -> tuple[list[str], bool]:
         """Which layers saw NaN or Inf since the last step, and whether to refuse this one.
 
-        Identical on all ranks; with nonfinite="ignore" ranks don't ask each other.
+        Identical on all ranks, except with nonfinite="ignore", where ranks don't communicate.
         """
         state = self.expert_state
         if state.nonfinite == "ignore" or not state.layers:
@@ -246,7 +246,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     @contextmanager
     def _overflowing_step(self) -> Iterator[None]:
-        """Inside, the ZeRO optimizer takes its way out of an fp16 overflow: it drops the step."""
+        """Inside, the ZeRO optimizer drops the step as if it had overflowed in fp16."""
         optimizer = self.optimizer
 
         def overflow(**_: Any) -> bool:
@@ -283,7 +283,7 @@ def make_engine(
     optimizer: Any = None,
     lr_scheduler: Any = None,
 ) -> FastMoEEngine:
-    """What ``deepspeed.initialize`` does, for our engine class, which it can't be told to use."""
+    """Does what ``deepspeed.initialize`` does, which can't create our engine class."""
     config_class = DeepSpeedConfig(config, None, mesh_device=None)
     parameters = [p for p in model.parameters() if p.requires_grad] if optimizer else []
     engine = FastMoEEngine(

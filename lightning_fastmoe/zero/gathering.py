@@ -14,23 +14,23 @@ from lightning_fastmoe.zero.groups import is_tagged
 def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
     """Synchronises ranks before a module's parameters are gathered, which all must do.
 
-    Where one rank leaves a layer out, the ranks would gather tensors of different sizes from each
-    other; gloo ends the process then, and says nothing of layers. With NCCL, exchanges of tokens
-    and gathers share a stream, so that ranks don't meet here: there the next exchange of counts, or
-    its deadline, should be the error, which has not been tried on GPUs.
+    If one rank skips a layer, the ranks would gather tensors of different sizes from each other,
+    and gloo aborts the process without naming a layer. With NCCL, token exchanges and gathers share
+    a stream, so ranks don't synchronise here: the next exchange of counts, or its deadline, should
+    raise the error. That has not been tested on GPUs.
 
     Args:
-        engine: the engine of stage 3.
-        meet: called with where this rank is.
+        engine: the engine, at stage 3.
+        meet: synchronises the ranks; called with a description of where this rank is.
     """
-    # Without an optimizer to run, in evaluation, the engine holds the offload in its place.
+    # In evaluation there is no optimizer, and the engine holds the offload in its place.
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     coordinator = offload.get_param_coordinator()
     fetch = coordinator.fetch_sub_module
     names = {id(module): name for name, module in engine.module.named_modules()}
 
     def fetch_together(module: nn.Module, forward: bool) -> None:
-        # Experts are gathered from the replicas of the same ones, and other ranks call others.
+        # Experts are gathered from their replicas only, and other ranks may run other experts.
         if any(
             not is_tagged(parameter) and parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
             for parameter in module.parameters(recurse=False)

@@ -1,8 +1,9 @@
 """Saves and restores gradients of a partly accumulated step.
 
-ZeRO 2 and 3 hold their share of the averaged gradient; ZeRO 1 holds on every rank the gradient of
-its own batches, which is averaged only before the step. Both are stored as they are, so that the
-same ranks go on bit by bit, and both say what the average is, so that other ranks can go on too.
+With ZeRO 2 and 3, each rank holds its shard of the averaged gradient. With ZeRO 1, each holds the
+gradient of its own batches, which is averaged only before the step. Both are stored as they are, so
+that the same ranks resume bit by bit, and the average follows from both, so that other ranks can
+resume too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class GradientFragment:
 
     Attributes:
         name: the name of the parameter.
-        start: in this rank's part of the parameter, in elements.
+        start: offset in this rank's part of the parameter, in elements.
         length: number of elements.
     """
 
@@ -63,9 +64,9 @@ class PartialGradients:
     """The partly accumulated gradients of an engine.
 
     Args:
-        zero: the zero of the engine.
-        model: its map.
-        share: what the rank has; gradients of ZeRO 2 and 3 are divided like it.
+        zero: ZeRO's state on this rank.
+        model: the map of the model's parameters.
+        share: this rank's shard; gradients of ZeRO 2 and 3 are partitioned like it.
     """
 
     def __init__(self, zero: ZeroState, model: ModelMap, share: ZeroShare) -> None:
@@ -102,7 +103,7 @@ class PartialGradients:
             return None
         value = torch.zeros(fragment.length, dtype=torch.float32)
         replica, count = self.state.replicas(self.parameters[fragment.name])
-        # A rank's local gradient counts 1 / world; experts have fewer replicas than the world.
+        # A rank's local gradient has weight 1 / world, but experts have fewer replicas than that.
         share = dist.get_world_size() / count
         if mean in source.tensors:
             source.read_into(mean, start, value)
@@ -126,7 +127,7 @@ class PartialGradients:
 
         Args:
             gradients: from :meth:`load`.
-            scale: how much larger gradients are here (fp16 loss scale) than where they were saved.
+            scale: ratio of this run's fp16 loss scale to the saved run's.
         """
         if not gradients:
             return

@@ -19,9 +19,9 @@ def group_name(mesh: ExpertMesh) -> str:
 def tag_experts(layers: Iterable[MoE], mesh: ExpertMesh) -> None:
     """Marks the parameters of sharded experts for DeepSpeed.
 
-    ``allreduce=False`` and ``group_name`` serve ZeRO 1 and 2; the ``ds_zero_*`` tags ZeRO 3, which
-    then partitions the parameter over the expert data parallel group and averages its gradient over
-    all ranks.
+    ``allreduce=False`` and ``group_name`` are for ZeRO 1 and 2, the ``ds_zero_*`` tags for ZeRO 3,
+    which then partitions the parameter over the expert data parallel group and averages its
+    gradient over all ranks.
     """
     for layer in layers:
         if layer.is_sharded:
@@ -38,7 +38,7 @@ def is_tagged(parameter: nn.Parameter) -> bool:
 
 
 def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
-    """Every parameter that claims to be an expert must belong to one of our sharded layers.
+    """Checks that every parameter tagged as an expert belongs to one of our sharded layers.
 
     Raises:
         ParameterGroupError: naming the parameter.
@@ -65,8 +65,8 @@ def check_batch_norms(layers: Mapping[str, MoE]) -> None:
                 raise ConfigError(
                     f"{name}.experts.{path} is a SyncBatchNorm, which waits for every rank, but"
                     " ranks hold different experts and an expert may get no tokens: training would"
-                    " hang or mix the statistics of different experts. Convert the modules outside"
-                    " of MoE layers alone, and use LayerNorm or RMSNorm in experts."
+                    " hang or mix the statistics of different experts. Convert only modules outside"
+                    " of MoE layers, and use LayerNorm or RMSNorm in experts."
                 )
 
 

@@ -22,15 +22,17 @@ def scalars(flat: FlatPartition) -> dict[str, Any]:
     """The states shared by the whole partition, such as ``step``.
 
     Raises:
-        CheckpointError: for a state that is neither one value nor one per element: it was made from
-            the partition as a whole and means nothing on other ranks.
+        CheckpointError: for a state that is neither one value nor one per element: it depends on
+            the whole partition and has no meaning on other ranks.
     """
     found = {}
     for name, value in flat.state.items():
         if isinstance(value, Tensor):
             if value.shape == flat.master.shape:
                 if "/" in name:
-                    raise CheckpointError(f"An optimizer state can't be called {name!r}.")
+                    raise CheckpointError(
+                        f"The optimizer state {name!r} can't be saved: its name contains '/'."
+                    )
                 continue
             if value.dim():
                 raise CheckpointError(

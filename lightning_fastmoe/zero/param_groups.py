@@ -1,9 +1,9 @@
 """Splits experts into optimizer groups for DeepSpeed, and hides that from the user.
 
-The user's optimizer stays what ``configure_optimizers`` returned: the Trainer, schedulers and
-monitors have that very object, with its groups in their order. DeepSpeed gets a twin of it whose
-groups are split into a dense part and an expert part each. What stands in the user's groups is
-written to the twin's right before each step, so there is one place to read and to set a value.
+The Trainer, schedulers and monitors keep the object that ``configure_optimizers`` returned, with
+its groups in order. DeepSpeed gets a twin of it, whose groups are each split into a dense part and
+an expert part. The options of the user's groups are copied to the twin's right before each step, so
+there is one place to read and set a value.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.zero.groups import is_tagged
 
 _OWN_KEYS = frozenset({"params", "name", "moe"})
-"""What a group of the twin has for itself."""
+"""Keys of a group that the twin doesn't share with the user's optimizer."""
 _MISSING = object()
 
 
 class EngineOptimizer(Optimizer):
     """Mixin for the user's optimizer while an engine steps for it.
 
-    The parameters' gradients and master weights belong to ZeRO, so whatever would act on them
-    through this object acts through ZeRO, or raises.
+    The parameters' gradients and master weights belong to ZeRO, so methods that act on them go
+    through ZeRO, or raise.
     """
 
     _fastmoe_class: type[Optimizer]
@@ -51,7 +51,7 @@ class EngineOptimizer(Optimizer):
             " FastMoEStrategy the engine steps; call self.optimizers().step() instead."
         )
 
-    # Schedulers warn when nobody has stepped an optimizer that they watch, or replaced its step().
+    # Keeps schedulers from warning that the optimizer was not stepped, or its step() replaced.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     _opt_called = True
 
@@ -60,7 +60,7 @@ class EngineOptimizer(Optimizer):
         self._fastmoe_zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: ZeRO has partitioned the groups.
+        """Raises: ZeRO has partitioned the groups.
 
         Raises:
             ParameterGroupError: always.
@@ -93,7 +93,7 @@ class EngineOptimizer(Optimizer):
 _FIXED_GROUPS = (
     "{} after training was set up, when ZeRO had partitioned the optimizer's groups. Give the"
     " optimizer all parameters in configure_optimizers(); a group with lr=0 and weight_decay=0"
-    " stays as it is until you set its rate."
+    " doesn't change until you set its lr."
 )
 
 
@@ -101,13 +101,13 @@ class UserParamGroups:
     """The groups of the user's optimizer, and the twin optimizer with experts split off.
 
     Args:
-        optimizer: the user's.
+        optimizer: the user's optimizer.
         names: ``id(parameter)`` -> name, of the whole model.
-        twin: steps in its place.
+        twin: the optimizer that steps in its place.
         sources: the twin's group j was split from the user's group ``sources[j]``.
 
     Attributes:
-        twin: as above.
+        twin: the optimizer that steps in place of the user's.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class UserParamGroups:
         # DeepSpeed steps this one for partitions that "offload_optimizer.ratio" leaves on the GPU.
         backup = getattr(zero, "backup_optimizer", None)
         self._steppers = [self.twin] if backup is None else [self.twin, backup]
-        vars(optimizer).pop("step", None)  # a scheduler's wrapper around the class's
+        vars(optimizer).pop("step", None)  # a scheduler's wrapper around the class's step
         vars(optimizer).pop("_opt_called", None)
         optimizer._fastmoe_class = kind  # type: ignore[attr-defined]
         optimizer._fastmoe_zero_grad = zero.zero_grad  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ class UserParamGroups:
         """Copies changes of the user's groups since the last call to the twin's.
 
         Raises:
-            ParameterGroupError: if groups or parameters were added, dropped or moved.
+            ParameterGroupError: if groups or parameters were added, removed or moved.
         """
         if self._parameter_ids() != self._members:
             raise ParameterGroupError(_FIXED_GROUPS.format("optimizer.param_groups has changed"))
@@ -162,8 +162,8 @@ class UserParamGroups:
     def pull(self) -> None:
         """Copies what the twin's step wrote to its groups back to the user's.
 
-        Some optimizers count there. A value in which dense parameters and experts of a group differ
-        has no place in the user's and stays where it is.
+        Some optimizers keep counters there. A value that differs between the dense and the expert
+        part of a group can't be shown in the user's group, and is not copied.
         """
         for source, group in enumerate(self.optimizer.param_groups):
             parts = [
@@ -184,9 +184,9 @@ class UserParamGroups:
         ]
 
     def load_named(self, rows: list[dict[str, Any]], where: object) -> None:
-        """Restores :meth:`named`, once the options of the twin's groups are restored.
+        """Restores what :meth:`named` saved, after the options of the twin's groups are restored.
 
-        Where the two differ, the twin's are those that the run which saved has trained with.
+        Where the two differ, the saved run trained with the twin's.
 
         Raises:
             CheckpointError: if parameters that are in one group here had different options.
@@ -218,7 +218,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether nothing need be written. Tensors are shared, so only another one is a change."""
+    """Whether a value is unchanged. Tensors are shared, so only a different object is a change."""
     if a is b:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
@@ -235,17 +235,17 @@ def split_expert_groups(
     """Splits each group of ``optimizer`` into a dense and an expert group of a twin.
 
     Args:
-        optimizer: fresh, as ``configure_optimizers`` returned it.
+        optimizer: the optimizer that ``configure_optimizers`` returned, before its first step.
         names: ``id(parameter)`` -> name, of the whole model.
-        expert_group: DeepSpeed's name of the expert data parallel group.
+        expert_group: DeepSpeed's name for the expert data parallel group.
 
     Returns:
-        Both, once the engine exists to be attached to.
+        Both optimizers, to be attached to the engine once it exists.
 
     Raises:
         ConfigError: if the optimizer steps through another one.
-        ParameterGroupError: if a parameter is in two groups, or is not part of the model, or if
-            there is none to be trained.
+        ParameterGroupError: if a parameter is in two groups or not part of the model, or if no
+            parameter is trainable.
     """
     _check_membership(optimizer, names)
     groups: list[dict[str, Any]] = []
@@ -255,7 +255,7 @@ def split_expert_groups(
         dense = [p for p in parameters if not is_tagged(p)]
         experts = [p for p in parameters if is_tagged(p)]
         options = _options(group)
-        # DeepSpeed drops frozen parameters, and fails on a group that is left with none.
+        # DeepSpeed drops frozen parameters, and fails on a group that becomes empty.
         if any(p.requires_grad for p in dense):
             groups.append({**options, "params": dense, "name": f"group_{i}"})
             sources.append(i)
@@ -280,14 +280,14 @@ def release(optimizer: Optimizer) -> None:
 
 
 def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """An optimizer that steps as the user's does, with its state and hooks, on other groups.
+    """A copy of the user's optimizer, with its state and hooks, on other groups.
 
     Raises:
-        ConfigError: if it steps through another optimizer, or by a method of its own instance.
+        ConfigError: if it steps through another optimizer, or step() was replaced on the object.
     """
     kind = type(optimizer).__name__
     twin: Optimizer = object.__new__(type(optimizer))
-    for key, value in vars(optimizer).items():  # copy.copy forgets what a subclass adds
+    for key, value in vars(optimizer).items():  # copy.copy drops attributes of subclasses
         if isinstance(value, Optimizer):
             raise ConfigError(
                 f"{kind} steps through another optimizer, its attribute {key!r}, whose groups"
@@ -301,7 +301,7 @@ def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
         if key not in ("step", "param_groups"):
             setattr(twin, key, value)
     twin.param_groups = groups
-    # Some have memory outside of Python that goes with the first object.
+    # Keeps it alive: some optimizers own native memory that is freed with the original object.
     twin._fastmoe_origin = optimizer  # type: ignore[attr-defined]
     return twin
 

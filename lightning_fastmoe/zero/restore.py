@@ -38,10 +38,10 @@ class Loaded:
     Attributes:
         lightning: Lightning's checkpoint dictionary.
         user_groups: rows of parameter names and options, as the user wrote them.
-        local_state: what the same rank kept, if the run had as many ranks; else None.
+        local_state: this rank's own state, if the run had the same number of ranks; else None.
         topology: the topology of the run that saved, if known.
-        put_gradients: gives the half accumulated gradients, if there are any, to the engine; to be
-            called once nothing will clear gradients before the first batch.
+        put_gradients: hands partly accumulated gradients, if there are any, to the engine. Call it
+            when nothing will clear gradients before the first batch any more.
     """
 
     lightning: dict[str, Any]
@@ -66,15 +66,15 @@ def load(
     """Restores a checkpoint into a freshly built engine; every rank calls this.
 
     Args:
-        source: opened on every rank.
-        together: the ranks.
+        source: the checkpoint, opened on every rank.
+        together: synchronises the ranks and their errors.
         engine: the DeepSpeed engine.
         layers: name -> MoE layer.
         training: restore optimizer state and counters too.
         strict: parameter names must match exactly.
         trusted: also unpickle arbitrary objects, which can run any code.
         verify: compare the files with their hashes first; each is read by one rank.
-        averages: those of a run that averages its weights.
+        averages: the averages to restore, for a run that averages its weights.
 
     Raises:
         CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the model.
@@ -87,7 +87,7 @@ def load(
             )
         model = map_model(engine.module, layers)
         check_experts(source, model)
-    with together.stage():  # after all: a rank may learn of other experts only by other shapes
+    with together.stage():  # after check_experts on all: else some would report shapes
         check_names(source, model, strict)
         check_shapes(source, model)
         if verify:
@@ -220,10 +220,10 @@ class _OptimizerLoader:
         if state:
             flat.inner.state[flat.master] = state
         else:
-            flat.inner.state.pop(flat.master, None)  # saved before its first step
+            flat.inner.state.pop(flat.master, None)  # saved before the first step
 
     def _values(self, flat: FlatPartition, key: str, dtype: torch.dtype) -> Tensor:
-        """One state of a partition, in the memory of the one that it replaces if there is one."""
+        """One state of a partition; reuses the memory of the state that it replaces."""
         values = flat.state.get(key)
         if (
             not isinstance(values, Tensor)
@@ -247,14 +247,14 @@ class _OptimizerLoader:
 
     @staticmethod
     def _on_device(flat: FlatPartition, key: str, value: Any) -> Any:
-        """Where torch's optimizers expect a scalar: steps are counted on the CPU by most."""
+        """Moves a scalar to where torch's optimizers expect it: mostly the CPU for ``step``."""
         if not isinstance(value, Tensor):
             return value
         on_device = key != "step" or flat.group.get("capturable") or flat.group.get("fused")
         return value.clone().to(flat.master.device if on_device else "cpu")
 
     def _elementwise(self, flat: FlatPartition) -> list[str]:
-        """The states that its parameters have; all must have the same."""
+        """The names of its parameters' states, which must be the same for all."""
         having = {name: self.states.get(name, set()) for name in flat.names}
         keys: set[str] = set().union(*having.values())
         for name, states in having.items():

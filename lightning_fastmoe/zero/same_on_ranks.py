@@ -24,7 +24,7 @@ def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
 def check_same_structure(layers: Mapping[str, MoE]) -> None:
     """Checks that all ranks have the same sequence of modules, for ZeRO 3; collective.
 
-    DeepSpeed would find out in the second step, on some of the ranks, for which the others wait.
+    DeepSpeed would fail only in the second step, on some of the ranks, and the others would hang.
 
     Raises:
         ConfigError: on all ranks, naming the layer and the rank.
@@ -40,10 +40,10 @@ def check_same_structure(layers: Mapping[str, MoE]) -> None:
         for name in own:
             if theirs[name] != own[name]:
                 raise ConfigError(
-                    f"The experts of layer {name!r} have other modules or parameters inside on rank"
-                    f" {rank} than on rank {dist.get_rank()}, and ZeRO stage 3 needs the same"
-                    " number on each. Use stage 1 or 2, or order the list expert=[...] so that each"
-                    " rank gets the same kinds."
+                    f"The experts of layer {name!r} have different modules or parameters on rank"
+                    f" {rank} than on rank {dist.get_rank()}, but ZeRO stage 3 needs the same"
+                    " numbers on each. Use stage 1 or 2, or order the list expert=[...] so that"
+                    " each rank gets the same kinds."
                 )
 
 
@@ -51,7 +51,7 @@ def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
     """Checks that optimizer groups match, as DeepSpeed sums norms over ranks; collective.
 
     Args:
-        optimizer: with its groups split into dense ones and those of experts.
+        optimizer: the optimizer, with its groups split into dense and expert groups.
         layers: name -> MoE layer.
 
     Raises:
@@ -71,7 +71,7 @@ def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
 
 
 def _of_all_ranks(own: Any) -> list[Any]:
-    """Every rank's value; nothing if there is none, which is then so on all."""
+    """Every rank's value; an empty list if there is none, which is the same on all ranks."""
     if not own:
         return []
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -48,25 +48,25 @@ def take_snapshot(
     exclude_frozen: bool = False,
     averages: Averages | None = None,
 ) -> Snapshot:
-    """Finds what this rank owns; copies nothing. Every rank calls this.
+    """Collects the tensors that this rank owns, without copying. Every rank calls this.
 
     Args:
-        together: the ranks. They exchange names where they have different ones.
+        together: synchronises the ranks, which exchange names where these differ.
         engine: the DeepSpeed engine.
         layers: name -> MoE layer.
         topology: the topology of this run.
         client_state: Lightning's checkpoint dictionary.
         user_groups: the optimizer's groups as the user wrote them, or None.
-        exclude_frozen: leave out parameters that are not trained; they must be there on loading.
-        averages: those of a run that averages its weights; they become the checkpoint's.
+        exclude_frozen: leave out frozen parameters; on loading, the model must have them already.
+        averages: the averages of a run that averages its weights; saved as the weights.
 
     Raises:
-        CheckpointError: on all ranks, if some state has no place in a checkpoint.
+        CheckpointError: on all ranks, if some state can't be saved.
     """
     with together.stage():
         model = map_model(engine.module, layers)
         zero = ZeroState(engine, model.names)
-        # Lightning leaves the optimizer states out where weights alone are wanted.
+        # Lightning omits the optimizer states when only weights are saved.
         with_optimizer = "optimizer_states" in client_state and zero.trains
         excluded = model.frozen() if exclude_frozen else set()
         share = zero.share()
@@ -165,10 +165,10 @@ def _replicated(
     topology: Topology,
     named: Callable[[str], str],
 ) -> Iterator[OwnedPiece]:
-    """What one rank writes for all: buffers, which are small, and what state dicts hold besides.
+    """The tensors that one rank writes for all: buffers and other entries of state dicts.
 
-    Rank 0 writes what every rank has. The buffers of a module expert are written by the first of
-    the ranks that hold the expert; the first replicas of all experts are on the first ranks.
+    Rank 0 writes what every rank has. The buffers of a module expert are written by the first rank
+    that holds the expert; the first replicas of all experts are on the first ranks.
     """
     rank = dist.get_rank()
     sharded = model.sharded_modules
@@ -180,7 +180,7 @@ def _replicated(
 
 
 def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:
-    """Groups for JSON, and for other ranks: tensors on the CPU."""
+    """Groups as plain data for JSON and other ranks, with tensors on the CPU."""
     return [
         {
             "params": group.params,

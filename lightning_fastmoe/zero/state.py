@@ -20,9 +20,9 @@ class Fragment:
 
     Attributes:
         name: the name of the parameter.
-        start: in this rank's part of the parameter, in elements.
+        start: offset in this rank's part of the parameter, in elements.
         length: number of elements.
-        offset: where it lies in the flat partition.
+        offset: offset in the flat partition.
     """
 
     name: str
@@ -37,9 +37,9 @@ class FlatPartition:
 
     Attributes:
         master: the tensor, in the precision of the optimizer.
-        fragments: what lies in it; the rest is padding.
-        names: all parameters that share its optimizer state, whether this rank has a share or not.
-        group: the inner optimizer's group; its options apply.
+        fragments: the fragments in it; the rest is padding.
+        names: all parameters of the group, including those of which this rank has no fragment.
+        group: the inner optimizer's group, with its options.
         inner: the optimizer that holds its state.
     """
 
@@ -65,10 +65,10 @@ class LooseParameter:
 
     Attributes:
         name: the name of the parameter.
-        data: flat, what this rank has of it; writing to it changes the parameter.
-        start: where ``data`` begins in this rank's part of the parameter.
-        share: (start, length) in ``data`` of what this rank writes of it; replicas write the rest.
-        origin: the parameter, where ``data`` is a copy because its memory is not in order.
+        data: this rank's part of it, flat; writing to it changes the parameter.
+        start: offset of ``data`` in this rank's part of the parameter.
+        share: (start, length) in ``data`` of what this rank saves; replicas save the rest.
+        origin: the parameter, if ``data`` is a copy because the parameter is not contiguous.
     """
 
     name: str
@@ -185,7 +185,7 @@ class ZeroState:
             group = groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
         return dist.get_rank(group=group), dist.get_world_size(group=group)
 
-    # ------------------------------------------------------------------------------- after loading
+    # ------------------------------------------------------------------------------------- loading
 
     def begin_loading(self) -> None:
         """Prepares for writes to the shard."""
@@ -198,7 +198,7 @@ class ZeroState:
     def finish_loading(self) -> None:
         """Derives the weights that the model computes with from the master copies.
 
-        Without this the old ones would train on.
+        Without this, training would continue with the old weights.
         """
         zero = self.zero
         if self.partitions_parameters:
@@ -214,7 +214,7 @@ class ZeroState:
         elif self.trains:
             zero.update_lp_params()
             zero._link_all_hp_params()
-            # The lazily made link to optimizer states may point to tensors that were replaced.
+            # The lazily created link to optimizer states may refer to replaced tensors.
             zero._hp_optimizer_states_linked = False
 
     def scaler(self) -> dict[str, float]:

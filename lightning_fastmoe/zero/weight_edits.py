@@ -1,15 +1,15 @@
 """Writes a user's edits of parameters to ZeRO's master weights, or refuses them.
 
-ZeRO trains a flat fp32 copy of the weights and overwrites the module's after each step, so a weight
-that is written in a hook would be lost. Before each step and each save the module's parameters are
-therefore compared with what they were after the step before:
+ZeRO trains a flat fp32 copy of the weights and overwrites the module's after each step, so an edit
+in a hook would be lost. Before each step and each save, the module's parameters are therefore
+compared with their state after the previous step:
 
-* ``parameter._version``, which every operation in place counts up, and the address of the memory,
-  which ``parameter.data = ...`` changes. Both are known on the host.
-* A sample of each parameter's elements, others in each step: operations in place on
+* ``parameter._version``, which every in-place operation increments, and the memory address, which
+  ``parameter.data = ...`` changes. Both are known on the host.
+* A sample of each parameter's elements, different ones in each step: in-place operations on
   ``parameter.data`` leave no other trace.
 
-Where something has changed, those elements that the master weights don't have are written to them.
+Of a changed parameter, elements that differ from the master weights are written to them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class _Watched:
 
     Attributes:
         name: the name of the parameter.
-        parameter: a parameter of ZeRO 3 has more attributes than others.
-        holders: (a module's parameters, key) of each place in the module.
+        parameter: the parameter; typed Any, as ZeRO 3 adds attributes to it.
+        holders: (``_parameters`` of a module, key) for each module that holds it.
         is_optimized: whether it is in the user's optimizer, trained or frozen.
-        is_trained: whether it is in ZeRO's.
+        is_trained: whether it is in ZeRO's optimizer.
         place: (group, offset) in ZeRO 1 and 2's flat buffers.
     """
 
@@ -126,7 +126,7 @@ class WeightEdits:
         """Looks for edits before a forward pass of ZeRO 3, which overwrites gathered parameters.
 
         Raises:
-            ParameterEditError: if a parameter was replaced by one that ZeRO can't gather.
+            ParameterEditError: if a parameter was replaced by another object.
         """
         if not self._partitioned:
             return
@@ -143,7 +143,7 @@ class WeightEdits:
         for i, parameter in enumerate(parameters):
             if addresses[i] and not _is_whole(parameter):
                 self._complain_of_partition(self._watched[i], "assigned new data")
-        # Those that it still has whole from an earlier pass it may free in this one.
+        # Parameters still gathered from an earlier pass may be freed in this one.
         written |= _unequal(addresses, self._addresses)
         self._take_over({i for i in written if _is_whole(parameters[i])}, set())
         self._versions, self._addresses = versions, addresses
@@ -154,7 +154,7 @@ class WeightEdits:
         """Applies what was written to parameters since :meth:`remember`.
 
         Returns:
-            For each edit that can't hold, what it is, why, and what does hold.
+            For each edit that can't be applied, a message with the reason and the alternative.
         """
         self.look()
         standing = [*self._replaced(), *self._frozen_or_unfrozen()]
@@ -167,15 +167,15 @@ class WeightEdits:
     def assigned_gradients(self) -> list[str]:
         """Complaints about gradients assigned after the backward pass; called before a step."""
         return [
-            f"The gradient of {one.name!r} was set after the backward pass, when ZeRO had taken"
-            " gradients over and reduced them, so it would be lost. Change gradients in a hook:"
+            f"The gradient of {one.name!r} was set after the backward pass, when ZeRO had"
+            " already reduced the gradients, so it would be lost. Change gradients in a hook:"
             " parameter.register_hook(lambda gradient: ...)."
             for one in self._watched
             if one.is_trained and one.parameter.grad is not None
         ]
 
     def _edited(self) -> tuple[set[int], set[int]]:
-        """Parameters that were written to, and those of which this rank's share was."""
+        """Parameters that were written to, and those of which only this rank's shard was."""
         parameters = self._parameters
         written = _unequal([p._version for p in parameters], self._versions)
         moved = _unequal([p.data_ptr() for p in parameters], self._addresses)
@@ -201,7 +201,7 @@ class WeightEdits:
         return written, share_written
 
     def _shares(self) -> list[Tensor]:
-        """This rank's part of the weights in the model's precision, laid out as the masters."""
+        """This rank's shard of the weights in the model's precision, laid out like the masters."""
         zero = self._zero
         if self._partitioned:
             return list(zero.fp16_partitioned_groups_flat)
@@ -213,15 +213,15 @@ class WeightEdits:
         ]
 
     def _sample_whole(self) -> list[Tensor]:
-        """Of parameters that ZeRO 3 keeps whole, being small."""
+        """Samples of the parameters that ZeRO 3 keeps whole because they are small."""
         return sample_each([self._parameters[i].detach() for i in self._whole], self._turn)
 
     # ---------------------------------------------------------------------------------- complaints
 
     def _replaced(self) -> list[str]:
         return [
-            f"Parameter {one.name!r} was replaced by another object after training was set up, and"
-            " ZeRO goes on with the first. Write into it instead: with torch.no_grad():"
+            f"Parameter {one.name!r} was replaced by another object after training was set up, but"
+            " ZeRO trains the original. Write into it instead: with torch.no_grad():"
             " parameter.copy_(values). load_state_dict() does so, unless assign=True."
             for owner, key, one in self._holders
             if _peek(owner, key) is not one.parameter
@@ -236,8 +236,8 @@ class WeightEdits:
             one = self._watched[i]
             if one.is_trained and not trainable[i]:
                 result.append(
-                    f"Parameter {one.name!r} was frozen (requires_grad=False) while training: ZeRO"
-                    " would move it on by its momentum and weight decay. Freeze it before training"
+                    f"Parameter {one.name!r} was frozen (requires_grad=False) while training, but"
+                    " momentum and weight decay would still change it. Freeze it before training"
                     " is set up (in __init__, configure_model or setup), or give it a group of its"
                     " own in the optimizer and set that group's lr to 0."
                 )
@@ -252,14 +252,14 @@ class WeightEdits:
     def _complain_of_partition(self, one: _Watched, what: str) -> None:
         self._complaints[one.name] = (
             f"Parameter {one.name!r} was {what} while ZeRO stage 3 had it partitioned, which"
-            " changes nothing. Write to it inside 'with"
+            " has no effect. Write to it inside 'with"
             " trainer.strategy.edit_parameters([parameter]):', on all ranks."
         )
 
     # -------------------------------------------------------------------------------------- writing
 
     def _take_over(self, written: set[int], share_written: set[int]) -> None:
-        """Writes to the masters what parameters have, or this rank's share of them."""
+        """Writes edited parameters, or this rank's edited shards of them, to the masters."""
         names = {
             self._watched[i].name
             for i in written | share_written
@@ -271,7 +271,7 @@ class WeightEdits:
                     _write_through(self._weights(fragment), flat, fragment)
 
     def _is_taken(self, i: int, written: bool) -> bool:
-        """Brings a parameter and this rank's share together; False if they can't be."""
+        """Makes a parameter and this rank's shard of it agree; False if that is impossible."""
         one, parameter = self._watched[i], self._parameters[i]
         if not self._partitioned:
             return one.place is not None and self._put_back(one)
@@ -285,7 +285,7 @@ class WeightEdits:
         return True
 
     def _put_back(self, one: _Watched) -> bool:
-        """Gives a parameter whose ``.data`` was replaced its place in the flat buffer again."""
+        """Moves a parameter whose ``.data`` was replaced back to its place in the flat buffer."""
         assert one.place is not None
         group, offset = one.place
         meta = next(
@@ -310,7 +310,7 @@ class WeightEdits:
     def _complain_of_shape(self, one: _Watched, shape: Sequence[int]) -> None:
         self._complaints[one.name] = (
             f"Parameter {one.name!r} was assigned data of shape {list(one.parameter.shape)} while"
-            f" training; it has {list(shape)}. Write values of that shape."
+            f" training; its own shape is {list(shape)}. Write values of that shape."
         )
 
     def _weights(self, fragment: Fragment) -> Tensor:
@@ -328,8 +328,8 @@ class WeightEdits:
         chosen = list({id(p): p for p in parameters}.values())
         if any(id(p) not in index for p in chosen):
             raise ParameterEditError(
-                "edit_parameters() was given a tensor that is not a parameter of the model that"
-                " trains. Pass parameters of the LightningModule."
+                "edit_parameters() was given a tensor that is not a parameter of the model being"
+                " trained. Pass parameters of the LightningModule."
             )
         self.settle()
         gathered: list[Any] = []
@@ -354,7 +354,7 @@ def _unequal(now: Sequence[Any], before: Sequence[Any]) -> set[int]:
 
 
 def _peek(parameters: dict[str, Any], key: str) -> nn.Parameter | None:
-    """A module's parameter, without gathering it, which ZeRO 3 does where it is looked up."""
+    """A module's parameter, without the gathering that a lookup triggers under ZeRO 3."""
     return dict.get(parameters, key)
 
 
@@ -363,7 +363,7 @@ def _is_whole(parameter: Any) -> bool:
 
 
 def _write_through(weights: Tensor, flat: FlatPartition, fragment: Fragment) -> None:
-    """Writes what differs: elements that were not changed keep the precision of the master."""
+    """Writes only elements that differ: unchanged ones keep the master's precision."""
     master = flat.view(flat.master, fragment)
     weights = weights.to(master.device)
     is_same = master.to(weights.dtype) == weights

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_fastmoe.zero.state import Fragment
 
 _SAMPLES = 64
-"""Elements of a fragment that are looked at in a step."""
+"""Number of elements of a fragment that are compared in a step."""
 _SHIFT = 7919
 """How far the sample moves from step to step: a prime, so that every element gets its turn."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,7 +60,7 @@ def _repeated(values: list[int], counts: list[int]) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """A copy that can be compared also where it is NaN."""
+    """The values as integers, so that NaN compares equal to itself."""
     return values.contiguous().view(_INTEGERS[values.element_size()])
 
 

@@ -82,7 +82,7 @@ def _fit(module: Scored, callbacks: list[pl.Callback], epochs: int = 4) -> tuple
         warnings.simplefilter("always")
         trainer.fit(module)
     texts = [str(warning.message) for warning in caught]
-    return trainer, [text for text in texts if "Rank 0's value decides" in text]
+    return trainer, [text for text in texts if "Rank 0's value is used" in text]
 
 
 def checkpoints(

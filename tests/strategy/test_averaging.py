@@ -147,7 +147,9 @@ def test_resuming_without_the_callback_starts_from_the_averages(straight, rank_p
     both = rank_pool.run(runs.fit, 2, CASE, "none", 3, None, path, 9)
     for seen in both:
         assert_same(seen.start, expected.validated[1])
-    said = [[w for w in seen.warned if "trains on from the averages" in w] for seen in both]
+    said = [
+        [w for w in seen.warned if "training continues from the averages" in w] for seen in both
+    ]
     assert [len(texts) for texts in said] == [1, 0]
 
 
@@ -167,5 +169,5 @@ def test_what_is_refused(rank_pool) -> None:
         assert [kind for kind, _ in errors] == ["ConfigError"] * 3
         own, norm, two = (message for _, message in errors)
         assert "OwnSwap overrides _swap_models()" in own
-        assert "does not treat each element on its own" in norm
+        assert "is not elementwise" in norm
         assert "2 WeightAveraging callbacks" in two

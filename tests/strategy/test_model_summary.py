@@ -40,7 +40,7 @@ def test_experts_of_other_ranks(caplog: pytest.LogCaptureFixture, summary) -> No
     one = sum(p.numel() for p in whole.experts.parameters()) // 8
     assert text.startswith(
         "The summary above counts the experts of one rank only, such as 2 of 8 in first."
-        f" The other ranks hold {6 * one + 4 * one:,} parameters more. "
+        f" The other ranks hold {6 * one + 4 * one:,} more parameters. "
     )
     assert "MoESummary" in text
 

@@ -192,7 +192,7 @@ def test_stage_3_wants_the_same_structure_on_each_rank(rank_pool):
     layout = Layout(4, 4, 3, experts="ragged")
     for kind, said in rank_pool.run(runs.training, 4, layout):
         assert kind == "ConfigError"
-        assert said.startswith("The experts of layer 'net.moes.1' have other modules")
+        assert said.startswith("The experts of layer 'net.moes.1' have different modules")
 
 
 def test_groups_of_the_optimizer_correspond(rank_pool):

@@ -87,7 +87,7 @@ def test_plateau_gives_all_ranks_rank_0s_rate(rank_pool, interval) -> None:
 def test_a_value_that_rank_0_lacks_is_refused_on_all_ranks(rank_pool, tmp_path) -> None:
     for kind, message in rank_pool.run(runs.one_rank_logs, 2, CASE, str(tmp_path), 1):
         assert kind == "ConfigError"
-        assert "'score', which rank 1 has logged and rank 0 has not" in message
+        assert "'score', which rank 1 has logged but rank 0 has not" in message
 
 
 def test_a_save_after_an_error_has_rank_0s_name(rank_pool, tmp_path) -> None:

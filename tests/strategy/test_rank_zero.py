@@ -38,7 +38,7 @@ def test_an_error_of_the_function_is_an_error_on_all_ranks(rank_pool):
     assert first["error"] == ("KeyError", "'no such prompt'")
     kind, message = second["error"]
     assert kind == "ExchangeError"
-    assert "failed there: KeyError: 'no such prompt'" in message
+    assert "failed on rank 0: KeyError: 'no such prompt'" in message
 
 
 def test_training_on_rank_zero_alone_is_refused(rank_pool):

@@ -38,14 +38,14 @@ def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline_on_all_ranks(ran
 def test_ranks_that_wait_for_each_other_are_found_before_the_deadline(rank_pool):
     results = rank_pool.run(runs.fails, 2, runs.RankZeroSample, 2.0, {}, timeout=60)
     assert_all_ranks_say(
-        results, "net.moes.0", "rank 0 waits in an exchange of tokens, and no rank will ever come"
+        results, "net.moes.0", "rank 0 waits in an exchange of tokens that can never finish"
     )
 
 
 def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool):
     waiting, left = rank_pool.run(runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, timeout=60)
     assert left[:2] == ("ValueError", "the disk of rank 1 is full")
-    assert_all_ranks_say([waiting], "rank 1 has left the run by ValueError: the disk of rank 1")
+    assert_all_ranks_say([waiting], "rank 1 has left the run with ValueError: the disk of rank 1")
 
 
 def test_a_late_rank_is_waited_for(rank_pool):

@@ -1,4 +1,4 @@
-"""A run that stands still ends on all ranks and says where it stood; so does one told to end."""
+"""A run that hangs ends on all ranks and says where it hung; so does one told to end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_hang_ends_all_ranks_and_names_layer_phase_and_stacks(trials):
     assert found["status"] == [HANG, HANG], found["output"]
     waiting, stuck = found["output"]
     for output in (waiting, stuck):
-        assert "The run stands still" in output
+        assert "The run hangs" in output
         assert "hang_timeout=3" in output
         assert "optimizer steps done: 1; batches of this run: 2" in output
     assert "net.moes.0, phase counts, for" in waiting
@@ -82,14 +82,14 @@ def test_sigterm_ends_a_hang_that_holds_the_gil(trials):
 def test_a_second_sigterm_ends_a_hang_at_once(trials):
     found = trials["two SIGTERMs"]
     assert found["status"] == [TERMINATED], found["output"]
-    assert "SIGTERM came a second time" in found["output"][0]
+    assert "SIGTERM arrived a second time" in found["output"][0]
     assert 2.4 < found["seconds"][0] < 15, "two signals within a moment are one request"
 
 
 def test_a_second_interrupt_ends_a_hang_at_once(trials):
     found = trials["two SIGINTs"]
     assert found["status"] == [INTERRUPTED], found["output"]
-    assert "SIGINT came a second time" in found["output"][0]
+    assert "SIGINT arrived a second time" in found["output"][0]
 
 
 @pytest.mark.parametrize("name", ["obeyed by one", "obeyed by two"])

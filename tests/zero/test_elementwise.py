@@ -152,5 +152,5 @@ def test_the_optimizer_and_random_numbers_stay_as_they_were():
 def test_deepspeeds_own_are_known_by_name():
     # Making one would compile it.
     check_optimizer(object.__new__(FusedAdam))
-    with pytest.raises(ConfigError, match="FusedLamb looks at a parameter as a whole"):
+    with pytest.raises(ConfigError, match="FusedLamb depends on whole parameters"):
         check_optimizer(object.__new__(FusedLamb))
