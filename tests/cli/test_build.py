@@ -59,7 +59,7 @@ def test_without_a_gpu_it_asks_for_architectures(
     assert cli.main(["build"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: there is no GPU here")
+    assert err.startswith("error: no GPU was found")
     assert "--arch '8.0;9.0a'" in err
     assert err.count("\n") == 1
     assert machine.calls() == []

@@ -62,7 +62,7 @@ def _codes(architectures: str | None) -> list[str]:
         codes = codes_of_list(text, _build.ARCH_LIST) or codes_of_gpus(_build.gpus())
     if not codes:
         raise KernelsUnavailableError(
-            "there is no GPU here to build for; give the architectures by --arch '8.0;9.0a' or in"
+            "no GPU was found to build for; pass the architectures with --arch '8.0;9.0a' or in"
             f" {_build.ARCH_LIST}"
         )
     return codes
