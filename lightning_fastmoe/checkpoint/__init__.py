@@ -9,13 +9,13 @@ from lightning_fastmoe.checkpoint.format.manifest import FORMAT_VERSION, Manifes
 from lightning_fastmoe.checkpoint.format.publish import Publication
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader, is_checkpoint
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointReader",
     "Manifest",
-    "OwnedPiece",
+    "OwnedFragment",
     "Publication",
     "TensorRecord",
     "Topology",

@@ -132,7 +132,7 @@ def check_optimizer(optimizer: Any) -> None:
     if not elementwise:
         raise ConfigError(
             f"{kind.__module__}.{kind.__name__} looks at a parameter as a whole, at its shape or"
-            " its norm, but under ZeRO it gets flat pieces of parameters: it would train"
+            " its norm, but under ZeRO it gets flat fragments of parameters: it would train"
             " differently from one device, and differently on every number of ranks. Use an"
             " optimizer that updates each element on its own, such as AdamW, RMSprop or SGD."
         )

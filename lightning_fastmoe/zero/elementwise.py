@@ -1,9 +1,9 @@
 """Tests whether an optimizer is elementwise, as ZeRO's flat partitions require.
 
-ZeRO gives the optimizer a flat piece of all parameters of a group, cut where a rank's share ends.
-An optimizer that looks at a parameter as a whole (its shape, its norm) then trains without an
-error, but otherwise than it should, and differently on every number of ranks. Its class does not
-say so, so a copy of it is tried on one small matrix, and on the same numbers in two flat pieces.
+ZeRO gives the optimizer flat fragments of a group's parameters, cut where a rank's share ends. An
+optimizer that looks at a parameter as a whole (its shape, its norm) then trains without an error,
+but otherwise than it should, and differently on every number of ranks. Its class does not say so,
+so a copy of it is tried on one small matrix, and on the same numbers in two flat fragments.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def _try_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool 
         return None
     if not torch.equal(whole, again):
         return None
-    try:  # each piece by a copy that sees nothing else, as on a rank
-        pieces = [
+    try:  # each fragment by a copy that sees nothing else, as on a rank
+        fragments = [
             _train(optimizer, group, start[part], part, seed=0)
             for part in (slice(_CUT), slice(_CUT, None))
         ]
     except Exception:  # noqa: BLE001  one that wants matrices, for one
         return False
     way = (whole - start).abs().max()
-    return bool((torch.cat(pieces) - whole).abs().max() <= _TOLERANCE * way)
+    return bool((torch.cat(fragments) - whole).abs().max() <= _TOLERANCE * way)
 
 
 def _train(
@@ -102,7 +102,7 @@ def _copy(
 
 
 def _numbers(step: int, device: torch.device) -> Tensor:
-    """24 values of either sign whose size grows, so that pieces have norms of their own."""
+    """24 values of either sign whose size grows, so that fragments have norms of their own."""
     i = torch.arange(24, dtype=torch.float32)
     values = torch.sin(i * (step + 1) + step) * (0.05 + i / 12)
     return values.to(device)
