@@ -221,7 +221,7 @@ class PartialGradients:
             gradients = []
             for parameter in zero.params_in_partition[i]:
                 whole = torch.zeros_like(parameter, dtype=zero.gradient_accumulation_dtype)
-                fragment = own[self.model.names[id(parameter)]]
-                fragment.within(whole.detach().view(-1)).copy_(values[fragment])
+                local = own[self.model.names[id(parameter)]]
+                local.within(whole.detach().view(-1)).copy_(values[local])
                 gradients.append(whole)
             zero.all_grad_tensors[i] = gradients
