@@ -9,12 +9,16 @@ from lightning_fastmoe.checkpoint.format.manifest import FORMAT_VERSION, Manifes
 from lightning_fastmoe.checkpoint.format.publish import Publication
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader, is_checkpoint
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
+
+OwnedPiece = OwnedFragment
+"""The former name of :class:`OwnedFragment`; what was passed by position now needs names."""
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointReader",
     "Manifest",
+    "OwnedFragment",
     "OwnedPiece",
     "Publication",
     "TensorRecord",

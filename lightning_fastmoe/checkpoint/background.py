@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.save import Snapshot, write
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.errors import CheckpointError
 
 
 class HostCopies:
-    """Host-memory copies of pieces; the buffers are reused by the next save.
+    """Host-memory copies of fragments; the buffers are reused by the next save.
 
     Buffers for CUDA tensors are pinned. Pinning takes far longer than the copy, hence the reuse.
     """
@@ -28,29 +28,29 @@ class HostCopies:
 
     def of(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with copies of its tensors: training may change them afterwards."""
-        pieces = [self._copy(piece) for piece in snapshot.pieces]
-        self._memory = {k: v for k, v in self._memory.items() if k in {_key(p) for p in pieces}}
+        fragments = [self._copy(fragment) for fragment in snapshot.fragments]
+        self._memory = {k: v for k, v in self._memory.items() if k in {_key(f) for f in fragments}}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        return Snapshot(pieces, snapshot.small, snapshot.manifest)
+        return Snapshot(fragments, snapshot.small, snapshot.manifest)
 
-    def _copy(self, piece: OwnedPiece) -> OwnedPiece:
-        memory = self._memory.get(_key(piece))
-        parts = list(piece.parts())
-        if memory is None or (memory.numel(), memory.dtype) != (piece.length, piece.dtype):
+    def _copy(self, fragment: OwnedFragment) -> OwnedFragment:
+        memory = self._memory.get(_key(fragment))
+        parts = list(fragment.parts())
+        if memory is None or (memory.numel(), memory.dtype) != (fragment.length, fragment.dtype):
             pinned = any(part.is_cuda for part in parts)
-            memory = torch.empty(piece.length, dtype=piece.dtype, pin_memory=pinned)
-            self._memory[_key(piece)] = memory
+            memory = torch.empty(fragment.length, dtype=fragment.dtype, pin_memory=pinned)
+            self._memory[_key(fragment)] = memory
         position = 0
         for part in parts:
             target = memory[position : position + part.numel()]
             target.copy_(part.detach(), non_blocking=True)
             position += part.numel()
-        return OwnedPiece.of(piece.tensor, piece.shape, piece.start, memory)
+        return OwnedFragment.of(fragment.tensor, fragment.shape, fragment.start, memory)
 
 
-def _key(piece: OwnedPiece) -> tuple[str, int]:
-    return piece.tensor, piece.start
+def _key(fragment: OwnedFragment) -> tuple[str, int]:
+    return fragment.tensor, fragment.start
 
 
 class BackgroundWriter:

@@ -69,7 +69,7 @@ def check_shapes(source: Source, model: ModelMap) -> None:
     Raises:
         CheckpointError: naming the tensor, and its layer if it stacks another number of experts.
     """
-    expected = {name: place.shape for name, (_, place) in model.parameters.items()}
+    expected = {name: fragment.shape for name, (_, fragment) in model.parameters.items()}
     expected |= {name: tuple(buffer.shape) for name, buffer in model.buffers.items()}
     for name, shape in expected.items():
         record = source.tensors.get(weight_name(name))

@@ -1,4 +1,4 @@
-"""Maps a rank's parameters to the whole model: names, global shapes, offsets."""
+"""Maps a rank's parameters to the whole model: names, global shapes, fragments."""
 
 from __future__ import annotations
 
@@ -10,37 +10,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.expert_names import expert_of, names_by_expert, why_not_saved
+from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import ModuleExperts, MoE
 from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
 
 
 @dataclass(frozen=True)
-class Place:
-    """Position of one of this rank's parameters or buffers in the whole model.
+class ParameterFragment(Fragment):
+    """What one of this rank's parameters is of the whole model's: a fragment, or all of it.
 
     Attributes:
         name: name in the model, identical on every rank.
-        shape: the shape of the whole tensor.
-        offset: where this rank's part begins in it, in elements.
-        numel: elements of this rank's part, which are contiguous.
-        is_expert: whether other ranks hold other experts of the tensor.
+        shape: the shape of the whole model's parameter.
+        is_expert: whether other ranks hold other experts of the parameter.
     """
 
     name: str
     shape: tuple[int, ...]
-    offset: int
-    numel: int
     is_expert: bool
 
 
 @dataclass
 class ModelMap:
-    """Positions of everything that a module's checkpoint holds.
+    """Names and fragments of everything that a module's checkpoint holds.
 
     Attributes:
         module: the LightningModule.
-        parameters: name -> (parameter, its place).
+        parameters: name -> (parameter, its fragment of the whole model's).
         buffers: name -> persistent buffer.
         tied: further name of a parameter -> its first.
         names: ``id(parameter)`` -> name.
@@ -49,15 +46,15 @@ class ModelMap:
     """
 
     module: nn.Module
-    parameters: dict[str, tuple[nn.Parameter, Place]] = field(default_factory=dict)
+    parameters: dict[str, tuple[nn.Parameter, ParameterFragment]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     num_experts: dict[str, int] = field(default_factory=dict)
     module_layers: dict[str, ModuleExperts] = field(default_factory=dict)
 
-    def place(self, name: str) -> Place:
-        """The position of a parameter."""
+    def fragment(self, name: str) -> ParameterFragment:
+        """The fragment of the whole model's parameter that this rank has, before ZeRO's."""
         return self.parameters[name][1]
 
     def frozen(self) -> set[str]:
@@ -90,7 +87,7 @@ class ModelMap:
 
 
 def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
-    """Finds the position of every parameter and buffer.
+    """Finds the name of every parameter and buffer, and the fragment that this rank has.
 
     Args:
         module: the LightningModule, partitioned by ZeRO 3 or not.
@@ -125,7 +122,7 @@ def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
             result.tied[name] = first
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        result.parameters[name] = (parameter, _place(name, shape, experts.get(name)))
+        result.parameters[name] = (parameter, _fragment(name, shape, experts.get(name)))
     result.buffers = dict(_persistent_buffers(module))
     for name, layer in layers.items():
         stacked = layer.is_sharded and layer.experts.is_stacked
@@ -148,13 +145,13 @@ def _check_tied(first: str, name: str, model: ModelMap) -> None:
         )
 
 
-def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
+def _fragment(name: str, shape: tuple[int, ...], layer: MoE | None) -> ParameterFragment:
     numel = math.prod(shape)
     if layer is None:
-        return Place(name, shape, 0, numel, is_expert=False)
+        return ParameterFragment(0, numel, name, shape, is_expert=False)
     experts = layer.experts
     if not experts.is_stacked:  # its name says which expert it is
-        return Place(name, shape, 0, numel, is_expert=True)
+        return ParameterFragment(0, numel, name, shape, is_expert=True)
     assert shape[0] == experts.num_local_experts, name
     if not is_interval(experts.local_ids):
         raise CheckpointError(
@@ -162,11 +159,11 @@ def _place(name: str, shape: tuple[int, ...], layer: MoE | None) -> Place:
             " Checkpoints require each rank's experts to have consecutive ids."
         )
     row = math.prod(shape[1:])
-    return Place(
-        name,
-        (experts.num_experts, *shape[1:]),
+    return ParameterFragment(
         experts.local_ids[0] * row,
         numel,
+        name,
+        (experts.num_experts, *shape[1:]),
         is_expert=True,
     )
 

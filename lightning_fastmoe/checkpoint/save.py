@@ -15,7 +15,7 @@ import torch
 from lightning_fastmoe.checkpoint.format.layout import files_per_rank
 from lightning_fastmoe.checkpoint.format.manifest import Manifest
 from lightning_fastmoe.checkpoint.format.publish import Publication, saving_name
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.threads import thread_count
 from lightning_fastmoe.checkpoint.format.writer import (
     write_manifest,
@@ -30,12 +30,12 @@ class Snapshot:
     """What a rank will write.
 
     Attributes:
-        pieces: tensors that the rank owns; views of the live state unless they were copied.
+        fragments: tensors that the rank owns; views of the live state unless they were copied.
         small: file name -> content, for everything that is not a tensor.
         manifest: the manifest on rank 0; None on the other ranks.
     """
 
-    pieces: list[OwnedPiece]
+    fragments: list[OwnedFragment]
     small: dict[str, bytes] = field(default_factory=dict)
     manifest: Manifest | None = None
 
@@ -83,7 +83,7 @@ def write(path: Path, snapshot: Snapshot, group: Any = None) -> None:
             written = write_rank(
                 directory,
                 together.rank,
-                snapshot.pieces,
+                snapshot.fragments,
                 snapshot.small,
                 max_files=files_per_rank(together.world_size),
                 threads=threads,

@@ -79,8 +79,8 @@ def _load(
         if share is not None:
             source.check(*share, ("weights",))
         with torch.no_grad():
-            for name, (parameter, place) in model.parameters.items():
-                _fill(source, name, place.offset, parameter)
+            for name, (parameter, fragment) in model.parameters.items():
+                _fill(source, name, fragment.start, parameter)
             for name, buffer in model.buffers.items():
                 _fill(source, name, 0, buffer)
 

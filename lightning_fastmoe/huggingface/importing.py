@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_fastmoe import __version__
 from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
 from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.writer import write_checkpoint
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.huggingface.architecture import (
@@ -72,14 +72,14 @@ def import_model(
         own: dict[str, list[Slot]] = {}
         for slot in slots(about):
             own.setdefault(slot.name, []).append(slot)
-        pieces = [
-            _piece(weights, prefix + name, shape, own[name])
+        fragments = [
+            _fragment(weights, prefix + name, shape, own[name])
             for name, shape in weight_shapes(about).items()
         ]
         if on_total is not None:
-            on_total(sum(piece.length * piece.dtype.itemsize for piece in pieces))
+            on_total(sum(fragment.length * fragment.dtype.itemsize for fragment in fragments))
         layers = [f"{prefix}model.layers.{i}.mlp" for i in about.moe_layers]
-        precision = _PRECISION.get(pieces[0].dtype, "32-true")
+        precision = _PRECISION.get(fragments[0].dtype, "32-true")
         manifest = Manifest(
             written_by=f"lightning_fastmoe {__version__}",
             contents=("weights",),
@@ -87,11 +87,13 @@ def import_model(
             progress={"epoch": 0, "global_step": 0},
             moe_layers=dict.fromkeys(layers, about.num_experts),
         )
-        write_checkpoint(path, manifest, pieces, _state(config), on_bytes)
+        write_checkpoint(path, manifest, fragments, _state(config), on_bytes)
     return about
 
 
-def _piece(weights: _Weights, name: str, shape: tuple[int, ...], parts: list[Slot]) -> OwnedPiece:
+def _fragment(
+    weights: _Weights, name: str, shape: tuple[int, ...], parts: list[Slot]
+) -> OwnedFragment:
     dtypes = {weights.dtype(slot.key) for slot in parts}
     if len(dtypes) > 1:
         raise ConfigError(
@@ -104,7 +106,9 @@ def _piece(weights: _Weights, name: str, shape: tuple[int, ...], parts: list[Slo
             yield weights.read(slot.key)
 
     size = torch.Size(shape).numel()
-    return OwnedPiece(weight_name(name), shape, 0, size, dtypes.pop(), read)
+    return OwnedFragment(
+        0, size, tensor=weight_name(name), shape=shape, dtype=dtypes.pop(), parts=read
+    )
 
 
 class _Weights:

@@ -235,16 +235,16 @@ class Averaging:
 
 @torch.no_grad()
 def _is_elementwise(options: dict[str, Any]) -> bool:
-    """Whether averaging a tensor in pieces gives the same result as averaging it whole."""
+    """Whether averaging a tensor in fragments gives the same result as averaging it whole."""
     average, current = torch.linspace(-2, 3, 8), torch.linspace(1, 0, 8).square()
     cut = 3
-    pieces = torch.cat(
+    fragments = torch.cat(
         [
             _averaged(options, average[:cut], current[:cut]),
             _averaged(options, average[cut:], current[cut:]),
         ]
     )
-    return torch.equal(_averaged(options, average, current), pieces)
+    return torch.equal(_averaged(options, average, current), fragments)
 
 
 def _averaged(options: dict[str, Any], average: Tensor, current: Tensor) -> Tensor:

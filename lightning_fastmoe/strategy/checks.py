@@ -132,7 +132,7 @@ def check_optimizer(optimizer: Any) -> None:
     if not elementwise:
         raise ConfigError(
             f"{kind.__module__}.{kind.__name__} depends on whole parameters, such as their shape or"
-            " norm, but under ZeRO it gets flat pieces of parameters: its updates would differ"
+            " norm, but under ZeRO it gets flat fragments of parameters: its updates would differ"
             " from those on one device, and change with the number of ranks. Use an elementwise"
             " optimizer, such as AdamW, RMSprop or SGD."
         )

@@ -60,7 +60,7 @@ class WeightNames:
     @classmethod
     def of_model(cls, model: ModelMap) -> WeightNames:
         """The weights of a model that will be saved, as far as this rank knows their names."""
-        shapes = {name: (place.shape, p.dtype) for name, (p, place) in model.parameters.items()}
+        shapes = {name: (f.shape, p.dtype) for name, (p, f) in model.parameters.items()}
         shapes |= {name: (tuple(b.shape), b.dtype) for name, b in model.buffers.items()}
         return cls(shapes, model.tied)
 

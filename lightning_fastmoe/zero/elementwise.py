@@ -3,7 +3,7 @@
 ZeRO gives the optimizer a flat slice of all parameters of a group, cut at the boundary of a rank's
 shard. An optimizer that depends on whole parameters (their shape or norm) then trains without an
 error, but incorrectly, and differently for each number of ranks. Its class doesn't tell, so a copy
-of it is run on one small matrix, and on the same numbers in two flat pieces.
+of it is run on one small matrix, and on the same numbers in two flat fragments.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def _try_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool 
         return None
     if not torch.equal(whole, again):
         return None
-    try:  # each piece by its own copy, as on a rank
-        pieces = [
+    try:  # each fragment by its own copy, as on a rank
+        fragments = [
             _train(optimizer, group, start[part], part, seed=0)
             for part in (slice(_CUT), slice(_CUT, None))
         ]
     except Exception:  # noqa: BLE001  for example, one that needs matrices
         return False
     way = (whole - start).abs().max()
-    return bool((torch.cat(pieces) - whole).abs().max() <= _TOLERANCE * way)
+    return bool((torch.cat(fragments) - whole).abs().max() <= _TOLERANCE * way)
 
 
 def _train(
@@ -102,7 +102,7 @@ def _copy(
 
 
 def _numbers(step: int, device: torch.device) -> Tensor:
-    """24 values of both signs and growing size, so that the norms of pieces differ."""
+    """24 values of both signs and growing size, so that the norms of fragments differ."""
     i = torch.arange(24, dtype=torch.float32)
     values = torch.sin(i * (step + 1) + step) * (0.05 + i / 12)
     return values.to(device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.manifest import Topology
 from lightning_fastmoe.checkpoint.format.records import TensorRecord, gradient_name
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.model_map import ModelMap
-from lightning_fastmoe.zero.state import ZeroShare, ZeroState
+from lightning_fastmoe.zero.state import LocalFragment, ZeroShare, ZeroState
 
 _ZERO_3_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
@@ -45,21 +44,6 @@ class GradientSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class GradientFragment:
-    """A fragment of a gradient on this rank.
-
-    Attributes:
-        name: the name of the parameter.
-        start: offset in this rank's part of the parameter, in elements.
-        length: number of elements.
-    """
-
-    name: str
-    start: int
-    length: int
-
-
 class PartialGradients:
     """The partly accumulated gradients of an engine.
 
@@ -74,30 +58,30 @@ class PartialGradients:
         self.is_local = not zero.partitions_parameters and not self.zero.partition_gradients
         self.parameters = {n: p for n, (p, _) in model.parameters.items()}
 
-    def pieces(self) -> Iterator[OwnedPiece]:
+    def fragments(self) -> Iterator[OwnedFragment]:
         """The fragments that this rank writes."""
-        for fragment in self._fragments():
-            place = self.model.place(fragment.name)
-            shape, start = place.shape, place.offset + fragment.start
+        for fragment in self._local_fragments():
+            own = self.model.fragment(fragment.name)
+            shape, start = own.shape, own.start + fragment.start
             if self.is_local:
                 replica, count = self.state.replicas(self.parameters[fragment.name])
                 shape = (count, *shape)
-                start += replica * math.prod(place.shape)
+                start += replica * math.prod(own.shape)
             name = gradient_name(fragment.name, self.is_local)
-            yield OwnedPiece.of(name, shape, start, self._read(fragment))
+            yield OwnedFragment.of(name, shape, start, self._read(fragment))
 
-    def load(self, source: GradientSource) -> dict[GradientFragment, Tensor]:
+    def load(self, source: GradientSource) -> dict[LocalFragment, Tensor]:
         """Reads this rank's fragments; none if the checkpoint was taken between steps."""
         result = {}
-        for fragment in self._fragments():
+        for fragment in self._local_fragments():
             value = self._load_fragment(source, fragment)
             if value is not None:
                 result[fragment] = value
         return result
 
-    def _load_fragment(self, source: GradientSource, fragment: GradientFragment) -> Tensor | None:
-        place = self.model.place(fragment.name)
-        start = place.offset + fragment.start
+    def _load_fragment(self, source: GradientSource, fragment: LocalFragment) -> Tensor | None:
+        own = self.model.fragment(fragment.name)
+        start = own.start + fragment.start
         mean, local = (gradient_name(fragment.name, is_local) for is_local in (False, True))
         if mean not in source.tensors and local not in source.tensors:
             return None
@@ -109,7 +93,7 @@ class PartialGradients:
             source.read_into(mean, start, value)
             return value * share if self.is_local and share != 1 else value
         saved_count = source.tensors[local].shape[0]
-        numel = math.prod(place.shape)
+        numel = math.prod(own.shape)
         assert source.topology is not None
         saved_world = source.topology.world_size
         if self.is_local and (saved_count, saved_world) == (count, dist.get_world_size()):
@@ -122,7 +106,7 @@ class PartialGradients:
         value /= saved_world
         return value * share if self.is_local else value
 
-    def put(self, gradients: Mapping[GradientFragment, Tensor], scale: float = 1.0) -> None:
+    def put(self, gradients: Mapping[LocalFragment, Tensor], scale: float = 1.0) -> None:
         """Hands them to the engine, which accumulates the step's remaining batches.
 
         Args:
@@ -141,21 +125,20 @@ class PartialGradients:
         else:
             self._put_2(values)
 
-    def _fragments(self) -> Iterator[GradientFragment]:
+    def _local_fragments(self) -> Iterator[LocalFragment]:
         if not self.is_local:
             for flat in self.share.flats:
-                for f in flat.fragments:
-                    yield GradientFragment(f.name, f.start, f.length)
+                yield from flat.fragments
             return
         for flat in self.share.flats:
             for name in flat.names:
-                numel = self.model.place(name).numel
+                numel = self.model.fragment(name).length
                 if numel:
-                    yield GradientFragment(name, 0, numel)
+                    yield LocalFragment(0, numel, name)
 
     # ------------------------------------------------------------- where DeepSpeed keeps gradients
 
-    def _read(self, fragment: GradientFragment) -> Tensor:
+    def _read(self, fragment: LocalFragment) -> Tensor:
         parameter = self.parameters[fragment.name]
         if self.state.partitions_parameters:
             return self._partition_3(parameter)[: fragment.length].detach().view(-1)
@@ -171,26 +154,24 @@ class PartialGradients:
         if gradient is None:  # no batch has used it yet
             return torch.zeros(fragment.length)
         flat: Tensor = gradient.detach().reshape(-1)
-        return flat[fragment.start : fragment.start + fragment.length]
+        return fragment.within(flat)
 
-    def _read_2(self, fragment: GradientFragment) -> Tensor | None:
+    def _read_2(self, fragment: LocalFragment) -> Tensor | None:
         i, row, offset = self._locations_2[fragment.name]
         if self.zero._use_compact_grad_partition_buffer(i):
             group = self.zero.averaged_gradients.get(i)
             if group is None:
                 return None
-            piece: Tensor = group.flat_partition[offset : offset + fragment.length]
-            return piece
+            part: Tensor = group.flat_partition[offset : offset + fragment.length]
+            return part
         gradients = self.zero.all_grad_tensors.get(i)
         if gradients is None:
             return None
-        whole = gradients[row].detach().reshape(-1)
-        part: Tensor = whole[fragment.start : fragment.start + fragment.length]
-        return part
+        return fragment.within(gradients[row].detach().reshape(-1))
 
     @cached_property
     def _locations_2(self) -> dict[str, tuple[int, int, int]]:
-        """Name -> (group, place among the partition's parameters, offset in the partition)."""
+        """Name -> (group, index among the partition's parameters, offset in the partition)."""
         offsets = [{f.name: f.offset for f in flat.fragments} for flat in self.share.flats]
         return {
             (name := self.model.names[id(parameter)]): (i, row, offsets[i][name])
@@ -202,14 +183,14 @@ class PartialGradients:
         partition: Tensor = getattr(self.zero, _ZERO_3_PARTITIONS)[parameter.ds_id]
         return partition
 
-    def _put_3(self, values: Mapping[GradientFragment, Tensor]) -> None:
+    def _put_3(self, values: Mapping[LocalFragment, Tensor]) -> None:
         for fragment, value in values.items():
             target = self._partition_3(self.parameters[fragment.name])
             target.view(-1)[: fragment.length].copy_(value)
         # The next backward adds instead of overwriting.
         self.zero.micro_step_id = max(1, self.zero.micro_step_id)
 
-    def _put_local(self, values: Mapping[GradientFragment, Tensor]) -> None:
+    def _put_local(self, values: Mapping[LocalFragment, Tensor]) -> None:
         accumulates = self.zero.use_grad_accum_attribute
         for fragment, value in values.items():
             parameter = self.parameters[fragment.name]
@@ -217,17 +198,17 @@ class PartialGradients:
             gradient = value.view(parameter.shape).to(parameter.device, dtype)
             setattr(parameter, "grad_accum" if accumulates else "grad", gradient)
 
-    def _put_offloaded(self, values: Mapping[GradientFragment, Tensor]) -> None:
+    def _put_offloaded(self, values: Mapping[LocalFragment, Tensor]) -> None:
         for fragment, value in values.items():
             parameter = self.parameters[fragment.name]
             buffer = torch.zeros(parameter.numel(), dtype=parameter.dtype, device="cpu")
-            buffer[fragment.start : fragment.start + fragment.length].copy_(value)
+            fragment.within(buffer).copy_(value)
             if self.zero.cpu_offload_pin_memory:
                 buffer = buffer.pin_memory()
             self.zero.accumulated_grads_in_cpu[self.zero.get_param_id(parameter)] = buffer
         self.zero.micro_step_id = max(0, self.zero.micro_step_id)
 
-    def _put_2(self, values: Mapping[GradientFragment, Tensor]) -> None:
+    def _put_2(self, values: Mapping[LocalFragment, Tensor]) -> None:
         zero = self.zero
         for i, flat in enumerate(self.share.flats):
             own = {f.name: f for f in values if f.name in {g.name for g in flat.fragments}}
@@ -241,8 +222,7 @@ class PartialGradients:
             gradients = []
             for parameter in zero.params_in_partition[i]:
                 whole = torch.zeros_like(parameter, dtype=zero.gradient_accumulation_dtype)
-                piece = own[self.model.names[id(parameter)]]
-                target = whole.detach().view(-1)[piece.start : piece.start + piece.length]
-                target.copy_(values[piece])
+                local = own[self.model.names[id(parameter)]]
+                local.within(whole.detach().view(-1)).copy_(values[local])
                 gradients.append(whole)
             zero.all_grad_tensors[i] = gradients

@@ -146,12 +146,12 @@ def _load_weights(
         for fragment in flat.fragments:
             name = named(fragment.name)
             if name in source.tensors:
-                start = model.place(fragment.name).offset + fragment.start
+                start = model.fragment(fragment.name).start + fragment.start
                 source.read_into(name, start, flat.view(flat.master, fragment))
     for loose in share.loose:
         name = named(loose.name)
         if name in source.tensors:
-            source.read_into(name, model.place(loose.name).offset + loose.start, loose.data)
+            source.read_into(name, model.fragment(loose.name).start + loose.start, loose.data)
             loose.write_back()
 
 
@@ -237,7 +237,7 @@ class _OptimizerLoader:
             values[position : fragment.offset].zero_()  # padding
             name, part = state_name(key, fragment.name), flat.view(values, fragment)
             if name in self.source.tensors:
-                start = self.model.place(fragment.name).offset + fragment.start
+                start = self.model.fragment(fragment.name).start + fragment.start
                 self.source.read_into(name, start, part)
             else:
                 part.zero_()

@@ -13,14 +13,14 @@ from torch import Tensor
 from lightning_fastmoe.checkpoint.expert_names import Inventory, expert_of, merged
 from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
 from lightning_fastmoe.checkpoint.format.records import state_name, weight_name
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.state_files import COUNTS
 from lightning_fastmoe.checkpoint.format.writer import (
     pack_rank_state,
     pack_state,
 )
 from lightning_fastmoe.checkpoint.lockstep import Together
-from lightning_fastmoe.checkpoint.model_map import ModelMap, Place, map_model
+from lightning_fastmoe.checkpoint.model_map import ModelMap, ParameterFragment, map_model
 from lightning_fastmoe.checkpoint.param_options import NamedGroup, options_of
 from lightning_fastmoe.checkpoint.random_state import random_state
 from lightning_fastmoe.checkpoint.save import Snapshot, loaders_of, warn_of_objects
@@ -78,20 +78,20 @@ def take_snapshot(
                 training, training_buffers = beside
             else:
                 weights, buffers = beside
-        pieces = list(_weights(model, weights, excluded, weight_name))
+        fragments = list(_weights(model, weights, excluded, weight_name))
         if with_optimizer:
-            pieces += _optimizer(model, share)
+            fragments += _optimizer(model, share)
             if averages is not None:
-                pieces += _weights(model, training, excluded, training_name)
-                pieces += _replicated(model, training_buffers, topology, training_name)
+                fragments += _weights(model, training, excluded, training_name)
+                fragments += _replicated(model, training_buffers, topology, training_name)
             if engine.mid_accumulation:
-                pieces += PartialGradients(zero, model, share).pieces()
+                fragments += PartialGradients(zero, model, share).fragments()
         extra = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
-        pieces += _replicated(model, {**buffers, **extra}, topology, weight_name)
+        fragments += _replicated(model, {**buffers, **extra}, topology, weight_name)
         local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
         if with_optimizer:
             local[COUNTS] = counts_of(layers)
-        snapshot = Snapshot(pieces, pack_rank_state(together.rank, local))
+        snapshot = Snapshot(fragments, pack_rank_state(together.rank, local))
         inventory = Inventory(sorted(excluded), model.tied, model.names_by_expert())
         if with_optimizer:
             inventory.groups = _rows(NamedGroup(f.names, options_of(f.group)) for f in share.flats)
@@ -130,33 +130,33 @@ def take_snapshot(
 
 def _weights(
     model: ModelMap, share: ZeroShare, excluded: set[str], named: Callable[[str], str]
-) -> Iterator[OwnedPiece]:
+) -> Iterator[OwnedFragment]:
     for flat in share.flats:
         for fragment in flat.fragments:
-            place = model.place(fragment.name)
+            own = model.fragment(fragment.name)
             data = flat.view(flat.master, fragment)
-            yield _piece(named(fragment.name), place, fragment.start, data)
+            yield _owned(named(fragment.name), own, fragment.start, data)
     for loose in share.loose:
         if loose.name in excluded:
             continue
-        place = model.place(loose.name)
-        start, length = loose.share
-        data = loose.data[start : start + length]
-        if length or (place.numel == 0 and (place.is_expert or dist.get_rank() == 0)):
-            yield _piece(named(loose.name), place, loose.start + start, data)
+        own = model.fragment(loose.name)
+        data = loose.owned.within(loose.data)
+        if loose.owned.length or (own.length == 0 and (own.is_expert or dist.get_rank() == 0)):
+            yield _owned(named(loose.name), own, loose.start + loose.owned.start, data)
 
 
-def _optimizer(model: ModelMap, share: ZeroShare) -> Iterator[OwnedPiece]:
+def _optimizer(model: ModelMap, share: ZeroShare) -> Iterator[OwnedFragment]:
     for flat in share.flats:
         for state, values in elementwise(flat):
             for fragment in flat.fragments:
                 name = state_name(state, fragment.name)
-                place = model.place(fragment.name)
-                yield _piece(name, place, fragment.start, flat.view(values, fragment))
+                own = model.fragment(fragment.name)
+                yield _owned(name, own, fragment.start, flat.view(values, fragment))
 
 
-def _piece(tensor: str, place: Place, start: int, data: Tensor) -> OwnedPiece:
-    return OwnedPiece.of(tensor, place.shape, place.offset + start, data)
+def _owned(tensor: str, own: ParameterFragment, start: int, data: Tensor) -> OwnedFragment:
+    """``data`` begins at ``start`` in what this rank has of the parameter."""
+    return OwnedFragment.of(tensor, own.shape, own.start + start, data)
 
 
 def _replicated(
@@ -164,7 +164,7 @@ def _replicated(
     tensors: Mapping[str, Tensor],
     topology: Topology,
     named: Callable[[str], str],
-) -> Iterator[OwnedPiece]:
+) -> Iterator[OwnedFragment]:
     """The tensors that one rank writes for all: buffers and other entries of state dicts.
 
     Rank 0 writes what every rank has. The buffers of a module expert are written by the first rank
@@ -176,7 +176,7 @@ def _replicated(
     for name, tensor in tensors.items():
         if rank == 0 or (is_first_replica and expert_of(name, sharded)):
             flat = tensor.detach().contiguous().view(-1)
-            yield OwnedPiece.of(named(name), tensor.shape, 0, flat)
+            yield OwnedFragment.of(named(name), tensor.shape, 0, flat)
 
 
 def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:

@@ -11,23 +11,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_fastmoe.checkpoint.format.fragment import Fragment
+
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """A fragment of a parameter in a flat partition.
+class LocalFragment(Fragment):
+    """A fragment of a parameter, counted in what this rank has of it: its own experts alone.
 
     Attributes:
         name: the name of the parameter.
-        start: offset in this rank's part of the parameter, in elements.
-        length: number of elements.
-        offset: offset in the flat partition.
     """
 
     name: str
-    start: int
-    length: int
+
+
+@dataclass(frozen=True)
+class FlatFragment(LocalFragment):
+    """A fragment of a parameter that lies in a flat partition.
+
+    Attributes:
+        offset: where it begins in the flat partition, in elements.
+    """
+
     offset: int
 
 
@@ -44,7 +51,7 @@ class FlatPartition:
     """
 
     master: Tensor
-    fragments: list[Fragment]
+    fragments: list[FlatFragment]
     names: list[str]
     group: dict[str, Any]
     inner: torch.optim.Optimizer
@@ -54,8 +61,8 @@ class FlatPartition:
         """The optimizer's state, empty before its first step."""
         return dict(self.inner.state.get(self.master, {}))
 
-    def view(self, tensor: Tensor, fragment: Fragment) -> Tensor:
-        """The slice of a tensor laid out like ``master`` that belongs to a fragment."""
+    def view(self, tensor: Tensor, fragment: FlatFragment) -> Tensor:
+        """A fragment's elements in a tensor laid out like ``master``; a view."""
         return tensor.detach()[fragment.offset : fragment.offset + fragment.length]
 
 
@@ -67,14 +74,14 @@ class LooseParameter:
         name: the name of the parameter.
         data: this rank's part of it, flat; writing to it changes the parameter.
         start: offset of ``data`` in this rank's part of the parameter.
-        share: (start, length) in ``data`` of what this rank saves; replicas save the rest.
+        owned: fragment of ``data`` that this rank saves; replicas save the rest.
         origin: the parameter, if ``data`` is a copy because the parameter is not contiguous.
     """
 
     name: str
     data: Tensor
     start: int
-    share: tuple[int, int]
+    owned: Fragment
     origin: nn.Parameter | None = None
 
     @torch.no_grad()
@@ -140,8 +147,9 @@ class ZeroState:
                 first = max(offset, begin)
                 last = min(offset + meta.numel(), begin + size)
                 if first < last:
-                    piece = Fragment(name, first - offset, last - first, first - begin)
-                    fragments.append(piece)
+                    fragments.append(
+                        FlatFragment(first - offset, last - first, name, first - begin)
+                    )
             group = zero.optimizer.param_groups[min(i, len(zero.optimizer.param_groups) - 1)]
             yield FlatPartition(master, fragments, names, group, zero.optimizer)
 
@@ -153,9 +161,9 @@ class ZeroState:
             for parameter in zero.fp16_groups[i]:
                 name = self.names[id(parameter)]
                 names.append(name)
-                start, length = partition_of(parameter)
-                if length:
-                    fragments.append(Fragment(name, start, length, offset))
+                own = partition_of(parameter)
+                if own.length:
+                    fragments.append(FlatFragment(own.start, own.length, name, offset))
                 offset += parameter.partition_numel()
             inner = zero.optimizer
             backup = getattr(zero, "backup_optimizer", None)
@@ -167,14 +175,14 @@ class ZeroState:
 
     def _loose(self, name: str, parameter: nn.Parameter) -> LooseParameter:
         if self.partitions_parameters:
-            start, length = partition_of(parameter)
+            own = partition_of(parameter)
             data: Any = parameter
-            flat = data.ds_tensor.detach().view(-1)[:length]
-            return LooseParameter(name, flat, start, (0, length))
+            flat = data.ds_tensor.detach().view(-1)[: own.length]
+            return LooseParameter(name, flat, own.start, Fragment(0, own.length))
         flat = parameter.detach().contiguous().view(-1)
         origin = None if parameter.is_contiguous() else parameter
-        share = _even_share(flat.numel(), self.replicas(parameter))
-        return LooseParameter(name, flat, 0, share, origin)
+        owned = _even_fragment(flat.numel(), self.replicas(parameter))
+        return LooseParameter(name, flat, 0, owned, origin)
 
     def replicas(self, parameter: nn.Parameter) -> tuple[int, int]:
         """(index of this rank, count) among the ranks that hold the same parameter."""
@@ -230,15 +238,15 @@ class ZeroState:
                 setattr(scaler, name, value)
 
 
-def partition_of(parameter: Any) -> tuple[int, int]:
-    """(start, length without padding) of this rank's ZeRO 3 partition."""
+def partition_of(parameter: Any) -> Fragment:
+    """This rank's ZeRO 3 partition as a fragment of the parameter, without padding."""
     size = parameter.partition_numel()
     start = parameter.ds_zero_partition_rank * size
-    return start, max(0, min(size, parameter.ds_numel - start))
+    return Fragment(start, max(0, min(size, parameter.ds_numel - start)))
 
 
-def _even_share(numel: int, replica: tuple[int, int]) -> tuple[int, int]:
+def _even_fragment(numel: int, replica: tuple[int, int]) -> Fragment:
     rank, count = replica
     each = math.ceil(numel / count)
     start = min(rank * each, numel)
-    return start, min(each, numel - start)
+    return Fragment(start, min(each, numel - start))

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ParameterEditError
 from lightning_fastmoe.zero.state import (
+    FlatFragment,
     FlatPartition,
-    Fragment,
     ZeroState,
     partition_of,
 )
@@ -43,7 +43,7 @@ class _Watched:
         holders: (``_parameters`` of a module, key) for each module that holds it.
         is_optimized: whether it is in the user's optimizer, trained or frozen.
         is_trained: whether it is in ZeRO's optimizer.
-        place: (group, offset) in ZeRO 1 and 2's flat buffers.
+        flat_offset: (group, offset) in ZeRO 1 and 2's flat buffers.
     """
 
     name: str
@@ -51,7 +51,7 @@ class _Watched:
     is_optimized: bool
     holders: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     is_trained: bool = False
-    place: tuple[int, int] | None = None
+    flat_offset: tuple[int, int] | None = None
 
 
 class WeightEdits:
@@ -96,7 +96,7 @@ class WeightEdits:
                 offsets = zero.round_robin_bit16_offsets[i]
                 for parameter, offset in zip(group, offsets, strict=True):
                     one = found[id(parameter)]
-                    one.is_trained, one.place = True, (i, offset)
+                    one.is_trained, one.flat_offset = True, (i, offset)
         return list(found.values())
 
     # ---------------------------------------------------------------------------------- noticing
@@ -274,20 +274,20 @@ class WeightEdits:
         """Makes a parameter and this rank's shard of it agree; False if that is impossible."""
         one, parameter = self._watched[i], self._parameters[i]
         if not self._partitioned:
-            return one.place is not None and self._put_back(one)
+            return one.flat_offset is not None and self._put_back(one)
         if written and _is_whole(parameter):
             if parameter.shape != parameter.ds_shape:
                 self._complain_of_shape(one, parameter.ds_shape)
                 return False
-            start, length = partition_of(parameter)
-            share = parameter.ds_tensor.detach().view(-1)[:length]
-            share.copy_(parameter.detach().reshape(-1)[start : start + length])
+            own = partition_of(parameter)
+            share = parameter.ds_tensor.detach().view(-1)[: own.length]
+            share.copy_(own.within(parameter.detach().reshape(-1)))
         return True
 
     def _put_back(self, one: _Watched) -> bool:
         """Moves a parameter whose ``.data`` was replaced back to its place in the flat buffer."""
-        assert one.place is not None
-        group, offset = one.place
+        assert one.flat_offset is not None
+        group, offset = one.flat_offset
         meta = next(
             m
             for p, m in zip(
@@ -313,13 +313,12 @@ class WeightEdits:
             f" training; its own shape is {list(shape)}. Write values of that shape."
         )
 
-    def _weights(self, fragment: Fragment) -> Tensor:
+    def _weights(self, fragment: FlatFragment) -> Tensor:
         parameter = self._by_name[fragment.name]
         if self._partitioned:
             share: Tensor = parameter.ds_tensor.detach().view(-1)
             return share[: fragment.length]
-        flat: Tensor = parameter.detach().view(-1)
-        return flat[fragment.start : fragment.start + fragment.length]
+        return fragment.within(parameter.detach().view(-1))
 
     @contextmanager
     def editing(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -362,7 +361,7 @@ def _is_whole(parameter: Any) -> bool:
     return bool(parameter.ds_status is ZeroParamStatus.AVAILABLE)
 
 
-def _write_through(weights: Tensor, flat: FlatPartition, fragment: Fragment) -> None:
+def _write_through(weights: Tensor, flat: FlatPartition, fragment: FlatFragment) -> None:
     """Writes only elements that differ: unchanged ones keep the master's precision."""
     master = flat.view(flat.master, fragment)
     weights = weights.to(master.device)

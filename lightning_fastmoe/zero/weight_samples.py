@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.zero.state import Fragment
+from lightning_fastmoe.zero.state import FlatFragment
 
 _SAMPLES = 64
 """Number of elements of a fragment that are compared in a step."""
@@ -19,7 +19,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Sampler:
     """Picks elements of each fragment of a flat partition."""
 
-    def __init__(self, fragments: Sequence[Fragment], index: Mapping[str, int]) -> None:
+    def __init__(self, fragments: Sequence[FlatFragment], index: Mapping[str, int]) -> None:
         counts = [min(_SAMPLES, f.length) for f in fragments]
         self.owners = _repeated([index[f.name] for f in fragments], counts)
         self.offsets = _repeated([f.offset for f in fragments], counts)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint import Manifest, OwnedPiece, Publication, Topology
+from lightning_fastmoe.checkpoint import Manifest, OwnedFragment, Publication, Topology
 from lightning_fastmoe.checkpoint.format.writer import (
     pack_rank_state,
     pack_state,
@@ -46,17 +46,17 @@ def make_tensors(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def pieces_of(tensors: dict[str, Tensor], ranks: int) -> list[list[OwnedPiece]]:
-    """Each tensor cut into uneven intervals, one for each rank."""
-    result: list[list[OwnedPiece]] = [[] for _ in range(ranks)]
+def fragments_of(tensors: dict[str, Tensor], ranks: int) -> list[list[OwnedFragment]]:
+    """Each tensor cut into uneven fragments, one for each rank."""
+    result: list[list[OwnedFragment]] = [[] for _ in range(ranks)]
     for i, (name, tensor) in enumerate(tensors.items()):
         flat = tensor.reshape(-1)
         cuts = [0, *sorted((i + r * flat.numel()) // ranks for r in range(1, ranks)), flat.numel()]
         cuts = [min(c, flat.numel()) for c in cuts]
         for rank, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
             if start < stop or (flat.numel() == 0 and rank == 0):
-                piece = OwnedPiece.of(name, tuple(tensor.shape), start, flat[start:stop])
-                result[rank].append(piece)
+                fragment = OwnedFragment.of(name, tuple(tensor.shape), start, flat[start:stop])
+                result[rank].append(fragment)
     return result
 
 
@@ -80,8 +80,8 @@ def write_sample(path: Path, tensors: dict[str, Tensor] | None = None, ranks: in
     """A complete checkpoint of ``ranks`` ranks."""
     publication = Publication(path)
     written = [
-        write_rank(publication.directory, rank, pieces, small_files(rank))
-        for rank, pieces in enumerate(pieces_of(tensors or make_tensors(), ranks))
+        write_rank(publication.directory, rank, fragments, small_files(rank))
+        for rank, fragments in enumerate(fragments_of(tensors or make_tensors(), ranks))
     ]
     layers = {"moe": 4} if "weights/moe.experts.up_proj" in (tensors or make_tensors()) else {}
     write_manifest(publication.directory, make_manifest(moe_layers=layers), written)
@@ -118,14 +118,14 @@ def write_state(path: Path, **changes: Any) -> None:
 
 
 def add_file(path: Path, name: str, data: bytes) -> None:
-    """Adds a file, and lists it in its place by name; pieces know files by their number."""
+    """Adds a file, and lists it in its place by name; fragments know files by their number."""
     (path / name).write_bytes(data)
     content = read_manifest(path)
     place = sum(row[0] < name for row in content["files"])
     content["files"].insert(place, [name, len(data), hashlib.sha256(data).hexdigest()])
     for tensor in content["tensors"].values():
-        for piece in tensor["pieces"]:
-            piece[2] += piece[2] >= place
+        for fragment in tensor["pieces"]:
+            fragment[2] += fragment[2] >= place
     write_manifest_again(path, content)
 
 

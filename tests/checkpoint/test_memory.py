@@ -9,7 +9,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
-from lightning_fastmoe.checkpoint import CheckpointReader, OwnedPiece
+from lightning_fastmoe.checkpoint import CheckpointReader, OwnedFragment
 from lightning_fastmoe.checkpoint.format.shards import write_shard
 
 def peak():
@@ -17,7 +17,7 @@ def peak():
 
 data = torch.ones(100_000_000)
 before = peak()
-write_shard(Path(sys.argv[1]), [OwnedPiece.of("weights/a", data.shape, 0, data)])
+write_shard(Path(sys.argv[1]), [OwnedFragment.of("weights/a", data.shape, 0, data)])
 print(data.nbytes, peak() - before)
 """
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_fastmoe.checkpoint.format.records import TensorRecord, state_name
 from lightning_fastmoe.zero.restore import _OptimizerLoader
-from lightning_fastmoe.zero.state import FlatPartition, Fragment
+from lightning_fastmoe.zero.state import FlatFragment, FlatPartition
 
 SAVED = {"a": torch.arange(10.0), "b": torch.arange(100.0, 106.0)}
 EXPECTED = torch.tensor([0, 0, 3, 4, 5, 6, 0, 100, 101, 102, 0, 0.0])
@@ -40,9 +40,9 @@ def loaded(without=(), strict=True, before=None):
     master = torch.nn.Parameter(torch.ones(12))
     inner = torch.optim.AdamW([master])
     inner.state[master] = before or {}
-    fragments = [Fragment("b", 0, 3, 7), Fragment("a", 3, 4, 2)]
+    fragments = [FlatFragment(0, 3, "b", 7), FlatFragment(3, 4, "a", 2)]
     flat = FlatPartition(master, fragments, ["a", "b"], inner.param_groups[0], inner)
-    model = SimpleNamespace(place=lambda name: SimpleNamespace(offset=0))
+    model = SimpleNamespace(fragment=lambda name: SimpleNamespace(start=0))
     names = ["a", "b"]
     info = {
         "class": "AdamW",

@@ -25,8 +25,8 @@ def leave_out(path: Path, name: str) -> None:
     index = [row[0] for row in content["files"]].index(name)
     del content["files"][index]
     for tensor in content["tensors"].values():
-        for piece in tensor["pieces"]:
-            piece[2] -= piece[2] > index
+        for fragment in tensor["pieces"]:
+            fragment[2] -= fragment[2] > index
     data = json.dumps(content, separators=(",", ":")).encode()
     (path / "manifest.json").write_bytes(data)
     line = f"{hashlib.sha256(data).hexdigest()}  manifest.json\n"

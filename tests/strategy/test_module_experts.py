@@ -66,7 +66,7 @@ def test_each_rank_writes_its_own_experts_and_only_a_part_of_them(path):
     for name, record in tensors.items():
         parts = name.partition(".moes.")[2].split(".")
         if parts[1:2] == ["experts"]:
-            ranks = {int(piece.file[-17:-12]) for piece in record.pieces}
+            ranks = {int(fragment.file[-17:-12]) for fragment in record.fragments}
             writers.setdefault((int(parts[0]), int(parts[2])), set()).update(ranks)
     assert writers.keys() == {(0, e) for e in range(4)} | {(1, e) for e in range(8) if e != 6}
     for (layer, expert), ranks in writers.items():

@@ -1,4 +1,4 @@
-"""Which optimizers train the same on flat pieces of parameters."""
+"""Which optimizers train the same on flat fragments of parameters."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def faults(manifest: Manifest, where: object) -> Iterator[str]:
 def _coverage_faults(
     name: str, record: TensorRecord, manifest: Manifest, where: object
 ) -> Iterator[str]:
-    """Elements that are in no piece or in two; for a stacked tensor, the experts concerned."""
+    """Elements that are in no fragment or in two; for a stacked tensor, the experts concerned."""
     kind, parameter = split_name(name)
     layer, found, rest = parameter.rpartition(_EXPERTS)
     experts = manifest.moe_layers.get(layer) if found and "." not in rest else None
@@ -89,16 +89,16 @@ def _expert_faults(
 ) -> Iterator[str]:
     size = record.numel // experts
     gaps, overlaps, position = [], [], 0
-    for piece in sorted(record.pieces):
-        if piece.start > position:
-            gaps.append((position, min(piece.start, record.numel)))
-        elif piece.start < position:
-            overlaps.append((piece.start, min(position, piece.stop)))
-        position = max(position, piece.stop)
+    for fragment in sorted(record.fragments):
+        if fragment.start > position:
+            gaps.append((position, min(fragment.start, record.numel)))
+        elif fragment.start < position:
+            overlaps.append((fragment.start, min(position, fragment.stop)))
+        position = max(position, fragment.stop)
     if position < record.numel:
         gaps.append((position, record.numel))
-    for spans, what in ((gaps, "missing"), (overlaps, "duplicated")):
-        for start, stop in spans:
+    for ranges, what in ((gaps, "missing"), (overlaps, "duplicated")):
+        for start, stop in ranges:
             if start < record.numel:
                 first, last = start // size, max(start, min(stop, record.numel) - 1) // size
                 which = f"expert {first} is" if first == last else f"experts {first} to {last} are"
@@ -145,10 +145,12 @@ def _file_faults(
     for name, record in tensors.items():
         # Loading without the optimizer verifies only the files that are named as weights.
         kind = f"{WEIGHTS if split_name(name)[0] is None else OPTIMIZER}_"
-        for piece in record.pieces:
-            data[piece.file] = data.get(piece.file, 0) + piece.length * itemsize(record.dtype)
-            if not piece.file.startswith(kind):
-                strange.setdefault(piece.file, name)
+        for fragment in record.fragments:
+            data[fragment.file] = data.get(fragment.file, 0) + fragment.length * itemsize(
+                record.dtype
+            )
+            if not fragment.file.startswith(kind):
+                strange.setdefault(fragment.file, name)
     for file, name in strange.items():
         yield f"{where}: tensor {name!r} is listed in {file}, which holds another kind of tensor."
     for file, size in data.items():

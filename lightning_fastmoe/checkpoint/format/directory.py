@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lightning_fastmoe.checkpoint.format import files
+from lightning_fastmoe.checkpoint.format.fragment import StoredFragment
 from lightning_fastmoe.checkpoint.format.hashing import Mark, check_hash
 from lightning_fastmoe.checkpoint.format.manifest import (
     CHECKSUM,
@@ -15,14 +16,14 @@ from lightning_fastmoe.checkpoint.format.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
 )
-from lightning_fastmoe.checkpoint.format.records import FileRecord, Piece, piece_key
+from lightning_fastmoe.checkpoint.format.records import FileRecord, fragment_key
 from lightning_fastmoe.checkpoint.format.shards import read_header
 from lightning_fastmoe.errors import CheckpointError
 
 _SHOWN = 4
 
-Pieces = Sequence[tuple[str, str, Piece]]
-"""(tensor, dtype, piece) of every piece in a file."""
+Fragments = Sequence[tuple[str, str, StoredFragment]]
+"""(tensor, dtype, fragment) of every fragment in a file."""
 
 
 def read_manifest(directory: int, path: Path) -> bytes:
@@ -59,17 +60,17 @@ def checksum_line(sha256: str) -> bytes:
     return f"{sha256}  {MANIFEST}\n".encode()
 
 
-def pieces_by_file(manifest: Manifest) -> dict[str, list[tuple[str, str, Piece]]]:
-    """File name -> (tensor, dtype, piece) of every piece in it."""
-    result: dict[str, list[tuple[str, str, Piece]]] = {}
+def fragments_by_file(manifest: Manifest) -> dict[str, list[tuple[str, str, StoredFragment]]]:
+    """File name -> (tensor, dtype, fragment) of every fragment in it."""
+    result: dict[str, list[tuple[str, str, StoredFragment]]] = {}
     for name, record in manifest.tensors.items():
-        for piece in record.pieces:
-            result.setdefault(piece.file, []).append((name, record.dtype, piece))
+        for fragment in record.fragments:
+            result.setdefault(fragment.file, []).append((name, record.dtype, fragment))
     return result
 
 
 def open_listed(
-    directory: int, path: Path, name: str, record: FileRecord, pieces: Pieces
+    directory: int, path: Path, name: str, record: FileRecord, fragments: Fragments
 ) -> tuple[int, int]:
     """Opens a file that the manifest lists, and checks its size.
 
@@ -82,12 +83,12 @@ def open_listed(
     try:
         fd, size = files.open_regular(directory, name, path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{_tensors(pieces)}") from error
+        raise CheckpointError(f"{error}{_tensors(fragments)}") from error
     if size != record.size:
         os.close(fd)
         raise CheckpointError(
             f"{path / name} has {size} bytes, the manifest says {record.size}: it was cut short"
-            f" or replaced.{_tensors(pieces)}"
+            f" or replaced.{_tensors(fragments)}"
         )
     return fd, size
 
@@ -97,7 +98,7 @@ def verify_file(
     path: Path,
     name: str,
     record: FileRecord,
-    pieces: Pieces,
+    fragments: Fragments,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Reads a whole file and compares its size, header and hashes with the manifest.
@@ -106,15 +107,15 @@ def verify_file(
         CheckpointError: naming the file and the first damaged tensor.
     """
     where = path / name
-    fd, size = open_listed(directory, path, name, record, pieces)
+    fd, size = open_listed(directory, path, name, record, fragments)
     try:
         marks = []
         if name.endswith(".safetensors"):
-            header = read_header(fd, size, pieces, where)
-            for tensor, _, piece in pieces:
-                end = header[piece_key(tensor, piece.start, piece.stop)].end
-                what = f"tensor {tensor!r}, elements {piece.start} to {piece.stop}"
-                marks.append(Mark(end, piece.digest, what))
+            header = read_header(fd, size, fragments, where)
+            for tensor, _, fragment in fragments:
+                end = header[fragment_key(tensor, fragment)].end
+                what = f"tensor {tensor!r}, elements {fragment.start} to {fragment.stop}"
+                marks.append(Mark(end, fragment.digest, what))
         check_hash(fd, where, record.sha256, marks, on_bytes)
     finally:
         os.close(fd)
@@ -132,8 +133,8 @@ def strangers(directory: int, path: Path, manifest: Manifest) -> Iterator[tuple[
             )
 
 
-def _tensors(pieces: Pieces) -> str:
-    names = list(dict.fromkeys(tensor for tensor, _, _ in pieces))
+def _tensors(fragments: Fragments) -> str:
+    names = list(dict.fromkeys(tensor for tensor, _, _ in fragments))
     if not names:
         return ""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, WEIGHTS, split_name
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 
 MIN_FILE_BYTES = 64 * 2**20
 """Minimum size of a file: hashing less takes no longer than creating a file on a network disk."""
@@ -19,7 +19,7 @@ MAX_FILES = 8
 MAX_FILES_OF_ALL = 1024
 
 _WHOLE = 2**20
-"""Pieces of fewer bytes are not split."""
+"""Fragments of fewer bytes are not split."""
 
 
 def files_per_rank(world_size: int) -> int:
@@ -27,25 +27,27 @@ def files_per_rank(world_size: int) -> int:
     return max(1, min(MAX_FILES, MAX_FILES_OF_ALL // world_size))
 
 
-def divide(pieces: Sequence[OwnedPiece], rank: int, max_files: int) -> dict[str, list[OwnedPiece]]:
-    """File name -> its pieces, in the given order. Files of a kind are about equally large.
+def divide(
+    fragments: Sequence[OwnedFragment], rank: int, max_files: int
+) -> dict[str, list[OwnedFragment]]:
+    """File name -> its fragments, in the given order. Files of a kind are about equally large.
 
     Args:
-        pieces: pieces that the rank owns; those in memory may be split.
+        fragments: fragments that the rank owns; those in memory may be split.
         rank: the rank, for the names of the files.
         max_files: maximum number of files; may be exceeded by one, as weights and the rest never
             share a file.
     """
-    kinds: dict[str, list[OwnedPiece]] = {}
+    kinds: dict[str, list[OwnedFragment]] = {}
     for kind, wanted in ((WEIGHTS, True), (OPTIMIZER, False)):
-        own = [p for p in pieces if (split_name(p.tensor)[0] is None) == wanted]
+        own = [f for f in fragments if (split_name(f.tensor)[0] is None) == wanted]
         if own:
             kinds[kind] = own
-    total = sum(piece.size for piece in pieces)
+    total = sum(fragment.size for fragment in fragments)
     target = max(MIN_FILE_BYTES, math.ceil(total / max_files))
-    result: dict[str, list[OwnedPiece]] = {}
+    result: dict[str, list[OwnedFragment]] = {}
     for kind, own in kinds.items():
-        count = max(1, math.ceil(sum(piece.size for piece in own) / target))
+        count = max(1, math.ceil(sum(fragment.size for fragment in own) / target))
         parts = [part for part in _cut(own, count if max_files > 1 else 1) if part]
         for i, part in enumerate(parts):
             number = f"_{i}" if len(parts) > 1 else ""
@@ -53,13 +55,13 @@ def divide(pieces: Sequence[OwnedPiece], rank: int, max_files: int) -> dict[str,
     return result
 
 
-def _cut(pieces: Sequence[OwnedPiece], count: int) -> list[list[OwnedPiece]]:
-    """Divides pieces into ``count`` lists of about equally many bytes."""
-    total = sum(piece.size for piece in pieces)
-    result: list[list[OwnedPiece]] = [[] for _ in range(count)]
+def _cut(fragments: Sequence[OwnedFragment], count: int) -> list[list[OwnedFragment]]:
+    """Divides fragments into ``count`` lists of about equally many bytes."""
+    total = sum(fragment.size for fragment in fragments)
+    result: list[list[OwnedFragment]] = [[] for _ in range(count)]
     position = 0
-    for piece in pieces:
-        for part in _cut_piece(piece, position, total, count):
+    for fragment in fragments:
+        for part in _cut_fragment(fragment, position, total, count):
             # To the list whose share of the bytes contains the part's middle.
             middle = position + part.size // 2
             result[min(count - 1, middle * count // max(1, total))].append(part)
@@ -67,16 +69,18 @@ def _cut(pieces: Sequence[OwnedPiece], count: int) -> list[list[OwnedPiece]]:
     return result
 
 
-def _cut_piece(piece: OwnedPiece, position: int, total: int, count: int) -> Iterator[OwnedPiece]:
-    """Splits a piece that begins at byte ``position`` at the boundaries of the shares."""
-    if piece.data is None or piece.size < _WHOLE:
-        yield piece
+def _cut_fragment(
+    fragment: OwnedFragment, position: int, total: int, count: int
+) -> Iterator[OwnedFragment]:
+    """Splits a fragment that begins at byte ``position`` at the boundaries of the shares."""
+    if fragment.data is None or fragment.size < _WHOLE:
+        yield fragment
         return
-    begin, itemsize = 0, piece.dtype.itemsize
+    begin, itemsize = 0, fragment.dtype.itemsize
     for share in range(1, count + 1):
-        end = min(piece.length, max(begin, (share * total // count - position) // itemsize))
-        end = piece.length if share == count else end
+        end = min(fragment.length, max(begin, (share * total // count - position) // itemsize))
+        end = fragment.length if share == count else end
         if begin < end:
-            part = piece.data[begin:end]
-            yield OwnedPiece.of(piece.tensor, piece.shape, piece.start + begin, part)
+            part = fragment.data[begin:end]
+            yield OwnedFragment.of(fragment.tensor, fragment.shape, fragment.start + begin, part)
         begin = end

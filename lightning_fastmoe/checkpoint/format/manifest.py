@@ -9,8 +9,9 @@ from itertools import chain
 from typing import Any, cast
 
 from lightning_fastmoe.checkpoint.format.files import FILE_NAME
+from lightning_fastmoe.checkpoint.format.fragment import StoredFragment
 from lightning_fastmoe.checkpoint.format.json_file import MAX_INTEGER, Fields, is_a, load_json
-from lightning_fastmoe.checkpoint.format.records import MAX_NAME, FileRecord, Piece, TensorRecord
+from lightning_fastmoe.checkpoint.format.records import MAX_NAME, FileRecord, TensorRecord
 from lightning_fastmoe.errors import CheckpointError
 
 FORMAT = "lightning_fastmoe.checkpoint"
@@ -54,7 +55,7 @@ class Manifest:
         excluded: frozen parameters that were not saved.
         tied: further name of a parameter -> its first name, under which it is stored.
         files: name -> size and hash of every file except the manifest and its checksum.
-        tensors: name -> dtype, shape and the pieces that it is stored in.
+        tensors: name -> dtype, shape and the fragments that it is stored in.
         module_experts: layer whose experts are modules -> for each expert, by its global id, the
             names of its parameters and buffers inside it.
     """
@@ -89,7 +90,9 @@ class Manifest:
                 name: {
                     "dtype": record.dtype,
                     "shape": list(record.shape),
-                    "pieces": [[p.start, p.length, order[p.file], p.digest] for p in record.pieces],
+                    "pieces": [
+                        [f.start, f.length, order[f.file], f.digest] for f in record.fragments
+                    ],
                 }
                 for name, record in sorted(self.tensors.items())
             },
@@ -243,21 +246,22 @@ def _tensors(content: dict[str, Any], files: list[str], where: object) -> dict[s
         read.nothing_else()
         if not all(is_a(d, int) for d in shape):
             raise CheckpointError(f"{here}: the shape {str(shape)[:80]} is not a list of integers.")
-        pieces = []
+        fragments = []
         for row in rows:
             start, length, file, digest = _row(row, (int, int, int, str), here)
             if not 0 <= file < len(files):
                 raise CheckpointError(f"{here}: file number {str(file)[:40]} does not exist.")
             if not (0 <= start <= MAX_INTEGER and 0 <= length <= MAX_INTEGER):
                 raise CheckpointError(
-                    f"{here} has a piece at an invalid position: {str(row)[:80]}."
+                    f"{here} has a fragment at an invalid position: {str(row)[:80]}."
                 )
             if not _DIGEST.fullmatch(digest):
                 raise CheckpointError(
-                    f"{here} has a piece with the digest {digest[:80]!r}, not 8 hexadecimal digits."
+                    f"{here} has a fragment with the digest {digest[:80]!r}, not 8 hexadecimal"
+                    " digits."
                 )
-            pieces.append(Piece(start, length, files[file], digest))
-        tensors[name] = TensorRecord(dtype, tuple(shape), tuple(pieces))
+            fragments.append(StoredFragment(start, length, files[file], digest))
+        tensors[name] = TensorRecord(dtype, tuple(shape), tuple(fragments))
     return tensors
 
 

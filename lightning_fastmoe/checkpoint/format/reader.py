@@ -1,4 +1,4 @@
-"""Reads checkpoints: any interval of any tensor, from files that may be damaged or forged."""
+"""Reads checkpoints: any elements of any tensor, from files that may be damaged or forged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from lightning_fastmoe.checkpoint.format import files, publish
 from lightning_fastmoe.checkpoint.format.consistency import check_manifest
 from lightning_fastmoe.checkpoint.format.directory import (
     check_checksum,
+    fragments_by_file,
     open_listed,
-    pieces_by_file,
     read_manifest,
     strangers,
     verify_file,
 )
 from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES, read_exactly
+from lightning_fastmoe.checkpoint.format.fragment import StoredFragment
 from lightning_fastmoe.checkpoint.format.hashing import damaged
 from lightning_fastmoe.checkpoint.format.manifest import (
     CHECKSUM,
@@ -38,10 +39,9 @@ from lightning_fastmoe.checkpoint.format.manifest import (
 from lightning_fastmoe.checkpoint.format.pickles import TRUST_STRATEGY, load_objects
 from lightning_fastmoe.checkpoint.format.records import (
     DTYPES,
-    Piece,
     TensorRecord,
+    fragment_key,
     itemsize,
-    piece_key,
 )
 from lightning_fastmoe.checkpoint.format.safetensors_stream import byte_view
 from lightning_fastmoe.checkpoint.format.shards import HeaderEntry, chunks, read_header
@@ -81,7 +81,7 @@ class CheckpointReader:
         self._directory = files.open_directory(self.path)
         self._open: OrderedDict[str, tuple[int, dict[str, HeaderEntry]]] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
-        self._by_file: dict[str, list[tuple[str, str, Piece]]] | None = None
+        self._by_file: dict[str, list[tuple[str, str, StoredFragment]]] | None = None
         try:
             self.manifest, self.checksum = self._read_manifest()
             self._check_files()
@@ -127,15 +127,15 @@ class CheckpointReader:
     def _check_files(self) -> None:
         """Checks that the directory has exactly the manifest's files, with the right sizes."""
         for name, record in self.manifest.files.items():
-            fd, _ = open_listed(self._directory, self.path, name, record, self.pieces_of(name))
+            fd, _ = open_listed(self._directory, self.path, name, record, self.fragments_of(name))
             os.close(fd)
         for _, fault in strangers(self._directory, self.path, self.manifest):
             raise CheckpointError(fault)
 
-    def pieces_of(self, file: str) -> list[tuple[str, str, Piece]]:
-        """(tensor, dtype, piece) of every piece in a file."""
+    def fragments_of(self, file: str) -> list[tuple[str, str, StoredFragment]]:
+        """(tensor, dtype, fragment) of every fragment in a file."""
         if self._by_file is None:
-            self._by_file = pieces_by_file(self.manifest)
+            self._by_file = fragments_by_file(self.manifest)
         return self._by_file.get(file, [])
 
     def _shard(self, file: str) -> tuple[int, dict[str, HeaderEntry]]:
@@ -145,7 +145,7 @@ class CheckpointReader:
             return self._open[file]
         fd, size = files.open_regular(self._directory, file, self.path)
         try:
-            header = read_header(fd, size, self.pieces_of(file), self.path / file)
+            header = read_header(fd, size, self.fragments_of(file), self.path / file)
         except BaseException:
             os.close(fd)
             raise
@@ -173,17 +173,17 @@ class CheckpointReader:
         """
         known = self.manifest.files
         wanted = sorted(known if names is None else names, key=lambda name: -known[name].size)
-        self.pieces_of("")  # fills a table that the threads read
+        self.fragments_of("")  # fills a table that the threads read
         run_all([partial(self._verify_file, name) for name in wanted], self.threads, on_bytes)
 
     def _verify_file(self, name: str, on_bytes: Callable[[int], None]) -> None:
         record = self.manifest.files[name]
-        verify_file(self._directory, self.path, name, record, self.pieces_of(name), on_bytes)
+        verify_file(self._directory, self.path, name, record, self.fragments_of(name), on_bytes)
 
     # -------------------------------------------------------------------------------------- tensors
 
     def record(self, tensor: str) -> TensorRecord:
-        """Dtype, shape and pieces of a tensor.
+        """Dtype, shape and fragments of a tensor.
 
         Raises:
             CheckpointError: if the checkpoint has no such tensor.
@@ -202,7 +202,7 @@ class CheckpointReader:
             out: (length,), contiguous, on any device; the tensor's dtype, or both floating.
 
         Raises:
-            CheckpointError: if there is no such interval, or the dtypes don't fit.
+            CheckpointError: if there are no such elements, or the dtypes don't fit.
         """
         record = self.record(tensor)
         stop = start + out.numel()
@@ -216,24 +216,26 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: tensor {tensor!r} has dtype {stored}, but {out.dtype} is needed."
             )
-        pieces = record.pieces
+        fragments = record.fragments
         if tensor not in self._starts:
-            self._starts[tensor] = [p.start for p in pieces]
+            self._starts[tensor] = [f.start for f in fragments]
         index = bisect.bisect_right(self._starts[tensor], start) - 1
         position = start
         while position < stop:
-            piece = pieces[index]
-            end = min(stop, piece.stop)
+            fragment = fragments[index]
+            end = min(stop, fragment.stop)
             part = out[position - start : end - start]
-            self._read_piece(tensor, record.dtype, piece, position, part)
+            self._read_fragment(tensor, record.dtype, fragment, position, part)
             position, index = end, index + 1
 
-    def _read_piece(self, tensor: str, dtype: str, piece: Piece, start: int, out: Tensor) -> None:
-        fd, header = self._shard(piece.file)
+    def _read_fragment(
+        self, tensor: str, dtype: str, fragment: StoredFragment, start: int, out: Tensor
+    ) -> None:
+        fd, header = self._shard(fragment.file)
         size = itemsize(dtype)
-        offset = header[piece_key(tensor, piece.start, piece.stop)].begin
-        offset += (start - piece.start) * size
-        where = self.path / piece.file
+        offset = header[fragment_key(tensor, fragment)].begin
+        offset += (start - fragment.start) * size
+        where = self.path / fragment.file
         if out.device.type == "cpu" and out.dtype == DTYPES[dtype]:
             self._read_parts(fd, byte_view(out), offset, where)
             return

@@ -1,4 +1,4 @@
-"""The manifest's records of files, tensors, and the pieces that tensors are stored in."""
+"""The manifest's records of files and tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_fastmoe.checkpoint.format.fragment import Fragment, StoredFragment
 from lightning_fastmoe.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -52,29 +53,6 @@ class FileRecord:
     sha256: str
 
 
-@dataclass(frozen=True, order=True)
-class Piece:
-    """A flat interval of a tensor and the file that holds it.
-
-    Attributes:
-        start: first element, counted through the tensor in row-major order.
-        length: number of elements.
-        file: name of a safetensors file.
-        digest: first 8 hexadecimal digits of the SHA-256 of the file's bytes up to and including
-            this piece; they tell where a damaged file first differs.
-    """
-
-    start: int
-    length: int
-    file: str
-    digest: str
-
-    @property
-    def stop(self) -> int:
-        """One past the last element."""
-        return self.start + self.length
-
-
 @dataclass(frozen=True)
 class TensorRecord:
     """A tensor of the canonical state.
@@ -82,12 +60,17 @@ class TensorRecord:
     Attributes:
         dtype: a key of :data:`DTYPES`.
         shape: shape of the whole tensor; stacked experts have ``num_experts`` first.
-        pieces: pieces sorted by start; together they cover every element exactly once.
+        fragments: fragments sorted by start; together they cover every element exactly once.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    fragments: tuple[StoredFragment, ...]
+
+    @property
+    def pieces(self) -> tuple[StoredFragment, ...]:
+        """The former name of :attr:`fragments`."""
+        return self.fragments
 
     @property
     def numel(self) -> int:
@@ -101,13 +84,13 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class WrittenPiece:
-    """A piece that some rank has written, to be listed in the manifest."""
+class WrittenFragment:
+    """A fragment that some rank has written, to be listed in the manifest."""
 
     tensor: str
     dtype: str
     shape: tuple[int, ...]
-    piece: Piece
+    fragment: StoredFragment
 
 
 def itemsize(dtype: str) -> int:
@@ -144,9 +127,9 @@ def split_name(tensor: str) -> tuple[str | None, str]:
     return (state if kind == OPTIMIZER else f"{kind}/{state}"), name
 
 
-def piece_key(tensor: str, start: int, stop: int) -> str:
-    """The name of a piece inside its safetensors file."""
-    return f"{tensor}[{start}:{stop}]"
+def fragment_key(tensor: str, fragment: Fragment) -> str:
+    """The name of a tensor's fragment inside its safetensors file."""
+    return f"{tensor}[{fragment.start}:{fragment.stop}]"
 
 
 def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -> None:
@@ -174,44 +157,45 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -
 
 
 def check_coverage(name: str, record: TensorRecord, where: object) -> None:
-    """Checks that every element of the tensor is in exactly one piece.
+    """Checks that every element of the tensor is in exactly one fragment.
 
     Raises:
         CheckpointError: naming the tensor, the gap or overlap, and the file.
     """
     position = 0
-    for piece in record.pieces:
-        if piece.length < 1:
+    for fragment in record.fragments:
+        if fragment.length < 1:
             raise CheckpointError(
-                f"{where}: tensor {name!r} has a piece of {piece.length} elements in {piece.file}."
+                f"{where}: tensor {name!r} has a fragment of {fragment.length} elements in"
+                f" {fragment.file}."
             )
-        if piece.start > position:
+        if fragment.start > position:
             raise CheckpointError(
-                f"{where}: elements {position} to {piece.start} of tensor {name!r} with shape"
+                f"{where}: elements {position} to {fragment.start} of tensor {name!r} with shape"
                 f" {list(record.shape)} are not in any file: the checkpoint is incomplete."
             )
-        if piece.start < position:
+        if fragment.start < position:
             raise CheckpointError(
-                f"{where}: elements from {piece.start} on of tensor {name!r} occur twice, the"
-                f" second time in {piece.file}: the checkpoint is inconsistent."
+                f"{where}: elements from {fragment.start} on of tensor {name!r} occur twice, the"
+                f" second time in {fragment.file}: the checkpoint is inconsistent."
             )
-        position = piece.stop
+        position = fragment.stop
     if position != record.numel:
         what = "are missing" if position < record.numel else "exceed its size"
         raise CheckpointError(
             f"{where}: tensor {name!r} has shape {list(record.shape)}, {record.numel} elements, but"
-            f" its pieces end at {position}: elements {what}."
+            f" its fragments end at {position}: elements {what}."
         )
 
 
-def merge(written: Iterable[WrittenPiece], where: object) -> dict[str, TensorRecord]:
-    """Merges the pieces of all ranks into tensors.
+def merge(written: Iterable[WrittenFragment], where: object) -> dict[str, TensorRecord]:
+    """Merges the fragments of all ranks into tensors.
 
     Raises:
-        CheckpointError: if ranks disagree about a tensor, or its pieces don't cover it exactly.
+        CheckpointError: if ranks disagree about a tensor, or its fragments don't cover it exactly.
     """
     about: dict[str, tuple[str, tuple[int, ...]]] = {}
-    pieces: dict[str, list[Piece]] = {}
+    fragments: dict[str, list[StoredFragment]] = {}
     for one in written:
         known = about.setdefault(one.tensor, (one.dtype, one.shape))
         if known != (one.dtype, one.shape):
@@ -219,12 +203,12 @@ def merge(written: Iterable[WrittenPiece], where: object) -> dict[str, TensorRec
                 f"{where}: ranks disagree about tensor {one.tensor!r}: dtype and shape {known} and"
                 f" {(one.dtype, one.shape)}."
             )
-        own = pieces.setdefault(one.tensor, [])
-        if one.piece.length:  # a tensor without elements has no pieces
-            own.append(one.piece)
+        own = fragments.setdefault(one.tensor, [])
+        if one.fragment.length:  # a tensor without elements has no fragments
+            own.append(one.fragment)
     records = {}
     for name, (dtype, shape) in sorted(about.items()):
         check_tensor(name, dtype, shape, where)
-        records[name] = TensorRecord(dtype, shape, tuple(sorted(pieces[name])))
+        records[name] = TensorRecord(dtype, shape, tuple(sorted(fragments[name])))
         check_coverage(name, records[name], where)
     return records

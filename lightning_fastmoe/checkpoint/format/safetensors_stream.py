@@ -140,7 +140,7 @@ class _Stream:
         # bottleneck anyway.
         self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         self._used = 0
-        self._ends: list[int] = []  # offsets at which pieces end in the buffer being filled
+        self._ends: list[int] = []  # offsets at which tensors end in the buffer being filled
         self._size = self._reported = self._sent = 0
         self._hash = hashlib.sha256()
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")

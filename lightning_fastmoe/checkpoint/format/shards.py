@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES, read_exactly
+from lightning_fastmoe.checkpoint.format.fragment import Fragment, StoredFragment
 from lightning_fastmoe.checkpoint.format.json_file import MAX_INTEGER, is_a, load_json
 from lightning_fastmoe.checkpoint.format.records import (
     DTYPE_NAMES,
     FileRecord,
-    Piece,
-    WrittenPiece,
+    WrittenFragment,
+    fragment_key,
     itemsize,
-    piece_key,
 )
 from lightning_fastmoe.checkpoint.format.safetensors_stream import (
     MAX_HEADER_BYTES,
@@ -28,15 +28,13 @@ from lightning_fastmoe.checkpoint.format.safetensors_stream import (
 from lightning_fastmoe.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class OwnedPiece:
-    """A flat interval of a tensor that this rank owns and will write.
+@dataclass(frozen=True, kw_only=True)
+class OwnedFragment(Fragment):
+    """A fragment of a tensor that this rank owns and will write.
 
     Attributes:
         tensor: name of the tensor in the manifest.
         shape: the shape of the whole tensor.
-        start: first element of the interval.
-        length: number of elements.
         dtype: the dtype of the elements.
         parts: see :class:`~lightning_fastmoe.checkpoint.format.safetensors_stream.StreamedTensor`.
         data: the elements, if they are in memory; otherwise None.
@@ -44,21 +42,27 @@ class OwnedPiece:
 
     tensor: str
     shape: tuple[int, ...]
-    start: int
-    length: int
     dtype: torch.dtype
     parts: Callable[[], Iterable[Tensor]]
     data: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: str, shape: Sequence[int], start: int, data: Tensor) -> OwnedPiece:
-        """A piece in memory: ``data (length,)``, contiguous, is kept as a view and not copied."""
-        return cls(tensor, tuple(shape), start, data.numel(), data.dtype, lambda: (data,), data)
+    def of(cls, tensor: str, shape: Sequence[int], start: int, data: Tensor) -> OwnedFragment:
+        """A fragment in memory: ``data (length,)``, contiguous, is kept as a view, not copied."""
+        return cls(
+            start,
+            data.numel(),
+            tensor=tensor,
+            shape=tuple(shape),
+            dtype=data.dtype,
+            parts=lambda: (data,),
+            data=data,
+        )
 
     @property
     def key(self) -> str:
-        """The piece's name in the file."""
-        return piece_key(self.tensor, self.start, self.start + self.length)
+        """The fragment's name in the file."""
+        return fragment_key(self.tensor, self)
 
     @property
     def size(self) -> int:
@@ -68,7 +72,7 @@ class OwnedPiece:
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """Position of a piece, as byte offsets from the beginning of the file."""
+    """What a file's header says of a fragment; its bytes are ``begin`` to ``end`` of the file."""
 
     dtype: str
     length: int
@@ -78,62 +82,62 @@ class HeaderEntry:
 
 def write_shard(
     path: Path,
-    pieces: Sequence[OwnedPiece],
+    fragments: Sequence[OwnedFragment],
     on_bytes: Callable[[int], None] | None = None,
-) -> tuple[FileRecord, list[WrittenPiece]]:
-    """Streams pieces into a new safetensors file.
+) -> tuple[FileRecord, list[WrittenFragment]]:
+    """Streams fragments into a new safetensors file.
 
     For arguments and errors see
     :func:`~lightning_fastmoe.checkpoint.format.safetensors_stream.write_safetensors`.
 
     Returns:
-        (the file, the pieces with their digests)
+        (the file, the fragments with their digests)
     """
-    # Empty pieces add their tensor to the manifest, but are not in any file.
-    streamed = [StreamedTensor(p.key, p.dtype, (p.length,), p.parts) for p in pieces if p.length]
+    # Empty fragments add their tensor to the manifest, but are not in any file.
+    streamed = [StreamedTensor(f.key, f.dtype, (f.length,), f.parts) for f in fragments if f.length]
     record, digests = write_safetensors(path, streamed, on_bytes)
     return record, [
-        WrittenPiece(
-            p.tensor,
-            DTYPE_NAMES[p.dtype],
-            p.shape,
-            Piece(p.start, p.length, path.name, digests.get(p.key, "")),
+        WrittenFragment(
+            f.tensor,
+            DTYPE_NAMES[f.dtype],
+            f.shape,
+            StoredFragment(f.start, f.length, path.name, digests.get(f.key, "")),
         )
-        for p in pieces
+        for f in fragments
     ]
 
 
 def read_header(
-    fd: int, size: int, expected: Sequence[tuple[str, str, Piece]], where: Path
+    fd: int, size: int, expected: Sequence[tuple[str, str, StoredFragment]], where: Path
 ) -> dict[str, HeaderEntry]:
     """Reads a file's header and checks it against the manifest.
 
     Args:
         fd: the file.
         size: the size of the file, in bytes.
-        expected: (tensor, dtype, piece) of every piece in the file.
+        expected: (tensor, dtype, fragment) of every fragment in the file.
         where: path of the file, for messages.
 
     Returns:
-        key of a piece -> its position. The pieces fill the file from the header to the end.
+        key of a fragment -> its entry. The fragments fill the file from the header to the end.
 
     Raises:
         CheckpointError: naming the file and the tensor.
     """
     entries, begin = _parse_header(fd, size, where)
     result: dict[str, HeaderEntry] = {}
-    for tensor, dtype, piece in expected:
-        key = piece_key(tensor, piece.start, piece.stop)
+    for tensor, dtype, fragment in expected:
+        key = fragment_key(tensor, fragment)
         entry = entries.pop(key, None)
         if entry is None:
             raise CheckpointError(
-                f"{where} does not hold elements {piece.start} to {piece.stop} of tensor"
+                f"{where} does not hold elements {fragment.start} to {fragment.stop} of tensor"
                 f" {tensor!r}, which the manifest expects there: it is damaged or the wrong file."
             )
-        if (entry.dtype, entry.length) != (dtype, piece.length):
+        if (entry.dtype, entry.length) != (dtype, fragment.length):
             raise CheckpointError(
                 f"{where}: tensor {tensor!r} has {entry.length} elements of {entry.dtype}, but the"
-                f" manifest expects {piece.length} of {dtype}: it is damaged or the wrong file."
+                f" manifest expects {fragment.length} of {dtype}: it is damaged or the wrong file."
             )
         result[key] = entry
     if entries:
@@ -201,6 +205,6 @@ def _entry(key: str, value: Any, begin: int, where: Path) -> HeaderEntry:
 
 
 def chunks(begin: int, end: int, step: int = BUFFER_BYTES) -> Iterator[tuple[int, int]]:
-    """Divides [begin, end) into intervals of at most ``step``."""
+    """Divides [begin, end) into ranges of at most ``step``, to pass through a buffer."""
     for start in range(begin, end, step):
         yield start, min(start + step, end)

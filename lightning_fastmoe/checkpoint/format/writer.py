@@ -25,8 +25,8 @@ from lightning_fastmoe.checkpoint.format.manifest import (
     Manifest,
 )
 from lightning_fastmoe.checkpoint.format.publish import Publication
-from lightning_fastmoe.checkpoint.format.records import FileRecord, WrittenPiece, merge
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece, write_shard
+from lightning_fastmoe.checkpoint.format.records import FileRecord, WrittenFragment, merge
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment, write_shard
 from lightning_fastmoe.checkpoint.format.threads import run_all
 
 
@@ -35,13 +35,13 @@ class WrittenFiles:
     """Metadata of the files that a rank has written, for the rank that writes the manifest."""
 
     files: dict[str, FileRecord] = field(default_factory=dict)
-    pieces: list[WrittenPiece] = field(default_factory=list)
+    fragments: list[WrittenFragment] = field(default_factory=list)
 
 
 def write_rank(
     directory: Path,
     rank: int,
-    pieces: Sequence[OwnedPiece],
+    fragments: Sequence[OwnedFragment],
     small: Mapping[str, bytes] | None = None,
     on_bytes: Callable[[int], None] | None = None,
     *,
@@ -53,7 +53,7 @@ def write_rank(
     Args:
         directory: the directory of the unpublished checkpoint.
         rank: the rank, for the names of the files.
-        pieces: the pieces that the rank owns.
+        fragments: the fragments that the rank owns.
         small: name -> content of further files, from :func:`pack`.
         on_bytes: see
             :func:`~lightning_fastmoe.checkpoint.format.safetensors_stream.write_safetensors`.
@@ -61,21 +61,21 @@ def write_rank(
         threads: number of files that are written at a time, each through two buffers of 4 MiB.
     """
     result = WrittenFiles()
-    shards = divide(pieces, rank, max_files)
-    names = sorted(shards, key=lambda name: -sum(piece.size for piece in shards[name]))
+    shards = divide(fragments, rank, max_files)
+    names = sorted(shards, key=lambda name: -sum(fragment.size for fragment in shards[name]))
     jobs = [partial(write_shard, directory / name, shards[name]) for name in names]
-    done = dict(zip(names, run_all(jobs, threads, on_bytes, _prepare(pieces)), strict=True))
+    done = dict(zip(names, run_all(jobs, threads, on_bytes, _prepare(fragments)), strict=True))
     for name in shards:
         result.files[name], written = done[name]
-        result.pieces += written
+        result.fragments += written
     for name, content in (small or {}).items():
         result.files[name] = FileRecord(*write_small(directory / name, content))
     return result
 
 
-def _prepare(pieces: Sequence[OwnedPiece]) -> Callable[[], None] | None:
+def _prepare(fragments: Sequence[OwnedFragment]) -> Callable[[], None] | None:
     """The function that a thread must call before it copies from a CUDA device, if any."""
-    if not any(piece.data is not None and piece.data.is_cuda for piece in pieces):
+    if not any(fragment.data is not None and fragment.data.is_cuda for fragment in fragments):
         return None
     # The other threads' streams would not wait for this thread's pending kernels. And a new thread
     # starts on device 0, where creating a CUDA context would take hundreds of megabytes.
@@ -114,13 +114,13 @@ def write_manifest(directory: Path, manifest: Manifest, written: Iterable[Writte
     """Adds the files and tensors of all ranks to the manifest, and writes it.
 
     Raises:
-        CheckpointError: if the pieces of all ranks don't cover every tensor exactly once.
+        CheckpointError: if the fragments of all ranks don't cover every tensor exactly once.
     """
-    pieces: list[WrittenPiece] = []
+    fragments: list[WrittenFragment] = []
     for one in written:
         manifest.files.update(one.files)
-        pieces += one.pieces
-    manifest.tensors = merge(pieces, directory)
+        fragments += one.fragments
+    manifest.tensors = merge(fragments, directory)
     check_manifest(manifest, directory / MANIFEST)
     _, sha256 = write_small(directory / MANIFEST, manifest.dumps())
     write_small(directory / CHECKSUM, checksum_line(sha256))
@@ -129,7 +129,7 @@ def write_manifest(directory: Path, manifest: Manifest, written: Iterable[Writte
 def write_checkpoint(
     path: Path,
     manifest: Manifest,
-    pieces: Sequence[OwnedPiece],
+    fragments: Sequence[OwnedFragment],
     state: dict[str, Any],
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
@@ -138,7 +138,7 @@ def write_checkpoint(
     Args:
         path: the final path; a checkpoint there is replaced once the new one is complete.
         manifest: its ``files`` and ``tensors`` are filled in.
-        pieces: the pieces of every tensor.
+        fragments: the fragments of every tensor.
         state: see ``docs/checkpoint_format.md``.
         on_bytes: see :func:`~lightning_fastmoe.checkpoint.format.shards.write_shard`.
 
@@ -148,7 +148,7 @@ def write_checkpoint(
     """
     publication = Publication(path)
     try:
-        written = write_rank(publication.directory, 0, pieces, pack_state(state), on_bytes)
+        written = write_rank(publication.directory, 0, fragments, pack_state(state), on_bytes)
         write_manifest(publication.directory, manifest, [written])
         publication.commit()
     except BaseException:

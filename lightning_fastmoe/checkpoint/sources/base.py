@@ -15,7 +15,7 @@ from lightning_fastmoe.checkpoint.format.records import (
 
 
 class Source(Protocol):
-    """A checkpoint of any kind whose tensors can be read by intervals."""
+    """A checkpoint of any kind whose tensors can be read fragment by fragment."""
 
     path: Path
 

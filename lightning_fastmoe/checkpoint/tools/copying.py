@@ -11,20 +11,20 @@ from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import DTYPES, TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece, chunks
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment, chunks
 
 
-def stored_piece(
+def copied_fragment(
     reader: CheckpointReader, name: str, record: TensorRecord, start: int, stop: int
-) -> OwnedPiece:
-    """An interval of a tensor, read from another checkpoint while it is written."""
-    return OwnedPiece(
-        name,
-        record.shape,
+) -> OwnedFragment:
+    """A fragment of a tensor, read from another checkpoint while it is written."""
+    return OwnedFragment(
         start,
         stop - start,
-        DTYPES[record.dtype],
-        lambda: read_parts(reader, name, start, stop),
+        tensor=name,
+        shape=record.shape,
+        dtype=DTYPES[record.dtype],
+        parts=lambda: read_parts(reader, name, start, stop),
     )
 
 
@@ -35,7 +35,7 @@ def read_parts(
     stop: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
-    """Reads an interval of a tensor, in parts of at most 4 MiB that share one buffer.
+    """Reads a range of a tensor's elements, in parts of at most 4 MiB that share one buffer.
 
     Args:
         reader: the checkpoint.

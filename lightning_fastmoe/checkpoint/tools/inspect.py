@@ -37,7 +37,7 @@ def summarize(reader: CheckpointReader, *, tensors: bool = False) -> dict[str, A
     }
     if tensors:
         summary["tensors"] = {
-            name: {**_about(record), "pieces": len(record.pieces)}
+            name: {**_about(record), "pieces": len(record.fragments)}
             for name, record in manifest.tensors.items()
         }
     return summary

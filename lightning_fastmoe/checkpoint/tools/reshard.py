@@ -10,9 +10,9 @@ from lightning_fastmoe.checkpoint.format.files import write_small
 from lightning_fastmoe.checkpoint.format.publish import Publication
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import DTYPES, FileRecord
-from lightning_fastmoe.checkpoint.format.shards import OwnedPiece
+from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.writer import WrittenFiles, write_manifest, write_rank
-from lightning_fastmoe.checkpoint.tools.copying import stored_piece
+from lightning_fastmoe.checkpoint.tools.copying import copied_fragment
 
 _WHOLE = 4096
 """Tensors with fewer elements per rank are not split."""
@@ -26,7 +26,7 @@ def reshard(
 ) -> None:
     """Writes a copy of a checkpoint with its tensors sharded evenly over ``ranks`` ranks' files.
 
-    Large tensors are split into equal intervals, at boundaries between experts if ``ranks`` divides
+    Large tensors are split into equal fragments, at boundaries between experts if ``ranks`` divides
     their number; small ones go whole to the rank with the fewest bytes. Everything else is copied
     unchanged, including the saving run's topology and per-rank states, so the copy still resumes
     exactly on that topology. Uses a few buffers of 4 MiB.
@@ -44,8 +44,8 @@ def reshard(
     publication = Publication(path)
     try:
         written = [
-            write_rank(publication.directory, rank, pieces, None, on_bytes)
-            for rank, pieces in enumerate(spread(reader, ranks))
+            write_rank(publication.directory, rank, fragments, None, on_bytes)
+            for rank, fragments in enumerate(fragments_by_rank(reader, ranks))
         ]
         written.append(_copies(reader, publication.directory))
         manifest = replace(reader.manifest, files={}, tensors={})
@@ -56,9 +56,9 @@ def reshard(
         raise
 
 
-def spread(reader: CheckpointReader, ranks: int) -> list[list[OwnedPiece]]:
-    """The intervals that each rank writes."""
-    pieces: list[list[OwnedPiece]] = [[] for _ in range(ranks)]
+def fragments_by_rank(reader: CheckpointReader, ranks: int) -> list[list[OwnedFragment]]:
+    """The fragments that each rank writes."""
+    fragments: list[list[OwnedFragment]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for name, record in reader.manifest.tensors.items():
         if record.numel < ranks * _WHOLE:
@@ -67,9 +67,9 @@ def spread(reader: CheckpointReader, ranks: int) -> list[list[OwnedPiece]]:
             edges = [record.numel * rank // ranks for rank in range(ranks + 1)]
             cuts = [(rank, edges[rank], edges[rank + 1]) for rank in range(ranks)]
         for rank, start, stop in cuts:
-            pieces[rank].append(stored_piece(reader, name, record, start, stop))
+            fragments[rank].append(copied_fragment(reader, name, record, start, stop))
             load[rank] += (stop - start) * DTYPES[record.dtype].itemsize
-    return pieces
+    return fragments
 
 
 def _copies(reader: CheckpointReader, directory: Path) -> WrittenFiles:

@@ -26,7 +26,7 @@ _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Record:
     """Positions of a record's bytes and of the two copies of its CRC-32 in an archive."""
 
     name: str
@@ -72,32 +72,32 @@ def write_torch(
     alone = io.BytesIO()
     torch.save({_STATE_DICT: extra, **rest}, alone)
     with path.open("r+b") as file:
-        places = iter(_data_places(file))
+        records = iter(_data_records(file))
         for tensor in tensors:
             parts = (byte_view(part) for part in tensor.parts())
-            _fill(file, _next(places, tensor.key, tensor.size), parts, on_bytes)
+            _fill(file, _next(records, tensor.key, tensor.size), parts, on_bytes)
         with zipfile.ZipFile(alone) as archive:
-            for place in _data_places(alone):
-                data = archive.read(place.name)
-                _fill(file, _next(places, place.name, len(data)), [memoryview(data)], on_bytes)
-        assert next(places, None) is None
+            for record in _data_records(alone):
+                data = archive.read(record.name)
+                _fill(file, _next(records, record.name, len(data)), [memoryview(data)], on_bytes)
+        assert next(records, None) is None
         file.flush()
         os.fsync(file.fileno())
 
 
-def _next(places: Any, what: str, size: int) -> _Place:
-    place: _Place = next(places)
-    assert place.size == size, f"{what} has {size} bytes, its record {place.size}"
-    return place
+def _next(records: Any, what: str, size: int) -> _Record:
+    record: _Record = next(records)
+    assert record.size == size, f"{what} has {size} bytes, its record {record.size}"
+    return record
 
 
 def _fill(
     file: BinaryIO,
-    place: _Place,
+    record: _Record,
     parts: Iterable[memoryview],
     on_bytes: Callable[[int], None] | None,
 ) -> None:
-    file.seek(place.begin)
+    file.seek(record.begin)
     crc = written = 0
     for part in parts:
         file.write(part)
@@ -105,18 +105,18 @@ def _fill(
         written += len(part)
         if on_bytes is not None:
             on_bytes(len(part))
-    if written != place.size:
+    if written != record.size:
         raise CheckpointError(
-            f"{place.name}: expected a tensor of {place.size} bytes, got {written}."
+            f"{record.name}: expected a tensor of {record.size} bytes, got {written}."
         )
-    for position in place.checksums:
+    for position in record.checksums:
         file.seek(position)
         file.write(crc.to_bytes(4, "little"))
 
 
-def _data_places(file: Any) -> list[_Place]:
+def _data_records(file: Any) -> list[_Record]:
     """The records ``data/0``, ``data/1``, ... of an archive, in this order."""
-    places = {}
+    records = {}
     with zipfile.ZipFile(file) as archive:
         entry = archive.start_dir
         for info in archive.infolist():
@@ -127,10 +127,10 @@ def _data_places(file: Any) -> list[_Place]:
             checksums = info.header_offset + _CRC_IN_LOCAL, entry + _CRC_IN_CENTRAL
             _, folder, number = info.filename.rpartition("/data/")
             if folder and number.isdecimal():
-                places[int(number)] = _Place(info.filename, begin, info.file_size, checksums)
+                records[int(number)] = _Record(info.filename, begin, info.file_size, checksums)
             entry += _CENTRAL_HEADER
             entry += sum(int.from_bytes(central[i : i + 2], "little") for i in (28, 30, 32))
-    return [places[number] for number in sorted(places)]
+    return [records[number] for number in sorted(records)]
 
 
 def _at(file: Any, position: int, size: int) -> bytes:

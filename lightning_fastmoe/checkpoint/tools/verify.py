@@ -11,7 +11,7 @@ from lightning_fastmoe.checkpoint.format import files, publish
 from lightning_fastmoe.checkpoint.format.consistency import faults
 from lightning_fastmoe.checkpoint.format.directory import (
     check_checksum,
-    pieces_by_file,
+    fragments_by_file,
     read_manifest,
     strangers,
     verify_file,
@@ -118,10 +118,10 @@ class Audit:
     def _files(self, manifest: Manifest) -> Iterator[Damage]:
         if self._on_total is not None:
             self._on_total(sum(record.size for record in manifest.files.values()))
-        pieces = pieces_by_file(manifest)
+        fragments = fragments_by_file(manifest)
         whole: list[str] = []
         for name, record in manifest.files.items():
-            own = pieces.get(name, [])
+            own = fragments.get(name, [])
             try:
                 verify_file(self._directory, self.path, name, record, own, self._on_bytes)
             except CheckpointError as error:

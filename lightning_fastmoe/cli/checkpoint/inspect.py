@@ -65,7 +65,7 @@ def _lines(s: dict[str, Any]) -> list[str]:
             rows += [["", "", _kind(other), ""] for other in others]
         lines += ["", *table(rows)]
     if "tensors" in s:
-        rows = [["tensor", "dtype", "shape", "size", "pieces"]]
+        rows = [["tensor", "dtype", "shape", "size", "fragments"]]
         for name, about in s["tensors"].items():
             size = readable(about["bytes"])
             shape = _shape(about["shape"])

@@ -27,8 +27,8 @@ def drop_expert(content):
 
 
 def repeat_expert(content):
-    pieces = tensor(content, "weights/moe.experts.up_proj")["pieces"]
-    pieces.insert(1, list(pieces[0]))
+    fragments = tensor(content, "weights/moe.experts.up_proj")["pieces"]
+    fragments.insert(1, list(fragments[0]))
 
 
 def swap(content):
@@ -47,7 +47,7 @@ FORGED = [
     (repeat_expert, "experts 0 to 1 are duplicated in tensor 'weights/moe.experts.up_proj'"),
     (lambda c: c["moe_layers"].update(moe=8), "up_proj.*has 4 experts.*num_experts=8"),
     (swap, "weights/head.weight.*are not in any file"),
-    (lambda c: tensor(c)["shape"].append(2), "weights/head.weight.*its pieces end at 35"),
+    (lambda c: tensor(c)["shape"].append(2), "weights/head.weight.*its fragments end at 35"),
     (lambda c: tensor(c).update(shape=[2**40, 2**40]), "weights/head.weight.*invalid shape"),
     (lambda c: tensor(c).update(shape=[-5, -7]), "weights/head.weight.*invalid shape"),
     (lambda c: tensor(c).update(shape=[True, 35]), "weights/head.weight.*not a list of integers"),
@@ -61,7 +61,10 @@ FORGED = [
     ),
     (lambda c: tensor(c).update(dtype="F128"), "weights/head.weight.*dtype 'F128'"),
     (lambda c: tensor(c).update(dtype=["F32"]), "weights/head.weight.*'dtype' is missing or no"),
-    (lambda c: tensor(c)["pieces"].__setitem__(0, [0, 0, 5, "0" * 8]), "head.weight.*piece of 0"),
+    (
+        lambda c: tensor(c)["pieces"].__setitem__(0, [0, 0, 5, "0" * 8]),
+        "head.weight.*fragment of 0",
+    ),
     (lambda c: tensor(c)["pieces"][0].__setitem__(2, 99), "head.weight.*file number 99"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(2, -1), "head.weight.*file number -1"),
     (lambda c: tensor(c)["pieces"][0].__setitem__(1, 1.5), "head.weight.*expected"),

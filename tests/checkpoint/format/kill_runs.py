@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checkpoint.samples import make_manifest, make_tensors, pieces_of, small_files, write_sample
+from checkpoint.samples import fragments_of, make_manifest, make_tensors, small_files, write_sample
 
 from lightning_fastmoe.checkpoint import CheckpointReader
 from lightning_fastmoe.checkpoint.format import files, publish, safetensors_stream
@@ -53,7 +53,7 @@ class Countdown:
 def save(path: Path, seed: int, rank: int, store: str, countdown: Countdown) -> None:
     """What a rank does."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    snapshot = Snapshot(pieces_of(make_tensors(seed), RANKS)[rank], small_files(rank))
+    snapshot = Snapshot(fragments_of(make_tensors(seed), RANKS)[rank], small_files(rank))
     if rank == 0:
         snapshot.manifest = make_manifest()
     for owner, name in (

@@ -171,18 +171,18 @@ def test_a_checksum_that_is_written_otherwise(path, change):
     refused(path, "does not match manifest.sha256")
 
 
-def test_the_digest_of_the_last_piece(path):
+def test_the_digest_of_the_last_fragment(path):
     """Where a file ends its own hash says the same, so nothing else would notice."""
     content = read_manifest(path)
     ends = {}
     for name, about in content["tensors"].items():
-        for piece in about["pieces"]:
-            file, _, sha256 = content["files"][piece[2]]
-            if sha256.startswith(piece[3]):
-                ends[file] = (name, piece)
+        for fragment in about["pieces"]:
+            file, _, sha256 = content["files"][fragment[2]]
+            if sha256.startswith(fragment[3]):
+                ends[file] = (name, fragment)
     assert ends.keys() >= {W0, W1}
-    name, piece = ends[W1]
-    piece[3] = f"{int(piece[3], 16) ^ 1:08x}"
+    name, fragment = ends[W1]
+    fragment[3] = f"{int(fragment[3], 16) ^ 1:08x}"
     write_manifest_again(path, content)
     refused(path, f"the digest of tensor '{name}'")
 

@@ -1,4 +1,4 @@
-"""What is written can be read: whole, by intervals, and by the safetensors library."""
+"""What is written can be read: whole, in part, and by the safetensors library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from checkpoint.samples import STATE, make_tensors, read_manifest, write_sample
 from safetensors.torch import load_file
 
-from lightning_fastmoe.checkpoint import CheckpointReader, OwnedPiece
+from lightning_fastmoe.checkpoint import CheckpointReader, OwnedFragment
 from lightning_fastmoe.checkpoint.format import files, safetensors_stream
 from lightning_fastmoe.checkpoint.format.shards import write_shard
 from lightning_fastmoe.errors import CheckpointError
@@ -31,11 +31,11 @@ def test_every_tensor_comes_back(tmp_path, ranks):
         assert reader.read_rank_state(ranks) is None
 
 
-def test_any_interval_across_pieces(tmp_path):
+def test_any_range_across_fragments(tmp_path):
     path = write_sample(tmp_path / "a.ckpt", ranks=3)
     expected = make_tensors()["weights/head.weight"].flatten()
     with CheckpointReader(path) as reader:
-        assert len(reader.record("weights/head.weight").pieces) == 3
+        assert len(reader.record("weights/head.weight").fragments) == 3
         for start, stop in itertools.combinations(range(36), 2):
             out = torch.full((stop - start,), torch.nan)
             reader.read_into("weights/head.weight", start, out)
@@ -104,12 +104,12 @@ def test_hashes_are_those_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("numels", [(1, 2, 3), (63, 64, 65), (64, 64), (200, 1, 100), (127,)])
-def test_pieces_larger_and_smaller_than_the_buffer(tmp_path, monkeypatch, numels):
+def test_fragments_larger_and_smaller_than_the_buffer(tmp_path, monkeypatch, numels):
     monkeypatch.setattr(safetensors_stream, "BUFFER_BYTES", 512)  # 64 elements
     tensors = [torch.randn(n, dtype=torch.float64) for n in numels]
-    pieces = [OwnedPiece.of(f"weights/{i}", (len(t),), 0, t) for i, t in enumerate(tensors)]
+    fragments = [OwnedFragment.of(f"weights/{i}", (len(t),), 0, t) for i, t in enumerate(tensors)]
     seen: list[int] = []
-    record, written = write_shard(tmp_path / "a.safetensors", pieces, on_bytes=seen.append)
+    record, written = write_shard(tmp_path / "a.safetensors", fragments, on_bytes=seen.append)
     data = (tmp_path / "a.safetensors").read_bytes()
     assert record.size == len(data) == sum(seen)
     assert record.sha256 == hashlib.sha256(data).hexdigest()
@@ -118,7 +118,7 @@ def test_pieces_larger_and_smaller_than_the_buffer(tmp_path, monkeypatch, numels
     for i, (tensor, one) in enumerate(zip(tensors, written, strict=True)):
         assert torch.equal(loaded[f"weights/{i}[0:{len(tensor)}]"], tensor)
         end += 8 * len(tensor)
-        assert one.piece.digest == hashlib.sha256(data[:end]).hexdigest()[:8]
+        assert one.fragment.digest == hashlib.sha256(data[:end]).hexdigest()[:8]
 
 
 def test_many_open_files_are_closed_again(tmp_path, monkeypatch):
@@ -144,6 +144,6 @@ def test_reading_stays_with_the_checkpoint_that_was_opened(tmp_path):
 
 
 def test_a_dtype_that_safetensors_has_not_is_refused(tmp_path):
-    piece = OwnedPiece.of("weights/a", (1,), 0, torch.zeros(1, dtype=torch.complex64))
+    fragment = OwnedFragment.of("weights/a", (1,), 0, torch.zeros(1, dtype=torch.complex64))
     with pytest.raises(CheckpointError, match="weights/a.*complex64"):
-        write_shard(tmp_path / "a.safetensors", [piece])
+        write_shard(tmp_path / "a.safetensors", [fragment])

@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 import torch
-from checkpoint.samples import make_manifest, make_tensors, pieces_of, small_files
+from checkpoint.samples import fragments_of, make_manifest, make_tensors, small_files
 
-from lightning_fastmoe.checkpoint import CheckpointReader, OwnedPiece, Publication
+from lightning_fastmoe.checkpoint import CheckpointReader, OwnedFragment, Publication
 from lightning_fastmoe.checkpoint.format import hashing, layout, safetensors_stream
 from lightning_fastmoe.checkpoint.format import reader as reader_module
 from lightning_fastmoe.checkpoint.format.threads import MAX_THREADS, run_all, thread_count
@@ -51,12 +51,12 @@ def write(path: Path, threads: int, max_files: int = 8, ranks: int = 2) -> Path:
         write_rank(
             publication.directory,
             rank,
-            pieces,
+            fragments,
             small_files(rank),
             max_files=max_files,
             threads=threads,
         )
-        for rank, pieces in enumerate(pieces_of(large_tensors(), ranks))
+        for rank, fragments in enumerate(fragments_of(large_tensors(), ranks))
     ]
     write_manifest(publication.directory, make_manifest(), written)
     publication.commit()
@@ -96,15 +96,15 @@ def test_what_is_divided_comes_back_whole(tmp_path, small, max_files, threads):
 def test_files_are_few_and_about_equally_large(small):
     data = torch.zeros(100_003)
     names = ("weights/a", "optimizer/exp_avg/a", "optimizer/exp_avg_sq/a")
-    pieces = [OwnedPiece.of(name, data.shape, 0, data) for name in names]
+    fragments = [OwnedFragment.of(name, data.shape, 0, data) for name in names]
     for limit in (1, 2, 4, 8):
-        files = layout.divide(pieces, 3, limit)
+        files = layout.divide(fragments, 3, limit)
         assert max(2, limit) <= len(files) <= limit + 1
-        sizes = [sum(piece.size for piece in own) for own in files.values()]
-        assert sum(sizes) == sum(piece.size for piece in pieces)
+        sizes = [sum(fragment.size for fragment in own) for own in files.values()]
+        assert sum(sizes) == sum(fragment.size for fragment in fragments)
         if limit > 2:
             assert max(sizes) <= 1.6 * min(sizes)
-    assert list(layout.divide(pieces, 3, 1)) == [
+    assert list(layout.divide(fragments, 3, 1)) == [
         "weights_00003.safetensors",
         "optimizer_00003.safetensors",
     ]
@@ -127,12 +127,12 @@ def test_the_first_error_stops_the_other_writers_and_names_its_file(tmp_path, sm
         write_all(fd, view)
 
     tensors = {"weights/large": torch.zeros(100_000)}
-    (pieces,) = pieces_of(tensors, 1)
+    (fragments,) = fragments_of(tensors, 1)
     with (
         mock.patch.object(safetensors_stream.files, "write_all", failing),
         pytest.raises(OSError, match=r"No space left.*weights_00000_\d.safetensors"),
     ):
-        write_rank(tmp_path, 0, pieces, max_files=8, threads=4)
+        write_rank(tmp_path, 0, fragments, max_files=8, threads=4)
     assert calls[0] < 100, "the others went on to their ends"  # all of it: 790 writes
     assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
@@ -213,7 +213,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
-from lightning_fastmoe.checkpoint import OwnedPiece
+from lightning_fastmoe.checkpoint import OwnedFragment
 from lightning_fastmoe.checkpoint.format.writer import write_rank
 
 def peak():
@@ -221,9 +221,8 @@ def peak():
 
 data = torch.ones(150_000_000)
 before = peak()
-written = write_rank(
-    Path(sys.argv[1]), 0, [OwnedPiece.of("weights/a", data.shape, 0, data)], max_files=8, threads=8
-)
+fragment = OwnedFragment.of("weights/a", data.shape, 0, data)
+written = write_rank(Path(sys.argv[1]), 0, [fragment], max_files=8, threads=8)
 print(len(written.files), peak() - before)
 """
 

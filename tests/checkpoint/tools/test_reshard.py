@@ -44,7 +44,7 @@ def test_everything_is_kept(path, tmp_path, ranks):
             sizes = [b.manifest.files[n].size for n in written]
             assert max(sizes) - min(sizes) < 1500
             if ranks in (2, 4):  # cut between experts
-                starts = {p.start for p in b.record("weights/moe.experts.down_proj").pieces}
+                starts = {p.start for p in b.record("weights/moe.experts.down_proj").fragments}
                 assert starts == {i * 128 * 160 for i in range(0, 4, 4 // ranks)}
 
 

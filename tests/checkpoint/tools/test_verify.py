@@ -136,21 +136,21 @@ def test_a_forged_manifest(path, change, match):
     assert all(str(path) in text for text in found)
 
 
-def pieces(content) -> list:
+def fragments(content) -> list:
     return content["tensors"][UP]["pieces"]
 
 
 def test_an_expert_that_is_missing(path):
-    forge(path, lambda content: pieces(content).pop())
+    forge(path, lambda content: fragments(content).pop())
     found = damages(path)
     assert re.search(f"layer 'moe': experts 2 to 3 are missing in tensor '{UP}'", found[0]), found
 
 
 def test_an_expert_that_is_there_twice(path):
     def repeat(content):
-        start, length, file, digest = pieces(content)[1]
+        start, length, file, digest = fragments(content)[1]
         assert (start, length) == (12, 12)
-        pieces(content).append([18, 6, file, digest])
+        fragments(content).append([18, 6, file, digest])
 
     forge(path, repeat)
     found = damages(path)
@@ -170,7 +170,7 @@ def test_tied_to_nothing(path):
 
 def test_two_contradictions_in_one_manifest(path):
     def change(content):
-        pieces(content).pop()
+        fragments(content).pop()
         content["tensors"]["weights/half"]["dtype"] = "F128"
 
     forge(path, change)
