@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,9 +101,13 @@ class AllToAllDispatcher:
         TopologyError: if the placement doesn't give each expert to exactly one rank.
     """
 
-    collective: ClassVar[Callable[..., Any]] = staticmethod(dist.all_to_all_single)
-    """What moves the rows, with the arguments of ``all_to_all_single`` and the result that
-    :meth:`ExpertGroup.run` asks for. A subclass that only moves them otherwise replaces it."""
+    @staticmethod
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        """Moves rows, by ``all_to_all_single``; a subclass may do it in another way.
+
+        :meth:`ExpertGroup.run` says what the result must be.
+        """
+        return dist.all_to_all_single(*args, **kwargs)
 
     def __init__(
         self,
