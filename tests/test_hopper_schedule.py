@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_fastmoe.errors import KernelsUnavailableError
 from lightning_fastmoe.ops import _build
 
 PROGRAM = r"""
@@ -121,7 +122,7 @@ int main() {
 def test_schedule(tmp_path: Path) -> None:
     try:
         nvcc = _build.find_nvcc()
-    except _build.Unavailable as error:
+    except KernelsUnavailableError as error:
         pytest.skip(str(error))
     source, program = tmp_path / "schedule.cu", tmp_path / "schedule"
     source.write_text(PROGRAM)

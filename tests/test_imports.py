@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,18 @@ import lightning_fastmoe
 from lightning_fastmoe import registration
 from lightning_fastmoe.errors import ConfigError, ForeignObjectError
 from lightning_fastmoe.registration import VARIANTS, ForeignPackageWarning
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = [
+    path
+    for folder in ("tests", "benchmarks", "examples", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "build" not in path.parts
+]
+ABSENT_ON_PURPOSE = {
+    "test_imports.py": ["lightning_fastmoe.nonsense"],
+    "test_former_paths.py": ["lightning_fastmoe.lm.nope"],
+}
 
 STAGES = """
 import sys
@@ -54,6 +68,62 @@ def test_names_that_are_not_there() -> None:
         _ = lightning_fastmoe.nonsense
     with pytest.raises(ImportError, match="nonsense"):
         from lightning_fastmoe import nonsense  # noqa: F401
+
+
+def _named(module: str, name: str) -> object:
+    """What ``from module import name`` gives."""
+    found = importlib.import_module(module)
+    return (
+        getattr(found, name)
+        if hasattr(found, name)
+        else importlib.import_module(f"{module}.{name}")
+    )
+
+
+def absent_names(source: str) -> list[str]:
+    """The absent ones among the package's names that a program imports or looks up in modules.
+
+    Much of what is read here runs on a GPU alone, where a name that moved would be noticed late.
+    """
+    tree = ast.parse(source)
+    absent, modules = [], {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
+            continue
+        if node.module.split(".")[0] != "lightning_fastmoe":
+            continue
+        for name in node.names:
+            try:
+                found = _named(node.module, name.name)
+            except (AttributeError, ImportError):
+                absent.append(f"{node.module}.{name.name}")
+            else:
+                if inspect.ismodule(found):
+                    modules[name.asname or name.name] = found
+    looked_up = {
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    for name, attribute in sorted(looked_up):
+        if name in modules and not hasattr(modules[name], attribute):
+            absent.append(f"{modules[name].__name__}.{attribute}")
+    return absent
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_programs_import_what_is_there(file: Path) -> None:
+    absent = absent_names(file.read_text(encoding="utf-8"))
+    assert absent == ABSENT_ON_PURPOSE.get(file.name, [])
+
+
+def test_absent_names_are_found() -> None:
+    source = "from lightning_fastmoe.ops import gone, kernels\nkernels.nowhere\nkernels.sort"
+    absent = ["lightning_fastmoe.ops.gone", "lightning_fastmoe.ops.kernels.nowhere"]
+    assert absent_names(source + "\nimport torch.gone") == [
+        *absent,
+        "lightning_fastmoe.ops.kernels.sort",
+    ]
 
 
 def test_all_names_can_be_listed_and_loaded() -> None:

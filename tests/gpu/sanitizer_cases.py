@@ -10,7 +10,6 @@ import torch
 from lightning_fastmoe.ops import (
     ACTIVATIONS,
     expert_layer,
-    hopper,
     is_gated,
     kernels,
     native,
@@ -18,6 +17,7 @@ from lightning_fastmoe.ops import (
     sigmoid_top_k,
     softmax_top_k,
 )
+from lightning_fastmoe.ops.products import hopper
 
 SIZES = [(1, 1, 1, 1, 1), (67, 72, 40, 33, 3), (37, 17, 7, 70, 5), (0, 8, 8, 4, 2)]
 """(T, D, F, E, K)."""
