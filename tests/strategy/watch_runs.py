@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from lightning_fastmoe.distributed import ExchangeWait
 from lightning_fastmoe.testing import ranks
 
 LIMIT = 60.0
-"""Seconds after which a rank is killed, and its trial has failed."""
+"""Seconds after which a rank prints its stacks and is killed, and its trial has failed."""
 NEVER = 1000
 STUCK_IN_BATCH = 2
 
@@ -108,7 +109,9 @@ def set_limits(strategy: Any, limits: tuple[float | None, float | None]) -> None
     watch.start(
         strategy.global_rank, strategy.root_device, [p.pid for p in strategy.launcher.procs]
     )
-    strategy._groups.sharder.record_exchanges(watch.exchanges(), ExchangeWait())
+    sharder = strategy._groups.sharder
+    strategy._waits.end(sharder)  # its thread reads the memory of the watch that has stopped
+    sharder.record_exchanges(watch.exchanges(), ExchangeWait())
 
 
 class Stuck(Net):
@@ -145,18 +148,37 @@ def fit(trial: Trial, directory: Path) -> None:
     trainer.fit(Stuck(case, trial, directory))
 
 
-def fork(trial: Trial, rank: int, port: int, directory: Path) -> int:
-    """Starts a rank; it leaves as the interpreter would, with all that it prints in a file."""
+@dataclass
+class Child:
+    """A rank that was forked, and waits for the port of its store."""
+
+    pid: int
+    pipe: int
+
+    def send(self, port: int) -> None:
+        os.write(self.pipe, str(port).encode())
+        os.close(self.pipe)
+
+
+def fork(trial: Trial, rank: int, directory: Path) -> Child:
+    """Starts a rank; it leaves as the interpreter would, with all that it prints in a file.
+
+    All ranks are forked before there is a store: a store has threads, and a lock that one of them
+    holds during a fork is never released in the child.
+    """
+    read, write = os.pipe()
     pid = os.fork()
     if pid:
-        return pid
+        os.close(read)
+        return Child(pid, write)
     status = 1
     try:
         signal.alarm(int(2 * LIMIT))  # should nobody else end it
         output = os.open(directory / f"output_{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        ranks._enter(rank, trial.world, trial.world, port)
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__.fileno(), all_threads=True)
+        ranks._enter(rank, trial.world, trial.world, int(os.read(read, 16)))
         fit(trial, directory)
         status = 0
     except SystemExit as error:
@@ -336,30 +358,46 @@ def long_validation(case: Case) -> tuple[float, int]:
     return impatient.seconds, len(Evaluated.seen)
 
 
-def start(number: int, name: str, directory: Path) -> Running:
+def start(number: int, name: str, directory: Path) -> tuple[str, Path, list[Child]]:
     """Forks the ranks of a trial."""
-    trial = TRIALS[name]
     folder = directory / str(number)
     folder.mkdir()
+    trial = TRIALS[name]
+    return name, folder, [fork(trial, rank, folder) for rank in range(trial.world)]
+
+
+def release(name: str, folder: Path, children: list[Child]) -> Running:
+    """Lets the ranks of a trial go on, with a store."""
+    trial = TRIALS[name]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pids = [fork(trial, rank, store.port, folder) for rank in range(trial.world)]
+    for child in children:
+        child.send(store.port)
     everyone = list(range(trial.world))
     signalled = everyone if trial.stuck is not None else everyone[-1:]
+    pids = [child.pid for child in children]
     return Running(name, folder, store, pids, list(trial.signals), signalled)
 
 
 def main(directory: Path) -> None:
     """Runs all trials."""
-    running = [start(number, name, directory) for number, name in enumerate(TRIALS)]
+    forked = [start(number, name, directory) for number, name in enumerate(TRIALS)]
+    running = [release(*trial) for trial in forked]
     deadline = time.monotonic() + LIMIT
     while any(len(trial.ended) < len(trial.pids) for trial in running):
         now = time.monotonic()
         for trial in running:
             trial.step(now)
-            if now > deadline:
-                for rank, pid in enumerate(trial.pids):
-                    if rank not in trial.ended:
-                        os.kill(pid, signal.SIGKILL)
+        if now > deadline:
+            late = [
+                pid
+                for trial in running
+                for rank, pid in enumerate(trial.pids)
+                if rank not in trial.ended
+            ]
+            for number in (signal.SIGUSR1, signal.SIGKILL):
+                for pid in late:
+                    os.kill(pid, number)
+                time.sleep(1.0)
         time.sleep(0.02)
     print(json.dumps({trial.name: trial.report() for trial in running}))
 
