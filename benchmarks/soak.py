@@ -224,14 +224,19 @@ def cold_starts(args: argparse.Namespace) -> bool:
     context.set_forkserver_preload(
         ["lightning_fastmoe.demos.byte_lm.cli", "torch._inductor.compile_fx", "yaml"]
     )
+    last = time.monotonic() + args.within
+
+    def one(number: int) -> dict[str, Any] | None:
+        return one_start(context, number, args) if time.monotonic() < last else None
+
     with ThreadPoolExecutor(args.parallel) as pool:
-        found = list(pool.map(lambda number: one_start(context, number, args), range(args.count)))
+        found = [done for done in pool.map(one, range(args.count)) if done is not None]
     outcomes = Counter(one["outcome"] for one in found)
     losses = Counter(tuple(one["losses"]) for one in found if one["outcome"] == "ended")
     report = {
         "mode": args.mode,
         "gpus": args.gpus,
-        "starts": args.count,
+        "starts": len(found),
         "parallel": args.parallel,
         **{name: outcomes[name] for name in ("ended", "hung", "failed")},
         "different_losses": len(losses),
@@ -243,7 +248,7 @@ def cold_starts(args: argparse.Namespace) -> bool:
     }
     print(json.dumps(report), flush=True)
     same = len(losses) == 1 or not args.deterministic
-    return outcomes["ended"] == args.count and same
+    return outcomes["ended"] == len(found) > 0 and same
 
 
 def machine() -> dict[str, Any]:
@@ -432,6 +437,9 @@ def main() -> None:
     starts = commands.add_parser("starts", help="many cold starts")
     starts.add_argument("--mode", choices=("strategy", "compiled", "plain"), default="strategy")
     starts.add_argument("--count", type=int, default=60)
+    starts.add_argument(
+        "--within", type=float, default=math.inf, help="seconds after which no more are started"
+    )
     starts.add_argument("--steps", type=int, default=20)
     starts.add_argument("--gpus", type=int, default=1, help="ranks of a start (strategy alone)")
     starts.add_argument("--parallel", type=int, default=1, help="starts that share the GPUs")
