@@ -136,6 +136,8 @@ def train_in_a_loop(steps: int, compiled: bool, deterministic: bool) -> list[str
 
 def start(args: argparse.Namespace, rank: int, port: int, folder: str, core: int) -> None:
     """One rank of a start: trains, and writes its losses or its error into ``folder``."""
+    import torch
+
     place = Path(folder)
     log = os.open(place / f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
@@ -143,7 +145,9 @@ def start(args: argparse.Namespace, rank: int, port: int, folder: str, core: int
     if core >= 0:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[(core + rank) % len(cores)]})
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or there is one for each of the others
+        # As many threads as the machine has cores would wait for each other by spinning on one.
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        torch.set_num_threads(1)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     world = args.gpus
     if world > 1:
@@ -206,6 +210,8 @@ def one_start(context: Any, number: int, args: argparse.Namespace) -> dict[str, 
     shutil.rmtree(folder, ignore_errors=True)
     if hung or STALLED in logs:
         outcome = "hung"
+    elif "torch.OutOfMemoryError" in logs:
+        outcome = "out of memory"  # too many side by side
     elif any(process.exitcode for process in ranks) or len(losses) < args.gpus:
         outcome = "failed"
     else:
@@ -238,7 +244,7 @@ def cold_starts(args: argparse.Namespace) -> bool:
         "gpus": args.gpus,
         "starts": len(found),
         "parallel": args.parallel,
-        **{name: outcomes[name] for name in ("ended", "hung", "failed")},
+        **{name: outcomes[name] for name in ("ended", "hung", "failed", "out of memory")},
         "different_losses": len(losses),
         "last_losses": sorted(
             {float.fromhex(json.loads(text)[-1]) for texts in losses for text in texts}
