@@ -33,6 +33,9 @@ NAMES = [
     "deepspeed.ops:__compatible_ops__",
     # skipping a step
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.check_overflow",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._optimizer_step",
+    "deepspeed.runtime.utils:mask_nan_or_inf_with_val_inplace",
+    "torch:_foreach_norm",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
     "_overflow_check_and_loss_scale_update",
     # checkpoints
@@ -108,6 +111,23 @@ SOURCES = {
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.average_tensor": [
         "self.expert_dp_process_group[param.group_name]",
         "tensor.div_(dist.get_world_size(group=self.dp_process_group)",
+    ],
+    # What its step leaves to the methods that are replaced.
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": [
+        "self.check_overflow(partition_gradients=self.partition_gradients)",
+        "and is_invalid_grad_norm(scaled_global_grad_norm):",
+        "self.single_partition_of_fp32_groups[i].grad = single_grad_partition",
+        "self.unscale_and_clip_grads([single_grad_partition], scaled_global_grad_norm)",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.scaled_global_norm": [
+        "self.get_grad_norm_direct(self.averaged_gradients[i], self.params_in_partition[i])",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_grad_norm_direct": [
+        'if not getattr(g, "_zero_padding", False)',
+    ],
+    "torch.optim:Adam": [
+        "_step_supports_amp_scaling",
+        'grad_scale=getattr(self, "grad_scale", None)',
     ],
     # Where partitions and half accumulated gradients lie.
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": [

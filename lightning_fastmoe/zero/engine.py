@@ -28,6 +28,7 @@ from lightning_fastmoe.errors import (
 )
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
+from lightning_fastmoe.zero.optimizer_step import use_fewer_passes
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 from lightning_fastmoe.zero.weight_edits import WeightEdits
 
@@ -103,6 +104,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " tested with experts. Drop the options that select it (data_types,"
                 " super_offload, ...)."
             )
+        use_fewer_passes(self.optimizer)
         user = self.expert_state.user_groups
         if user is not None:
             optimized = [p for group in user.optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,108 @@
+"""ZeRO 1 and 2's step in fewer passes equals DeepSpeed's, with skipped steps and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from strategy.exactness import assert_same
+from strategy.models import Case, Net, Trace, make_optimizer
+from strategy.tracing import Tracer, make_trainer
+
+from lightning_fastmoe.zero import engine
+
+BAD_STEP, LOSS_SCALE = 1, 8.0
+
+
+class Spoiled(Net):
+    """In one step, rank 1 has a gradient of Inf or NaN in one element of one dense weight.
+
+    The loss is scaled, as it is in fp16.
+    """
+
+    def __init__(self, case: Case, value: float | None) -> None:
+        super().__init__(case)
+        self.value = value
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self.net, self.case.fused)
+
+    def on_fit_start(self) -> None:
+        self.trainer.strategy.deepspeed_engine.optimizer.override_loss_scale(LOSS_SCALE)
+        if self.value is not None and self.global_rank == 1:
+            self.net["head"].weight.register_hook(self._spoil)
+
+    def _spoil(self, gradient: torch.Tensor) -> torch.Tensor:
+        if self.trainer.global_step != BAD_STEP:
+            return gradient
+        gradient = gradient.clone()
+        gradient[0, 0] = self.value
+        return gradient
+
+
+class Skipped(pl.Callback):
+    """Notes how many steps the engine has skipped, after each batch."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.counts.append(trainer.strategy.deepspeed_engine.skipped_steps)
+
+
+def fit(case: Case, fewer: bool, value: float | None) -> tuple[Trace, list[int], Counter[str]]:
+    """(what the run did, skipped steps after each batch, calls of DeepSpeed's own passes)."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        original = getattr(DeepSpeedZeroOptimizer, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(self, *args, **kwargs)
+
+        return mock.patch.object(DeepSpeedZeroOptimizer, name, call)
+
+    tracer, skipped = Tracer(), Skipped()
+    pl.seed_everything(7, verbose=False)
+    used = engine.use_fewer_passes if fewer else lambda optimizer: None
+    with (
+        mock.patch.object(engine, "use_fewer_passes", used),
+        counted("has_overflow"),
+        counted("get_grad_norm_direct"),
+        counted("unscale_and_clip_grads"),
+    ):
+        make_trainer(case, callbacks=[tracer, skipped]).fit(Spoiled(case, value))
+    tracer.trace.losses = []
+    # A skipped step's norm is Inf, which no tolerance compares.
+    tracer.trace.norms = [n if math.isfinite(n) else -1.0 for n in tracer.trace.norms]
+    return tracer.trace, skipped.counts, calls
+
+
+@pytest.mark.parametrize("value", [None, float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.parametrize(
+    ("stage", "precision", "accumulate"),
+    [(1, "32-true", 2), (2, "bf16-mixed", 1)],
+)
+def test_equal_to_deepspeeds_own_passes(rank_pool, stage, precision, accumulate, fused, value):
+    case = Case(
+        world=2, ep=2, stage=stage, precision=precision, accumulate=accumulate, fused=fused, steps=4
+    )
+    own = rank_pool.run(fit, 2, case, True, value)
+    for (trace, skipped, calls), (expected, as_before, before) in zip(
+        own, rank_pool.run(fit, 2, case, False, value), strict=True
+    ):
+        assert max(expected.norms) > case.clip, "the case must really clip"
+        assert skipped == as_before
+        assert skipped[-1] == (value is not None)
+        assert_same(trace, expected)
+        for name in ("get_grad_norm_direct", "unscale_and_clip_grads"):
+            assert before[name] > 0, "the test sees the passes that it counts"
+        assert calls == ({} if fused else {"unscale_and_clip_grads": calls.total()})
