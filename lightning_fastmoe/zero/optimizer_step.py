@@ -3,7 +3,7 @@
 DeepSpeed reads the gradients four times before the optimizer does: for NaN and Inf (three kernels
 for each tensor), as a copy in fp64 for the norm, and to multiply them by the clip factor. Here one
 kernel reads them once: the norm, summed in fp64, is finite exactly if every gradient is. The clip
-factor goes to the optimizer's own kernel, as :class:`torch.amp.GradScaler` passes it the loss scale.
+factor goes to the optimizer's own kernel, as :class:`torch.amp.GradScaler` passes the loss scale.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn import MoE, StackedExperts
+from lightning_fastmoe.nn.experts import init
 from lightning_fastmoe.nn.placement import Placement, equal_blocks, expert_placement
 
 
@@ -169,3 +170,30 @@ def test_initial_values_do_not_depend_on_the_default_dtype():
         torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float64
     assert torch.equal(got.float(), want)
+
+
+@pytest.mark.parametrize("std", [None, 0.02])
+@pytest.mark.parametrize("cores", [1, 3, 8])
+@pytest.mark.parametrize("bytes_at_once", [1, 1 << 30])
+def test_threads_draw_what_one_thread_draws(monkeypatch, cores, bytes_at_once, std):
+    monkeypatch.setattr(init, "_WORTH_THREADS", 1)
+    monkeypatch.setattr(init, "_cores", lambda: cores)
+    monkeypatch.setattr(init, "_BYTES_AT_ONCE", bytes_at_once)
+    ids = (0, 3, 4, 11, 5)
+    with torch.inference_mode():  # which other threads are not in
+        drawn = torch.empty(len(ids), 7, 3, dtype=torch.bfloat16)
+        init.init_experts_(drawn, name="up", layer_seed=9, expert_ids=ids, fan_in=3, std=std)
+    for expert_id, values in zip(ids, drawn, strict=True):
+        expected, generator = torch.empty(7, 3), init.expert_generator(9, "up", expert_id)
+        if std is None:
+            expected.uniform_(-(3**-0.5), 3**-0.5, generator=generator)
+        else:
+            expected.normal_(0.0, std, generator=generator)
+        assert torch.equal(values, expected.bfloat16()), expert_id
+
+
+def test_one_id_for_each_slice():
+    with pytest.raises(ValueError, match="zip"):
+        init.init_experts_(
+            torch.empty(2, 3), name="up", layer_seed=9, expert_ids=[0], fan_in=3, std=None
+        )

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import Tensor
+
+_BYTES_AT_ONCE = 1 << 30
+"""Memory for values that are drawn, but not copied yet."""
+_WORTH_THREADS = 1 << 20
+"""Values that take longer to draw than threads take to start."""
 
 
 def draw_layer_seed() -> int:
@@ -50,12 +58,30 @@ def init_experts_(
         std: standard deviation of a normal distribution; None draws from U(-b, b) with
             ``b = 1 / sqrt(fan_in)``, as ``torch.nn.Linear`` does.
     """
-    for i, target in zip(expert_ids, stacked, strict=True):
-        generator = expert_generator(layer_seed, name, i)
-        values = torch.empty(target.shape, dtype=torch.float32, device="cpu")
+
+    def draw(expert_id: int) -> Tensor:
+        generator = expert_generator(layer_seed, name, expert_id)
+        values = torch.empty(stacked.shape[1:], dtype=torch.float32, device="cpu")
         if std is None:
             bound = fan_in**-0.5
-            values.uniform_(-bound, bound, generator=generator)
-        else:
-            values.normal_(0.0, std, generator=generator)
-        target.copy_(values)
+            return values.uniform_(-bound, bound, generator=generator)
+        return values.normal_(0.0, std, generator=generator)
+
+    # torch draws with one thread, and without the GIL. Copies are made here, as other threads are
+    # in none of the context managers that the caller has entered.
+    at_once = 1
+    if stacked.numel() >= _WORTH_THREADS:
+        at_once = max(1, min(_cores(), _BYTES_AT_ONCE // (4 * stacked[0].numel())))
+    pairs = zip(expert_ids, stacked, strict=True)
+    with ThreadPoolExecutor(at_once) as pool:  # starts no thread before it is given work
+        run = pool.map if at_once > 1 else map
+        while some := list(islice(pairs, at_once)):
+            drawn = run(draw, [expert_id for expert_id, _ in some])
+            for values, (_, target) in zip(drawn, some, strict=True):
+                target.copy_(values)
+
+
+def _cores() -> int:
+    """The cores of this machine that are this rank's share."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
