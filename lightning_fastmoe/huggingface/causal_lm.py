@@ -127,7 +127,13 @@ class MoECausalLM(LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return torch.optim.AdamW(
+            self.parameters(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            fused=on_gpu or None,  # None leaves the choice to torch
+        )
 
     def _loss(self, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the predicted tokens, in nats; 0 if there are none."""

@@ -16,7 +16,12 @@ from torch.optim import Optimizer
 from lightning_fastmoe.distributed import ExpertSharder
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.collect import warn_about_causality
-from lightning_fastmoe.strategy.checks import check_can_be_saved, check_optimizer, check_single
+from lightning_fastmoe.strategy.checks import (
+    advise_fused,
+    check_can_be_saved,
+    check_optimizer,
+    check_single,
+)
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure
 from lightning_fastmoe.zero.engine import (
@@ -106,6 +111,7 @@ class Engines:
         release(found[0])
         check_has_no_closure(found[0])
         check_optimizer(found[0])
+        advise_fused(found[0], self._strategy.root_device)
         return found[0], schedulers[0] if schedulers else None
 
     def for_training(

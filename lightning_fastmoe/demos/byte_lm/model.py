@@ -260,7 +260,10 @@ class MoELanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, betas=self.betas)
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            self._parameter_groups(), lr=self.lr, betas=self.betas, fused=on_gpu or None
+        )
         schedule = LambdaLR(optimizer, self._lr_ratio)
         return {
             "optimizer": optimizer,
