@@ -1,0 +1,187 @@
+"""Whole training steps: this package's strategy beside plain loops and transformers.
+
+    python benchmarks/train_step.py --shape gpu_lm --steps 40
+    python benchmarks/train_step.py --shape olmoe --rows strategy-compiled transformers
+    python benchmarks/train_step.py --shape gpu_lm --rows strategy --profile
+
+Every row trains a decoder of the same sizes (a config of Qwen3-MoE) on the same batches with AdamW
+and clipping, in a process of its own, one after the other, for --rounds rounds. A step is timed
+from the end of the step before, by the device, without waiting for it; the median excludes
+--warm-up steps. Model FLOPs are printed with their formula in training/shapes.py. --profile adds a
+few steps under torch.profiler, and splits them by the kernels' names. The first losses of all rows
+must agree within 4 % and their last ones within 5 %, or the script ends with status 1: what doesn't
+train the same is not compared.
+
+Prints a line of JSON for each run, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from training.shapes import SHAPES, Shape
+
+H100_DENSE_BF16 = 989.4e12
+"""FLOPs per second (NVIDIA's data sheet); an H200 has the same."""
+FIRST, LAST = 0.04, 0.05
+
+
+def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains one row in this process."""
+    import torch
+    from training import kernels, rows
+    from training.clock import Clock
+
+    row = rows.ROWS[name]
+    cuda = torch.cuda.is_available()
+    clock = Clock()
+    row.trains(row, shape, args.steps, clock)
+    found = clock.report(args.warm_up)
+    if cuda:
+        found["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        found["device"] = torch.cuda.get_device_name()
+    if args.profile and cuda:
+        gc.collect()
+        found["split_ms"] = kernels.split(profiled(row, shape, args.warm_up))
+    return found
+
+
+def profiled(row: Any, shape: Shape, warm_up: int) -> list[tuple[str, float, float]]:
+    """(name, start, end) of the kernels of one step after ``warm_up`` others."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+    from training.clock import Clock
+
+    class Profiling(Clock):
+        def step(self, loss: Any) -> None:
+            super().step(loss)
+            if len(self.losses) == warm_up:
+                torch.cuda.synchronize()
+                self.profiler = profile(activities=[ProfilerActivity.CUDA])
+                self.profiler.start()
+            if len(self.losses) == warm_up + 1:
+                torch.cuda.synchronize()
+                self.profiler.stop()
+
+    clock = Profiling()
+    row.trains(row, shape, warm_up + 1, clock)
+    return [
+        (event.name, float(event.time_range.start), float(event.time_range.end))
+        for event in clock.profiler.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+
+
+def work(pipe: Connection, name: str, shape: Shape, args: argparse.Namespace) -> None:
+    """Sends what :func:`measure` finds, or the error."""
+    os.dup2(2, 1)  # what is trained prints; the results are for stdout
+    try:
+        pipe.send(measure(name, shape, args))
+    except BaseException:
+        pipe.send({"error": traceback.format_exc()})
+
+
+def run(context: Any, name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of a row, in a process of its own."""
+    mine, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, name, shape, args))
+    process.start()
+    theirs.close()
+    try:
+        found = mine.recv() if mine.poll(args.limit) else {"error": f"no end in {args.limit} s"}
+    except EOFError:
+        process.join(5)
+        found = {"error": f"its process ended with status {process.exitcode}"}
+    process.join(10)
+    process.kill()
+    process.join()
+    return {"row": name, **found}
+
+
+def table(runs: list[dict[str, Any]], shape: Shape) -> tuple[list[str], bool]:
+    """Lines of Markdown, and whether all rows trained the same."""
+    names = list(dict.fromkeys(one["row"] for one in runs))
+    good = {name: [r for r in runs if r["row"] == name and "ms" in r] for name in names}
+    base = next((found[0] for found in good.values() if found), None)
+    lines = [
+        "| | ms per step | tokens/s | model TFLOP/s | of 989 | peak GiB | first, last loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    same = base is not None
+    for name, found in good.items():
+        if base is None or not found:
+            lines.append(f"| {name} | failed | | | | | |")
+            same = False
+            continue
+        ms = statistics.median(r["ms"] for r in found)
+        rate = 1000 * shape.tokens / ms
+        flops = rate * shape.flops_per_token()
+        one = found[-1]
+        lines.append(
+            f"| {name} | {ms:.1f} | {rate:,.0f} | {flops / 1e12:.0f} |"
+            f" {100 * flops / H100_DENSE_BF16:.0f} % | {one.get('peak_GiB', '')} |"
+            f" {one['first_loss']:.3f}, {one['last_loss']:.3f} |"
+        )
+        same &= abs(one["first_loss"] / base["first_loss"] - 1) <= FIRST
+        same &= abs(one["last_loss"] / base["last_loss"] - 1) <= LAST
+    return lines, same
+
+
+def main() -> None:
+    """Runs all rows."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="gpu_lm")
+    parser.add_argument("--rows", nargs="+", default=None, help="default: all of them")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warm-up", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds that a row may take")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    # Check by NVML: a library that looks for GPUs on import would break CUDA in all forks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    from training.rows import ROWS
+
+    names = args.rows or list(ROWS)
+    if unknown := sorted(set(names) - set(ROWS)):
+        parser.error(f"unknown rows: {', '.join(unknown)}; there are: {', '.join(ROWS)}")
+    if args.warm_up + 2 > args.steps:
+        parser.error(f"--steps {args.steps} leaves nothing to time after --warm-up {args.warm_up}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "lightning_fastmoe.demos.byte_lm.cli",
+            "lightning_fastmoe.huggingface.decoder",
+            "transformers",
+        ]
+    )
+    shape = SHAPES[args.shape]
+    print(f"{shape}; model FLOPs per token {shape.flops_per_token():,.0f}", file=sys.stderr)
+    runs = []
+    for _ in range(args.rounds):
+        for name in names:
+            found = run(context, name, shape, args)
+            if "error" in found:
+                print(f"{name}: {found['error']}", file=sys.stderr)
+                found["error"] = found["error"].splitlines()[-1]
+            print(json.dumps(found), flush=True)
+            runs.append(found)
+    lines, same = table(runs, shape)
+    print(*lines, sep="\n")
+    if not same:
+        print("These rows don't train the same, or failed: no comparison.", file=sys.stderr)
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()

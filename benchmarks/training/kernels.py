@@ -1,0 +1,44 @@
+"""Which part of a step a kernel belongs to, by its name."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+PARTS = (
+    ("expert layers", r"lightning_fastmoe|fastmoe|grouped_mm|GroupProblem|grouped_gemm"),
+    ("attention", r"flash|fmha|cudnn.*sdpa|sdpa|attention"),
+    ("communication", r"nccl"),
+    ("optimizer", r"[Aa]dam|multi_tensor|foreach|LpNorm"),
+    ("GEMMs", r"gemm|nvjet|cutlass|xmma|splitK|cublas"),
+    ("copies and fills", r"[Mm]emcpy|[Mm]emset|copy_kernel|FillFunctor|direct_copy|CatArray"),
+    ("elementwise and reductions", r"."),
+)
+
+
+def part_of(name: str) -> str:
+    """The first part whose pattern the name contains."""
+    return next(part for part, pattern in PARTS if re.search(pattern, name))
+
+
+def split(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Milliseconds of each part, and of none.
+
+    Args:
+        kernels: (name, start, end) in microseconds, in any order.
+
+    Returns:
+        Part -> milliseconds; a kernel that runs beside others counts in full. "idle": the time
+        between the first start and the last end in which none ran.
+    """
+    parts: dict[str, float] = defaultdict(float)
+    found = sorted(kernels, key=lambda kernel: kernel[1])
+    if not found:
+        return {}
+    idle, until = 0.0, found[0][1]
+    for name, start, end in found:
+        parts[part_of(name)] += (end - start) / 1000
+        idle += max(0.0, start - until) / 1000
+        until = max(until, end)
+    return {**{part: round(ms, 3) for part, ms in sorted(parts.items())}, "idle": round(idle, 3)}

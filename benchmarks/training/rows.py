@@ -1,0 +1,172 @@
+"""What is trained how: each row is one way to train the same model on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.clock import Clock
+from training.shapes import Shape
+
+LR, BETAS, CLIP = 4e-4, (0.9, 0.95), 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        build: makes the model, in fp32 on the CPU.
+        trains: trains it and tells the clock when each step ends.
+        fused: whether AdamW is one kernel.
+        compiled: whether torch.compile compiles each block.
+        bf16: whether the weights are bf16; else autocast, or ZeRO's mixed precision.
+    """
+
+    build: Callable[[Shape], nn.Module]
+    trains: Callable[[Row, Shape, int, Clock], None]
+    fused: bool = True
+    compiled: bool = False
+    bf16: bool = False
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def ours(shape: Shape) -> nn.Module:
+    """This package's decoder."""
+    from lightning_fastmoe.huggingface.architecture import Architecture
+    from lightning_fastmoe.huggingface.decoder import MoEDecoder
+
+    torch.manual_seed(0)
+    return MoEDecoder(Architecture.from_config(shape.config()))
+
+
+def transformers_model(shape: Shape) -> nn.Module:
+    """The model of transformers, with its fastest built-in experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**shape.config(), use_cache=False)
+    model: nn.Module = Qwen3MoeForCausalLM._from_config(
+        config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    )
+    return model
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of either model."""
+    yield from model.model.layers  # type: ignore[union-attr, misc]
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(batch, seq_len, V)."""
+    found = model(tokens)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """The mean cross-entropy of the next token, in fp32."""
+    logits = logits_of(model, batch[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def device() -> torch.device:
+    """The GPU; the CPU for a trial of the script."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def optimizer_of(row: Row, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the same settings in all rows."""
+    return torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, fused=row.fused or None)
+
+
+def in_a_loop(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
+    """A plain loop."""
+    model = row.build(shape).to(device())
+    if row.bf16:
+        model = model.bfloat16()
+    if row.compiled:
+        for block in blocks(model):
+            block.compile()
+    optimizer = optimizer_of(row, model)
+    autocast = nullcontext() if row.bf16 else torch.autocast(device().type, torch.bfloat16)
+    batches = shape.batches(8)
+    clock.start()
+    for step in range(steps):
+        batch = batches[step % len(batches)].to(device(), non_blocking=True)
+        with autocast:
+            loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.step(loss.detach())
+
+
+def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
+    """``Trainer.fit`` with FastMoEStrategy, or with Lightning's own for models of transformers."""
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader
+
+    from lightning_fastmoe import FastMoEStrategy
+    from lightning_fastmoe.demos.byte_lm.cli import silence_upstream
+
+    class Model(pl.LightningModule):
+        def configure_model(self) -> None:
+            if not hasattr(self, "network"):
+                self.network = row.build(shape)
+                if row.compiled:
+                    for block in blocks(self.network):
+                        block.compile()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return loss_of(self.network, batch)
+
+        def configure_optimizers(self) -> Any:
+            return optimizer_of(row, self.network)
+
+        def on_train_start(self) -> None:
+            clock.start()
+
+        def on_train_batch_end(self, outputs: Any, *args: Any) -> None:
+            clock.step(outputs["loss"].detach())
+
+    silence_upstream()
+    strategy: Any = FastMoEStrategy(stage=2) if row.build is ours else "deepspeed_stage_2"
+    trainer = pl.Trainer(
+        accelerator=device().type,
+        devices=1,
+        strategy=strategy,
+        precision="bf16-mixed",
+        max_steps=steps,
+        gradient_clip_val=CLIP,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = shape.batches(8)
+    endless = [batches[step % len(batches)] for step in range(steps)]
+    trainer.fit(Model(), DataLoader(endless, batch_size=None, pin_memory=torch.cuda.is_available()))
+
+
+ROWS = {
+    "strategy": Row(ours, by_trainer),
+    "strategy-unfused": Row(ours, by_trainer, fused=False),
+    "strategy-compiled": Row(ours, by_trainer, compiled=True),
+    "loop": Row(ours, in_a_loop),
+    "loop-compiled": Row(ours, in_a_loop, compiled=True),
+    "transformers": Row(transformers_model, in_a_loop, bf16=True),
+    "transformers-compiled": Row(transformers_model, in_a_loop, bf16=True, compiled=True),
+    "transformers-zero2": Row(transformers_model, by_trainer),
+}
