@@ -225,7 +225,7 @@ def test_a_dict_and_its_losses():
     assert layer.router.weight.grad.any()
 
 
-def test_no_tokens():
+def test_without_tokens_outputs_keep_their_shapes():
     layer = make(Pair, d_ffn=None)
     inputs = (torch.zeros(0, D).double(), torch.zeros(0, 2, 2).double(), *[torch.zeros(0)] * 2)
     got = layer(inputs)
