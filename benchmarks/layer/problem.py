@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layer.configs import GATED, Config
+from layer.configs import Config, gated_activations
 from layer.errors import BenchmarkError
 from layer.routings import draw_expert_ids
 
@@ -154,9 +154,10 @@ class Answers:
 
 def activate(h: Tensor, name: str) -> Tensor:
     """``h (N, 2F) -> (N, F)`` for gated names (gate half first), else elementwise."""
-    if name in GATED:
+    gated = gated_activations()
+    if name in gated:
         gate, up = h.chunk(2, dim=-1)
-        return activate(gate, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[name]) * up
+        return activate(gate, gated[name]) * up
     functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
     return functions[name](h)
 
