@@ -33,7 +33,7 @@ def test_a_line_of_the_driver():
 
 
 def test_samples_outside_of_the_time_do_not_count():
-    """Of a real process; its first and last lines are from before and after."""
+    """Samples come from a real process; its first and last lines are from before and after."""
     start = datetime.now() + timedelta(hours=1)
     lines = "".join(
         f"{start + timedelta(seconds=s):%Y/%m/%d %H:%M:%S.%f}, {watts}, {mhz}\n"

@@ -63,7 +63,7 @@ def test_co_activation_is_relative_to_the_rows_expert():
     metric = metrics.ExpertCoActivation(4)
     metric.update(FIRST)
     metric.update(SECOND)
-    # Together: 0 and 1 in three tokens, 0 and 2 in one; the unused slot is no choice.
+    # Together: 0 and 1 in three tokens, 0 and 2 in one; the unused slot does not count.
     nan = math.nan
     want = [[1, 0.75, 0.25, 0], [0.75, 1, 0, 0], [1, 0, 1, 0], [nan, nan, nan, nan]]
     torch.testing.assert_close(
