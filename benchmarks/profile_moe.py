@@ -54,8 +54,10 @@ def medians(steps: list[list[Kernel]]) -> list[Kernel]:
     """The median time of each kernel over the steps with the most common sequence of kernels."""
     sequences = Counter(tuple(name for name, _ in step) for step in steps)
     names, _ = sequences.most_common(1)[0]
-    alike = [step for step in steps if tuple(name for name, _ in step) == names]
-    return [(name, statistics.median(step[i][1] for step in alike)) for i, name in enumerate(names)]
+    common = [step for step in steps if tuple(name for name, _ in step) == names]
+    return [
+        (name, statistics.median(step[i][1] for step in common)) for i, name in enumerate(names)
+    ]
 
 
 def make_report(
@@ -131,7 +133,7 @@ def markdown(report: dict[str, Any], title: str) -> str:
         lines.append(f"| {group} | {' | '.join(_times(spent, _floor(mine)))} |")
     products = [p for p in report["phases"] if p["kernels"] and "product" in p["group"]]
     rest = [p for p in report["phases"] if p["kernels"] and "product" not in p["group"]]
-    for name, mine in (("all products", products), ("all that is no product", rest)):
+    for name, mine in (("all products", products), ("everything else", rest)):
         spent = sum(p["us"] for p in mine)
         lines.append(f"| {name} | {' | '.join(_times(spent, _floor(mine)))} |")
     seen = [p for p in report["phases"] if p["kernels"]]

@@ -41,7 +41,9 @@ def _function(
         ("unannotated", "x", "x"),
     ],
 )
-def test_accepted(name: str, value: Any, expected: Any) -> None:
+def test_a_value_of_an_accepted_type_is_taken_as_the_annotated_one(
+    name: str, value: Any, expected: Any
+) -> None:
     found = check_types("owner", _function, {name: value})[name]
     assert found == expected
     assert type(found) is type(expected)
@@ -79,7 +81,7 @@ def test_whole_floats_on_request() -> None:
         check_types("o", _function, {"count": 0.5}, whole_floats=True)
 
 
-def test_suggestions() -> None:
+def test_a_misspelt_name_gets_the_closest_as_a_suggestion() -> None:
     known = ["stage", "expert_parallel_size", "num_experts", "nonfinite"]
     assert suggestion("expert_parallel", known) == " Did you mean expert_parallel_size?"
     assert suggestion("num_expert", known) == " Did you mean num_experts?"
@@ -113,14 +115,14 @@ ARGUMENTS = {"d_model": 8, "d_ffn": 8, "num_experts": 4, "top_k": 2}
         ("z_loss", True, "a number or None"),
     ],
 )
-def test_layer(name: str, value: Any, wanted: str) -> None:
+def test_the_layer_refuses_values_of_a_wrong_type(name: str, value: Any, wanted: str) -> None:
     with pytest.raises(ConfigError) as raised:
         MoE(**{**ARGUMENTS, name: value})
     assert str(raised.value).startswith(f"MoE: {name}={value!r} ")
     assert str(raised.value).endswith(f"it must be {wanted}.")
 
 
-def test_layer_of_numpy_sizes() -> None:
+def test_the_layer_takes_numpy_sizes() -> None:
     sizes = {name: np.int64(value) for name, value in ARGUMENTS.items()}
     layer = MoE(**sizes, z_loss=np.float32(0.25))
     assert (layer.num_experts, layer.top_k, layer.loss_coefficients["z_loss"]) == (4, 2, 0.25)
@@ -152,7 +154,9 @@ STRATEGY = [
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), STRATEGY, ids=lambda v: str(v)[:30])
-def test_strategy(arguments: dict[str, Any], wanted: str) -> None:
+def test_the_strategy_refuses_unknown_names_and_wrong_types(
+    arguments: dict[str, Any], wanted: str
+) -> None:
     with pytest.raises(ConfigError) as raised:
         FastMoEStrategy(**arguments)
     assert wanted in str(raised.value)
@@ -161,7 +165,7 @@ def test_strategy(arguments: dict[str, Any], wanted: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [4, -1, 22])
-def test_stages_that_do_not_exist(stage: int) -> None:
+def test_stages_that_do_not_exist_are_refused(stage: int) -> None:
     with pytest.raises(ConfigError) as raised:
         FastMoEStrategy(stage=stage)
     assert f"stage={stage} is not supported" in str(raised.value)
@@ -192,7 +196,7 @@ def test_what_a_config_overrules_is_refused() -> None:
     assert FastMoEStrategy(stage=2, config=dict(config)).config["zero_optimization"]["stage"] == 2
 
 
-def test_strategy_of_numpy_numbers() -> None:
+def test_the_strategy_takes_numpy_numbers() -> None:
     strategy = FastMoEStrategy(np.int64(2), stage=np.int32(1), reduce_bucket_size=5e8)
     assert type(strategy.expert_parallel_size) is int
     zero = strategy.config["zero_optimization"]

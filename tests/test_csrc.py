@@ -51,12 +51,14 @@ def test_files_are_short(source: Path):
 
 
 @pytest.mark.parametrize("name", [source.name for source in UNITS])
-def test_compiles(name: str, compiled: dict[str, subprocess.CompletedProcess]):
+def test_every_source_compiles(name: str, compiled: dict[str, subprocess.CompletedProcess]):
     assert compiled[name].returncode == 0, compiled[name].stderr
 
 
 @pytest.mark.parametrize("name", [s.name for s in UNITS if s.suffix == ".cu"])
-def test_registers_suffice(name: str, compiled: dict[str, subprocess.CompletedProcess]):
+def test_kernels_hardly_spill_registers(
+    name: str, compiled: dict[str, subprocess.CompletedProcess]
+):
     """A word or two outside of a loop cost nothing; more would show."""
     spills = re.findall(r"(\d+) bytes spill stores", compiled[name].stderr)
     assert spills

@@ -119,7 +119,7 @@ int main() {
 """
 
 
-def test_schedule(tmp_path: Path) -> None:
+def test_every_tile_is_scheduled_once_and_splits_fit_their_bounds(tmp_path: Path) -> None:
     try:
         nvcc = _build.find_nvcc()
     except KernelsUnavailableError as error:

@@ -216,7 +216,7 @@ SOURCES = {
 }
 
 OTHERS = {"_actions", "_asdict", "_current_frames", "_exit", "_fastmoe_origin"}
-"""Of Python's own library, where they have been the same for ten years, and one of our own."""
+"""Names of the standard library, unchanged for ten years, and one of our own."""
 
 PACKAGE = Path(__file__).parents[1] / "lightning_fastmoe"
 

@@ -47,8 +47,8 @@ class Rates:
     """What the device does.
 
     Attributes:
-        dense_tflops: of a large dense bf16 product.
-        copy_gbs: of a large copy, reading and writing counted.
+        dense_tflops: throughput of a large dense bf16 product.
+        copy_gbs: bandwidth of a large copy, counting both reads and writes.
     """
 
     dense_tflops: float

@@ -56,8 +56,8 @@ class Yardsticks:
     Attributes:
         dense: a square bf16 product.
         copy: a copy of memory to memory.
-        flops: of the product.
-        bytes: that the copy reads and writes.
+        flops: floating-point operations of the product.
+        bytes: amount of data that the copy reads and writes.
     """
 
     dense: Callable[[], object]
@@ -84,8 +84,8 @@ def rates(device: torch.device, seconds: float) -> dict[str, list[float]]:
     """How fast the :func:`yardsticks` run, nothing else running.
 
     Args:
-        device: where; a CPU multiplies and copies small things.
-        seconds: for both together.
+        device: the device; a CPU multiplies and copies small tensors.
+        seconds: time for both together.
 
     Returns:
         ``dense_tflops`` of the product, one number per run, and ``copy_gbs`` of the copy, reading

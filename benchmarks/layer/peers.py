@@ -89,7 +89,7 @@ class Peer:
         raise NotImplementedError
 
     def version(self) -> str:
-        """Of the package, or of torch."""
+        """Version of the package, or of torch."""
         try:
             return importlib.metadata.version(self.package or "torch")
         except importlib.metadata.PackageNotFoundError:
@@ -254,7 +254,7 @@ class OursGroupedMM(Ours):
 
 
 class OursModule(Ours):
-    """This package's whole module: it routes by itself and adds its losses."""
+    """This package's whole module: it does its own routing and adds its losses."""
 
     name = "ours-module"
     title = "lightning_fastmoe.MoE"

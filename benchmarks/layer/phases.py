@@ -23,7 +23,7 @@ HELPERS = r"prepare_grouped_gemm|tensormap"
 """Names of kernels that prepare a product: they count for the product that follows."""
 
 ANY = r""
-"""For a run of kernels that ends where the next entry begins."""
+"""Pattern of a run of kernels that ends where the next entry begins."""
 
 MANY = True
 
@@ -35,7 +35,7 @@ class Entry:
     Attributes:
         group: the part of the step that it belongs to.
         phase: what it does.
-        pattern: of the kernel's name, searched for without regard to case.
+        pattern: regular expression searched for in the kernel's name, ignoring case.
         floor: what it must do, None for nothing worth counting.
         many: whether it is a run: it takes kernels until one matches the next entry.
     """
@@ -135,7 +135,7 @@ def table_for(names: list[str], module: bool) -> tuple[Entry, ...]:
     """The table of a step whose kernels have these names.
 
     Args:
-        names: of the step's kernels.
+        names: names of the step's kernels.
         module: whether the step is one of the whole module.
     """
     if any(re.search(ROWS, name) for name in names):

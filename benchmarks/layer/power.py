@@ -33,9 +33,9 @@ class Sample:
     """One answer of the driver.
 
     Attributes:
-        at: when, by this machine's clock.
-        watts: drawn.
-        mhz: of the multiprocessors' clock.
+        at: time of the sample, by this machine's clock.
+        watts: power draw.
+        mhz: clock of the multiprocessors.
     """
 
     at: datetime
@@ -44,7 +44,7 @@ class Sample:
 
 
 def parse(line: str) -> Sample | None:
-    """A line of nvidia-smi's; None for one that is no sample."""
+    """Parses a line of nvidia-smi; None if it is not a sample."""
     try:
         at, watts, mhz = (part.strip() for part in line.split(","))
         when = datetime.strptime(at, "%Y/%m/%d %H:%M:%S.%f")  # noqa: DTZ007 - local, like now()
@@ -115,9 +115,9 @@ class Sustained:
     """An operation, run without a pause.
 
     Attributes:
-        ms: of one.
-        watts: drawn meanwhile.
-        mhz: the clock meanwhile.
+        ms: time of one run.
+        watts: mean power draw meanwhile.
+        mhz: mean clock meanwhile.
     """
 
     ms: float
@@ -126,7 +126,7 @@ class Sustained:
 
     @property
     def joules(self) -> float:
-        """Of one."""
+        """Energy of one run."""
         return self.watts * self.ms / 1e3
 
 

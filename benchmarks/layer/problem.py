@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layer.configs import GATED, Config
+from layer.configs import Config, gated_activations
 from layer.errors import BenchmarkError
 from layer.routings import draw_expert_ids
 
@@ -52,7 +52,7 @@ class Problem:
         return float(counts.max() * self.config.num_experts) / self.config.pairs
 
     def fingerprint(self) -> list[float]:
-        """Numbers that two processes get alike, but for rounding, if they hold the same problem."""
+        """Numbers that agree, up to rounding, in two processes that hold the same problem."""
         places = torch.arange(1, self.expert_ids.numel() + 1, device=self.x.device)
         ids = self.expert_ids.sort(dim=1).values.flatten()
         tensors = (self.x, self.weights, self.up, self.down, self.grad)
@@ -72,9 +72,9 @@ def make_problem(
     Args:
         config: the sizes.
         routing: a name that :func:`~layer.routings.draw_expert_ids` knows.
-        device: where.
-        dtype: of tokens and experts.
-        seed: of the random numbers.
+        device: the device of all tensors.
+        dtype: dtype of tokens and experts.
+        seed: seed of the random numbers.
 
     Raises:
         BenchmarkError: if the routing doesn't fit the sizes.
@@ -144,8 +144,8 @@ class Answers:
 
     Attributes:
         out: (T, D).
-        gradients: of ``x``, ``weights``, ``up`` and ``down`` when the routing is given; of ``x``,
-            ``router``, ``up`` and ``down`` when the layer routes by itself.
+        gradients: gradients of ``x``, ``weights``, ``up`` and ``down`` when the routing is given;
+            of ``x``, ``router``, ``up`` and ``down`` when the layer does the routing.
     """
 
     out: Tensor
@@ -154,9 +154,10 @@ class Answers:
 
 def activate(h: Tensor, name: str) -> Tensor:
     """``h (N, 2F) -> (N, F)`` for gated names (gate half first), else elementwise."""
-    if name in GATED:
+    gated = gated_activations()
+    if name in gated:
         gate, up = h.chunk(2, dim=-1)
-        return activate(gate, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[name]) * up
+        return activate(gate, gated[name]) * up
     functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
     return functions[name](h)
 

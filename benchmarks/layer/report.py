@@ -18,9 +18,9 @@ def write(arguments: argparse.Namespace, report: dict[str, Any], text: str) -> N
     """Writes the files that the command line asks for.
 
     Args:
-        arguments: with the options of :func:`add_options`.
-        report: for the JSON file.
-        text: for the other one.
+        arguments: parsed arguments with the options of :func:`add_options`.
+        report: content of the JSON file.
+        text: content of the Markdown file.
     """
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

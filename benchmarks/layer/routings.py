@@ -55,7 +55,7 @@ def draw_expert_ids(
     * half: uniform over the first E/2 experts; the other half is empty.
 
     Args:
-        name: as above.
+        name: one of the above.
         tokens: T.
         num_experts: E.
         top_k: K.

@@ -1,4 +1,4 @@
-"""Runs peers side by side: round by round in turn, so that drift hits all of them alike."""
+"""Runs peers side by side, in turn within each round, so that drift affects all of them equally."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Options:
 
     Attributes:
         device: "cuda" or "cpu".
-        dtype: of tokens and experts.
-        seconds: of timing per row, over all rounds.
+        dtype: dtype of tokens and experts.
+        seconds: time measured per row, over all rounds.
         rounds: how often each peer gets its turn.
         limit: seconds that a peer may take to get ready for a row.
         limits: the same for single peers by name.

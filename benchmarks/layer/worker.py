@@ -39,7 +39,7 @@ class Bench:
     Args:
         peer: what to measure.
         device: "cuda" or "cpu".
-        dtype: of tokens and experts.
+        dtype: dtype of tokens and experts.
     """
 
     def __init__(self, peer: Peer, device: str, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -54,7 +54,7 @@ class DeepSpeed(System):
         self.engine.save_checkpoint(str(path), tag="a")
 
     def load(self, path: Path) -> None:
-        # The engine's own checks for Lightning's directories are no part of what is measured.
+        # The engine's own checks for Lightning's directories are not part of what is measured.
         loaded, _ = self.engine.load_checkpoint(str(path), tag="a")
         if loaded is None:
             raise RuntimeError("DeepSpeed found no checkpoint")

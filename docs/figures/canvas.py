@@ -42,8 +42,8 @@ class Canvas:
         """Starts an empty page.
 
         Args:
-            width: of the page, in pixels.
-            height: likewise.
+            width: width of the page, in pixels.
+            height: height of the page, in pixels.
             title: what the picture says, for those who do not see it.
         """
         self.width, self.height, self.title = width, height, title

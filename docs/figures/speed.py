@@ -11,7 +11,7 @@ from figures.tables import DOCS, last_number, table
 PAGE = DOCS / "benchmarks.md"
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 16.0, 66.0, 30.0
 STEP = 200
-"""Of the scale, TFLOP/s."""
+"""Step of the scale, in TFLOP/s."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def bars(title: str, rows: list[dict[str, str]], label: str, series: list[Series
     """One group of bars, from zero, for each row.
 
     Args:
-        title: above the bars.
-        rows: of a table; the last number of a cell counts, and a cell without one has no bar.
+        title: text above the bars.
+        rows: rows of a table; the last number of a cell counts, and a cell without one has no bar.
         label: the column that names a group.
         series: the bars of a group, from left to right.
     """

@@ -7,7 +7,7 @@ from figures.canvas import Canvas
 WIDTH, HEIGHT = 900.0, 372.0
 KERNEL, TENSOR = "a", "box"
 H = 50.0
-"""Of a box."""
+"""Height of a box."""
 
 
 def draw() -> Canvas:

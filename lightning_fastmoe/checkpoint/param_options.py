@@ -22,7 +22,7 @@ class NamedGroup:
     options: dict[str, Any]
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The group as JSON data."""
         return {"params": self.params, "options": self.options}
 
 

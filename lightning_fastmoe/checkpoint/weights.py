@@ -57,9 +57,9 @@ def load_weights(
         return
     together = Together(Path(path), "loaded")
     threads = thread_count(together.ranks_on_host())
-    share = (together.rank, together.world_size) if verify else None
+    verifier = (together.rank, together.world_size) if verify else None
     with together.stage():
-        _load(path, model, prefix, strict, share, threads)
+        _load(path, model, prefix, strict, verifier, threads)
 
 
 def _load(
@@ -67,7 +67,7 @@ def _load(
     model: ModelMap,
     prefix: str,
     strict: bool,
-    share: tuple[int, int] | None,
+    verifier: tuple[int, int] | None,
     threads: int,
 ) -> None:
     with CheckpointReader(path) as reader:
@@ -76,8 +76,8 @@ def _load(
         check_experts(source, model)
         check_names(source, model, strict)
         check_shapes(source, model)
-        if share is not None:
-            source.check(*share, ("weights",))
+        if verifier is not None:
+            source.check(*verifier, ("weights",))
         with torch.no_grad():
             for name, (parameter, fragment) in model.parameters.items():
                 _fill(source, name, fragment.start, parameter)

@@ -116,14 +116,14 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A tensor in a Hugging Face file, and the flat interval of our tensor that it maps to.
+class FileTensor:
+    """A tensor in a Hugging Face file, and where in our tensor its elements are stored.
 
     Attributes:
         key: name in the file.
         shape: shape in the file.
         name: name of our tensor.
-        start: start of the interval in our tensor, in elements.
+        start: offset of its first element in our tensor, in elements.
     """
 
     key: str
@@ -142,17 +142,17 @@ def weight_shapes(about: Architecture) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape, _ in _layout(about)}
 
 
-def slots(about: Architecture) -> list[Slot]:
+def file_tensors(about: Architecture) -> list[FileTensor]:
     """All tensors of the files, in the order of the model."""
-    return [slot for _, _, parts in _layout(about) for slot in parts]
+    return [part for _, _, parts in _layout(about) for part in parts]
 
 
-def _layout(about: Architecture) -> Iterator[tuple[str, tuple[int, ...], list[Slot]]]:
+def _layout(about: Architecture) -> Iterator[tuple[str, tuple[int, ...], list[FileTensor]]]:
     """Yields (our name, our shape, the files' tensors that it consists of)."""
     family, d = FAMILIES[about.family], about.d_model
 
-    def same(name: str, *shape: int) -> tuple[str, tuple[int, ...], list[Slot]]:
-        return name, shape, [Slot(name, shape, name)]
+    def same(name: str, *shape: int) -> tuple[str, tuple[int, ...], list[FileTensor]]:
+        return name, shape, [FileTensor(name, shape, name)]
 
     yield same("model.embed_tokens.weight", about.vocab_size, d)
     for i in range(about.num_layers):
@@ -187,18 +187,20 @@ def _attention(about: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _moe(
     about: Architecture, family: Family, layer: str
-) -> Iterator[tuple[str, tuple[int, ...], list[Slot]]]:
+) -> Iterator[tuple[str, tuple[int, ...], list[FileTensor]]]:
     e, f, d = about.num_experts, about.d_ffn, about.d_model
     block, (gate, up, down) = f"{layer}.{family.block}", family.projections
     router, experts = f"{layer}.mlp.router.weight", f"{layer}.mlp.experts"
-    yield router, (e, d), [Slot(f"{block}.gate.weight", (e, d), router)]
+    yield router, (e, d), [FileTensor(f"{block}.gate.weight", (e, d), router)]
     ups, downs = [], []
     for i in range(e):
         expert = f"{block}.experts.{i}"
         first = i * 2 * f * d
-        ups.append(Slot(f"{expert}.{gate}.weight", (f, d), f"{experts}.up_proj", first))
-        ups.append(Slot(f"{expert}.{up}.weight", (f, d), f"{experts}.up_proj", first + f * d))
-        downs.append(Slot(f"{expert}.{down}.weight", (d, f), f"{experts}.down_proj", i * f * d))
+        ups.append(FileTensor(f"{expert}.{gate}.weight", (f, d), f"{experts}.up_proj", first))
+        ups.append(FileTensor(f"{expert}.{up}.weight", (f, d), f"{experts}.up_proj", first + f * d))
+        downs.append(
+            FileTensor(f"{expert}.{down}.weight", (d, f), f"{experts}.down_proj", i * f * d)
+        )
     yield f"{experts}.up_proj", (e, 2 * f, d), ups
     yield f"{experts}.down_proj", (e, d, f), downs
 

@@ -141,8 +141,8 @@ def read_layout(tokens: Tensor, given: Mapping[str, Any]) -> Layout | None:
     if not (facts.padded or facts.crossing or facts.shifted):
         return None
     if positions is None:
-        places = torch.arange(shape[1], device=tokens.device).expand(shape)
-        positions = places - places.where(first, 0).cummax(dim=1).values
+        indices = torch.arange(shape[1], device=tokens.device).expand(shape)
+        positions = indices - indices.where(first, 0).cummax(dim=1).values
     return Layout(
         sequence_ids=(first.flatten().cumsum(0) - 1).view(shape).masked_fill(~real, -1),
         positions=positions.long().expand(shape).masked_fill(~real, 0),
@@ -236,13 +236,13 @@ class _Facts:
         runs = edges.sum(dim=1) + real[:, 0]
         shifted = bad = never
         if positions is not None:
-            places = positions.long().expand(real.shape)
-            begin = first & (places != 0)
+            positions = positions.long().expand(real.shape)
+            begin = first & (positions != 0)
             # A row may start at any position, since rotary positions are relative. Later documents
             # must start at 0, since anything else could also be a gap.
             opening = real & (real.cumsum(dim=1) == 1)
             shifted = (begin & opening).any()
-            bad = (begin & ~opening).any() | (real & (places < 0)).any()
+            bad = (begin & ~opening).any() | (real & (positions < 0)).any()
         numbers = (first.flatten().cumsum(0) - 1).masked_fill(~real.flatten(), real.numel())
         lengths = torch.zeros(real.numel() + 1, dtype=torch.int64, device=real.device)
         lengths = lengths.scatter_add_(0, numbers, torch.ones_like(numbers))[:-1]

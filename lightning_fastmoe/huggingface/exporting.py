@@ -20,10 +20,10 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.architecture import (
     CONFIG,
     Architecture,
-    Slot,
+    FileTensor,
+    file_tensors,
     modernised,
     read_config,
-    slots,
     weight_shapes,
 )
 from lightning_fastmoe.huggingface.families import FAMILIES
@@ -93,7 +93,7 @@ def export(
     check_weights(reader, about, prefix)
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists already. Choose another name for the model.")
-    tensors = [_stream(reader, slot, prefix, dtype) for slot in slots(about)]
+    tensors = [_stream(reader, tensor, prefix, dtype) for tensor in file_tensors(about)]
     total = sum(tensor.size for tensor in tensors)
     if on_total is not None:
         on_total(total)
@@ -106,8 +106,8 @@ def export(
         for name, shard in shards.items():
             write_safetensors(temporary / name, shard, on_bytes)
         if len(shards) > 1:
-            places = {t.key: name for name, shard in shards.items() for t in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": places}
+            weight_map = {t.key: name for name, shard in shards.items() for t in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(temporary / INDEX, index)
         _write_json(temporary / CONFIG, _finished(content, tensors))
         if config is not None and config.is_dir():
@@ -184,16 +184,16 @@ def split(tensors: list[StreamedTensor], limit: int) -> dict[str, list[StreamedT
 
 
 def _stream(
-    reader: CheckpointReader, slot: Slot, prefix: str, dtype: torch.dtype | None
+    reader: CheckpointReader, tensor: FileTensor, prefix: str, dtype: torch.dtype | None
 ) -> StreamedTensor:
-    name = weight_name(prefix + slot.name)
+    name = weight_name(prefix + tensor.name)
     target = target_dtype(DTYPES[reader.record(name).dtype], dtype)
-    stop = slot.start + torch.Size(slot.shape).numel()
+    stop = tensor.start + torch.Size(tensor.shape).numel()
     return StreamedTensor(
-        slot.key,
+        tensor.key,
         target,
-        slot.shape,
-        lambda: read_parts(reader, name, slot.start, stop, target),
+        tensor.shape,
+        lambda: read_parts(reader, name, tensor.start, stop, target),
     )
 
 

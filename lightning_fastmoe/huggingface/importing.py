@@ -21,9 +21,9 @@ from lightning_fastmoe.checkpoint.format.writer import write_checkpoint
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.huggingface.architecture import (
     Architecture,
-    Slot,
+    FileTensor,
+    file_tensors,
     read_config,
-    slots,
     weight_shapes,
 )
 from lightning_fastmoe.huggingface.exporting import INDEX, SINGLE
@@ -68,10 +68,10 @@ def import_model(
     about = Architecture.from_config(config)
     with ExitStack() as stack:
         weights = _Weights(source, stack)
-        weights.check(slots(about))
-        own: dict[str, list[Slot]] = {}
-        for slot in slots(about):
-            own.setdefault(slot.name, []).append(slot)
+        weights.check(file_tensors(about))
+        own: dict[str, list[FileTensor]] = {}
+        for tensor in file_tensors(about):
+            own.setdefault(tensor.name, []).append(tensor)
         fragments = [
             _fragment(weights, prefix + name, shape, own[name])
             for name, shape in weight_shapes(about).items()
@@ -92,9 +92,9 @@ def import_model(
 
 
 def _fragment(
-    weights: _Weights, name: str, shape: tuple[int, ...], parts: list[Slot]
+    weights: _Weights, name: str, shape: tuple[int, ...], parts: list[FileTensor]
 ) -> OwnedFragment:
-    dtypes = {weights.dtype(slot.key) for slot in parts}
+    dtypes = {weights.dtype(part.key) for part in parts}
     if len(dtypes) > 1:
         raise ConfigError(
             f"{weights.source}: the parts of {name} have different dtypes,"
@@ -102,8 +102,8 @@ def _fragment(
         )
 
     def read() -> Iterator[Tensor]:
-        for slot in parts:
-            yield weights.read(slot.key)
+        for part in parts:
+            yield weights.read(part.key)
 
     size = torch.Size(shape).numel()
     return OwnedFragment(
@@ -117,28 +117,28 @@ class _Weights:
     def __init__(self, source: Path, stack: ExitStack) -> None:
         self.source = source
         self._files: dict[str, Any] = {}
-        self._places: dict[str, str] = {}
+        self._weight_map: dict[str, str] = {}  # tensor -> file, as in an index
         for name in _file_names(source):
             try:
                 self._files[name] = stack.enter_context(safe_open(source / name, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{source / name} can't be read: {error}") from error
             for key in self._files[name].keys():  # noqa: SIM118 (it is not a dict)
-                if key in self._places:
+                if key in self._weight_map:
                     raise CheckpointError(
-                        f"{source}: {key} is in {self._places[key]} and in {name}; remove"
+                        f"{source}: {key} is in {self._weight_map[key]} and in {name}; remove"
                         " one of them."
                     )
-                self._places[key] = name
+                self._weight_map[key] = name
 
-    def check(self, expected: list[Slot]) -> None:
+    def check(self, expected: list[FileTensor]) -> None:
         """Checks that the files have exactly the architecture's tensors, with their shapes.
 
         Raises:
             ConfigError: naming tensors that are missing, unknown, or of another shape.
         """
-        shapes = {slot.key: slot.shape for slot in expected}
-        found = {key for key in self._places if not key.endswith(_IGNORED)}
+        shapes = {tensor.key: tensor.shape for tensor in expected}
+        found = {key for key in self._weight_map if not key.endswith(_IGNORED)}
         for names, what in (
             (shapes.keys() - found, "lack"),
             (found - shapes.keys(), "also hold"),
@@ -154,12 +154,12 @@ class _Weights:
             actual = tuple(self._slice(key).get_shape())
             if actual != shape:
                 raise ConfigError(
-                    f"{self.source / self._places[key]}: {key} has shape {list(actual)}, but by"
+                    f"{self.source / self._weight_map[key]}: {key} has shape {list(actual)}, but by"
                     f" config.json it must be {list(shape)}."
                 )
 
     def _slice(self, key: str) -> Any:
-        return self._files[self._places[key]].get_slice(key)
+        return self._files[self._weight_map[key]].get_slice(key)
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a tensor."""
@@ -170,7 +170,7 @@ class _Weights:
 
     def read(self, key: str) -> Tensor:
         """Reads a tensor, flattened."""
-        tensor: Tensor = self._files[self._places[key]].get_tensor(key)
+        tensor: Tensor = self._files[self._weight_map[key]].get_tensor(key)
         return tensor.reshape(-1)
 
 
@@ -189,8 +189,8 @@ def _file_names(source: Path) -> list[str]:
             " first."
         )
     try:
-        places = json.loads((source / INDEX).read_bytes())["weight_map"]
-        names = sorted(set(places.values()))
+        weight_map = json.loads((source / INDEX).read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{source / INDEX} is not an index of safetensors files: {error}"

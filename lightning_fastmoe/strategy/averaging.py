@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.zero.averages import Averages
-from lightning_fastmoe.zero.state import ZeroShare, ZeroState
+from lightning_fastmoe.zero.state import ZeroShard, ZeroState
 
 _SWAP, _COPY = "_swap_models", "_copy_average_to_current"
 _REPLACED = ("setup", _SWAP, _COPY, "on_save_checkpoint", "on_load_checkpoint")
@@ -45,7 +45,7 @@ class ShardedAverage(AveragedModel):
     def __init__(self, engine: Any, device: Any, options: dict[str, Any]) -> None:
         names = {id(p): name for name, p in engine.module.named_parameters()}
         state = ZeroState(engine, names)
-        super().__init__(_Shares(state.share(), engine.module), device=device, **options)
+        super().__init__(_ShardModule(state.shard(), engine.module), device=device, **options)
         # In a closure: as attributes they would be submodules, and averaged.
         self._of: Callable[[], tuple[Any, ZeroState]] = lambda: (engine, state)
         self.swapped = False
@@ -55,7 +55,7 @@ class ShardedAverage(AveragedModel):
         """Updates the average, including edits made to the weights since the last step."""
         engine, state = self._of()
         engine.take_over_edits()
-        super().update_parameters(_Shares(state.share(), engine.module))
+        super().update_parameters(_ShardModule(state.shard(), engine.module))
 
     @contextmanager
     def writing(self) -> Iterator[nn.Module]:
@@ -65,9 +65,9 @@ class ShardedAverage(AveragedModel):
         with torch.inference_mode(False), torch.no_grad():
             engine.take_over_edits()
             state.begin_loading()
-            share = state.share()
-            yield _Shares(share, engine.module)
-            for one in share.loose:
+            shard = state.shard()
+            yield _ShardModule(shard, engine.module)
+            for one in shard.loose:
                 one.write_back()
             state.finish_loading()
             engine.edits.forget()
@@ -75,25 +75,25 @@ class ShardedAverage(AveragedModel):
     def averages(self) -> Averages:
         """The averages, for a checkpoint."""
         engine, state = self._of()
-        share = state.share()
+        shard = state.shard()
         kept = [p.detach() for p in self.module.parameters()]
         module: nn.Module = engine.module
         by_id = {id(b): own for b, own in zip(module.buffers(), self.module.buffers(), strict=True)}
         return Averages(
-            kept[: len(share.flats)],
-            dict(zip((one.name for one in share.loose), kept[len(share.flats) :], strict=True)),
+            kept[: len(shard.flats)],
+            dict(zip((one.name for one in shard.loose), kept[len(shard.flats) :], strict=True)),
             {name: by_id[id(b)] for name, b in module.named_buffers(remove_duplicate=False)},
             self.swapped,
         )
 
 
-class _Shares(nn.Module):
+class _ShardModule(nn.Module):
     """A module whose parameters and buffers are this rank's shard, sharing its memory."""
 
-    def __init__(self, share: ZeroShare, module: nn.Module) -> None:
+    def __init__(self, shard: ZeroShard, module: nn.Module) -> None:
         super().__init__()
-        tensors = [*(f.master for f in share.flats), *(one.data for one in share.loose)]
-        self.shares = nn.ParameterList(
+        tensors = [*(f.master for f in shard.flats), *(one.data for one in shard.loose)]
+        self.tensors = nn.ParameterList(
             nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors
         )
         for i, buffer in enumerate(module.buffers()):
@@ -165,16 +165,16 @@ class AveragedRun:
 
     def _swap(self, _: pl.LightningModule) -> None:
         model = self._model
-        with model.writing() as shares:
-            WeightAveraging._swap_models(self._callback, shares)  # type: ignore[arg-type]
+        with model.writing() as shard:
+            WeightAveraging._swap_models(self._callback, shard)  # type: ignore[arg-type]
         model.swapped = not model.swapped
 
     def _copy(self, _: pl.LightningModule) -> None:
-        with self._model.writing() as shares:
-            WeightAveraging._copy_average_to_current(self._callback, shares)  # type: ignore[arg-type]
+        with self._model.writing() as shard:
+            WeightAveraging._copy_average_to_current(self._callback, shard)  # type: ignore[arg-type]
 
     def _on_save(self, *arguments: Any) -> None:
-        """The weights themselves are written by each rank: see ``checkpoint/averages.py``."""
+        """The weights themselves are written by each rank: see ``zero/averages.py``."""
         arguments[-1][_STATE] = {"n_averaged": self._model.n_averaged.cpu()}
 
     def _on_load(self, *arguments: Any) -> None:

@@ -22,8 +22,8 @@ class ExchangeWaits:
     that deadlock, in an exchange and in a gloo collective, are detected within half a minute.
 
     Args:
-        seconds: how long a rank waits for the others in an exchange; None is no limit, "auto" nine
-            tenths of ``hang_timeout``.
+        seconds: how long a rank waits for the others in an exchange; None means no limit, "auto"
+            nine tenths of ``hang_timeout``.
         hang_timeout: the run's ``hang_timeout``.
     """
 

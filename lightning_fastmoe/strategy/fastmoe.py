@@ -69,7 +69,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
             a phase of the run that begins or ends. None disables it, for a debugger say.
         exchange_timeout: seconds that a rank waits for the others in a token exchange. Then all
             ranks raise an ExchangeError that says where each rank is. "auto" is nine tenths of
-            ``hang_timeout``, so that legitimate waits are not cut short. None is no limit.
+            ``hang_timeout``, so that legitimate waits are not cut short. None means no limit.
         signal_grace: seconds without a finished batch after SIGTERM, after which the process exits
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.

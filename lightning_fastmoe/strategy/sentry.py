@@ -103,8 +103,8 @@ class Sentry:
     Args:
         rank: the rank, for messages.
         pid: the process id of the rank, the parent of this process.
-        hang_timeout: seconds without progress; 0 is no limit.
-        grace: seconds without progress after SIGTERM; 0 is no limit.
+        hang_timeout: seconds without progress; 0 means no limit.
+        grace: seconds without progress after SIGTERM; 0 means no limit.
         linger: seconds between the message and the exit, in which other ranks print theirs.
         memory: the memory shared with the rank.
         exchange: layout of the record of exchanges.

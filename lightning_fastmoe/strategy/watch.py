@@ -68,8 +68,8 @@ class Watch:
     faulthandler's handler needs no GIL, and the sentry kills the rank.
 
     Args:
-        hang_timeout: seconds without progress after which the run ends; None is no limit.
-        grace: seconds without progress after SIGTERM; None is no limit.
+        hang_timeout: seconds without progress after which the run ends; None means no limit.
+        grace: seconds without progress after SIGTERM; None means no limit.
     """
 
     def __init__(self, hang_timeout: float | None, grace: float | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, state_name
-from lightning_fastmoe.zero.state import ZeroShare
+from lightning_fastmoe.zero.state import ZeroShard
 
 TRAINING = "training_weights"
 """Name of the optimizer state that holds the training weights."""
@@ -47,19 +47,19 @@ class Averages:
     buffers: dict[str, Tensor]
     swapped: bool = False
 
-    def beside(self, share: ZeroShare) -> ZeroShare:
+    def beside(self, shard: ZeroShard) -> ZeroShard:
         """A shard of the same layout that holds these tensors."""
-        return ZeroShare(
-            [replace(f, master=m) for f, m in zip(share.flats, self.masters, strict=True)],
-            [replace(one, data=self.loose[one.name], origin=None) for one in share.loose],
+        return ZeroShard(
+            [replace(f, master=m) for f, m in zip(shard.flats, self.masters, strict=True)],
+            [replace(one, data=self.loose[one.name], origin=None) for one in shard.loose],
         )
 
     @torch.no_grad()
-    def take(self, share: ZeroShare, buffers: Mapping[str, Tensor]) -> None:
+    def take(self, shard: ZeroShard, buffers: Mapping[str, Tensor]) -> None:
         """Copies the module's weights."""
-        for flat, master in zip(share.flats, self.masters, strict=True):
+        for flat, master in zip(shard.flats, self.masters, strict=True):
             master.copy_(flat.master)
-        for one in share.loose:
+        for one in shard.loose:
             self.loose[one.name].copy_(one.data)
         for name, buffer in buffers.items():
             self.buffers[name].copy_(buffer)

@@ -21,7 +21,7 @@ from lightning_fastmoe.checkpoint.format.manifest import Topology
 from lightning_fastmoe.checkpoint.format.records import TensorRecord, gradient_name
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.model_map import ModelMap
-from lightning_fastmoe.zero.state import LocalFragment, ZeroShare, ZeroState
+from lightning_fastmoe.zero.state import LocalFragment, ZeroShard, ZeroState
 
 _ZERO_3_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
@@ -50,11 +50,11 @@ class PartialGradients:
     Args:
         zero: ZeRO's state on this rank.
         model: the map of the model's parameters.
-        share: this rank's shard; gradients of ZeRO 2 and 3 are partitioned like it.
+        shard: this rank's shard; gradients of ZeRO 2 and 3 are partitioned like it.
     """
 
-    def __init__(self, zero: ZeroState, model: ModelMap, share: ZeroShare) -> None:
-        self.state, self.zero, self.model, self.share = zero, zero.zero, model, share
+    def __init__(self, zero: ZeroState, model: ModelMap, shard: ZeroShard) -> None:
+        self.state, self.zero, self.model, self.shard = zero, zero.zero, model, shard
         self.is_local = not zero.partitions_parameters and not self.zero.partition_gradients
         self.parameters = {n: p for n, (p, _) in model.parameters.items()}
 
@@ -88,10 +88,10 @@ class PartialGradients:
         value = torch.zeros(fragment.length, dtype=torch.float32)
         replica, count = self.state.replicas(self.parameters[fragment.name])
         # A rank's local gradient has weight 1 / world, but experts have fewer replicas than that.
-        share = dist.get_world_size() / count
+        weight = dist.get_world_size() / count
         if mean in source.tensors:
             source.read_into(mean, start, value)
-            return value * share if self.is_local and share != 1 else value
+            return value * weight if self.is_local and weight != 1 else value
         saved_count = source.tensors[local].shape[0]
         numel = math.prod(own.shape)
         assert source.topology is not None
@@ -104,7 +104,7 @@ class PartialGradients:
             source.read_into(local, i * numel + start, part)
             value += part
         value /= saved_world
-        return value * share if self.is_local else value
+        return value * weight if self.is_local else value
 
     def put(self, gradients: Mapping[LocalFragment, Tensor], scale: float = 1.0) -> None:
         """Hands them to the engine, which accumulates the step's remaining batches.
@@ -127,10 +127,10 @@ class PartialGradients:
 
     def _local_fragments(self) -> Iterator[LocalFragment]:
         if not self.is_local:
-            for flat in self.share.flats:
+            for flat in self.shard.flats:
                 yield from flat.fragments
             return
-        for flat in self.share.flats:
+        for flat in self.shard.flats:
             for name in flat.names:
                 numel = self.model.fragment(name).length
                 if numel:
@@ -172,7 +172,7 @@ class PartialGradients:
     @cached_property
     def _locations_2(self) -> dict[str, tuple[int, int, int]]:
         """Name -> (group, index among the partition's parameters, offset in the partition)."""
-        offsets = [{f.name: f.offset for f in flat.fragments} for flat in self.share.flats]
+        offsets = [{f.name: f.offset for f in flat.fragments} for flat in self.shard.flats]
         return {
             (name := self.model.names[id(parameter)]): (i, row, offsets[i][name])
             for i, group in enumerate(self.zero.params_in_partition)
@@ -210,7 +210,7 @@ class PartialGradients:
 
     def _put_2(self, values: Mapping[LocalFragment, Tensor]) -> None:
         zero = self.zero
-        for i, flat in enumerate(self.share.flats):
+        for i, flat in enumerate(self.shard.flats):
             own = {f.name: f for f in values if f.name in {g.name for g in flat.fragments}}
             if zero._use_compact_grad_partition_buffer(i):
                 group = zero._build_compact_grad_partition_buffer(i)

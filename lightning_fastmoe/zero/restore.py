@@ -28,7 +28,7 @@ from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.zero.averages import TRAINING, Averages, training_name
 from lightning_fastmoe.zero.gradients import PartialGradients
 from lightning_fastmoe.zero.snapshot import COUNTERS
-from lightning_fastmoe.zero.state import FlatPartition, ZeroShare, ZeroState
+from lightning_fastmoe.zero.state import FlatPartition, ZeroShard, ZeroState
 
 
 @dataclass
@@ -99,19 +99,19 @@ def load(
     put: Callable[[], None] = lambda: None  # noqa: E731
     zero.begin_loading()
     with together.stage(), torch.no_grad():
-        share = zero.share()
-        _load_weights(source, model, share)
+        shard = zero.shard()
+        _load_weights(source, model, shard)
         _load_others(source, model, state, strict)
         if averages is not None:
-            averages.take(share, model.buffers)
-            _load_weights(source, model, share, training_name)
+            averages.take(shard, model.buffers)
+            _load_weights(source, model, shard, training_name)
             _load_buffers(source, model, training_name)
         if training:
             restore = _OptimizerLoader(source, model, state["optimizer"], strict)
-            for flat in share.flats:
+            for flat in shard.flats:
                 restore.load(flat)
             _load_engine(engine, zero, state["engine"])
-            gradients = PartialGradients(zero, model, share)
+            gradients = PartialGradients(zero, model, shard)
             put = _putter(gradients, source, zero.scaler(), state["engine"]["loss_scaler"])
             restore_counts(source, layers, together.rank, together.world_size, trusted)
     zero.finish_loading()
@@ -139,16 +139,16 @@ def _local_state(source: Source, together: Together, trusted: bool) -> dict[str,
 def _load_weights(
     source: Source,
     model: ModelMap,
-    share: ZeroShare,
+    shard: ZeroShard,
     named: Callable[[str], str] = weight_name,
 ) -> None:
-    for flat in share.flats:
+    for flat in shard.flats:
         for fragment in flat.fragments:
             name = named(fragment.name)
             if name in source.tensors:
                 start = model.fragment(fragment.name).start + fragment.start
                 source.read_into(name, start, flat.view(flat.master, fragment))
-    for loose in share.loose:
+    for loose in shard.loose:
         name = named(loose.name)
         if name in source.tensors:
             source.read_into(name, model.fragment(loose.name).start + loose.start, loose.data)

@@ -29,7 +29,7 @@ from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.zero.averages import Averages, training_name
 from lightning_fastmoe.zero.gradients import PartialGradients
 from lightning_fastmoe.zero.optimizer_state import elementwise, shared_scalars
-from lightning_fastmoe.zero.state import ZeroShare, ZeroState
+from lightning_fastmoe.zero.state import ZeroShard, ZeroState
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -69,23 +69,23 @@ def take_snapshot(
         # Lightning omits the optimizer states when only weights are saved.
         with_optimizer = "optimizer_states" in client_state and zero.trains
         excluded = model.frozen() if exclude_frozen else set()
-        share = zero.share()
-        weights, buffers = share, model.buffers
+        shard = zero.shard()
+        weights, buffers = shard, model.buffers
         training, training_buffers = weights, buffers
         if averages is not None:
-            beside = (averages.beside(share), averages.buffers)
+            beside = (averages.beside(shard), averages.buffers)
             if averages.swapped:
                 training, training_buffers = beside
             else:
                 weights, buffers = beside
         fragments = list(_weights(model, weights, excluded, weight_name))
         if with_optimizer:
-            fragments += _optimizer(model, share)
+            fragments += _optimizer(model, shard)
             if averages is not None:
                 fragments += _weights(model, training, excluded, training_name)
                 fragments += _replicated(model, training_buffers, topology, training_name)
             if engine.mid_accumulation:
-                fragments += PartialGradients(zero, model, share).fragments()
+                fragments += PartialGradients(zero, model, shard).fragments()
         extra = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
         fragments += _replicated(model, {**buffers, **extra}, topology, weight_name)
         local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
@@ -94,9 +94,9 @@ def take_snapshot(
         snapshot = Snapshot(fragments, pack_rank_state(together.rank, local))
         inventory = Inventory(sorted(excluded), model.tied, model.names_by_expert())
         if with_optimizer:
-            inventory.groups = _rows(NamedGroup(f.names, options_of(f.group)) for f in share.flats)
+            inventory.groups = _rows(NamedGroup(f.names, options_of(f.group)) for f in shard.flats)
             inventory.user_groups = _rows(user_groups or [])
-            inventory.scalars = shared_scalars(share.flats)
+            inventory.scalars = shared_scalars(shard.flats)
     everyone = together.gather(inventory) if model.sharded_modules else [inventory]
     with together.stage():
         if together.rank == 0:
@@ -129,14 +129,14 @@ def take_snapshot(
 
 
 def _weights(
-    model: ModelMap, share: ZeroShare, excluded: set[str], named: Callable[[str], str]
+    model: ModelMap, shard: ZeroShard, excluded: set[str], named: Callable[[str], str]
 ) -> Iterator[OwnedFragment]:
-    for flat in share.flats:
+    for flat in shard.flats:
         for fragment in flat.fragments:
             own = model.fragment(fragment.name)
             data = flat.view(flat.master, fragment)
             yield _owned(named(fragment.name), own, fragment.start, data)
-    for loose in share.loose:
+    for loose in shard.loose:
         if loose.name in excluded:
             continue
         own = model.fragment(loose.name)
@@ -145,8 +145,8 @@ def _weights(
             yield _owned(named(loose.name), own, loose.start + loose.owned.start, data)
 
 
-def _optimizer(model: ModelMap, share: ZeroShare) -> Iterator[OwnedFragment]:
-    for flat in share.flats:
+def _optimizer(model: ModelMap, shard: ZeroShard) -> Iterator[OwnedFragment]:
+    for flat in shard.flats:
         for state, values in elementwise(flat):
             for fragment in flat.fragments:
                 name = state_name(state, fragment.name)

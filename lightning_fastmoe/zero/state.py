@@ -92,7 +92,7 @@ class LooseParameter:
 
 
 @dataclass
-class ZeroShare:
+class ZeroShard:
     """This rank's shard of all parameters and their optimizer state."""
 
     flats: list[FlatPartition] = field(default_factory=list)
@@ -114,9 +114,9 @@ class ZeroState:
         # After validation the engine has no optimizer that trains.
         self.trains = engine.basic_optimizer is not None
 
-    def share(self) -> ZeroShare:
+    def shard(self) -> ZeroShard:
         """This rank's shard at the moment."""
-        result = ZeroShare()
+        result = ZeroShard()
         if self.trains:
             if not self.partitions_parameters:
                 self.zero._wait_for_offload_copies()

@@ -73,7 +73,7 @@ class WeightEdits:
         self._holders = [(*holder, one) for one in self._watched for holder in one.holders]
         self._trainable = [p.requires_grad for p in self._parameters]
         index = {one.name: i for i, one in enumerate(self._watched)}
-        self._samplers = [Sampler(f.fragments, index) for f in self._state.share().flats]
+        self._samplers = [Sampler(f.fragments, index) for f in self._state.shard().flats]
         self._complaints: dict[str, str] = {}
         self._turn = 0
         self.remember()
@@ -108,12 +108,12 @@ class WeightEdits:
         self._versions = [p._version for p in self._parameters]
         self._addresses = [p.data_ptr() for p in self._parameters]
         if self._partitioned:
-            self._share_versions = [p.ds_tensor._version for p in self._parameters]
+            self._partition_versions = [p.ds_tensor._version for p in self._parameters]
             self._whole = [i for i, p in enumerate(self._parameters) if _is_whole(p)]
             self._whole_samples = self._sample_whole()
-        self._share_samples = [
-            sampler.sample(share, self._turn)
-            for sampler, share in zip(self._samplers, self._shares(), strict=True)
+        self._partition_samples = [
+            sampler.sample(partition, self._turn)
+            for sampler, partition in zip(self._samplers, self._partitions(), strict=True)
         ]
 
     def forget(self) -> None:
@@ -135,9 +135,9 @@ class WeightEdits:
         parameters = self._parameters
         versions = [p._version for p in parameters]
         addresses = [p.data_ptr() for p in parameters]
-        shares = [p.ds_tensor._version for p in parameters]
+        partition_versions = [p.ds_tensor._version for p in parameters]
         written = _unequal(versions, self._versions)
-        for i in written - _unequal(shares, self._share_versions):
+        for i in written - _unequal(partition_versions, self._partition_versions):
             if not _is_whole(parameters[i]):
                 self._complain_of_partition(self._watched[i], "written to")
         for i, parameter in enumerate(parameters):
@@ -147,7 +147,7 @@ class WeightEdits:
         written |= _unequal(addresses, self._addresses)
         self._take_over({i for i in written if _is_whole(parameters[i])}, set())
         self._versions, self._addresses = versions, addresses
-        self._share_versions = [p.ds_tensor._version for p in parameters]
+        self._partition_versions = [p.ds_tensor._version for p in parameters]
 
     @torch.no_grad()
     def settle(self) -> list[str]:
@@ -158,9 +158,9 @@ class WeightEdits:
         """
         self.look()
         standing = [*self._replaced(), *self._frozen_or_unfrozen()]
-        written, share_written = self._edited()
-        self._take_over(written, share_written)
-        if written or share_written:
+        written, partition_written = self._edited()
+        self._take_over(written, partition_written)
+        if written or partition_written:
             self.remember()
         return [*standing, *self._complaints.values()]
 
@@ -175,33 +175,34 @@ class WeightEdits:
         ]
 
     def _edited(self) -> tuple[set[int], set[int]]:
-        """Parameters that were written to, and those of which only this rank's shard was."""
+        """Parameters that were written to, and those of which only this rank's partition was."""
         parameters = self._parameters
         written = _unequal([p._version for p in parameters], self._versions)
         moved = _unequal([p.data_ptr() for p in parameters], self._addresses)
-        share_written: set[int] = set()
+        partition_written: set[int] = set()
         samples = [
-            sampler.sample(share, self._turn)
-            for sampler, share in zip(self._samplers, self._shares(), strict=True)
+            sampler.sample(partition, self._turn)
+            for sampler, partition in zip(self._samplers, self._partitions(), strict=True)
         ]
-        if differ(samples, self._share_samples):
+        if differ(samples, self._partition_samples):
             for sampler, now, before in zip(
-                self._samplers, samples, self._share_samples, strict=True
+                self._samplers, samples, self._partition_samples, strict=True
             ):
-                share_written |= sampler.owners_of(now != before)
+                partition_written |= sampler.owners_of(now != before)
         if not self._partitioned:
-            return written | moved | share_written, set()
+            return written | moved | partition_written, set()
         # ZeRO 3 itself frees and gathers parameters.
         written |= {i for i in moved if _is_whole(parameters[i])}
-        share_written |= _unequal([p.ds_tensor._version for p in parameters], self._share_versions)
+        partition_versions = [p.ds_tensor._version for p in parameters]
+        partition_written |= _unequal(partition_versions, self._partition_versions)
         if [i for i, p in enumerate(parameters) if _is_whole(p)] != self._whole or differ(
             self._sample_whole(), self._whole_samples
         ):
-            written |= {i for i, p in enumerate(parameters) if _is_whole(p)} - share_written
-        return written, share_written
+            written |= {i for i, p in enumerate(parameters) if _is_whole(p)} - partition_written
+        return written, partition_written
 
-    def _shares(self) -> list[Tensor]:
-        """This rank's shard of the weights in the model's precision, laid out like the masters."""
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat partitions in the model's precision, laid out like the masters."""
         zero = self._zero
         if self._partitioned:
             return list(zero.fp16_partitioned_groups_flat)
@@ -258,20 +259,20 @@ class WeightEdits:
 
     # -------------------------------------------------------------------------------------- writing
 
-    def _take_over(self, written: set[int], share_written: set[int]) -> None:
-        """Writes edited parameters, or this rank's edited shards of them, to the masters."""
+    def _take_over(self, written: set[int], partition_written: set[int]) -> None:
+        """Writes edited parameters, or this rank's edited partitions of them, to the masters."""
         names = {
             self._watched[i].name
-            for i in written | share_written
+            for i in written | partition_written
             if self._is_taken(i, i in written)
         }
-        for flat in self._state.share().flats if names else ():
+        for flat in self._state.shard().flats if names else ():
             for fragment in flat.fragments:
                 if fragment.name in names:
                     _write_through(self._weights(fragment), flat, fragment)
 
     def _is_taken(self, i: int, written: bool) -> bool:
-        """Makes a parameter and this rank's shard of it agree; False if that is impossible."""
+        """Makes a parameter and this rank's partition of it agree; False if that is impossible."""
         one, parameter = self._watched[i], self._parameters[i]
         if not self._partitioned:
             return one.flat_offset is not None and self._put_back(one)
@@ -280,8 +281,8 @@ class WeightEdits:
                 self._complain_of_shape(one, parameter.ds_shape)
                 return False
             own = partition_of(parameter)
-            share = parameter.ds_tensor.detach().view(-1)[: own.length]
-            share.copy_(own.within(parameter.detach().reshape(-1)))
+            partition = parameter.ds_tensor.detach().view(-1)[: own.length]
+            partition.copy_(own.within(parameter.detach().reshape(-1)))
         return True
 
     def _put_back(self, one: _Watched) -> bool:
@@ -316,8 +317,8 @@ class WeightEdits:
     def _weights(self, fragment: FlatFragment) -> Tensor:
         parameter = self._by_name[fragment.name]
         if self._partitioned:
-            share: Tensor = parameter.ds_tensor.detach().view(-1)
-            return share[: fragment.length]
+            partition: Tensor = parameter.ds_tensor.detach().view(-1)
+            return partition[: fragment.length]
         return fragment.within(parameter.detach().view(-1))
 
     @contextmanager

@@ -33,7 +33,7 @@ def test_a_line_of_the_driver():
 
 
 def test_samples_outside_of_the_time_do_not_count():
-    """Of a real process; its first and last lines are from before and after."""
+    """Samples come from a real process; its first and last lines are from before and after."""
     start = datetime.now() + timedelta(hours=1)
     lines = "".join(
         f"{start + timedelta(seconds=s):%Y/%m/%d %H:%M:%S.%f}, {watts}, {mhz}\n"
@@ -76,7 +76,7 @@ def test_the_work_has_all_of_a_step(config):
     assert work_of(Sizes.of(config)).flops == config.step_flops
 
 
-def test_the_table():
+def test_the_table_shows_energy_and_its_ratio_to_the_estimate():
     rows = [
         energy_moe.row_of("dense", SCALE.dense),
         energy_moe.row_of("a layer", Sustained(1.5, 700.0, 1600.0), 0.7),
@@ -109,7 +109,7 @@ class Ran:
         return Sustained(2.0, 500.0, 1000.0)
 
 
-def test_a_run(monkeypatch):
+def test_a_run_measures_each_peer_on_each_config(monkeypatch):
     ran = Ran(monkeypatch)
     configs = [CONFIGS["switch-8"].tiny(), CONFIGS["sonic-7b"].tiny()]
     report = energy_moe.run(configs, "uniform", ["ours", "torch"], CPU, 1.0)

@@ -268,7 +268,7 @@ def test_bad_options_are_said(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_limits():
+def test_a_limit_counts_for_all_peers_or_for_the_named_one():
     assert moe_layer.parse_limits([]) == (90.0, {})
     assert moe_layer.parse_limits(["120", "sonicmoe=300"]) == (120.0, {"sonicmoe": 300.0})
     with pytest.raises(BenchmarkError, match="sonic is not a peer"):

@@ -177,7 +177,7 @@ def test_the_module_routes_before_and_after():
     assert found[3:11] + found[13:-2] == phases(FORWARD + BACKWARD)
 
 
-def test_medians_are_over_steps_alike():
+def test_medians_are_over_steps_of_the_most_common_sequence():
     steps = [[("a", 1.0), ("b", 5.0)], [("a", 3.0), ("b", 7.0)], [("a", 2.0), ("b", 9.0)]]
     assert medians([*steps, [("a", 100.0)]]) == [("a", 2.0), ("b", 7.0)]
 

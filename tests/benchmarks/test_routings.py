@@ -98,7 +98,7 @@ def _busiest(seed: int) -> int:
     return int(torch.bincount(ids.flatten(), minlength=E).argmax())
 
 
-def test_names():
+def test_a_list_of_routings_is_parsed_and_unknown_names_are_refused():
     assert parse_routings("all") == list(ROUTINGS)
     assert parse_routings("uniform, zipf:0.7") == ["uniform", "zipf:0.7"]
     with pytest.raises(BenchmarkError, match="'zipf' is not a routing"):

@@ -38,7 +38,7 @@ def fails(args: argparse.Namespace, rank: int, port: int, folder: str, core: int
     [(ends, "ended"), (hangs, "hung"), (stalls, "hung"), (fails, "failed")],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_outcomes(
+def test_a_start_ends_hangs_or_fails_and_leaves_nothing_behind(
     target: Any,
     outcome: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -55,7 +55,7 @@ def test_a_resumed_run_has_the_same_values(tmp_path):
     assert [k for (k,) in notes.seen + rest.seen] == [1 + i % 3 for i in range(8)]
 
 
-def test_linear():
+def test_linear_interpolates_between_steps_and_rounds_top_k():
     schedule = CapacitySchedule(
         capacity_factor={10: 2.0, 20: 1.0, 30: None}, top_k={0: 8, 8: 2}, interpolation="linear"
     )
@@ -67,7 +67,7 @@ def test_linear():
 
 
 @pytest.mark.parametrize(("router", "name"), [("noisy", "noise"), ("switch", "jitter")])
-def test_noise(tmp_path, router, name):
+def test_noise_is_scheduled_under_each_routers_own_name(tmp_path, router, name):
     model = Model()
     model.first = MoE(8, 16, 4, None, router=router)
     schedule = CapacitySchedule(noise={0: 0.5, 4: 0.0}, interpolation="linear", layers="first")

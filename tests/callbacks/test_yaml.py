@@ -15,7 +15,7 @@ def read(text: str) -> pl.Callback:
     return parser.instantiate(parser.parse_string(text)).callback
 
 
-def test_schedule():
+def test_a_capacity_schedule_reads_from_yaml():
     schedule = read("""
 callback:
   class_path: lightning_fastmoe.CapacitySchedule
@@ -37,6 +37,6 @@ callback:
         (ThroughputMonitor, "{peak_flops: measured}"),
     ],
 )
-def test_others(kind, arguments):
+def test_every_other_callback_reads_from_yaml(kind, arguments):
     text = f"callback: {{class_path: lightning_fastmoe.{kind.__name__}, init_args: {arguments}}}"
     assert isinstance(read(text), kind)

@@ -29,7 +29,9 @@ def test_for_an_image(machine: Machine, capsys: pytest.CaptureFixture[str]) -> N
     assert _build.build().library == Path(library)
 
 
-def test_json(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_says_whether_it_compiled_and_for_what(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, compiled in ([], True), ([], False), (["--force"], True):
         assert cli.main(["build", "--json", *arguments]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -40,7 +42,7 @@ def test_json(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
         assert found["seconds"] >= 0
 
 
-def test_for_packagers(
+def test_output_writes_a_library_that_the_environment_can_name(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = machine.folder / "kernels.so"

@@ -64,7 +64,9 @@ def test_not_built_then_built(machine: Machine, env) -> None:
     assert last == "The CUDA kernels run here."
 
 
-def test_failed(machine: Machine, env, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_build_is_shown_with_its_reason(
+    machine: Machine, env, capsys: pytest.CaptureFixture[str]
+) -> None:
     machine.install("echo 'no host compiler'; exit 1")
     _build.build()
     machine.calls()
@@ -101,7 +103,7 @@ def test_an_nvcc_that_does_not_run(machine: Machine, env) -> None:
         ("TORCH_CUDA_ARCH_LIST", "Hopper", "unavailable", "holds 'Hopper'"),
     ],
 )
-def test_variables(
+def test_environment_variables_that_prevent_the_kernels_are_shown(
     env, monkeypatch: pytest.MonkeyPatch, name: str, value: str, state: str, said: str
 ) -> None:
     monkeypatch.setenv(name, value)

@@ -21,7 +21,7 @@ def test_prints_the_verdict_and_the_path(tmp_path, capsys):
     assert page.read_text().startswith("<!DOCTYPE html>")
 
 
-def test_json(tmp_path, capsys):
+def test_json_lists_the_starving_experts(tmp_path, capsys):
     runs.make_run(tmp_path)
     output = tmp_path / "x.html"
     assert cli.main(["report", str(tmp_path), "--json", "--output", str(output)]) == 0

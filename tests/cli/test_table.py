@@ -30,7 +30,7 @@ def test_training_commands_are_those_of_lightning() -> None:
     assert list(FastMoECLI.subcommands()) == list(TRAINING)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"lightning-fastmoe {__version__}\n"
 

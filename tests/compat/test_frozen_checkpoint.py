@@ -1,4 +1,4 @@
-"""Checkpoints of every format version that was ever released load for ever."""
+"""Checkpoints of every format version ever released can still be loaded."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, *, runs: bool) -> N
 
     Args:
         words: the program and its arguments.
-        monkeypatch: of the test.
-        runs: whether this block runs in the tests, where no program of others may be needed.
+        monkeypatch: the test's fixture.
+        runs: whether this block runs in the tests, where no third-party program may be needed.
     """
     program, *arguments = words
     if program == PROGRAM:

@@ -118,7 +118,7 @@ def test_every_name_is_defined_on_the_page(page: Path) -> None:
     [p for p in PAGES if any(b.language == "python" for b in blocks_of(p))],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page in one namespace."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}
@@ -129,7 +129,9 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
-def test_yaml(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yaml_blocks_configure_a_training_run(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = yaml.safe_load(block.text)
     if isinstance(content, list):
         content = {"trainer": {"callbacks": content}}
@@ -139,7 +141,7 @@ def test_yaml(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("block", of("json"), ids=str)
-def test_json(block: Block) -> None:
+def test_json_blocks_parse(block: Block) -> None:
     """One value, or one on each line."""
     whole = not re.search(r"\}\n\{", block.text)
     for text in [block.text] if whole else block.text.splitlines():
@@ -157,7 +159,9 @@ def test_bash_is_well_formed(block: Block, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("block", of("dockerfile"), ids=str)
-def test_dockerfile(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dockerfile_blocks_run_commands_that_exist(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for line in block.text.splitlines():
         instruction, _, rest = line.partition(" ")
         assert instruction in ("ENV", "RUN")
@@ -197,7 +201,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("block", [block for block in of("bash") if block.runs], ids=str)
-def test_bash(
+def test_bash_blocks_run(
     block: Block,
     run_folder: Path,
     tmp_path: Path,

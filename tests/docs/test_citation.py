@@ -8,7 +8,7 @@ from website.build import ROOT
 from lightning_fastmoe import __version__
 
 
-def test_citation() -> None:
+def test_the_citation_has_this_version_and_the_paper() -> None:
     content = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert content["cff-version"] == "1.2.0"
     assert content["version"] == __version__

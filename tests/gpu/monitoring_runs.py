@@ -24,7 +24,7 @@ STEPS, WINDOW = 24, 12
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model and its batches."""
+    """Sizes of a model and its batches."""
 
     d_model: int
     d_ffn: int
@@ -147,7 +147,7 @@ def allocate(stage: int, precision: str) -> tuple[MemoryPlan, int, int]:
     """What MoESummary says before the fit, and what is held and the peak while it goes on."""
     gc.collect()
     torch.cuda.empty_cache()
-    # cuBLAS keeps a workspace, which is no part of the model.
+    # cuBLAS keeps a workspace, which is not part of the model.
     square = torch.ones(64, 64, device=ACCELERATOR, dtype=torch.bfloat16)
     torch.mm(square, square)
     summary, allocated = MoESummary(), Allocated(before=torch.cuda.memory_allocated())

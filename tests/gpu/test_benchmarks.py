@@ -79,7 +79,7 @@ def test_steps_are_timed():
 
 
 def test_sustained_time_clock_and_power():
-    """Of a kernel that takes a known number of clock cycles, whatever the clock is."""
+    """Times a kernel that takes a known number of clock cycles, whatever the clock is."""
     cycles = 1_000_000
     device = torch.device("cuda")
     found = power.sustained(lambda: torch.cuda._sleep(cycles), device, 0.5)

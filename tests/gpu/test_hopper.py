@@ -344,7 +344,7 @@ def test_in_a_cuda_graph(library: Any) -> None:
         assert torch.equal(a, b)
 
 
-def test_opcheck(library: Any) -> None:
+def test_every_operator_passes_opcheck(library: Any) -> None:
     g = groups(40, 3, 2, "even")
     x, up = randn(40, 64, dtype=torch.bfloat16), randn(3, 64, 64, dtype=torch.bfloat16)
     down, weights = randn(3, 64, 32, dtype=torch.bfloat16), torch.rand(40, 2, device="cuda")

@@ -72,7 +72,9 @@ def routed(tokens: int, k: int, experts: int) -> tuple[torch.Tensor, ExpertOrder
 @pytest.mark.parametrize("size", ROUTES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "biased sigmoid"])
-def test_route(library: Any, size: tuple[int, int, int], normalize: bool, score: str) -> None:
+def test_route_equals_its_definition_in_fp64(
+    library: Any, size: tuple[int, int, int], normalize: bool, score: str
+) -> None:
     tokens, k, experts = size
     torch.manual_seed(1)
     logits = 2 * torch.randn(tokens, experts, device="cuda")
@@ -205,7 +207,7 @@ def test_softmax_top_k_gradients() -> None:
 @pytest.mark.parametrize("experts", [1, 2, 3, 63, 64, 65, 1000, 1024])
 @pytest.mark.parametrize("pairs", [0, 1, 31, 2048, 2049, 70001])
 @pytest.mark.parametrize("skew", ["even", "one", "ends"])
-def test_sort(library: Any, experts: int, pairs: int, skew: str) -> None:
+def test_sort_equals_its_cpu_twin(library: Any, experts: int, pairs: int, skew: str) -> None:
     torch.manual_seed(pairs)
     ids = torch.randint(experts, (pairs,), device="cuda")
     if skew == "one":
@@ -236,7 +238,9 @@ def test_sort_of_many_blocks(library: Any, experts: int) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint8], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("size", [(37, 3, 5), (1, 1, 1), (64, 8, 8), (0, 2, 4)], ids=str)
-def test_permute(library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
+def test_permuted_rows_are_exact_even_unaligned(
+    library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype
+) -> None:
     tokens, k, experts = size
     _, order = routed(tokens, k, experts)
     x = (100 * torch.rand(tokens, width, device="cuda")).to(dtype)
@@ -253,7 +257,9 @@ def test_permute(library: Any, size: tuple[int, int, int], width: int, dtype: to
     [(37, 3, 5), (1, 1, 1), (70, 1, 6), (50, 2, 4), (64, 8, 8), (33, 10, 11), (0, 2, 4)],
     ids=str,
 )
-def test_sums(library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
+def test_sums_of_rows_and_their_gradients_equal_fp64(
+    library: Any, size: tuple[int, int, int], width: int, dtype: torch.dtype
+) -> None:
     tokens, k, experts = size
     torch.manual_seed(2)
     _, order = routed(tokens, k, experts)
@@ -280,7 +286,9 @@ def test_sums(library: Any, size: tuple[int, int, int], width: int, dtype: torch
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("tokens", [0, 37])
-def test_activation(library: Any, name: str, width: int, dtype: torch.dtype, tokens: int) -> None:
+def test_activation_and_its_gradient_equal_fp64(
+    library: Any, name: str, width: int, dtype: torch.dtype, tokens: int
+) -> None:
     torch.manual_seed(3)
     k = 3
     _, order = routed(tokens, k, 5)
@@ -339,7 +347,7 @@ def test_zero_empty(library: Any, shape: tuple[int, ...], dtype: torch.dtype) ->
     assert bool(grad[counts == 1].isnan().all())
 
 
-def test_opcheck(library: Any) -> None:
+def test_every_operator_passes_opcheck(library: Any) -> None:
     ids, order = routed(9, 2, 5)
     logits, x = torch.randn(9, 5, device="cuda"), torch.randn(9, 8, device="cuda")
     scores, weights, chosen = library.route(logits, None, 2, True, False)
@@ -415,7 +423,9 @@ def run_layer(leaves: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     ids=str,
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_layer(case: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+def test_the_layer_equals_its_twin_in_fp64(
+    case: tuple[int, ...], dtype: torch.dtype, bias: bool
+) -> None:
     """Idle experts, odd widths, K = 1 and K = E, against the twins in fp64."""
     leaves, (ids,) = layer_inputs(case, dtype, bias)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]

@@ -56,7 +56,7 @@ def test_measured_peak() -> None:
     assert exact < measured / 5  # no tensor cores: TF32 is off in these tests
 
 
-def test_utilisation() -> None:
+def test_utilisation_is_flops_over_time_and_peak() -> None:
     sizes = runs.BUSY
     flops = 6 * sizes.tokens * (sizes.dense + sizes.num_layers * sizes.top_k * sizes.expert)
     for _ in range(3):

@@ -17,7 +17,7 @@ OURS = ["--kernel-name", "kernel_substring=lightning_fastmoe"]
 @pytest.mark.parametrize(
     "tool", [["memcheck"], ["racecheck", *OURS], ["synccheck", *OURS]], ids=lambda tool: tool[0]
 )
-def test_clean(tool: list[str]) -> None:
+def test_the_kernels_pass_compute_sanitizer(tool: list[str]) -> None:
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         pytest.skip("compute-sanitizer, a part of the CUDA toolkit, is not on PATH")
     env = dict(os.environ)

@@ -74,7 +74,9 @@ OTHERS = {"16-mixed": 1e-2, "bf16-true": 4e-2}
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_one_gpu(stage: int, accumulate: int, precision: str, rank_pool: RankPool) -> None:
+def test_one_gpu_trains_as_the_reference_does(
+    stage: int, accumulate: int, precision: str, rank_pool: RankPool
+) -> None:
     case = base(precision, stage, accumulate)
     expected = reference(case)
     (trace,) = rank_pool.run(run_case, 1, case)
@@ -84,7 +86,9 @@ def test_one_gpu(stage: int, accumulate: int, precision: str, rank_pool: RankPoo
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks(stage: int, ep: int, precision: str, rank_pool: RankPool) -> None:
+def test_two_ranks_train_as_the_reference_does(
+    stage: int, ep: int, precision: str, rank_pool: RankPool
+) -> None:
     case = replace(base(precision, stage, 2), world=2, ep=ep)
     per_node = None
     if not TWO_GPUS:
@@ -98,7 +102,9 @@ def test_two_ranks(stage: int, ep: int, precision: str, rank_pool: RankPool) -> 
 
 @pytest.mark.parametrize("precision", list(OTHERS))
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_other_precisions(stage: int, precision: str, rank_pool: RankPool) -> None:
+def test_other_precisions_train_as_the_reference_does(
+    stage: int, precision: str, rank_pool: RankPool
+) -> None:
     """With fp16 the attached terms must follow the loss scale (2^8: nothing overflows)."""
     case = base(precision, stage, 2)
     # Terms as large as the loss itself: a wrong scale could not hide.
@@ -109,7 +115,7 @@ def test_other_precisions(stage: int, precision: str, rank_pool: RankPool) -> No
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_offload(stage: int, rank_pool: RankPool) -> None:
+def test_offload_trains_as_the_reference_does(stage: int, rank_pool: RankPool) -> None:
     extra = {"offload_optimizer": True, "offload_parameters": stage == 3}
     case = replace(base("32-true", stage, 2), extra=extra)
     expected = reference(case)

@@ -61,7 +61,7 @@ CONFIGS = {
 }
 
 TOLERANCE = 1e-4
-"""Of logits between -7 and 7, in fp32. They are the same sums in another order: 1e-5 was seen.
+"""Tolerance of logits between -7 and 7, in fp32: the same sums in another order, 1e-5 was seen.
 
 A wrong convention (weights normalised or not, epsilon, positions) changes them by 0.1 and more."""
 

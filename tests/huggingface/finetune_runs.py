@@ -78,7 +78,7 @@ def uneven_batch(rank: int) -> dict[str, Tensor]:
 
 @dataclass
 class Trained:
-    """Of each micro-batch of this rank, and of the run's end."""
+    """What each micro-batch of this rank gave, and the end of the run."""
 
     losses: list[float] = field(default_factory=list)
     terms: list[dict[str, float]] = field(default_factory=list)

@@ -25,7 +25,7 @@ def padded(**others):
 PACKED = {"input_ids": ids([1, 2, 3, 4, 5, 6]), "position_ids": ids([0, 1, 2, 0, 0, 1])}
 
 
-def test_padding():
+def test_padding_is_neither_routed_nor_attended_to():
     batch = read_batch(padded())
     assert batch.targets.tolist() == [[6, 7, X], [X, X, X]]
     assert batch.layout.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface import FAMILIES, Architecture
-from lightning_fastmoe.huggingface.architecture import slots, weight_shapes
+from lightning_fastmoe.huggingface.architecture import file_tensors, weight_shapes
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +117,15 @@ def test_a_window_that_is_switched_off():
         Architecture.from_config({**about, "use_sliding_window": True})
 
 
-def test_slots_cover_our_weights_exactly():
+def test_file_tensors_cover_our_weights_exactly():
     for name in FAMILIES:
         about = Architecture.from_config(
             {"model_type": name, "num_hidden_layers": 2, "num_experts": 3}
         )
         ends: dict[str, int] = {}
-        for slot in slots(about):
-            assert slot.start == ends.get(slot.name, 0)
-            ends[slot.name] = slot.start + torch.Size(slot.shape).numel()
+        for tensor in file_tensors(about):
+            assert tensor.start == ends.get(tensor.name, 0)
+            ends[tensor.name] = tensor.start + torch.Size(tensor.shape).numel()
         assert ends == {n: torch.Size(s).numel() for n, s in weight_shapes(about).items()}
 
 

@@ -113,7 +113,7 @@ def test_other_names_and_shards(name, tmp_path, capsys):
     assert same(one, files_of(tmp_path / "many"))
 
 
-def test_half_precision(tmp_path, tokens):
+def test_bf16_stays_bf16_unless_dtype_converts_it(tmp_path, tokens):
     """bf16 weights stay bf16 on import; --dtype converts on export."""
     model = make_model("qwen3_moe").bfloat16()
     model.save_pretrained(tmp_path / "hf")

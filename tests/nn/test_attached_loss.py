@@ -101,7 +101,7 @@ def test_the_terms_matter():
         assert (single[0] - with_terms[0]).norm() > 1e-3
 
 
-def test_plain_backward():
+def test_a_plain_backward_adds_the_attached_gradient():
     model, (x,) = make(), batches()
     task(model(x)).backward()
     assert_close(grads(model, x), by_hand([x]))
@@ -109,7 +109,7 @@ def test_plain_backward():
 
 @pytest.mark.parametrize("factor", [1024 / 3, 1e-3, -1.0])
 @pytest.mark.parametrize("how", ["watch", "of"])
-def test_scaled_loss(factor, how):
+def test_attached_gradients_follow_the_scale_of_the_loss(factor, how):
     model, (x,) = make(), batches()
     loss = task(model(x))
     if how == "watch":

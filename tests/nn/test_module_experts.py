@@ -110,9 +110,9 @@ def test_stacked_ffns_equal_the_same_ffns_as_modules():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("how", ["built", "kept"])
-def test_an_expert_starts_alike_on_any_topology(ranks, how):
+def test_an_expert_starts_the_same_on_any_topology(ranks, how):
     whole = make()
-    after = torch.rand(3)  # the generator itself moves alike too
+    after = torch.rand(3)  # the generator itself advances equally, too
     for rank in range(ranks):
         each = E // ranks
         if how == "built":
@@ -163,7 +163,7 @@ def test_every_parameter_gets_a_gradient_even_without_tokens():
 
 
 class Pair(nn.Module):
-    """Of a tuple (vectors, grids, flags): vectors plus the grid's mean where the flag says so."""
+    """Takes (vectors, grids, flags): vectors plus the grid's mean where the flag says so."""
 
     def __init__(self, d_model):
         super().__init__()
@@ -225,7 +225,7 @@ def test_a_dict_and_its_losses():
     assert layer.router.weight.grad.any()
 
 
-def test_no_tokens():
+def test_without_tokens_outputs_keep_their_shapes():
     layer = make(Pair, d_ffn=None)
     inputs = (torch.zeros(0, D).double(), torch.zeros(0, 2, 2).double(), *[torch.zeros(0)] * 2)
     got = layer(inputs)

@@ -74,7 +74,7 @@ def assert_equals_reference(layer, tokens):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_gradcheck():
+def test_the_layer_passes_gradcheck():
     layer = make(3, 2, 4, 2, bias=True).double()
     names = [name for name, _ in layer.named_parameters()]
 

@@ -51,7 +51,7 @@ def test_uniform_and_independent():
     assert float(correlation.abs().max()) < 0.03
 
 
-def test_normal():
+def test_normal_numbers_have_the_moments_of_a_normal_distribution():
     z = normal_from_uniform(uniform(3, 0, torch.arange(50000), 1)).double().squeeze()
     assert z.isfinite().all()
     assert abs(float(z.mean())) < 0.02

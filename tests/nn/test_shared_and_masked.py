@@ -111,7 +111,7 @@ def test_masked_tokens_skip_the_layer(chain, shared):
         torch.testing.assert_close(a, b)
 
 
-def test_masked_values():
+def test_masked_tokens_get_their_value_and_others_are_unchanged():
     layer, x = make(), tokens(2, 3)
     mask = torch.tensor([[0, 1, 2], [3, 0, 1]])
     vector = torch.arange(5.0)

@@ -24,7 +24,7 @@ def test_equals_reference(name, rows):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name):
+def test_every_activation_passes_gradcheck(name):
     torch.manual_seed(0)
     h = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: apply_activation(z, name), h)

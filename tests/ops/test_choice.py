@@ -92,7 +92,7 @@ def on(capability, dtype, want, **given):
     ],
     ids=str,
 )
-def test_choice(monkeypatch, given, want):
+def test_products_are_chosen_by_device_dtype_width_and_address(monkeypatch, given, want):
     """Fake tensors say that they are on a GPU; ``shift`` is what ZeRO 3 does to an address."""
     kernels, own = given.get("kernels", True), given.get("own_products", True)
     library = type("Library", (), {"hopper_available": lambda self, device: own})()

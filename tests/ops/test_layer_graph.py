@@ -84,7 +84,7 @@ def assert_same(leaves, ids, name, oracle=chain):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("oracle", [chain, slow])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_sizes(case, oracle, dtype):
+def test_all_sizes_equal_the_chain_and_the_slow_twin(case, oracle, dtype):
     leaves, ids = make(case, dtype=dtype)
     assert_same(leaves, ids, "swiglu", oracle)
 
@@ -92,7 +92,7 @@ def test_sizes(case, oracle, dtype):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("case", [(9, 5, 3, 4, 2), (9, 8, 8, 4, 2)], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_activations(name, case, dtype):
+def test_all_activations_equal_the_slow_twin(name, case, dtype):
     leaves, ids = make(case, name, dtype)
     assert_same(leaves, ids, name, slow)
 
@@ -100,7 +100,7 @@ def test_activations(name, case, dtype):
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_biases(case, name, dtype):
+def test_biases_equal_the_slow_twin(case, name, dtype):
     leaves, ids = make(case, name, dtype, bias=True)
     assert_same(leaves, ids, name, slow)
 
@@ -155,7 +155,7 @@ def test_all_tokens_on_one_expert(expert, width):
 
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "silu"])
 @pytest.mark.parametrize("case", [(4, 2, 2, 3, 2), (3, 2, 3, 4, 1)], ids=str)
-def test_gradcheck(name, case):
+def test_the_layer_passes_gradcheck(name, case):
     leaves, ids = make(case, name)
     assert torch.autograd.gradcheck(lambda *tensors: planned(tensors, ids, name), leaves)
 
@@ -216,19 +216,19 @@ def test_backward_takes_no_second_buffer_for_the_pre_activation():
 
 
 @pytest.mark.parametrize("frozen", [None, 0, 1])
-def test_gradgradcheck(frozen):
+def test_the_layer_passes_gradgradcheck(frozen):
     leaves, ids = make((3, 2, 2, 3, 2))
     leaves = [leaf.detach().requires_grad_(i != frozen) for i, leaf in enumerate(leaves)]
     assert torch.autograd.gradgradcheck(lambda *tensors: planned(tensors, ids, "swiglu"), leaves)
 
 
-def test_gradgradcheck_with_biases():
+def test_the_layer_with_biases_passes_gradgradcheck():
     leaves, ids = make((3, 2, 2, 3, 2), bias=True)
     assert torch.autograd.gradgradcheck(lambda *tensors: planned(tensors, ids, "swiglu"), leaves)
 
 
 @pytest.mark.parametrize("frozen", range(6))
-def test_frozen_inputs(frozen):
+def test_a_frozen_input_gets_no_gradient_and_changes_no_other(frozen):
     leaves, ids = make((9, 8, 8, 4, 2), bias=True)
     want = torch.autograd.grad(chain(leaves, ids, "swiglu").sum(), leaves)
     some = [leaf.detach().requires_grad_(i != frozen) for i, leaf in enumerate(leaves)]
@@ -240,7 +240,7 @@ def test_frozen_inputs(frozen):
             torch.testing.assert_close(leaf.grad, grad)
 
 
-def test_expanded_gradients():
+def test_an_expanded_upstream_gradient_is_accepted():
     leaves, ids = make((9, 8, 8, 4, 2), dtype=torch.float32)
     got = torch.autograd.grad(planned(leaves, ids, "swiglu").sum(), leaves)
     want = torch.autograd.grad(chain(leaves, ids, "swiglu").sum(), leaves)
@@ -313,7 +313,7 @@ def test_sums_with_biases(weighted, top_k):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_expert_sums(dtype, weighted):
+def test_sums_per_expert_round_once(dtype, weighted):
     order = order_by_expert(torch.randint(5, (400, 1)).clamp(max=3), 5)
     rows = torch.randn(400, 16).to(dtype)
     weights = torch.rand(400).to(torch.promote_types(dtype, torch.float32)) if weighted else None

@@ -19,7 +19,7 @@ def make(token, tokens, dtype=torch.float64):
     return pairs, x, y, w.requires_grad_()
 
 
-def test_example():
+def test_pairs_are_ordered_by_token_worked_by_hand():
     pairs = ops.order_pairs(torch.tensor([2, 0, 2, 1]), 4)
     assert pairs.by_token.tolist() == [1, 3, 0, 2]
     assert pairs.lengths.tolist() == [1, 1, 2, 0]
@@ -36,7 +36,7 @@ def test_equals_loops(token, tokens):
 
 
 @pytest.mark.parametrize(("token", "tokens"), [c for c in CASES if c[1]])
-def test_gradients(token, tokens):
+def test_gather_and_combine_pass_gradcheck(token, tokens):
     pairs, x, y, w = make(token, tokens)
     assert torch.autograd.gradcheck(lambda x: ops.gather_rows(x, pairs), x)
     assert torch.autograd.gradcheck(lambda y, w: ops.combine_rows(y, w, pairs), (y, w))

@@ -49,7 +49,7 @@ def test_unpermute_equals_index_loops(tokens, width, experts, k):
 
 
 @pytest.mark.parametrize(("tokens", "width", "experts", "k"), [(3, 2, 4, 1), (4, 3, 5, 2)])
-def test_gradcheck(tokens, width, experts, k):
+def test_permute_and_unpermute_pass_gradcheck(tokens, width, experts, k):
     order = make(tokens, experts, k)
     x = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
     y = torch.randn(tokens * k, width, dtype=torch.float64, requires_grad=True)

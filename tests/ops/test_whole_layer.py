@@ -70,14 +70,14 @@ def assert_same_value_and_grads(leaves, ids, name):
 
 @pytest.mark.parametrize(("tokens", "width", "inner", "experts", "k"), CASES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_sizes(tokens, width, inner, experts, k, bias):
+def test_all_sizes_equal_the_slow_twin(tokens, width, inner, experts, k, bias):
     leaves, ids = make(tokens, width, inner, experts, k, bias=bias)
     assert_same_value_and_grads(leaves, ids, "swiglu")
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_activations(name, bias):
+def test_all_activations_equal_the_slow_twin(name, bias):
     leaves, ids = make(9, 5, 3, 4, 2, name, bias)
     assert_same_value_and_grads(leaves, ids, name)
 
@@ -89,7 +89,7 @@ def test_all_tokens_on_one_expert(expert):
 
 
 @pytest.mark.parametrize("name", ["swiglu", "relu"])
-def test_gradcheck(name):
+def test_the_layer_passes_gradcheck(name):
     leaves, ids = make(4, 2, 2, 3, 2, name)
     assert torch.autograd.gradcheck(lambda *tensors: fast(tensors, ids, name), leaves)
 

@@ -62,7 +62,7 @@ def _cut(fragments: Sequence[OwnedFragment], count: int) -> list[list[OwnedFragm
     position = 0
     for fragment in fragments:
         for part in _cut_fragment(fragment, position, total, count):
-            # To the list whose share of the bytes contains the part's middle.
+            # To the list whose range of bytes contains the part's middle.
             middle = position + part.size // 2
             result[min(count - 1, middle * count // max(1, total))].append(part)
             position += part.size
@@ -72,14 +72,14 @@ def _cut(fragments: Sequence[OwnedFragment], count: int) -> list[list[OwnedFragm
 def _cut_fragment(
     fragment: OwnedFragment, position: int, total: int, count: int
 ) -> Iterator[OwnedFragment]:
-    """Splits a fragment that begins at byte ``position`` at the boundaries of the shares."""
+    """Splits a fragment that begins at byte ``position`` at the boundaries of the lists."""
     if fragment.data is None or fragment.size < _WHOLE:
         yield fragment
         return
     begin, itemsize = 0, fragment.dtype.itemsize
-    for share in range(1, count + 1):
-        end = min(fragment.length, max(begin, (share * total // count - position) // itemsize))
-        end = fragment.length if share == count else end
+    for i in range(1, count + 1):
+        end = min(fragment.length, max(begin, (i * total // count - position) // itemsize))
+        end = fragment.length if i == count else end
         if begin < end:
             part = fragment.data[begin:end]
             yield OwnedFragment.of(fragment.tensor, fragment.shape, fragment.start + begin, part)

@@ -67,7 +67,7 @@ class DirectorySource:
             for name, record in self.reader.manifest.files.items()
             if not name.startswith(left_out)
         }
-        self.reader.verify(shares(sizes, world_size, self.topology.world_size)[rank])
+        self.reader.verify(assign_files(sizes, world_size, self.topology.world_size)[rank])
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
         """Fills ``out`` with the elements from ``start`` on."""
@@ -82,12 +82,14 @@ class DirectorySource:
         return self.reader.read_rank_state(rank, trusted=trusted)
 
 
-def shares(sizes: Mapping[str, int], world_size: int, saved_world_size: int) -> list[list[str]]:
+def assign_files(
+    sizes: Mapping[str, int], world_size: int, saved_world_size: int
+) -> list[list[str]]:
     """Divides the files to verify among the ranks.
 
     If the number of ranks is that of the run that saved, each rank takes the files of its own
     number: it will read them again, from its machine's page cache. If that would give one rank much
-    more than its share, or the number of ranks differs, files are assigned in order of decreasing
+    more than the others, or the number of ranks differs, files are assigned in order of decreasing
     size, each to the rank with the fewest bytes.
 
     Args:

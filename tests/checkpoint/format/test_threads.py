@@ -21,7 +21,7 @@ from lightning_fastmoe.checkpoint.format import hashing, layout, safetensors_str
 from lightning_fastmoe.checkpoint.format import reader as reader_module
 from lightning_fastmoe.checkpoint.format.threads import MAX_THREADS, run_all, thread_count
 from lightning_fastmoe.checkpoint.format.writer import write_manifest, write_rank
-from lightning_fastmoe.checkpoint.sources.directory import shares
+from lightning_fastmoe.checkpoint.sources.directory import assign_files
 from lightning_fastmoe.errors import CheckpointError
 
 STEP = 1000
@@ -159,7 +159,7 @@ def test_a_file_that_ends_early_is_noticed_by_parallel_reads(tmp_path, small):
             reader.read("weights/large")
 
 
-# ---------------------------------------------------------------------------------- jobs and shares
+# ----------------------------------------------------------------------------------- jobs and files
 
 
 def test_jobs_return_in_order_and_at_most_so_many_run():
@@ -193,7 +193,7 @@ def test_each_rank_verifies_what_it_will_read_unless_that_is_uneven():
         for r in range(3)
         for p in ("_0", "_1")
     } | {"state.json": 5}
-    own = shares(names, 3, 3)
+    own = assign_files(names, 3, 3)
     assert all(
         f"_{rank:05d}_" in name or name == "state.json" for rank in range(3) for name in own[rank]
     )
@@ -201,7 +201,7 @@ def test_each_rank_verifies_what_it_will_read_unless_that_is_uneven():
         (2, 3, names),
         (3, 3, names | {"weights_00000_0.safetensors": 900}),
     ):
-        parts = shares(sizes, world, saved)
+        parts = assign_files(sizes, world, saved)
         assert sorted(n for part in parts for n in part) == sorted(sizes)
         loads = [sum(sizes[n] for n in part) for part in parts]
         assert max(loads) <= max(max(sizes.values()), 1.2 * sum(loads) / world)

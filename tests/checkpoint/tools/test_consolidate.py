@@ -90,7 +90,7 @@ def test_a_tensor_with_too_few_elements(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "m.pt"])
-def test_all_weights(path, tmp_path, name, capsys):
+def test_consolidate_writes_all_weights_in_either_format(path, tmp_path, name, capsys):
     file = tmp_path / name
     assert main(["checkpoint", "consolidate", str(path), str(file)]) == 0
     assert "6 tensors" in capsys.readouterr().out

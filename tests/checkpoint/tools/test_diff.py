@@ -60,7 +60,7 @@ def test_names_shapes_and_dtypes(path, other, tensors):
     assert found["weights/half"].elements == 0
 
 
-def test_values(path, other, tensors):
+def test_the_largest_differences_are_reported(path, other, tensors):
     a = tensors[HEAD].clone()
     tensors[HEAD][0, 3] += 0.25
     tensors[HEAD][4, 6] = -tensors[HEAD][4, 6]
@@ -113,7 +113,7 @@ def test_infinity_against_a_number(path, other, tensors):
     assert (found[HEAD].elements, found[HEAD].max_rel) == (1, math.inf)
 
 
-def test_the_command(path, other, tensors, capsys):
+def test_diff_reports_differences_and_exits_with_one(path, other, tensors, capsys):
     tensors["optimizer/exp_avg/head.weight"][0, 0] = math.inf
     second = other()
     assert main(["checkpoint", "diff", str(path), str(path)]) == 0

@@ -48,7 +48,7 @@ def test_everything_is_kept(path, tmp_path, ranks):
                 assert starts == {i * 128 * 160 for i in range(0, 4, 4 // ranks)}
 
 
-def test_the_command(path, tmp_path, capsys):
+def test_reshard_overwrites_only_if_told_to(path, tmp_path, capsys):
     new = str(tmp_path / "b.ckpt")
     command = ["checkpoint", "reshard", str(path), new]
     assert main([*command, "--ranks", "2", "--json"]) == 0

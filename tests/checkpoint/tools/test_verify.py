@@ -120,7 +120,7 @@ def test_an_extra_file(path):
     only(path, "weights_00002.safetensors is not part of the checkpoint")
 
 
-def test_swapped_files(path):
+def test_files_that_swapped_names_are_damaged(path):
     for a, b in ((W0, "other"), (W1, W0), ("other", W1)):
         (path / a).rename(path / b)
     found = damages(path)
@@ -206,7 +206,7 @@ def test_a_malicious_pickle(path, tmp_path, monkeypatch, zipped):
     assert not (tmp_path / "BOMB_WENT_OFF").exists()
 
 
-def test_plain_objects(path):
+def test_objects_of_plain_types_need_no_trust(path):
     buffer = io.BytesIO()
     torch.save([torch.ones(3), {"a": 1}], buffer)
     add_file(path, "objects.pt", buffer.getvalue())

@@ -52,7 +52,7 @@ def test_wrong_arguments(words, capsys):
     assert error.count("\n") == 1
 
 
-def test_inspect(path, capsys):
+def test_inspect_summarises_topology_layers_and_files(path, capsys):
     assert main(["checkpoint", "inspect", str(path), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["epoch"], summary["global_step"]) == (1, 3)
@@ -130,7 +130,7 @@ def test_a_bar_on_terminals_only(path):
     assert "experts: 4 in 1 layer" in done.stdout
 
 
-def test_interrupted(path, monkeypatch):
+def test_ctrl_c_exits_with_130(path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -138,7 +138,7 @@ def test_interrupted(path, monkeypatch):
     assert main(["checkpoint", "verify", str(path)]) == 130
 
 
-def test_sizes():
+def test_sizes_are_written_and_read_with_units():
     assert [readable(n) for n in (0, 1023, 1536, 5 * 2**40)] == [
         "0 B",
         "1023 B",

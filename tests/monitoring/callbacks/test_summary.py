@@ -64,7 +64,7 @@ MEMORY = MemoryPlan(
 )
 
 
-def test_table():
+def test_memory_is_a_table_of_parts_per_rank():
     assert memory_text(MEMORY) == [
         "per rank                               dense  experts   together",
         "weights                              1.0 GiB  2.0 GiB    3.0 GiB",
@@ -95,7 +95,7 @@ def shown(width: int, **options) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_tables(width):
+def test_the_tables_fit_the_terminal_and_cut_no_number(width):
     lines = [line.rstrip() for line in shown(width).splitlines()]
     assert max(map(len, lines)) <= width
     cells = [" ".join(line.split()) for line in lines]

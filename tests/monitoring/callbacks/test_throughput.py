@@ -51,7 +51,7 @@ def fit(tmp_path, monkeypatch, *callbacks, model=None, **options):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_by_hand(tmp_path, monkeypatch, accumulate):
+def test_items_flops_and_mfu_equal_those_computed_by_hand(tmp_path, monkeypatch, accumulate):
     monitor = ThroughputMonitor(peak_flops=1e6, extra_flops_per_token=100, window_size=4)
     found = fit(tmp_path, monkeypatch, monitor, accumulate_grad_batches=accumulate)
     assert found["train/lengths"] == 8 * N

@@ -35,7 +35,7 @@ def test_round_trip(tmp_path):
         (lambda x: x["layers"][1].update(together=[["?"]]), "invalid literal"),
     ],
 )
-def test_damage(tmp_path, change, message):
+def test_a_damaged_file_is_refused_with_its_reason(tmp_path, change, message):
     path = log.write(tmp_path, FOUND)
     value = json.loads(path.read_text())
     change(value)
@@ -45,13 +45,13 @@ def test_damage(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format"', "null"])
-def test_no_such_file(tmp_path, text):
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
     path = tmp_path / log.FILE_NAME
     path.write_text(text)
     with pytest.raises(DataError, match="is not a valid co-activation file"):
         log.read(path)
 
 
-def test_shares():
+def test_shares_are_relative_to_the_rows_expert():
     together = [[4, 1, 0], [1, 2, 0], [0, 0, 0]]
     assert log.shares(together) == [[None, 0.25, 0], [0.5, None, 0], [None, None, None]]

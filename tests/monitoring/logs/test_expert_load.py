@@ -91,7 +91,7 @@ def test_damage_is_named(tmp_path, old, new, message):
         assert (tmp_path / "expert_load.1.jsonl").exists()
 
 
-def test_empty_file(tmp_path):
+def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / load_log.FILE_NAME
     path.touch()
     with pytest.raises(DataError, match="not a log"):
@@ -112,7 +112,7 @@ def test_spans_add_up():
     assert load_log.merged([], 9) == []
 
 
-def test_ratios():
+def test_load_ratios_are_none_without_tokens():
     assert load_log.ratios([3, 1]) == [1.5, 0.5]
     assert load_log.ratios([0, 0]) is None
     assert load_log.ratios(None) is None

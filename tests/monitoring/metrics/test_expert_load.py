@@ -53,7 +53,7 @@ WANT_B = {
 }
 
 
-def test_by_hand():
+def test_sums_and_values_equal_those_computed_by_hand():
     metric = make()
     metric.update(0, A1)
     metric.update(0, A2)

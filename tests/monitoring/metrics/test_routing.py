@@ -41,7 +41,7 @@ SCALARS = {
 
 
 @pytest.mark.parametrize("kind", SCALARS)
-def test_scalars(kind):
+def test_scalars_equal_those_computed_by_hand_and_reset(kind):
     metric = kind(4)
     metric.update(FIRST)
     metric.update(SECOND)
@@ -52,18 +52,18 @@ def test_scalars(kind):
     assert metric.compute().item() == pytest.approx(SCALARS[kind], rel=1e-7)
 
 
-def test_load_ratio():
+def test_load_ratio_is_over_the_mean_of_all_updates():
     metric = metrics.LoadRatio(4)
     metric.update(FIRST)
     metric.update(SECOND)
     assert metric.compute().tolist() == pytest.approx([4 / 2.25, 4 / 2.25, 1 / 2.25, 0])
 
 
-def test_co_activation():
+def test_co_activation_is_relative_to_the_rows_expert():
     metric = metrics.ExpertCoActivation(4)
     metric.update(FIRST)
     metric.update(SECOND)
-    # Together: 0 and 1 in three tokens, 0 and 2 in one; the unused slot is no choice.
+    # Together: 0 and 1 in three tokens, 0 and 2 in one; the unused slot does not count.
     nan = math.nan
     want = [[1, 0.75, 0.25, 0], [0.75, 1, 0, 0], [1, 0, 1, 0], [nan, nan, nan, nan]]
     torch.testing.assert_close(
@@ -134,7 +134,7 @@ def test_wrong_sizes():
         metrics.LoadCV(3).observe(MoE(4, 4, 4, 2))
 
 
-def test_formulas():
+def test_the_functions_are_defined_without_tokens_too():
     assert metrics.load_ratio(torch.tensor([4, 0, 2])).tolist() == [2.0, 0.0, 1.0]
     assert metrics.load_ratio(torch.zeros(3, dtype=torch.long)).tolist() == [0.0, 0.0, 0.0]
     assert metrics.load_cv(torch.tensor([9, 0, 0, 0])).item() == pytest.approx(math.sqrt(3))

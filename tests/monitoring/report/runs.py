@@ -47,7 +47,7 @@ def write_csv(folder: Path) -> None:
 
 
 def together(layer: int) -> list[list[int]]:
-    """Of 400 tokens with two experts each: in layer 1, experts 2 and 6 work nearly as one."""
+    """Pairs of 400 tokens, two experts each: in layer 1, experts 2 and 6 work nearly as one."""
     table = [[0] * EXPERTS for _ in range(EXPERTS)]
     for token in range(400):
         i = token % EXPERTS

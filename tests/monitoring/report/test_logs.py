@@ -24,7 +24,7 @@ def test_lightnings_csv(tmp_path):
     assert run.loads is None
 
 
-def test_tensorboard(tmp_path):
+def test_scalars_are_read_from_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="x")
     for step in (9, 19):
         logger.log_metrics({"train_loss": step / 2}, step=step)

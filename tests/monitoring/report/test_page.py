@@ -66,7 +66,7 @@ def test_a_whole_run(tmp_path):
     assert html.count("<image") == 4 + 3  # over time; together, without the layer of top 1
 
 
-def test_co_activation(tmp_path):
+def test_pairs_chosen_together_more_than_by_chance_are_named(tmp_path):
     """Experts 2 and 6 of layer 1 share 90 of the 100 choices that begin with one of them."""
     runs.write_loads(tmp_path)
     assert "chosen together" not in page(tmp_path)
@@ -161,13 +161,13 @@ def test_long_series_keep_their_peaks():
     assert kept == sorted(kept)
 
 
-def test_ticks():
+def test_ticks_are_round_and_inside_the_range():
     assert ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
     assert ticks(0.1, 0.35, 4) == pytest.approx([0.1, 0.2, 0.3])
     assert ticks(3, 3) == [3]
 
 
-def test_colours():
+def test_starving_is_orange_crowded_is_blue_and_even_is_light():
     assert colour(0) == DEAD
     assert colour(None) == colour(float("nan")) == UNKNOWN
     assert min(colour(1.0)) > 240

@@ -38,7 +38,7 @@ def test_starving_and_dead_worst_first():
     assert found.state == "starving"
 
 
-def test_one():
+def test_a_single_starving_expert_is_named_in_the_singular():
     found = judge(log([[134, 0, 133, 133]]))
     assert found.sentence == "1 of 4 experts is starving (1 dead): layer 0 expert 1."
 
@@ -52,7 +52,7 @@ def test_alive_names_the_smallest():
 
 
 @pytest.mark.parametrize(("threshold", "number"), [(0.2, 0), (0.21, 1), (1.0, 1)])
-def test_threshold(threshold, number):
+def test_starving_is_strictly_below_the_threshold(threshold, number):
     assert len(judge(log([[120, 20, 130, 130]]), threshold).starving) == number
 
 

@@ -89,7 +89,7 @@ def test_ties_of_expert_choice_go_to_the_earlier_token():
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("training", [False, True])
-def test_no_tokens(name, training):
+def test_without_tokens_every_router_gives_zero_losses_and_gradients(name, training):
     layer = MoE(D, 8, E, router=name).train(training)
     x = torch.zeros(0, D, requires_grad=True)
     y = layer(x, token_ids=torch.zeros(0, dtype=torch.int64))

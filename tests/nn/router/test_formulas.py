@@ -149,7 +149,7 @@ def test_noisy_load_is_the_chance_of_being_chosen():
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (7, 5)])
-def test_switch(tokens, experts):
+def test_switch_jitters_inputs_in_training_alone(tokens, experts):
     router, x = make(SwitchRouter, tokens, experts, jitter=0.3)
     got = router(x, training())
     logits = (x * (0.7 + 0.6 * draws(tokens, D))) @ router.weight.T
@@ -165,7 +165,7 @@ def test_switch(tokens, experts):
 
 @pytest.mark.parametrize("cls", [GShardRouter, DCRouter])
 @pytest.mark.parametrize(("tokens", "experts"), [(31, 5), (9, 2)])
-def test_gshard(cls, tokens, experts):
+def test_gshard_uses_the_second_expert_at_random(cls, tokens, experts):
     router, x = make(cls, tokens, experts)
     with torch.no_grad():
         router.weight *= 3
@@ -207,7 +207,7 @@ def test_sigmoid_in_groups(tokens, experts, k, groups, limit):
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), CASES)
 @pytest.mark.parametrize("learned", [False, True])
-def test_cosine(tokens, experts, k, learned):
+def test_cosine_logits_equal_the_formula(tokens, experts, k, learned):
     router, x = make(
         CosineTopKRouter, tokens, experts, k, d_router=3, temperature=0.2, learn_temperature=learned
     )
@@ -254,7 +254,7 @@ def test_expert_choice_takes_at_most_all_tokens():
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_soft(slots):
+def test_soft_mixes_equal_the_formula_per_sequence(slots):
     router, x = make(SoftRouter, 8, 3, slots_per_expert=slots)
     router.scale.data.fill_(2.5)
     got = router(x, RoutingContext(grid=(2, 4)))
@@ -269,7 +269,7 @@ def test_soft(slots):
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_hash(k):
+def test_hash_takes_the_experts_of_the_token_ids_largest_bits(k):
     router, x = make(HashRouter, 50, 4, k, seed=7)
     ids = torch.arange(50) % 23
     got = router(x, RoutingContext(token_ids=ids))
@@ -283,7 +283,7 @@ def test_hash(k):
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(8, 3), (6, 2), (7, 7), (3, 5), (1, 1), (8, 4)])
-def test_base(tokens, experts):
+def test_base_assigns_even_loads_of_the_best_total(tokens, experts):
     router, x = make(BaseRouter, tokens, experts, tolerance=1e-9)
     got = router(x, training())
     logits = (x @ router.weight.T).detach()
@@ -309,7 +309,7 @@ def test_base_on_many_and_on_equal_tokens():
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(12, 4, 1), (9, 3, 2), (5, 5, 5)])
-def test_sinkhorn(tokens, experts, k):
+def test_sinkhorn_chooses_by_the_plan_and_weighs_by_logits(tokens, experts, k):
     router, x = make(SinkhornRouter, tokens, experts, k, iterations=5)
     with torch.no_grad():
         router.weight[0] *= 5
@@ -348,7 +348,7 @@ class Ranks:
     ("tokens", "experts", "k", "groups"),
     [((7,), 4, 1, 2), ((7, 5), 6, 2, 3), ((4, 0, 9), 4, 3, 4), ((6,), 4, 4, 1), ((8, 8), 8, 2, 4)],
 )
-def test_swipe(tokens, experts, k, groups):
+def test_swipe_equals_the_reference_over_ranks(tokens, experts, k, groups):
     router, x = make(SwipeRouter, sum(tokens), experts, k, num_groups=groups)
     with torch.no_grad():
         router.weight[0] *= 20  # many tokens want expert 0

@@ -29,7 +29,7 @@ from lightning_fastmoe.ops._build.architectures import (
         ("10.0 10.3a 12.0f+PTX", ["sm_100", "sm_103a", "sm_120f", "compute_120f"]),
     ],
 )
-def test_lists(text: str, codes: list[str]) -> None:
+def test_a_list_gives_each_architecture_once(text: str, codes: list[str]) -> None:
     assert codes_of_list(text, "x") == codes
 
 
@@ -45,7 +45,7 @@ def test_gpus_get_all_that_they_can_do() -> None:
     assert codes_of_gpus([]) == []
 
 
-def test_flags() -> None:
+def test_code_and_ptx_get_their_compiler_flags() -> None:
     assert flags_of(["sm_80", "sm_90a", "compute_90"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
@@ -82,7 +82,7 @@ def test_flags() -> None:
         ("nonsense", (9, 0), NOTHING),
     ],
 )
-def test_service(code: str, capability: tuple[int, int], expected: int) -> None:
+def test_code_serves_the_gpus_that_can_run_it(code: str, capability: tuple[int, int], expected: int) -> None:
     assert service([code], capability) == expected
 
 

@@ -132,7 +132,7 @@ def test_another_torch_takes_the_same_library_and_another_cuda_does_not(
     assert built() != library
 
 
-def test_jobs(machine: Machine, monkeypatch: pytest.MonkeyPatch):
+def test_max_jobs_limits_compilers_and_their_threads(machine: Machine, monkeypatch: pytest.MonkeyPatch):
     action = 'mkdir "{0}" || echo overlap >> "{1}"; sleep 0.02; rmdir "{0}"'
     machine.install(action.format(machine.folder / "busy", machine.log))
     monkeypatch.setenv("MAX_JOBS", "1")
@@ -207,7 +207,7 @@ def test_damaged_libraries_are_passed_over(machine: Machine):
         (lambda m: m.setenv("MAX_JOBS", "0"), "MAX_JOBS='0' is invalid"),
     ],
 )
-def test_reasons(machine: Machine, monkeypatch: pytest.MonkeyPatch, change, reason: str):
+def test_without_a_library_the_reason_is_given_and_nothing_compiled(machine: Machine, monkeypatch: pytest.MonkeyPatch, change, reason: str):
     change(monkeypatch)
     outcome = _build.build()
     assert outcome.library is None
@@ -244,7 +244,7 @@ class TestPrebuilt:
         machine.calls()
         return library
 
-    def test_named(self, machine: Machine, library: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_a_named_library_is_used_and_nothing_compiled(self, machine: Machine, library: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("LIGHTNING_FASTMOE_LIBRARY", str(library))
         assert built() == library
         assert machine.calls() == []
@@ -283,7 +283,7 @@ class TestPrebuilt:
         monkeypatch.setenv("LIGHTNING_FASTMOE_LIBRARY", "/nowhere.so")
         assert "No such file or directory: '/nowhere.so'" in _build.build().reason
 
-    def test_packaged(self, machine: Machine, library: Path):
+    def test_a_packaged_library_is_used_and_nothing_compiled(self, machine: Machine, library: Path):
         _build.PACKAGED.parent.mkdir()
         shutil.copy(library, _build.PACKAGED)
         assert built() == _build.PACKAGED
@@ -401,7 +401,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("name", "value"), [("LIGHTNING_FASTMOE_KERNELS", "0"), ("LOCAL_RANK", "1")]
     )
-    def test_silence(
+    def test_where_a_warning_would_be_noise_there_is_none(
         self, machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, value: str
     ):
         machine.uninstall()

@@ -30,7 +30,7 @@ def test_it_is_found_among_other_bytes(tmp_path: Path) -> None:
         RECORD.source().encode()[: RECORD.source().index(";torch")],
     ],
 )
-def test_files_without_one(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_a_record_reads_as_none(tmp_path: Path, content: bytes) -> None:
     library = tmp_path / "kernels.so"
     library.write_bytes(content)
     assert read_record(library) is None
@@ -45,13 +45,13 @@ def test_files_without_one(tmp_path: Path, content: bytes) -> None:
         ({"codes": ("sm_80", "sm_100a")}, "sm_80, sm_100a, which does not run on a GPU of compute"),
     ],
 )
-def test_objections(changed: dict, reason: str) -> None:
+def test_a_record_that_does_not_fit_is_objected_to(changed: dict, reason: str) -> None:
     gpus = [(8, 0), (9, 0)]
     assert reason in replace(RECORD, **changed).objection(KEY, gpus)
 
 
 @pytest.mark.parametrize("changed", [{}, {"cuda": "13.2"}, {"torch": "2.11.0"}])
-def test_what_does_not_matter(changed: dict) -> None:
+def test_other_minor_versions_are_not_objected_to(changed: dict) -> None:
     assert replace(RECORD, **changed).objection(KEY, [(8, 6), (9, 0)]) == ""
 
 
