@@ -168,6 +168,7 @@ class MoELanguageModel(LightningModule):
         weight_decay: AdamW's weight decay for matrices (not for embeddings and norms).
         betas: AdamW's decay rates of the averages of the gradient and of its square.
         init_std: Standard deviation of the initial weights.
+        compile: Whether `torch.compile` compiles each block. The first step then takes longer.
 
     Raises:
         ConfigError: if `d_model` isn't an even multiple of `num_heads`.
@@ -191,6 +192,7 @@ class MoELanguageModel(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         init_std: float = 0.02,
+        compile: bool = False,  # noqa: A002  named in config files
     ) -> None:
         super().__init__()
         if d_model % (2 * num_heads):
@@ -205,6 +207,7 @@ class MoELanguageModel(LightningModule):
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.betas = betas
+        self._compiles = compile
         self._arguments: dict[str, Any] = {
             "d_model": d_model,
             "num_layers": num_layers,
@@ -227,6 +230,9 @@ class MoELanguageModel(LightningModule):
         if self.network is None:
             self.network = MoETransformer(**self._arguments)
             rank_zero_info(_describe(self.network))
+            if self._compiles:
+                for block in self.network.blocks:
+                    block.compile()
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:

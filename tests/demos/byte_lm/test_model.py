@@ -38,6 +38,26 @@ def test_network_is_built_once() -> None:
     assert model.network is network
 
 
+def test_compiled_blocks_compute_the_same_under_the_same_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    plain_compile = torch.nn.Module.compile
+
+    def compile_by_dynamo_alone(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        plain_compile(module, backend="eager")  # as inductor takes half a minute
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_dynamo_alone)
+    plain, model = _model(), _model(compile=True)
+    model.configure_model()
+    assert model.network is not None
+    assert compiled == list(model.network.blocks), "once each"
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    tokens = _bytes(2, 8)
+    torch.testing.assert_close(model(tokens), plain(tokens))
+
+
 def test_forward_before_configure_model_says_what_to_call() -> None:
     with pytest.raises(ConfigError, match="configure_model"):
         MoELanguageModel()(_bytes(1, 4))
