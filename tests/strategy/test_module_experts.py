@@ -6,19 +6,166 @@ That they resume on other ranks is a part of test_reshard.py and test_midway.py.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from checkpoint.samples import read_manifest, write_manifest_again
 from safetensors.torch import load_file
-from strategy import module_expert_runs as runs
 from strategy import reshard_runs
+from strategy.expert_modules import Plain, build_modules
+from strategy.models import D_FFN, D_MODEL
 from strategy.reshard_runs import Layout, WithModules
+from strategy.resume_runs import error_of, trainer_for
+from strategy.tracing import whole_weights
+from torch import Tensor, nn
 
+from lightning_fastmoe import MoE
 from lightning_fastmoe.checkpoint import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import split_name
+from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError
+
+
+class Keep(pl.Callback):
+    """The weights while the model is sharded, and this rank's buffers."""
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        saved = pl_module.state_dict().keys()
+        self.state = {f"net.{n}": w for n, w in whole_weights(pl_module.net).items()}
+        self.state |= {n: b.clone() for n, b in pl_module.named_buffers() if n in saved}
+
+
+def validated(layout: Layout, module: pl.LightningModule, path: str | None) -> dict[str, Tensor]:
+    """The state of a model that is validated: weights of all experts, buffers of this rank's."""
+    keep = Keep()
+    trainer = trainer_for(layout.case(), 1, limit_val_batches=1, callbacks=[keep])
+    trainer.validate(module, ckpt_path=path, verbose=False)
+    return keep.state
+
+
+def load(layout: Layout, path: str, strict: bool = True) -> dict[str, Tensor]:
+    """From a checkpoint or file."""
+    pl.seed_everything(9, verbose=False)
+    module = layout.module()
+    module.strict_loading = strict
+    return validated(layout, module, path)
+
+
+class FromWeights(WithModules):
+    """Fills itself while it is built; each rank has created its own experts alone."""
+
+    path = ""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        load_weights(self.path, self)
+
+
+def start_from(layout: Layout, path: str) -> dict[str, Tensor]:
+    """The same by ``load_weights``."""
+    pl.seed_everything(9, verbose=False)
+    module = FromWeights(layout.case(), layout.experts)
+    module.path = path
+    return validated(layout, module, None)
+
+
+class Other(WithModules):
+    """A model that differs from the checkpoint's."""
+
+    change = ""
+
+    def build(self) -> nn.ModuleDict:
+        if self.change == "more experts":
+            return build_modules(self.experts, (8, 8))
+        if self.change == "fewer experts":
+            return build_modules(self.experts, (4, 4))
+        if self.change == "another kind":
+            return build_modules("class")
+        net = super().build()
+        experts = net["moes"][0].experts
+        if 3 in experts.local_ids:
+            last = experts.get_submodule("3")
+            if self.change == "another shape":
+                last.up, last.down = nn.Linear(D_MODEL, 99), nn.Linear(99, D_MODEL)
+            if self.change == "one more parameter":
+                last.more = nn.Parameter(torch.ones(2))
+        return net
+
+
+def loading_another(layout: Layout, path: str, change: str, strict: bool) -> tuple[str, str]:
+    """The error of loading into a model that differs."""
+    pl.seed_everything(9, verbose=False)
+    module = Other(replace(layout.case(), stage=layout.stage), layout.experts)
+    module.change, module.net = change, None
+    module.strict_loading = strict
+    return error_of(validated, layout, module, path)
+
+
+def resuming(layout: Layout, path: str) -> tuple[str, str]:
+    """The error of going on from a file."""
+    return error_of(trainer_for(layout.case(), 6).fit, layout.module(), ckpt_path=path)
+
+
+def training(layout: Layout) -> tuple[str, str]:
+    """The error of training at all."""
+    return error_of(trainer_for(layout.case(), 2).fit, layout.module())
+
+
+class WithExtraState(Plain):
+    """Keeps something that is neither parameter nor buffer."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+class WithLayer(Plain):
+    """Has experts of its own inside."""
+
+    def __init__(self, d_model: int, d_ffn: int) -> None:
+        super().__init__(d_model, d_ffn)
+        self.inner = MoE(d_model, d_ffn, 2, dispatcher="local")
+
+
+def sharing(num_experts: int) -> list[nn.Module]:
+    """Experts that share a matrix."""
+    modules = [Plain(D_MODEL, D_FFN) for _ in range(num_experts)]
+    for module in modules[1:]:
+        module.up.weight = modules[0].up.weight
+    return modules
+
+
+class Odd(WithModules):
+    """Has experts that can't be saved from several ranks."""
+
+    def build(self) -> nn.ModuleDict:
+        net = super().build()
+        kinds: dict[str, Any] = {"extra": WithExtraState, "inner": WithLayer, "shared": sharing(4)}
+        net["moes"][0] = MoE(D_MODEL, D_FFN, 4, expert=kinds[self.experts])
+        return net
+
+
+def refusals(layout: Layout, directory: str) -> list[tuple[str, str]]:
+    """What is said at set-up, and of saving by hand."""
+    said = []
+    for enabled in (True, False):
+        pl.seed_everything(7, verbose=False)
+        module = Odd(layout.case(), layout.experts)
+        trainer = trainer_for(
+            layout.case(), 1, enable_checkpointing=enabled, default_root_dir=directory
+        )
+        error = error_of(trainer.fit, module)
+        if not error[1]:
+            error = error_of(trainer.save_checkpoint, f"{directory}/by_hand.ckpt")
+        said.append(error)
+    return said
+
 
 SAVED = Layout(4, 2, 2, experts="ragged")
 ON_TWO, ON_FOUR = Layout(2, 2, 2, experts="ragged"), Layout(4, 4, 1, experts="ragged")
@@ -90,9 +237,9 @@ def test_the_manifest_lists_every_expert(path):
 def test_files_load_bit_by_bit(rank_pool, path, files, layout):
     expected = weights_in(path)
     for file in [str(path), *files]:
-        for loaded in rank_pool.run(runs.load, layout.world, layout, file):
+        for loaded in rank_pool.run(load, layout.world, layout, file):
             assert_loaded(loaded, expected)
-    for loaded in rank_pool.run(runs.start_from, layout.world, layout, str(path)):
+    for loaded in rank_pool.run(start_from, layout.world, layout, str(path)):
         assert_loaded(loaded, expected)
 
 
@@ -127,7 +274,7 @@ def test_other_numbers_of_experts_and_other_shapes_are_refused(rank_pool, path, 
     cases = [(str(path), NUMBERS), (files[0], FILE_NUMBERS), (files[1], FILE_NUMBERS)]
     for file, numbers in cases:
         for change, expected in [*numbers, SHAPE]:
-            for kind, said in rank_pool.run(runs.loading_another, 2, ON_TWO, file, change, strict):
+            for kind, said in rank_pool.run(loading_another, 2, ON_TWO, file, change, strict):
                 assert (kind, change) == ("CheckpointError", change)
                 assert expected in said, said
 
@@ -142,16 +289,16 @@ def test_other_numbers_of_experts_and_other_shapes_are_refused(rank_pool, path, 
 def test_other_names_are_refused_unless_told_otherwise(rank_pool, path, files, change, expected):
     # In a file of plain weights an expert of another kind may also be one that is missing.
     for file in (str(path), files[1])[: 1 if change == "another kind" else 2]:
-        for kind, said in rank_pool.run(runs.loading_another, 2, ON_TWO, file, change, True):
+        for kind, said in rank_pool.run(loading_another, 2, ON_TWO, file, change, True):
             assert kind == "CheckpointError"
             assert expected in said, said
     if change == "one more parameter":
-        results = rank_pool.run(runs.loading_another, 2, ON_TWO, str(path), change, False)
+        results = rank_pool.run(loading_another, 2, ON_TWO, str(path), change, False)
         assert results == [("nothing", "")] * 2
 
 
 def test_an_optimizer_in_a_single_file_is_refused(rank_pool, files):
-    for kind, said in rank_pool.run(runs.resuming, 2, ON_TWO, files[0]):
+    for kind, said in rank_pool.run(resuming, 2, ON_TWO, files[0]):
         assert kind == "CheckpointError"
         assert "Resume from it with expert_parallel_size=1 and save" in said
 
@@ -179,7 +326,7 @@ def test_frozen_experts_can_be_left_out(rank_pool, tmp_path):
 )
 def test_experts_that_no_checkpoint_can_hold_are_refused(rank_pool, tmp_path, experts, match):
     layout = Layout(2, 2, 1, experts=experts)
-    for at_setup, by_hand in rank_pool.run(runs.refusals, 2, layout, str(tmp_path)):
+    for at_setup, by_hand in rank_pool.run(refusals, 2, layout, str(tmp_path)):
         assert at_setup[0] == "ConfigError"
         assert by_hand[0] == "CheckpointError"
         assert match in at_setup[1]
@@ -190,7 +337,7 @@ def test_experts_that_no_checkpoint_can_hold_are_refused(rank_pool, tmp_path, ex
 def test_stage_3_wants_the_same_structure_on_each_rank(rank_pool):
     """DeepSpeed would stop some ranks in the second step, and the others would wait."""
     layout = Layout(4, 4, 3, experts="ragged")
-    for kind, said in rank_pool.run(runs.training, 4, layout):
+    for kind, said in rank_pool.run(training, 4, layout):
         assert kind == "ConfigError"
         assert said.startswith("The experts of layer 'net.moes.1' have different modules")
 
@@ -199,7 +346,7 @@ def test_groups_of_the_optimizer_correspond(rank_pool):
     """Else norms would be added up that don't belong together."""
     for experts, counts in (("none on one", [2, 2, 2, 0]), ("no vectors on one", [2, 2, 2, 1])):
         layout = Layout(4, 4, 1, experts=experts)
-        results = rank_pool.run(runs.training, 4, layout)
+        results = rank_pool.run(training, 4, layout)
         for rank, (kind, said) in enumerate(results):
             other = 0 if rank == 3 else 3
             assert kind == "ParameterGroupError"
@@ -208,7 +355,7 @@ def test_groups_of_the_optimizer_correspond(rank_pool):
 
 def test_experts_that_share_a_parameter_are_refused(rank_pool, tmp_path):
     layout = Layout(2, 2, 1, experts="shared")
-    for _, by_hand in rank_pool.run(runs.refusals, 2, layout, str(tmp_path)):
+    for _, by_hand in rank_pool.run(refusals, 2, layout, str(tmp_path)):
         assert by_hand[0] == "CheckpointError"
         assert "'net.moes.0.experts.1.up.weight' are one parameter" in by_hand[1]
 
@@ -244,7 +391,7 @@ def text_of(arguments: list[str], capsys) -> str:
 
 
 def test_a_copy_resumes(rank_pool, path, copy):
-    for loaded in rank_pool.run(runs.load, 4, ON_FOUR, str(copy)):
+    for loaded in rank_pool.run(load, 4, ON_FOUR, str(copy)):
         assert_loaded(loaded, weights_in(path))
 
 
