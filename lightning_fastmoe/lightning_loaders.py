@@ -26,14 +26,15 @@ _FUNCTIONS = {
     "pytorch_lightning.core.saving": "read",
     "lightning_fabric.plugins.io.torch_io": "refuse",
 }
-"""Module -> the function of ``strategy/plain_loading.py`` that replaces ``pl_load`` in it."""
+"""Module -> the function of ``plain_loading.py`` that replaces ``pl_load`` in it."""
 
 
 def register_loaders(plain_loading: Callable[[], Any]) -> None:
     """Makes Lightning's loaders recognise this package's checkpoints. Idempotent.
 
     Args:
-        plain_loading: imports ``strategy/plain_loading.py``; called when there is a path to check.
+        plain_loading: imports ``strategy/checkpoints/plain_loading.py``; called when there is a
+            path to check.
     """
     when_imported(
         {

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from lightning_fastmoe.argument_types import check_known, check_types, parameters
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy.watch import check_seconds
+from lightning_fastmoe.strategy.watchdog.watch import check_seconds
 from lightning_fastmoe.zero.config import check_stage
 
 OWNER = "FastMoEStrategy"

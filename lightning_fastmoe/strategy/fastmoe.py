@@ -17,23 +17,23 @@ from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
 from lightning_fastmoe.strategy.averaging import Averaging
+from lightning_fastmoe.strategy.checkpoints.loading import Loading
+from lightning_fastmoe.strategy.checkpoints.saving import Saving
 from lightning_fastmoe.strategy.checks import check_objects, check_trainer
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.device_agnostic import DeviceAgnosticDeepSpeedStrategy
-from lightning_fastmoe.strategy.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.engines import Engines
-from lightning_fastmoe.strategy.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
-from lightning_fastmoe.strategy.loading import Loading
+from lightning_fastmoe.strategy.loaders.resumable import resumable
+from lightning_fastmoe.strategy.loaders.uneven import UnevenData
 from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.monitored import share_monitored
 from lightning_fastmoe.strategy.quiet import quiet_logs, quiet_warnings
-from lightning_fastmoe.strategy.resumable import resumable
-from lightning_fastmoe.strategy.saving import Saving
 from lightning_fastmoe.strategy.steps import Steps
 from lightning_fastmoe.strategy.trainer_options import check_trainer_options
-from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.watchdog.ending import is_launched, prepare_ending
+from lightning_fastmoe.strategy.watchdog.exchange_waits import ExchangeWaits
+from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.engine import FastMoEEngine, NonFinitePolicy
 
 _Result = TypeVar("_Result")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
+from lightning_fastmoe.strategy.loaders.uneven import UnevenData
 from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
-from lightning_fastmoe.strategy.signals import DeferredSignals
-from lightning_fastmoe.strategy.uneven import UnevenData
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.watchdog.signals import DeferredSignals
+from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.engine import ExpertState
 
 _Result = TypeVar("_Result")

@@ -12,7 +12,7 @@ import pytest
 from strategy import loader_runs as runs
 
 from lightning_fastmoe.errors import CheckpointError
-from lightning_fastmoe.strategy.resumable import ResumableLoader
+from lightning_fastmoe.strategy.loaders.resumable import ResumableLoader
 
 TESTS = Path(__file__).parents[1]
 SAVES = (4, 5, 7)

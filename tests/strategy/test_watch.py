@@ -20,9 +20,9 @@ from strategy.models import Case
 from lightning_fastmoe import FastMoEStrategy
 from lightning_fastmoe.distributed import EXCHANGE, PendingExchange
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy import sentry
-from lightning_fastmoe.strategy.sentry import Activity, Sentry
-from lightning_fastmoe.strategy.watch import Watch
+from lightning_fastmoe.strategy.watchdog import sentry
+from lightning_fastmoe.strategy.watchdog.sentry import Activity, Sentry
+from lightning_fastmoe.strategy.watchdog.watch import Watch
 
 TESTS = Path(__file__).parents[1]
 HANG, TERMINATED, INTERRUPTED = 75, 143, 130

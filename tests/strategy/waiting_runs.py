@@ -18,7 +18,7 @@ from strategy.models import (
 )
 from strategy.tracing import Tracer, make_trainer
 
-from lightning_fastmoe.strategy import peers
+from lightning_fastmoe.strategy.watchdog import peers
 
 
 def outcome(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[str, str, float]:

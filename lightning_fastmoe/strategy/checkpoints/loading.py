@@ -25,9 +25,9 @@ from lightning_fastmoe.checkpoint.sources.single_file import open_file
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.strategy.averaging import Averaging
 from lightning_fastmoe.strategy.checks import attached_module, check_order_is_known
-from lightning_fastmoe.strategy.hook_edits import WeightNames
-from lightning_fastmoe.strategy.resumable import for_other_ranks, is_own_state
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.checkpoints.hook_edits import WeightNames
+from lightning_fastmoe.strategy.loaders.resumable import for_other_ranks, is_own_state
+from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.averages import has_training_weights
 from lightning_fastmoe.zero.engine import ExpertState
 from lightning_fastmoe.zero.restore import Loaded, load

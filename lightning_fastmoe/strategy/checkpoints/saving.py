@@ -31,9 +31,9 @@ from lightning_fastmoe.strategy.checks import (
 )
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
-from lightning_fastmoe.strategy.hook_edits import WeightNames
-from lightning_fastmoe.strategy.pending_names import count_pending_names
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.checkpoints.hook_edits import WeightNames
+from lightning_fastmoe.strategy.checkpoints.pending_names import count_pending_names
+from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.engine import ExpertState
 from lightning_fastmoe.zero.snapshot import take_snapshot
 

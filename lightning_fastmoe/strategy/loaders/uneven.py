@@ -36,7 +36,7 @@ from pytorch_lightning.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_fastmoe.errors import DataError
-from lightning_fastmoe.strategy.untouched import untouched
+from lightning_fastmoe.strategy.loaders.untouched import untouched
 
 _NO_LENGTH = -1
 

@@ -7,7 +7,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_fastmoe.ops.stall import stall_report
-from lightning_fastmoe.strategy.watch import TERMINATED_STATUS
+from lightning_fastmoe.strategy.watchdog.watch import TERMINATED_STATUS
 
 
 def is_launched(environment: ClusterEnvironment | None, local_rank: int) -> bool:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from lightning_fastmoe.distributed import ExchangeWait, ExpertSharder, PendingExchange
 from lightning_fastmoe.errors import ExchangeError
-from lightning_fastmoe.strategy.peers import Peers, is_broken_connection
-from lightning_fastmoe.strategy.watch import Watch
+from lightning_fastmoe.strategy.watchdog.peers import Peers, is_broken_connection
+from lightning_fastmoe.strategy.watchdog.watch import Watch
 
 
 class ExchangeWaits:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from lightning_fastmoe.distributed import PendingExchange
-from lightning_fastmoe.strategy.sentry import HANG_STATUS
+from lightning_fastmoe.strategy.watchdog.sentry import HANG_STATUS
 
 _POLL = 1.0
 _STILL = 15.0
@@ -33,7 +33,7 @@ _FREED = 30.0
 """Seconds within which an error must wake a main thread that waits for a rank that gave up."""
 _TORCH = str(Path(torch.__file__).parent)
 _COLLECTIVES = str(Path(dist.__file__).parent / "distributed_c10d.py")
-_OWN = str(Path(__file__).parents[1])
+_OWN = str(Path(__file__).parents[2])
 
 
 class Peers:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from typing_extensions import override
 
-from lightning_fastmoe.strategy.watch import Activity, Watch
+from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 
 
 class DeferredSignals(pl.Callback):

@@ -20,7 +20,7 @@ import torch
 
 from lightning_fastmoe.distributed import EXCHANGE, PendingExchange
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy.sentry import (
+from lightning_fastmoe.strategy.watchdog.sentry import (
     DUMP_SIGNAL,
     EXCHANGE_AT,
     MEMORY_BYTES,
