@@ -5,10 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.expert_names import check_expert_ids
-from lightning_fastmoe.checkpoint.format.records import (
-    split_name,
-    weight_name,
-)
+from lightning_fastmoe.checkpoint.format.tensor_names import split_name, weight_name
 from lightning_fastmoe.checkpoint.model_map import ModelMap
 from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.errors import CheckpointError

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import WEIGHTS, TensorRecord, weight_name
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
+from lightning_fastmoe.checkpoint.format.tensor_names import WEIGHTS, weight_name
 from lightning_fastmoe.checkpoint.format.threads import thread_count
 from lightning_fastmoe.checkpoint.lockstep import Together
 from lightning_fastmoe.checkpoint.matching import check_experts, check_names, check_shapes

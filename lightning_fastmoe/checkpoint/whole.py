@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import split_name
+from lightning_fastmoe.checkpoint.format.tensor_names import split_name
 from lightning_fastmoe.checkpoint.format.threads import thread_count
 
 _EXTRA = "_extra_state"

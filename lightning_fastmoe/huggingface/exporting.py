@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.files import fsync_directory, write_small
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
+from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.architecture import (

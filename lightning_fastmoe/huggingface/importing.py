@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_fastmoe import __version__
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
-from lightning_fastmoe.checkpoint.format.records import DTYPES, weight_name
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
+from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.format.writer import write_checkpoint
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.huggingface.architecture import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, state_name
+from lightning_fastmoe.checkpoint.format.tensor_names import OPTIMIZER, state_name
 from lightning_fastmoe.zero.state import ZeroShard
 
 TRAINING = "training_weights"

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.manifest import Topology
-from lightning_fastmoe.checkpoint.format.records import TensorRecord, gradient_name
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
+from lightning_fastmoe.checkpoint.format.tensor_names import gradient_name
 from lightning_fastmoe.checkpoint.model_map import ModelMap
 from lightning_fastmoe.zero.state import LocalFragment, ZeroShard, ZeroState
 

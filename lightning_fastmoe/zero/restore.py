@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.manifest import Topology
-from lightning_fastmoe.checkpoint.format.records import (
-    DTYPES,
+from lightning_fastmoe.checkpoint.format.tensor_names import (
     GRADIENTS,
     split_name,
     state_name,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_fastmoe.checkpoint.expert_names import Inventory, expert_of, merged
 from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
-from lightning_fastmoe.checkpoint.format.records import state_name, weight_name
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.state_files import COUNTS
+from lightning_fastmoe.checkpoint.format.tensor_names import state_name, weight_name
 from lightning_fastmoe.checkpoint.format.writer import (
     pack_rank_state,
     pack_state,

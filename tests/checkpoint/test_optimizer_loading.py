@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_fastmoe.checkpoint.format.records import TensorRecord, state_name
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
+from lightning_fastmoe.checkpoint.format.tensor_names import state_name
 from lightning_fastmoe.zero.restore import _OptimizerLoader
 from lightning_fastmoe.zero.state import FlatFragment, FlatPartition
 

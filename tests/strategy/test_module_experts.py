@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import MoE
 from lightning_fastmoe.checkpoint import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import split_name
+from lightning_fastmoe.checkpoint.format.tensor_names import split_name
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError

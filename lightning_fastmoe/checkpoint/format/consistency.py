@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Set
 
+from lightning_fastmoe.checkpoint.format.dtypes import itemsize
 from lightning_fastmoe.checkpoint.format.manifest import STATE, Manifest
-from lightning_fastmoe.checkpoint.format.records import (
+from lightning_fastmoe.checkpoint.format.records import TensorRecord, check_coverage, check_tensor
+from lightning_fastmoe.checkpoint.format.tensor_names import (
     GRADIENTS,
     OPTIMIZER,
     WEIGHTS,
-    TensorRecord,
-    check_coverage,
-    check_tensor,
-    itemsize,
     split_name,
     weight_name,
 )

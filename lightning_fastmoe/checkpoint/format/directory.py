@@ -16,8 +16,9 @@ from lightning_fastmoe.checkpoint.format.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
 )
-from lightning_fastmoe.checkpoint.format.records import FileRecord, fragment_key
+from lightning_fastmoe.checkpoint.format.records import FileRecord
 from lightning_fastmoe.checkpoint.format.shards import read_header
+from lightning_fastmoe.checkpoint.format.tensor_names import fragment_key
 from lightning_fastmoe.errors import CheckpointError
 
 _SHOWN = 4

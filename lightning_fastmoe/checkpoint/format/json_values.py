@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPE_NAMES, DTYPES
 from lightning_fastmoe.checkpoint.format.json_file import is_a
-from lightning_fastmoe.checkpoint.format.records import DTYPE_NAMES, DTYPES, MAX_NUMEL
+from lightning_fastmoe.checkpoint.format.records import MAX_NUMEL
 from lightning_fastmoe.errors import CheckpointError
 
 _MAX_TENSOR = 1024

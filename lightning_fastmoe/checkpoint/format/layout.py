@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from lightning_fastmoe.checkpoint.format.records import OPTIMIZER, WEIGHTS, split_name
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
+from lightning_fastmoe.checkpoint.format.tensor_names import OPTIMIZER, WEIGHTS, split_name
 
 MIN_FILE_BYTES = 64 * 2**20
 """Minimum size of a file: hashing less takes no longer than creating a file on a network disk."""

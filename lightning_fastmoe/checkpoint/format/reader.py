@@ -25,6 +25,7 @@ from lightning_fastmoe.checkpoint.format.directory import (
     strangers,
     verify_file,
 )
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES, itemsize
 from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES, read_exactly
 from lightning_fastmoe.checkpoint.format.fragment import StoredFragment
 from lightning_fastmoe.checkpoint.format.hashing import damaged
@@ -37,15 +38,11 @@ from lightning_fastmoe.checkpoint.format.manifest import (
     parse_manifest,
 )
 from lightning_fastmoe.checkpoint.format.pickles import TRUST_STRATEGY, load_objects
-from lightning_fastmoe.checkpoint.format.records import (
-    DTYPES,
-    TensorRecord,
-    fragment_key,
-    itemsize,
-)
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import byte_view
 from lightning_fastmoe.checkpoint.format.shards import HeaderEntry, chunks, read_header
 from lightning_fastmoe.checkpoint.format.state_files import decode_rank_state, decode_state
+from lightning_fastmoe.checkpoint.format.tensor_names import fragment_key
 from lightning_fastmoe.checkpoint.format.threads import run_all
 from lightning_fastmoe.errors import CheckpointError
 

@@ -7,40 +7,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from lightning_fastmoe.checkpoint.format.fragment import Fragment, StoredFragment
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES, itemsize
+from lightning_fastmoe.checkpoint.format.fragment import StoredFragment
+from lightning_fastmoe.checkpoint.format.tensor_names import TENSOR_NAME
 from lightning_fastmoe.errors import CheckpointError
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-}
-"""safetensors name -> dtype, for the dtypes that can be stored."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_NUMEL = 2**60
 MAX_DIMENSIONS = 64
 MAX_NAME = 4096
 """Maximum length of a tensor's name in characters; real names are far shorter."""
 
-WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
-
-_TENSOR_NAME = re.compile(r"(weights|optimizer/[^/]+|gradients/(mean|local))/.+", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Surrogates, which JSON can escape but UTF-8 can't encode."""
 
@@ -93,52 +69,13 @@ class WrittenFragment:
     fragment: StoredFragment
 
 
-def itemsize(dtype: str) -> int:
-    """Bytes per element."""
-    return DTYPES[dtype].itemsize
-
-
-def weight_name(name: str) -> str:
-    """Name of the tensor that holds a parameter or buffer."""
-    return f"{WEIGHTS}/{name}"
-
-
-def state_name(state: str, name: str) -> str:
-    """Name of the tensor that holds an optimizer state of a parameter."""
-    return f"{OPTIMIZER}/{state}/{name}"
-
-
-def gradient_name(name: str, is_local: bool) -> str:
-    """Name of the tensor that holds the partly accumulated gradient of a parameter.
-
-    Args:
-        name: the name of the parameter.
-        is_local: whether it has one gradient per replica of the parameter, from that replica's own
-            batches, along an additional first dimension; otherwise it is the average.
-    """
-    return f"{GRADIENTS}/{'local' if is_local else 'mean'}/{name}"
-
-
-def split_name(tensor: str) -> tuple[str | None, str]:
-    """(kind, parameter or buffer name); kind is an optimizer state, "gradients/..." or None."""
-    if tensor.startswith(WEIGHTS + "/"):
-        return None, tensor.split("/", 1)[1]
-    kind, state, name = tensor.split("/", 2)
-    return (state if kind == OPTIMIZER else f"{kind}/{state}"), name
-
-
-def fragment_key(tensor: str, fragment: Fragment) -> str:
-    """The name of a tensor's fragment inside its safetensors file."""
-    return f"{tensor}[{fragment.start}:{fragment.stop}]"
-
-
 def check_tensor(name: str, dtype: str, shape: tuple[int, ...], where: object) -> None:
     """Refuses names, dtypes and shapes that this package never writes.
 
     Raises:
         CheckpointError: naming the tensor.
     """
-    if len(name) > MAX_NAME or not _TENSOR_NAME.fullmatch(name) or _SURROGATE.search(name):
+    if len(name) > MAX_NAME or not TENSOR_NAME.fullmatch(name) or _SURROGATE.search(name):
         raise CheckpointError(
             f"{where}: {name[:200]!r} is not a tensor name: expected weights/NAME,"
             f" optimizer/STATE/NAME or gradients/KIND/NAME, of at most {MAX_NAME} Unicode"

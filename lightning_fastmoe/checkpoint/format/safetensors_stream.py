@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format import files
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPE_NAMES
 from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES
-from lightning_fastmoe.checkpoint.format.records import DTYPE_NAMES, FileRecord
+from lightning_fastmoe.checkpoint.format.records import FileRecord
 from lightning_fastmoe.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPE_NAMES, itemsize
 from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES, read_exactly
 from lightning_fastmoe.checkpoint.format.fragment import Fragment, StoredFragment
 from lightning_fastmoe.checkpoint.format.json_file import MAX_INTEGER, is_a, load_json
-from lightning_fastmoe.checkpoint.format.records import (
-    DTYPE_NAMES,
-    FileRecord,
-    WrittenFragment,
-    fragment_key,
-    itemsize,
-)
+from lightning_fastmoe.checkpoint.format.records import FileRecord, WrittenFragment
 from lightning_fastmoe.checkpoint.format.safetensors_stream import (
     MAX_HEADER_BYTES,
     StreamedTensor,
     write_safetensors,
 )
+from lightning_fastmoe.checkpoint.format.tensor_names import fragment_key
 from lightning_fastmoe.errors import CheckpointError
 
 

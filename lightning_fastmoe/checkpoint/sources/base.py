@@ -9,9 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.manifest import Topology
-from lightning_fastmoe.checkpoint.format.records import (
-    TensorRecord,
-)
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 
 
 class Source(Protocol):

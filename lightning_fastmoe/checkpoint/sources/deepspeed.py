@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.format.records import weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.sources.single_file import (
     WholeTensors,
     plain_name,

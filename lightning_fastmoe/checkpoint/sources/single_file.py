@@ -14,14 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPE_NAMES
 from lightning_fastmoe.checkpoint.format.manifest import Topology
 from lightning_fastmoe.checkpoint.format.pickles import check_archive
-from lightning_fastmoe.checkpoint.format.records import (
-    DTYPE_NAMES,
-    TensorRecord,
-    state_name,
-    weight_name,
-)
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
+from lightning_fastmoe.checkpoint.format.tensor_names import state_name, weight_name
 from lightning_fastmoe.checkpoint.param_options import NamedGroup
 from lightning_fastmoe.errors import CheckpointError
 

@@ -12,8 +12,8 @@ import torch
 
 from lightning_fastmoe.checkpoint.format.files import fsync_directory
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import split_name
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
+from lightning_fastmoe.checkpoint.format.tensor_names import split_name
 from lightning_fastmoe.checkpoint.tools.copying import stored_tensor
 from lightning_fastmoe.checkpoint.tools.torch_file import write_torch
 from lightning_fastmoe.checkpoint.whole import extra_state

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.files import BUFFER_BYTES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import DTYPES, TensorRecord
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment, chunks
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import DTYPES, TensorRecord
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.shards import chunks
 
 _ELEMENTS = 2**21

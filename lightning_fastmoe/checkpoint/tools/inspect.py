@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning_fastmoe.checkpoint.format.manifest import FORMAT_VERSION, Manifest
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import TensorRecord, split_name
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
+from lightning_fastmoe.checkpoint.format.tensor_names import split_name
 
 
 def summarize(reader: CheckpointReader, *, tensors: bool = False) -> dict[str, Any]:

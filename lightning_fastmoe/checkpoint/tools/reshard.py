@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.files import write_small
 from lightning_fastmoe.checkpoint.format.publish import Publication
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.records import DTYPES, FileRecord
+from lightning_fastmoe.checkpoint.format.records import FileRecord
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.writer import WrittenFiles, write_manifest, write_rank
 from lightning_fastmoe.checkpoint.tools.copying import copied_fragment

@@ -15,7 +15,8 @@ import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_fastmoe.checkpoint.format.records import DTYPES, split_name
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
+from lightning_fastmoe.checkpoint.format.tensor_names import split_name
 from lightning_fastmoe.checkpoint.model_map import ModelMap
 from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.errors import CheckpointError

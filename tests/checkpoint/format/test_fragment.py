@@ -7,8 +7,9 @@ import torch
 
 from lightning_fastmoe.checkpoint import OwnedPiece
 from lightning_fastmoe.checkpoint.format.fragment import Fragment, StoredFragment
-from lightning_fastmoe.checkpoint.format.records import TensorRecord, fragment_key
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
+from lightning_fastmoe.checkpoint.format.tensor_names import fragment_key
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 10), (3, 4), (9, 1), (10, 0), (4, 0)])
