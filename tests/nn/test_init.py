@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn import MoE, StackedExperts
@@ -190,6 +191,15 @@ def test_threads_draw_what_one_thread_draws(monkeypatch, cores, bytes_at_once, s
         else:
             expected.normal_(0.0, std, generator=generator)
         assert torch.equal(values, expected.bfloat16()), expert_id
+
+
+def test_no_thread_leaves_a_mode_that_makes_other_tensors(monkeypatch):
+    monkeypatch.setattr(init, "_WORTH_THREADS", 1)
+    monkeypatch.setattr(init, "_cores", lambda: 2)
+    with FakeTensorMode():
+        drawn = torch.empty(4, 7, 3)
+        init.init_experts_(drawn, name="up", layer_seed=9, expert_ids=range(4), fan_in=3, std=0.1)
+    assert isinstance(drawn, FakeTensor)
 
 
 def test_one_id_for_each_slice():

@@ -68,9 +68,10 @@ def init_experts_(
         return values.normal_(0.0, std, generator=generator)
 
     # torch draws with one thread, and without the GIL. Copies are made here, as other threads are
-    # in none of the context managers that the caller has entered.
+    # in none of the context managers that the caller has entered; so are all draws inside of one
+    # that makes other tensors, such as FakeTensorMode.
     at_once = 1
-    if stacked.numel() >= _WORTH_THREADS:
+    if stacked.numel() >= _WORTH_THREADS and type(torch.empty(0)) is Tensor:
         at_once = max(1, min(_cores(), _BYTES_AT_ONCE // (4 * stacked[0].numel())))
     pairs = zip(expert_ids, stacked, strict=True)
     with ThreadPoolExecutor(at_once) as pool:  # starts no thread before it is given work
