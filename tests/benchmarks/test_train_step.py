@@ -36,7 +36,7 @@ def test_rows_train_the_same_and_are_timed():
         cells = [cell.strip() for cell in line.split("|")]
         assert cells[1] == one["row"]
         expected = 1000 * SHAPES["tiny"].tokens / one["ms"]
-        assert float(cells[3].replace(",", "")) == pytest.approx(expected, rel=1e-3)
+        assert float(cells[3].replace(",", "")) == pytest.approx(expected, rel=1e-3, abs=0.5)
 
 
 def run_of(row: str, **fields: object) -> dict[str, object]:
