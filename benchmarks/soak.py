@@ -34,6 +34,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,7 @@ def long_run(args: argparse.Namespace) -> bool:
             precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
             strategy=FastMoEStrategy(stage=2, async_checkpoint=True),
             max_steps=args.steps,
+            max_time=timedelta(seconds=args.within) if args.within < math.inf else None,
             val_check_interval=SAMPLE_EVERY,
             check_val_every_n_epoch=None,
             limit_val_batches=5,
@@ -418,7 +420,7 @@ def long_run(args: argparse.Namespace) -> bool:
         **machine(),
     }
     print(json.dumps(report), flush=True)
-    return trainer.global_step == args.steps and not grown
+    return (trainer.global_step == args.steps or args.within < math.inf) and not grown
 
 
 def halves(samples: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
@@ -458,6 +460,7 @@ def main() -> None:
     starts.add_argument("--limit", type=float, default=180.0, help="seconds after which one hangs")
     steps = commands.add_parser("steps", help="one long run")
     steps.add_argument("--steps", type=int, default=20000)
+    steps.add_argument("--within", type=float, default=math.inf, help="seconds to end it after")
     args = parser.parse_args()
     if args.command == "starts" and args.gpus > 1 and args.mode != "strategy":
         parser.error("--gpus needs --mode strategy")
