@@ -36,6 +36,8 @@ NAMES = [
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._optimizer_step",
     "deepspeed.runtime.utils:mask_nan_or_inf_with_val_inplace",
     "torch:_foreach_norm",
+    "torch:_foreach_copy_",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
     "_overflow_check_and_loss_scale_update",
     # checkpoints
@@ -116,6 +118,8 @@ SOURCES = {
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": [
         "self.check_overflow(partition_gradients=self.partition_gradients)",
         "and is_invalid_grad_norm(scaled_global_grad_norm):",
+        "flat_grad_partition = self._get_preflattened_grad_partition(i)",
+        "flat_grad_partition.to(self.single_partition_of_fp32_groups[i].dtype)",
         "self.single_partition_of_fp32_groups[i].grad = single_grad_partition",
         "self.unscale_and_clip_grads([single_grad_partition], scaled_global_grad_norm)",
     ],

@@ -1,9 +1,10 @@
 """ZeRO 1 and 2's optimizer step in fewer passes over the gradients.
 
-DeepSpeed reads the gradients four times before the optimizer does: for NaN and Inf (three kernels
-for each tensor), as a copy in fp64 for the norm, and to multiply them by the clip factor. Here one
-kernel reads them once: the norm, summed in fp64, is finite exactly if every gradient is. The clip
-factor goes to the optimizer's own kernel, as :class:`torch.amp.GradScaler` passes the loss scale.
+DeepSpeed reads the gradients for NaN and Inf (three kernels for each tensor), as a copy in fp64 for
+the norm, to join them, to convert them to fp32, and to multiply them by the clip factor. Here one
+kernel reads them for the norm, which is summed in fp64 and finite exactly if every gradient is, and
+one joins and converts them. The clip factor goes to the optimizer's own kernel, as
+:class:`torch.amp.GradScaler` passes the loss scale.
 """
 
 from __future__ import annotations
@@ -64,6 +65,21 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         total = total.sqrt()
         mask_nan_or_inf_with_val_inplace(total, device=self.device)
         return total
+
+    def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
+        """This rank's gradients of a group, (partition size,), converted while they are joined."""
+        found: Tensor | None = super()._get_preflattened_grad_partition(group_idx)
+        gradients = self.averaged_gradients[group_idx]
+        master = self.single_partition_of_fp32_groups[group_idx]
+        if found is not None or all(g.dtype == master.dtype for g in gradients):
+            return found  # the base class joins them by one copy too
+        size = int(self.partition_size[group_idx])
+        flat = torch.empty(size, dtype=master.dtype, device=gradients[0].device)
+        lengths = [g.numel() for g in gradients]
+        *parts, rest = flat.split([*lengths, size - sum(lengths)])
+        torch._foreach_copy_(parts, [g.reshape(-1) for g in gradients])
+        rest.zero_()  # what alignment adds to the last rank's
+        return flat
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Any], total_norm: Tensor) -> None:
         """Divides gradients by the loss scale and clips them, or has the optimizer do so.
