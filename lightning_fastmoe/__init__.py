@@ -73,4 +73,4 @@ def __dir__() -> list[str]:
 
 serve_former_paths()
 register_with_lightning(lambda **arguments: _load("FastMoEStrategy")(**arguments))
-register_loaders(lambda: import_module(f"{__name__}.strategy.checkpoints.plain_loading"))
+register_loaders(lambda: import_module(f"{__name__}.strategy.checkpointing.plain_loading"))

@@ -33,7 +33,7 @@ def register_loaders(plain_loading: Callable[[], Any]) -> None:
     """Makes Lightning's loaders recognise this package's checkpoints. Idempotent.
 
     Args:
-        plain_loading: imports ``strategy/checkpoints/plain_loading.py``; called when there is a
+        plain_loading: imports ``strategy/checkpointing/plain_loading.py``; called when there is a
             path to check.
     """
     when_imported(

@@ -17,8 +17,8 @@ from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.registration import NAME, register_names
 from lightning_fastmoe.strategy.arguments import check_arguments, check_stage_beside_config
 from lightning_fastmoe.strategy.averaging import Averaging
-from lightning_fastmoe.strategy.checkpoints.loading import Loading
-from lightning_fastmoe.strategy.checkpoints.saving import Saving
+from lightning_fastmoe.strategy.checkpointing.loading import Loading
+from lightning_fastmoe.strategy.checkpointing.saving import Saving
 from lightning_fastmoe.strategy.checks import check_objects, check_trainer
 from lightning_fastmoe.strategy.compiled import CompiledSteps, unwrap_compiled
 from lightning_fastmoe.strategy.device_agnostic import DeviceAgnosticDeepSpeedStrategy

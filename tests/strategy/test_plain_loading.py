@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.lightning_loaders import register_loaders
-from lightning_fastmoe.strategy.checkpoints import plain_loading
+from lightning_fastmoe.strategy.checkpointing import plain_loading
 
 
 class Counter(nn.Module):

@@ -24,8 +24,8 @@ from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.checkpoint.sources.single_file import open_file
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.strategy.averaging import Averaging
+from lightning_fastmoe.strategy.checkpointing.hook_edits import WeightNames
 from lightning_fastmoe.strategy.checks import attached_module, check_order_is_known
-from lightning_fastmoe.strategy.checkpoints.hook_edits import WeightNames
 from lightning_fastmoe.strategy.loaders.resumable import for_other_ranks, is_own_state
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.averages import has_training_weights

@@ -22,6 +22,8 @@ from lightning_fastmoe.checkpoint.model_map import map_model
 from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.strategy.averaging import Averaging
+from lightning_fastmoe.strategy.checkpointing.hook_edits import WeightNames
+from lightning_fastmoe.strategy.checkpointing.pending_names import count_pending_names
 from lightning_fastmoe.strategy.checks import (
     attached_module,
     check_directories,
@@ -31,8 +33,6 @@ from lightning_fastmoe.strategy.checks import (
 )
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
-from lightning_fastmoe.strategy.checkpoints.hook_edits import WeightNames
-from lightning_fastmoe.strategy.checkpoints.pending_names import count_pending_names
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.engine import ExpertState
 from lightning_fastmoe.zero.snapshot import take_snapshot
