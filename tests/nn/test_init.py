@@ -176,13 +176,17 @@ def test_initial_values_do_not_depend_on_the_default_dtype():
 @pytest.mark.parametrize("std", [None, 0.02])
 @pytest.mark.parametrize("cores", [1, 3, 8])
 @pytest.mark.parametrize("bytes_at_once", [1, 1 << 30])
-def test_threads_draw_what_one_thread_draws(monkeypatch, cores, bytes_at_once, std):
+@pytest.mark.parametrize("target", ["bf16", "fp32", "fp32 transposed"])
+def test_threads_draw_what_one_thread_draws(monkeypatch, cores, bytes_at_once, std, target):
     monkeypatch.setattr(init, "_WORTH_THREADS", 1)
     monkeypatch.setattr(init, "_cores", lambda: cores)
     monkeypatch.setattr(init, "_BYTES_AT_ONCE", bytes_at_once)
     ids = (0, 3, 4, 11, 5)
     with torch.inference_mode():  # which other threads are not in
-        drawn = torch.empty(len(ids), 7, 3, dtype=torch.bfloat16)
+        dtype = torch.bfloat16 if target == "bf16" else torch.float32
+        drawn = torch.empty(len(ids), 7, 3, dtype=dtype)
+        if target == "fp32 transposed":
+            drawn = torch.empty(len(ids), 3, 7).transpose(1, 2)
         init.init_experts_(drawn, name="up", layer_seed=9, expert_ids=ids, fan_in=3, std=std)
     for expert_id, values in zip(ids, drawn, strict=True):
         expected, generator = torch.empty(7, 3), init.expert_generator(9, "up", expert_id)
@@ -190,7 +194,7 @@ def test_threads_draw_what_one_thread_draws(monkeypatch, cores, bytes_at_once, s
             expected.uniform_(-(3**-0.5), 3**-0.5, generator=generator)
         else:
             expected.normal_(0.0, std, generator=generator)
-        assert torch.equal(values, expected.bfloat16()), expert_id
+        assert torch.equal(values, expected.to(dtype)), expert_id
 
 
 def test_no_thread_leaves_a_mode_that_makes_other_tensors(monkeypatch):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -59,27 +59,45 @@ def init_experts_(
             ``b = 1 / sqrt(fan_in)``, as ``torch.nn.Linear`` does.
     """
 
-    def draw(expert_id: int) -> Tensor:
-        generator = expert_generator(layer_seed, name, expert_id)
-        values = torch.empty(stacked.shape[1:], dtype=torch.float32, device="cpu")
-        if std is None:
-            bound = fan_in**-0.5
-            return values.uniform_(-bound, bound, generator=generator)
-        return values.normal_(0.0, std, generator=generator)
+    inference = torch.is_inference_mode_enabled()
 
-    # torch draws with one thread, and without the GIL. Copies are made here, as other threads are
-    # in none of the context managers that the caller has entered; so are all draws inside of one
-    # that makes other tensors, such as FakeTensorMode.
-    at_once = 1
-    if stacked.numel() >= _WORTH_THREADS and type(torch.empty(0)) is Tensor:
-        at_once = max(1, min(_cores(), _BYTES_AT_ONCE // (4 * stacked[0].numel())))
+    def draw(expert_id: int, target: Tensor) -> Tensor:
+        """The values of one expert; in ``target`` itself where torch can draw them there."""
+        in_place = target.device.type == "cpu" and target.dtype == torch.float32
+        in_place &= target.is_contiguous()  # else torch draws in another order
+        generator = expert_generator(layer_seed, name, expert_id)
+        with torch.inference_mode(inference), torch.no_grad():  # a thread has its own modes
+            values = target
+            if not in_place:
+                values = torch.empty(target.shape, dtype=torch.float32, device="cpu")
+            if std is None:
+                bound = fan_in**-0.5
+                return values.uniform_(-bound, bound, generator=generator)
+            return values.normal_(0.0, std, generator=generator)
+
+    # torch draws with one thread, and without the GIL. Copies to other devices are made here, on
+    # the caller's stream; and so is everything in a mode that makes other tensors, such as
+    # FakeTensorMode, which other threads are not in.
     pairs = zip(expert_ids, stacked, strict=True)
-    with ThreadPoolExecutor(at_once) as pool:  # starts no thread before it is given work
-        run = pool.map if at_once > 1 else map
-        while some := list(islice(pairs, at_once)):
-            drawn = run(draw, [expert_id for expert_id, _ in some])
-            for values, (_, target) in zip(drawn, some, strict=True):
-                target.copy_(values)
+    if stacked.numel() < _WORTH_THREADS or type(torch.empty(0)) is not Tensor:
+        for expert_id, target in pairs:
+            _place(target, draw(expert_id, target))
+        return
+    at_once = max(1, min(2 * _cores(), _BYTES_AT_ONCE // (4 * stacked[0].numel())))
+    drawn: deque[tuple[Tensor, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(_cores()) as pool:
+        for expert_id, target in pairs:
+            if len(drawn) == at_once:
+                first, values = drawn.popleft()
+                _place(first, values.result())
+            drawn.append((target, pool.submit(draw, expert_id, target)))
+        for target, values in drawn:
+            _place(target, values.result())
+
+
+def _place(target: Tensor, values: Tensor) -> None:
+    if values is not target:
+        target.copy_(values)
 
 
 def _cores() -> int:
