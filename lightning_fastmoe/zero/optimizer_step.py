@@ -25,7 +25,7 @@ def use_fewer_passes(optimizer: Any) -> None:
         optimizer: what DeepSpeed's engine calls its optimizer.
     """
     if type(optimizer) is DeepSpeedZeroOptimizer:
-        optimizer.__class__ = ZeroOptimizer  # the engine's base class creates no other
+        optimizer.__class__ = ZeroOptimizer  # DeepSpeed's engine can't be told which to create
 
 
 class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
@@ -60,7 +60,7 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             norms = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float64))
             total = norms.square().sum().float()
         else:
-            total = torch.zeros((), device=self.device)
+            total = torch.zeros((), dtype=torch.float32, device=self.device)
         dist.all_reduce(total, group=self.dp_process_group)
         total = total.sqrt()
         mask_nan_or_inf_with_val_inplace(total, device=self.device)
@@ -76,6 +76,10 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         size = int(self.partition_size[group_idx])
         flat = torch.empty(size, dtype=master.dtype, device=gradients[0].device)
         lengths = [g.numel() for g in gradients]
+        ranks = self.real_dp_process_group[group_idx]
+        is_last = dist.get_rank(ranks) == dist.get_world_size(ranks) - 1
+        if sum(lengths) != size and not is_last:
+            return None  # the base class raises
         *parts, rest = flat.split([*lengths, size - sum(lengths)])
         torch._foreach_copy_(parts, [g.reshape(-1) for g in gradients])
         rest.zero_()  # what alignment adds to the last rank's
@@ -94,7 +98,8 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             clip = ((total_norm / self.loss_scale) + 1e-6) / self.clip_grad
             self._clip_scale = torch.clamp(clip, min=1.0) * self.loss_scale
         elif self.loss_scale != 1.0:
-            self._clip_scale = torch.tensor(float(self.loss_scale), device=self.device)
+            scale = float(self.loss_scale)
+            self._clip_scale = torch.tensor(scale, dtype=torch.float32, device=self.device)
 
     def _divides_gradients(self, gradients: list[Any]) -> bool:
         """Whether the optimizer's kernel can divide these gradients while it reads them."""
@@ -113,7 +118,7 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             super()._optimizer_step(group_no)
             return
         self.optimizer.grad_scale = scale
-        self.optimizer.found_inf = torch.zeros((), device=scale.device)
+        self.optimizer.found_inf = torch.zeros_like(scale)
         try:
             super()._optimizer_step(group_no)
         finally:
