@@ -154,6 +154,7 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        use_distributed_sampler=False,  # which would shuffle: the same batches in all rows
     )
     batches = shape.batches(8)
     endless = [batches[step % len(batches)] for step in range(steps)]
