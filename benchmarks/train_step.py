@@ -7,8 +7,9 @@
 Every row trains a decoder of the same sizes (a config of Qwen3-MoE) on the same batches with AdamW
 and clipping, in a process of its own, one after the other, for --rounds rounds. A step is timed
 from the end of the step before, by the device, without waiting for it; the median excludes
---warm-up steps. Model FLOPs are printed with their formula in training/shapes.py. --profile adds a
-few steps under torch.profiler, and splits them by the kernels' names. The first losses of all rows
+--warm-up steps. Model FLOPs are printed with their formula in training/shapes.py. --profile adds
+steps after those that are timed, the last of them under torch.profiler, splits it by the kernels'
+names, and lists the longest ones on stderr. The first losses of all rows
 must agree within 4 % and their last ones within 5 %, or the script ends with status 1: what doesn't
 train the same is not compared.
 
@@ -18,7 +19,6 @@ Prints a line of JSON for each run, then a table.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -39,47 +39,22 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]
     """Trains one row in this process."""
     import torch
     from training import kernels, rows
-    from training.clock import Clock
+    from training.clock import PROFILED, Clock, Profiling
 
     row = rows.ROWS[name]
     cuda = torch.cuda.is_available()
-    clock = Clock()
-    row.trains(row, shape, args.steps, clock)
-    found = clock.report(args.warm_up)
+    profiled = args.profile and cuda
+    clock = Profiling(args.steps) if profiled else Clock()
+    row.trains(row, shape, args.steps + PROFILED * profiled, clock)
+    found = clock.report(args.warm_up, args.steps)
     if cuda:
         found["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         found["device"] = torch.cuda.get_device_name()
-    if args.profile and cuda:
-        gc.collect()
-        found["split_ms"] = kernels.split(profiled(row, shape, args.warm_up))
+    if isinstance(clock, Profiling):
+        ran = clock.kernels()
+        found["split_ms"] = kernels.split(ran)
+        print(name, *kernels.longest(ran), sep="\n", file=sys.stderr)
     return found
-
-
-def profiled(row: Any, shape: Shape, warm_up: int) -> list[tuple[str, float, float]]:
-    """(name, start, end) of the kernels of one step after ``warm_up`` others."""
-    import torch
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-    from training.clock import Clock
-
-    class Profiling(Clock):
-        def step(self, loss: Any) -> None:
-            super().step(loss)
-            if len(self.losses) == warm_up:
-                torch.cuda.synchronize()
-                self.profiler = profile(activities=[ProfilerActivity.CUDA])
-                self.profiler.start()
-            if len(self.losses) == warm_up + 1:
-                torch.cuda.synchronize()
-                self.profiler.stop()
-
-    clock = Profiling()
-    row.trains(row, shape, warm_up + 1, clock)
-    return [
-        (event.name, float(event.time_range.start), float(event.time_range.end))
-        for event in clock.profiler.events()
-        if event.device_type == DeviceType.CUDA
-    ]
 
 
 def work(pipe: Connection, name: str, shape: Shape, args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace lightning_fastmoe {
 
@@ -41,6 +42,12 @@ Tensor activation_backward_(const Tensor& h, const Tensor& d_act, const Tensor& 
 
 // zero_empty.cu
 void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);
+
+// adam_step.cu
+void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tensor& mean,
+                const Tensor& mean_square, const Tensor& weights, const Tensor& step,
+                const std::optional<Tensor>& scale, double lr, double beta1, double beta2,
+                double eps, double weight_decay, bool decoupled);
 
 // layer.cpp
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,

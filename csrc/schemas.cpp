@@ -64,6 +64,14 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 
+  // The gradients of a flat partition (N,), in its order, are divided by scale and applied to the
+  // fp32 master weights and moments by Adam; the weights become the master weights. step is this
+  // step's number, from 1. The decay is AdamW's if decoupled, else it is added to the gradient.
+  library.def(
+      "adam_step_(Tensor[] gradients, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) mean_square,"
+      " Tensor(d!) weights, Tensor step, Tensor? scale, float lr, float beta1, float beta2,"
+      " float eps, float weight_decay, bool decoupled) -> ()");
+
   // Which kernel of this process timed out, and what it waited for; "" if none. See deadline.h.
   library.def("stall_report() -> str");
 
@@ -109,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("zero_empty_experts_", TORCH_BOX(&lightning_fastmoe::zero_empty_experts_));
   library.impl("expert_layer", TORCH_BOX(&lightning_fastmoe::expert_layer));
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
+  library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
   namespace hopper = lightning_fastmoe::hopper;
   library.impl("hopper_up_forward", TORCH_BOX(&hopper::up_forward));
   library.impl("hopper_backward_activation_", TORCH_BOX(&hopper::backward_activation_));

@@ -107,6 +107,35 @@ int main() {
       CHECK(max_splits(rows, split_rows) == splits);
     }
   }
+  // Experts are sorted by rows; every other wave runs backwards: no cluster gets all long tiles.
+  for (int trial = 0; trial < 200; ++trial) {
+    constexpr int kExperts = 64, kClusters = 66, kTiles = 20;
+    int rows[kExperts], by_rows[kExperts];
+    double total = 0, busiest = 0, busy[kClusters] = {};
+    std::set<int> numbers;
+    for (int e = 0; e < kExperts; ++e) {
+      rows[e] = std::rand() % 4 == 0 ? 2000 + std::rand() % 6000 : 50 + std::rand() % 1000;
+      total += rows[e];
+    }
+    std::set<int> ranks;
+    for (int e = 0; e < kExperts; ++e) {
+      const int rank = rank_by_rows(e, kExperts, [&](int i) { return rows[i]; });
+      CHECK(ranks.insert(rank).second && rank >= 0 && rank < kExperts);
+      by_rows[rank] = e;
+    }
+    for (int i = 1; i < kExperts; ++i) CHECK(rows[by_rows[i - 1]] >= rows[by_rows[i]]);
+    for (int wave = 0; wave * kClusters < kExperts * kTiles; ++wave) {
+      for (int cluster = 0; cluster < kClusters; ++cluster) {
+        const int number = number_in_wave(wave, cluster, kClusters);
+        if (number >= kExperts * kTiles) continue;
+        CHECK(numbers.insert(number).second);
+        busy[cluster] += rows[by_rows[number / kTiles]];
+        busiest = busy[cluster] > busiest ? busy[cluster] : busiest;
+      }
+    }
+    CHECK(static_cast<int>(numbers.size()) == kExperts * kTiles);
+    CHECK(busiest <= 1.15 * total * kTiles / kClusters);
+  }
   // (32768, 768, 3072, 8, 1): 288 work tiles for 66 clusters, so 24 are left, in two splits each.
   const LastWave last = split_last_wave(32768, 768, 3072, 8, 132);
   CHECK(last.tiles == 24 && last.splits == 2);

@@ -34,7 +34,13 @@ NAMES = [
     # skipping a step
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.check_overflow",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._optimizer_step",
-    "deepspeed.runtime.utils:mask_nan_or_inf_with_val_inplace",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._update_scale",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._release_preflattened_grad_buffers",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
+    "_lazy_init_hp_params_optimizer_state",
+    "deepspeed.runtime.utils:all_gather_dp_groups",
+    "torch.optim.optimizer:_global_optimizer_pre_hooks",
+    "torch.optim.optimizer:_global_optimizer_post_hooks",
     "torch:_foreach_norm",
     "torch:_foreach_copy_",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition",
@@ -114,8 +120,31 @@ SOURCES = {
         "self.expert_dp_process_group[param.group_name]",
         "tensor.div_(dist.get_world_size(group=self.dp_process_group)",
     ],
-    # What its step leaves to the methods that are replaced.
+    # What a rank without others leaves out.
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.process_gradients": [
+        "self.setup_buckets()",
+        "self.reduce_ready_partitions_and_remove_grads(param, i)",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
+    "independent_gradient_partition_epilogue": [
+        "self.reduce_ipg_grads()",
+        "self.all_grad_tensors[i] = self.get_all_grad_tensors(self.params_in_partition[i]",
+        "self.averaged_gradients[i] = self.get_flat_partition(",
+        "self._clear_param_grad_only()",
+    ],
+    # What the step at once does instead, and what the other step leaves to methods.
+    "torch.optim.optimizer:Optimizer": [
+        "self._optimizer_step_pre_hooks",
+        "self._optimizer_step_post_hooks",
+    ],
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": [
+        "self.micro_step_id = INITIAL_MICRO_STEP_ID",
+        "self._global_grad_norm = scaled_global_grad_norm / prev_scale",
+        "self.zero_grad(set_to_none=True)",
+        "self._release_preflattened_grad_buffers(i)",
+        "bit16_partitions[partition_id].data.copy_(fp32_partition.data)",
+        "all_gather_dp_groups(groups_flat=self.bit16_groups_flat,",
+        "self._update_model_bit16_weights(i)",
         "self.check_overflow(partition_gradients=self.partition_gradients)",
         "and is_invalid_grad_norm(scaled_global_grad_norm):",
         "flat_grad_partition = self._get_preflattened_grad_partition(i)",

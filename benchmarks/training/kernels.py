@@ -42,3 +42,12 @@ def split(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
         idle += max(0.0, start - until) / 1000
         until = max(until, end)
     return {**{part: round(ms, 3) for part, ms in sorted(parts.items())}, "idle": round(idle, 3)}
+
+
+def longest(kernels: Iterable[tuple[str, float, float]], count: int = 45) -> list[str]:
+    """Lines "milliseconds, launches, name" of those that took longest in all."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for name, start, end in kernels:
+        times[name].append((end - start) / 1000)
+    first = sorted(times.items(), key=lambda item: -sum(item[1]))[:count]
+    return [f"{sum(ms):9.3f} {len(ms):5d}  {name[:150]}" for name, ms in first]

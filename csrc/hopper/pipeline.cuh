@@ -65,6 +65,7 @@ constexpr int kTokensBarrier = 1;
 constexpr int kConsumerBarrier = 2;  // and the next, one for each consumer
 
 constexpr int kMaxExperts = 2048;  // limited by the shared memory left besides the stages
+constexpr int kMaxSorted = 256;    // likewise
 
 // Starts the declaration of a kernel. For other targets its body is empty and its blocks are
 // limited to one thread, so that it can't be launched.
@@ -80,6 +81,7 @@ struct SharedStorage {
   uint64_t empty[kStages];
   int row_end[kMaxExperts];        // running sum of rows
   int work_tile_end[kMaxExperts];  // running sum of work tiles
+  uint16_t by_rows[kMaxSorted];    // experts by their number of rows, see split_k.cuh
   // Start addresses of gathered rows, if the producer looks up many at once.
   alignas(16) uint32_t row_start[2][kWarpgroup];
 };

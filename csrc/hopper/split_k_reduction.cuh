@@ -49,13 +49,21 @@ __global__ void __launch_bounds__(kConsumers* kWarpgroup)
   grid_dependency_wait();
   launch_dependent_grids();
   __shared__ alignas(1024) uint8_t staging[kConsumers * kStagingBytes];
+  __shared__ int expert;
+  const int tiles = tiles_of_gradient(params.m, params.n);
+  const int last_wave_tile = blockIdx.x / kClusterSize, rank = blockIdx.x % kClusterSize;
+  const int number = params.experts * tiles - params.last_wave.tiles + last_wave_tile;
+  const int position = number / tiles;
+  const auto rows_of = [&](int e) {
+    return params.offsets[e] - (e == 0 ? 0 : params.offsets[e - 1]);
+  };
   int split_experts = 0;
   for (int e = threadIdx.x; e < params.experts; e += blockDim.x) {
-    const int rows = params.offsets[e] - (e == 0 ? 0 : params.offsets[e - 1]);
-    split_experts |= count_splits(rows, params.split_rows) > 1;
+    split_experts |= count_splits(rows_of(e), params.split_rows) > 1;
+    const bool sorted = params.experts <= kMaxSorted;
+    if ((sorted ? rank_by_rows(e, params.experts, rows_of) : e) == position) expert = e;
   }
   if (__syncthreads_or(split_experts)) return;  // then the last wave is whole, see SplitKScheduler
-  const int last_wave_tile = blockIdx.x / kClusterSize, rank = blockIdx.x % kClusterSize;
   const int consumer = threadIdx.x / kWarpgroup;
   float d[kAccumulators] = {};
   for (int split = 0; split < params.last_wave.splits; ++split) {
@@ -69,10 +77,8 @@ __global__ void __launch_bounds__(kConsumers* kWarpgroup)
       d[i + 3] += x.w;
     }
   }
-  const int tiles = tiles_of_gradient(params.m, params.n);
-  const int number = params.experts * tiles - params.last_wave.tiles + last_wave_tile;
   const GradientTile tile(number % tiles, params.m, rank);
-  T* out = params.out + static_cast<int64_t>(number / tiles) * params.m * params.n;
+  T* out = params.out + static_cast<int64_t>(expert) * params.m * params.n;
   const int m = tile.m + consumer * kConsumerM;
   if constexpr (kTransposed) {
     store_transposed<T>(out, d, m, tile.n, params,

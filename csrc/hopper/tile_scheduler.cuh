@@ -10,30 +10,36 @@
 
 namespace lightning_fastmoe::hopper {
 
-// Called by the first warp: fills shared.row_end and shared.work_tile_end; count(rows) is an
-// expert's number of work tiles.
+// Called by the first warp: fills shared.work_tile_end; count(i) is the number of work tiles of the
+// i-th expert.
 template <typename Count>
-__device__ __forceinline__ void sum_work_tiles(SharedStorage& shared, const int32_t* offsets,
-                                               int experts, Count&& count) {
+__device__ __forceinline__ void scan_work_tiles(SharedStorage& shared, int experts, Count&& count) {
   const int lane = threadIdx.x % 32;
   int total = 0;
   for (int first = 0; first < experts; first += 32) {
-    const int expert = first + lane;
-    int sum = 0;
-    if (expert < experts) {
-      const int end = offsets[expert], begin = expert == 0 ? 0 : offsets[expert - 1];
-      shared.row_end[expert] = end;
-      sum = count(end - begin);
-    }
+    const int i = first + lane;
+    int sum = i < experts ? count(i) : 0;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, sum, offset);
       if (lane >= offset) sum += below;
     }
     sum += total;
-    if (expert < experts) shared.work_tile_end[expert] = sum;
+    if (i < experts) shared.work_tile_end[i] = sum;
     total = __shfl_sync(0xffffffffu, sum, 31);
   }
+}
+
+// Called by the first warp: fills shared.row_end and shared.work_tile_end; count(rows) is an
+// expert's number of work tiles.
+template <typename Count>
+__device__ __forceinline__ void sum_work_tiles(SharedStorage& shared, const int32_t* offsets,
+                                               int experts, Count&& count) {
+  scan_work_tiles(shared, experts, [&](int expert) {
+    const int end = offsets[expert], begin = expert == 0 ? 0 : offsets[expert - 1];
+    shared.row_end[expert] = end;
+    return count(end - begin);
+  });
 }
 
 // Iterates over the work tiles of this cluster.

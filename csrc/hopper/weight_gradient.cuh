@@ -39,9 +39,11 @@ struct GradientWork : GradientTile {
 template <typename T>
 __device__ __forceinline__ GradientWork current_work(const WeightGradientParams<T>& params,
                                                      const SplitKScheduler& position) {
-  const TileScheduler& scheduler = position.scheduler;
-  const int begin = scheduler.row_begin(), end = scheduler.row_end();
-  const int tiles = tiles_of_gradient(params.m, params.n), index = scheduler.index_in_expert();
+  const SharedStorage& shared = position.scheduler.shared;
+  const int expert = position.expert(), end = shared.row_end[expert];
+  const int begin = expert == 0 ? 0 : shared.row_end[expert - 1];
+  const int tiles = tiles_of_gradient(params.m, params.n);
+  const int index = position.scheduler.index_in_expert();
   GradientWork work;
   work.split = index / tiles;
   const GradientTile tile(index - work.split * tiles, params.m, block_rank_in_cluster());
@@ -292,18 +294,17 @@ __device__ __forceinline__ void store_gradient(const WeightGradientParams<T>& pa
                                                const GradientWork& work,
                                                const float (&d)[kAccumulators], int64_t size,
                                                int consumer) {
-  const TileScheduler& scheduler = position.scheduler;
-  const int m = work.m + consumer * kConsumerM;
+  const int expert = position.expert(), m = work.m + consumer * kConsumerM;
   if (position.last_wave_tile >= 0) {
     store_accumulators(params.last_wave.accumulators(position.last_wave_tile, position.split,
                                                      block_rank_in_cluster(), consumer),
                        d);
   } else if (work.is_split) {
     const int64_t split =
-        splits_before(scheduler.shared, scheduler.expert, params.split_rows) + work.split;
+        splits_before(position.scheduler.shared, expert, params.split_rows) + work.split;
     store_split<kTransposed>(params.workspace + split * size, d, m, work.n, params.m, params.n);
   } else {
-    T* out = params.out + scheduler.expert * size;
+    T* out = params.out + expert * size;
     if constexpr (kTransposed) {
       store_transposed<T>(out, d, m, work.n, params, pipeline.staging(consumer),
                           kConsumerBarrier + consumer);
@@ -346,10 +347,14 @@ LIGHTNING_FASTMOE_KERNEL weight_gradient_kernel(
   const Pipeline pipeline = make_pipeline(shared, buffers, true, params.deadline);
   grid_dependency_wait();
   launch_dependent_grids();
+  sort_experts(shared, params.offsets, params.experts);
   if (threadIdx.x < 32) {
     const int tiles = tiles_of_gradient(params.m, params.n);
-    sum_work_tiles(shared, params.offsets, params.experts,
-                   [&](int rows) { return tiles * count_splits(rows, params.split_rows); });
+    scan_work_tiles(shared, params.experts, [&](int position) {
+      const int e = expert_at(shared, params.experts, position);
+      const int rows = shared.row_end[e] - (e == 0 ? 0 : shared.row_end[e - 1]);
+      return tiles * count_splits(rows, params.split_rows);
+    });
   }
   __syncthreads();
   cluster_sync();  // the other block's barriers are initialised, too

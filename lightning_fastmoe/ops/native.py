@@ -101,6 +101,7 @@ def register_fakes() -> None:
         "activation": _activation,
         "activation_backward_": lambda h, d_act, weights, *_: torch.empty_like(weights),
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
+        "adam_step_": lambda *_: None,
         "expert_layer": _expert_layer,
         "expert_layer_backward_": _expert_layer_backward,
         "hopper_up_forward": _up_forward,

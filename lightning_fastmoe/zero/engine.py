@@ -28,7 +28,7 @@ from lightning_fastmoe.errors import (
 )
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
-from lightning_fastmoe.zero.optimizer_step import use_fewer_passes
+from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer, use_fewer_passes
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 from lightning_fastmoe.zero.weight_edits import WeightEdits
 
@@ -168,27 +168,38 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         state = self.expert_state
         self._awaits_step = self.mid_accumulation = False
+        zero = self.optimizer
+        reads_once = isinstance(zero, ZeroOptimizer) and zero.updates_at_once
         refusal: FastMoEError | None = None
         try:
-            self.take_over_edits()
+            self.take_over_edits(samples=not reads_once)
             _refuse(self.edits.assigned_gradients() if self.edits is not None else [])
         except FastMoEError as error:
             refusal = error
-        bad, is_refused = self._meet(refusal is not None)
-        if is_refused:
+        norm = zero.gradient_norm() if reads_once else None
+        verdict = self._judge(refusal is not None, norm)
+        if norm is not None and (
+            verdict.is_refused or (verdict.bad and state.nonfinite == "raise")
+        ):
+            zero.forget_norm()
+        if verdict.is_refused:
             raise refusal or ParameterEditError(
                 "Another rank has refused edits of parameters or of the optimizer's groups: see its"
                 " error. Make the same edits on all ranks."
             )
-        if bad and state.nonfinite == "raise":
+        if verdict.bad and state.nonfinite == "raise":
             raise NonFiniteError(
-                f"NaN or Inf reached the router of {', '.join(bad)} on at least one rank; step"
-                f" {self.global_steps} was not taken and no weight has changed. Lower the learning"
-                " rate or look for the bad batch; FastMoEStrategy(nonfinite='skip') skips such"
-                " steps on all ranks, 'ignore' lets them pass."
+                f"NaN or Inf reached the router of {', '.join(verdict.bad)} on at least one rank;"
+                f" step {self.global_steps} was not taken and no weight has changed. Lower the"
+                " learning rate or look for the bad batch; FastMoEStrategy(nonfinite='skip') skips"
+                " such steps on all ranks, 'ignore' lets them pass."
             )
+        if norm is not None:
+            zero.tell_if_finite(verdict.is_norm_finite)
+        if verdict.samples_differ:
+            self.take_over_edits()
         self._collect_gradients()
-        with self._overflowing_step() if bad else nullcontext():
+        with self._overflowing_step() if verdict.bad else nullcontext():
             super()._take_model_step(lr_kwargs)
         self._drop_gradients()
         if state.user_groups is not None:
@@ -217,8 +228,11 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                     if flat.grad is not None:
                         flat.grad.zero_()
 
-    def take_over_edits(self) -> None:
+    def take_over_edits(self, samples: bool = True) -> None:
         """Applies the user's edits of parameters and of the optimizer's groups.
+
+        Args:
+            samples: whether to compare samples of the parameters too, which waits for the device.
 
         Raises:
             ParameterEditError: if an edit of a parameter can't be applied.
@@ -227,23 +241,37 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.expert_state.user_groups is not None:
             self.expert_state.user_groups.push()
         if self.edits is not None:
-            _refuse(self.edits.settle())
+            _refuse(self.edits.settle(samples))
 
-    def _meet(self, refused: bool) -> tuple[list[str], bool]:
-        """Which layers saw NaN or Inf since the last step, and whether to refuse this one.
+    def _judge(self, refused: bool, norm: Tensor | None) -> _Verdict:
+        """What the device and the other ranks know about the next step; waits for the device once.
 
-        Identical on all ranks, except with nonfinite="ignore", where ranks don't communicate.
+        Args:
+            refused: whether this rank refuses the step.
+            norm: of the gradients; None where the optimizer finds out by itself.
         """
         state = self.expert_state
-        if state.nonfinite == "ignore" or not state.layers:
-            return [], refused
-        flags = [layer.nonfinite.take(self.device) for layer in state.layers.values()]
-        own = torch.tensor(refused, dtype=torch.int32, device=self.device)
-        everyone = torch.stack([*flags, own])
-        dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
-        *bad, is_refused = everyone.tolist()
-        return [name for name, flag in zip(state.layers, bad, strict=True) if flag], bool(
-            is_refused
+        meets = state.nonfinite != "ignore" and bool(state.layers)
+        flags: list[Tensor] = []
+        if meets:
+            flags += [layer.nonfinite.take(self.device) for layer in state.layers.values()]
+        if norm is not None:
+            flags.append(~norm.isfinite())
+            if self.edits is not None:
+                flags.append(self.edits.samples_differ())
+        if not flags:
+            return _Verdict([], refused)
+        own = torch.full((), int(refused), dtype=torch.int32, device=self.device)
+        everyone = torch.stack([*(flag.to(own) for flag in flags), own])
+        if meets:
+            dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+        *found, is_refused = map(bool, everyone.tolist())
+        names = list(state.layers) if meets else []
+        return _Verdict(
+            bad=[name for name, flag in zip(names, found, strict=False) if flag],
+            is_refused=is_refused,
+            is_norm_finite=norm is None or not found[len(names)],
+            samples_differ=any(found[len(names) + 1 :]),
         )
 
     @contextmanager
@@ -268,6 +296,26 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         finally:
             delattr(optimizer, name)
             optimizer.check_grad_overflow = checked
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether to take a step.
+
+    The first two are identical on all ranks, except with nonfinite="ignore", where ranks don't
+    communicate.
+
+    Attributes:
+        bad: layers that saw NaN or Inf since the last step.
+        is_refused: whether a rank refuses the step.
+        is_norm_finite: whether the norm of the gradients is finite; identical on all ranks.
+        samples_differ: whether weights were edited without a trace on the host, on any rank.
+    """
+
+    bad: list[str]
+    is_refused: bool
+    is_norm_finite: bool = True
+    samples_differ: bool = False
 
 
 def _refuse(complaints: list[str]) -> None:

@@ -1,21 +1,37 @@
-"""ZeRO 1 and 2's optimizer step in fewer passes over the gradients.
+"""ZeRO 1 and 2's optimizer step in fewer passes over gradients and weights.
 
-DeepSpeed reads the gradients for NaN and Inf (three kernels for each tensor), as a copy in fp64 for
-the norm, to join them, to convert them to fp32, and to multiply them by the clip factor. Here one
-kernel reads them for the norm, which is summed in fp64 and finite exactly if every gradient is, and
-one joins and converts them. The clip factor goes to the optimizer's own kernel, as
-:class:`torch.amp.GradScaler` passes the loss scale.
+DeepSpeed copies each gradient into a bucket, divides it by the number of ranks and copies it out
+again, on a single rank too. It then reads the gradients for NaN and Inf (three kernels for each
+tensor), as a copy in fp64 for the norm, to join them, to convert them to fp32, and to multiply them
+by the clip factor; it steps, and converts the weights. Here:
+
+* A single rank leaves gradients where autograd put them.
+* One kernel reads them for the norm, which is summed in fp64 and finite exactly if every gradient
+  is.
+* With ``Adam(fused=True)`` and ``AdamW(fused=True)``, one kernel does the rest
+  (:mod:`lightning_fastmoe.ops.adam_step`).
+* With other optimizers, one kernel joins and converts the gradients. A fused optimizer gets the
+  clip factor for its own kernel, as :class:`torch.amp.GradScaler` passes the loss scale.
 """
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
+from torch.optim import Adam, AdamW
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+
+from lightning_fastmoe.ops.adam_step import AdamOptions, adam_step
 
 
 def use_fewer_passes(optimizer: Any) -> None:
@@ -29,9 +45,175 @@ def use_fewer_passes(optimizer: Any) -> None:
 
 
 class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """DeepSpeed's optimizer with another norm, overflow check and clipping; equal to rounding."""
+    """DeepSpeed's optimizer in fewer passes; equal to rounding."""
 
     _clip_scale: Tensor | None = None
+    _norm: Tensor | None = None
+    _norm_is_finite: bool | None = None
+
+    # ---------------------------------------------------------------------- gradients of one rank
+
+    @cached_property
+    def _keeps_gradients(self) -> bool:
+        """Whether there is nobody to reduce gradients with."""
+        groups = (self.dp_process_group, *self.real_dp_process_group)
+        return (
+            all(dist.get_world_size(group) == 1 for group in groups)
+            and self.sequence_parallel_size == 1
+            and not (self.cpu_offload or self.use_grad_accum_attribute or self.zenflow)
+        )
+
+    def setup_buckets(self) -> None:
+        """Allocates what gradients are reduced in, if they are."""
+        if not self._keeps_gradients:
+            super().setup_buckets()
+
+    def process_gradients(self, param: Tensor, i: int) -> None:
+        """Called when autograd has a parameter's gradient."""
+        if not self._keeps_gradients:
+            super().process_gradients(param, i)
+
+    def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
+        """Puts a gradient into a bucket, if it is to be reduced."""
+        if not self._keeps_gradients:
+            super().reduce_ready_partitions_and_remove_grads(param, i)
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Reduces what is left in the buckets."""
+        if not self._keeps_gradients:
+            super().reduce_ipg_grads(comm_dtype)
+
+    # -------------------------------------------------------------------------- one update for all
+
+    @property
+    def updates_at_once(self) -> bool:
+        """Whether the next step is :func:`~lightning_fastmoe.ops.adam_step.adam_step`'s."""
+        optimizer = self.optimizer
+        hooks = (
+            optimizer._optimizer_step_pre_hooks,
+            optimizer._optimizer_step_post_hooks,
+            _global_optimizer_pre_hooks,
+            _global_optimizer_post_hooks,
+        )
+        return (
+            self._may_update_at_once
+            and "step" not in vars(optimizer)
+            and not any(hooks)
+            and all(map(_is_plain, optimizer.param_groups))
+        )
+
+    @cached_property
+    def _may_update_at_once(self) -> bool:
+        return (
+            type(self.optimizer) in (Adam, AdamW)
+            and self.compute_grad_norm
+            and not (self.cpu_offload or self.zenflow or self.torch_autocast_gradscaler)
+            and all(p.dtype == torch.float32 for p in self.single_partition_of_fp32_groups)
+        )
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the step's gradients over all ranks, times the loss scale.
+
+        Returns:
+            A scalar in fp32, identical on all ranks; Inf if any gradient is NaN or Inf.
+        """
+        if self._norm is None:
+            self._norm = self.scaled_global_norm()
+        return self._norm
+
+    def tell_if_finite(self, is_finite: bool) -> None:
+        """Takes over from the caller, who has it on the host, whether the norm is finite."""
+        self._norm_is_finite = is_finite
+
+    def forget_norm(self) -> None:
+        """Drops the norm of gradients that are no longer those of the next step."""
+        self._norm = self._norm_is_finite = None
+
+    def step(self, closure: Any = None) -> None:
+        """Takes a step, or skips it if a gradient is NaN or Inf."""
+        try:
+            if self.updates_at_once:
+                self._step_at_once()
+            else:
+                super().step(closure)
+        finally:
+            self.forget_norm()
+
+    def _step_at_once(self) -> None:
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        self.overflow = False
+        if self.check_grad_overflow:
+            self.check_overflow()  # the engine may have decided to skip this step
+        if not self.overflow and (self.dtype != torch.bfloat16 or self.check_grad_overflow):
+            if self._norm_is_finite is None:
+                self._norm_is_finite = bool(self.gradient_norm().isfinite())
+            self.overflow = not self._norm_is_finite
+        scale = self.loss_scale
+        self._update_scale(self.overflow)
+        if self.overflow:
+            self._drop_step()
+            return
+        norm = self.gradient_norm()
+        self._global_grad_norm = norm / scale
+        divisor = self._divisor_of_gradients(norm, scale)
+        for i in range(len(self.bit16_groups)):
+            self._update(i, divisor)
+        self._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            groups_flat=self.bit16_groups_flat,
+            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+
+    def _drop_step(self) -> None:
+        self._global_grad_norm = math.inf
+        self.zero_grad(set_to_none=True)
+        self._release_preflattened_grad_buffers()
+        for group in self.averaged_gradients:
+            self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+
+    def _divisor_of_gradients(self, norm: Tensor, scale: float) -> Tensor | None:
+        """The loss scale times what clips the gradients."""
+        if self.clip_grad > 0.0:
+            clip = ((norm / scale) + 1e-6) / self.clip_grad
+            return torch.clamp(clip, min=1.0) * scale
+        if scale == 1.0:
+            return None
+        return torch.tensor(scale, dtype=torch.float32, device=norm.device)
+
+    def _update(self, i: int, divisor: Tensor | None) -> None:
+        """Updates this rank's partition of a group, and frees its gradients."""
+        group, master = self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i]
+        state = self.optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(master) for _ in range(2))
+        rank = dist.get_rank(self.real_dp_process_group[i])
+        options = AdamOptions(
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=bool(group.get("decoupled_weight_decay")) or type(self.optimizer) is AdamW,
+        )
+        adam_step(
+            self.averaged_gradients[i],
+            master,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            self.parallel_partitioned_bit16_groups[i][rank].data,
+            state["step"],
+            options,
+            divisor,
+        )
+        self.free_grad_in_param_list(self.params_not_in_partition[i])
+        self.free_grad_in_param_list(self.params_in_partition[i])
+        self._release_preflattened_grad_buffers(i)
+        self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+
+    # ---------------------------------------------------------------------------- other optimizers
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Leaves the check to the norm, which the base class looks at next."""
@@ -63,8 +245,7 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             total = torch.zeros((), dtype=torch.float32, device=self.device)
         dist.all_reduce(total, group=self.dp_process_group)
         total = total.sqrt()
-        mask_nan_or_inf_with_val_inplace(total, device=self.device)
-        return total
+        return torch.where(total.isfinite(), total, -1.0)
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor | None:
         """This rank's gradients of a group, (partition size,), converted while they are joined."""
@@ -123,3 +304,12 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             super()._optimizer_step(group_no)
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    """Whether a group has the options that :func:`adam_step` knows."""
+    return (
+        bool(group["fused"])
+        and not (group["amsgrad"] or group["maximize"] or group["differentiable"])
+        and not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"]))
+    )

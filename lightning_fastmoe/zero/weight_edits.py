@@ -111,10 +111,7 @@ class WeightEdits:
             self._partition_versions = [p.ds_tensor._version for p in self._parameters]
             self._whole = [i for i, p in enumerate(self._parameters) if _is_whole(p)]
             self._whole_samples = self._sample_whole()
-        self._partition_samples = [
-            sampler.sample(partition, self._turn)
-            for sampler, partition in zip(self._samplers, self._partitions(), strict=True)
-        ]
+        self._partition_samples = self._samples()
 
     def forget(self) -> None:
         """Forgets earlier edits, after everything was loaded."""
@@ -150,19 +147,28 @@ class WeightEdits:
         self._partition_versions = [p.ds_tensor._version for p in parameters]
 
     @torch.no_grad()
-    def settle(self) -> list[str]:
+    def settle(self, samples: bool = True) -> list[str]:
         """Applies what was written to parameters since :meth:`remember`.
+
+        Args:
+            samples: whether to compare samples too, or only what the host knows.
 
         Returns:
             For each edit that can't be applied, a message with the reason and the alternative.
         """
         self.look()
         standing = [*self._replaced(), *self._frozen_or_unfrozen()]
-        written, partition_written = self._edited()
+        written, partition_written = self._edited(samples)
         self._take_over(written, partition_written)
         if written or partition_written:
             self.remember()
         return [*standing, *self._complaints.values()]
+
+    @torch.no_grad()
+    def samples_differ(self) -> Tensor:
+        """Whether a sample of ZeRO 1 and 2's weights has changed: a scalar on their device."""
+        pairs = zip(self._samples(), self._partition_samples, strict=True)
+        return torch.stack([(now != before).any() for now, before in pairs]).any()
 
     def assigned_gradients(self) -> list[str]:
         """Complaints about gradients assigned after the backward pass; called before a step."""
@@ -174,17 +180,21 @@ class WeightEdits:
             if one.is_trained and one.parameter.grad is not None
         ]
 
-    def _edited(self) -> tuple[set[int], set[int]]:
+    def _samples(self) -> list[Tensor]:
+        """Samples of this rank's partitions, of the same elements since :meth:`remember`."""
+        return [
+            sampler.sample(partition, self._turn)
+            for sampler, partition in zip(self._samplers, self._partitions(), strict=True)
+        ]
+
+    def _edited(self, look_at_samples: bool) -> tuple[set[int], set[int]]:
         """Parameters that were written to, and those of which only this rank's partition was."""
         parameters = self._parameters
         written = _unequal([p._version for p in parameters], self._versions)
         moved = _unequal([p.data_ptr() for p in parameters], self._addresses)
         partition_written: set[int] = set()
-        samples = [
-            sampler.sample(partition, self._turn)
-            for sampler, partition in zip(self._samplers, self._partitions(), strict=True)
-        ]
-        if differ(samples, self._partition_samples):
+        samples = self._samples() if look_at_samples else self._partition_samples
+        if look_at_samples and differ(samples, self._partition_samples):
             for sampler, now, before in zip(
                 self._samplers, samples, self._partition_samples, strict=True
             ):

@@ -34,7 +34,7 @@ class Case:
     accelerator: str = "cpu"
     nodes: int = 1
     shared_gpu: bool = False
-    fused: bool = False
+    fused: bool = True
     optimizer: str = "AdamW"
     batches_per_epoch: int = 0
     epochs: int = 1

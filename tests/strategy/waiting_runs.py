@@ -37,7 +37,7 @@ class RankZeroSample(pl.Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
             with torch.no_grad():
-                pl_module.net["moes"][0](torch.zeros(3, 12))
+                pl_module.net["moes"][0](torch.zeros(3, 12, device=pl_module.device))
 
 
 class OtherRankLeaves(pl.Callback):
@@ -56,9 +56,12 @@ class RankIsLate(pl.Callback):
             time.sleep(4.0)
 
 
-def fails(callback: type[pl.Callback], still: float, extra: dict[str, Any]) -> Any:
+def fails(
+    callback: type[pl.Callback], still: float, extra: dict[str, Any], accelerator: str = "cpu"
+) -> Any:
     """Trains with the callback; ranks say that they wait after ``still`` seconds."""
     case = Case(2, 2, 2, steps=4, epochs=2, batches_per_epoch=2, extra=extra)
+    case = replace(case, accelerator=accelerator)
     before, peers._STILL = peers._STILL, still
     try:
         return outcome(make_trainer(case, callbacks=[callback()]), Net(case))
@@ -106,19 +109,20 @@ def make_gathering_trainer(case: Case, **options: Any) -> pl.Trainer:
     return trainer
 
 
-def leaves_out(stage: int, skipped: tuple[int, ...]) -> Any:
+def leaves_out(stage: int, skipped: tuple[int, ...], accelerator: str = "cpu") -> Any:
     """What a rank gets where rank 1 leaves layers out."""
-    case = Case(2, 2, stage, steps=4, extra={"exchange_timeout": 60.0})
+    extra = {"exchange_timeout": 60.0}
+    case = Case(2, 2, stage, steps=4, extra=extra, accelerator=accelerator)
     return outcome(make_gathering_trainer(case), LeavesOut(case, skipped))
 
 
 WITHOUT_TERMS: dict[str, Any] = {"coefficients": (0.0, 0.0), "clip": 1e9}
 
 
-def takes_part(stage: int, skipped: tuple[int, ...]) -> Any:
+def takes_part(stage: int, skipped: tuple[int, ...], accelerator: str = "cpu") -> Any:
     """Losses and last weights where rank 1 takes part in the layers that it leaves out."""
     pl.seed_everything(7, verbose=False)
-    case = Case(2, 2, stage, **WITHOUT_TERMS)
+    case = Case(2, 2, stage, accelerator=accelerator, **WITHOUT_TERMS)
     module, tracer = LeavesOut(case, skipped, takes_part=True), Tracer()
     make_gathering_trainer(case, callbacks=[tracer]).fit(module)
     return module.batch_losses, tracer.trace.weights[-1]
@@ -159,7 +163,7 @@ class Samples(pl.Callback):
 
 def residual(module: Net, x: Any) -> Any:
     """The forward pass of ``loss_of``, ``x (B, T, D_IN)`` -> (B, T, 1)."""
-    h = module.net["embed"](x.to(module.net["embed"].weight.dtype))
+    h = module.net["embed"](x.to(module.net["embed"].weight))
     for layer in module.net["moes"]:
         h = h + layer(module.net["norm"](h))
     return module.net["head"](h)
@@ -188,12 +192,14 @@ def trains_on_rank_zero(module: Net) -> None:
         residual(module, sample_input(2)).sum().backward()
 
 
-def draws(world: int, ep: int, stage: int, precision: str, function: Any) -> dict[str, Any]:
+def draws(
+    world: int, ep: int, stage: int, precision: str, function: Any, accelerator: str = "cpu"
+) -> dict[str, Any]:
     """Trains two epochs, with or without samples in between."""
     pl.seed_everything(7, verbose=False)
     samples = Samples(function or (lambda module: None))
     case = Case(world, ep, stage, steps=2, epochs=2, batches_per_epoch=2, precision=precision)
-    case = replace(case, extra={"exchange_timeout": 20.0})
+    case = replace(case, extra={"exchange_timeout": 20.0}, accelerator=accelerator)
     module = Net(case)
     tracer = Tracer()
     kind, message, _ = outcome(make_trainer(case, callbacks=[samples, tracer]), module)

@@ -24,7 +24,7 @@ STEP = ("step", "flatten_dense_tensors_aligned")
 
 
 class Spoiled(Net):
-    """In one step, rank 1 has a gradient of Inf or NaN in one element of one dense weight.
+    """In one step, the last rank has a gradient of Inf or NaN in one element of one dense weight.
 
     The loss is scaled, as it is in fp16.
     """
@@ -46,7 +46,7 @@ class Spoiled(Net):
             return flatten(tensors)
 
         zero.flatten = counted
-        if self.value is not None and self.global_rank == 1:
+        if self.value is not None and self.global_rank == self.case.world - 1:
             self.net["head"].weight.register_hook(self._spoil)
 
     def _spoil(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -88,6 +88,7 @@ def fit(case: Case, fewer: bool, value: float | None) -> tuple[Trace, list[int],
         counted("has_overflow"),
         counted("get_grad_norm_direct"),
         counted("unscale_and_clip_grads"),
+        counted("average_tensor"),
     ):
         module = Spoiled(case, value)
         make_trainer(case, callbacks=[tracer, skipped]).fit(module)
@@ -101,24 +102,27 @@ def fit(case: Case, fewer: bool, value: float | None) -> tuple[Trace, list[int],
 @pytest.mark.parametrize("value", [None, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 @pytest.mark.parametrize(
-    ("stage", "precision", "accumulate"),
-    [(1, "32-true", 2), (2, "bf16-mixed", 1)],
+    ("world", "stage", "precision", "accumulate"),
+    [(2, 1, "32-true", 2), (2, 2, "bf16-mixed", 1), (1, 1, "bf16-mixed", 2), (1, 2, "32-true", 2)],
 )
-def test_equal_to_deepspeeds_own_passes(rank_pool, stage, precision, accumulate, fused, value):
-    case = Case(
-        world=2, ep=2, stage=stage, precision=precision, accumulate=accumulate, fused=fused, steps=4
-    )
-    own = rank_pool.run(fit, 2, case, True, value)
+def test_equal_to_deepspeeds_own_passes(
+    rank_pool, world, stage, precision, accumulate, fused, value
+):
+    case = Case(world, world, stage, accumulate, precision=precision, fused=fused, steps=4)
+    own = rank_pool.run(fit, world, case, True, value)
     for (trace, skipped, calls), (expected, as_before, before) in zip(
-        own, rank_pool.run(fit, 2, case, False, value), strict=True
+        own, rank_pool.run(fit, world, case, False, value), strict=True
     ):
         assert max(expected.norms) > case.clip, "the case must really clip"
         assert skipped == as_before
         assert skipped[-1] == (value is not None)
         assert_same(trace, expected)
-        for name in ("get_grad_norm_direct", "unscale_and_clip_grads", "flatten"):
+        passes = ("get_grad_norm_direct", "unscale_and_clip_grads", "flatten", "average_tensor")
+        for name in passes:
             assert before[name] > 0, "the test sees the passes that it counts"
         left = set() if fused else {"unscale_and_clip_grads"}
-        if precision == "32-true":  # nothing to convert
+        if precision == "32-true" and not fused:  # nothing to convert
             left.add("flatten")
+        if world > 1:
+            left.add("average_tensor")
         assert {name for name, count in calls.items() if count} == left

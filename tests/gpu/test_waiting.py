@@ -1,0 +1,86 @@
+"""Over NCCL as over gloo: ranks that wait in vain get an error, and rank 0 can sample alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from strategy import waiting_runs as runs
+from strategy.models import Case, Net
+
+from lightning_fastmoe.testing import RankError, RankPool
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs, one for each of NCCL's ranks"
+)
+
+
+@pytest.fixture(scope="module")
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline(
+    rank_pool: RankPool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 is in NCCL's broadcast, which nothing interrupts: its process ends and says why."""
+    begin = time.monotonic()
+    with pytest.raises(RankError):
+        rank_pool.run(
+            runs.fails, 2, runs.RankZeroSample, 1e3, {"exchange_timeout": 3.0}, "cuda", timeout=100
+        )
+    assert time.monotonic() - begin < 90
+    said = capfd.readouterr().err
+    assert "rank 1: another rank has given up, and this one is still blocked" in said
+    assert "net.moes.0, exchange of tokens number" in said
+    assert "rank 0 has waited 3 s for the other ranks (exchange_timeout=3)" in said
+    assert "in _broadcast_sigterm_tensor" in said
+
+
+def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool: RankPool) -> None:
+    waiting, left = rank_pool.run(
+        runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, "cuda", timeout=90
+    )
+    assert left[:2] == ("ValueError", "the disk of rank 1 is full")
+    assert waiting[0] == "ExchangeError", waiting
+    assert "rank 1 has left the run with ValueError: the disk of rank 1" in waiting[1]
+
+
+@pytest.mark.parametrize("skipped", [(0,), (0, 1)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layers_that_one_rank_leaves_out_are_an_error_on_all(
+    stage: int, skipped: tuple[int, ...], rank_pool: RankPool
+) -> None:
+    results = rank_pool.run(runs.leaves_out, 2, stage, skipped, "cuda", timeout=90)
+    for rank, (kind, message, seconds) in enumerate(results):
+        assert kind == "ExchangeError", (rank, kind, message)
+        assert "in different exchanges" in message
+        assert seconds < 50
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_takes_part_without_tokens(stage: int, rank_pool: RankPool) -> None:
+    losses, weights = runs.in_one_process((0, 1))
+    results = rank_pool.run(runs.takes_part, 2, stage, (0, 1), "cuda", timeout=90)
+    for rank, (own, last) in enumerate(results):
+        assert own == pytest.approx(losses[rank], rel=2e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(last[name].cpu(), weight, rtol=5e-5, atol=5e-6)
+
+
+def test_rank_zero_draws_what_the_whole_model_says(rank_pool: RankPool) -> None:
+    results = rank_pool.run(
+        runs.draws, 2, 2, 2, 2, "32-true", runs.three_passes, "cuda", timeout=90
+    )
+    assert [r["error"] for r in results] == [("nothing", "")] * 2, results
+    whole = Net(Case())
+    for drawn, step in zip(results[0]["drawn"], (1, 3), strict=True):
+        whole.net.load_state_dict(results[0]["weights"][step], strict=True)
+        for found, tokens in zip(drawn, (1, 3, 0), strict=True):
+            with torch.no_grad():
+                right = runs.residual(whole, runs.sample_input(tokens))
+            torch.testing.assert_close(found.cpu(), right, rtol=2e-5, atol=2e-6)

@@ -1,0 +1,29 @@
+"""A training step waits for the device once: just before weights change, for all there is to know.
+
+The optimizer's kernels are queued right after it, so the device doesn't run dry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from gpu.waits_of_steps import waits
+
+from lightning_fastmoe.testing import RankPool
+
+
+@pytest.fixture(scope="module")
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_waits_once(stage: int, precision: str, rank_pool: RankPool) -> None:
+    (steps,) = rank_pool.run(waits, 1, stage, precision)
+    for step in steps[2:]:
+        assert len(step) == 1, "\n".join(step)
+        assert "_judge" in step[0]
