@@ -29,6 +29,8 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         # DeepSpeed demands its own CPU Adam for offloading unless told that any optimizer will do.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        # Else DeepSpeed waits for the device at both ends of each batch, to time it.
+        self.config.setdefault("timers", {"throughput": {"synchronized": False}})
         check_deepspeed_config(self.config)
 
     @override

@@ -142,7 +142,10 @@ class Engines:
 
     def for_inference(self, model: nn.Module) -> FastMoEEngine:
         """An engine without an optimizer."""
-        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "timers": self._config.get("timers", {}),
+        }
         if self._strategy.zero_stage_3:
             keys = ("fp16", "bf16", "zero_optimization", "zero_allow_untested_optimizer")
             config.update({key: self._config[key] for key in keys if key in self._config})

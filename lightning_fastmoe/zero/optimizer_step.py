@@ -42,6 +42,9 @@ def use_fewer_passes(optimizer: Any) -> None:
     """
     if type(optimizer) is DeepSpeedZeroOptimizer:
         optimizer.__class__ = ZeroOptimizer  # DeepSpeed's engine can't be told which to create
+        if optimizer._keeps_gradients:
+            # There is no communication to overlap, but DeepSpeed would wait for its stream.
+            optimizer.overlap_comm = False
 
 
 class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """A training step waits for the device once: just before weights change, for all there is to know.
 
-The optimizer's kernels are queued right after it, so the device doesn't run dry.
+The optimizer's kernels are queued right after it, so the device doesn't run dry. (In fp32 each
+layer waits as well: its experts run one by one, and the host must know how many rows each has.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def rank_pool() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_waits_once(stage: int, precision: str, rank_pool: RankPool) -> None:
     (steps,) = rank_pool.run(waits, 1, stage, precision)

@@ -39,23 +39,42 @@ class Small(pl.LightningModule):
 
 
 class Waits(pl.Callback):
-    """Records the stack of each wait between the start and the end of a batch."""
+    """Records the stack of each wait between the start and the end of a batch.
+
+    CUDA's debug mode warns of copies to the host and the like, but not of calls that do nothing but
+    wait; those are replaced.
+    """
 
     def __init__(self) -> None:
         self.steps: list[list[str]] = []
+        self._within = False
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            owner.synchronize = self._noted(owner.synchronize)
+        warnings.showwarning = self._note_warning
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.steps.append([])
-        self._shown, warnings.showwarning = warnings.showwarning, self._note
+        self._within = True
         torch.cuda.set_sync_debug_mode("warn")
 
     def on_train_batch_end(self, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        warnings.showwarning = self._shown
+        self._within = False
 
-    def _note(self, message: Any, *args: Any, **kwargs: Any) -> None:
+    def _noted(self, wait: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._note()
+            return wait(*args, **kwargs)
+
+        return noted
+
+    def _note_warning(self, message: Any, *args: Any, **kwargs: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
-            frames = traceback.extract_stack()[:-1]
+            self._note()
+
+    def _note(self) -> None:
+        if self._within:
+            frames = traceback.extract_stack()[:-2]
             self.steps[-1].append(" < ".join(f"{f.name}:{f.lineno}" for f in frames[::-1][:8]))
 
 

@@ -42,6 +42,26 @@ def test_ranks_that_wait_for_each_other_are_found_before_the_deadline(rank_pool)
     )
 
 
+@pytest.mark.parametrize(
+    ("second", "is_hopeless"),
+    [((7, "net.moes.1"), True), ((7, "net.moes.0"), False), ((9, "net.moes.1"), False)],
+    ids=["another layer", "the same exchange", "an exchange of another group"],
+)
+def test_ranks_that_stand_in_exchanges_of_different_layers_are_found(
+    rank_pool, second, is_hopeless
+):
+    """Over NCCL nothing else tells: what differs before the exchange never ends."""
+    exchanges = ((7, "net.moes.0"), second)
+    found = rank_pool.run(runs.stuck_in, 2, exchanges, 12.0, timeout=60)
+    if not is_hopeless:
+        assert found == [None, None]
+        return
+    for said in found:
+        assert "can never finish" in said
+        assert "rank 0: training; waits in exchange of tokens number 7: net.moes.0" in said
+        assert "rank 1: training; waits in exchange of tokens number 7: net.moes.1" in said
+
+
 def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool):
     waiting, left = rank_pool.run(runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, timeout=60)
     assert left[:2] == ("ValueError", "the disk of rank 1 is full")

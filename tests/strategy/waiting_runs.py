@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from strategy.models import (
     D_IN,
     Case,
@@ -18,6 +19,7 @@ from strategy.models import (
 )
 from strategy.tracing import Tracer, make_trainer
 
+from lightning_fastmoe.distributed import PendingExchange
 from lightning_fastmoe.strategy.watchdog import peers
 
 
@@ -54,6 +56,29 @@ class RankIsLate(pl.Callback):
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 1:
             time.sleep(4.0)
+
+
+def stuck_in(exchanges: tuple[tuple[int, str], ...], seconds: float) -> str | None:
+    """What a rank finds out that stands in the exchange of this (number, layer) for a while."""
+    before, peers._STILL = peers._STILL, 1.0
+    dist.init_process_group("gloo")
+    pending = PendingExchange()
+    others = peers.Peers(lambda: "training", pending)
+    number, layer = exchanges[dist.get_rank()]
+    pending.number = number - 1
+    try:
+        with pending(layer, "counts"):
+            end = time.monotonic() + seconds
+            found = None
+            while found is None and time.monotonic() < end:
+                time.sleep(0.2)
+                found = others.hopeless()
+        dist.barrier()
+        return found
+    finally:
+        others.stop()
+        peers._STILL = before
+        dist.destroy_process_group()
 
 
 def fails(

@@ -95,7 +95,8 @@ class Peers:
             return None
         return self.give_up(
             f"rank {self.rank} waits in an exchange of tokens that can never finish: all ranks are"
-            " waiting, and not all in this exchange."
+            " waiting, some elsewhere or in different exchanges. All ranks must run the same MoE"
+            " layers in the same order."
         )
 
     def give_up(self, reason: str) -> str:
@@ -137,7 +138,11 @@ class Peers:
         return "\n".join(f"  {_ranks(ranks)}: {said}" for said, ranks in rows)
 
     def _all_wait(self) -> bool:
-        """Whether all ranks are stuck, and some of them outside of exchanges.
+        """Whether all ranks are stuck, and not in the same exchange.
+
+        Some may be in another collective, or in the exchange with the same number but of another
+        layer: over NCCL, ranks of which one has left out a layer under ZeRO 3 gather different
+        parameters before that exchange, which never end, and then wait in it.
 
         A waiting rank keeps incrementing a counter next to its place. If the place changes, the
         rank has moved on; if the counter doesn't, its process is stopped. Neither counts as stuck.
@@ -162,7 +167,8 @@ class Peers:
             new.split(" ", 1)[1] == old.split(" ", 1)[1] and new != old
             for new, old in zip(rows, before, strict=True)
         )
-        return still and any(" exchange " not in row for row in rows)
+        places = [row.split(" ", 1)[1] for row in rows]
+        return still and not _may_be_one_exchange(places)
 
     # --------------------------------------------------------------------------- of its own thread
 
@@ -206,9 +212,9 @@ class Peers:
             self._store.set(f"waits/{self.rank}", f"{self._beats} {place}")
 
     def _waits_at(self) -> str | None:
-        number, pending, _ = self._exchange.read()
+        number, pending, name = self._exchange.read()
         if pending:
-            return f"in exchange {number}"
+            return f"in exchange {number} {name}"
         frame = self._frame()
         while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
             if frame.f_code.co_filename == _COLLECTIVES:
@@ -246,6 +252,23 @@ class Peers:
         os.write(2, text.encode())
         faulthandler.dump_traceback(2, all_threads=True)
         os._exit(HANG_STATUS)
+
+
+def _may_be_one_exchange(places: list[str]) -> bool:
+    """Whether ranks that wait at these places may be in the same exchange, however slow.
+
+    Expert parallel groups exchange on their own, so numbers may differ; the layer at a number may
+    not.
+    """
+    if not all(place.startswith("in exchange ") for place in places):
+        return False
+    layers: dict[str, str] = {}
+    for place in places:
+        number, name = place.removeprefix("in exchange ").split(" ", 1)
+        layer = name.partition(", phase")[0]
+        if layers.setdefault(number, layer) != layer:
+            return False
+    return True
 
 
 def is_broken_connection(error: BaseException) -> bool:
