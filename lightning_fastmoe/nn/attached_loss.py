@@ -86,7 +86,8 @@ class _Attach(torch.autograd.Function):
 
 def attach(y: Tensor, attached: AttachedLoss) -> Tensor:
     """Returns ``y``; its backward pass also starts the attached terms' backward pass."""
-    total = torch.stack(list(attached.terms.values())).sum()
+    terms = list(attached.terms.values())
+    total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     return _Attach.apply(y, total, attached)  # type: ignore[no-any-return]
 
 

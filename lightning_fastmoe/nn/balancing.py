@@ -84,6 +84,8 @@ class BalancingLosses:
         attached = AttachedLoss(terms, self.scale)
         if not replay:
             self._attached.append(attached)
+        if isinstance(y, Tensor):
+            return attach(y, attached)
         leaves, spec = pytree.tree_flatten(y)
         leaves[0] = attach(leaves[0], attached)
         return pytree.tree_unflatten(leaves, spec)

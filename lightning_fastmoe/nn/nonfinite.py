@@ -22,7 +22,7 @@ class NonFiniteGuard:
 
     def __init__(self) -> None:
         self.policy: NonFinitePolicy = "raise"
-        self._seen: Tensor | None = None
+        self._largest: Tensor | None = None
 
     def look(self, logits: Tensor, layer: str, *, training: bool) -> None:
         """Checks ``logits`` and acts according to :attr:`policy`; no host synchronisation on CUDA.
@@ -35,14 +35,18 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: on the CPU, under the policy "raise".
         """
-        if self.policy == "ignore":
+        collects = self.policy == "collect"
+        # On CUDA, reading the result would stall the stream; there the strategy collects it.
+        if (not training if collects else logits.is_cuda) or self.policy == "ignore":
             return
-        bad = ~torch.isfinite(logits.detach()).all()
-        if self.policy == "collect":
-            if training:
-                self._seen = bad if self._seen is None else self._seen | bad
-        elif logits.device.type == "cpu" and bool(bad):
-            # On CUDA, reading the flag would stall the stream; there the strategy collects it.
+        if logits.numel() == 0:
+            return
+        # One kernel, where isfinite() takes four: the largest of a NaN and anything is NaN.
+        largest = torch.linalg.vector_norm(logits.detach(), torch.inf)
+        if collects:
+            before = self._largest
+            self._largest = largest if before is None else torch.maximum(before, largest)
+        elif not largest.isfinite():
             raise NonFiniteError(
                 f"{layer}: the router's logits contain NaN or Inf, so its input or its weights"
                 " do. Lower the learning rate or look for the bad batch; set the layer's"
@@ -52,15 +56,19 @@ class NonFiniteGuard:
     @property
     def found(self) -> bool:
         """Whether any was collected since the last :meth:`take`; reads it from the device."""
-        return self._seen is not None and bool(self._seen)
+        return self._largest is not None and not bool(self._largest.isfinite())
 
     def put(self) -> None:
-        """Restores the flag from a checkpoint that was saved in the middle of a step."""
-        self._seen = torch.ones((), dtype=torch.bool)
+        """Restores what a checkpoint found that was saved in the middle of a step."""
+        self._largest = torch.tensor(torch.inf)
 
     def take(self, device: torch.device) -> Tensor:
-        """Whether any was collected since the last call: an int32 scalar, 1 or 0, on ``device``."""
-        seen, self._seen = self._seen, None
-        if seen is None:
-            return torch.zeros((), dtype=torch.int32, device=device)
-        return seen.to(device=device, dtype=torch.int32)
+        """The largest absolute logit that was collected since the last call.
+
+        Returns:
+            A scalar in fp32 on ``device``: NaN or Inf if any was collected, 0 if there was none.
+        """
+        largest, self._largest = self._largest, None
+        if largest is None:
+            return torch.zeros((), dtype=torch.float32, device=device)
+        return largest.to(device=device, dtype=torch.float32)

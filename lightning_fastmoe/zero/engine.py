@@ -252,21 +252,20 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         """
         state = self.expert_state
         meets = state.nonfinite != "ignore" and bool(state.layers)
-        flags: list[Tensor] = []
-        if meets:
-            flags += [layer.nonfinite.take(self.device) for layer in state.layers.values()]
+        names = list(state.layers) if meets else []
+        values = [state.layers[name].nonfinite.take(self.device) for name in names]
         if norm is not None:
-            flags.append(~norm.isfinite())
-            if self.edits is not None:
-                flags.append(self.edits.samples_differ())
-        if not flags:
+            values.append(norm)
+        if not values:
             return _Verdict([], refused)
-        own = torch.full((), int(refused), dtype=torch.int32, device=self.device)
-        everyone = torch.stack([*(flag.to(own) for flag in flags), own])
+        flags = [~torch.stack(values).isfinite()]
+        if norm is not None and self.edits is not None:
+            flags.append(self.edits.samples_differ().reshape(1))
+        flags.append(torch.full((1,), refused, device=self.device))
+        everyone = torch.cat(flags).to(torch.int32)
         if meets:
             dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
         *found, is_refused = map(bool, everyone.tolist())
-        names = list(state.layers) if meets else []
         return _Verdict(
             bad=[name for name, flag in zip(names, found, strict=False) if flag],
             is_refused=is_refused,

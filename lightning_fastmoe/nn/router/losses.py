@@ -25,11 +25,31 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     then f counts only first choices. Computed over the tokens of this rank's micro-batch, as if
     each rank added the term to its own loss. Dropped pairs count: they were chosen.
     """
-    tokens, num_experts = routing.scores.shape
-    counts = routing.balanced_counts().to(routing.scores.dtype)
-    share = counts / counts.sum().clamp_min(1)
-    mean_score = routing.scores.sum(dim=0) / max(tokens, 1)
-    return num_experts * (share * mean_score).sum()
+    loss: Tensor = _LoadBalancing.apply(routing.scores, routing.balanced_counts())
+    return loss
+
+
+class _LoadBalancing(torch.autograd.Function):
+    """The load-balancing loss of ``scores (T, E)`` and ``counts (E,)``, with its gradient.
+
+    A step consists of few large kernels and many of these small ones: as a function it takes half
+    as many, and no graph of them is recorded.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, counts: Tensor) -> Tensor:
+        tokens, num_experts = scores.shape
+        counts = counts.to(scores.dtype)
+        share = counts / counts.sum().clamp_min(1)
+        ctx.save_for_backward(share)
+        ctx.tokens, ctx.factor = tokens, num_experts / max(tokens, 1)
+        loss: Tensor = torch.dot(share, scores.sum(dim=0)) * ctx.factor
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return (share * (grads[0] * ctx.factor)).expand(ctx.tokens, -1), None
 
 
 def z_loss(routing: Routing) -> Tensor:
