@@ -45,6 +45,7 @@ LAYER = table(PAGE, "T, D, F, E, K", "against plain torch")
 MEMORY = "peak GiB over rest: ours, "
 ENERGY = table(PAGE, "J per step")
 TRAINING = table(PAGE, "tokens/s", "median step")
+STEPS = {row["gpu_lm"]: float(row["tokens/s"].replace(",", "")) for row in table(PAGE, "gpu_lm")}
 JOULES = {row[""]: numbers(row["J per step"])[0] for row in ENERGY}
 
 TOKENS = [float(row["tokens/s"].replace(",", "")) for row in TRAINING]
@@ -53,12 +54,17 @@ SONIC = span(ratios(PEERS, "ours", "SonicMoE"))
 TORCH = span([numbers(row["against plain torch"])[0] for row in LAYER])
 TORCH_MEMORY = span(pairs(LAYER, MEMORY + "plain torch"))
 TRAINER = f"{TOKENS[1] / TOKENS[0]:.2f}"
+WHOLE = [
+    f"{STEPS['`FastMoEStrategy`, compiled'] / STEPS[peer]:.2f}"
+    for peer in ("transformers", "transformers, compiled")
+]
 OURS = {name: joules for name, joules in JOULES.items() if name.endswith("ours")}
 CLAIMS = [
     [*SONIC, *span(pairs(PEERS, MEMORY + "SonicMoE"))],
     [*TORCH, *TORCH_MEMORY],
     [*span([joules / JOULES[n.replace("ours", "plain torch")] for n, joules in OURS.items()])],
     [TRAINER],
+    WHOLE,
     [*span(beside("durable, s", "this package", "DeepSpeed"))],
     [*span(beside("load, s", "this package", "DeepSpeed"))],
 ]
