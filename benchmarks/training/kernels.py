@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 PARTS = (
+    ("optimizer", r"[Aa]dam|multi_tensor|foreach|LpNorm"),
     ("expert layers", r"lightning_fastmoe|fastmoe|grouped_mm|GroupProblem|grouped_gemm"),
     ("attention", r"flash|fmha|cudnn.*sdpa|sdpa|attention"),
     ("communication", r"nccl"),
-    ("optimizer", r"[Aa]dam|multi_tensor|foreach|LpNorm"),
     ("GEMMs", r"gemm|nvjet|cutlass|xmma|splitK|cublas"),
     ("copies and fills", r"[Mm]emcpy|[Mm]emset|copy_kernel|FillFunctor|direct_copy|CatArray"),
     ("elementwise and reductions", r"."),
