@@ -112,6 +112,7 @@ def plan(
     """
     dense = experts = Bytes()
     master = 4 + (state_bytes or 0.0)
+    groups = list(groups)
     for group in groups:
         part = (
             _partitioned(group, itemsize, master, config)
@@ -122,14 +123,16 @@ def plan(
             experts += part
         else:
             dense += part
-    bucket = int(config.get("reduce_bucket_size", 500_000_000))
-    doubled = 2 if stage < 3 and config.get("overlap_comm") else 1
-    buffers = Bytes(buffers=bucket * itemsize * doubled)
     host = frozenset(
         name
         for name, option in (("optimizer", "offload_optimizer"), ("weights", "offload_param"))
         if (config.get(option) or {}).get("device", "none") != "none"
     )
+    bucket = int(config.get("reduce_bucket_size", 500_000_000))
+    doubled = 2 if stage < 3 and config.get("overlap_comm") else 1
+    if stage < 3 and not host and all(group.ranks == 1 for group in groups):
+        bucket = 0  # nothing to reduce
+    buffers = Bytes(buffers=bucket * itemsize * doubled)
     if "optimizer" in host and stage < 3:
         host |= {"gradients"}  # kept with the optimizer that reads them
     dense, experts = (replace(x, on_host=host) for x in (dense, experts))

@@ -87,7 +87,7 @@ class Model(pl.LightningModule):
         return self.head(h).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+        return torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         batch = torch.randn(4, self.sizes.tokens // 4, D_IN)

@@ -43,7 +43,7 @@ class _LoadBalancing(torch.autograd.Function):
         share = counts / counts.sum().clamp_min(1)
         ctx.save_for_backward(share)
         ctx.tokens, ctx.factor = tokens, num_experts / max(tokens, 1)
-        loss: Tensor = torch.dot(share, scores.sum(dim=0)) * ctx.factor
+        loss: Tensor = (share * scores.sum(dim=0)).sum() * ctx.factor
         return loss
 
     @staticmethod
