@@ -72,9 +72,9 @@ RESUMED = {
     "zero3-bf16": case_of(1, 3, "bf16-mixed"),
     "zero2-fp16": case_of(1, 2, "16-mixed", extra=SCALED),
     "zero3-fp16": case_of(1, 3, "16-mixed", extra=SCALED),
-    "zero2-fp32-offload": case_of(1, 2, extra=OFFLOADED),
-    "zero3-bf16-offload": case_of(1, 3, "bf16-mixed", extra=OFFLOADED),
-    "zero2-fp32-fused": case_of(1, 2, fused=True),
+    "zero2-fp32-offload": case_of(1, 2, extra=OFFLOADED, fused=False),
+    "zero3-bf16-offload": case_of(1, 3, "bf16-mixed", extra=OFFLOADED, fused=False),
+    "zero2-fp32-foreach": case_of(1, 2, fused=False),
     "two-zero1-fp32": case_of(2, 1),
     "two-zero2-bf16": case_of(2, 2, "bf16-mixed"),
     "two-zero3-fp32": case_of(2, 3),
@@ -117,7 +117,7 @@ def test_resuming_midway_changes_no_bit(rank_pool: RankPool, tmp_path: Path, nam
 BACKGROUND = {
     "zero2-bf16": case_of(1, 2, "bf16-mixed"),
     "zero3-fp32": case_of(1, 3),
-    "zero2-fp32-offload": case_of(1, 2, extra=OFFLOADED),
+    "zero2-fp32-offload": case_of(1, 2, extra=OFFLOADED, fused=False),
     "two-zero1-fp32": case_of(2, 1),
     "two-zero3-bf16": case_of(2, 3, "bf16-mixed"),
 }
