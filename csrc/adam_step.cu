@@ -1,15 +1,15 @@
-// Adam's step (Kingma and Ba 2015; decoupled decay: Loshchilov and Hutter 2019) for a flat partition
-// of ZeRO, in one pass: gradients as autograd left them, master weights and moments in; master
-// weights, moments and the model's own weights out. With bf16 gradients and weights that is 28
-// bytes per parameter, where joining the gradients in fp32, stepping and converting take 44.
+// Adam's step (Kingma and Ba 2015; decoupled decay: Loshchilov and Hutter 2019) for a flat
+// partition of ZeRO, in one pass: gradients as autograd left them, master weights and moments in;
+// master weights, moments and the model's own weights out. With bf16 gradients and weights that is
+// 28 bytes per parameter, where joining the gradients in fp32, stepping and converting take 44.
 #include "common.cuh"
 #include "ops.h"
 
 namespace lightning_fastmoe {
 namespace {
 
-constexpr int kMostTensors = 128;  // of a launch: their addresses are kernel arguments
-constexpr int kVector = 8;         // elements of a thread at a time
+constexpr int kMostTensors = 128;              // of a launch: their addresses are kernel arguments
+constexpr int kVector = 8;                     // elements of a thread at a time
 constexpr int kChunk = 16 * kBlock * kVector;  // elements of a block
 
 template <typename G, typename W>
@@ -77,8 +77,10 @@ __device__ __forceinline__ void write(T* to, const float (&from)[N]) {
 template <int N, typename G, typename W>
 __device__ __forceinline__ void update(const AdamParams<G, W>& params, const AdamFactors& factors,
                                        const G* gradient, int64_t i) {
-  const float beta1 = static_cast<float>(params.beta1), rest1 = static_cast<float>(1 - params.beta1);
-  const float beta2 = static_cast<float>(params.beta2), rest2 = static_cast<float>(1 - params.beta2);
+  const float beta1 = static_cast<float>(params.beta1),
+              rest1 = static_cast<float>(1 - params.beta1);
+  const float beta2 = static_cast<float>(params.beta2),
+              rest2 = static_cast<float>(1 - params.beta2);
   const float decay = static_cast<float>(params.lr * params.weight_decay);
   float g[N], w[N], m[N], v[N];
   read(gradient, g);
@@ -215,25 +217,25 @@ void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tenso
   if (length == 0) return;
 
   const DeviceGuard guard(master.get_device_index());
-  for_gradient_and_weight(
-      gradients[0].scalar_type(), weights.scalar_type(), op, [&](auto g, auto w) {
-        using G = typename decltype(g)::type;
-        using W = typename decltype(w)::type;
-        AdamParams<G, W> params{};
-        params.master = master_data;
-        params.mean = mean_data;
-        params.mean_square = mean_square_data;
-        params.weights = static_cast<W*>(weights.data_ptr());
-        params.step = step_data;
-        params.scale = scale_data;
-        params.lr = lr;
-        params.beta1 = beta1;
-        params.beta2 = beta2;
-        params.eps = static_cast<float>(eps);
-        params.weight_decay = static_cast<float>(weight_decay);
-        params.decoupled = decoupled;
-        launch(params, gradients, current_stream(master), op);
-      });
+  for_gradient_and_weight(gradients[0].scalar_type(), weights.scalar_type(), op,
+                          [&](auto g, auto w) {
+                            using G = typename decltype(g)::type;
+                            using W = typename decltype(w)::type;
+                            AdamParams<G, W> params{};
+                            params.master = master_data;
+                            params.mean = mean_data;
+                            params.mean_square = mean_square_data;
+                            params.weights = static_cast<W*>(weights.data_ptr());
+                            params.step = step_data;
+                            params.scale = scale_data;
+                            params.lr = lr;
+                            params.beta1 = beta1;
+                            params.beta2 = beta2;
+                            params.eps = static_cast<float>(eps);
+                            params.weight_decay = static_cast<float>(weight_decay);
+                            params.decoupled = decoupled;
+                            launch(params, gradients, current_stream(master), op);
+                          });
 }
 
 }  // namespace lightning_fastmoe
