@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import yaml
@@ -23,7 +24,7 @@ def names_a_class(words: Sequence[str]) -> bool:
 
 
 def _configs(words: Sequence[str]) -> Iterator[str]:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         name, is_one_word, value = word.partition("=")
         if name in _CONFIG:
             yield value if is_one_word else following

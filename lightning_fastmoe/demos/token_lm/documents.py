@@ -130,7 +130,10 @@ def _text_of(line: bytes, text_key: str, where: str) -> str:
         )
     text = content[text_key]
     if not isinstance(text, str):
-        raise DataError(f"{where} has a {type(text).__name__} under {text_key!r}, not a text.")
+        raise DataError(
+            f"{where} has a value of type {type(text).__name__} under {text_key!r}, not a text."
+            " Name the key of the text with --text-key."
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
