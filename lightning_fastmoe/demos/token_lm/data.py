@@ -76,6 +76,11 @@ class TokenFiles(LightningDataModule):
         """The smallest vocabulary that a model of this data can have."""
         return self.manifest.vocab_size
 
+    @property
+    def eos_id(self) -> int:
+        """The id that ends documents."""
+        return self.manifest.eos_id
+
     @override
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:

@@ -104,16 +104,17 @@ class TokenLM(MoECausalLM):
         # The data module is set up before the model is, and the network is built after.
         if self.vocab_size is None:
             data = getattr(self.trainer, "datamodule", None)
-            self._set_vocabulary(getattr(data, "vocab_size", None))
+            self._set_vocabulary(getattr(data, "vocab_size", None), getattr(data, "eos_id", None))
 
-    def _set_vocabulary(self, size: int | None) -> None:
+    def _set_vocabulary(self, size: int | None, eos_id: int | None) -> None:
         if size is None:
             raise ConfigError(
                 "model.vocab_size is not given, and the data does not say how many tokens there"
                 " are: give it, or train on TokenFiles."
             )
         self.vocab_size = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        self.config = {**self.config, "vocab_size": self.vocab_size}
+        # The end of text is not used in training: it tells an exported model where to stop.
+        self.config = {**self.config, "vocab_size": self.vocab_size, "eos_token_id": eos_id}
         self.architecture = Architecture.from_config(self.config)
         # Checkpoints say what they hold.
         self.save_hyperparameters({"config": self.config, "vocab_size": self.vocab_size})
@@ -122,7 +123,7 @@ class TokenLM(MoECausalLM):
     def configure_model(self) -> None:
         is_new = self.network is None
         if self.vocab_size is None:  # without a Trainer
-            self._set_vocabulary(None)
+            self._set_vocabulary(None, None)
         super().configure_model()
         if is_new:
             assert self.network is not None
