@@ -58,3 +58,7 @@ class ForeignObjectError(FastMoEError, TypeError):
 
 class KernelsUnavailableError(FastMoEError, RuntimeError):
     """The CUDA kernels can't be built or used."""
+
+
+class MissingPackageError(FastMoEError, ImportError):
+    """An optional dependency is needed and not installed."""

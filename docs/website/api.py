@@ -10,6 +10,7 @@ MODULES = {
     "lightning_fastmoe.metrics": "Metrics",
     "lightning_fastmoe.huggingface": "Models of Hugging Face",
     "lightning_fastmoe.demos.byte_lm": "The example model",
+    "lightning_fastmoe.demos.token_lm": "Pretraining on text",
     "lightning_fastmoe.checkpoint": "Reading checkpoints",
     "lightning_fastmoe.checkpoint.weights": "Weights from a checkpoint",
     "lightning_fastmoe.ops": "Operators on one device",
@@ -36,5 +37,6 @@ COMMANDS = (
     "checkpoint consolidate",
     "checkpoint export",
     "checkpoint import",
+    "tokenize",
 )
 """The commands of ``lightning-fastmoe`` whose help is shown. Those of LightningCLI print pages."""

@@ -50,6 +50,10 @@ COMMANDS = {
         "Write an HTML page about the experts of a training run.",
         "lightning_fastmoe.cli.report",
     ),
+    "tokenize": Command(
+        "Turn text into token files for pretraining, with a tokenizer of yours or a new one.",
+        "lightning_fastmoe.cli.tokenize",
+    ),
 }
 
 TRAINING = {

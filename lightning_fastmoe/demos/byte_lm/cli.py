@@ -2,12 +2,15 @@
 
 ``lightning-fastmoe fit --config examples/tiny_lm.yaml`` runs a configuration file. Every value in
 it can be overridden (``--model.num_experts 16``); ``lightning-fastmoe fit --help`` lists them all.
+A configuration whose ``model`` and ``data`` name a ``class_path`` trains those classes instead, as
+``examples/pretrain_lm.yaml`` does.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_fastmoe.demos.byte_lm.classes import names_a_class
 from lightning_fastmoe.demos.byte_lm.data import ByteCorpus
 from lightning_fastmoe.demos.byte_lm.model import MoELanguageModel
-from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.errors import ConfigError, FastMoEError
 
 _CHATTER = (
     "GPU available:",
@@ -71,6 +76,23 @@ class FastMoECLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         resolve_auto(config.trainer, config.auto, torch.cuda.is_available())
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            # jsonargparse takes a constructor's ValueError for a value of the wrong type.
+            if (reason := own_error(error)) is None:
+                raise
+            raise reason from error
+
+
+def own_error(error: BaseException | None) -> FastMoEError | None:
+    """The package's error that led to ``error``, None if there is none."""
+    while error is not None and not isinstance(error, FastMoEError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:
@@ -133,16 +155,20 @@ def run(args: Sequence[str] | None = None) -> None:
         ) from None
     from lightning_fastmoe.demos.byte_lm.parser import OneLineParser
 
+    words = sys.argv[1:] if args is None else list(args)
+    own = names_a_class(words)
     try:
         FastMoECLI(
-            MoELanguageModel,
-            ByteCorpus,
+            LightningModule if own else MoELanguageModel,
+            LightningDataModule if own else ByteCorpus,
+            subclass_mode_model=own,
+            subclass_mode_data=own,
             # A resumed run writes into the same folder.
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=OneLineParser,
-            args=None if args is None else list(args),
+            args=None if args is None else words,
         )
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -8,17 +8,18 @@ names and sizes, so they are identical on every rank and in every resumed run.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_fastmoe.demos.loaders import ResumableLoader, evaluation_loader
+from lightning_fastmoe.demos.windows import WindowStarts
 from lightning_fastmoe.errors import DataError
 
 FILE_SEPARATOR = 0
@@ -130,83 +131,14 @@ class ByteWindows(Dataset[Tensor]):
     def __init__(self, text: Tensor, seq_len: int, max_windows: int | None = None) -> None:
         self.text = text
         self.seq_len = seq_len
-        self._available = max(0, (text.numel() - 1) // seq_len)
-        self._kept = min(self._available, max_windows or self._available)
+        self._starts = WindowStarts(text.numel(), seq_len, max_windows)
 
     def __len__(self) -> int:
-        return self._kept
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self._kept:
-            raise IndexError(f"window {index} of {self._kept}")
-        start = index * self._available // self._kept * self.seq_len
+        start = self._starts[index]
         return self.text[start : start + self.seq_len + 1]
-
-
-class ResumableLoader(DataLoader[Tensor]):
-    """Shuffled training batches of one rank, which a resumed run continues where the last stopped.
-
-    Lightning restores its batch counter, but would restart the data: the resumed epoch would repeat
-    its first batches and never reach its last ones. The position is counted in samples over all
-    ranks, so it is valid on another number of ranks too.
-
-    Args:
-        dataset: the training data.
-        batch_size: windows per batch and rank.
-        num_replicas: world size.
-        rank: this process's rank.
-        seed: the seed of the order; identical on all ranks.
-        num_workers: processes that load data.
-    """
-
-    def __init__(
-        self,
-        dataset: ByteWindows,
-        batch_size: int,
-        num_replicas: int,
-        rank: int,
-        seed: int,
-        num_workers: int,
-    ) -> None:
-        super().__init__(
-            dataset,
-            batch_size=batch_size,
-            sampler=_SkippingSampler(dataset, num_replicas, rank, seed=seed, drop_last=True),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            drop_last=True,
-        )
-        self._global_batch = batch_size * num_replicas
-        self._done = 0
-        self._resume_at = 0
-
-    @override
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        assert isinstance(self.sampler, _SkippingSampler)
-        assert self.batch_size is not None
-        self._done, self._resume_at = self._resume_at, 0
-        self.sampler.skip = self._done * self.batch_size
-        for batch in super().__iter__():
-            self._done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The position in the epoch, for a checkpoint."""
-        return {"samples": self._done % len(self) * self._global_batch}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Starts the next pass at the saved position; later passes are complete."""
-        self._resume_at = state_dict["samples"] // self._global_batch % len(self)
-
-
-class _SkippingSampler(DistributedSampler[int]):
-    """Skips the first ``skip`` samples of this rank."""
-
-    skip = 0
-
-    @override
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 class ByteCorpus(LightningDataModule):
@@ -307,12 +239,8 @@ class ByteCorpus(LightningDataModule):
         return self._evaluation_loader(None)
 
     def _evaluation_loader(self, max_windows: int | None) -> DataLoader[Tensor]:
-        return DataLoader(
-            self._windows(self._val_text, max_windows),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        windows = self._windows(self._val_text, max_windows)
+        return evaluation_loader(windows, self.batch_size, self.num_workers)
 
     def _windows(self, text: Tensor | None, max_windows: int | None = None) -> ByteWindows:
         if text is None:

@@ -6,15 +6,14 @@ import inspect
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_info
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.transformer import Embedding, Linear, rotary_table, rotate
@@ -266,49 +265,14 @@ class MoELanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            self._parameter_groups(), lr=self.lr, betas=self.betas, fused=on_gpu or None
+        return adamw_with_cosine(
+            self,
+            lr=self.lr,
+            min_lr_ratio=self.min_lr_ratio,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
         )
-        schedule = LambdaLR(optimizer, self._lr_ratio)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay for matrices, none for embeddings, norms and biases.
-
-        Distinguished by module, not by number of dimensions: ZeRO stage 3 flattens parameters.
-        """
-        decay: list[nn.Parameter] = []
-        no_decay: list[nn.Parameter] = []
-        for module in self.modules():
-            exempt = isinstance(module, nn.RMSNorm | nn.Embedding)
-            for name, parameter in module.named_parameters(recurse=False):
-                (no_decay if exempt or name.endswith("bias") else decay).append(parameter)
-        return [
-            {"name": "decay", "params": decay, "weight_decay": self.weight_decay},
-            {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-        ]
-
-    def _lr_ratio(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to ``min_lr_ratio`` at the last step."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        total = self._total_steps()
-        if total is None:
-            return 1.0
-        progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine
-
-    def _total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, or ``None`` if it has no end."""
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        steps = self.trainer.estimated_stepping_batches
-        return int(steps) if math.isfinite(steps) else None
 
     def _nats_per_byte(self, windows: Tensor) -> Tensor:
         """Cross-entropy of each byte but the first: (batch, seq_len + 1) to (batch, seq_len)."""

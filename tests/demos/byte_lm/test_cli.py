@@ -17,7 +17,7 @@ import yaml
 from lightning_fastmoe import cli
 from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
 from lightning_fastmoe.demos.byte_lm import cli as lm_cli
-from lightning_fastmoe.errors import FastMoEError
+from lightning_fastmoe.errors import DataError, FastMoEError
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -50,6 +50,40 @@ def test_examples_parse(
     assert config["trainer"]["strategy"]["class_path"] == "lightning_fastmoe.FastMoEStrategy"
     for section in ("auto", "model", "data"):
         assert written[section].items() <= config[section].items()
+
+
+def test_pretraining_example_parses_with_small_values(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = EXAMPLES / "pretrain_lm.yaml"
+    written = yaml.safe_load(file.read_text())
+    config = _printed_config(
+        monkeypatch, capsys, "fit", f"--config={file}", "--model.d_model=32", "--data.path=data/x"
+    )
+    for section, name, value in (("model", "d_model", 32), ("data", "path", "data/x")):
+        assert config[section]["class_path"] == written[section]["class_path"]
+        expected = {**written[section]["init_args"], name: value}
+        assert expected.items() <= config[section]["init_args"].items()
+
+
+def test_errors_of_named_classes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-fastmoe"])
+    words = [f"--config={EXAMPLES / 'pretrain_lm.yaml'}", f"--data.path={tmp_path / 'nowhere'}"]
+    assert cli.main(["fit", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: '{tmp_path / 'nowhere'}' is not a folder.")
+    assert err.count("\n") == 1
+
+
+def test_own_errors_are_found_behind_others() -> None:
+    own, parsers = DataError("own"), ValueError("does not validate")
+    parsers.__cause__ = TypeError()
+    assert lm_cli.own_error(parsers) is None
+    parsers.__cause__.__context__ = own
+    assert lm_cli.own_error(parsers) is own
+    assert lm_cli.own_error(own) is own
 
 
 def test_values_can_be_overridden(

@@ -10,11 +10,11 @@ import torch
 from lightning_fastmoe.demos.byte_lm.data import (
     ByteCorpus,
     ByteWindows,
-    ResumableLoader,
     find_files,
     read_files,
     split_files,
 )
+from lightning_fastmoe.demos.loaders import ResumableLoader
 from lightning_fastmoe.errors import DataError
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_fastmoe.demos.byte_lm import MoELanguageModel, generate
 from lightning_fastmoe.demos.byte_lm.model import _describe
+from lightning_fastmoe.demos.optimization import decay_groups
 from lightning_fastmoe.errors import ConfigError
 
 
@@ -95,8 +96,8 @@ def test_loss_is_cross_entropy_of_the_next_byte() -> None:
 
 
 def test_matrices_decay_and_embeddings_and_norms_do_not() -> None:
-    model = _model(weight_decay=0.3)
-    decay, no_decay = model._parameter_groups()
+    model = _model()
+    decay, no_decay = decay_groups(model, 0.3)
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {names[id(p)] for p in decay["params"]}
@@ -106,24 +107,6 @@ def test_matrices_decay_and_embeddings_and_norms_do_not() -> None:
     assert len(decay["params"]) + len(no_decay["params"]) == len(names)
     assert kept == {name for name in names.values() if "norm" in name or "embedding" in name}
     assert any("experts" in name for name in decayed)
-
-
-def test_learning_rate_warms_up_then_falls_to_its_floor() -> None:
-    model = _model(warmup_steps=10, min_lr_ratio=0.2)
-    model._total_steps = lambda: 110  # type: ignore[method-assign]
-    ratios = [model._lr_ratio(step) for step in range(111)]
-    assert ratios[0] == pytest.approx(1 / 11)
-    assert ratios[:11] == sorted(ratios[:11])
-    assert ratios[10] == pytest.approx(1.0)
-    assert ratios[60] == pytest.approx(0.6)
-    assert ratios[10:] == sorted(ratios[10:], reverse=True)
-    assert ratios[110] == pytest.approx(0.2)
-
-
-def test_learning_rate_stays_at_its_peak_without_an_end() -> None:
-    model = _model(warmup_steps=10)
-    model._total_steps = lambda: None  # type: ignore[method-assign]
-    assert model._lr_ratio(10**6) == 1.0
 
 
 def test_heads_that_do_not_divide_the_width_are_an_error() -> None:
