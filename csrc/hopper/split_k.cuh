@@ -31,7 +31,6 @@ template <typename Rows>
 __host__ __device__ __forceinline__ int rank_by_rows(int expert, int experts, Rows&& rows_of) {
   const int rows = rows_of(expert);
   int rank = 0;
-#pragma unroll 4
   for (int e = 0; e < experts; ++e) {
     const int others = rows_of(e);
     rank += others > rows || (others == rows && e < expert);
