@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -88,11 +89,19 @@ class FastMoECLI(LightningCLI):
             raise reason from error
 
 
-def own_error(error: BaseException | None) -> FastMoEError | None:
-    """The package's error that led to ``error``, None if there is none."""
-    while error is not None and not isinstance(error, FastMoEError):
-        error = error.__cause__ or error.__context__
-    return error
+def own_error(error: BaseException) -> FastMoEError | None:
+    """The package's error that led to ``error``, None if there is none.
+
+    jsonargparse keeps only the text of what a class raised that stands for one of several types.
+    """
+    text = str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, FastMoEError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return cause
+    reasons = re.findall(r"^  - (?!Expected an? )(.+)$", text, re.MULTILINE)
+    return ConfigError(" ".join(dict.fromkeys(reasons))) if reasons else None
 
 
 def resolve_auto(trainer: Any, auto: Any, has_cuda: bool) -> None:

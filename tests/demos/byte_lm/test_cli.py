@@ -77,6 +77,17 @@ def test_errors_of_named_classes_are_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_wrong_value_of_the_strategy_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-fastmoe"])
+    words = [f"--config={EXAMPLES / 'tiny_lm.yaml'}", "--trainer.strategy.stage=7"]
+    assert cli.main(["fit", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: stage=7 is not supported: the ZeRO stage must be")
+    assert err.count("\n") == 1
+
+
 def test_own_errors_are_found_behind_others() -> None:
     own, parsers = DataError("own"), ValueError("does not validate")
     parsers.__cause__ = TypeError()
@@ -84,6 +95,8 @@ def test_own_errors_are_found_behind_others() -> None:
     parsers.__cause__.__context__ = own
     assert lm_cli.own_error(parsers) is own
     assert lm_cli.own_error(own) is own
+    listed = ValueError("Errors:\n  - Expected a <class 'str'>\n  - stage=7\nGiven value: x")
+    assert str(lm_cli.own_error(listed)) == "stage=7"
 
 
 def test_values_can_be_overridden(
