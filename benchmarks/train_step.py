@@ -9,9 +9,9 @@ and clipping, in a process of its own, one after the other, for --rounds rounds.
 from the end of the step before, by the device, without waiting for it; the median excludes
 --warm-up steps. Model FLOPs are printed with their formula in training/shapes.py. --profile adds
 steps after those that are timed, the last of them under torch.profiler, splits it by the kernels'
-names, and lists the longest ones on stderr. The first losses of all rows
-must agree within 4 % and their last ones within 5 %, or the script ends with status 1: what doesn't
-train the same is not compared.
+names, and lists on stderr the longest kernels and the longest gaps between them. The first losses
+of all rows must agree within 4 % and their last ones within 5 %, or the script ends with status 1:
+what doesn't train the same is not compared.
 
 Prints a line of JSON for each run, then a table.
 """
@@ -53,7 +53,7 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]
     if isinstance(clock, Profiling):
         ran = clock.kernels()
         found["split_ms"] = kernels.split(ran)
-        print(name, *kernels.longest(ran), sep="\n", file=sys.stderr)
+        print(name, *kernels.longest(ran), *kernels.gaps(ran), sep="\n", file=sys.stderr)
     return found
 
 

@@ -51,3 +51,21 @@ def longest(kernels: Iterable[tuple[str, float, float]], count: int = 45) -> lis
         times[name].append((end - start) / 1000)
     first = sorted(times.items(), key=lambda item: -sum(item[1]))[:count]
     return [f"{sum(ms):9.3f} {len(ms):5d}  {name[:150]}" for name, ms in first]
+
+
+def gaps(kernels: Iterable[tuple[str, float, float]], count: int = 15) -> list[str]:
+    """Lines "idle milliseconds, at, before this kernel" of the longest gaps, in their order."""
+    found = sorted(kernels, key=lambda kernel: kernel[1])
+    if not found:
+        return []
+    first = until = found[0][1]
+    idle: list[tuple[float, float, str]] = []
+    for name, start, end in found:
+        if start > until:
+            idle.append(((start - until) / 1000, (until - first) / 1000, name))
+        until = max(until, end)
+    longest = sorted(idle, reverse=True)[:count]
+    return [
+        f"{ms:9.3f} idle at {at:7.2f}, before {name[:100]}"
+        for ms, at, name in sorted(longest, key=lambda gap: gap[1])
+    ]

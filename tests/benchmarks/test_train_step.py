@@ -77,7 +77,8 @@ def test_kernels_are_split_by_name_and_gaps_are_idle():
             ("flash_fwd_kernel", 3000.0, 3500.0),
             ("ncclDevKernel_AllReduce", 3200.0, 3400.0),  # beside the one before
             ("nvjet_sm90_tst_128x256", 4500.0, 4750.0),
-            ("FusedAdamMathFunctor", 4750.0, 5750.0),
+            ("FusedAdamMathFunctor", 4750.0, 5250.0),
+            ("lightning_fastmoe::adam_step_kernel<...>", 5250.0, 5750.0),
             ("vectorized_elementwise_kernel", 5750.0, 5850.0),
             ("Memcpy DtoD", 5850.0, 5900.0),
         ]
@@ -92,3 +93,12 @@ def test_kernels_are_split_by_name_and_gaps_are_idle():
         "copies and fills": 0.05,
         "idle": 1.0,
     }
+
+
+def test_the_longest_gaps_are_listed_in_their_order():
+    ran = [("a", 0.0, 1000.0), ("b", 500.0, 800.0), ("c", 1500.0, 1600.0), ("d", 1700.0, 2000.0)]
+    ran.append(("e", 5000.0, 5001.0))
+    assert kernels.gaps(ran, 2) == [
+        "    0.500 idle at    1.00, before c",
+        "    3.000 idle at    2.00, before e",
+    ]
