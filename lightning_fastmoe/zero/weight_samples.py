@@ -28,14 +28,18 @@ class Sampler:
             i * f.length // n for f, n in zip(fragments, counts, strict=True) for i in range(n)
         ]
         self.steps = torch.tensor(steps, dtype=torch.int64)
+        self._turn, self._positions = -1, self.steps
 
     def sample(self, flat: Tensor, turn: int) -> Tensor:
         """The bits of some elements; the same elements for the same turn."""
         if self.steps.device != flat.device:
             for name in ("offsets", "lengths", "steps"):
                 setattr(self, name, getattr(self, name).to(flat.device))
-        positions = self.offsets + (self.steps + turn * _SHIFT) % self.lengths
-        return _bits(flat.detach()[positions])
+            self._turn = -1
+        if self._turn != turn:  # each turn is sampled twice: after a step and before the next
+            self._turn = turn
+            self._positions = self.offsets + (self.steps + turn * _SHIFT) % self.lengths
+        return _bits(flat.detach()[self._positions])
 
     def owners_of(self, hits: Tensor) -> set[int]:
         """The indices of the parameters that were sampled."""
