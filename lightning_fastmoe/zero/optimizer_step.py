@@ -276,14 +276,10 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             grad_groups_flat: the gradients of one group's partition, fp32.
             total_norm: their norm over all groups and ranks, times the loss scale.
         """
-        if not self._divides_gradients(grad_groups_flat):
+        if self._divides_gradients(grad_groups_flat):
+            self._clip_scale = self._divisor_of_gradients(total_norm, self.loss_scale)
+        else:
             super().unscale_and_clip_grads(grad_groups_flat, total_norm)
-        elif self.clip_grad > 0.0:
-            clip = ((total_norm / self.loss_scale) + 1e-6) / self.clip_grad
-            self._clip_scale = torch.clamp(clip, min=1.0) * self.loss_scale
-        elif self.loss_scale != 1.0:
-            scale = float(self.loss_scale)
-            self._clip_scale = torch.tensor(scale, dtype=torch.float32, device=self.device)
 
     def _divides_gradients(self, gradients: list[Any]) -> bool:
         """Whether the optimizer's kernel can divide these gradients while it reads them."""

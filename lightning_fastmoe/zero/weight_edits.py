@@ -193,6 +193,8 @@ class WeightEdits:
         written = _unequal([p._version for p in parameters], self._versions)
         moved = _unequal([p.data_ptr() for p in parameters], self._addresses)
         partition_written: set[int] = set()
+        # Whoever has taken over an edit records all weights as unedited, those of others too.
+        look_at_samples |= bool(written | moved)
         samples = self._samples() if look_at_samples else self._partition_samples
         if look_at_samples and differ(samples, self._partition_samples):
             for sampler, now, before in zip(

@@ -92,13 +92,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def make_optimizer(
-    net: nn.Module, fused: bool = False, kind: str = "AdamW"
+    net: nn.Module, fused: bool = True, kind: str = "AdamW"
 ) -> torch.optim.Optimizer:
-    """An optimizer of torch's, AdamW by default, with a weight-decay split, as users write it."""
+    """An optimizer of torch's, AdamW by default, with a weight-decay split, as users write it.
+
+    Only AdamW is fused.
+    """
     matrices = [p for p in net.parameters() if _rank(p) > 1]
     vectors = [p for p in net.parameters() if _rank(p) <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    options = {**OPTIMIZERS[kind], **({"fused": True} if fused else {})}
+    options = {**OPTIMIZERS[kind], **({"fused": True} if fused and kind == "AdamW" else {})}
     made: torch.optim.Optimizer = getattr(torch.optim, kind)(groups, **options)
     return made
 
@@ -195,7 +198,7 @@ class Net(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.net)
+        optimizer = make_optimizer(self.net, self.case.fused)
         schedule = {"scheduler": make_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -67,8 +67,15 @@ def load(net: nn.Module, names: tuple[str, ...]) -> None:
     net.load_state_dict(state)
 
 
+def two_ways(net: nn.Module, names: tuple[str, ...]) -> None:
+    """The host knows of one edit, and only samples show the others."""
+    in_place(net, names[:1])
+    clamp_data(net, names[1:])
+
+
 EDITS: dict[str, Callable[[nn.Module, tuple[str, ...]], None]] = {
-    f.__name__: f for f in (in_place, one_element, detached, foreach, clamp_data, assign_data, load)
+    f.__name__: f
+    for f in (in_place, one_element, detached, foreach, clamp_data, assign_data, load, two_ways)
 }
 
 BEFORE_FORWARD = (
@@ -186,13 +193,13 @@ class Edited(Net):
         return DataLoader(RankBatches(torch.zeros(1, 2, 3, D_IN)), batch_size=None)
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.net)
+        optimizer = make_optimizer(self.net, self.case.fused)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def make_optimizer(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-3)
+def make_optimizer(net: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-3, fused=fused or None)
 
 
 def trainer_for(case: Case, **kwargs: Any) -> pl.Trainer:
@@ -502,7 +509,9 @@ def test_a_weight_that_a_hook_writes_holds(rank_pool, hook, stage):
         check(trained, plain)
 
 
-@pytest.mark.parametrize("case", [replace(ALONE, stage=1), replace(ALONE, stage=3), CASE])
+@pytest.mark.parametrize(
+    "case", [replace(ALONE, stage=1), replace(ALONE, stage=3), CASE, replace(CASE, fused=False)]
+)
 @pytest.mark.parametrize("edit", [e for e in EDITS if e not in ("in_place", "halve_gradients")])
 def test_however_it_is_written(rank_pool, case, edit):
     hook = "on_train_batch_end"
@@ -511,6 +520,16 @@ def test_however_it_is_written(rank_pool, case, edit):
         names = ("head.bias", "embed.weight")  # the last element of a rank's experts is another
     plain = twin(case, hook, edit, names)
     for trained in rank_pool.run(fit, case.world, case, hook, edit, names):
+        check(trained, plain)
+
+
+@pytest.mark.parametrize("case", [replace(ALONE, stage=2), replace(CASE, stage=1), CASE])
+@pytest.mark.parametrize("edit", ["clamp_data", "two_ways"])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
+def test_what_only_samples_show_just_before_a_step(rank_pool, case, edit, hook):
+    """With nothing before the step, such as a validation, that compares all samples."""
+    plain = twin(case, hook, edit, EDITED)
+    for trained in rank_pool.run(fit, case.world, case, hook, edit, EDITED):
         check(trained, plain)
 
 
