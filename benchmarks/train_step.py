@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --shape gpu_lm --steps 40
     python benchmarks/train_step.py --shape olmoe --rows strategy-compiled transformers
     python benchmarks/train_step.py --shape gpu_lm --rows strategy --profile
+    python benchmarks/train_step.py --shape gpu_lm --gpus 2 --rows strategy experts-compiled
 
 Every row trains a decoder of the same sizes (a config of Qwen3-MoE) on the same batches with AdamW
 and clipping, in a process of its own, one after the other, for --rounds rounds. A step is timed
@@ -11,7 +12,8 @@ from the end of the step before, by the device, without waiting for it; the medi
 steps after those that are timed, the last of them under torch.profiler, splits it by the kernels'
 names, and lists on stderr the longest kernels and the longest gaps between them. The first losses
 of all rows must agree within 4 % and their last ones within 5 %, or the script ends with status 1:
-what doesn't train the same is not compared.
+what doesn't train the same is not compared. With --gpus, each GPU trains batches of its own of the
+same size; times, rates and losses are those of the first.
 
 Prints a line of JSON for each run, then a table.
 """
@@ -19,11 +21,13 @@ Prints a line of JSON for each run, then a table.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
 import statistics
 import sys
+import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -41,7 +45,7 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]
     from training import kernels, rows
     from training.clock import PROFILED, Clock, Profiling
 
-    row = rows.ROWS[name]
+    row = dataclasses.replace(rows.ROWS[name], gpus=args.gpus)
     cuda = torch.cuda.is_available()
     profiled = args.profile and cuda
     clock = Profiling(args.steps) if profiled else Clock()
@@ -57,9 +61,15 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]
     return found
 
 
-def work(pipe: Connection, name: str, shape: Shape, args: argparse.Namespace) -> None:
+def work(
+    pipe: Connection, name: str, shape: Shape, args: argparse.Namespace, rank: int, port: int
+) -> None:
     """Sends what :func:`measure` finds, or the error."""
     os.dup2(2, 1)  # what is trained prints; the results are for stdout
+    if args.gpus > 1:  # tells Lightning that the other ranks' processes exist
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0"
+        )
     try:
         pipe.send(measure(name, shape, args))
     except BaseException:
@@ -67,20 +77,35 @@ def work(pipe: Connection, name: str, shape: Shape, args: argparse.Namespace) ->
 
 
 def run(context: Any, name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
-    """One run of a row, in a process of its own."""
-    mine, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, name, shape, args))
-    process.start()
-    theirs.close()
+    """One run of a row, in a process for each GPU."""
+    from lightning_fastmoe.testing import free_port
+
+    port = free_port()
+    ranks = []
+    for rank in range(args.gpus):
+        mine, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, name, shape, args, rank, port))
+        process.start()
+        theirs.close()
+        ranks.append((process, mine))
+    until = time.monotonic() + args.limit
+    found = [_result(process, pipe, until, args.limit) for process, pipe in ranks]
+    for process, _ in ranks:
+        process.join(10)
+        process.kill()
+        process.join()
+    return {"row": name, **next((one for one in found if "error" in one), found[0])}
+
+
+def _result(process: Any, pipe: Connection, until: float, limit: float) -> dict[str, Any]:
     try:
-        found = mine.recv() if mine.poll(args.limit) else {"error": f"no end in {args.limit} s"}
+        if pipe.poll(max(0.0, until - time.monotonic())):
+            found: dict[str, Any] = pipe.recv()
+            return found
     except EOFError:
         process.join(5)
-        found = {"error": f"its process ended with status {process.exitcode}"}
-    process.join(10)
-    process.kill()
-    process.join()
-    return {"row": name, **found}
+        return {"error": f"its process ended with status {process.exitcode}"}
+    return {"error": f"no end in {limit} s"}
 
 
 def table(runs: list[dict[str, Any]], shape: Shape) -> tuple[list[str], bool]:
@@ -121,15 +146,19 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that a row may take")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     # Check by NVML: a library that looks for GPUs on import would break CUDA in all forks.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     from training.rows import ROWS
 
-    names = args.rows or list(ROWS)
+    able = [name for name, row in ROWS.items() if row.takes(args.gpus)]
+    names = args.rows or able
     if unknown := sorted(set(names) - set(ROWS)):
         parser.error(f"unknown rows: {', '.join(unknown)}; there are: {', '.join(ROWS)}")
+    if one_gpu := sorted(set(names) - set(able)):
+        parser.error(f"rows that don't train on {args.gpus} GPUs: {', '.join(one_gpu)}")
     if args.warm_up + 2 > args.steps:
         parser.error(f"--steps {args.steps} leaves nothing to time after --warm-up {args.warm_up}")
     context = multiprocessing.get_context("forkserver")

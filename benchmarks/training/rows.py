@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Row:
         fused: whether AdamW is one kernel.
         compiled: whether torch.compile compiles each block.
         bf16: whether the weights are bf16; else autocast, or ZeRO's mixed precision.
+        expert_parallel: whether experts are sharded over all GPUs; else each GPU has all of them.
+        gpus: number of GPUs, each with a process like this one.
     """
 
     build: Callable[[Shape], nn.Module]
@@ -34,6 +37,12 @@ class Row:
     fused: bool = True
     compiled: bool = False
     bf16: bool = False
+    expert_parallel: bool = False
+    gpus: int = 1
+
+    def takes(self, gpus: int) -> bool:
+        """Whether it trains on so many GPUs."""
+        return self.trains is by_trainer if gpus > 1 else not self.expert_parallel
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -142,10 +151,13 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
             clock.step(outputs["loss"].detach())
 
     silence_upstream()
-    strategy: Any = FastMoEStrategy(stage=2) if row.build is ours else "deepspeed_stage_2"
+    shards = row.gpus if row.expert_parallel else 1
+    strategy: Any = "deepspeed_stage_2"
+    if row.build is ours:
+        strategy = FastMoEStrategy(expert_parallel_size=shards, stage=2)
     trainer = pl.Trainer(
         accelerator=device().type,
-        devices=1,
+        devices=row.gpus,
         strategy=strategy,
         precision="bf16-mixed",
         max_steps=steps,
@@ -156,7 +168,7 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,  # which would shuffle: the same batches in all rows
     )
-    batches = shape.batches(8)
+    batches = shape.batches(8, rank=int(os.environ.get("LOCAL_RANK", 0)))
     endless = [batches[step % len(batches)] for step in range(steps)]
     trainer.fit(Model(), DataLoader(endless, batch_size=None, pin_memory=torch.cuda.is_available()))
 
@@ -165,6 +177,7 @@ ROWS = {
     "strategy": Row(ours, by_trainer),
     "strategy-unfused": Row(ours, by_trainer, fused=False),
     "strategy-compiled": Row(ours, by_trainer, compiled=True),
+    "experts-compiled": Row(ours, by_trainer, compiled=True, expert_parallel=True),
     "loop": Row(ours, in_a_loop),
     "loop-compiled": Row(ours, in_a_loop, compiled=True),
     "transformers": Row(transformers_model, in_a_loop, bf16=True),

@@ -85,13 +85,13 @@ class Shape:
         weights = self.layers * (attention + experts + router) + self.d_model * self.vocab_size
         return 6.0 * weights + 6.0 * self.layers * self.seq_len * self.heads * self.head_dim
 
-    def batches(self, count: int) -> list[Tensor]:
-        """``count`` batches (batch, seq_len + 1) of token ids.
+    def batches(self, count: int, rank: int = 0) -> list[Tensor]:
+        """``count`` batches (batch, seq_len + 1) of token ids, others on each rank.
 
         Frequencies fall with the rank as those of words do, so that the router's load is uneven as
         in the first steps of real training.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(rank)
         chances = 1.0 / torch.arange(1, self.vocab_size + 1, dtype=torch.float64)
         size = self.batch * (self.seq_len + 1)
         return [
