@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, any_dtype
 from lightning_fastmoe.nn.router.noisy import check_at_least
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
@@ -71,6 +71,7 @@ class BaseRouter(LinearRouter):
                 f"top_k={top_k} doesn't fit BASE routing, which assigns one expert: use 1."
             )
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
@@ -125,6 +126,7 @@ class SinkhornRouter(LinearRouter):
         self.iterations, self.over = iterations, check_over(over)
         self.uses_batch = over == "global"
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)

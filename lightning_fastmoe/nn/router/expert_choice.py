@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, any_dtype
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
@@ -54,6 +54,7 @@ class ExpertChoiceRouter(LinearRouter):
             raise ConfigError(f"over={over!r} is unknown. It must be 'sequence' or 'rank'.")
         self.over = over
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         tokens, experts = x.shape[0], self.num_experts

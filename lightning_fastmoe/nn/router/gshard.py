@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, any_dtype
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
@@ -57,6 +57,7 @@ class GShardRouter(LinearRouter):
                 " top_k=2, or router='softmax'."
             )
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
@@ -66,7 +67,8 @@ class GShardRouter(LinearRouter):
             return routing
         second = routing.weights.detach()[:, 1:]
         active = torch.cat(
-            [torch.ones_like(second, dtype=torch.bool), 2 * second > context.uniform(x, 1)], dim=1
+            [torch.ones_like(second, dtype=torch.bool), 2 * second > context.uniform(logits, 1)],
+            dim=1,
         )
         return routing._replace(active=active)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,17 @@ from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.router.losses import TOKEN_CHOICE_LOSSES
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
+
+RouteMethod = TypeVar("RouteMethod", bound=Callable[..., Any])
+
+
+def any_dtype(route: RouteMethod) -> RouteMethod:
+    """Declares that a :meth:`Router.route` takes tokens in any dtype: it computes in fp32 itself.
+
+    All it does with them is :meth:`Router.linear`, which then multiplies them as they are.
+    """
+    route.takes_any_dtype = True  # type: ignore[attr-defined]
+    return route
 
 
 class Router(nn.Module):
@@ -115,16 +128,28 @@ class Router(nn.Module):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Routes ``x (T, D)`` in fp32, even under autocast; fp64 stays fp64."""
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            return self.route(x.to(dtype), context or RoutingContext(training=self.training))
+            if not self._takes_any_dtype:
+                x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            return self.route(x, context or RoutingContext(training=self.training))
 
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
-        """Routes ``x (T, D)``, which is fp32 or fp64. Called with autocast off."""
+        """Routes ``x (T, D)``, which is fp32 or fp64 (see :func:`any_dtype`). Autocast is off."""
         raise NotImplementedError
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x @ weight.T`` in the dtype of ``x``."""
-        return F.linear(x, weight.to(x.dtype))
+        """``x (T, D) @ weight.T`` in fp32, or in fp64 for an ``x`` in fp64."""
+        return ops.router_logits(x, weight)
+
+    @cached_property
+    def _takes_any_dtype(self) -> bool:
+        """Whether all that :meth:`route` does with tokens is a product by :meth:`linear`."""
+        own = type(self)
+        plain = LinearRouter.logits
+        return (
+            own.linear is Router.linear
+            and getattr(own, "logits", plain) is plain
+            and getattr(own.route, "takes_any_dtype", False)
+        )
 
     def token_choice(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import Router, init_gate
+from lightning_fastmoe.nn.router.interface import Router, any_dtype, init_gate
 from lightning_fastmoe.nn.router.losses import TOKEN_CHOICE_LOSSES
 from lightning_fastmoe.nn.router.random import normal_from_uniform
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
@@ -75,12 +75,13 @@ class NoisyTopKRouter(Router):
         """Refuses a K whose only weight would always be 1."""
         check_at_least(top_k=(top_k, min(2, self.num_experts)))
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         clean = self.linear(x, self.weight)
         noisy, load = clean, None
         if context.training and self.noise > 0:
-            z = normal_from_uniform(context.uniform(x, self.num_experts))
+            z = normal_from_uniform(context.uniform(clean, self.num_experts))
             size = self.noise * F.softplus(self.linear(x, self.noise_weight))
             size = size.clamp_min(_SMALLEST_NOISE)
             noisy = clean + size * z.to(clean.dtype)

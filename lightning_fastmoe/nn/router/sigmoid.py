@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, any_dtype
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 from lightning_fastmoe.nn.router.softmax import check_normalized
 
@@ -87,12 +87,13 @@ class SigmoidTopKRouter(LinearRouter):
                 " experts."
             )
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
         normalize = self.top_k > 1 if self._normalize is None else self._normalize
         if self.limit_groups == self.num_groups:
-            bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
+            bias = None if self.balance_bias is None else self.balance_bias.to(logits.dtype)
             routed = ops.sigmoid_top_k(logits, self.top_k, normalize, bias)
             scores, weights, expert_ids = routed
         else:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, any_dtype
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
@@ -68,10 +68,11 @@ class SoftmaxTopKRouter(LinearRouter):
         """Whether a token's weights sum to 1."""
         return self.top_k > 1 if self._normalize is None else self._normalize
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)
-        bias = None if self.balance_bias is None else self.balance_bias.to(x.dtype)
+        bias = None if self.balance_bias is None else self.balance_bias.to(logits.dtype)
         # Normalised weights are computed as a softmax after the selection in any case.
         routed = ops.softmax_top_k(logits, self.top_k, self.normalize_weights, bias)
         return Routing(logits, *routed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.router.interface import LinearRouter
+from lightning_fastmoe.nn.router.interface import LinearRouter, any_dtype
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
 
@@ -56,6 +56,7 @@ class SwipeRouter(LinearRouter):
             )
         self.num_groups = num_groups
 
+    @any_dtype
     def route(self, x: Tensor, context: RoutingContext) -> Routing:
         """See :class:`~lightning_fastmoe.nn.router.interface.Router`."""
         logits = self.logits(x)

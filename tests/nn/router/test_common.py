@@ -57,6 +57,42 @@ def test_all_is_fp32_also_under_autocast(name, dtype):
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("name", ["gshard", "noisy", "switch"])
+def test_random_numbers_are_fp32_for_tokens_in_bf16(name, monkeypatch):
+    drawn = []
+    uniform = RoutingContext.uniform
+
+    def recorded(*args, **kwargs):
+        drawn.append(uniform(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(RoutingContext, "uniform", recorded)
+    ROUTERS[name](D, E).bfloat16()(torch.randn(9, D).bfloat16(), context(9))
+    assert [u.dtype for u in drawn] == [torch.float32]
+
+
+class Rounded(SoftmaxTopKRouter):
+    """A router from outside that computes with tokens before their product."""
+
+    def route(self, x, routing_context):
+        return super().route(x * 1.001, routing_context)
+
+
+class Shifted(SoftmaxTopKRouter):
+    """One with a product of its own."""
+
+    def logits(self, x):
+        return x @ self.weight.to(x.dtype).T * 1.001
+
+
+@pytest.mark.parametrize("kind", [Rounded, Shifted])
+def test_a_router_that_does_more_with_tokens_gets_them_in_fp32(kind):
+    router, x = kind(D, E), torch.randn(300, D).bfloat16()
+    got, exact = router(x, context(300)), router(x.float(), context(300))
+    for a, b in zip(tensors(got), tensors(exact), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("training", [False, True])
 def test_scores_are_distributions_and_ids_are_experts(name, training):
