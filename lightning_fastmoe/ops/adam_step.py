@@ -56,14 +56,13 @@ def adam_step(
         mean: (N,) fp32, the first moment, updated.
         mean_square: (N,) fp32, the second moment, updated.
         weights: (N,), the model's own weights: set to the updated master weights, rounded.
-        step: scalar in fp32, the number of steps so far, incremented.
+        step: scalar in fp32, this step's number, from 1.
         options: the optimizer's.
         scale: scalar in fp32 that divides the gradients; None is one.
     """
     beta1, beta2 = options.betas
     parts = [g.contiguous() for g in gradients]
     if (library := native(*parts, master, mean, mean_square, weights, step)) is not None:
-        step += 1
         library.adam_step_(
             parts,
             master,
@@ -89,7 +88,7 @@ def adam_step(
         [mean],
         [mean_square],
         [],
-        [step],
+        [step - 1],  # torch counts it
         fused=True,
         grad_scale=scale,
         found_inf=None if scale is None else torch.zeros_like(scale),

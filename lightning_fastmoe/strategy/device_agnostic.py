@@ -17,6 +17,11 @@ from lightning_fastmoe.zero.collectives import modernise_collectives
 from lightning_fastmoe.zero.config import check_deepspeed_config, select_accelerator
 
 
+BUCKET = 25_000_000
+"""Elements of the buffers in which ZeRO 1 and 2 reduce gradients together, unless the user says
+otherwise. Larger gradients, such as those of most layers' experts, are reduced where they are."""
+
+
 class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
     """The base of FastMoEStrategy: everything that is unrelated to experts.
 
@@ -25,6 +30,8 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("stage") in (1, 2):
+            kwargs.setdefault("reduce_bucket_size", BUCKET)
         super().__init__(**kwargs)
         assert isinstance(self.config, dict)
         # DeepSpeed demands its own CPU Adam for offloading unless told that any optimizer will do.

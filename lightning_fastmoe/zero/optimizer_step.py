@@ -1,15 +1,14 @@
 """ZeRO 1 and 2's optimizer step in fewer passes over gradients and weights.
 
-DeepSpeed copies each gradient into a bucket, divides it by the number of ranks and copies it out
-again, on a single rank too. It then reads the gradients for NaN and Inf (three kernels for each
-tensor), as a copy in fp64 for the norm, to join them, to convert them to fp32, and to multiply them
-by the clip factor; it steps, and converts the weights. Here:
+DeepSpeed reads the gradients for NaN and Inf (three kernels for each tensor), as a copy in fp64 for
+the norm, to join them, to convert them to fp32, and to multiply them by the clip factor; it steps,
+converts the weights, and gathers them from all ranks. Here:
 
-* A single rank leaves gradients where autograd put them.
 * One kernel reads them for the norm, which is summed in fp64 and finite exactly if every gradient
   is.
 * With ``Adam(fused=True)`` and ``AdamW(fused=True)``, one kernel does the rest
-  (:mod:`lightning_fastmoe.ops.adam_step`).
+  (:mod:`lightning_fastmoe.ops.adam_step`), and what it has updated is gathered while it updates the
+  rest (:mod:`lightning_fastmoe.zero.weight_gather`).
 * With other optimizers, one kernel joins and converts the gradients. A fused optimizer gets the
   clip factor for its own kernel, as :class:`torch.amp.GradScaler` passes the loss scale.
 """
@@ -17,12 +16,12 @@ by the clip factor; it steps, and converts the weights. Here:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.optim import Adam, AdamW
@@ -32,6 +31,8 @@ from torch.optim.optimizer import (
 )
 
 from lightning_fastmoe.ops.adam_step import AdamOptions, adam_step
+from lightning_fastmoe.zero.gradient_reduction import ZeroGradients
+from lightning_fastmoe.zero.weight_gather import WeightGather
 
 
 def use_fewer_passes(optimizer: Any) -> None:
@@ -47,44 +48,12 @@ def use_fewer_passes(optimizer: Any) -> None:
             optimizer.overlap_comm = False
 
 
-class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+class ZeroOptimizer(ZeroGradients):
     """DeepSpeed's optimizer in fewer passes; equal to rounding."""
 
     _clip_scale: Tensor | None = None
     _norm: Tensor | None = None
     _norm_is_finite: bool | None = None
-
-    # ---------------------------------------------------------------------- gradients of one rank
-
-    @cached_property
-    def _keeps_gradients(self) -> bool:
-        """Whether there is nobody to reduce gradients with."""
-        groups = (self.dp_process_group, *self.real_dp_process_group)
-        return (
-            all(dist.get_world_size(group) == 1 for group in groups)
-            and self.sequence_parallel_size == 1
-            and not (self.cpu_offload or self.use_grad_accum_attribute or self.zenflow)
-        )
-
-    def setup_buckets(self) -> None:
-        """Allocates what gradients are reduced in, if they are."""
-        if not self._keeps_gradients:
-            super().setup_buckets()
-
-    def process_gradients(self, param: Tensor, i: int) -> None:
-        """Called when autograd has a parameter's gradient."""
-        if not self._keeps_gradients:
-            super().process_gradients(param, i)
-
-    def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
-        """Puts a gradient into a bucket, if it is to be reduced."""
-        if not self._keeps_gradients:
-            super().reduce_ready_partitions_and_remove_grads(param, i)
-
-    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
-        """Reduces what is left in the buckets."""
-        if not self._keeps_gradients:
-            super().reduce_ipg_grads(comm_dtype)
 
     # -------------------------------------------------------------------------- one update for all
 
@@ -162,13 +131,6 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         for i in range(len(self.bit16_groups)):
             self._update(i, divisor)
         self._lazy_init_hp_params_optimizer_state()
-        all_gather_dp_groups(
-            groups_flat=self.bit16_groups_flat,
-            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
-            dp_process_group=self.real_dp_process_group,
-            start_alignment_factor=self.nccl_start_alignment_factor,
-            allgather_bucket_size=self.allgather_bucket_size,
-        )
 
     def _drop_step(self) -> None:
         self._global_grad_norm = math.inf
@@ -187,13 +149,15 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         return torch.tensor(scale, dtype=torch.float32, device=norm.device)
 
     def _update(self, i: int, divisor: Tensor | None) -> None:
-        """Updates this rank's partition of a group, and frees its gradients."""
+        """Updates a group: this rank's partition, then the others' from their ranks."""
         group, master = self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i]
         state = self.optimizer.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(master) for _ in range(2))
-        rank = dist.get_rank(self.real_dp_process_group[i])
+        state["step"] += 1
+        ranks = self.real_dp_process_group[i]
+        weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(ranks)].data
         options = AdamOptions(
             lr=group["lr"],
             betas=group["betas"],
@@ -201,16 +165,21 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             weight_decay=group["weight_decay"],
             decoupled=bool(group.get("decoupled_weight_decay")) or type(self.optimizer) is AdamW,
         )
-        adam_step(
-            self.averaged_gradients[i],
-            master,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            self.parallel_partitioned_bit16_groups[i][rank].data,
-            state["step"],
-            options,
-            divisor,
-        )
+        gather = WeightGather(self.bit16_groups_flat[i], ranks, self.reduction_stream)
+        mean, mean_square = state["exp_avg"], state["exp_avg_sq"]
+        for part in gather.parts():
+            adam_step(
+                list(_fragments(self.averaged_gradients[i], part)),
+                master[part],
+                mean[part],
+                mean_square[part],
+                weights[part],
+                state["step"],
+                options,
+                divisor,
+            )
+            gather.start(part)
+        gather.finish()
         self.free_grad_in_param_list(self.params_not_in_partition[i])
         self.free_grad_in_param_list(self.params_in_partition[i])
         self._release_preflattened_grad_buffers(i)
@@ -303,6 +272,17 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             super()._optimizer_step(group_no)
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
+
+
+def _fragments(gradients: list[Tensor], part: slice) -> Iterator[Tensor]:
+    """The fragments of a partition's gradients that are in a part of it."""
+    begin = 0
+    for gradient in gradients:
+        end = begin + gradient.numel()
+        first, last = max(part.start, begin), min(part.stop, end)
+        if first < last:
+            yield gradient.reshape(-1)[first - begin : last - begin]
+        begin = end
 
 
 def _is_plain(group: dict[str, Any]) -> bool:

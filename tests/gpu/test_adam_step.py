@@ -75,8 +75,9 @@ def test_equals_the_formula(
     step = torch.full((), float(done), device="cuda")
     divisor = None if scale is None else torch.full((), scale, device="cuda")
     for _ in range(2):
+        step += 1
         adam_step(gradients, master, mean, mean_square, weights, step, options(decoupled), divisor)
-    assert float(step) == done + 2
+    assert float(step) == done + 2  # it is the caller's
     found = (master, mean, mean_square)
     for one, right in zip(
         found, expected(gradients, start, done, scale or 1.0, decoupled), strict=True
@@ -96,10 +97,10 @@ def test_twin_computes_the_same() -> None:
     for device in ("cpu", "cuda"):
         state = [t.clone().to(device) for t in start]
         weights = torch.empty(5000, dtype=torch.bfloat16, device=device)
-        step, divisor = torch.zeros((), device=device), torch.full((), 2.5, device=device)
+        step, divisor = torch.ones((), device=device), torch.full((), 2.5, device=device)
         own = [g.to(device) for g in gradients]
         adam_step(own, state[0], state[1], state[2], weights, step, options(True), divisor)
-        results.append([*state, step])
+        results.append([*state, weights])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-6, atol=1e-7)
 

@@ -16,9 +16,11 @@ from strategy.exactness import assert_same
 from strategy.models import Case, Net, Trace, make_optimizer
 from strategy.tracing import Tracer, make_trainer
 
-from lightning_fastmoe.zero import engine
+from lightning_fastmoe.zero import engine, weight_gather
 
 BAD_STEP, LOSS_SCALE = 1, 8.0
+LARGE, SMALL = 100_000, 100
+"""Bucket sizes: for all gradients together, and smaller than most of them."""
 STEP = ("step", "flatten_dense_tensors_aligned")
 """The functions of DeepSpeed that join gradients in a step."""
 
@@ -85,6 +87,7 @@ def fit(case: Case, fewer: bool, value: float | None) -> tuple[Trace, list[int],
     used = engine.use_fewer_passes if fewer else lambda optimizer: None
     with (
         mock.patch.object(engine, "use_fewer_passes", used),
+        mock.patch.object(weight_gather, "PART", 40),  # several parts even here
         counted("has_overflow"),
         counted("get_grad_norm_direct"),
         counted("unscale_and_clip_grads"),
@@ -102,13 +105,23 @@ def fit(case: Case, fewer: bool, value: float | None) -> tuple[Trace, list[int],
 @pytest.mark.parametrize("value", [None, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 @pytest.mark.parametrize(
-    ("world", "stage", "precision", "accumulate"),
-    [(2, 1, "32-true", 2), (2, 2, "bf16-mixed", 1), (1, 1, "bf16-mixed", 2), (1, 2, "32-true", 2)],
+    ("world", "ep", "stage", "precision", "accumulate", "bucket"),
+    [
+        (2, 2, 1, "32-true", 2, LARGE),
+        (2, 2, 2, "bf16-mixed", 1, SMALL),
+        (2, 1, 1, "bf16-mixed", 2, SMALL),
+        (2, 1, 2, "32-true", 2, SMALL),
+        (1, 1, 1, "bf16-mixed", 2, LARGE),
+        (1, 1, 2, "32-true", 2, LARGE),
+    ],
 )
 def test_equal_to_deepspeeds_own_passes(
-    rank_pool, world, stage, precision, accumulate, fused, value
+    rank_pool, world, ep, stage, precision, accumulate, bucket, fused, value
 ):
-    case = Case(world, world, stage, accumulate, precision=precision, fused=fused, steps=4)
+    extra = {"reduce_bucket_size": bucket}
+    case = Case(
+        world, ep, stage, accumulate, precision=precision, fused=fused, steps=4, extra=extra
+    )
     own = rank_pool.run(fit, world, case, True, value)
     for (trace, skipped, calls), (expected, as_before, before) in zip(
         own, rank_pool.run(fit, world, case, False, value), strict=True
