@@ -92,6 +92,7 @@ NAMES = [
     "pytorch_lightning.trainer.connectors.signal_connector:_SignalConnector.teardown",
     # torch
     "torch.distributed.distributed_c10d:_get_default_store",
+    "torch.distributed.distributed_c10d:_coalescing_manager",
     "torch._C:_current_graph_task_id",
     "torch.utils._pytree:tree_map",
     "torch.nn:Module._call_impl",
@@ -120,7 +121,26 @@ SOURCES = {
         "self.expert_dp_process_group[param.group_name]",
         "tensor.div_(dist.get_world_size(group=self.dp_process_group)",
     ],
-    # What a rank without others leaves out.
+    # What this package does instead of buckets.
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.setup_buckets": [
+        "if not self.ready_for_gradients:",
+        "self.micro_step_id += 1",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.reduce_gradients": [
+        "if not self.overlap_comm:",
+        "self.reduce_ready_partitions_and_remove_grads(param, i)",
+        "self.overlapping_partition_gradients_reduce_epilogue()",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
+    "reduce_ready_partitions_and_remove_grads": [
+        "if self.partition_gradients or self.is_gradient_accumulation_boundary()",
+        "self.reduce_independent_p_g_buckets_and_remove_grads(param, i)",
+    ],
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
+    "reduce_independent_p_g_buckets_and_remove_grads": [
+        "if param.numel() == 0:",
+        'if not getattr(param, "ds_grad_is_ready", True):',
+    ],
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.process_gradients": [
         "self.setup_buckets()",
         "self.reduce_ready_partitions_and_remove_grads(param, i)",

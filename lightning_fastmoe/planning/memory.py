@@ -45,7 +45,8 @@ class Bytes:
         gradients: the maximum held between backward and step. Stage 1 holds all of them while
             accumulating; without accumulation it frees some as early as stage 2 does.
         optimizer: the optimizer's states and the fp32 copy of the weights that it updates.
-        buffers: communication buckets, whose sizes are settings (``reduce_bucket_size``).
+        buffers: communication buckets, whose sizes are settings (``reduce_bucket_size``); stages 1
+            and 2 have none unless they offload.
         on_host: names of the fields that are offloaded to host memory.
     """
 
@@ -130,8 +131,8 @@ def plan(
     )
     bucket = int(config.get("reduce_bucket_size", 500_000_000))
     doubled = 2 if stage < 3 and config.get("overlap_comm") else 1
-    if stage < 3 and not host and all(group.ranks == 1 for group in groups):
-        bucket = 0  # nothing to reduce
+    if stage < 3 and not host:
+        bucket = 0  # gradients are reduced where they are
     buffers = Bytes(buffers=bucket * itemsize * doubled)
     if "optimizer" in host and stage < 3:
         host |= {"gradients"}  # kept with the optimizer that reads them

@@ -16,10 +16,9 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.zero.collectives import modernise_collectives
 from lightning_fastmoe.zero.config import check_deepspeed_config, select_accelerator
 
-
 BUCKET = 25_000_000
-"""Elements of the buffers in which ZeRO 1 and 2 reduce gradients together, unless the user says
-otherwise. Larger gradients, such as those of most layers' experts, are reduced where they are."""
+"""Elements up to which ZeRO 1 and 2 reduce gradients together, unless the user says otherwise.
+Larger gradients, such as those of most layers' experts, are reduced one by one."""
 
 
 class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):

@@ -104,7 +104,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " tested with experts. Drop the options that select it (data_types,"
                 " super_offload, ...)."
             )
-        use_fewer_passes(self.optimizer)
+        use_fewer_passes(self.optimizer, self.module)
         user = self.expert_state.user_groups
         if user is not None:
             optimized = [p for group in user.optimizer.param_groups for p in group["params"]]

@@ -1,113 +1,180 @@
-"""How ZeRO 1 and 2 reduce gradients: not at all on one rank, and without waits on several.
+"""Averages gradients over ranks while the backward pass goes on, for ZeRO 1 and 2.
 
-DeepSpeed copies each gradient into a bucket, divides it by the number of ranks, reduces it and
-copies it out again, on a single rank too; and after each backward pass the host waits for the
-device. Here:
+DeepSpeed copies each gradient into a bucket, reduces it, copies it out again, and then waits for
+the device. Its buckets hold gradients in the order in which they come, which must be the same on
+all ranks. Here, as in PyTorch's DDP (Li et al. 2020), buckets and their order are those of the
+model:
 
-* A single rank leaves gradients where autograd put them.
-* Gradients larger than a bucket are reduced where autograd put them, and stay there.
+* A large gradient is a bucket of its own, and is reduced where autograd put it.
+* A bucket is reduced once it is complete and all buckets before it are on their way. Those that are
+  not complete at the end of the pass follow then: a parameter that this rank didn't use has a
+  gradient of zero, so ranks may use different parameters.
 * Streams wait for each other, the host doesn't.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 
-class ZeroGradients(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """DeepSpeed's optimizer with other ways from a gradient to a partition."""
+@dataclass(frozen=True)
+class Reduced:
+    """A parameter whose gradient is averaged.
 
-    grads_in_partition: Tensor | None
+    Attributes:
+        parameter: the parameter.
+        ranks: the process group of those that hold it.
+        is_kept: whether this rank's optimizer needs its gradient.
+    """
 
-    @cached_property
-    def _keeps_gradients(self) -> bool:
-        """Whether there is nobody to reduce gradients with."""
-        groups = (self.dp_process_group, *self.real_dp_process_group)
-        return self._is_simple and all(dist.get_world_size(group) == 1 for group in groups)
+    parameter: Tensor
+    ranks: dist.ProcessGroup
+    is_kept: bool
 
-    @cached_property
-    def _is_simple(self) -> bool:
-        """Whether gradients are on the device, in the parameters' dtype."""
-        return (
-            not (self.cpu_offload or self.use_grad_accum_attribute or self.zenflow)
-            and self.sequence_parallel_size == 1
-            and not any(map(self._use_compact_grad_partition_buffer, range(len(self.bit16_groups))))
-        )
+
+@dataclass
+class _Bucket:
+    """Gradients that are reduced together.
+
+    Attributes:
+        members: its parameters.
+        last: the position of the last of them in the order in which gradients are expected.
+        missing: ids of those whose gradients have not come.
+    """
+
+    members: list[Reduced] = field(default_factory=list)
+    last: int = 0
+    missing: set[int] = field(default_factory=set)
 
     @property
-    def _has_two_streams(self) -> bool:
-        """Whether gradients are reduced on a stream of their own."""
-        return self.overlap_comm and not get_accelerator().resolves_data_dependency()
+    def size(self) -> int:
+        """Elements."""
+        return sum(member.parameter.numel() for member in self.members)
 
-    # ------------------------------------------------------------------------------------ one rank
+    def separate(self) -> None:
+        """Frees the memory of those that are not kept."""
+        for member in self.members:
+            if member.is_kept and len(self.members) > 1:
+                member.parameter.grad = member.parameter.grad.clone()  # type: ignore[union-attr]
 
-    def setup_buckets(self) -> None:
-        """Allocates what gradients are reduced in, if they are."""
-        if not self._keeps_gradients:
-            super().setup_buckets()
 
-    def process_gradients(self, param: Tensor, i: int) -> None:
-        """Called when autograd has a parameter's gradient."""
-        if not self._keeps_gradients:
-            super().process_gradients(param, i)
+class GradientReduction:
+    """Averages the gradients of a backward pass over ranks.
 
-    def reduce_ready_partitions_and_remove_grads(self, param: Tensor, i: int) -> None:
-        """Puts a gradient into a bucket, if it is to be reduced."""
-        if not self._keeps_gradients:
-            super().reduce_ready_partitions_and_remove_grads(param, i)
+    Args:
+        parameters: in the order in which their gradients are expected, identical on all ranks.
+        divisor: of the sums, the number of ranks whose losses are averaged.
+        limit: elements up to which gradients are reduced together; larger ones are on their own.
+        is_overlapped: whether the backward pass goes on meanwhile.
+    """
 
-    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
-        """Reduces what is left in the buckets."""
-        if not self._keeps_gradients:
-            super().reduce_ipg_grads(comm_dtype)
+    def __init__(
+        self, parameters: Iterable[Reduced], divisor: int, limit: int, is_overlapped: bool
+    ) -> None:
+        self._buckets = _make_buckets(parameters, limit)
+        self._bucket_of = {
+            id(member.parameter): bucket for bucket in self._buckets for member in bucket.members
+        }
+        self._divisor, self._is_overlapped = divisor, is_overlapped
+        self._next = 0
+        self._works: deque[Any] = deque()
+        self._streams: set[torch.cuda.Stream] = set()
+        self._reset()
 
-    # -------------------------------------------------------------------------------- several ranks
+    def take(self, parameter: Tensor) -> None:
+        """Called when a parameter's gradient is complete.
 
-    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
-        """Reduces a bucket, or a gradient larger than one.
-
-        A gradient that belongs to other ranks' partitions is released before it has been reduced;
-        its memory must not be given to the stream that computes.
+        Raises:
+            RuntimeError: if it was taken in this pass already.
         """
-        if self._has_two_streams:
-            tensor.record_stream(self.reduction_stream)
-        super().average_tensor(tensor, communication_data_type)
+        bucket = self._bucket_of[id(parameter)]
+        if id(parameter) not in bucket.missing:
+            raise RuntimeError(
+                f"A gradient of shape {tuple(parameter.shape)} was computed twice in one backward"
+                " pass, after it had been averaged over ranks."
+            )
+        bucket.missing.remove(id(parameter))
+        if parameter.is_cuda:  # autograd may use several streams (DeepSpeed #8061)
+            self._streams.add(torch.cuda.current_stream(parameter.device))
+        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            self._reduce(self._buckets[self._next])
+            self._next += 1
+        while self._works and self._works[0].is_completed():
+            self._works.popleft().wait()  # releases what it has reduced
 
-    def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
-        """Moves a reduced gradient of this rank's partition out of its bucket, if it is in one."""
-        if not (self._is_simple and self.contiguous_gradients):
-            super().copy_grads_in_partition(param, group_idx)
+    def finish(self) -> None:
+        """Averages what is left; gradients are valid on the current stream after it."""
+        for bucket in self._buckets[self._next :]:
+            self._reduce(bucket)
+        while self._works:
+            self._works.popleft().wait()
+        for bucket in self._buckets:
+            if not all(member.is_kept for member in bucket.members):
+                bucket.separate()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._next = 0
+        self._streams.clear()
+        for bucket in self._buckets:
+            bucket.missing = {id(member.parameter) for member in bucket.members}
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        """Replaces a bucket's gradients by their averages, later; drops those not kept."""
+        parameters = [member.parameter for member in bucket.members]
+        for stream in self._streams:
+            if stream != (current := torch.cuda.current_stream(stream.device)):
+                current.wait_stream(stream)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        rows = [g.contiguous().view(-1) for g in gradients]
+        flat = rows[0] if len(rows) == 1 else torch.cat(rows)
+        ranks = bucket.members[0].ranks
+        op = dist.ReduceOp.SUM
+        if flat.is_cuda and self._averages_exactly(ranks):
+            op = dist.ReduceOp.AVG  # saves a pass over the gradients
+        else:
+            flat.div_(self._divisor)
+        averages = flat.split([p.numel() for p in parameters])
+        for member, average in zip(bucket.members, averages, strict=True):
+            parameter = member.parameter
+            parameter.grad = average.view(parameter.shape) if member.is_kept else None
+        if dist.get_world_size(ranks) == 1:
             return
-        if self._is_in_bucket(param):
-            gradient = self.get_gradient_for_reduction(param)
-            if self.grads_in_partition is None:
-                own = [p for group in self.params_in_partition for p in group]
-                size = sum(p.numel() for p in own if self._is_in_bucket(p))
-                self.grads_in_partition = gradient.new_empty(size)
-                self.grads_in_partition_offset = 0
-            begin = self.grads_in_partition_offset
-            self.grads_in_partition_offset = begin + param.numel()
-            copy = self.grads_in_partition[begin : begin + param.numel()]
-            copy.copy_(gradient.view(-1))
-            gradient.data = copy.view_as(gradient)
+        work = dist.all_reduce(flat, op, group=ranks, async_op=True)
+        if self._is_overlapped:
+            self._works.append(work)
+        else:
+            work.wait()
 
-    def _is_in_bucket(self, param: Tensor) -> bool:
-        return param.numel() <= int(self.reduce_bucket_size)
+    def _averages_exactly(self, ranks: dist.ProcessGroup) -> bool:
+        """Whether NCCL's average is that of the losses; it rounds the divisor's inverse to bf16."""
+        return (
+            1 < dist.get_world_size(ranks) == self._divisor
+            and self._divisor & (self._divisor - 1) == 0
+            and "nccl" in dist.get_backend(ranks)
+        )
 
-    def independent_gradient_partition_epilogue(self) -> None:
-        """Reduces what is left in the buckets, at the end of a backward pass."""
-        if not (self._is_simple and self._has_two_streams):
-            super().independent_gradient_partition_epilogue()
-            return
-        torch.cuda.current_stream().wait_stream(self.reduction_stream)
-        self.overlap_comm = False  # the last bucket is reduced on this stream
-        try:
-            super().independent_gradient_partition_epilogue()
-        finally:
-            self.overlap_comm = True
+
+def _make_buckets(parameters: Iterable[Reduced], limit: int) -> Sequence[_Bucket]:
+    """Buckets of one process group each, in the order in which they are expected to be complete."""
+    buckets: list[_Bucket] = []
+    open_buckets: dict[Any, _Bucket] = {}
+    for position, reduced in enumerate(parameters):
+        size = reduced.parameter.numel()
+        key = reduced.ranks, reduced.parameter.dtype
+        bucket = open_buckets.get(key)
+        if bucket is None or bucket.size + size > limit:
+            bucket = _Bucket()
+            buckets.append(bucket)
+            if size <= limit:
+                open_buckets[key] = bucket
+        bucket.members.append(reduced)
+        bucket.last = position
+    return sorted(buckets, key=lambda bucket: bucket.last)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
@@ -31,21 +31,20 @@ from torch.optim.optimizer import (
 )
 
 from lightning_fastmoe.ops.adam_step import AdamOptions, adam_step
-from lightning_fastmoe.zero.gradient_reduction import ZeroGradients
+from lightning_fastmoe.zero.gradients_of_ranks import ZeroGradients
 from lightning_fastmoe.zero.weight_gather import WeightGather
 
 
-def use_fewer_passes(optimizer: Any) -> None:
+def use_fewer_passes(optimizer: Any, model: nn.Module) -> None:
     """Replaces the step of a ZeRO 1 or 2 optimizer; leaves any other optimizer as it is.
 
     Args:
         optimizer: what DeepSpeed's engine calls its optimizer.
+        model: whose parameters it optimizes.
     """
     if type(optimizer) is DeepSpeedZeroOptimizer:
         optimizer.__class__ = ZeroOptimizer  # DeepSpeed's engine can't be told which to create
-        if optimizer._keeps_gradients:
-            # There is no communication to overlap, but DeepSpeed would wait for its stream.
-            optimizer.overlap_comm = False
+        optimizer.model_order = {id(p): i for i, p in enumerate(model.parameters())}
 
 
 class ZeroOptimizer(ZeroGradients):

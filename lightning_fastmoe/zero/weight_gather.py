@@ -60,9 +60,15 @@ class WeightGather:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def _gather(self, part: slice) -> None:
-        if part == slice(0, self._partitions.shape[1]):
-            own = self._partitions[self._rank]
-            dist.all_gather_into_tensor(self._partitions.view(-1), own, group=self._ranks)
-            return
         parts = [partition[part] for partition in self._partitions]
-        dist.all_gather(parts, parts[self._rank], group=self._ranks)
+        group = self._ranks
+        if "nccl" not in dist.get_backend(group):
+            for rank, one in enumerate(parts):
+                dist.broadcast(one, group=group, group_src=rank)
+            return
+        # One operation of NCCL, which writes each part where it belongs; all_gather would need a
+        # copy of them.
+        with dist._coalescing_manager(group, parts[0].device, async_ops=True) as gathering:  # type: ignore[attr-defined]
+            for rank, one in enumerate(parts):
+                dist.broadcast(one, group=group, group_src=rank)
+        gathering.wait()

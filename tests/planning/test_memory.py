@@ -103,7 +103,7 @@ EXTRA = {"reduce_bucket_size": 5000}
 @pytest.mark.parametrize(
     ("world", "ep", "stage", "precision", "optimizer"),
     [
-        (1, 1, 1, "bf16-mixed", "SGD"),  # no buckets: nothing to reduce
+        (1, 1, 1, "bf16-mixed", "SGD"),
         (1, 1, 2, "32-true", "AdamW"),
         (2, 1, 1, "32-true", "AdamW"),
         (2, 2, 1, "bf16-mixed", "AdamW"),
