@@ -5,7 +5,7 @@ from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp
 from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
-from lightning_fastmoe.ops.router_logits import router_logits
+from lightning_fastmoe.ops.router_product import router_logits
 from lightning_fastmoe.ops.routing import (
     ExpertOrder,
     order_by_expert,

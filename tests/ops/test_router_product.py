@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.ops.router_logits import SplitProduct, split
+from lightning_fastmoe.ops.router_product import SplitProduct, split
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
