@@ -1,8 +1,8 @@
 // Split-K of the weight gradients: which rows of which expert a work tile sums, for which tile of G
 // (see weight_gradient.cuh).
 //
-// An expert with more than `split_rows` rows is split, so that one hot expert doesn't keep a few
-// blocks busy long after the others are done. If there is none, the work tiles of the last, mostly
+// An expert with more than `split_rows` rows is split evenly, so that one hot expert doesn't keep a
+// few blocks busy long after the others are done. If there is none, the work tiles of the last, mostly
 // idle wave of clusters are split instead. Partial sums go to a workspace in fp32 and are added in
 // a fixed order (split_k_reduction.cuh), so that the result is deterministic.
 //
@@ -150,7 +150,7 @@ inline LastWave split_last_wave(int64_t rows, int64_t m, int64_t n, int64_t expe
   return {static_cast<int>(left), static_cast<int>(splits), nullptr};
 }
 
-// The number of rows per split of an expert. One expert's tiles occupy a fraction t of all blocks;
+// The most rows of a split of an expert. One expert's tiles occupy a fraction t of all blocks;
 // if it had all rows, in s splits, it would take ceil(s t) / s of the time without splits. Among
 // the s for which a split takes half to two thirds of the time that all blocks together need, this
 // chooses the smallest that is near the optimum, because each split costs memory. If an expert's

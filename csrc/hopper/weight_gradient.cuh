@@ -20,7 +20,7 @@ struct WeightGradientParams {
   int experts;
   int m;
   int n;
-  int split_rows;      // a multiple of 64
+  int split_rows;      // at most in a split; a multiple of 64
   T* out;              // (E, m, n), or (E, n, m) if transposed
   float* workspace;    // the splits of split experts, each m * n in the order of `out`
   LastWave last_wave;  // shares the workspace, since only one of the two is used
@@ -49,13 +49,15 @@ __device__ __forceinline__ GradientWork current_work(const WeightGradientParams<
   const GradientTile tile(index - work.split * tiles, params.m, block_rank_in_cluster());
   work.m = tile.m;
   work.n = tile.n;
-  work.is_split = count_splits(end - begin, params.split_rows) > 1;
-  int rows = params.split_rows, skipped = work.split * rows;
+  int splits = count_splits(end - begin, params.split_rows), split = work.split;
+  work.is_split = splits > 1;
   if (position.last_wave_tile >= 0) {
-    rows = (end - begin + position.splits - 1) / position.splits;
-    rows = (rows + kTileK - 1) / kTileK * kTileK;
-    skipped = min(position.split * rows, end - begin);
+    splits = position.splits;
+    split = position.split;
   }
+  int rows = (end - begin + splits - 1) / splits;
+  rows = (rows + kTileK - 1) / kTileK * kTileK;
+  const int skipped = min(split * rows, end - begin);
   work.row_begin = begin + skipped;
   work.row_end = end - work.row_begin < rows ? end : work.row_begin + rows;
   work.k_tiles = (work.row_end - work.row_begin + kTileK - 1) / kTileK;

@@ -1,4 +1,4 @@
-"""Logits of bf16 tokens: their split into bf16 products against fp64, and when it is used."""
+"""Logits of bf16 tokens and weights: what surrounds the bf16 products, against fp64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.ops.router_product import SplitProduct, split
+from lightning_fastmoe.ops.router_product import LONGEST_CHUNK, TensorCoreProduct, chunks_of
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -17,40 +17,41 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return size * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def test_three_bf16_numbers_are_an_fp32_number():
-    x = numbers(1000).float()
-    parts = split(x, 3)
-    assert all(part.dtype == torch.bfloat16 for part in parts)
-    assert torch.equal(sum(part.double() for part in parts), x.double())
-    two = sum(part.double() for part in split(x, 2))
-    assert (two - x.double()).abs().max() > 0
-    assert ((two - x.double()) / x.double()).abs().max() < 2**-16
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_product_in_fp64(weight_dtype: torch.dtype):
-    x = numbers(37, 24, seed=1).bfloat16().requires_grad_()
-    weight = numbers(5, 24, seed=2).to(weight_dtype).requires_grad_()
+@pytest.mark.parametrize("width", [64, 24])
+def test_equals_the_product_in_fp64(width: int):
+    x = numbers(37, width, seed=1).bfloat16().requires_grad_()
+    weight = numbers(5, width, seed=2).bfloat16().requires_grad_()
     gradient = numbers(37, 5, seed=3).float()
-    logits = SplitProduct.apply(x, weight)
+    logits = TensorCoreProduct.apply(x, weight)
     logits.backward(gradient)
     wide_x, wide_weight = x.detach().double(), weight.detach().double()
     exact = wide_x @ wide_weight.T
     terms = wide_x.abs() @ wide_weight.abs().T
     assert logits.dtype == torch.float32
-    assert ((logits - exact).abs() / terms).max() < 24 * 2**-24
-    assert x.grad.dtype == torch.bfloat16
-    assert weight.grad.dtype == weight_dtype
-    of_x = gradient.double() @ wide_weight
-    terms = gradient.double().abs() @ wide_weight.abs()
-    # Rounded to bf16 once; the parts left out are below 2^-16 of each term.
-    assert ((x.grad - of_x).abs() <= of_x.abs() * 2**-8 + terms * 2**-15).all()
-    of_weight = gradient.double().T @ wide_x
-    terms = gradient.double().abs().T @ wide_x.abs()
-    if weight_dtype == torch.float32:
-        assert ((weight.grad - of_weight).abs() / terms).max() < 37 * 2**-24
-    else:
-        assert ((weight.grad - of_weight).abs() <= of_weight.abs() * 2**-8 + terms * 2**-15).all()
+    assert ((logits - exact).abs() / terms).max() < width * 2**-24
+    wide = gradient.double()
+    for found, right, terms in (
+        (x.grad, wide @ wide_weight, wide.abs() @ wide_weight.abs()),
+        (weight.grad, wide.T @ wide_x, wide.abs().T @ wide_x.abs()),
+    ):
+        assert found.dtype == torch.bfloat16
+        # Rounded once; what two bf16 numbers leave out of the gradient is below 2^-16 of it.
+        assert ((found - right).abs() <= right.abs() * 2**-8 + terms * 2**-15).all()
+
+
+@pytest.mark.parametrize(
+    ("terms", "chunks"),
+    [(64, 8), (512, 8), (1024, 8), (1536, 8), (2048, 8), (2880, 12), (4096, 16), (7168, 28)],
+)
+def test_chunks_are_short_and_aligned(terms: int, chunks: int):
+    assert chunks_of(terms) == chunks
+    assert terms // chunks <= LONGEST_CHUNK
+    assert terms % (8 * chunks) == 0
+
+
+@pytest.mark.parametrize("terms", [1, 8, 60, 1000 + 4])
+def test_sums_that_have_no_such_chunks(terms: int):
+    assert chunks_of(terms) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -61,8 +62,8 @@ def test_elsewhere_it_is_the_fp32_product(dtype: torch.dtype):
 
 
 def test_no_gradient_is_computed_that_nobody_asks_for():
-    x = numbers(3, 8).bfloat16()
-    weight = numbers(2, 8).float().requires_grad_()
-    SplitProduct.apply(x, weight).sum().backward()
+    x = numbers(3, 64).bfloat16()
+    weight = numbers(2, 64).bfloat16().requires_grad_()
+    TensorCoreProduct.apply(x, weight).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
