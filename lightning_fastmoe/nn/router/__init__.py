@@ -5,7 +5,7 @@ from lightning_fastmoe.nn.router.cosine import CosineTopKRouter
 from lightning_fastmoe.nn.router.expert_choice import ExpertChoiceRouter
 from lightning_fastmoe.nn.router.gshard import DCRouter, GShardRouter
 from lightning_fastmoe.nn.router.hashed import HashRouter
-from lightning_fastmoe.nn.router.interface import LinearRouter, Router
+from lightning_fastmoe.nn.router.interface import LinearRouter, Router, any_dtype
 from lightning_fastmoe.nn.router.losses import (
     global_load_balancing_loss,
     importance_loss,
@@ -62,6 +62,7 @@ __all__ = [
     "SwipeRouter",
     "SwitchRouter",
     "TopologyAwareRouter",
+    "any_dtype",
     "global_load_balancing_loss",
     "importance_loss",
     "load_balancing_loss",
