@@ -31,7 +31,7 @@ from torch.optim.optimizer import (
 )
 
 from lightning_fastmoe.ops.adam_step import AdamOptions, adam_step
-from lightning_fastmoe.zero.gradients_of_ranks import ZeroGradients
+from lightning_fastmoe.zero.gradient_hooks import ZeroGradients
 from lightning_fastmoe.zero.weight_gather import WeightGather
 
 

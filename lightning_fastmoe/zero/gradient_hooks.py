@@ -1,4 +1,4 @@
-"""ZeRO 1 and 2's gradients, averaged by this package instead of DeepSpeed's buckets."""
+"""Hands ZeRO 1 and 2's gradients to this package's averaging instead of DeepSpeed's buckets."""
 
 from __future__ import annotations
 
