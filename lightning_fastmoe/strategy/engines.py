@@ -134,7 +134,7 @@ class Engines:
         user = split_expert_groups(optimizer, names, group_name(self._groups.mesh))
         check_same_groups(user.twin, self.state.layers)
         self.state.user_groups = user
-        for call in before:
+        for call in tuple(before):  # one that removes itself must not hide the next
             call(model, user.twin)
         engine = self._make(model, self._config, optimizer=user.twin, lr_scheduler=lr_scheduler)
         user.attach(engine.optimizer)
