@@ -8,6 +8,7 @@ A configuration whose ``model`` and ``data`` name a ``class_path`` trains those 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -75,6 +76,8 @@ class FastMoECLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        if not gc.isenabled():  # the command's process has imported its packages, undisturbed
+            keep_imports()
         config = self.config[self.subcommand]
         resolve_auto(config.trainer, config.auto, torch.cuda.is_available())
 
@@ -87,6 +90,16 @@ class FastMoECLI(LightningCLI):
             if (reason := own_error(error)) is None:
                 raise
             raise reason from error
+
+
+def keep_imports() -> None:
+    """Starts garbage collection, and exempts what exists now: modules, classes and functions.
+
+    Collections of the oldest generation would traverse all of it, during training and several times
+    when the process ends. What is created from now on is collected as ever.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def own_error(error: BaseException) -> FastMoEError | None:
