@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
@@ -40,7 +39,8 @@ class MoECausalLM(LightningModule):
       and its first token is not predicted.
 
     The loss is the mean over the predicted tokens in the rank's micro-batch, zero if there are
-    none; gradients are those of its mean over ranks and micro-batches. Other keys are refused.
+    none; gradients are those of its mean over ranks and micro-batches. If the logits take more than
+    1 GiB in fp32, they are computed and discarded in chunks of positions. Other keys are refused.
     Override ``configure_optimizers`` as in any LightningModule.
 
     Args:
@@ -100,16 +100,18 @@ class MoECausalLM(LightningModule):
             DataError: if the mapping has an unknown key, or keys that contradict each other.
             ShapeError: if a tensor has the wrong shape or dtype.
         """
-        return self._logits(read_batch(batch))
+        read = read_batch(batch)
+        logits: Tensor = self._built(read.tokens, read.layout)
+        return logits
 
-    def _logits(self, batch: TokenBatch) -> Tensor:
+    @property
+    def _built(self) -> MoEDecoder:
         if self.network is None:
             raise ConfigError(
                 "The network isn't built yet. A Trainer builds it; without one, call"
                 " configure_model() first."
             )
-        logits: Tensor = self.network(batch.tokens, batch.layout)
-        return logits
+        return self.network
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -137,14 +139,8 @@ class MoECausalLM(LightningModule):
 
     def _loss(self, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy of the predicted tokens, in nats; 0 if there are none."""
-        logits = self._logits(batch)[:, :-1]
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        targets = batch.targets.flatten()
-        total = F.cross_entropy(
-            logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
-        )
-        return total / (targets != IGNORED).sum().clamp_min(1)
+        total: Tensor = self._built(batch.tokens, batch.layout, batch.targets)
+        return total / (batch.targets != IGNORED).sum().clamp_min(1)
 
 
 def _content(config: dict[str, Any] | str | None, weights: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.huggingface.architecture import Architecture
 from lightning_fastmoe.huggingface.batch import Layout
+from lightning_fastmoe.huggingface.head import Head, summed_cross_entropy
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.transformer import Embedding, Linear, rotary_table, rotate
 
@@ -167,18 +168,23 @@ class MoEDecoder(nn.Module):
         super().__init__()
         self.head_dim, self.rope_theta = about.head_dim, about.rope_theta
         self.model = _Backbone(about, load_balancing, z_loss)
-        self.lm_head = Linear(about.d_model, about.vocab_size, about.init_std)
+        self.lm_head = Head(about.d_model, about.vocab_size, about.init_std)
 
-    def forward(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, layout: Layout | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         """Predicts each next token.
 
         Args:
             tokens: (batch, seq_len), any integer dtype.
             layout: padding and packed documents, from
                 :func:`~lightning_fastmoe.huggingface.batch.read_layout`; None without them.
+            targets: (batch, seq_len - 1) int64, the token after each position, -100 for those that
+                don't count; None returns logits.
 
         Returns:
-            Logits, (batch, seq_len, vocab_size); undefined for padding.
+            Logits, (batch, seq_len, vocab_size); undefined for padding. With ``targets`` the sum of
+            their cross-entropies in nats, a scalar.
         """
         positions = None if layout is None else layout.positions
         table = rotary_table(
@@ -190,5 +196,11 @@ class MoEDecoder(nn.Module):
         x = self.model.embed_tokens(tokens.long())
         for layer in self.model.layers:
             x = layer(x, table, layout)
-        logits: Tensor = self.lm_head(self.model.norm(x))
-        return logits
+        x = self.model.norm(x)
+        if targets is not None and isinstance(self.lm_head, Head) and self.lm_head.is_large_for(x):
+            total: Tensor = self.lm_head(x[:, :-1].flatten(0, 1), targets.flatten())
+            return total
+        logits: Tensor = self.lm_head(x)
+        if targets is None:
+            return logits
+        return summed_cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())

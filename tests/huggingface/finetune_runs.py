@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import FastMoEStrategy
-from lightning_fastmoe.huggingface import MoECausalLM
+from lightning_fastmoe.huggingface import MoECausalLM, head
 from lightning_fastmoe.nn import MoE, Routing, moe_layers
 
 VOCAB, LENGTH = 61, 9
@@ -85,6 +88,7 @@ class Trained:
     routed: list[list[int]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     val_loss: float = 0.0
+    chunks: int = 0
 
 
 class Notes(pl.Callback):
@@ -110,8 +114,36 @@ class Notes(pl.Callback):
         )
 
 
-def train_on(config: dict[str, Any], world: int, ep: int, stage: int, accumulate: int) -> Trained:
+def train_on(
+    config: dict[str, Any],
+    world: int,
+    ep: int,
+    stage: int,
+    accumulate: int,
+    limit: int = head.LIMIT,
+) -> Trained:
     """Three steps, in each of which all ranks and micro-batches make up both uneven batches."""
+    with patch.object(head, "LIMIT", limit), count_chunks() as chunks:
+        trained = _train_on(config, world, ep, stage, accumulate)
+    trained.chunks = len(chunks)
+    return trained
+
+
+@contextmanager
+def count_chunks() -> Iterator[list[int]]:
+    """Lists the positions in each chunk of the loss, in forward and again in backward."""
+    chunks: list[int] = []
+    original = head.Head._sum
+
+    def counted(self: head.Head, x: Tensor, targets: Tensor) -> Tensor:
+        chunks.append(len(x))
+        return original(self, x, targets)
+
+    with patch.object(head.Head, "_sum", counted):
+        yield chunks
+
+
+def _train_on(config: dict[str, Any], world: int, ep: int, stage: int, accumulate: int) -> Trained:
     pl.seed_everything(7, verbose=False)
     module, notes = Small(config=config, load_balancing=0.5, z_loss=0.1), Notes()
     trainer = pl.Trainer(
