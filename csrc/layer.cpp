@@ -50,11 +50,13 @@ Tensor pairs_of(const Tensor& x, const std::optional<Tensor>& order) {
 
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-// With one expert per token, the GEMM's epilogue itself can store rows in the tokens' order.
+// With one expert per token, the GEMM's epilogue itself can store rows in the tokens' order, if all
+// tokens have a row.
 std::optional<Tensor> token_order(const std::optional<Tensor>& order,
                                   const std::optional<Tensor>& inverse, int64_t top_k,
                                   bool hopper) {
-  return hopper && inverse && top_k == 1 ? order : std::nullopt;
+  const bool moves = hopper && order && inverse && top_k == 1;
+  return moves && order->size(0) == inverse->size(0) ? order : std::nullopt;
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+// A pair without a row has the number -1 in `inverse`, and adds nothing.
+//
 // A thread has kLoadsInFlight 16-byte loads in flight: kColumns vectors, a block's width apart, of
 // each of kRows rows. If a token has few rows, more vectors.
 template <typename T, int N, int kRows, bool kBias>
@@ -49,10 +51,12 @@ __global__ void __launch_bounds__(kBlock)
     for (int k = 0; k < top_k; k += kRows) {
       // All loads of a group are issued before the first is used.
       Vector<T, N> loaded[kRows][kColumns];
+      int64_t from[kRows];
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        if (k + j >= top_k) continue;
-        const T* row = rows + inverse[first + k + j] * width + i;
+        from[j] = k + j < top_k ? inverse[first + k + j] : -1;
+        if (from[j] < 0) continue;
+        const T* row = rows + from[j] * width + i;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           if (i + c * stride < width) loaded[j][c] = load<T, N>(row + c * stride);
@@ -60,10 +64,10 @@ __global__ void __launch_bounds__(kBlock)
       }
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        if (k + j >= top_k) continue;
+        if (from[j] < 0) continue;
         const float weight = weights == nullptr ? 1.0f : weights[first + k + j];
         int64_t expert = 0;
-        if constexpr (kBias) expert = expert_of(offsets, num_experts, inverse[first + k + j]);
+        if constexpr (kBias) expert = expert_of(offsets, num_experts, from[j]);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           if (i + c * stride >= width) continue;
@@ -187,10 +191,12 @@ Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<T
   const char* op = "sum_rows";
   check_tensor(rows, op, "rows", 2, rows);
   check_top_k(op, top_k);
-  STD_TORCH_CHECK(rows.size(0) % top_k == 0, op, ": ", rows.size(0),
-                  " rows are not a multiple of top_k = ", top_k);
-  const int64_t tokens = rows.size(0) / top_k, width = rows.size(1);
-  check_inverse(inverse, op, rows.size(0), rows);
+  check_inverse(inverse, op, inverse.numel(), rows);
+  const int64_t pairs = inverse.size(0), tokens = pairs / top_k, width = rows.size(1);
+  STD_TORCH_CHECK(pairs % top_k == 0, op, ": ", pairs, " pairs are not a multiple of top_k = ",
+                  top_k);
+  STD_TORCH_CHECK(rows.size(0) <= pairs, op, ": ", rows.size(0), " rows, but only ", pairs,
+                  " pairs");
   if (weights) check_weights(*weights, op, tokens, top_k, rows);
   const RowBias row_bias = check_row_bias(bias, offsets, op, width, rows);
 

@@ -17,7 +17,8 @@ inline void check_matrix(const Tensor& tensor, const char* op, const char* name,
                   " must have a multiple of 8 elements, not ", tensor.size(dim - 1));
 }
 
-// offsets (E,) int32, and order (N,) int64 where there is one. Returns the number of experts.
+// offsets (E,) int32, and order (N,) int64 where there is one: not more rows than pairs, as some
+// pairs may have no row. Returns the number of experts.
 inline int check_groups(const Tensor& offsets, const Tensor* order, int64_t top_k, const char* op,
                         const Tensor& like) {
   check_tensor(offsets, op, "offsets", 1, like);
@@ -28,7 +29,7 @@ inline int check_groups(const Tensor& offsets, const Tensor* order, int64_t top_
     check_tensor(*order, op, "order", 1, like);
     check_dtype(*order, op, "order", ScalarType::Long);
     STD_TORCH_CHECK(top_k >= 1, op, ": top_k must be at least 1, not ", top_k);
-    STD_TORCH_CHECK(order->size(0) == like.size(0) * top_k, op, ": order must have size ",
+    STD_TORCH_CHECK(order->size(0) <= like.size(0) * top_k, op, ": order must have at most size ",
                     like.size(0) * top_k, ", not ", order->size(0));
   }
   return static_cast<int>(offsets.size(0));

@@ -29,8 +29,9 @@ class GroupedGemm {
     check_matrix(tensor, op_, name, dim, a_);
   }
 
-  // The experts' rows are those of `a`. `order`, if any, is only checked.
+  // The experts' rows are those of `a`. `order`, if any, is only checked: a permutation of them.
   void set_groups(const Tensor& offsets, const std::optional<Tensor>& order) {
+    if (order) check_size(*order, op_, "order", 0, a_.size(0));
     experts_ = check_groups(offsets, order ? &*order : nullptr, 1, op_, a_);
     offsets_ = data_of<const int32_t>(offsets);
     check_fits(a_.size(0), op_);

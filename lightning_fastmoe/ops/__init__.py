@@ -1,7 +1,7 @@
 """The computations of one MoE layer on one device. Imports only torch."""
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
-from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp
+from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
 from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
@@ -33,5 +33,6 @@ __all__ = [
     "sigmoid_top_k",
     "softmax_top_k",
     "top_k",
+    "unfused_layer",
     "unpermute",
 ]

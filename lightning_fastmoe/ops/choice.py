@@ -59,7 +59,8 @@ def choose(call: LayerCall, h: PreActivation | None = None) -> Implementation:
         if (library := hopper(x, up, down)) is not None:
             return TwoOperators(library, True)
         if (
-            all(grouped_mm_applies(x, weight) and is_aligned(weight) for weight in (up, down))
+            call.has_all_pairs
+            and all(grouped_mm_applies(x, weight) and is_aligned(weight) for weight in (up, down))
             and (library := native(x, up, down)) is not None
         ):
             return TwoOperators(library, False)

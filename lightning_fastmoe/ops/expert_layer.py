@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_fastmoe.ops import choice, kernels
 from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
 
@@ -73,14 +74,14 @@ def _differentiable_backward(
     call: LayerCall, grad: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
     """The backward for create_graph=True, through the differentiable, unfused operations."""
-    mlp = (call.tokens_per_expert, call.up, call.down, call.activation)
+    mlp = (call.up, call.down, call.activation)
     biases = (call.up_bias, call.down_bias)
     if call.order is None or call.inverse is None:
-        out = grouped_mlp(call.x, *mlp, *biases)
+        out = grouped_mlp(call.x, call.tokens_per_expert, *mlp, *biases)
     else:
         assert call.weights is not None
-        rows = permute(call.x, call.order, call.inverse, call.top_k)
-        out = unpermute(grouped_mlp(rows, *mlp, *biases), call.weights, call.order, call.inverse)
+        order = ExpertOrder(call.order, call.inverse, call.tokens_per_expert, call.offsets)
+        out = unfused_layer(call.x, call.weights, order, *mlp, *biases)
     inputs = (call.x, call.weights, call.up, call.down, *biases)
     leaves = [t for t, needed in zip(inputs, wanted, strict=True) if needed and t is not None]
     found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
@@ -104,7 +105,7 @@ def expert_layer(
     Args:
         x: (T, D).
         weights: (T, K).
-        order: the (token, slot) pairs by expert.
+        order: the (token, slot) pairs by expert; pairs without a row add nothing.
         up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D); dtype of ``x``.
         down: (E, D, F).
         activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
@@ -129,6 +130,27 @@ def expert_layer(
         _needs_graph(x, weights, up, down, up_bias, down_bias),
     )
     return out
+
+
+def unfused_layer(
+    x: Tensor,
+    weights: Tensor,
+    order: ExpertOrder,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`expert_layer` by separate operations, for any activation and for double backward."""
+    mlp = (order.tokens_per_expert, up, down, activation, up_bias, down_bias)
+    if order.has_all_pairs:
+        rows = permute(x, order.order, order.inverse, weights.shape[1])
+        return unpermute(grouped_mlp(rows, *mlp), weights, order.order, order.inverse)
+    token = torch.div(order.order, weights.shape[1], rounding_mode="floor")
+    pairs = order_pairs(token, x.shape[0])
+    by_row = torch.gather(weights.reshape(-1), 0, order.order)
+    return combine_rows(grouped_mlp(gather_rows(x, pairs), *mlp), by_row, pairs)
 
 
 def expert_mlp(

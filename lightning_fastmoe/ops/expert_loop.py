@@ -8,7 +8,7 @@ backward follows, and the expert outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def backward_(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -
         if d_rows is not None:
             d_x = _sum_slots(d_rows, inverse, weights.shape[1])
         if wanted.weights:
-            d_weights = dots.index_select(0, inverse).view(weights.shape)
+            d_weights = _picker(dots, inverse)(dots, inverse).view(weights.shape)
     return Gradients(d_x, d_weights, d_up, d_down)
 
 
@@ -115,12 +115,21 @@ def _gathered(x: Tensor, tokens: Tensor | None, mine: slice) -> Tensor:
     return x[mine] if tokens is None else x.index_select(0, tokens[mine])
 
 
+def _picker(rows: Tensor, inverse: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of rows and places in them; it knows -1 if some pairs have no row."""
+    if rows.shape[0] < inverse.shape[0]:
+        return kernels.rows_or_zeros
+    return lambda rows, places: rows.index_select(0, places)
+
+
 def _sum_slots(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
     """Computes :func:`~lightning_fastmoe.ops.kernels.sum_rows` slot by slot."""
     acc = kernels.accumulation_dtype(rows.dtype)
-    total = None
+    if weights is not None and rows.shape[0] < inverse.shape[0]:
+        weights = kernels.masked_weights(weights, inverse)
+    picked, total = _picker(rows, inverse), None
     for k, slot in enumerate(inverse.view(-1, top_k).unbind(dim=1)):
-        term = rows.index_select(0, slot).to(acc)
+        term = picked(rows, slot).to(acc)
         if weights is not None:
             term.mul_(weights[:, k : k + 1])
         total = term if total is None else total.add_(term)

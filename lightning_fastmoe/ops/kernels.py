@@ -25,13 +25,14 @@ def permute_rows(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tenso
     Args:
         x: (T, D).
         order: (N,) int64, the flat (token, slot) pair of each output row.
-        inverse: (N,) int64, the row of each pair.
+        inverse: (T*K,) int64, the row of each pair, or -1.
         top_k: K.
 
     Returns:
         (N, D).
     """
-    if (library := native(x, inverse)) is not None:
+    # The kernel writes a row for each pair.
+    if order.shape == inverse.shape and (library := native(x, inverse)) is not None:
         return library.permute_rows(x.contiguous(), inverse, top_k)  # type: ignore[no-any-return]
     return x.index_select(0, _tokens_of(order, top_k))
 
@@ -44,11 +45,12 @@ def sum_rows(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """Each token's (weighted) sum of its K rows, in slot order, accumulated in fp32.
+    """Each token's (weighted) sum of its rows, at most K, in slot order, accumulated in fp32.
 
     Args:
-        rows: (N, D).
-        inverse: (N,) int64.
+        rows: (N, D), with N <= T*K.
+        inverse: (T*K,) int64, the row of each pair, or -1 for a pair without one. With N = T*K all
+            have one.
         weights: (T, K), or None for a plain sum.
         top_k: K.
         bias: (E, D), added to each row of its expert before the weight; needs ``offsets``.
@@ -67,8 +69,13 @@ def sum_rows(
     acc = accumulation_dtype(rows.dtype)
     if bias is not None:
         rows = rows.to(acc) + bias_rows(bias, offsets, rows.shape[0]).to(acc)
-    picked = rows.index_select(0, inverse)
     dtype = rows.dtype if bias is None else bias.dtype
+    if rows.shape[0] < inverse.shape[0]:
+        picked = rows_or_zeros(rows, inverse)
+        # Zero times an infinite weight would not be zero.
+        weights = None if weights is None else masked_weights(weights, inverse)
+    else:
+        picked = rows.index_select(0, inverse)
     if weights is None and top_k == 1:
         return picked.to(dtype)
     picked = picked.view(-1, top_k, rows.shape[1])
@@ -76,6 +83,27 @@ def sum_rows(
         return picked.sum(dim=1, dtype=acc).to(dtype)
     # In place, as `picked` is a copy already.
     return picked.to(acc).mul_(weights.to(acc).unsqueeze(-1)).sum(dim=1).to(dtype)
+
+
+def rows_or_zeros(rows: Tensor, places: Tensor) -> Tensor:
+    """``rows[places]``, and zeros where a place is -1.
+
+    Args:
+        rows: (N, ...).
+        places: (M,) int64.
+
+    Returns:
+        (M, ...).
+    """
+    if not rows.shape[0]:
+        return rows.new_zeros(places.shape[0], *rows.shape[1:])
+    missing = (places < 0).view(-1, *[1] * (rows.dim() - 1))
+    return rows.index_select(0, places.clamp(min=0)).masked_fill_(missing, 0)
+
+
+def masked_weights(weights: Tensor, inverse: Tensor) -> Tensor:
+    """``weights (T, K)``, and zeros for the pairs without a row: those with -1 in ``inverse``."""
+    return weights.masked_fill(inverse.view(weights.shape) < 0, 0)
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
@@ -166,8 +194,8 @@ def activation_backward_(
     Args:
         h: (N, 2F) for gated names, else (N, F); contiguous.
         d_act: (N, F), contiguous, the gradient that A would have if all weights were 1.
-        weights: N numbers, of any shape.
-        order: (N,) int64, or None.
+        weights: one per pair, of any shape; N without an order.
+        order: (N,) int64, or None. Pairs without a row get the gradient zero.
         name: the activation.
         bias: (E, 2F) or (E, F), or None.
         offsets: (E,) int32, for the bias.
@@ -176,6 +204,10 @@ def activation_backward_(
         ``d_weights`` like ``weights``.
     """
     tensors = (h, d_act, weights) if bias is None else (h, d_act, weights, bias)
+    if order is not None and order.numel() < weights.numel():
+        flat = weights.reshape(-1)
+        dots = activation_backward_(h, d_act, flat[order], None, name, bias, offsets)
+        return torch.zeros_like(flat).index_copy_(0, order, dots).view(weights.shape)
     if weights.dtype == torch.float32 and (library := native(*tensors)) is not None:
         b = None if bias is None else bias.contiguous()
         return library.activation_backward_(  # type: ignore[no-any-return]

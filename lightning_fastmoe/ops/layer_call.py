@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.kernels import accumulation_dtype
+from lightning_fastmoe.ops.kernels import accumulation_dtype, masked_weights
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class LayerCall:
         up_bias: (E, 2F) or (E, F), or None.
         down_bias: (E, D), or None.
         order: (N,) int64, the flat (token, slot) pair of each row, or None.
-        inverse: (N,) int64, the row of each pair; None without ``order``.
+        inverse: (T*K,) int64, the row of each pair, or -1 if it has none; None without ``order``.
         tokens_per_expert: (E,) int64.
         offsets: (E,) int32, their running sum.
         activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
@@ -52,6 +52,18 @@ class LayerCall:
     def has_biases(self) -> bool:
         """Whether there is any bias."""
         return self.up_bias is not None or self.down_bias is not None
+
+    @property
+    def has_all_pairs(self) -> bool:
+        """Whether each (token, slot) pair has a row."""
+        return self.order is None or self.inverse is None or self.order.shape == self.inverse.shape
+
+    def of_pairs_with_rows(self, d_weights: Tensor) -> Tensor:
+        """``d_weights (T, K)`` with zeros for the pairs that have no row."""
+        if self.has_all_pairs:
+            return d_weights
+        assert self.inverse is not None
+        return masked_weights(d_weights, self.inverse)
 
     def pairs(self) -> Tensor:
         """(N,) int64: ``order``, or 0, 1, ..., N - 1 for rows in expert-major order."""

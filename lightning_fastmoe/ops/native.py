@@ -135,7 +135,7 @@ def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
 def _sum_rows(
     rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int, *_: Tensor | None
 ) -> Tensor:
-    return rows.new_empty(rows.shape[0] // top_k, rows.shape[1])
+    return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 
 def _activation(h: Tensor, bias: Tensor | None, offsets: Tensor | None, name: str) -> Tensor:
@@ -143,10 +143,10 @@ def _activation(h: Tensor, bias: Tensor | None, offsets: Tensor | None, name: st
 
 
 def _expert_layer(
-    x: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
+    x: Tensor, weights: Tensor | None, up: Tensor, down: Tensor, order: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     keep_h, on_hopper = rest[-2:]
-    rows = x.shape[0] * (1 if weights is None else weights.shape[1])
+    rows = x.shape[0] if order is None else order.shape[0]
     if keep_h:
         return torch.empty_like(x), x.new_empty(rows, up.shape[1])
     return torch.empty_like(x), x.new_empty(0, up.shape[1]) if on_hopper else x.new_empty(0)

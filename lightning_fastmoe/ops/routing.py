@@ -22,13 +22,15 @@ MAX_TOP_K = 32
 class ExpertOrder:
     """A stable order of the T*K (token, slot) pairs by expert, then token, then slot.
 
+    Some pairs may have no row, as if their slot chose no expert: see :meth:`first`.
+
     Example with T=3, K=2 and ``expert_ids = [[1, 0], [1, 2], [0, 1]]``: flat pairs 0..5 go to
     experts 1 0 1 2 0 1, so ``order = [1, 4, 0, 2, 5, 3]`` (pairs of expert 0, then 1, then 2),
     ``inverse = [2, 0, 3, 5, 1, 4]`` and ``tokens_per_expert = [2, 3, 1]``.
 
     Attributes:
-        order: (T*K,) int64, the pair in each expert-major row.
-        inverse: (T*K,) int64, the row of each pair.
+        order: (N,) int64, the pair in each expert-major row; N = T*K if all pairs have one.
+        inverse: (T*K,) int64, the row of each pair; -1 for a pair without one.
         tokens_per_expert: (E,) int64.
         offsets: (E,) int32, the row at which each expert ends: the running sum of the counts.
     """
@@ -37,6 +39,28 @@ class ExpertOrder:
     inverse: Tensor
     tokens_per_expert: Tensor
     offsets: Tensor
+
+    @property
+    def has_all_pairs(self) -> bool:
+        """Whether each pair has a row."""
+        return self.order.shape == self.inverse.shape
+
+    def first(self, num_experts: int, rows: int) -> ExpertOrder:
+        """The order of the pairs of the first experts alone; the others have no row.
+
+        Args:
+            num_experts: how many experts.
+            rows: how many pairs they have, N.
+        """
+        inverse = self.inverse
+        if rows < inverse.shape[0]:
+            inverse = inverse.masked_fill(inverse >= rows, -1)
+        return ExpertOrder(
+            self.order[:rows],
+            inverse,
+            self.tokens_per_expert[:num_experts],
+            self.offsets[:num_experts],
+        )
 
 
 def top_k(scores: Tensor, k: int, tie_break: Tensor | None = None) -> Tensor:

@@ -72,6 +72,7 @@ class Steps:
         weighted_act, d_weights = products.backward_activation_(call, d_out, h)
         if wanted.weights and call.down_bias is not None:
             d_weights += _bias_dots(call, grad, d_weights)
+        d_weights = call.of_pairs_with_rows(d_weights)
         del grad
         if wanted.down:
             d_down = products.weight_gradient(call, d_out, weighted_act, False)

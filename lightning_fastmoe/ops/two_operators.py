@@ -58,7 +58,7 @@ class TwoOperators:
         )
         return Gradients(
             d_x if wanted.x else None,
-            d_weights if wanted.weights else None,
+            call.of_pairs_with_rows(d_weights) if wanted.weights else None,
             d_up if wanted.up else None,
             d_down if wanted.down else None,
         )

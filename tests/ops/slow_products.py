@@ -61,8 +61,16 @@ class SlowOperators(SlowProducts):
         h, a = self.hopper_up_forward(x, pairs, top_k, offsets, up, None, name, keep_h)
         y = self.hopper_rows_product(a, offsets, down, True)
         if inverse is not None:
-            y = (y[inverse].view(len(x), top_k, -1) * weights.unsqueeze(2)).sum(1)
+            y = self._sum(y, inverse, weights)
         return y, h
+
+    @staticmethod
+    def _sum(rows, inverse, weights):
+        out = rows.new_zeros(len(weights), rows.shape[1])
+        for pair, row in enumerate(inverse.tolist()):
+            if row >= 0:
+                out[pair // weights.shape[1]] += weights.reshape(-1)[pair] * rows[row]
+        return out
 
     def expert_layer_backward_(
         self,
@@ -83,7 +91,7 @@ class SlowOperators(SlowProducts):
         on_hopper,
     ):
         assert grad.is_contiguous()
-        assert weights.shape == (len(x), len(h) // len(x))
+        assert weights.numel() >= len(h)
         pairs, top_k = torch.arange(len(x)) if order is None else order, weights.shape[1]
         args = (grad, pairs, offsets, down, h, weights, name)
         weighted, d_weights = self.hopper_backward_activation_(*args)
@@ -93,7 +101,7 @@ class SlowOperators(SlowProducts):
         if wants_x:
             d_x = self.hopper_rows_product(h, offsets, up, False)
             if inverse is not None:
-                d_x = d_x[inverse].view(len(x), top_k, -1).sum(1)
+                d_x = self._sum(d_x, inverse, torch.ones_like(weights))
         if wants_up:
             d_up = self.hopper_weight_gradient(x, pairs, top_k, h, offsets, True)
         return d_x, d_weights, d_up, d_down

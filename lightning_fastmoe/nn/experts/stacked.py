@@ -108,11 +108,7 @@ class StackedExperts(Experts):
         planned = self.activation in ops.ACTIVATIONS
         if weights is None or order is None:
             return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
-        if planned:
-            return ops.expert_layer(x, weights, order, *mlp)
-        rows = ops.permute(x, order.order, order.inverse, weights.shape[1])
-        y = ops.grouped_mlp(rows, tokens_per_expert, *mlp)
-        return ops.unpermute(y, weights, order.order, order.inverse)
+        return (ops.expert_layer if planned else ops.unfused_layer)(x, weights, order, *mlp)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads the local experts, by global id, from a state dict of the whole layer (E)."""
