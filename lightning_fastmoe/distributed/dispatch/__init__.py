@@ -3,6 +3,7 @@
 from lightning_fastmoe.distributed.dispatch.all_to_all import AllToAllDispatcher
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
 from lightning_fastmoe.distributed.dispatch.pending import EXCHANGE, PendingExchange
+from lightning_fastmoe.distributed.dispatch.route import Route
 from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "ExchangeWait",
     "ExpertGroup",
     "PendingExchange",
+    "Route",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -13,50 +13,18 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch.counts import ExpertGroup
+from lightning_fastmoe.distributed.dispatch.route import Route
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.dispatch import RowPlan, order_routing, permute_any, plan_rows
 from lightning_fastmoe.nn.placement import equal_blocks
 from lightning_fastmoe.nn.router import Routing
 
 
-@dataclass(frozen=True)
-class _Route:
-    """One exchange: how many rows go to each rank and come from it, and how.
-
-    Attributes:
-        collective: see :attr:`AllToAllDispatcher.collective`.
-        group: the expert parallel group.
-        send: rows to each rank.
-        receive: rows from each rank.
-        layer: the layer's name.
-        phase: what is exchanged.
-    """
-
-    collective: Callable[..., Any]
-    group: ExpertGroup
-    send: list[int]
-    receive: list[int]
-    layer: str
-    phase: str
-
-    def run(self, x: Tensor) -> Tensor:
-        """``x (sum(send), ...)`` -> (sum(receive), ...), in the order of the ranks."""
-        out = x.new_empty((sum(self.receive), *x.shape[1:]))
-        arguments = (out, x.contiguous(), self.receive, self.send)
-        self.group.run(self.layer, self.phase, self.collective, *arguments)
-        return out
-
-    def back(self) -> _Route:
-        """The way of the gradients."""
-        phase = f"{self.phase} (backward)"
-        return replace(self, send=self.receive, receive=self.send, phase=phase)
-
-
 class _Exchange(torch.autograd.Function):
     """Sends rows to other ranks; the backward sends gradients back the same way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, route: _Route) -> Tensor:
+    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
         ctx.route = route
         return route.run(x)
 
@@ -167,8 +135,8 @@ class AllToAllDispatcher:
         back: Tensor = _Exchange.apply(rank_major, route)
         return handle.plan.combine(back)
 
-    def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> _Route:
-        return _Route(self.collective, self.group, send, receive, layer, phase)
+    def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> Route:
+        return Route(self.collective, self.group, send, receive, layer, phase)
 
     def _expert_major(self, block: Tensor, rows: int, device: torch.device) -> ops.ExpertOrder:
         local = block.shape[1]
