@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
+from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
 from lightning_fastmoe.nn.dispatch import Dispatcher
 from lightning_fastmoe.nn.schedule import Schedule, SequentialSchedule
 
@@ -23,6 +24,7 @@ def sequential(
 
 ACROSS_RANKS: dict[str, Callable[[ExpertGroup, int, Placement], Schedule]] = {
     "all_to_all": sequential(AllToAllDispatcher),
+    "dedup": DedupSchedule,
 }
 """Makes the schedule of a sharded layer, by the name that ``MoE(dispatcher=...)`` takes, from the
 expert parallel group, E and the placement. :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS` has
