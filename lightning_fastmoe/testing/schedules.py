@@ -26,8 +26,9 @@ class Case:
 
     Attributes:
         top_k: K.
-        choice: "any" expert, "one" for all tokens, the last expert "never", "dropped" slots,
-            "expert" choice, or "soft" routing.
+        choice: "any" expert, "one" for all tokens, the "first" K for all tokens, one expert
+            "twice", the last expert "never", "dropped" slots, "almost all dropped", "expert"
+            choice, or "soft" routing.
         tokens: the number of tokens per rank; rank r uses entry r modulo the length.
         experts: "stacked", "biased", or "modules", which take a pair of tensors.
         shared: whether there is a shared expert.
@@ -50,6 +51,9 @@ CASES = {
     "no tokens": Case(tokens=(0,)),
     "all tokens on one expert": Case(top_k=1, choice="one"),
     "an expert without tokens": Case(choice="never"),
+    "all tokens on two experts": Case(choice="first"),
+    "an expert twice": Case(top_k=3, choice="twice"),
+    "almost all slots dropped": Case(top_k=3, choice="almost all dropped"),
     "dropped slots": Case(top_k=3, choice="dropped"),
     "expert choice": Case(choice="expert"),
     "soft routing": Case(top_k=1, choice="soft", tokens=(12,)),
@@ -195,7 +199,14 @@ def _routing(
         ids = torch.arange(E).repeat_interleave(each)
         weights = normal(len(ids))
         return Routing(logits, logits, weights, ids, token_ids=token_ids), [weights]
+    if choice == "first":
+        logits[:, :k] += 100.0
     ids = logits.topk(k, dim=1).indices
+    if choice == "twice":
+        ids[:, -1] = ids[:, 0]
     weights = normal(tokens, k)
-    kept = torch.rand(tokens, k, generator=generator) < 0.6 if choice == "dropped" else None
+    kept = None
+    if choice in ("dropped", "almost all dropped"):
+        share = 0.6 if choice == "dropped" else 0.05
+        kept = torch.rand(tokens, k, generator=generator) < share
     return Routing(logits, logits, weights, ids, kept=kept), [weights]

@@ -376,14 +376,16 @@ def test_what_they_take_and_what_they_refuse(library: Any) -> None:
     assert hopper.hopper(x.flatten()[8:72].view(1, 64), up) is not None
     assert hopper.hopper(x.flatten()[1:65].view(1, 64), up) is None  # off the 16-byte grid
     g = groups(9, 3, 2, "even")
-    with pytest.raises(RuntimeError, match="order must have size 27"):
-        library.hopper_up_forward(x, g.order, 3, g.offsets, up, None, "swiglu", True)
+    with pytest.raises(RuntimeError, match="order must have at most size 9, not 18"):
+        library.hopper_up_forward(x, g.order, 1, g.offsets, up, None, "swiglu", True)
     with pytest.raises(RuntimeError, match="must be Int"):
         library.hopper_up_forward(x, g.order, 2, g.offsets.long(), up, None, "swiglu", True)
     with pytest.raises(RuntimeError, match="multiple of 8 elements, not 60"):
         library.hopper_rows_product(x[:, :60].contiguous(), g.offsets, up, False, None, None)
     with pytest.raises(RuntimeError, match="both or none"):
         library.hopper_rows_product(x, g.offsets, up, False, None, torch.ones(9, 1, device="cuda"))
+    with pytest.raises(RuntimeError, match="order must have size 9, not 8"):
+        library.hopper_rows_product(x, g.offsets, up, False, g.order[:8].contiguous(), None)
     with pytest.raises(RuntimeError, match="weights must have size 9"):
         library.hopper_rows_product(
             x, g.offsets, up, False, g.order[:9].contiguous(), torch.ones(8, 1, device="cuda")

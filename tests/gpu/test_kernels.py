@@ -69,6 +69,16 @@ def routed(tokens: int, k: int, experts: int) -> tuple[torch.Tensor, ExpertOrder
     return ids, order_by_expert(ids, experts)
 
 
+def some_pairs(
+    tokens: int, k: int, experts: int, fraction: float
+) -> tuple[ExpertOrder, torch.Tensor]:
+    """An order in which that fraction of the pairs has a row, and (T, K) which ones."""
+    torch.manual_seed(5)
+    has_row = torch.rand(tokens, k, device="cuda") < fraction
+    ids = torch.randint(experts, (tokens, k), device="cuda").masked_fill(~has_row, experts)
+    return order_by_expert(ids, experts + 1).first(experts, int(has_row.sum())), has_row
+
+
 @pytest.mark.parametrize("size", ROUTES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "biased sigmoid"])
@@ -284,6 +294,26 @@ def test_sums_of_rows_and_their_gradients_equal_fp64(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_sums_skip_pairs_without_a_row(
+    library: Any, k: int, fraction: float, width: int, dtype: torch.dtype
+) -> None:
+    order, has_row = some_pairs(70, k, 5, fraction)
+    rows = torch.randn(int(has_row.sum()), width, device="cuda").to(dtype)
+    weights = torch.rand(70, k, device="cuda").masked_fill(~has_row, torch.nan)
+    bias = torch.randn(5, width, device="cuda").to(dtype)
+    for w, b in itertools.product((weights, None), (bias, None)):
+        got = same_bits(
+            lambda w=w, b=b: library.sum_rows(rows, order.inverse, w, k, b, order.offsets)
+        )
+        wide, wide_b = (None if t is None else t.double() for t in (w, b))
+        close(got, kernels.sum_rows(rows.double(), order.inverse, wide, k, wide_b, order.offsets))
+        assert bool((got[~has_row.any(1)] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("tokens", [0, 37])
 def test_activation_and_its_gradient_equal_fp64(
@@ -408,6 +438,41 @@ def layer_inputs(
         leaves += [torch.randn(experts, n, device="cuda").to(dtype) for n in (2 * inner, width)]
     ids = torch.rand(tokens, experts, device="cuda").argsort(dim=1)[:, :k]
     return [leaf.requires_grad_() for leaf in leaves], [ids]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        (257, 64, 96, 8, 2, 0.5),
+        (1000, 1536, 256, 16, 8, 0.5),
+        (64, 32, 16, 5, 5, 0.1),
+        (33, 17, 23, 3, 2, 0.6),
+        (50, 64, 32, 4, 1, 0.5),
+        (40, 64, 32, 4, 3, 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_which_some_pairs_have_no_row(
+    case: tuple[Any, ...], dtype: torch.dtype, bias: bool
+) -> None:
+    """Output and gradients against the twins in fp64, twice through one graph."""
+    *sizes, fraction = case
+    leaves, _ = layer_inputs(tuple(sizes), dtype, bias)
+    order, has_row = some_pairs(sizes[0], sizes[4], sizes[3], fraction)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outs = []
+    for x, weights, up, down, *biases in (leaves, wide):
+        used = torch.where(has_row, weights, torch.nan)
+        outs.append(expert_layer(x, used, order, up, down, "swiglu", *biases))
+    upstream = torch.randn_like(outs[0])
+    right = [outs[1], *torch.autograd.grad(outs[1], wide, upstream.double())]
+    bound = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 7.5e-4}[dtype]
+    for _ in range(2):
+        found = [outs[0], *torch.autograd.grad(outs[0], leaves, upstream, retain_graph=True)]
+        for a, b in zip(found, right, strict=True):
+            assert float((a.double() - b).norm()) <= bound * float(b.norm())
 
 
 def run_layer(leaves: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:

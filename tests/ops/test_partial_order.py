@@ -34,16 +34,6 @@ PATHS = {
 """Implementations that aren't the CPU's choice; those of a GPU by twins of its operators."""
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
-
-
 def inputs(case, name, bias, dtype):
     tokens, width, inner, k, fraction = CASES[case]
     torch.manual_seed(0)
