@@ -40,9 +40,14 @@ def run(size: tuple[int, ...], dtype: torch.dtype, name: str, skewed: bool) -> N
     x, up, down, up_bias, down_bias = (
         torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes
     )
+    half = (experts + 1) // 2  # the pairs of the other experts have no row
+    partial = order.first(half, int(order.tokens_per_expert[:half].sum()))
     for biases in ((), (up_bias, down_bias)):
         out = expert_layer(x, weights.detach(), order, up, down, name, *biases)
         torch.autograd.grad(out, (x, up, down, *biases), torch.randn_like(out))
+        mlp = [p[:half].detach().requires_grad_() for p in (up, down, *biases)]
+        out = expert_layer(x, weights.detach(), partial, *mlp[:2], name, *mlp[2:])
+        torch.autograd.grad(out, (x, *mlp), torch.randn_like(out))
     rows = torch.randn(tokens * k, width, device="cuda").to(dtype)
     kernels.unpermute_backward(
         torch.randn_like(x), rows, weights.detach(), order.order, order.inverse

@@ -462,10 +462,12 @@ def test_a_layer_in_which_some_pairs_have_no_row(
     leaves, _ = layer_inputs(tuple(sizes), dtype, bias)
     order, has_row = some_pairs(sizes[0], sizes[4], sizes[3], fraction)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    outs = []
-    for x, weights, up, down, *biases in (leaves, wide):
-        used = torch.where(has_row, weights, torch.nan)
-        outs.append(expert_layer(x, used, order, up, down, "swiglu", *biases))
+    for side in (leaves, wide):
+        side[1] = side[1].detach().masked_fill(~has_row, torch.nan).requires_grad_()
+    outs = [
+        expert_layer(x, weights, order, up, down, "swiglu", *biases)
+        for x, weights, up, down, *biases in (leaves, wide)
+    ]
     upstream = torch.randn_like(outs[0])
     right = [outs[1], *torch.autograd.grad(outs[1], wide, upstream.double())]
     bound = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 7.5e-4}[dtype]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from strategy.exactness import assert_same, cases, ident
 from strategy.models import Case, reference
-from strategy.tracing import run_case
+from strategy.tracing import run_case, run_case_by
+
+from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
 
 
 @pytest.mark.parametrize("case", cases(), ids=ident)
@@ -23,4 +25,20 @@ def test_epoch_that_is_no_multiple_of_the_accumulation(stage: int, rank_pool) ->
     expected = reference(case)
     assert len(expected.weights) == 4
     for trace in rank_pool.run(run_case, case.world, case):
+        assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ACROSS_RANKS if name != AUTO])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(world=2, ep=2, stage=1),
+        Case(world=2, ep=2, stage=3, accumulate=2, in_configure_model=True),
+        Case(world=4, ep=2, stage=2),
+    ],
+    ids=ident,
+)
+def test_every_way_of_exchanging_tokens(name: str, case: Case, rank_pool) -> None:
+    expected = reference(case)
+    for trace in rank_pool.run(run_case_by, case.world, name, case):
         assert_same(trace, expected)

@@ -11,6 +11,7 @@ from strategy.models import Case, Net, Trace
 from torch import Tensor
 
 from lightning_fastmoe import FastMoEStrategy
+from lightning_fastmoe.distributed import schedule
 from lightning_fastmoe.nn import moe_layers
 
 
@@ -25,6 +26,20 @@ def run_case(case: Case) -> Trace:
     trace.losses = global_losses(module, case, trainer.strategy.root_device)
     trace.gradients = {name: g.cpu() for name, g in trace.gradients.items()}
     trace.weights = [{name: w.cpu() for name, w in step.items()} for step in trace.weights]
+    return trace
+
+
+def run_case_by(dispatcher: str, case: Case) -> Trace:
+    """Trains ``case`` with that dispatcher for every layer."""
+    used = []
+    before, real = schedule.AUTO, schedule.ACROSS_RANKS[dispatcher]
+    schedule.AUTO = dispatcher
+    schedule.ACROSS_RANKS[dispatcher] = lambda *args: used.append(dispatcher) or real(*args)
+    try:
+        trace = run_case(case)
+    finally:
+        schedule.AUTO, schedule.ACROSS_RANKS[dispatcher] = before, real
+    assert len(used) == len(case.num_experts)
     return trace
 
 
