@@ -169,7 +169,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--configs", default=CONFIGS, help="'all' or names, separated by commas")
-    add("--dispatchers", default="all_to_all,dedup", help="names, separated by commas")
+    add(
+        "--dispatchers",
+        default="all_to_all,dedup,dedup_overlapped",
+        help="names, separated by commas",
+    )
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=10, help="per round")
     add("--device", default="cuda", choices=["cuda", "cpu"])

@@ -114,9 +114,39 @@ def rows_sent(name: str) -> tuple[list[tuple[str, int, list[int]]], list[int], l
 
 
 @poisoned
-def repeated(dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
+def order_of_work() -> tuple[list[str], list[str]]:
+    """What is started and finished, and when experts compute, in forward and backward."""
+    rank = Rank("dedup_overlapped")
+    log: list[str] = []
+    real = rank.group.start
+
+    def noting(layer: str, phase: str, *args: Any) -> Callable[[], None]:
+        log.append(f"start {phase.removesuffix(' (backward)')}")
+        finish = real(layer, phase, *args)
+
+        def noted() -> None:
+            log.append(f"finish {phase.removesuffix(' (backward)')}")
+            finish()
+
+        return noted
+
+    def computed(_module: Any, _args: Any, output: Tensor) -> None:
+        log.append("experts")
+        output.register_hook(lambda _: log.append("experts"))
+
+    rank.group.start = noting  # type: ignore[method-assign]
+    rank.part.register_forward_hook(computed)
+    out = rank.run(rank.inputs())
+    forward = list(log)
+    log.clear()
+    out.square().sum().backward()
+    return forward, log
+
+
+@poisoned
+def repeated(name: str, dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Output and gradients of three identical runs, and in fp64 with all experts on one rank."""
-    rank = Rank(dtype=dtype)
+    rank = Rank(name, dtype=dtype)
     runs = []
     for _ in range(3):
         given = rank.inputs()
@@ -138,14 +168,15 @@ def repeated(dtype: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
 
 
 @poisoned
-def steps(how: str) -> dict[str, tuple[Tensor, Tensor]]:
+def steps(name: str, how: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Gradients summed over two micro-batches, and those with all experts on one rank.
 
     Args:
+        name: the dispatcher.
         how: "twice" through the same layer in one graph, "two graphs" whose backward passes run in
             the other order, or "checkpointed" twice.
     """
-    rank = Rank()
+    rank = Rank(name)
     found: dict[str, list[Tensor]] = {}
     for local in (False, True):
         experts = rank.whole if local else rank.part
@@ -186,9 +217,9 @@ def steps(how: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @poisoned
-def faults(kind: str) -> str:
+def faults(name: str, kind: str) -> str:
     """The error on this rank."""
-    rank = Rank()
+    rank = Rank(name)
     rank.group.wait = ExchangeWait(seconds=2.0, rank=rank.rank, look=0.1)
     # The other rank stays: one that is gone closes its connections, which shows at once.
     store = dist.distributed_c10d._get_default_store()

@@ -121,3 +121,13 @@ def test_sums_of_the_rows_that_there_are():
     inverse = torch.tensor([1, -1, -1, -1, 0, 1])
     total = kernels.sum_rows(rows, inverse, None, 2)
     assert total.tolist() == [[3.0, 5.0], [0.0, 0.0], [4.0, 7.0]]
+
+
+@pytest.mark.parametrize("order", [[1, 4, 0], [0, 1, 2, 3, 4, 5]])
+def test_slots_without_a_row_have_weights_without_gradient(order):
+    h, d_act = torch.randn(len(order), 4), torch.randn(len(order), 4)
+    dots = (torch.relu(h) * d_act).sum(1)
+    weights = torch.full((3, 2), torch.inf)
+    found = kernels.activation_backward_(h, d_act, weights, torch.tensor(order), "relu")
+    right = torch.zeros(6).index_put((torch.tensor(order),), dots)
+    torch.testing.assert_close(found, right.view(3, 2))

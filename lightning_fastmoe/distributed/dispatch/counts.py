@@ -91,6 +91,28 @@ class ExpertGroup:
         with self.pending(layer, phase):
             self._run(layer, phase, collective, *args)
 
+    def start(
+        self, layer: str, phase: str, collective: Callable[..., Any], *args: Any
+    ) -> Callable[[], None]:
+        """Starts a collective of the group, as :meth:`run`, and goes on.
+
+        Returns:
+            A function to call before its results are read, once. It waits as :meth:`run` does, and
+            raises what :meth:`run` raises.
+        """
+        with self.pending(layer, phase):
+            self.wait.begin(self._where(layer, phase))
+            work = collective(*args, group=self.group, async_op=True)
+
+        def finish() -> None:
+            with self.pending(layer, phase):
+                if self.is_on_stream:
+                    work.wait()  # the device does, not the host
+                else:
+                    self.wait.for_work(work, self._where(layer, phase))
+
+        return finish
+
     def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
         where = self._where(layer, phase)
         self.wait.begin(where)

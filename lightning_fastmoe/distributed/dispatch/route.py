@@ -38,6 +38,12 @@ class Route:
         self.group.run(self.layer, self.phase, self.collective, *arguments)
         return out
 
+    def start(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """:meth:`run` that goes on: the result, which may be read after calling the function."""
+        out = x.new_empty((sum(self.receive), *x.shape[1:]))
+        arguments = (out, x.contiguous(), self.receive, self.send)
+        return out, self.group.start(self.layer, self.phase, self.collective, *arguments)
+
     def back(self) -> Route:
         """The way of the gradients."""
         phase = f"{self.phase} (backward)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
@@ -25,6 +26,7 @@ def sequential(
 ACROSS_RANKS: dict[str, Callable[[ExpertGroup, int, Placement], Schedule]] = {
     "all_to_all": sequential(AllToAllDispatcher),
     "dedup": DedupSchedule,
+    "dedup_overlapped": partial(DedupSchedule, parts=2),
 }
 """Makes the schedule of a sharded layer, by the name that ``MoE(dispatcher=...)`` takes, from the
 expert parallel group, E and the placement. :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS` has

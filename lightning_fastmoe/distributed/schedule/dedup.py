@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup, Route
+from lightning_fastmoe.distributed.dispatch.per_rank import RankPlan, return_sums, send_tokens
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.router import Routing
@@ -28,80 +28,33 @@ from lightning_fastmoe.ops import kernels
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Which tokens are sent to which ranks: S rows, by rank, then by token.
+class _Draft:
+    """A plan whose number of rows the host doesn't know yet.
 
     Attributes:
-        token: (S,) int64, the token of each row.
-        place: (T*R,) int64, the row of each (token, rank) pair, -1 where nothing is sent.
-        slot_place: (T, K) int64, the row that carries each slot's weight; -1 for dropped slots.
-        ids: (S, K) int32, which expert of the receiving rank each slot chose; -1 if it chose
-            another rank's, or is dropped.
+        counts: (E + R,) int64, the tokens of each expert and the rows to each rank.
+        owner: (T, K) int64, the rank of each slot's expert, R for dropped slots.
+        local: (T, K) int64, that expert's number there.
+        pairs: the (token, rank) pairs by rank; those that aren't sent come last.
         ranks: R.
     """
 
-    token: Tensor
-    place: Tensor
-    slot_place: Tensor
-    ids: Tensor
+    counts: Tensor
+    owner: Tensor
+    local: Tensor
+    pairs: ops.ExpertOrder
     ranks: int
 
-    def sum_over_ranks(self, rows: Tensor) -> Tensor:
-        """``rows (S, D) -> (T, D)``: each token's sum, in the order of ranks, in fp32."""
-        return kernels.sum_rows(rows, self.place, None, self.ranks)
-
-
-def _exchange_together(a: Tensor, b: Tensor, route: Route) -> tuple[Tensor, Tensor]:
-    """Sends ``a (S, M)`` and ``b (S, P)``, of any dtypes, in one exchange of bytes."""
-    as_bytes = [a.view(torch.uint8), b.view(torch.uint8)]
-    received = route.run(torch.cat(as_bytes, dim=1))
-    parts = received.split([part.shape[1] for part in as_bytes], dim=1)
-    # Clones, because the second part of a single row is contiguous but not aligned.
-    copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return copies[0].view(a.dtype), copies[1].view(b.dtype)
-
-
-class _Scatter(torch.autograd.Function):
-    """Tokens and weights to the owners; gradients back: x (S', D), weights (S', K), ids (S', K)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, plan: _Plan, route: Route
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.plan, ctx.route = plan, route
-        # One exchange for the two small ones, as bytes.
-        ids, by_slot = _exchange_together(plan.ids, weights.index_select(0, plan.token), route)
-        rows = route.run(x.index_select(0, plan.token))
-        ctx.mark_non_differentiable(ids)
-        return rows, by_slot, ids
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_rows, d_weights, _ = grads
-        plan, back = ctx.plan, ctx.route.back()
-        by_row = back.run(d_weights)
-        d_x = plan.sum_over_ranks(back.run(d_rows))
-        # Each slot's gradient is where its expert is; the other ranks return zeros for it.
-        slots = plan.slot_place.shape[1]
-        place = plan.slot_place * slots + torch.arange(slots, device=by_row.device)
-        place = place.masked_fill(plan.slot_place < 0, -1)
-        d_slots = kernels.rows_or_zeros(by_row.reshape(-1), place.reshape(-1))
-        return d_x, d_slots.view(place.shape), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Each token's sums (S', D) from their owners back to its rank, and their sum (T, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: _Plan, route: Route) -> Tensor:
-        ctx.plan, ctx.route = plan, route
-        return plan.sum_over_ranks(route.run(rows))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.route.back().run(grads[0].index_select(0, ctx.plan.token)), None, None
+    def plan(self, rows: int) -> RankPlan:
+        """The plan, which sends ``rows`` rows."""
+        sent = self.pairs.first(self.ranks, rows)
+        token = torch.div(sent.order, self.ranks, rounding_mode="floor")
+        receiver = (sent.order - token * self.ranks).unsqueeze(1)
+        here = self.owner.index_select(0, token) == receiver
+        ids = self.local.index_select(0, token).masked_fill(~here, -1).to(torch.int32)
+        by_rank = sent.inverse.view(len(self.owner), self.ranks)
+        by_rank = torch.nn.functional.pad(by_rank, (0, 1), value=-1)  # where dropped slots look
+        return RankPlan(token, sent.inverse, by_rank.gather(1, self.owner), ids, self.ranks)
 
 
 class DedupSchedule(SequentialSchedule):
@@ -118,16 +71,22 @@ class DedupSchedule(SequentialSchedule):
         group: the expert parallel group, shared by all layers of a model.
         num_experts: E of the layer.
         placement: global ids of the experts of each rank, ascending, every id once.
+        parts: with 2, one half of the tokens is exchanged while the experts compute the other. The
+            weights' gradients are then the sums of two.
 
     Raises:
         TopologyError: if the placement doesn't give each expert to exactly one rank.
     """
 
     def __init__(
-        self, group: ExpertGroup, num_experts: int, placement: Sequence[Sequence[int]]
+        self,
+        group: ExpertGroup,
+        num_experts: int,
+        placement: Sequence[Sequence[int]],
+        parts: int = 1,
     ) -> None:
         super().__init__(AllToAllDispatcher(group, num_experts, placement))
-        self.group, self.num_experts = group, num_experts
+        self.group, self.num_experts, self.parts = group, num_experts, parts
         self._held = [list(ids) for ids in placement]
         by_rank = torch.tensor(list(chain(*placement)), dtype=torch.int64)
         sizes = torch.tensor([len(ids) for ids in placement])
@@ -138,7 +97,7 @@ class DedupSchedule(SequentialSchedule):
         self._where[:, by_rank] = torch.stack([owner, local])
         self._where[:, num_experts] = torch.tensor([group.size, -1])
         # The rows for each rank are counted with the tokens of each expert.
-        group.slots = max(group.slots, num_experts + group.size)
+        group.slots = max(group.slots, parts * (num_experts + group.size))
 
     def run_routed(
         self, inputs: TokenInputs, routing: Routing, experts: Experts, layer: str
@@ -150,46 +109,55 @@ class DedupSchedule(SequentialSchedule):
         """
         if not experts.is_stacked or inputs.spec is not None or routing.token_ids is not None:
             return super().run_routed(inputs, routing, experts, layer)
-        x, weights = inputs.tokens, routing.weights
-        plan, send, table = self._plan(routing, x, layer)
-        experts_of_ranks, rows_of_ranks = table.split([self.num_experts, self.group.size], dim=1)
-        receive = rows_of_ranks[:, self.group.rank].tolist()
-        mine = self._held[self.group.rank]
-        rows = int(experts_of_ranks[:, mine].sum())
-        there = self._route(send, receive, layer, "dispatch")
-        back = self._route(receive, send, layer, "combine")
-        wide = weights.to(kernels.accumulation_dtype(x.dtype))
-        received, by_slot, ids = _Scatter.apply(x, wide, plan, there)
-        # Slots that chose experts of other ranks come last, and get no row.
-        chosen = torch.where(ids < 0, len(mine), ids).to(torch.int64)
-        order = ops.order_by_expert(chosen, len(mine) + 1).first(len(mine), rows)
-        sums = experts(received, order.tokens_per_expert, by_slot, order)
-        return _Gather.apply(sums, plan, back), routing
-
-    def _plan(self, routing: Routing, x: Tensor, layer: str) -> tuple[_Plan, list[int], Tensor]:
-        """The plan, the rows to each rank, and the counts of all ranks: (R, E + R)."""
-        ranks, chosen = self.group.size, routing.expert_ids
+        x, rank, e = inputs.tokens, self.group.rank, len(self._held[self.group.rank])
+        sizes = _split(x.shape[0], self.parts)
+        chosen = routing.expert_ids
         if routing.dispatched is not None:
             chosen = chosen.masked_fill(~routing.dispatched, self.num_experts)
-        self._where = self._where.to(x.device)
+        wide = routing.weights.to(kernels.accumulation_dtype(x.dtype))
+        drafts = [self._draft(part) for part in chosen.split(sizes)]
+        counts = torch.cat([draft.counts for draft in drafts])
+        # (R, parts, E + R): the tokens of each expert, then the rows to each rank.
+        table = self.group.exchange_counts(counts, x.shape[1], layer)
+        table = table.view(self.group.size, self.parts, self.num_experts + self.group.size)
+        arrivals, returns = [], []
+        for draft, x_part, w_part, of_part in zip(
+            drafts, x.split(sizes), wide.split(sizes), table.unbind(1), strict=True
+        ):
+            of_ranks = of_part[:, self.num_experts :]
+            send, receive = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
+            plan = draft.plan(sum(send))
+            there = self._route(send, receive, layer, "dispatch")
+            back = self._route(receive, send, layer, "combine")
+            rows = int(of_part[:, self._held[rank]].sum())
+            arrivals.append((send_tokens(x_part, w_part, plan, there), plan, back, rows))
+        for arrive, plan, back, rows in arrivals:
+            received, weights, ids = arrive()
+            # Slots that chose experts of other ranks come last, and get no row.
+            order = ops.order_by_expert(torch.where(ids < 0, e, ids).to(torch.int64), e + 1)
+            order = order.first(e, rows)
+            sums = experts(received, order.tokens_per_expert, weights, order)
+            returns.append(return_sums(sums, plan, back))
+        outputs = [arrive_sums() for arrive_sums in returns]
+        return outputs[0] if self.parts == 1 else torch.cat(outputs), routing
+
+    def _draft(self, chosen: Tensor) -> _Draft:
+        """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""
+        ranks = self.group.size
+        self._where = self._where.to(chosen.device)
         owner, local = self._where[0][chosen], self._where[1][chosen]  # (T, K)
-        every = torch.arange(ranks, device=x.device)
-        needs = torch.zeros(len(chosen), ranks + 1, dtype=torch.bool, device=x.device)
+        every = torch.arange(ranks, device=chosen.device)
+        needs = torch.zeros(len(chosen), ranks + 1, dtype=torch.bool, device=chosen.device)
         needs = needs.scatter_(1, owner, True)[:, :ranks]
         pairs = ops.order_by_expert(torch.where(needs, every, ranks), ranks + 1)
-        counts = ops.order_by_expert(chosen, self.num_experts + 1).tokens_per_expert
-        both = torch.cat([counts[:-1], pairs.tokens_per_expert[:-1]])
-        table = self.group.exchange_counts(both, x.shape[1], layer)
-        send = table[self.group.rank, self.num_experts :].tolist()
-        sent = pairs.first(ranks, sum(send))
-        token = torch.div(sent.order, ranks, rounding_mode="floor")
-        receiver = (sent.order - token * ranks).unsqueeze(1)
-        here = owner.index_select(0, token) == receiver
-        ids = local.index_select(0, token).masked_fill(~here, -1).to(torch.int32)
-        by_rank = sent.inverse.view(len(chosen), ranks)
-        by_rank = torch.cat([by_rank, by_rank.new_full((len(chosen), 1), -1)], dim=1)
-        plan = _Plan(token, sent.inverse, by_rank.gather(1, owner), ids, ranks)
-        return plan, send, table
+        of_experts = ops.order_by_expert(chosen, self.num_experts + 1).tokens_per_expert
+        counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
+        return _Draft(counts, owner, local, pairs, ranks)
 
     def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> Route:
         return Route(dist.all_to_all_single, self.group, send, receive, layer, phase)
+
+
+def _split(tokens: int, parts: int) -> list[int]:
+    """The sizes of almost equal parts."""
+    return [(tokens + part) // parts for part in range(parts)]
