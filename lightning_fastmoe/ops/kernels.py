@@ -86,7 +86,7 @@ def sum_rows(
 
 
 def rows_or_zeros(rows: Tensor, places: Tensor) -> Tensor:
-    """``rows[places]``, and zeros where a place is -1.
+    """``rows[places]``, and zeros where a place is negative.
 
     Args:
         rows: (N, ...).

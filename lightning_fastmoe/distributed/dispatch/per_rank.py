@@ -45,8 +45,8 @@ class RankPlan:
     def slots_of_tokens(self, by_row: Tensor) -> Tensor:
         """``by_row (S, K) -> (T, K)``: each slot's value from the rank of its expert, or zero."""
         slots = self.slot_place.shape[1]
+        # Negative for dropped slots.
         place = self.slot_place * slots + torch.arange(slots, device=by_row.device)
-        place = place.masked_fill(self.slot_place < 0, -1)
         return kernels.rows_or_zeros(by_row.reshape(-1), place.reshape(-1)).view(place.shape)
 
 
