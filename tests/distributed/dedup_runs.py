@@ -262,3 +262,51 @@ def layers(names: list[str]) -> dict[str, dict[str, Tensor]]:
         values["dropped"] = routing.dropped_counts()
         found[name] = values
     return found
+
+
+def on_device(name: str, device_type: str) -> list[tuple[Tensor, Tensor]]:
+    """In bf16, (found, all experts on this rank in fp64): output, gradients of inputs and weights.
+
+    On a GPU the second pass raises where it synchronises otherwise than by waiting for the counts.
+    """
+    on_cuda = device_type == "cuda"
+    device = torch.device("cuda", dist.get_node_local_rank()) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    assert dist.group.WORLD is not None
+    group = ExpertGroup(dist.group.WORLD)
+    rank, world, experts, width = group.rank, group.size, 16, 64
+    parts = [StackedExperts(width, 128, experts, layer_seed=1) for _ in range(2)]
+    placement = equal_blocks(experts, world)
+    parts[0].keep(placement[rank])
+    part, whole = parts[0].to(device, torch.bfloat16), parts[1].to(device, torch.bfloat16).double()
+    schedule = ACROSS_RANKS[name](group, experts, placement)
+    torch.manual_seed(rank)
+    tokens = 300 + 17 * rank
+    x = torch.randn(tokens, width).to(device, torch.bfloat16).requires_grad_()
+    weights = torch.rand(tokens, 4).to(device).requires_grad_()
+    logits = torch.randn(tokens, experts).to(device)
+    routing = Routing(logits, logits, weights, logits.topk(4, dim=1).indices)
+    upstream = torch.randn(tokens, width).to(device, torch.bfloat16)
+    inputs = TokenInputs([x], None, (tokens,))
+    found: list[Tensor] = []
+    for call in range(2):
+        if on_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if call else "default")
+        out, _ = schedule.run(inputs, routing, part, None, "a layer")
+        grads = torch.autograd.grad(out, [x, weights, *part.parameters()], upstream)
+        if on_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        before, found = found, [out.detach(), *grads]
+        assert all(torch.equal(a, b) for a, b in zip(before, found, strict=bool(call)))
+    wide = [t.detach().double().requires_grad_() for t in (x, weights)]
+    routing = routing._replace(weights=wide[1])
+    inputs = TokenInputs([wide[0]], None, (tokens,))
+    out, _ = LocalSchedule(experts).run(inputs, routing, whole, None, "a layer")
+    grads = torch.autograd.grad(out, [*wide, *whole.parameters()], upstream.double())
+    for gradient in grads[2:]:
+        dist.all_reduce(gradient)
+    right = [out.detach(), *grads[:2], *(g[list(placement[rank])] for g in grads[2:])]
+    return [(a.cpu(), b.cpu()) for a, b in zip(found, right, strict=True)]

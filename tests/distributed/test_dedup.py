@@ -115,3 +115,10 @@ def test_a_layer_with_capacity_and_router_equals_all_to_all(rank_pool):
             assert found[name].keys() == right.keys()
             for key, value in found[name].items():
                 torch.testing.assert_close(value, right[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_rounds_once_more_than_one_rank(rank_pool, name):
+    for tensors in rank_pool.run(runs.on_device, 2, name, "cpu"):
+        for found, right in tensors:
+            assert float((found.double() - right).norm()) <= 8e-3 * float(right.norm())

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from distributed import dedup_runs
 from distributed import schedule_runs as runs
 
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS
@@ -37,3 +38,14 @@ def test_equals_all_experts_on_one_rank(
                 error = float((found.double() - right.double()).abs().max()) if len(right) else 0
                 scale = float(right.double().abs().max()) if len(right) else 1
                 assert error <= tolerance * max(scale, 1), (rank, case, name, error, scale)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [name for name in ACROSS_RANKS if name.startswith("dedup")])
+def test_fused_layers_of_several_ranks_wait_for_counts_alone(
+    name: str, world: int, rank_pool: RankPool
+) -> None:
+    """In bf16, against fp64; the same bits twice, without a synchronisation of the device."""
+    for tensors in rank_pool.run(dedup_runs.on_device, world, name, "cuda"):
+        for found, right in tensors:
+            assert float((found.double() - right).norm()) <= 8e-3 * float(right.norm())
