@@ -121,4 +121,4 @@ def test_a_layer_with_capacity_and_router_equals_all_to_all(rank_pool):
 def test_bf16_rounds_once_more_than_one_rank(rank_pool, name):
     for tensors in rank_pool.run(runs.on_device, 2, name, "cpu"):
         for found, right in tensors:
-            assert float((found.double() - right).norm()) <= 8e-3 * float(right.norm())
+            assert float((found.double() - right).norm()) <= 6e-3 * float(right.norm())

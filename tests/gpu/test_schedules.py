@@ -48,4 +48,4 @@ def test_fused_layers_of_several_ranks_wait_for_counts_alone(
     """In bf16, against fp64; the same bits twice, without a synchronisation of the device."""
     for tensors in rank_pool.run(dedup_runs.on_device, world, name, "cuda"):
         for found, right in tensors:
-            assert float((found.double() - right).norm()) <= 8e-3 * float(right.norm())
+            assert float((found.double() - right).norm()) <= 6e-3 * float(right.norm())
