@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import choice, kernels
+from lightning_fastmoe.ops import choice, kernels, traced_layer
 from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
@@ -115,6 +115,12 @@ def expert_layer(
     Returns:
         (T, D) in the dtype of ``x``.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return traced_layer.expert_layer(  # type: ignore[no-any-return]
+            *(x, weights.to(kernels.accumulation_dtype(x.dtype)), up, down, up_bias, down_bias),
+            *(order.order, order.inverse, order.tokens_per_expert, order.offsets, activation),
+            _needs_graph(x, weights, up, down, up_bias, down_bias),
+        )[0]
     out: Tensor = _ExpertLayer.apply(
         x,
         weights.to(kernels.accumulation_dtype(x.dtype)),

@@ -51,6 +51,17 @@ def pre_activation(call: LayerCall) -> PreActivation:
 
 def backward_(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -> Gradients:
     """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
+    return _backward(call, grad, h, wanted, overwrite=True)
+
+
+def backward(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -> Gradients:
+    """:func:`backward_` that leaves H intact: it copies the rows of one expert at a time."""
+    return _backward(call, grad, h, wanted, overwrite=False)
+
+
+def _backward(
+    call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted, *, overwrite: bool
+) -> Gradients:
     x, weights, inverse, grad = call.x, call.weights, call.inverse, grad.contiguous()
     tokens, up, down = _tokens(call), _aligned(call.up), _aligned(call.down)
     used = x.new_ones(h.rows.shape[0], dtype=kernels.accumulation_dtype(x.dtype))
@@ -63,7 +74,8 @@ def backward_(call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted) -
         for weight, needed in ((up, wanted.up), (down, wanted.down))
     )
     for e, mine in _experts(call.tokens_per_expert, d_up, d_down):
-        d_out, d_h = _gathered(grad, tokens, mine), h.rows[mine]
+        d_out = _gathered(grad, tokens, mine)
+        d_h = h.rows[mine] if overwrite else h.rows[mine].clone()
         act = torch.mm(d_out, down[e])
         # This overwrites the pre-activation with its gradient, `act` with the weighted activation.
         dots[mine] = kernels.activation_backward_(d_h, act, used[mine], None, call.activation)

@@ -83,7 +83,8 @@ def native(*tensors: Tensor) -> Any | None:
             return None
         if recording and tensor.requires_grad:
             return None
-    return load()
+    # torch.compile traces the torch twins of what isn't one of its operators as a whole.
+    return None if torch.compiler.is_dynamo_compiling() else load()
 
 
 def register_fakes() -> None:

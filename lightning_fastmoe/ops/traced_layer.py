@@ -1,0 +1,134 @@
+"""The layer of :mod:`~lightning_fastmoe.ops.expert_layer` as operators for ``torch.compile``.
+
+A compiler puts them into its graphs as they are. Forward and backward are functional, since AOT
+Autograd refuses a backward that writes to what the forward saved: H is an output of the forward,
+and the backward leaves it intact. So it works on a copy: of one expert's rows at a time on the CPU,
+of this layer's H on CUDA, which is freed when the layer's backward ends. Without ``torch.compile``
+the layer overwrites H instead and needs no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.ops import choice, expert_loop
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+
+NAMESPACE = "lightning_fastmoe_traced"
+"""Apart from the namespace of the compiled kernels, which is filled when they are loaded."""
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_layer", mutates_args=())
+def expert_layer(
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    tokens_per_expert: Tensor,
+    offsets: Tensor,
+    activation: str,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward; the arguments are those of a :class:`LayerCall`, then whether to keep H.
+
+    Returns:
+        The output (T, D), H (N, 2F) or (N, F), without rows unless ``keep_h``, and whether H
+        includes its bias: a bool scalar on the CPU.
+    """
+    call = LayerCall(
+        *(x.contiguous(), weights, up, down, up_bias, down_bias),
+        *(order, inverse, tokens_per_expert, offsets, activation),
+    )
+    out, h = choice.choose(call).forward(call, keep_h)
+    return out, h.rows, torch.tensor(h.has_bias)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_layer_backward", mutates_args=())
+def expert_layer_backward(
+    grad: Tensor,
+    h: Tensor,
+    h_has_bias: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    tokens_per_expert: Tensor,
+    offsets: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The gradients of the first six arguments of :func:`expert_layer`, of those ``wanted``."""
+    call = LayerCall(
+        *(x.contiguous(), weights, up, down, up_bias, down_bias),
+        *(order, inverse, tokens_per_expert, offsets, activation),
+    )
+    kept = PreActivation(h, bool(h_has_bias))
+    implementation = choice.choose(call, kept)
+    if implementation is expert_loop:
+        found = expert_loop.backward(call, grad, kept, Wanted(*wanted))
+    else:
+        copy = PreActivation(h.clone(), kept.has_bias)
+        found = implementation.backward_(call, grad, copy, Wanted(*wanted))
+    return [_like(g, t) for g, t in _pairs(found, (x, weights, up, down, up_bias, down_bias))]
+
+
+def _pairs(found: Any, inputs: tuple[Tensor | None, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that were computed, each with its input."""
+    pairs = zip(found, inputs, strict=True)
+    return [(g, t) for g, t in pairs if g is not None and t is not None]
+
+
+def _like(gradient: Tensor, of: Tensor) -> Tensor:
+    """The gradient as :func:`_empty_like` promised it."""
+    return gradient.to(of.dtype).contiguous()
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+@expert_layer.register_fake
+def _(
+    x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = weights.shape[0] * weights.shape[1] if rest[-1] else 0
+    h = x.new_empty(rows, up.shape[1])
+    return _empty_like(x), h, torch.empty((), dtype=torch.bool, device="cpu")
+
+
+@expert_layer_backward.register_fake
+def _(grad: Tensor, h: Tensor, h_has_bias: Tensor, *rest: Any) -> list[Tensor]:
+    wanted = rest[-1]
+    return [_empty_like(t) for t, needed in zip(rest[:6], wanted, strict=True) if needed]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, activation, _ = inputs
+    _, h, h_has_bias = output
+    ctx.save_for_backward(h, h_has_bias, *tensors)
+    ctx.activation = activation
+    ctx.mark_non_differentiable(h, h_has_bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 12
+    h, h_has_bias, *tensors = ctx.saved_tensors
+    wanted = [bool(needed) for needed in ctx.needs_input_grad[:6]]
+    found = iter(expert_layer_backward(grad, h, h_has_bias, *tensors, ctx.activation, wanted))
+    return *(next(found) if needed else None for needed in wanted), *(None,) * 6
+
+
+expert_layer.register_autograd(_backward, setup_context=_save)
