@@ -105,6 +105,10 @@ NAMES = [
     "pytorch_lightning.strategies:DeepSpeedStrategy._create_default_config",
     "pytorch_lightning.trainer.connectors.logger_connector.result:_ResultCollection",
     "torchmetrics:Metric._copy_state_dict",
+    # what tells a layer how it is being traced
+    "torch._dynamo:assume_constant_result",
+    "torch._dynamo:graph_break",
+    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx",
 ]
 
 SOURCES = {
@@ -263,9 +267,12 @@ SOURCES = {
     "torch.optim.lr_scheduler": ["_wrapped_by_lr_sched"],
     "torch.nn.modules.module": [
         "_compiled_call_impl",
+        "_forward_hooks",
+        "_forward_pre_hooks",
         '"_non_persistent_buffers_set"',
     ],
     "torch._dynamo.eval_frame": ["self._orig_mod ="],
+    "torch._dynamo.symbolic_convert": ["self.one_graph", "self.error_on_graph_break"],
 }
 
 OTHERS = {"_actions", "_asdict", "_current_frames", "_exit", "_fastmoe_origin"}

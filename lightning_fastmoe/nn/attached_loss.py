@@ -23,13 +23,24 @@ class LossScale:
     """The factor between the loss that the user returned and the loss that is differentiated.
 
     Unless a loss is watched, the factor is 1, which is right for a plain ``loss.backward()``.
+
+    Attributes:
+        value: the factor, None for 1.
+        factor: (1,) fp64, the same in a tensor that stays the same, for compiled graphs. Not a
+            scalar, which dynamo takes for a Python number and reads while tracing.
+        in_graphs: whether a compiled graph reads ``factor``, which is written only then.
     """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.factor = torch.ones(1, dtype=torch.float64)
+        self.in_graphs = False
 
     def _store(self, grad: Tensor) -> None:
         self.value = grad.detach()
+        if self.in_graphs:
+            # Through .data: a graph's backward has saved it, and is to see what is written here.
+            self.factor.data.copy_(self.value)
 
     def watch(self, loss: Tensor) -> None:
         """Lets a backward pass through ``loss``, however it is scaled later, set the factor.
@@ -46,6 +57,8 @@ class LossScale:
             yield
         finally:
             self.value = None
+            if self.in_graphs:
+                self.factor.data.fill_(1.0)
 
 
 class AttachedLoss:

@@ -14,6 +14,18 @@ from lightning_fastmoe.nn.attached_loss import AttachedLoss, AttachedLosses, Los
 from lightning_fastmoe.nn.router import Routing, RoutingContext
 from lightning_fastmoe.nn.router.losses import LOSSES
 from lightning_fastmoe.nn.router.traits import RouterTraits
+from lightning_fastmoe.nn.runtime_ops import attach_total
+
+_REENTRANT = (
+    "ran without gradients, as re-entrant activation checkpointing does, so its terms can't be"
+    " added by hand. Leave them out of the loss: they are added automatically. Or use"
+    " checkpoint(..., use_reentrant=False)."
+)
+_COMPILED = (
+    "ran inside the graph of torch.compile(..., fullgraph=True), so its terms can't be added by"
+    " hand. Leave them out of the loss: they are added automatically. Or compile without"
+    " fullgraph=True."
+)
 
 
 class BalancingLosses:
@@ -40,11 +52,11 @@ class BalancingLosses:
             usual = loss.coefficient if name in traits.default_losses else 0.0
             value = given.get(name)
             self.coefficients[name] = usual if value is None else value
-        check_coefficients(self.coefficients, traits)
+        check_coefficients(self.coefficients, traits.losses, traits.name)
         self.latest: dict[str, Tensor] = {}
         self.scale = LossScale()
         self._attached = AttachedLosses()
-        self._without_graph = False
+        self._out_of_reach = ""  # why the terms of the latest pass can't be taken
 
     @property
     def use_batch(self) -> bool:
@@ -72,12 +84,14 @@ class BalancingLosses:
         Raises:
             ConfigError: as :func:`check_coefficients` does.
         """
-        check_coefficients(self.coefficients, traits)  # they may have been changed
+        # They may have been changed.
+        check_coefficients(self.coefficients, traits.losses, traits.name)
         active = {name: c for name, c in self.coefficients.items() if c > 0}
         values = {name: LOSSES[name].function(routing, context) for name in active}
         if not replay:
             self.latest = {name: value.detach() for name, value in values.items()}
-            self._without_graph = bool(values) and not torch.is_grad_enabled()
+            without_graph = values and not torch.is_grad_enabled()
+            self._out_of_reach = _REENTRANT if without_graph else ""
         terms = {name: active[name] * value for name, value in values.items()}
         if not any(term.requires_grad for term in terms.values()):
             return y
@@ -90,26 +104,56 @@ class BalancingLosses:
         leaves[0] = attach(leaves[0], attached)
         return pytree.tree_unflatten(leaves, spec)
 
+    def attach_in_graph(
+        self, y: Tensor, routing: Routing, context: RoutingContext, losses: frozenset[str]
+    ) -> Tensor:
+        """:meth:`attach` as a compiler traces it; the terms can't be taken then.
+
+        A replay by activation checkpointing sets :attr:`latest` again, to what that pass found.
+
+        Args:
+            y: the layer's output (T, D).
+            routing: the routing of this pass.
+            context: the router's context.
+            losses: the losses that apply to the router.
+        """
+        check_coefficients(self.coefficients, losses, "its router")
+        active = {name: c for name, c in self.coefficients.items() if c > 0}
+        values = {name: LOSSES[name].function(routing, context) for name in active}
+        self.latest = {name: value.detach() for name, value in values.items()}
+        self._out_of_reach = _COMPILED if values else ""
+        # Also without gradients: the backward pass of a re-entrant checkpoint sets the factor
+        # before it replays this pass.
+        self.scale.in_graphs = True
+        terms = [active[name] * value for name, value in values.items()]
+        if not any(term.requires_grad for term in terms):
+            return y
+        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        return attach_total(y, total, self.scale.factor)
+
     def take(self, layer: str) -> list[dict[str, Tensor]]:
         """Takes the terms (coefficient times loss) of the passes since the last call.
 
         They are no longer added automatically.
 
         Raises:
-            ConfigError: if the latest pass made terms without graphs, which can't be added by hand.
+            ConfigError: if the latest pass made terms that can't be added by hand: without graphs,
+                or inside a compiled graph.
         """
-        if self._without_graph:
+        if self._out_of_reach:
             raise ConfigError(
-                f"moe_losses: the last training pass of layer {layer!r} ran without gradients, as"
-                " re-entrant activation checkpointing does, so its terms can't be added by hand."
-                " Leave them out of the loss: they are added automatically. Or use"
-                " checkpoint(..., use_reentrant=False)."
+                f"moe_losses: the last training pass of layer {layer!r} {self._out_of_reach}"
             )
         return [attached.terms for attached in self._attached.take()]
 
 
-def check_coefficients(coefficients: dict[str, float], traits: RouterTraits) -> None:
+def check_coefficients(coefficients: dict[str, float], losses: frozenset[str], router: str) -> None:
     """Refuses coefficients that are invalid for a layer with this router.
+
+    Args:
+        coefficients: name -> coefficient.
+        losses: the losses that apply to the router.
+        router: its name, for errors.
 
     Raises:
         ConfigError: if a coefficient is negative or not finite, or a loss is unknown or does not
@@ -121,13 +165,14 @@ def check_coefficients(coefficients: dict[str, float], traits: RouterTraits) -> 
                 f"{name} is not a loss of a MoE layer. The losses are: {', '.join(LOSSES)}."
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value >= 0):
+        # Not by isfinite(), which torch.compile can't apply to a number that has changed.
+        if not (number and 0 <= value < math.inf):
             raise ConfigError(
                 f"{name}={value!r} is invalid: a loss coefficient must be finite and at least 0"
                 " (0 switches the loss off)."
             )
-        if value > 0 and name not in traits.losses:
+        if value > 0 and name not in losses:
             raise ConfigError(
-                f"{name}={value!r}, but this loss does not apply to {traits.name}."
-                f" Its losses are: {', '.join(sorted(traits.losses)) or 'none'}."
+                f"{name}={value!r}, but this loss does not apply to {router}."
+                f" Its losses are: {', '.join(sorted(losses)) or 'none'}."
             )

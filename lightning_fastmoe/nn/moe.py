@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.argument_types import check_types
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import traced
 from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.balancing import BalancingLosses
 from lightning_fastmoe.nn.capacity import Capacity, CapacityFactors, CapacityOver, DropBy
@@ -191,9 +192,6 @@ class MoE(nn.Module):
 
     # ------------------------------------------------------------------------------ forward pass
 
-    # The layer is opaque to torch.compile: its kernels are its own, and the exchange between ranks
-    # reads counts on the host. The model around it is compiled as usual.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         x: Any,
@@ -231,6 +229,14 @@ class MoE(nn.Module):
                 this check would stall the device, FastMoEStrategy checks once per step.
         """
         per_token = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
+        if torch.compiler.is_dynamo_compiling() and traced.is_fullgraph():
+            return traced.forward(self, x, **per_token)
+        return self._forward(x, masked_values, per_token)
+
+    # Opaque to torch.compile: the exchange between ranks, for one, reads counts on the host. The
+    # model around it is compiled as usual.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward(self, x: Any, masked_values: Any, per_token: dict[str, Tensor | None]) -> Any:
         inputs = read_inputs(x, self.d_model, self.layer_name, **per_token)
         context = self._context(inputs)
         routing = route(self.router_traits, inputs.tokens, context)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.errors import NonFiniteError
+from lightning_fastmoe.nn.runtime_ops import checked
 
 NonFinitePolicy = Literal["raise", "collect", "ignore"]
 
@@ -52,6 +53,25 @@ class NonFiniteGuard:
                 " do. Lower the learning rate or look for the bad batch; set the layer's"
                 " nonfinite_policy='ignore' to continue anyway."
             )
+
+    def look_in_graph(self, weights: Tensor, logits: Tensor, *, training: bool) -> Tensor:
+        """:meth:`look` as a compiler traces it.
+
+        Args:
+            weights: (T, K), the router's.
+            logits: (T, E).
+            training: whether the layer is training.
+
+        Returns:
+            The weights to go on with: a copy where the logits are checked at once.
+        """
+        if self.policy == "raise" and not logits.is_cuda:
+            return checked(weights, logits.detach())  # type: ignore[no-any-return]
+        if self.policy == "collect" and training and logits.numel():
+            largest = torch.linalg.vector_norm(logits.detach(), torch.inf)
+            before = self._largest
+            self._largest = largest if before is None else torch.maximum(before, largest)
+        return weights
 
     @property
     def found(self) -> bool:

@@ -70,6 +70,8 @@ class Model(pl.LightningModule):
                 net.blocks[i] = torch.compile(block, backend=backend)
             if way == "blocks":
                 block.compile(backend=backend)
+            if way == "graph":
+                block.compile(backend=backend, fullgraph=True, dynamic=True)
         self.net = net
         if way == "module":
             self.compile(backend=backend)
@@ -192,6 +194,18 @@ def test_compiled_equals_plain(
             assert outcome.checkpoint.keys() == expected.checkpoint.keys(), way
             for name, value in expected.checkpoint.items():
                 assert torch.equal(outcome.checkpoint[name], value), (way, name)
+
+
+def test_blocks_as_one_graph_equal_plain(tmp_path: Path, rank_pool) -> None:
+    """With all experts on the rank, so that ``fullgraph=True`` traces the layers."""
+    case = Case(world=1, ep=1, stage=2, num_experts=(4, 6), steps=2)
+    (outcomes,) = rank_pool.run(all_ways, 1, case, str(tmp_path), ("graph",), "aot_eager")
+    expected, outcome = outcomes["plain"], outcomes["graph"]
+    assert outcome.graphs > 0
+    assert len(outcome.losses) == case.steps
+    assert outcome.losses == expected.losses
+    for name, value in expected.checkpoint.items():
+        assert torch.equal(outcome.checkpoint[name], value), name
 
 
 def test_hooks_on_the_wrapper_are_refused() -> None:

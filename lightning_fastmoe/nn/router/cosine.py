@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class CosineTopKRouter(Router):
     Raises:
         ConfigError: if a size or the temperature is out of range.
     """
+
+    traceable: ClassVar[bool] = True
 
     def __init__(
         self,

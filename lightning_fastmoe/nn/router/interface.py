@@ -68,6 +68,9 @@ class Router(nn.Module):
     own_capacity: ClassVar[bool] = False
     """Whether the router itself applies the context's capacity factor."""
 
+    traceable: ClassVar[bool] = False
+    """Whether ``torch.compile`` may trace :meth:`route` into its graph, with ``fullgraph=True``."""
+
     balance_bias: Tensor | None
     load_since_update: Tensor | None
     tokens_seen: Tensor | None

@@ -45,6 +45,7 @@ class SigmoidTopKRouter(LinearRouter):
     """
 
     default_losses: ClassVar[frozenset[str]] = frozenset({"load_balancing"})
+    traceable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lightning_fastmoe import ops
@@ -34,6 +36,8 @@ class SoftmaxTopKRouter(LinearRouter):
         ConfigError: if ``top_k`` is outside ``[1, num_experts]``, or ``top_k=1`` is combined with
             ``normalize_weights=True`` or ``score_after_selection``.
     """
+
+    traceable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,0 +1,120 @@
+"""The layer's forward pass as ``torch.compile(..., fullgraph=True)`` traces it.
+
+Without ``fullgraph=True`` a layer is opaque to the compiler, which breaks its graph there. With it,
+where a break would be an error, dynamo traces :func:`forward` instead: the steps of
+:class:`~lightning_fastmoe.nn.MoE` for experts that are all on this rank. What it doesn't cover it
+refuses while being traced, and dynamo's error quotes the reason.
+
+A graph is guarded by what was read while tracing. So nothing here reads what differs between the
+layers of a model, such as names, seeds and the identity of objects: they are to share one graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.nn.global_batch import LocalBatch
+from lightning_fastmoe.nn.inputs import read_inputs
+from lightning_fastmoe.nn.router import ROUTERS, RoutingContext
+from lightning_fastmoe.nn.runtime_ops import add_load, within_capacity
+from lightning_fastmoe.nn.schedule import LocalSchedule
+
+DEVICES = ("cpu",)
+"""Where layers are traced; elsewhere ``fullgraph=True`` is refused, as nothing has checked it."""
+
+_NAME, _BATCH = "MoE", LocalBatch()
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def is_fullgraph() -> bool:
+    """Whether the frame that dynamo is tracing may have no graph break. Call it only then."""
+    tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    return bool(tracer.one_graph or tracer.error_on_graph_break)
+
+
+def forward(
+    layer: Any,
+    x: Any,
+    mask: Tensor | None,
+    token_ids: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> Tensor:
+    """The forward pass of ``layer``, a :class:`~lightning_fastmoe.nn.MoE`.
+
+    Args:
+        layer: the layer.
+        x: (..., D).
+        mask: None, or else refused.
+        token_ids: see :meth:`MoE.forward`.
+        sequence_ids: see :meth:`MoE.forward`.
+
+    Returns:
+        (..., D) in the dtype of ``x``.
+    """
+    if (reason := _obstacle(layer, x, mask)) is not None:
+        torch._dynamo.graph_break(msg=f"MoE can't be traced: {reason}.")
+    router, training = layer.router, layer.training
+    inputs = read_inputs(x, layer.d_model, _NAME, token_ids=token_ids, sequence_ids=sequence_ids)
+    context = RoutingContext(
+        training=training,
+        grid=inputs.grid,
+        sequence_ids=inputs.sequence_ids,
+        token_ids=inputs.token_ids,
+        capacity_factor=layer.capacity.factor(training=training),
+        batch=_BATCH,
+        layer=_NAME,
+    )
+    routing = router(inputs.tokens, context)
+    weights = layer.nonfinite.look_in_graph(routing.weights, routing.logits, training=training)
+    routing = routing._replace(weights=weights)
+    if (factor := context.capacity_factor) is not None:
+        rule = (factor, layer.capacity.over, layer.capacity.drop_by)
+        kept = within_capacity(routing.expert_ids, routing.active, routing.scores.detach(), *rule)
+        routing = routing._replace(kept=kept)
+    y, routing = layer.schedule.run(
+        inputs.to(layer.experts.compute_dtype(x)),
+        routing,
+        layer.experts,
+        layer.shared_expert,
+        _NAME,
+    )
+    y = y.to(x.dtype)
+    if training:
+        y = layer.balancing.attach_in_graph(y, routing, context, router.losses)
+        if router.load_since_update is not None:
+            add_load(router.load_since_update, routing.routed_counts())
+    out: Tensor = y.reshape(x.shape)
+    return out
+
+
+def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
+    """Why this pass can't be traced, or None."""
+    router, experts = layer.router, layer.experts
+    if not isinstance(x, Tensor):
+        return "its input is a structure of tensors"
+    if x.device.type not in DEVICES:
+        return f"fullgraph=True is not supported on {x.device.type}"
+    if mask is not None:
+        return "mask= makes the number of tokens depend on data"
+    if type(layer.schedule) is not LocalSchedule:
+        return "its experts are sharded over ranks"
+    if not experts.is_stacked or experts.activation not in ops.ACTIVATIONS:
+        return "its experts are modules, or their activation has no fused backward"
+    if type(router) not in ROUTERS.values():
+        return "its router comes from outside the package"
+    if not router.traceable:
+        return "its router draws random numbers, or doesn't choose K experts per token"
+    if type(layer.batch) is not LocalBatch and (
+        router.uses_batch or layer.capacity.uses_batch or layer.balancing.use_batch
+    ):
+        return "it exchanges counts with other ranks"
+    if len(layer._observers) > 0:  # dynamo guards a dict's length, but not its truth
+        return "observers look at its routing (a monitoring callback, for example)"
+    for part in (router, experts):
+        if part._forward_hooks or part._forward_pre_hooks:
+            return "its router or its experts have hooks, as under ZeRO stage 3"
+    return None
