@@ -33,7 +33,9 @@ _NAME, _BATCH = "MoE", LocalBatch()
 def is_fullgraph() -> bool:
     """Whether the frame that dynamo is tracing may have no graph break. Call it only then."""
     tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
-    return bool(tracer.one_graph or tracer.error_on_graph_break)
+    # By getattr: where a version of torch lacks one, the layer is opaque as without fullgraph=True.
+    names = ("one_graph", "error_on_graph_break")
+    return any(getattr(tracer, name, False) for name in names)
 
 
 def forward(

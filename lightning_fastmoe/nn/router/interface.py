@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -71,6 +70,7 @@ class Router(nn.Module):
     traceable: ClassVar[bool] = False
     """Whether ``torch.compile`` may trace :meth:`route` into its graph, with ``fullgraph=True``."""
 
+    _takes_any_dtype = False
     balance_bias: Tensor | None
     load_since_update: Tensor | None
     tokens_seen: Tensor | None
@@ -78,6 +78,7 @@ class Router(nn.Module):
     def __init__(self, d_model: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
         self.d_model, self.num_experts = d_model, num_experts
+        self._takes_any_dtype = self._is_product_alone()
         self._top_k: int | None = None
         if top_k is not None:
             self._top_k = self._in_range(top_k)
@@ -143,11 +144,9 @@ class Router(nn.Module):
         """``x (T, D) @ weight.T`` in fp32, or in fp64 for an ``x`` in fp64."""
         return ops.router_logits(x, weight)
 
-    @cached_property
-    def _takes_any_dtype(self) -> bool:
+    def _is_product_alone(self) -> bool:
         """Whether all that :meth:`route` does with tokens is a product by :meth:`linear`."""
-        own = type(self)
-        plain = LinearRouter.logits
+        own, plain = type(self), LinearRouter.logits
         return (
             own.linear is Router.linear
             and getattr(own, "logits", plain) is plain
