@@ -107,8 +107,7 @@ class MoE(nn.Module):
             modules.
         shared_expert: inner width of a dense FFN added for every token, or a module.
         shared_expert_gate: multiply the shared expert's output by a learned ``sigmoid(w x)``.
-        dispatcher: how tokens reach sharded experts: "auto", "all_to_all" (a row per chosen
-            expert), "dedup" (one per rank), or another name of
+        dispatcher: how tokens reach sharded experts: "auto", or another name of
             :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS`; "local" doesn't shard the experts.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear`` does.
         autoregressive: warn if the router looks at later tokens.
