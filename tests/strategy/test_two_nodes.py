@@ -37,7 +37,7 @@ def test_two_nodes_train_like_one_process(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     try:
-        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
