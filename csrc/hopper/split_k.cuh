@@ -2,9 +2,9 @@
 // (see weight_gradient.cuh).
 //
 // An expert with more than `split_rows` rows is split evenly, so that one hot expert doesn't keep a
-// few blocks busy long after the others are done. If there is none, the work tiles of the last, mostly
-// idle wave of clusters are split instead. Partial sums go to a workspace in fp32 and are added in
-// a fixed order (split_k_reduction.cuh), so that the result is deterministic.
+// few blocks busy long after the others are done. If there is none, the work tiles of the last,
+// mostly idle wave of clusters are split instead. Partial sums go to a workspace in fp32 and are
+// added in a fixed order (split_k_reduction.cuh), so that the result is deterministic.
 //
 // A work tile takes as long as its expert has rows, and with uneven loads a cluster could get the
 // long ones. So the experts with most rows come first, and every other wave deals its work tiles to

@@ -26,7 +26,7 @@ class Head(Linear):
     """A linear layer from hidden states to logits, which can also compute their loss.
 
     The chunks are inside of one call, rather than calls of their own: ZeRO 3 gathers the weight for
-    each call, and ranks with different numbers of chunks would wait for each other for ever.
+    each call, and ranks with different numbers of chunks would wait for each other forever.
     """
 
     def is_large_for(self, x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A router's logits: bf16 tokens times bf16 weights on the tensor cores, as precise as in fp32.
+"""A router's logits: bf16 tokens times bf16 weights on the tensor cores, about as exact as fp32.
 
 A tensor core multiplies bf16 numbers exactly, but truncates its fp32 sums where an fp32 instruction
 rounds them: on an H100, the logits of 2048 terms came out 13 times as far from the exact ones. So a
