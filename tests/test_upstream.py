@@ -98,6 +98,10 @@ NAMES = [
     "torch.nn:Module._call_impl",
     "lightning_fabric.utilities.data:_set_sampler_epoch",
     "torch.utils.data:DataLoader._index_sampler",
+    # transformers' experts interface
+    "transformers.integrations.moe:_default_apply_gate",
+    "transformers.integrations.moe:ExpertsInterface.register",
+    "torch:_assert_async",
     # others
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
     "_finalize_offload_gradient_accumulation",
@@ -265,7 +269,33 @@ SOURCES = {
     "torchmetrics.metric": ["self._defaults:"],
     "jsonargparse._core": ["_subcommands_action"],
     "torch.optim.lr_scheduler": ["_wrapped_by_lr_sched"],
+    # How transformers calls a registered implementation, and what experts say of themselves.
+    "transformers.integrations.moe:use_experts_implementation": [
+        "self.has_gate = has_gate",
+        "self.has_bias = has_bias",
+        "self.is_transposed = is_transposed",
+        "self.is_concatenated = is_concatenated",
+        "experts_interface.get_interface(self.config._experts_implementation, original_forward)",
+        "return experts_forward(self, *args, **kwargs)",
+        "experts_class._apply_gate = _default_apply_gate",
+    ],
+    "transformers.integrations.moe:_default_apply_gate": [
+        "gate, up = gate_up_out.chunk(2, dim=-1)",
+        "return self.act_fn(gate) * up",
+    ],
+    "transformers.integrations.moe:grouped_mm_experts_forward": [
+        "sentinel_mask = (expert_ids_g >= self.num_experts)"
+    ],
+    "transformers.activations:SiLUActivation": ["return nn.functional.silu(input)"],
+    "transformers.activations:GELUActivation": [
+        "self.act = nn.functional.gelu",
+        "return self.act(input)",
+    ],
     "torch.nn.modules.module": [
+        "_forward_hooks:",
+        "_forward_pre_hooks:",
+        "_backward_hooks:",
+        "_backward_pre_hooks:",
         "_compiled_call_impl",
         "_forward_hooks",
         "_forward_pre_hooks",

@@ -1,13 +1,20 @@
 """Import, fine-tune and export Hugging Face models: Mixtral, Qwen3-MoE and OLMoE.
 
-See ``docs/huggingface.md``. ``MoECausalLM``, which needs Lightning, is imported on first use, so
-that converting files works without it.
+See ``docs/huggingface.md``. Importing this package also registers
+``experts_implementation="fastmoe"`` with transformers, whose own models then compute their experts
+with this package, on one device; it does not import transformers. ``MoECausalLM``, which needs
+Lightning, is imported on first use, so that converting files works without it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_fastmoe.huggingface.architecture import Architecture, read_config
+from lightning_fastmoe.huggingface.experts_interface import (
+    fused_activation,
+    register_experts,
+    register_when_imported,
+)
 from lightning_fastmoe.huggingface.exporting import export, kept_config
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
@@ -20,9 +27,11 @@ __all__ = [
     "Architecture",
     "MoECausalLM",
     "export",
+    "fused_activation",
     "import_model",
     "kept_config",
     "read_config",
+    "register_experts",
 ]
 
 if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
@@ -31,3 +40,6 @@ if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
         if name != "MoECausalLM":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return import_module(f"{__name__}.causal_lm").MoECausalLM
+
+
+register_when_imported()

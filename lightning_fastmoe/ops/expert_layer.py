@@ -7,6 +7,7 @@ with dH; a second backward through a retained graph recomputes H.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -144,11 +145,15 @@ def unfused_layer(
     order: ExpertOrder,
     up: Tensor,
     down: Tensor,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`expert_layer` by separate operations, for any activation and for double backward."""
+    """:func:`expert_layer` by separate operations, for any activation and for double backward.
+
+    ``activation`` may also be a function, as in
+    :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp`.
+    """
     mlp = (order.tokens_per_expert, up, down, activation, up_bias, down_bias)
     if order.has_all_pairs:
         rows = permute(x, order.order, order.inverse, weights.shape[1])

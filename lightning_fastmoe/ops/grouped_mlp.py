@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def grouped_mlp(
     tokens_per_expert: Tensor,
     up: Tensor,
     down: Tensor,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
@@ -89,7 +90,8 @@ def grouped_mlp(
         tokens_per_expert: (E,) int64 with sum N.
         up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D).
         down: (E, D, F).
-        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`, or a
+            differentiable function of the pre-activation, (N, rows of ``up``) -> (N, F).
         up_bias: (E, 2F) or (E, F).
         down_bias: (E, D).
 
@@ -99,7 +101,8 @@ def grouped_mlp(
     h = grouped_linear(x, up, tokens_per_expert)
     if up_bias is not None:
         h = h + _row_bias(up_bias, tokens_per_expert, x.shape[0])
-    y = grouped_linear(apply_activation(h, activation), down, tokens_per_expert)
+    a = apply_activation(h, activation) if isinstance(activation, str) else activation(h)
+    y = grouped_linear(a, down, tokens_per_expert)
     if down_bias is not None:
         y = y + _row_bias(down_bias, tokens_per_expert, x.shape[0])
     return y
