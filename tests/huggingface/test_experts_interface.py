@@ -351,6 +351,41 @@ def test_what_would_be_ignored_is_refused(reason: str) -> None:
         experts(*make_inputs())
 
 
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+import lightning_fastmoe.huggingface
+from huggingface.experts_classes import experts_classes, make_experts, make_inputs
+from lightning_fastmoe.errors import ConfigError
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+experts = make_experts(experts_classes()["Qwen3MoeExperts"])
+mesh = init_device_mesh("cpu", (1,))
+experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)]))
+try:
+    experts(*make_inputs())
+except ConfigError as error:
+    assert "down_proj is sharded by transformers (a DTensor)" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_weights_that_transformers_sharded_are_refused() -> None:
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, tests],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_alternating_rows_with_the_default_gate_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Experts: its gate and up rows alternate"):
         make_layout(is_concatenated=False)(*make_inputs())
