@@ -93,6 +93,9 @@ NAMES = [
     # torch
     "torch.distributed.distributed_c10d:_get_default_store",
     "torch.distributed.distributed_c10d:_coalescing_manager",
+    "torch.distributed.distributed_c10d:_world",
+    "torch.distributed:ProcessGroup._get_backend",
+    "torch.distributed:ProcessGroup.abort",
     "torch._C:_current_graph_task_id",
     "torch.utils._pytree:tree_map",
     "torch.nn:Module._call_impl",
@@ -116,6 +119,13 @@ NAMES = [
 ]
 
 SOURCES = {
+    # What ends the collectives that other ranks never join.
+    "torch.distributed.distributed_c10d:_abort_process_group": [
+        'pg._get_backend(torch.device("cuda"))',
+        "backend._group_start()",
+        "pg_to_abort.abort()",
+        "backend._group_end()",
+    ],
     # What the engine is told through parameters, and through its optimizer's groups.
     "deepspeed.runtime.engine:DeepSpeedEngine._resolve_zero3_param_placement": [
         "ds_zero_placement_family",

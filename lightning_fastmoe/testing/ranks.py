@@ -75,7 +75,8 @@ class RankPool:
             world_size: number of ranks.
             args: picklable, identical on every rank.
             timeout: seconds after which all workers are killed.
-            ranks_per_node: the simulated ranks per node; None puts all on one node.
+            ranks_per_node: the simulated ranks per node; None puts all on one node. With 1, all
+                ranks use the first GPU, over NCCL too.
 
         Returns:
             The return value of each rank.
@@ -230,6 +231,11 @@ def _enter(rank: int, world_size: int, ranks_per_node: int, port: int) -> None:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
     )
+    if ranks_per_node < world_size:
+        # NCCL takes them for other machines: it uses sockets between them, and allows that their
+        # first ranks have the same GPU.
+        os.environ["NCCL_HOSTID"] = f"node{node}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 def _leave() -> None:

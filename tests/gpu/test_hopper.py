@@ -384,7 +384,7 @@ def test_what_they_take_and_what_they_refuse(library: Any) -> None:
         library.hopper_rows_product(x[:, :60].contiguous(), g.offsets, up, False, None, None)
     with pytest.raises(RuntimeError, match="both or none"):
         library.hopper_rows_product(x, g.offsets, up, False, None, torch.ones(9, 1, device="cuda"))
-    with pytest.raises(RuntimeError, match="order must have size 9, not 8"):
+    with pytest.raises(RuntimeError, match="order must have size 9 in dimension 0, not 8"):
         library.hopper_rows_product(x, g.offsets, up, False, g.order[:8].contiguous(), None)
     with pytest.raises(RuntimeError, match="weights must have size 9"):
         library.hopper_rows_product(

@@ -1,8 +1,4 @@
-"""Training on GPUs against one plain process on the CPU.
-
-Two ranks need two GPUs for NCCL. With one GPU they share it through gloo, which exchanges the same
-tensors by another transport.
-"""
+"""Training on GPUs against one plain process on the CPU, over NCCL, and gloo on a shared GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu.sharing import ranks_per_node, run
 from strategy.models import Case, Trace, reference
-from strategy.tracing import exchange_with_itself, run_case
+from strategy.tracing import exchange_with_itself, run_case, run_case_in_parts
 
 from lightning_fastmoe.testing import RankPool
 
-TWO_GPUS = torch.cuda.device_count() >= 2
+PER_NODE = ranks_per_node(2)
+BACKENDS = ["nccl"] if PER_NODE is None else ["nccl", "gloo"]
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +85,15 @@ def test_one_gpu_trains_as_the_reference_does(
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ranks_train_as_the_reference_does(
-    stage: int, ep: int, precision: str, rank_pool: RankPool
+    backend: str, stage: int, ep: int, precision: str, rank_pool: RankPool
 ) -> None:
     case = replace(base(precision, stage, 2), world=2, ep=ep, fused=ep == 2)
-    per_node = None
-    if not TWO_GPUS:
-        # Two nodes of one GPU each, as far as the ranks know; both have the same one.
-        case = replace(case, nodes=2, shared_gpu=True)
-        per_node = 1
+    if PER_NODE == 1:  # two nodes of one GPU each, as far as the ranks know
+        case = replace(case, nodes=2, shared_gpu=backend == "gloo")
     expected = reference(case)
-    for trace in rank_pool.run(run_case, 2, case, ranks_per_node=per_node):
+    for trace in run(rank_pool, run_case, 2, case):
         assert_same(trace, expected, start_weights(case), TOLERANCES[precision])
 
 
@@ -129,3 +125,14 @@ def test_nccl_exchange_with_itself(rank_pool: RankPool) -> None:
     (pairs,) = rank_pool.run(exchange_with_itself, 1)
     for name, (exchanged, local) in pairs.items():
         assert torch.equal(exchanged, local), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_are_gathered_in_several_parts(stage: int, rank_pool: RankPool) -> None:
+    """Over NCCL, each part while the next is updated: the same bits as in one part."""
+    case = replace(base("bf16-mixed", stage, 1), world=2, nodes=2 if PER_NODE == 1 else 1)
+    whole = run(rank_pool, run_case, 2, case)
+    for trace, wanted in zip(run(rank_pool, run_case_in_parts, 2, case), whole, strict=True):
+        for name, weight in wanted.weights[-1].items():
+            assert torch.equal(trace.weights[-1][name], weight), name
+        assert trace.losses == wanted.losses

@@ -7,14 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu.sharing import run
 from strategy import waiting_runs as runs
 from strategy.models import Case, Net
 
 from lightning_fastmoe.testing import RankError, RankPool
-
-pytestmark = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs, one for each of NCCL's ranks"
-)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +27,15 @@ def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline(
     """Rank 1 is in NCCL's broadcast, which nothing interrupts: its process ends and says why."""
     begin = time.monotonic()
     with pytest.raises(RankError):
-        rank_pool.run(
-            runs.fails, 2, runs.RankZeroSample, 1e3, {"exchange_timeout": 3.0}, "cuda", timeout=100
+        run(
+            rank_pool,
+            runs.fails,
+            2,
+            runs.RankZeroSample,
+            1e3,
+            {"exchange_timeout": 3.0},
+            "cuda",
+            timeout=100,
         )
     assert time.monotonic() - begin < 90
     said = capfd.readouterr().err
@@ -42,8 +46,8 @@ def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline(
 
 
 def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool: RankPool) -> None:
-    waiting, left = rank_pool.run(
-        runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, "cuda", timeout=90
+    waiting, left = run(
+        rank_pool, runs.fails, 2, runs.OtherRankLeaves, 1000.0, {}, "cuda", timeout=90
     )
     assert left[:2] == ("ValueError", "the disk of rank 1 is full")
     assert waiting[0] == "ExchangeError", waiting
@@ -55,7 +59,7 @@ def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool: RankP
 def test_layers_that_one_rank_leaves_out_are_an_error_on_all(
     stage: int, skipped: tuple[int, ...], rank_pool: RankPool
 ) -> None:
-    results = rank_pool.run(runs.leaves_out, 2, stage, skipped, "cuda", timeout=90)
+    results = run(rank_pool, runs.leaves_out, 2, stage, skipped, "cuda", timeout=90)
     for rank, (kind, message, seconds) in enumerate(results):
         assert kind == "ExchangeError", (rank, kind, message)
         assert "in different exchanges" in message
@@ -65,7 +69,7 @@ def test_layers_that_one_rank_leaves_out_are_an_error_on_all(
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_rank_takes_part_without_tokens(stage: int, rank_pool: RankPool) -> None:
     losses, weights = runs.in_one_process((0, 1))
-    results = rank_pool.run(runs.takes_part, 2, stage, (0, 1), "cuda", timeout=90)
+    results = run(rank_pool, runs.takes_part, 2, stage, (0, 1), "cuda", timeout=90)
     for rank, (own, last) in enumerate(results):
         assert own == pytest.approx(losses[rank], rel=2e-5)
         for name, weight in weights.items():
@@ -73,8 +77,8 @@ def test_a_rank_takes_part_without_tokens(stage: int, rank_pool: RankPool) -> No
 
 
 def test_rank_zero_draws_what_the_whole_model_says(rank_pool: RankPool) -> None:
-    results = rank_pool.run(
-        runs.draws, 2, 2, 2, 2, "32-true", runs.three_passes, "cuda", timeout=90
+    results = run(
+        rank_pool, runs.draws, 2, 2, 2, 2, "32-true", runs.three_passes, "cuda", timeout=90
     )
     assert [r["error"] for r in results] == [("nothing", "")] * 2, results
     whole = Net(Case())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lightning_fastmoe import FastMoEStrategy
 from lightning_fastmoe.distributed import schedule
 from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.zero import weight_gather
 
 
 def run_case(case: Case) -> Trace:
@@ -43,6 +45,12 @@ def run_case_by(dispatcher: str, case: Case) -> Trace:
     return trace
 
 
+def run_case_in_parts(case: Case) -> Trace:
+    """Trains ``case`` with weights that are gathered 40 elements at a time."""
+    with mock.patch.object(weight_gather, "PART", 40):
+        return run_case(case)
+
+
 def make_trainer(case: Case, **kwargs: Any) -> pl.Trainer:
     """A quiet Trainer for ``case``; batches are dealt out by the module itself."""
     defaults: dict[str, Any] = {
@@ -67,7 +75,7 @@ def make_trainer(case: Case, **kwargs: Any) -> pl.Trainer:
 
 
 class SharedGPU(FastMoEStrategy):
-    """Several ranks on one GPU. NCCL refuses that; gloo does it, once told not to split groups."""
+    """Several ranks on one GPU over gloo, which is told not to split groups."""
 
     def _init_deepspeed_distributed(self) -> None:
         self._process_group_backend = "gloo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -81,12 +82,18 @@ def stuck_in(exchanges: tuple[tuple[int, str], ...], seconds: float) -> str | No
         dist.destroy_process_group()
 
 
+def placed(case: Case, accelerator: str) -> Case:
+    """The case on as many nodes as the ranks believe."""
+    nodes = case.world // int(os.environ["LOCAL_WORLD_SIZE"])
+    return replace(case, accelerator=accelerator, nodes=nodes)
+
+
 def fails(
     callback: type[pl.Callback], still: float, extra: dict[str, Any], accelerator: str = "cpu"
 ) -> Any:
     """Trains with the callback; ranks say that they wait after ``still`` seconds."""
     case = Case(2, 2, 2, steps=4, epochs=2, batches_per_epoch=2, extra=extra)
-    case = replace(case, accelerator=accelerator)
+    case = placed(case, accelerator)
     before, peers._STILL = peers._STILL, still
     try:
         return outcome(make_trainer(case, callbacks=[callback()]), Net(case))
@@ -137,7 +144,7 @@ def make_gathering_trainer(case: Case, **options: Any) -> pl.Trainer:
 def leaves_out(stage: int, skipped: tuple[int, ...], accelerator: str = "cpu") -> Any:
     """What a rank gets where rank 1 leaves layers out."""
     extra = {"exchange_timeout": 60.0}
-    case = Case(2, 2, stage, steps=4, extra=extra, accelerator=accelerator)
+    case = placed(Case(2, 2, stage, steps=4, extra=extra), accelerator)
     return outcome(make_gathering_trainer(case), LeavesOut(case, skipped))
 
 
@@ -147,7 +154,7 @@ WITHOUT_TERMS: dict[str, Any] = {"coefficients": (0.0, 0.0), "clip": 1e9}
 def takes_part(stage: int, skipped: tuple[int, ...], accelerator: str = "cpu") -> Any:
     """Losses and last weights where rank 1 takes part in the layers that it leaves out."""
     pl.seed_everything(7, verbose=False)
-    case = Case(2, 2, stage, accelerator=accelerator, **WITHOUT_TERMS)
+    case = placed(Case(2, 2, stage, **WITHOUT_TERMS), accelerator)
     module, tracer = LeavesOut(case, skipped, takes_part=True), Tracer()
     make_gathering_trainer(case, callbacks=[tracer]).fit(module)
     return module.batch_losses, tracer.trace.weights[-1]
@@ -224,7 +231,7 @@ def draws(
     pl.seed_everything(7, verbose=False)
     samples = Samples(function or (lambda module: None))
     case = Case(world, ep, stage, steps=2, epochs=2, batches_per_epoch=2, precision=precision)
-    case = replace(case, extra={"exchange_timeout": 20.0}, accelerator=accelerator)
+    case = placed(replace(case, extra={"exchange_timeout": 20.0}), accelerator)
     module = Net(case)
     tracer = Tracer()
     kind, message, _ = outcome(make_trainer(case, callbacks=[samples, tracer]), module)
