@@ -11,9 +11,9 @@ from the end of the step before, by the device, without waiting for it; the medi
 --warm-up steps. Model FLOPs are printed with their formula in training/shapes.py. --profile adds
 steps after those that are timed, the last of them under torch.profiler, splits it by the kernels'
 names, and lists on stderr the longest kernels and the longest gaps between them. The first losses
-of all rows must agree within 4 % and their last ones within 5 %, or the script ends with status 1:
-what doesn't train the same is not compared. With --gpus, each GPU trains batches of its own of the
-same size; times, rates and losses are those of the first.
+of all rows must agree within 4 %, and the medians of their last eight within 5 %, or the script
+ends with status 1: what doesn't train the same is not compared. With --gpus, each GPU trains
+batches of its own of the same size; times, rates and losses are those of the first.
 
 Prints a line of JSON for each run, then a table.
 """
@@ -114,7 +114,7 @@ def table(runs: list[dict[str, Any]], shape: Shape) -> tuple[list[str], bool]:
     good = {name: [r for r in runs if r["row"] == name and "ms" in r] for name in names}
     base = next((found[0] for found in good.values() if found), None)
     lines = [
-        "| | ms per step | tokens/s | model TFLOP/s | of 989 | peak GiB | first, last loss |",
+        "| | ms per step | tokens/s | model TFLOP/s | of 989 | peak GiB | first, last losses |",
         "|---|---|---|---|---|---|---|",
     ]
     same = base is not None

@@ -60,9 +60,12 @@ class Clock:
             "ms": round(median, 2),
             "quartiles_ms": [round(first, 2), round(third, 2)],
             "first_loss": float(self.losses[0]),
-            "last_loss": float(self.losses[steps - 1]),
+            "last_loss": statistics.median(map(float, self.losses[:steps][-LAST_STEPS:])),
         }
 
+
+LAST_STEPS = 8
+"""Steps whose median loss is the last loss: one alone may be a spike."""
 
 PROFILED = 3
 """Steps that a profile takes after those that are timed: two to settle, and the one that counts."""
