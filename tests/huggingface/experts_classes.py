@@ -106,7 +106,7 @@ def results(
     x, ids, weights = inputs
     x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
     out = experts(x, ids, weights)
-    scale = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+    scale = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out)
     (out.double() * scale).sum().backward()
     found = {name: p.grad for name, p in experts.named_parameters()}
     found |= {"out": out.detach(), "hidden_states": x.grad, "top_k_weights": weights.grad}
