@@ -51,6 +51,8 @@ class MoECausalLM(LightningModule):
         weight_decay: AdamW's weight decay, on all weights.
         load_balancing: coefficient of the load-balancing loss.
         z_loss: coefficient of the router z-loss.
+        compile: whether ``torch.compile`` compiles each block, which takes some ten seconds in the
+            first step, and again when the shape of batches changes.
 
     Raises:
         ConfigError: if the model's family is not supported, or ``weights`` and ``config`` are both
@@ -65,12 +67,13 @@ class MoECausalLM(LightningModule):
         weight_decay: float = 0.0,
         load_balancing: float = 0.01,
         z_loss: float = 0.0,
+        compile: bool = False,  # noqa: A002  named in config files
     ) -> None:
         super().__init__()
-        self._weights = weights
+        self._weights, self._compiles = weights, compile
         self.config = _content(config, weights)
         self.architecture = Architecture.from_config(self.config)
-        self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss")
+        self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss", "compile")
         # The content, not the path, because exporting needs it on any machine. The initial weights
         # are not a hyperparameter: a checkpoint has its own.
         self.save_hyperparameters({"config": self.config})
@@ -85,6 +88,9 @@ class MoECausalLM(LightningModule):
             self.network = MoEDecoder(self.architecture, **self._coefficients)
             if self._weights is not None:
                 load_weights(self._weights, self.network, prefix="network.")
+            if self._compiles:
+                for block in self.network.model.layers:
+                    block.compile()
 
     @override
     def forward(self, batch: Batch) -> Tensor:

@@ -19,11 +19,13 @@ import transformers
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_fastmoe.demos.byte_lm.model import MoELanguageModel
 from lightning_fastmoe.demos.token_lm import TokenFiles, TokenLM
 from lightning_fastmoe.demos.token_lm.format import read_manifest
 from lightning_fastmoe.demos.token_lm.windows import TokenWindows
 from lightning_fastmoe.errors import ConfigError, DataError
 from lightning_fastmoe.huggingface import MoECausalLM
+from lightning_fastmoe.huggingface.batch import read_batch
 
 EOS = 0
 VOCAB = 50
@@ -372,3 +374,49 @@ def test_transformers_reads_the_config() -> None:
     config = transformers.AutoConfig.for_model(**model.config)
     assert config.rope_parameters["rope_theta"] == 500.0
     assert (config.head_dim, config.num_key_value_heads, config.norm_topk_prob) == (8, 1, True)
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_blocks_are_compiled_on_cuda_or_as_asked(
+    device: str, wanted: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    for model in (
+        TokenLM(8, 2, 2, num_experts=2, d_ffn=4, vocab_size=VOCAB, compile=wanted),
+        MoELanguageModel(8, 2, 2, 4, num_experts=2, compile=wanted),
+    ):
+        compiled.clear()
+        model._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+        model.configure_model()
+        assert len(compiled) == (2 if wanted or (wanted is None and device == "cuda") else 0)
+        model._trainer = None
+
+
+def test_compiled_blocks_are_traced_once_for_packed_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch has documents of other lengths; losses are those of plain blocks."""
+    graphs = []
+
+    def counting(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: plain(block, backend=counting))
+    data = TokenFiles(str(write(tmp_path / "t", stream(400))), seq_len=15, batch_size=4)
+    data.setup("fit")
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = TokenLM(
+            16, 2, 2, num_experts=4, top_k=2, d_ffn=8, vocab_size=VOCAB, compile=compiled
+        )
+        model.configure_model()
+        batches = [read_batch(batch) for batch in islice(data.train_dataloader(), 3)]
+        losses.append([float(model._loss(batch).detach()) for batch in batches])
+        assert (0 < len(graphs) <= 4) is compiled, len(graphs)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_fastmoe.demos.compilation import is_compiled
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE
@@ -167,7 +168,8 @@ class MoELanguageModel(LightningModule):
         weight_decay: AdamW's weight decay for matrices (not for embeddings and norms).
         betas: AdamW's decay rates of the averages of the gradient and of its square.
         init_std: Standard deviation of the initial weights.
-        compile: Whether `torch.compile` compiles each block. The first step then takes longer.
+        compile: Whether `torch.compile` compiles each block, which takes some ten seconds in the
+            first step; null compiles them on CUDA.
 
     Raises:
         ConfigError: if `d_model` isn't an even multiple of `num_heads`.
@@ -191,7 +193,7 @@ class MoELanguageModel(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         init_std: float = 0.02,
-        compile: bool = False,  # noqa: A002  named in config files
+        compile: bool | None = None,  # noqa: A002  named in config files
     ) -> None:
         super().__init__()
         if d_model % (2 * num_heads):
@@ -229,7 +231,7 @@ class MoELanguageModel(LightningModule):
         if self.network is None:
             self.network = MoETransformer(**self._arguments)
             rank_zero_info(_describe(self.network))
-            if self._compiles:
+            if is_compiled(self, self._compiles):
                 for block in self.network.blocks:
                     block.compile()
 

@@ -96,7 +96,8 @@ class SampleText(Callback):
         pl_module.eval()
         # All ranks take part, rank 0 prints. The module is called directly, not through the
         # DeepSpeed engine: the hooks that gather ZeRO-3 parameters are on its submodules.
-        with trainer.precision_plugin.forward_context():
+        # A compiled model runs eagerly: compiling for this shape takes longer.
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             continuation = generate(
                 pl_module,
                 self.prompt.encode(),

@@ -6,6 +6,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from typing_extensions import override
 
+from lightning_fastmoe.demos.compilation import is_compiled
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.architecture import Architecture
@@ -41,6 +42,8 @@ class TokenLM(MoECausalLM):
         weight_decay: AdamW's weight decay for matrices (not for embeddings and norms).
         betas: AdamW's decay rates of the averages of the gradient and of its square.
         init_std: Standard deviation of the initial weights.
+        compile: Whether `torch.compile` compiles each block, which takes some ten seconds in the
+            first step; null compiles them on CUDA.
 
     Raises:
         ConfigError: if the sizes don't fit together, or neither `vocab_size` nor the data says
@@ -66,6 +69,7 @@ class TokenLM(MoECausalLM):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         init_std: float = 0.02,
+        compile: bool | None = None,  # noqa: A002  named in config files
     ) -> None:
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(d_model, num_heads, kv_heads)
@@ -96,6 +100,7 @@ class TokenLM(MoECausalLM):
             z_loss=z_loss,
         )
         self.save_hyperparameters()
+        self._wants_compiled = compile
         self.vocab_size = vocab_size
         self.min_lr_ratio, self.warmup_steps, self.betas = min_lr_ratio, warmup_steps, betas
 
@@ -124,6 +129,7 @@ class TokenLM(MoECausalLM):
         is_new = self.network is None
         if self.vocab_size is None:  # without a Trainer
             self._set_vocabulary(None, None)
+        self._compiles = is_compiled(self, self._wants_compiled)
         super().configure_model()
         if is_new:
             assert self.network is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fastmoe.demos.byte_lm import MoELanguageModel, generate
+from lightning_fastmoe.demos.byte_lm import MoELanguageModel, SampleText, generate
 from lightning_fastmoe.demos.byte_lm.model import _describe
 from lightning_fastmoe.demos.optimization import decay_groups
 from lightning_fastmoe.errors import ConfigError
@@ -176,3 +178,21 @@ def test_the_line_about_its_size(router: str, arguments: dict[str, Any], used: s
         f"Model: 7.5 M parameters, {used} used per byte; "
         "4 layers of 8 experts, 8 of them on each rank."
     )
+
+
+def test_text_is_sampled_without_compiling_for_its_shape() -> None:
+    graphs = []
+
+    def counting(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    model = _model()
+    model.network.blocks[0].compile(backend=counting)
+    trainer = SimpleNamespace(
+        precision_plugin=SimpleNamespace(forward_context=nullcontext), is_global_zero=False
+    )
+    SampleText(num_bytes=2, context=4).on_train_end(trainer, model)
+    assert not graphs
+    model(_bytes(2, 8))
+    assert graphs, "it is compiled all the same"
