@@ -4,7 +4,7 @@
 
 Further arguments are passed to ``lightning-fastmoe fit``. Each step is timed from the end of the
 previous one with the device synchronized, including data loading and the optimizer step; the median
-excludes the first ten. Rank 0 prints one line of JSON.
+excludes the first ten. Blocks are not compiled. Rank 0 prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
     known, rest = parser.parse_known_args()
     silence_upstream()
     arguments = ["fit", "--config", known.config, "--trainer.max_steps", str(known.steps)]
-    arguments += ["--trainer.limit_val_batches", "0", *rest]
+    arguments += ["--model.compile", "false", "--trainer.limit_val_batches", "0", *rest]
     try:
         FastMoECLI(
             MoELanguageModel,
