@@ -19,6 +19,7 @@ from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
 from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.placement import settle_placement
 
 
 def load_weights(
@@ -47,6 +48,7 @@ def load_weights(
         ConfigError: if ZeRO stage 3 has partitioned the parameters already.
         CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the module.
     """
+    settle_placement()
     model = map_model(module, dict(moe_layers(module)))
     if any(hasattr(parameter, "ds_id") for parameter, _ in model.parameters.values()):
         raise ConfigError(

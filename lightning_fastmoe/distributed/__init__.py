@@ -12,8 +12,9 @@ from lightning_fastmoe.distributed.mesh import (
     EDP_DIM,
     EP_DIM,
     ExpertMesh,
+    check_expert_parallel_size,
+    expert_parallel_sizes,
     make_expert_mesh,
-    resolve_expert_parallel_size,
 )
 from lightning_fastmoe.distributed.shard import ExpertSharder
 
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertMesh",
     "ExpertSharder",
     "PendingExchange",
+    "check_expert_parallel_size",
+    "expert_parallel_sizes",
     "make_expert_mesh",
-    "resolve_expert_parallel_size",
 ]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -132,27 +131,20 @@ def check_expert_parallel_size(size: int, world: int, num_experts: Mapping[str, 
             )
 
 
-def resolve_expert_parallel_size(
-    size: int | Literal["auto"], world: int, ranks_per_node: int, num_experts: Mapping[str, int]
-) -> int:
-    """Resolves "auto" to the largest size that divides all ``num_experts`` and fits into a node.
+def expert_parallel_sizes(
+    world: int, ranks_per_node: int, num_experts: Mapping[str, int]
+) -> list[int]:
+    """The sizes that divide all ``num_experts`` and keep each group inside a node, ascending.
 
     Args:
-        size: an explicit size, which is checked and returned, or "auto".
         world: number of ranks.
-        ranks_per_node: ranks per node; "auto" keeps each group inside a node.
+        ranks_per_node: ranks per node.
         num_experts: layer name -> its ``num_experts``.
-
-    Raises:
-        TopologyError: if an explicit size does not fit.
     """
-    if size != "auto":
-        check_expert_parallel_size(size, world, num_experts)
-        return size
     if not num_experts:
-        return 1
+        return [1]
     # It must divide the node size too, or a group of consecutive ranks could span two nodes.
-    return math.gcd(world, ranks_per_node, *num_experts.values())
+    return _divisors(math.gcd(world, ranks_per_node, *num_experts.values()))
 
 
 def _divisors(n: int) -> list[int]:

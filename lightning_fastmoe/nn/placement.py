@@ -54,3 +54,10 @@ def current_placement(num_experts: int) -> Placement | None:
     """The placement of a layer built now, or None for all experts."""
     rule = _rule.get()
     return None if rule is None else rule(num_experts)
+
+
+def settle_placement() -> None:
+    """Says that all layers are built, and that what is written to their experts must last."""
+    settle = getattr(_rule.get(), "settle", None)
+    if settle is not None:
+        settle()

@@ -12,12 +12,13 @@ from lightning_fastmoe.distributed import (
     AutoPlacement,
     ExpertMesh,
     ExpertSharder,
+    check_expert_parallel_size,
     make_expert_mesh,
-    resolve_expert_parallel_size,
 )
 from lightning_fastmoe.errors import UnmanagedExpertsError
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.placement import expert_placement
+from lightning_fastmoe.strategy.auto_size import AutoSize
 from lightning_fastmoe.zero.groups import divided_experts, register_groups
 
 
@@ -36,6 +37,7 @@ class ExpertGroups:
         self._strategy = strategy
         self.size = size
         self.sharder: ExpertSharder | None = None
+        self._auto = AutoSize(strategy)
 
     @property
     def mesh(self) -> ExpertMesh:
@@ -56,17 +58,18 @@ class ExpertGroups:
         if self.size != "auto":
             self.make({})
 
-    def make(self, num_experts: Mapping[str, int]) -> ExpertSharder:
+    def make(self, num_experts: Mapping[str, int], size: int | None = None) -> ExpertSharder:
         """Creates the groups unless they exist; every rank calls this.
 
         Args:
-            num_experts: name -> ``num_experts`` of the layers, which "auto" must divide.
+            num_experts: name -> ``num_experts`` of the layers, which the size must divide.
+            size: what "auto" has become, if that is settled.
         """
         strategy = self._strategy
         if self.sharder is None:
-            size = resolve_expert_parallel_size(
-                self.size, strategy.world_size, strategy.num_processes, num_experts
-            )
+            if size is None:
+                size = self._auto.choose(num_experts) if self.size == "auto" else self.size
+            check_expert_parallel_size(size, strategy.world_size, num_experts)
             mesh = make_expert_mesh(size, strategy.root_device.type, strategy._timeout)
             register_groups(mesh)
             self.sharder = ExpertSharder(mesh, strategy.num_processes, strategy._timeout)
@@ -93,12 +96,17 @@ class ExpertGroups:
         strategy, module = self._strategy, self._strategy.lightning_module
         built = divided_experts(moe_layers(module) if module is not None else ()).values()
         auto = AutoPlacement(
-            strategy.global_rank, strategy.world_size, strategy.num_processes, built
+            strategy.global_rank,
+            strategy.world_size,
+            strategy.num_processes,
+            self._auto.choose,
+            self._auto.layers,
+            built,
         )
         with expert_placement(auto):
             yield
         if auto.built:
-            self.make(auto.num_experts)
+            self.make(auto.num_experts, auto.settle())
 
     def end_pass(self, layers: Iterable[MoE]) -> None:
         """Joins the exchanges of trailing MoE layers that this rank skipped."""

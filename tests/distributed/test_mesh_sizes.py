@@ -7,7 +7,7 @@ import pytest
 from lightning_fastmoe.distributed.mesh import (
     ExpertMesh,
     check_expert_parallel_size,
-    resolve_expert_parallel_size,
+    expert_parallel_sizes,
 )
 from lightning_fastmoe.errors import TopologyError
 
@@ -18,7 +18,6 @@ from lightning_fastmoe.errors import TopologyError
 )
 def test_sizes_that_fit(size, world, experts):
     check_expert_parallel_size(size, world, experts)
-    assert resolve_expert_parallel_size(size, world, 1, experts) == size
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ def test_sizes_that_fit(size, world, experts):
 )
 def test_sizes_that_do_not_divide_the_world(size, world, choices):
     with pytest.raises(TopologyError) as error:
-        resolve_expert_parallel_size(size, world, 8, {"a": 24})
+        check_expert_parallel_size(size, world, {"a": 24})
     assert f"expert_parallel_size={size} does not divide the world of 4" in str(error.value)
     assert f"{choices}, or 'auto'" in str(error.value)
 
@@ -57,12 +56,14 @@ def test_sizes_that_do_not_divide_the_experts():
         (24, 6, {"a": 12}, 6),
     ],
 )
-def test_auto_is_the_largest_size_that_stays_in_a_node(world, ranks_per_node, experts, want):
-    got = resolve_expert_parallel_size("auto", world, ranks_per_node, experts)
-    assert got == want
-    check_expert_parallel_size(got, world, experts)
-    nodes = [{rank // ranks_per_node for rank in range(i, i + got)} for i in range(0, world, got)]
-    assert all(len(spanned) == 1 for spanned in nodes)
+def test_sizes_for_auto_stay_in_a_node(world, ranks_per_node, experts, want):
+    sizes = expert_parallel_sizes(world, ranks_per_node, experts)
+    assert sizes[-1] == want
+    assert sizes == [size for size in range(1, want + 1) if want % size == 0]
+    for size in sizes:
+        check_expert_parallel_size(size, world, experts)
+        groups = [range(i, i + size) for i in range(0, world, size)]
+        assert all(len({rank // ranks_per_node for rank in ranks}) == 1 for ranks in groups)
 
 
 @pytest.mark.parametrize(("rank", "want"), [(0, range(0, 3)), (2, range(6, 9)), (3, range(9, 12))])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import pytorch_lightning as pl
@@ -12,7 +15,9 @@ from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor, nn
 
 from lightning_fastmoe import MoE
+from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.strategy import auto_size
 
 Outcome = tuple[int, list[int], dict[str, Tensor]]
 
@@ -83,6 +88,105 @@ def written_early(case: Case) -> Any:
     except TopologyError as error:
         return str(error)
     return None
+
+
+def built_by_memory(case: Case, memory: list[int], kind: type[Late], in_init: int) -> Any:
+    """The size with so many bytes on each rank's device, what was said, and the trained weights."""
+    pl.seed_everything(7, verbose=False)
+    said: list[str] = []
+    module = kind(case, in_init, False)
+    trainer = make_trainer(case)
+    with (
+        mock.patch.object(auto_size, "device_memory", return_value=memory[trainer.global_rank]),
+        mock.patch.object(auto_size, "rank_zero_info", said.append),
+    ):
+        trainer.fit(module)
+    assert module.net is not None
+    local = [layer.num_local_experts for layer in module.layers]
+    return trainer.strategy.expert_mesh.ep_size, local, said, whole_weights(module.net)
+
+
+class Copied(Late):
+    """Keeps a copy of a layer."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.copied = copy.deepcopy(self.layers[0]).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"), [([10**9] * 4, 1), ([120_000] * 4, 2), ([10**9, 10**9, 10**9, 9], 4)]
+)
+@pytest.mark.parametrize("in_init", [0, 1, 2])
+def test_the_smallest_size_that_fits_on_all_ranks(
+    memory: list[int], size: int, in_init: int, rank_pool
+) -> None:
+    """Trains as with that size given as a number."""
+    case = Case(world=4, ep="auto", num_experts=(8, 4), steps=2, in_configure_model=True)
+    given = rank_pool.run(built, 4, replace(case, ep=size), in_init)
+    outcomes = rank_pool.run(built_by_memory, 4, case, memory, Late, in_init)
+    for (ep_size, local, said, weights), (_, _, expected) in zip(outcomes, given, strict=True):
+        assert (ep_size, local) == (size, [8 // size, 4 // size])
+        assert len(said) == 1
+        assert f"'auto' is {size}, the {'largest' if size == 4 else 'smallest'} that" in said[0]
+        for name, value in expected.items():
+            assert torch.equal(weights[name], value), name
+
+
+def saved(case: Case, path: str) -> dict[str, Tensor]:
+    """Weights of a checkpoint that a run has saved."""
+    pl.seed_everything(3, verbose=False)
+    module, trainer = Net(case), make_trainer(case)
+    trainer.fit(module)
+    trainer.save_checkpoint(path)
+    assert module.net is not None
+    return whole_weights(module.net)
+
+
+def starts_from(case: Case, path: str) -> Any:
+    """The size where weights are loaded while the model is built, and the weights at the start."""
+    module = Loads(case)
+    module.path = path
+    trainer = make_trainer(case, max_steps=0)
+    with mock.patch.object(auto_size, "device_memory", return_value=10**9):
+        trainer.fit(module)
+    assert module.net is not None
+    return trainer.strategy.expert_mesh.ep_size, whole_weights(module.net)
+
+
+class Loads(Net):
+    """Starts from a checkpoint."""
+
+    path: str
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        load_weights(self.path, self)
+
+
+def test_weights_are_loaded_for_the_size_that_fits(rank_pool, tmp_path) -> None:
+    case = Case(num_experts=(4, 4), steps=1, in_configure_model=True)
+    (expected,) = rank_pool.run(saved, 1, case, str(tmp_path / "saved"))
+    case = replace(case, world=2, ep="auto")
+    for size, weights in rank_pool.run(starts_from, 2, case, str(tmp_path / "saved")):
+        assert size == 1
+        for name, value in expected.items():
+            assert torch.equal(weights[name], value), name
+
+
+class WrittenByData(Late):
+    """Initialises one expert anew, as is common, past autograd's count of writes."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.layers[-1].experts.down_proj.data[-1].normal_(std=0.02)
+
+
+@pytest.mark.parametrize("kind", [Copied, Written, WrittenByData])
+def test_a_size_that_would_lose_something_is_not_taken(kind: type[Late], rank_pool) -> None:
+    case = Case(world=2, ep="auto", num_experts=(4, 4), steps=1, in_configure_model=True)
+    for ep_size, local, *_ in rank_pool.run(built_by_memory, 2, case, [10**9] * 2, kind, 0):
+        assert (ep_size, local) == (2, [2, 2])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Chooses an expert parallel size by memory: the smallest at which a rank's share fits.
+
+Expert parallelism exchanges tokens in each layer, data parallelism averages gradients once per
+step, so a larger size than needed costs time in everything measured so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.planning.memory import Group, plan
+from lightning_fastmoe.planning.sizes import numel
+
+SHARE = 0.6
+"""Of a device's memory, for weights, gradients and optimizer; the rest is for activations."""
+ADAM = 8.0
+"""Bytes of state per parameter. The optimizer doesn't exist yet when a model is built."""
+
+
+@dataclass(frozen=True)
+class SizeChoice:
+    """An expert parallel size, and why.
+
+    Attributes:
+        size: the expert parallel size.
+        needed: bytes of each rank for weights, gradients and Adam's state.
+        memory: bytes of the smallest device.
+    """
+
+    size: int
+    needed: int
+    memory: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rest of the memory is left to activations."""
+        return self.needed <= SHARE * self.memory
+
+    def __str__(self) -> str:
+        reason = (
+            "the smallest that fits"
+            if self.fits
+            else "the largest that divides the experts and stays in a node, but activations may not"
+            " fit"
+        )
+        return (
+            f"expert_parallel_size='auto' is {self.size}, {reason}: weights, gradients and Adam's"
+            f" state take {self.needed / 2**30:.1f} of {self.memory / 2**30:.1f} GiB per rank"
+            f" (limit {SHARE:.0%})."
+        )
+
+
+def smallest_that_fits(
+    module: nn.Module,
+    layers: Sequence[MoE],
+    sizes: Sequence[int],
+    *,
+    world: int,
+    memory: int,
+    stage: int,
+    itemsize: int,
+    config: Mapping[str, Any],
+) -> SizeChoice:
+    """The smallest size at which :data:`SHARE` of the memory is enough, or else the largest.
+
+    Args:
+        module: the whole model, whatever part of its experts is on this rank.
+        layers: its layers whose experts are divided over ranks.
+        sizes: possible sizes.
+        world: number of ranks.
+        memory: bytes of the smallest device.
+        stage: the ZeRO stage, 1 to 3.
+        itemsize: bytes of a weight.
+        config: DeepSpeed's ``zero_optimization``.
+    """
+    choices = []
+    for size in sorted(sizes):
+        groups = groups_at(module, layers, size, world)
+        bytes_ = plan(groups, stage=stage, itemsize=itemsize, state_bytes=ADAM, config=config)
+        choices.append(SizeChoice(size, bytes_.total.device, memory))
+    return next((choice for choice in choices if choice.fits), choices[-1])
+
+
+def groups_at(module: nn.Module, layers: Sequence[MoE], size: int, world: int) -> list[Group]:
+    """All parameters as ZeRO would partition them at an expert parallel size."""
+    experts: dict[bool, list[int]] = {True: [], False: []}
+    dense: dict[bool, list[int]] = {True: [], False: []}
+    routed = set()
+    for layer in layers:
+        whole = layer.num_experts / layer.num_local_experts
+        for parameter in layer.experts.parameters():
+            routed.add(id(parameter))
+            experts[parameter.requires_grad].append(round(numel(parameter) * whole / size))
+    for parameter in module.parameters():
+        if id(parameter) not in routed:
+            dense[parameter.requires_grad].append(numel(parameter))
+    return [
+        Group(counts, ranks, are_experts, requires_grad=trained)
+        for found, ranks, are_experts in ((dense, world, False), (experts, world // size, True))
+        for trained, counts in found.items()
+        if counts
+    ]

@@ -1,0 +1,92 @@
+"""The expert parallel size by memory: the plan at each size, and which one is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fastmoe import MoE
+from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.placement import Placement, expert_placement
+from lightning_fastmoe.planning.parallel_size import SHARE, groups_at, smallest_that_fits
+
+D, F, E, WORLD = 32, 48, 8, 4
+EXPERTS = 2 * E * (3 * D * F)
+DENSE = 2 * E * D + D * D
+
+
+def model(sharded_over: int = 1) -> tuple[nn.Module, list[MoE]]:
+    """Two layers with ``EXPERTS`` parameters in experts, and ``DENSE`` others."""
+    each = E // sharded_over
+    with expert_placement(lambda num_experts: Placement(tuple(range(each)))):
+        module = nn.Sequential(MoE(D, F, E, 2), MoE(D, F, E, 2), nn.Linear(D, D, bias=False))
+    return module, [layer for _, layer in moe_layers(module)]
+
+
+@pytest.mark.parametrize("sharded_over", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_groups_don_t_depend_on_what_is_on_this_rank(size: int, sharded_over: int) -> None:
+    module, layers = model(sharded_over)
+    dense, experts = groups_at(module, layers, size, WORLD)
+    assert sum(dense.sizes) == DENSE
+    assert (dense.ranks, dense.experts) == (WORLD, False)
+    assert sum(experts.sizes) == EXPERTS // size
+    assert (experts.ranks, experts.experts) == (WORLD // size, True)
+
+
+def test_frozen_parameters_are_groups_of_their_own() -> None:
+    module, layers = model()
+    layers[0].requires_grad_(False)
+    groups = groups_at(module, layers, 2, WORLD)
+    found = {(g.experts, g.requires_grad): sum(g.sizes) for g in groups}
+    assert found == {
+        (False, True): E * D + D * D,
+        (False, False): E * D,
+        (True, True): EXPERTS // 4,
+        (True, False): EXPERTS // 4,
+    }
+
+
+def needed(size: int) -> float:
+    """Stage 1 in bf16: weights and gradients whole, 12 bytes of each parameter partitioned."""
+    return 4 * (DENSE + EXPERTS / size) + 12 * (DENSE + EXPERTS) / WORLD
+
+
+@pytest.mark.parametrize(
+    ("memory", "size", "fits"),
+    [
+        (needed(1) / SHARE * 1.01, 1, True),
+        (needed(1) / SHARE * 0.99, 2, True),
+        (needed(2) / SHARE * 1.01, 2, True),
+        (needed(2) / SHARE * 0.99, 4, True),
+        (needed(4) / SHARE * 0.99, 4, False),
+        (1, 4, False),
+    ],
+)
+def test_the_smallest_size_that_fits_is_taken(memory: float, size: int, fits: bool) -> None:
+    module, layers = model(4)
+    choice = smallest_that_fits(
+        module,
+        layers,
+        [4, 1, 2],
+        world=WORLD,
+        memory=int(memory),
+        stage=1,
+        itemsize=torch.bfloat16.itemsize,
+        config={},
+    )
+    assert (choice.size, choice.fits) == (size, fits)
+    assert choice.needed == pytest.approx(needed(size), rel=1e-3)
+
+
+def test_says_why() -> None:
+    module, layers = model()
+    arguments = {"world": WORLD, "stage": 1, "itemsize": 2, "config": {}}
+    choice = smallest_that_fits(module, layers, [1, 2], memory=2**30, **arguments)
+    assert str(choice) == (
+        "expert_parallel_size='auto' is 1, the smallest that fits: weights, gradients and Adam's"
+        " state take 0.0 of 1.0 GiB per rank (limit 60%)."
+    )
+    choice = smallest_that_fits(module, layers, [1, 2], memory=10, **arguments)
+    assert "is 2, the largest that divides the experts and stays in a node" in str(choice)
