@@ -18,6 +18,7 @@ from lightning_fastmoe.huggingface.experts_interface import (
 from lightning_fastmoe.huggingface.exporting import export, kept_config
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
+from lightning_fastmoe.huggingface.upcycling import upcycle
 
 if TYPE_CHECKING:
     from lightning_fastmoe.huggingface.causal_lm import MoECausalLM
@@ -32,6 +33,7 @@ __all__ = [
     "kept_config",
     "read_config",
     "register_experts",
+    "upcycle",
 ]
 
 if not TYPE_CHECKING:  # otherwise every misspelt name would have a type

@@ -117,7 +117,7 @@ def fused_activation(experts: nn.Module) -> str | None:
         A name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`, or None: then the module's
         own activation runs between grouped GEMMs.
     """
-    plain = _plain_activation(getattr(experts, "act_fn", None))
+    plain = plain_activation(getattr(experts, "act_fn", None))
     if plain is None or experts.is_transposed:
         return None
     if not experts.has_gate:
@@ -141,7 +141,7 @@ def _modules() -> dict[type[nn.Module], str]:
     return {nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu"}
 
 
-def _plain_activation(function: Any) -> str | None:
+def plain_activation(function: Any) -> str | None:
     """The name of the plain activation that ``function`` is, None if that is not certain."""
     if not isinstance(function, nn.Module):
         return _FUNCTIONS.get(function) if callable(function) else None

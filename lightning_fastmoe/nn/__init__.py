@@ -1,6 +1,7 @@
 """The MoE layer and its parts as ``torch.nn`` modules; needs neither Lightning nor DeepSpeed."""
 
 from lightning_fastmoe.nn.collect import moe_layers, moe_losses
+from lightning_fastmoe.nn.conversion import convert
 from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher
 from lightning_fastmoe.nn.experts import Experts, ModuleExperts, StackedExperts
 from lightning_fastmoe.nn.moe import MoE
@@ -23,6 +24,7 @@ __all__ = [
     "SequentialSchedule",
     "SoftmaxTopKRouter",
     "StackedExperts",
+    "convert",
     "moe_layers",
     "moe_losses",
 ]

@@ -52,9 +52,8 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
 
     Args:
         expert_parallel_size: number of ranks over which the experts of each layer are sharded. It
-            must divide the world size and every layer's ``num_experts``. "auto" keeps each group inside
-            a node; it is the smallest such size at which weights, gradients and Adam's state take
-            at most 60 % of a GPU's memory, or else the largest; on the CPU, the largest.
+            must divide the world size and every layer's ``num_experts``. "auto" is the smallest one
+            within a node whose weights, gradients and Adam's state fit; see docs/strategy.md.
         stage: ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         nonfinite: what happens when NaN or Inf reaches a router on any rank in a training step:
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,

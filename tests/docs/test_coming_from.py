@@ -14,6 +14,8 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from lightning_fastmoe import ExpertLoadMonitor, FastMoEStrategy, MoE, RouterBiasBalancing
+from lightning_fastmoe.huggingface import upcycle
+from lightning_fastmoe.nn import convert
 from lightning_fastmoe.nn.router import ROUTERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming_from.md"
@@ -25,6 +27,8 @@ CALLABLE: dict[str, Any] = {
     "RouterBiasBalancing": RouterBiasBalancing,
     "ExpertLoadMonitor": ExpertLoadMonitor,
 }
+ON_MODELS = {"huggingface.upcycle": upcycle, "nn.convert": convert}
+"""Functions that take a model."""
 
 
 def ours() -> list[str]:
@@ -47,6 +51,9 @@ def test_call_is_accepted(code: str) -> None:
     if name.startswith("layer"):
         method = getattr(MoE, name.partition(".")[2] or "forward")
         assert set(given) <= set(inspect.signature(method).parameters)
+        return
+    if name in ON_MODELS:
+        assert set(given) <= set(inspect.signature(ON_MODELS[name]).parameters)
         return
     known = set(inspect.signature(CALLABLE[name]).parameters)
     if name == "FastMoEStrategy":
