@@ -191,7 +191,7 @@ def check_can_be_saved(
         ConfigError: if the Trainer saves checkpoints, for sharded experts with state that can't be
             saved, and for modules whose parameters are named like a MoE layer's.
     """
-    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    names = {name for name, _ in module.named_parameters()}  # a shared layer's are its first ones
     for other in unlisted_layers(names, layers):
         if trainer.checkpoint_callbacks:
             raise ConfigError(

@@ -202,7 +202,7 @@ def _layer_faults(
         # Module experts may have no parameters at all; what they have is listed.
         if layer not in inside and layer not in manifest.module_experts:
             yield f"{where}: layer {layer!r}: none of its {number} experts is in the checkpoint."
-    for layer in unlisted_layers(known, manifest.moe_layers):
+    for layer in unlisted_layers(known - manifest.tied.keys(), manifest.moe_layers):
         yield f"{where}: moe_layers does not list layer {layer!r}, whose experts are present."
 
 
@@ -210,7 +210,7 @@ def unlisted_layers(names: Set[str], listed: Container[str]) -> list[str]:
     """Layers that look like ``MoE`` by their names (a router, stacked experts) but are not listed.
 
     Args:
-        names: the names of all parameters.
+        names: the names of all parameters, of shared ones the first.
         listed: names of the model's MoE layers.
     """
     routers = {name.rpartition(".router.")[0] for name in names if ".router." in name}
