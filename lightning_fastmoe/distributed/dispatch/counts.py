@@ -35,6 +35,7 @@ class ExpertGroup:
         pending: the record of this rank's current exchange.
         wait: how the host waits for the other ranks.
         is_on_stream: whether exchanges are enqueued on the device without blocking the host.
+        shared: what all schedules of the group share, by its class.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -44,6 +45,7 @@ class ExpertGroup:
         self.slots = 0
         self.pending = PendingExchange()
         self.wait = ExchangeWait()
+        self.shared: dict[type, Any] = {}
         self._sequence = 0
         self.is_on_stream = "nccl" in dist.get_backend(group)
         self._pinned: Tensor | None = None
@@ -101,7 +103,7 @@ class ExpertGroup:
             raises what :meth:`run` raises.
         """
         with self.pending(layer, phase):
-            self.wait.begin(self._where(layer, phase))
+            self.wait.begin(self.where(layer, phase))
             work = collective(*args, group=self.group, async_op=True)
 
         def finish() -> None:
@@ -109,12 +111,12 @@ class ExpertGroup:
                 if self.is_on_stream:
                     work.wait()  # the device does, not the host
                 else:
-                    self.wait.for_work(work, self._where(layer, phase))
+                    self.wait.for_work(work, self.where(layer, phase))
 
         return finish
 
     def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
-        where = self._where(layer, phase)
+        where = self.where(layer, phase)
         self.wait.begin(where)
         if self.is_on_stream:
             collective(*args, group=self.group)
@@ -132,13 +134,14 @@ class ExpertGroup:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(table.device))
         try:
-            self.wait.for_event(event, self._where(layer, "counts"))
+            self.wait.for_event(event, self.where(layer, "counts"))
         except BaseException:
             self._pinned = None  # the copy may still be in flight
             raise
         return self._pinned.clone()  # the next exchange overwrites it
 
-    def _where(self, layer: str, phase: str) -> str:
+    def where(self, layer: str, phase: str) -> str:
+        """The current exchange, for messages."""
         return f"{layer}, exchange of tokens number {self.pending.number}, phase {phase}"
 
     def end_pass(self, device: torch.device) -> None:

@@ -1,0 +1,294 @@
+"""Exchanges between the ranks of a group through symmetric memory.
+
+There are two kinds, each with its own flags and memory: one of token counts, which the host reads,
+and one of rows. Memory has two halves, which exchanges of a kind use in turn. Exchange n of a kind
+is, on each rank and all in the order of the stream:
+
+1. wait until all ranks have freed the half since exchange n - 2;
+2. push rows to where they belong, then set the flag *ready* of all ranks;
+3. wait until all ranks have set it here;
+4. read what has arrived, then set the flag *free* of all ranks.
+
+So no rank writes to memory that another still reads, whatever the order of passes through a model,
+and a rank never waits for one that is late with reading in the exchange before. All ranks make the
+same exchanges in the same order; the flags' tags and the header of the counts detect it if not.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.distributed.dispatch import ExpertGroup
+from lightning_fastmoe.distributed.dispatch.counts import pack_counts, unpack_counts
+from lightning_fastmoe.distributed.symmetric.flags import Flags
+from lightning_fastmoe.distributed.symmetric.memory import (
+    SymmetricMemory,
+    check_reachable,
+    refuse_unless_all_can,
+)
+from lightning_fastmoe.ops import exchange as ops
+
+MAX_SLOTS = 4096
+"""Most numbers that the ranks' counts may have."""
+_COUNTS_BYTES = 8 * (MAX_SLOTS + 16)
+_GRANULE = 1 << 20
+_HALVES = 2
+_COUNTS, _ROWS = 0, 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are sent together with others.
+
+    Attributes:
+        rows: (n, w), contiguous.
+        order: (N,) int64, the rows to send by rank, each times ``divisor``; None sends ``rows``.
+        divisor: see ``order``.
+    """
+
+    rows: Tensor
+    order: Tensor | None = None
+    divisor: int = 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.rows.shape[1] * self.rows.element_size()
+
+
+@dataclass
+class _Kind:
+    """One kind of exchange: how many there have been, and the lines of its flags."""
+
+    first_line: int
+    number: int = 0
+    tag: int = 0
+
+    @property
+    def half(self) -> int:
+        return self.number % _HALVES
+
+    @property
+    def ready(self) -> int:
+        return self.first_line + self.half
+
+    @property
+    def free(self) -> int:
+        return self.first_line + _HALVES + self.half
+
+    @property
+    def value(self) -> int:
+        return self.number << ops.TAG_BITS | self.tag
+
+
+class SymmetricExchange:
+    """Exchanges of one expert parallel group; one object for all layers of a model.
+
+    Args:
+        group: the expert parallel group; all its ranks call this at the same point.
+        device: where rows are.
+
+    Attributes:
+        rows: the memory that rows are pushed to; None until the first exchange.
+
+    Raises:
+        TopologyError: on all ranks, if one can't reach the memory of the others.
+    """
+
+    def __init__(self, group: ExpertGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        check_reachable(group.group, device)
+        kinds = 2
+        self._flag_bytes = Flags.bytes_of(2 * _HALVES * kinds, group.size)
+        size = self._flag_bytes + _HALVES * group.size * _COUNTS_BYTES
+        self._control = SymmetricMemory(group.group, size, device)
+        self._control.own.zero_()
+        self._meet()  # no flag comes before the zeros
+        self._flags = Flags(group, self._control)
+        self._counts, self._rows = (_Kind(2 * _HALVES * kind) for kind in range(kinds))
+        self.rows: SymmetricMemory | None = None
+        self.capacity = 0  # bytes of a half for the rows of one rank
+        # One row for each rank: the counts go to all.
+        self._to_all = torch.arange(group.size, device=device)
+        self._ends = torch.arange(1, group.size + 1, device=device, dtype=torch.int32)
+
+    @classmethod
+    def of(cls, group: ExpertGroup) -> SymmetricExchange:
+        """The exchange of a group, made at the first call; all its ranks call this.
+
+        Raises:
+            TopologyError: see the class.
+        """
+        if cls not in group.shared:
+            device = torch.device("cpu")
+            if group.is_on_stream:
+                device = torch.device("cuda", torch.cuda.current_device())
+            group.shared[cls] = cls(group, device)
+        found: SymmetricExchange = group.shared[cls]
+        return found
+
+    def send_counts(self, counts: Tensor, width: int, layer: str) -> int:
+        """Sends this rank's counts to all; :meth:`read_counts` must follow.
+
+        Args:
+            counts: (n,) int64.
+            width: D, which must be the same on all ranks.
+            layer: the layer's name.
+
+        Returns:
+            The number of this exchange, the same on all ranks.
+        """
+        kind = self._begin(self._counts, layer, "counts", tag=0)
+        vector = pack_counts(counts, self.group.slots, kind.number, width, layer)
+        part = Part(vector.unsqueeze(0), self._to_all, self.group.size)
+        at = self._counts_at(self.group.rank)
+        ops.push_rows(
+            *(part.rows, part.order, self._ends, part.divisor, self._control.ranks),
+            *(self.group.rank, at, 1),
+        )
+        self._flags.set(kind.ready, kind.value)
+        return kind.number
+
+    def read_counts(self, count: int, layer: str) -> Tensor:
+        """Waits for the counts of all ranks.
+
+        Args:
+            count: n.
+            layer: the layer's name.
+
+        Returns:
+            (R, n) int64, on the CPU.
+
+        Raises:
+            ExchangeError: as :meth:`ExpertGroup.exchange_counts`.
+        """
+        kind, ranks = self._counts, self.group.size
+        begin = self._counts_at(0)
+        table = self._control.own[begin : begin + ranks * _COUNTS_BYTES].view(torch.int64)
+        header = pack_counts(table[:0], 0, 0, 0, layer).numel()
+        table = table.view(ranks, -1)[:, : header + self.group.slots]
+        with self.group.pending(layer, "counts"):
+            where = self.group.where(layer, "counts")
+            found = self._flags.wait_and_read(kind.ready, kind.value, table, where)
+        self._flags.set(kind.free, kind.number << ops.TAG_BITS)
+        return unpack_counts(found, count, layer)
+
+    def needs(self, most: int, widths: Sequence[int]) -> int:
+        """Bytes for ``most`` rows of each of these numbers of bytes."""
+        return max(most, 1) * sum(map(_aligned, widths))
+
+    def send(self, parts: Sequence[Part], ends: Tensor, layer: str, phase: str, call: int) -> None:
+        """Pushes rows to their ranks; :meth:`receive` must follow, or :meth:`give_up_rows`.
+
+        Args:
+            parts: all with the same numbers of rows, which must fit into :attr:`capacity`.
+            ends: (R,) int32, where the rows for each rank end.
+            layer: the layer's name.
+            phase: what is exchanged.
+            call: the same number on all ranks; ranks with different ones end in an error.
+        """
+        assert self.rows is not None
+        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call))
+        widths = [part.row_bytes for part in parts]
+        most, at = self._layout(widths, self.group.rank)
+        for part, begin in zip(parts, at, strict=True):
+            ops.push_rows(
+                *(part.rows, part.order, ends, part.divisor, self.rows.ranks),
+                *(self.group.rank, begin, most),
+            )
+        self._flags.set(kind.ready, kind.value)
+
+    def receive(
+        self, widths: Sequence[int], counts: Sequence[int], layer: str, phase: str
+    ) -> list[Tensor]:
+        """Waits for the rows of all ranks.
+
+        Args:
+            widths: bytes of a row of each part, as sent.
+            counts: rows from each rank.
+            layer: the layer's name.
+            phase: what is exchanged.
+
+        Returns:
+            Of each part, (sum(counts), w) uint8, by rank: a copy, as others write to this memory
+            in exchanges to come.
+        """
+        assert self.rows is not None
+        kind, own = self._rows, self.rows.own
+        with self.group.pending(layer, phase):
+            self._flags.wait(kind.ready, kind.value, self.group.where(layer, phase))
+        places = [self._layout(widths, rank)[1] for rank in range(self.group.size)]
+        found = []
+        for i, width in enumerate(widths):
+            word = torch.int64 if width % 8 == 0 else torch.uint8
+            blocks = [
+                own[at[i] : at[i] + count * width].view(word)
+                for at, count in zip(places, counts, strict=True)
+            ]
+            found.append(torch.cat(blocks).view(torch.uint8).view(sum(counts), width))
+        self._flags.set(kind.free, kind.number << ops.TAG_BITS)
+        return found
+
+    def grow(self, needed: int) -> None:
+        """Makes room for ``needed`` bytes from each rank; all ranks call this with one number.
+
+        Raises:
+            TopologyError: on all ranks, if one has no memory left for it.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._meet()  # whatever has been pushed is there: the old memory may go
+        self.rows = None
+        self.capacity = 0
+        capacity = -(-needed // _GRANULE) * _GRANULE
+        size = _HALVES * self.group.size * capacity
+        self.rows = SymmetricMemory(self.group.group, size, self.device)
+        self.capacity = capacity
+
+    def give_up_rows(self) -> None:
+        """Ends an exchange of rows that not all ranks could begin, in place of :meth:`receive`."""
+        self._flags.set(self._rows.free, self._rows.number << ops.TAG_BITS)
+
+    def skip_rows(self) -> None:
+        """In place of :meth:`send`, on a rank whose rows don't fit."""
+        self._begin(self._rows, "", "", 0)
+
+    def _begin(self, kind: _Kind, layer: str, phase: str, tag: int) -> _Kind:
+        with self.group.pending(layer, phase):
+            where = self.group.where(layer, phase)
+            self.group.wait.begin(where)
+            self._flags.check()
+            kind.number += 1
+            kind.tag = tag
+            if kind.number > _HALVES:
+                freed = kind.number - _HALVES << ops.TAG_BITS
+                self._flags.wait(kind.free, freed, where)
+        return kind
+
+    def _counts_at(self, rank: int) -> int:
+        block = self._counts.half * self.group.size + rank
+        return self._flag_bytes + block * _COUNTS_BYTES
+
+    def _layout(self, widths: Sequence[int], rank: int) -> tuple[int, list[int]]:
+        """(rows that there is room for, the byte at which each part from ``rank`` begins)."""
+        most = self.capacity // sum(map(_aligned, widths))
+        at = [(self._rows.half * self.group.size + rank) * self.capacity]
+        for width in widths[:-1]:
+            at.append(at[-1] + most * _aligned(width))
+        return most, at
+
+    def _meet(self) -> None:
+        refuse_unless_all_can(self.group.group, None)
+
+
+def _aligned(width: int) -> int:
+    return -(-width // ops.ALIGNMENT) * ops.ALIGNMENT
+
+
+def _tag(layer: str, phase: str, call: int) -> int:
+    return zlib.crc32(f"{layer}, {phase}, {call}".encode()) % (1 << ops.TAG_BITS)

@@ -1,0 +1,167 @@
+"""Tokens to their experts' ranks and sums back through symmetric memory, with their gradients.
+
+Each way is one autograd node, which waits for what it brings. The gradients go the same ways back:
+those of the sums in the places of the tokens, those of the tokens in the places of the sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_fastmoe.distributed.dispatch.per_rank import RankDraft, RankPlan
+from lightning_fastmoe.distributed.symmetric.exchange import Part, SymmetricExchange
+
+_BACKWARD = " (backward)"
+
+
+class Passage:
+    """One pass of tokens through a layer: what this rank sends and what it gets.
+
+    Args:
+        exchange: of the group.
+        draft: what is sent where.
+        layer: the layer's name.
+
+    Attributes:
+        counts: (R, E + R) int64 on the CPU, of all ranks: the tokens of each expert, then the rows
+            to each rank; after :func:`send_tokens`.
+    """
+
+    counts: Tensor
+    _plan: RankPlan
+    _ends: Tensor
+
+    def __init__(self, exchange: SymmetricExchange, draft: RankDraft, layer: str) -> None:
+        self._exchange, self._draft, self._layer = exchange, draft, layer
+        self._call = 0
+        self._sent: list[int] = []
+        self._received: list[int] = []
+
+    def dispatch(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pushes tokens before any count is known; see :func:`send_tokens`."""
+        exchange, draft, layer = self._exchange, self._draft, self._layer
+        parts = self._of_tokens(x)
+        parts.append(Part(draft.ids_and_weights(weights), draft.pairs.order))
+        widths = [part.row_bytes for part in parts]
+        needed = exchange.needs(len(x), widths)
+        asked = torch.tensor([needed]).to(x.device, non_blocking=True)
+        self._call = exchange.send_counts(torch.cat([draft.counts, asked]), x.shape[1], layer)
+        if needed <= exchange.capacity:
+            self._push(parts, "dispatch")
+        else:
+            exchange.skip_rows()
+        table = exchange.read_counts(len(draft.counts) + 1, layer)
+        most = int(table[:, -1].max())
+        if most > exchange.capacity:  # all ranks see it
+            exchange.give_up_rows()
+            exchange.grow(most)
+            self._push(parts, "dispatch")
+        rank, ranks = exchange.group.rank, draft.ranks
+        self.counts = table[:, :-1]
+        of_ranks = self.counts[:, -ranks:]
+        self._sent, self._received = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
+        self._plan = draft.plan(sum(self._sent))
+        ends = of_ranks[:, rank].cumsum(0).to(torch.int32)
+        self._ends = ends.to(x.device, non_blocking=True)
+        rows, small = exchange.receive(widths, self._received, layer, "dispatch")
+        # Clones, because the second part of a single row is contiguous but not aligned.
+        ids, wide = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in small.tensor_split([weights.shape[1] * 4], dim=1)
+        )
+        return rows.view(x.dtype), wide.view(weights.dtype), ids.view(torch.int32)
+
+    def combine(self, sums: Tensor) -> Tensor:
+        """``sums (S', D) -> (T, D)``, each token's sum over ranks."""
+        (rows,) = self._back("combine", sums)
+        return self._plan.sum_over_ranks(rows)
+
+    def combine_backward(self, grad: Tensor) -> Tensor:
+        """``(T, D) -> (S', D)``, the gradient of each row's sums."""
+        parts = self._of_tokens(grad)
+        phase = "combine" + _BACKWARD
+        self._push(parts, phase)
+        widths = [part.row_bytes for part in parts]
+        (rows,) = self._exchange.receive(widths, self._received, self._layer, phase)
+        return rows.view(grad.dtype)
+
+    def dispatch_backward(self, d_rows: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """``(S', D), (S', K) -> (T, D), (T, K)``, the gradients of tokens and weights."""
+        rows, by_row = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
+        return self._plan.sum_over_ranks(rows), self._plan.slots_of_tokens(by_row)
+
+    def _of_tokens(self, x: Tensor) -> list[Part]:
+        rows = x.contiguous().view(torch.uint8)
+        return [Part(rows, self._draft.pairs.order, self._draft.ranks)]
+
+    def _push(self, parts: list[Part], phase: str) -> None:
+        ends = self._draft.pairs.offsets[: self._draft.ranks]
+        self._exchange.send(parts, ends, self._layer, phase, self._call)
+
+    def _back(self, phase: str, *tensors: Tensor) -> list[Tensor]:
+        """Sends a row of each tensor for each row that came here, and brings those for ours."""
+        parts = [Part(tensor.contiguous().view(torch.uint8)) for tensor in tensors]
+        widths = [part.row_bytes for part in parts]
+        self._exchange.send(parts, self._ends, self._layer, phase, self._call)
+        found = self._exchange.receive(widths, self._sent, self._layer, phase)
+        return [rows.view(like.dtype) for rows, like in zip(found, tensors, strict=True)]
+
+
+class _Tokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, passage: Passage
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.passage = passage
+        rows, wide, ids = passage.dispatch(x, weights)
+        ctx.mark_non_differentiable(ids)
+        return rows, wide, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.passage.dispatch_backward(*grads[:2]), None
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, passage: Passage) -> Tensor:
+        ctx.passage = passage
+        return passage.combine(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.passage.combine_backward(grads[0]), None
+
+
+def send_tokens(x: Tensor, weights: Tensor, passage: Passage) -> tuple[Tensor, Tensor, Tensor]:
+    """Sends each token once per rank, with the experts and weights of its slots.
+
+    Args:
+        x: (T, D).
+        weights: (T, K).
+        passage: of this call alone.
+
+    Returns:
+        ``rows (S', D)``, ``weights (S', K)`` and ``ids (S', K)``, int32, the experts as in
+        :attr:`RankPlan.ids`.
+    """
+    return _Tokens.apply(x, weights, passage)  # type: ignore[no-any-return]
+
+
+def return_sums(sums: Tensor, passage: Passage) -> Tensor:
+    """Sends the rows' results back.
+
+    Args:
+        sums: (S', D), one for each row that arrived.
+        passage: of :func:`send_tokens`.
+
+    Returns:
+        (T, D), each token's sum over ranks.
+    """
+    return _Sums.apply(sums, passage)  # type: ignore[no-any-return]
