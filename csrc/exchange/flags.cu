@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kWarpSize)
 
 // Lane r waits for rank r. On failure: tells all ranks to give up, reports
 //
-//   (ranks whose flag is missing, ranks whose flag is of another exchange, 1 + the rank that gave
-//    up first if another one did, the value waited for)
+//   (ranks whose flag is missing, ranks whose flag is of another exchange, ranks that had given up,
+//    the value waited for)
 //
 // in host memory, and ends; if fatal by a trap, because what follows would read what never came.
 __global__ void __launch_bounds__(kWarpSize)
@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kWarpSize)
   const bool waits = lane < ranks.count;
   const uint32_t start = global_ticks();
   bool reached = !waits, differs = false;
-  uint64_t poison = 0;
-  unsigned missing = 0;
+  unsigned missing = 0, given_up = 0;
   while (true) {
     if (!reached) {
       const uint64_t flag = load_acquire(own + at + lane * kFlagBytes);
@@ -51,28 +50,24 @@ __global__ void __launch_bounds__(kWarpSize)
     }
     missing = __ballot_sync(kAllLanes, !reached);
     if (missing == 0) return;
-    poison = load_acquire(own + kPoisonAt);
+    given_up = __ballot_sync(
+        kAllLanes, waits && load_acquire(own + kGivenUpAt + lane * kFlagBytes) != 0);
     const bool late = global_ticks() - start > deadline.ticks;
-    if (__any_sync(kAllLanes, differs || poison != 0 || late)) break;
+    if (__any_sync(kAllLanes, differs || given_up != 0 || late)) break;
   }
   const unsigned different = __ballot_sync(kAllLanes, differs);
-  // Lanes may have seen different values.
-  const unsigned poisoned = __ballot_sync(kAllLanes, poison != 0);
-  if (poisoned != 0) poison = __shfl_sync(kAllLanes, poison, __ffs(poisoned) - 1);
-  if (waits && poison == 0) {
-    store_release(ranks.memory[lane] + kPoisonAt, static_cast<uint64_t>(ranks.own) + 1);
-  }
+  if (waits) store_release(ranks.memory[lane] + kGivenUpAt + ranks.own * kFlagBytes, 1);
   __syncwarp();
   if (lane != 0) return;
   report[1] = different;
-  report[2] = static_cast<int64_t>(poison);
+  report[2] = given_up;
   report[3] = static_cast<int64_t>(value);
-  report[0] = missing;
+  __threadfence_system();
+  report[0] = missing;  // last: the host looks at it first
   __threadfence_system();
   if (fatal) {
-    const int rank = poison != 0 ? static_cast<int>(poison) - 1
-                                 : __ffs(different != 0 ? different : missing) - 1;
-    give_up(deadline, WaitFor::kRank, static_cast<uint32_t>(rank));
+    const unsigned guilty = given_up != 0 ? given_up : different != 0 ? different : missing;
+    give_up(deadline, WaitFor::kRank, static_cast<uint32_t>(__ffs(guilty) - 1));
   }
 }
 

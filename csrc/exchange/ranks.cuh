@@ -11,7 +11,7 @@ namespace lightning_fastmoe {
 
 constexpr int kMaxRanks = 32;  // one warp has a lane for each
 constexpr int kFlagBytes = 128;  // a flag has a cache line of its own
-constexpr int64_t kPoisonAt = 0;  // where memory with flags has the flag that says "give up"
+constexpr int64_t kGivenUpAt = 0;  // memory with flags begins with those of ranks that gave up
 constexpr int kTagBits = 16;  // the lower bits of a flag, which say what the exchange is about
 
 // The same number of bytes of each rank, all mapped into this process.

@@ -31,6 +31,9 @@ FLAG_BYTES = 128
 TAG_BITS = 16
 """Lower bits of a flag that hold its tag."""
 
+GIVEN_UP_AT = 0
+"""Memory with flags begins with those of ranks that have given up: nobody waits for them."""
+
 ALIGNMENT = 16
 """What the byte at which rows or flags begin must be a multiple of."""
 
@@ -117,9 +120,9 @@ def wait_for_flags(
         rank: this one.
         at: the byte at which the flags begin.
         value: what to wait for.
-        report: (4,) int64, pinned. If the wait fails: a bit for each rank whose flag is missing, a
-            bit for each whose flag is of another exchange, 1 + the rank that gave up before, if
-            that was the reason, and ``value``.
+        report: (4,) int64, pinned. If the wait fails: a bit for each rank whose flag is missing,
+            one for each whose flag is of another exchange, one for each that had given up, and
+            ``value``. This rank then gives up too, and tells the others.
         seconds: the deadline; 0 for none.
         fatal: whether a failure ends the process's use of the device, so that nothing computes with
             what never came.
@@ -153,6 +156,7 @@ def fence() -> None:
 __all__ = [
     "ALIGNMENT",
     "FLAG_BYTES",
+    "GIVEN_UP_AT",
     "MAX_RANKS",
     "TAG_BITS",
     "compare_flags",

@@ -20,7 +20,7 @@ from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 from lightning_fastmoe.errors import ExchangeError
 
 _MAGIC = 0x4D6F45  # "MoE"
-_HEADER = 6  # magic, layer, sequence number, row width, total, checksum
+HEADER = 6  # magic, layer, sequence number, row width, total, checksum
 
 
 class ExpertGroup:
@@ -167,7 +167,7 @@ def pack_counts(counts: Tensor, slots: int, sequence: int, width: int, layer: st
 
 def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
     """Checks the gathered ``table (R, 6 + slots)`` and returns the counts ``(R, E)``."""
-    head, body = table[:, :_HEADER], table[:, _HEADER:]
+    head, body = table[:, :HEADER], table[:, HEADER:]
     for rank in range(table.shape[0]):
         magic, layer_hash, sequence, width, total, checksum = head[rank].tolist()
         counts = body[rank]

@@ -1,17 +1,16 @@
 """Exchanges between the ranks of a group through symmetric memory.
 
 There are two kinds, each with its own flags and memory: one of token counts, which the host reads,
-and one of rows. Memory has two halves, which exchanges of a kind use in turn. Exchange n of a kind
-is, on each rank and all in the order of the stream:
+and one of rows. Exchange n of a kind is, on each rank, in the order of the stream:
 
-1. wait until all ranks have freed the half since exchange n - 2;
-2. push rows to where they belong, then set the flag *ready* of all ranks;
-3. wait until all ranks have set it here;
-4. read what has arrived, then set the flag *free* of all ranks.
+1. push rows to where they belong, then set this rank's flag n of all ranks;
+2. wait until all ranks have set their flag n here;
+3. copy what has arrived.
 
-So no rank writes to memory that another still reads, whatever the order of passes through a model,
-and a rank never waits for one that is late with reading in the exchange before. All ranks make the
-same exchanges in the same order; the flags' tags and the header of the counts detect it if not.
+The next exchange uses the other half of the memory, and that is all that keeps a rank from writing
+to what another still reads: for n + 2 it has waited for everybody's flag n + 1, which each sets
+after it has copied n. All ranks make the same exchanges in the same order; the tags of flags and
+the header of the counts detect it if not.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
-from lightning_fastmoe.distributed.dispatch.counts import pack_counts, unpack_counts
+from lightning_fastmoe.distributed.dispatch.counts import HEADER, pack_counts, unpack_counts
 from lightning_fastmoe.distributed.symmetric.flags import Flags
 from lightning_fastmoe.distributed.symmetric.memory import (
     SymmetricMemory,
@@ -35,10 +34,9 @@ from lightning_fastmoe.ops import exchange as ops
 
 MAX_SLOTS = 4096
 """Most numbers that the ranks' counts may have."""
-_COUNTS_BYTES = 8 * (MAX_SLOTS + 16)
-_GRANULE = 1 << 20
+_COUNTS_BYTES = 8 * (MAX_SLOTS + HEADER)
+_GRANULE = 1 << 16
 _HALVES = 2
-_COUNTS, _ROWS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -63,23 +61,27 @@ class Part:
 
 @dataclass
 class _Kind:
-    """One kind of exchange: how many there have been, and the lines of its flags."""
+    """One kind of exchange, and the latest.
+
+    Attributes:
+        first_line: where its flags are, a line for each half.
+        number: how many exchanges there have been.
+        tag: what the latest is about.
+        is_read: recorded when the latest has been read, on a GPU.
+    """
 
     first_line: int
     number: int = 0
     tag: int = 0
+    is_read: torch.cuda.Event | None = None
 
     @property
     def half(self) -> int:
         return self.number % _HALVES
 
     @property
-    def ready(self) -> int:
+    def line(self) -> int:
         return self.first_line + self.half
-
-    @property
-    def free(self) -> int:
-        return self.first_line + _HALVES + self.half
 
     @property
     def value(self) -> int:
@@ -104,16 +106,17 @@ class SymmetricExchange:
         self.group, self.device = group, device
         check_reachable(group.group, device)
         kinds = 2
-        self._flag_bytes = Flags.bytes_of(2 * _HALVES * kinds, group.size)
+        self._flag_bytes = Flags.bytes_of(_HALVES * kinds, group.size)
         size = self._flag_bytes + _HALVES * group.size * _COUNTS_BYTES
         self._control = SymmetricMemory(group.group, size, device)
         self._control.own.zero_()
         self._meet()  # no flag comes before the zeros
         self._flags = Flags(group, self._control)
-        self._counts, self._rows = (_Kind(2 * _HALVES * kind) for kind in range(kinds))
+        self._counts, self._rows = (_Kind(_HALVES * kind) for kind in range(kinds))
         self.rows: SymmetricMemory | None = None
         self.capacity = 0  # bytes of a half for the rows of one rank
         # One row for each rank: the counts go to all.
+        self._aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._to_all = torch.arange(group.size, device=device)
         self._ends = torch.arange(1, group.size + 1, device=device, dtype=torch.int32)
 
@@ -135,6 +138,8 @@ class SymmetricExchange:
     def send_counts(self, counts: Tensor, width: int, layer: str) -> int:
         """Sends this rank's counts to all; :meth:`read_counts` must follow.
 
+        ``counts`` must live until then: they are sent by another stream than the current one.
+
         Args:
             counts: (n,) int64.
             width: D, which must be the same on all ranks.
@@ -143,15 +148,16 @@ class SymmetricExchange:
         Returns:
             The number of this exchange, the same on all ranks.
         """
-        kind = self._begin(self._counts, layer, "counts", tag=0)
-        vector = pack_counts(counts, self.group.slots, kind.number, width, layer)
-        part = Part(vector.unsqueeze(0), self._to_all, self.group.size)
-        at = self._counts_at(self.group.rank)
-        ops.push_rows(
-            *(part.rows, part.order, self._ends, part.divisor, self._control.ranks),
-            *(self.group.rank, at, 1),
-        )
-        self._flags.set(kind.ready, kind.value)
+        if self._aside is not None:
+            self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._aside):  # so that they pass the rows
+            kind = self._begin(self._counts, layer, "counts", tag=0)
+            vector = pack_counts(counts, self.group.slots, kind.number, width, layer)
+            ops.push_rows(
+                *(vector.unsqueeze(0), self._to_all, self._ends, self.group.size),
+                *(self._control.ranks, self.group.rank, self._counts_at(self.group.rank), 1),
+            )
+            self._flags.set(kind.line, kind.value)
         return kind.number
 
     def read_counts(self, count: int, layer: str) -> Tensor:
@@ -170,12 +176,11 @@ class SymmetricExchange:
         kind, ranks = self._counts, self.group.size
         begin = self._counts_at(0)
         table = self._control.own[begin : begin + ranks * _COUNTS_BYTES].view(torch.int64)
-        header = pack_counts(table[:0], 0, 0, 0, layer).numel()
-        table = table.view(ranks, -1)[:, : header + self.group.slots]
-        with self.group.pending(layer, "counts"):
+        table = table.view(ranks, -1)[:, : HEADER + self.group.slots]
+        with self.group.pending(layer, "counts"), torch.cuda.stream(self._aside):
             where = self.group.where(layer, "counts")
-            found = self._flags.wait_and_read(kind.ready, kind.value, table, where)
-        self._flags.set(kind.free, kind.number << ops.TAG_BITS)
+            found = self._flags.wait_and_read(kind.line, kind.value, table, where)
+            self._end(kind)
         return unpack_counts(found, count, layer)
 
     def needs(self, most: int, widths: Sequence[int]) -> int:
@@ -183,7 +188,7 @@ class SymmetricExchange:
         return max(most, 1) * sum(map(_aligned, widths))
 
     def send(self, parts: Sequence[Part], ends: Tensor, layer: str, phase: str, call: int) -> None:
-        """Pushes rows to their ranks; :meth:`receive` must follow, or :meth:`give_up_rows`.
+        """Pushes rows to their ranks; :meth:`receive` must follow, unless a rank had to skip it.
 
         Args:
             parts: all with the same numbers of rows, which must fit into :attr:`capacity`.
@@ -201,7 +206,7 @@ class SymmetricExchange:
                 *(part.rows, part.order, ends, part.divisor, self.rows.ranks),
                 *(self.group.rank, begin, most),
             )
-        self._flags.set(kind.ready, kind.value)
+        self._flags.set(kind.line, kind.value)
 
     def receive(
         self, widths: Sequence[int], counts: Sequence[int], layer: str, phase: str
@@ -221,7 +226,7 @@ class SymmetricExchange:
         assert self.rows is not None
         kind, own = self._rows, self.rows.own
         with self.group.pending(layer, phase):
-            self._flags.wait(kind.ready, kind.value, self.group.where(layer, phase))
+            self._flags.wait(kind.line, kind.value, self.group.where(layer, phase))
         places = [self._layout(widths, rank)[1] for rank in range(self.group.size)]
         found = []
         for i, width in enumerate(widths):
@@ -231,7 +236,7 @@ class SymmetricExchange:
                 for at, count in zip(places, counts, strict=True)
             ]
             found.append(torch.cat(blocks).view(torch.uint8).view(sum(counts), width))
-        self._flags.set(kind.free, kind.number << ops.TAG_BITS)
+        self._end(kind)
         return found
 
     def grow(self, needed: int) -> None:
@@ -245,30 +250,30 @@ class SymmetricExchange:
         self._meet()  # whatever has been pushed is there: the old memory may go
         self.rows = None
         self.capacity = 0
-        capacity = -(-needed // _GRANULE) * _GRANULE
+        capacity = -(-(needed + needed // 8) // _GRANULE) * _GRANULE  # for a few tokens more, too
         size = _HALVES * self.group.size * capacity
         self.rows = SymmetricMemory(self.group.group, size, self.device)
         self.capacity = capacity
 
-    def give_up_rows(self) -> None:
-        """Ends an exchange of rows that not all ranks could begin, in place of :meth:`receive`."""
-        self._flags.set(self._rows.free, self._rows.number << ops.TAG_BITS)
-
     def skip_rows(self) -> None:
-        """In place of :meth:`send`, on a rank whose rows don't fit."""
-        self._begin(self._rows, "", "", 0)
+        """In place of :meth:`send`, on a rank whose rows don't fit. None may receive then."""
+        self._rows.number += 1
 
     def _begin(self, kind: _Kind, layer: str, phase: str, tag: int) -> _Kind:
         with self.group.pending(layer, phase):
-            where = self.group.where(layer, phase)
-            self.group.wait.begin(where)
-            self._flags.check()
-            kind.number += 1
-            kind.tag = tag
-            if kind.number > _HALVES:
-                freed = kind.number - _HALVES << ops.TAG_BITS
-                self._flags.wait(kind.free, freed, where)
+            self.group.wait.begin(self.group.where(layer, phase))
+        self._flags.check()
+        if kind.is_read is not None:  # the user may have changed the stream
+            kind.is_read.wait()
+        kind.number += 1
+        kind.tag = tag
         return kind
+
+    def _end(self, kind: _Kind) -> None:
+        if self.device.type == "cuda":
+            if kind.is_read is None:
+                kind.is_read = torch.cuda.Event()
+            kind.is_read.record()
 
     def _counts_at(self, rank: int) -> int:
         block = self._counts.half * self.group.size + rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ _MISMATCH = (
 class Flags:
     """Flags of all ranks, in lines: line l of a rank has a flag of each rank.
 
-    The first line is the poison: a rank that gives up tells the others there, and whoever waits for
-    anything then gives up too.
+    In the first, a rank that gives up tells the others, and whoever waits for anything then gives
+    up too.
 
     Args:
         group: the expert parallel group.
@@ -77,7 +78,11 @@ class Flags:
         copy.copy_(table, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(table.device))
-        self._group.wait.for_event(event, where)
+        try:
+            self._group.wait.for_event(event, where)
+        except BaseException:
+            self._tell()
+            raise
         self.check()
         return copy
 
@@ -85,10 +90,10 @@ class Flags:
         """Raises:
         ExchangeError: if an earlier wait has failed.
         """
-        missing, different, poison, value = self._report.tolist()
+        missing, different, given_up, value = self._report.tolist()
         if missing:
             where = self._names.get(value, "an exchange of tokens")
-            raise ExchangeError(f"{where}: {_reason(missing, different, poison)}")
+            raise ExchangeError(f"{where}: {_reason(missing, different, given_up)}")
 
     def _at(self, line: int) -> int:
         return (1 + line) * self._group.size * ops.FLAG_BYTES
@@ -105,29 +110,42 @@ class Flags:
         ops.wait_for_flags(memory, rank, self._at(line), value, self._report, limit, fatal)
 
     def _wait_on_host(self, line: int, value: int, where: str) -> None:
-        ranks = self._group.size
-        flags = ops.flags_of(self._memory.own, self._at(line), ranks)
-        poison = self._memory.own[:8].view(torch.int64)
+        own, ranks = self._memory.own, self._group.size
+        flags = ops.flags_of(own, self._at(line), ranks)
+        arrival = _Arrival(flags, ops.flags_of(own, ops.GIVEN_UP_AT, ranks), value, where)
         try:
-            self._group.wait.for_event(_Arrival(flags, poison, value, where), where)
+            self._group.wait.for_event(arrival, where)
         except BaseException as error:
-            missing, different = ops.compare_flags(flags, value)
-            given_up = int(poison)
+            missing, different, given_up = arrival.look()
             self._report.copy_(torch.tensor([missing or 1, different, given_up, value]))
-            if not given_up:
-                for there in self._memory.ranks:
-                    there[:8].view(torch.int64).fill_(self._group.rank + 1)
-            if isinstance(error, ExchangeError) and not different and not given_up:  # the deadline
-                raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error
+            self._tell()
+            if isinstance(error, ExchangeError) and not different and not given_up:
+                raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error  # the deadline
             raise
         ops.fence()
+
+    def _tell(self) -> None:
+        """Tells all ranks that this one has given up."""
+        if not self.is_on_device:
+            ops.set_flags(self._memory.ranks, self._group.rank, ops.GIVEN_UP_AT, 1)
+            return
+        with (
+            suppress(RuntimeError),  # the device may be unusable
+            torch.cuda.stream(torch.cuda.Stream(self._memory.own.device)),  # others may stand still
+        ):
+            ops.set_flags(self._memory.ranks, self._group.rank, ops.GIVEN_UP_AT, 1)
 
 
 class _Arrival:
     """Looks like a CUDA event."""
 
-    def __init__(self, flags: Tensor, poison: Tensor, value: int, where: str) -> None:
-        self._flags, self._poison, self._value, self._where = flags, poison, value, where
+    def __init__(self, flags: Tensor, given_up: Tensor, value: int, where: str) -> None:
+        self._flags, self._given_up, self._value, self._where = flags, given_up, value, where
+
+    def look(self) -> tuple[int, int, int]:
+        """Bits of the ranks that are missing, in another exchange, and have given up."""
+        given_up = sum(1 << rank for rank, flag in enumerate(self._given_up.tolist()) if flag)
+        return *ops.compare_flags(self._flags, self._value), given_up
 
     def query(self) -> bool:
         """Whether all flags are there.
@@ -135,19 +153,18 @@ class _Arrival:
         Raises:
             ExchangeError: if they never will.
         """
-        missing, different = ops.compare_flags(self._flags, self._value)
-        poison = int(self._poison)
-        if missing and (different or poison):
-            raise ExchangeError(f"{self._where}: {_reason(missing, different, poison)}")
+        missing, different, given_up = self.look()
+        if missing and (different or given_up):
+            raise ExchangeError(f"{self._where}: {_reason(missing, different, given_up)}")
         return not missing
 
 
-def _reason(missing: int, different: int, poison: int) -> str:
-    if poison:
-        return f"rank {poison - 1} of the expert parallel group has given up."
+def _reason(missing: int, different: int, given_up: int) -> str:
+    if given_up:
+        return f"Given up: {_ranks(given_up)} of the expert parallel group."
     if different:
         ranks = _ranks(different)
-        return f"{ranks} of the expert parallel group are in another exchange. {_MISMATCH}"
+        return f"In another exchange: {ranks} of the expert parallel group. {_MISMATCH}"
     return f"Missing: {_ranks(missing)} of the expert parallel group."
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ class SymmetricMemory:
             nonlocal path
             folder = shared if os.access(shared, os.W_OK) else None
             file, path = tempfile.mkstemp(prefix="lightning_fastmoe_", dir=folder)
-            os.ftruncate(file, size)
-            os.close(file)
+            try:
+                os.posix_fallocate(file, 0, size)  # an error now, not a signal at the first write
+            finally:
+                os.close(file)
 
         def open_all() -> None:
             self.ranks = [
@@ -84,7 +87,8 @@ class SymmetricMemory:
             dist.all_gather_object(paths, path, group=group)
             agree(group, open_all)
         finally:
-            Path(path).unlink(missing_ok=True)
+            if path:
+                Path(path).unlink(missing_ok=True)
 
 
 def agree(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
@@ -129,7 +133,7 @@ def check_reachable(group: dist.ProcessGroup, device: torch.device) -> None:
     """
     world = dist.get_world_size(group)
     hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, os.uname().nodename, group=group)
+    dist.all_gather_object(hosts, _host(), group=group)
     reason = None
     if len(set(hosts)) > 1:
         reason = f"the group spans {len(set(hosts))} hosts"
@@ -138,6 +142,14 @@ def check_reachable(group: dist.ProcessGroup, device: torch.device) -> None:
     elif device.type == "cuda":
         reason = _why_not_cuda(device)
     refuse_unless_all_can(group, reason)
+
+
+def _host() -> str:
+    """What only processes on this host say."""
+    name = os.uname().nodename
+    with suppress(OSError):
+        name += Path("/proc/sys/kernel/random/boot_id").read_text()
+    return name
 
 
 def _why_not_cuda(device: torch.device) -> str | None:

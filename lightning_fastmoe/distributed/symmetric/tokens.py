@@ -49,15 +49,15 @@ class Passage:
         widths = [part.row_bytes for part in parts]
         needed = exchange.needs(len(x), widths)
         asked = torch.tensor([needed]).to(x.device, non_blocking=True)
-        self._call = exchange.send_counts(torch.cat([draft.counts, asked]), x.shape[1], layer)
+        counts = torch.cat([draft.counts, asked])
+        self._call = exchange.send_counts(counts, x.shape[1], layer)
         if needed <= exchange.capacity:
             self._push(parts, "dispatch")
         else:
             exchange.skip_rows()
-        table = exchange.read_counts(len(draft.counts) + 1, layer)
+        table = exchange.read_counts(len(counts), layer)
         most = int(table[:, -1].max())
         if most > exchange.capacity:  # all ranks see it
-            exchange.give_up_rows()
             exchange.grow(most)
             self._push(parts, "dispatch")
         rank, ranks = exchange.group.rank, draft.ranks
