@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from lightning_fastmoe.errors import ExchangeError, TopologyError
 from lightning_fastmoe.nn import LocalSchedule, Routing, StackedExperts
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.placement import equal_blocks
+from lightning_fastmoe.ops.stall import stall_report
 
 D, F, E, K = 16, 8, 8, 3
 
@@ -242,3 +246,29 @@ def refused(kind: str) -> str:
     finally:
         memory._host, torch.from_file = host, new
     return "none"
+
+
+def without_backward_on_device(folder: str) -> None:
+    """Writes the error of rank 0, where rank 1 makes no backward pass, and ends the process."""
+    layer = Layer("cuda", 3.0)
+    given = layer.inputs(0, 10)
+    out, _ = layer.schedule.run(*given, layer.part, None, "a layer")
+    layer.meet()
+    said = {"device": "", "next": "", "report": "", "seconds": 0.0}
+    if layer.group.rank == 0:
+        begin = time.monotonic()
+        try:
+            out.sum().backward()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            said["device"] = str(error)
+        said["seconds"] = time.monotonic() - begin
+        said["report"] = stall_report()
+        try:
+            layer.exchange._flags.check()  # what the next exchange does first
+        except ExchangeError as error:
+            said["next"] = str(error)
+    else:
+        time.sleep(15.0)
+    Path(folder, f"rank{layer.group.rank}.json").write_text(json.dumps(said))
+    os._exit(1)  # what else ends a process may wait for the device

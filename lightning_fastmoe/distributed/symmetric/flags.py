@@ -74,8 +74,8 @@ class Flags:
             self._wait_on_host(line, value, where)
             return table.clone()
         self._wait_on_device(line, value, fatal=False)
-        copy = torch.empty_like(table, device="cpu", pin_memory=True)
-        copy.copy_(table, non_blocking=True)
+        copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+        copy.copy_(table.contiguous(), non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(table.device))
         try:
@@ -84,7 +84,7 @@ class Flags:
             self._tell()
             raise
         self.check()
-        return copy
+        return copy.clone()
 
     def check(self) -> None:
         """Raises:
