@@ -63,8 +63,9 @@ def test_nobody_waits_for_a_rank_that_has_given_up(rank_pool):
     assert took < 10
 
 
-def test_ranks_in_other_layers_are_an_error_on_all(rank_pool):
-    for error, took in rank_pool.run(runs.faults, 2, "cpu", "other layers"):
+@pytest.mark.parametrize("where", ["other layers", "the end"])
+def test_ranks_in_other_layers_are_an_error_on_all(rank_pool, where):
+    for error, took in rank_pool.run(runs.faults, 2, "cpu", where):
         assert "Every rank must run the same MoE layers" in error
         assert took < 2.5
 

@@ -90,8 +90,9 @@ def test_nobody_waits_for_a_rank_that_has_given_up(rank_pool: RankPool) -> None:
     assert took < 20
 
 
-def test_ranks_in_other_layers_are_an_error_on_all(rank_pool: RankPool) -> None:
-    for error, _ in rank_pool.run(runs.faults, 2, "cuda", "other layers", timeout=LIMIT):
+@pytest.mark.parametrize("where", ["other layers", "the end"])
+def test_ranks_in_other_layers_are_an_error_on_all(where: str, rank_pool: RankPool) -> None:
+    for error, _ in rank_pool.run(runs.faults, 2, "cuda", where, timeout=LIMIT):
         assert "Every rank must run the same MoE layers" in error
 
 

@@ -36,6 +36,9 @@ class ExpertGroup:
         wait: how the host waits for the other ranks.
         is_on_stream: whether exchanges are enqueued on the device without blocking the host.
         shared: what all schedules of the group share, by its class.
+        other_way: exchanges counts, or returns None where it can't, in place of a collective. A
+            schedule that sends its own counts otherwise sets it on all ranks, so that they meet
+            those of a rank that is elsewhere, and both see that.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -46,6 +49,7 @@ class ExpertGroup:
         self.pending = PendingExchange()
         self.wait = ExchangeWait()
         self.shared: dict[type, Any] = {}
+        self.other_way: Callable[[Tensor, int, str], Tensor | None] | None = None
         self._sequence = 0
         self.is_on_stream = "nccl" in dist.get_backend(group)
         self._pinned: Tensor | None = None
@@ -66,6 +70,10 @@ class ExpertGroup:
                 the same layer, or if counts arrive corrupted; on this rank, if the others don't
                 join before the deadline of :attr:`wait`.
         """
+        if self.other_way is not None:
+            found = self.other_way(counts, width, layer)
+            if found is not None:
+                return found
         self._sequence += 1
         vector = pack_counts(counts, self.slots, self._sequence, width, layer)
         table = vector.new_empty((self.size, vector.numel()))

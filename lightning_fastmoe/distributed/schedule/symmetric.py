@@ -48,6 +48,8 @@ class SymmetricSchedule(DedupSchedule):
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
     ) -> Tensor:
         """See :class:`DedupSchedule`."""
+        if x.device.type != self.exchange.device.type:  # a group of gloo, and tokens on a GPU
+            return super().run_per_rank(x, chosen, wide, experts, layer)
         passage = Passage(self.exchange, self.draft(chosen), layer)
         received, weights, ids = send_tokens(x, wide, passage)
         order = self.order(ids, int(passage.counts[:, self.held[self.group.rank]].sum()))

@@ -119,6 +119,7 @@ class SymmetricExchange:
         self._aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._to_all = torch.arange(group.size, device=device)
         self._ends = torch.arange(1, group.size + 1, device=device, dtype=torch.int32)
+        group.other_way = self.exchange_counts
 
     @classmethod
     def of(cls, group: ExpertGroup) -> SymmetricExchange:
@@ -134,6 +135,14 @@ class SymmetricExchange:
             group.shared[cls] = cls(group, device)
         found: SymmetricExchange = group.shared[cls]
         return found
+
+    def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor | None:
+        """:meth:`ExpertGroup.exchange_counts`; None if there is no room for the model's counts."""
+        if self.group.slots > MAX_SLOTS:  # the same on all ranks
+            return None
+        here = counts.to(self.device, non_blocking=True)
+        self.send_counts(here, width, layer)
+        return self.read_counts(len(here), layer)
 
     def send_counts(self, counts: Tensor, width: int, layer: str) -> int:
         """Sends this rank's counts to all; :meth:`read_counts` must follow.
@@ -152,7 +161,7 @@ class SymmetricExchange:
             self._aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._aside):  # so that they pass the rows
             kind = self._begin(self._counts, layer, "counts", tag=0)
-            vector = pack_counts(counts, self.group.slots, kind.number, width, layer)
+            vector = pack_counts(counts, self._slots, kind.number, width, layer)
             ops.push_rows(
                 *(vector.unsqueeze(0), self._to_all, self._ends, self.group.size),
                 *(self._control.ranks, self.group.rank, self._counts_at(self.group.rank), 1),
@@ -176,7 +185,7 @@ class SymmetricExchange:
         kind, ranks = self._counts, self.group.size
         begin = self._counts_at(0)
         table = self._control.own[begin : begin + ranks * _COUNTS_BYTES].view(torch.int64)
-        table = table.view(ranks, -1)[:, : HEADER + self.group.slots]
+        table = table.view(ranks, -1)[:, : HEADER + self._slots]
         with self.group.pending(layer, "counts"), torch.cuda.stream(self._aside):
             where = self.group.where(layer, "counts")
             found = self._flags.wait_and_read(kind.line, kind.value, table, where)
@@ -258,6 +267,10 @@ class SymmetricExchange:
     def skip_rows(self) -> None:
         """In place of :meth:`send`, on a rank whose rows don't fit. None may receive then."""
         self._rows.number += 1
+
+    @property
+    def _slots(self) -> int:
+        return min(self.group.slots, MAX_SLOTS)
 
     def _begin(self, kind: _Kind, layer: str, phase: str, tag: int) -> _Kind:
         with self.group.pending(layer, phase):
