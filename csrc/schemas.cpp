@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // x (T, D), inverse (N,) -> (N, D): out[inverse[t*K + k]] = x[t].
   library.def("permute_rows(Tensor x, Tensor inverse, int top_k) -> Tensor");
   // rows (N, D) -> (T, D): out[t] = sum_k weights[t, k] * rows[inverse[t*K + k]], in slot order, in
-  // fp32; without weights a plain sum. With bias (E, D) and offsets (E,), each row first gets its
-  // expert's.
+  // fp32; without weights a plain sum. A pair with -1 adds nothing, and a row may belong to no pair.
+  // With bias (E, D) and offsets (E,), each row first gets its expert's.
   library.def(
       "sum_rows(Tensor rows, Tensor inverse, Tensor? weights, int top_k, Tensor? bias,"
       " Tensor? offsets) -> Tensor");

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ops import exchange_cases as cases
 
-from lightning_fastmoe.ops import exchange
+from lightning_fastmoe.ops import exchange, kernels
 from lightning_fastmoe.ops.native import load
 
 VALUE = 3 << exchange.TAG_BITS | 9
@@ -148,3 +148,19 @@ def test_errors() -> None:
     report = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="report"):
         wait(memory, 0, 0, 1, report.int(), 1.0, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_rows_among_rows_of_nobody(dtype: torch.dtype) -> None:
+    ranks, tokens, most = 3, 4, 9
+    rows = torch.full((ranks * most, 40), torch.nan, dtype=dtype)
+    places = torch.full((tokens, ranks), -1)
+    right = torch.zeros(tokens, 40, dtype=torch.float64)
+    for token, rank, slot in ((0, 0, 0), (0, 2, 1), (1, 1, 5), (3, 0, 1), (3, 1, 8), (3, 2, 0)):
+        rows[rank * most + slot] = torch.randn(40)
+        places[token, rank] = rank * most + slot
+        right[token] += rows[rank * most + slot].double()
+    found = kernels.sum_placed_rows(rows.cuda(), places.view(-1).cuda(), ranks).cpu()
+    assert found.dtype == dtype
+    bound = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), right, rtol=bound, atol=bound)

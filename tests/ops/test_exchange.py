@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops import exchange_cases as cases
 
-from lightning_fastmoe.ops import exchange
+from lightning_fastmoe.ops import exchange, kernels
 
 pytestmark = pytest.mark.poisoned(False)
 
@@ -50,3 +50,19 @@ def test_flags_are_there_missing_or_of_another_exchange(flags, missing, differen
     found = torch.tensor([number << exchange.TAG_BITS | tag for number, tag in flags])
     value = 3 << exchange.TAG_BITS | 9
     assert exchange.compare_flags(found, value) == (missing, different)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_rows_among_rows_of_nobody(dtype):
+    ranks, tokens, most = 3, 4, 9
+    rows = torch.full((ranks * most, 40), torch.nan, dtype=dtype)
+    places = torch.full((tokens, ranks), -1)
+    right = torch.zeros(tokens, 40, dtype=torch.float64)
+    for token, rank, slot in ((0, 0, 0), (0, 2, 1), (1, 1, 5), (3, 0, 1), (3, 1, 8), (3, 2, 0)):
+        rows[rank * most + slot] = torch.randn(40)
+        places[token, rank] = rank * most + slot
+        right[token] += rows[rank * most + slot].double()
+    found = kernels.sum_placed_rows(rows, places.view(-1), ranks).cpu()
+    assert found.dtype == dtype
+    bound = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), right, rtol=bound, atol=bound)

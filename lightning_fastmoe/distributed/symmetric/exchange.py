@@ -5,18 +5,19 @@ and one of rows. Exchange n of a kind is, on each rank, in the order of the stre
 
 1. push rows to where they belong, then set this rank's flag n of all ranks;
 2. wait until all ranks have set their flag n here;
-3. copy what has arrived.
+3. read what has arrived.
 
 The next exchange uses the other half of the memory, and that is all that keeps a rank from writing
 to what another still reads: for n + 2 it has waited for everybody's flag n + 1, which each sets
-after it has copied n. All ranks make the same exchanges in the same order; the tags of flags and
+after it has read n. All ranks make the same exchanges in the same order; the tags of flags and
 the header of the counts detect it if not.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,51 @@ class Part:
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return self.rows.shape[1] * self.rows.element_size()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What has arrived in this rank's memory; others will write to it in exchanges to come.
+
+    Attributes:
+        memory: this rank's.
+        ranks: R.
+        most: rows of a rank that there is room for.
+        widths: bytes of a row of each part.
+        at: the byte at which each part begins: ``most`` rows of each rank.
+    """
+
+    memory: Tensor
+    ranks: int
+    most: int
+    widths: Sequence[int]
+    at: Sequence[int]
+
+    def copy(self, part: int, counts: Sequence[int]) -> Tensor:
+        """(sum(counts), w) uint8, by rank: a copy.
+
+        Args:
+            part: which part.
+            counts: rows from each rank.
+        """
+        width, begin = self.widths[part], self.at[part]
+        word = torch.int64 if width % 8 == 0 else torch.uint8
+        blocks = []
+        for count in counts:
+            blocks.append(self.memory[begin : begin + count * width].view(word))
+            begin += self.most * _aligned(width)
+        return torch.cat(blocks).view(torch.uint8).view(sum(counts), width)
+
+    def in_place(self, part: int) -> Tensor | None:
+        """(R * most, w) uint8, a view, of which only what ranks sent has values.
+
+        None where the ranks' rows have no common distance.
+        """
+        width, begin = self.widths[part], self.at[part]
+        if width != _aligned(width):
+            return None
+        rows = self.ranks * self.most
+        return self.memory[begin : begin + rows * width].view(rows, width)
 
 
 @dataclass
@@ -197,7 +243,7 @@ class SymmetricExchange:
         return max(most, 1) * sum(map(_aligned, widths))
 
     def send(self, parts: Sequence[Part], ends: Tensor, layer: str, phase: str, call: int) -> None:
-        """Pushes rows to their ranks; :meth:`receive` must follow, unless a rank had to skip it.
+        """Pushes rows to their ranks; :meth:`arrival` must follow, unless a rank had to skip it.
 
         Args:
             parts: all with the same numbers of rows, which must fit into :attr:`capacity`.
@@ -209,44 +255,31 @@ class SymmetricExchange:
         assert self.rows is not None
         kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call))
         widths = [part.row_bytes for part in parts]
-        most, at = self._layout(widths, self.group.rank)
+        most, at = self._layout(widths)
         for part, begin in zip(parts, at, strict=True):
+            begin += self.group.rank * most * _aligned(part.row_bytes)
             ops.push_rows(
                 *(part.rows, part.order, ends, part.divisor, self.rows.ranks),
                 *(self.group.rank, begin, most),
             )
         self._flags.set(kind.line, kind.value)
 
-    def receive(
-        self, widths: Sequence[int], counts: Sequence[int], layer: str, phase: str
-    ) -> list[Tensor]:
-        """Waits for the rows of all ranks.
+    @contextmanager
+    def arrival(self, widths: Sequence[int], layer: str, phase: str) -> Iterator[Arrival]:
+        """Waits for the rows of all ranks, which may be read until the end of the context.
 
         Args:
             widths: bytes of a row of each part, as sent.
-            counts: rows from each rank.
             layer: the layer's name.
             phase: what is exchanged.
-
-        Returns:
-            Of each part, (sum(counts), w) uint8, by rank: a copy, as others write to this memory
-            in exchanges to come.
         """
         assert self.rows is not None
-        kind, own = self._rows, self.rows.own
+        kind = self._rows
         with self.group.pending(layer, phase):
             self._flags.wait(kind.line, kind.value, self.group.where(layer, phase))
-        places = [self._layout(widths, rank)[1] for rank in range(self.group.size)]
-        found = []
-        for i, width in enumerate(widths):
-            word = torch.int64 if width % 8 == 0 else torch.uint8
-            blocks = [
-                own[at[i] : at[i] + count * width].view(word)
-                for at, count in zip(places, counts, strict=True)
-            ]
-            found.append(torch.cat(blocks).view(torch.uint8).view(sum(counts), width))
+        most, at = self._layout(widths)
+        yield Arrival(self.rows.own, self.group.size, most, widths, at)
         self._end(kind)
-        return found
 
     def grow(self, needed: int) -> None:
         """Makes room for ``needed`` bytes from each rank; all ranks call this with one number.
@@ -292,12 +325,12 @@ class SymmetricExchange:
         block = self._counts.half * self.group.size + rank
         return self._flag_bytes + block * _COUNTS_BYTES
 
-    def _layout(self, widths: Sequence[int], rank: int) -> tuple[int, list[int]]:
-        """(rows that there is room for, the byte at which each part from ``rank`` begins)."""
+    def _layout(self, widths: Sequence[int]) -> tuple[int, list[int]]:
+        """(rows of a rank that there is room for, the byte at which each part begins)."""
         most = self.capacity // sum(map(_aligned, widths))
-        at = [(self._rows.half * self.group.size + rank) * self.capacity]
+        at = [self._rows.half * self.group.size * self.capacity]
         for width in widths[:-1]:
-            at.append(at[-1] + most * _aligned(width))
+            at.append(at[-1] + self.group.size * most * _aligned(width))
         return most, at
 
     def _meet(self) -> None:

@@ -6,6 +6,7 @@ those of the sums in the places of the tokens, those of the tokens in the places
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_fastmoe.distributed.dispatch.per_rank import RankDraft, RankPlan
 from lightning_fastmoe.distributed.symmetric.exchange import Part, SymmetricExchange
+from lightning_fastmoe.ops import kernels
 
 _BACKWARD = " (backward)"
 
@@ -67,7 +69,8 @@ class Passage:
         self._plan = draft.plan(sum(self._sent))
         ends = of_ranks[:, rank].cumsum(0).to(torch.int32)
         self._ends = ends.to(x.device, non_blocking=True)
-        rows, small = exchange.receive(widths, self._received, layer, "dispatch")
+        with exchange.arrival(widths, layer, "dispatch") as arrived:
+            rows, small = (arrived.copy(part, self._received) for part in range(2))
         # Clones, because the second part of a single row is contiguous but not aligned.
         ids, wide = (
             part.clone(memory_format=torch.contiguous_format)
@@ -77,8 +80,7 @@ class Passage:
 
     def combine(self, sums: Tensor) -> Tensor:
         """``sums (S', D) -> (T, D)``, each token's sum over ranks."""
-        (rows,) = self._back("combine", sums)
-        return self._plan.sum_over_ranks(rows)
+        return self._back("combine", sums)[0]
 
     def combine_backward(self, grad: Tensor) -> Tensor:
         """``(T, D) -> (S', D)``, the gradient of each row's sums."""
@@ -86,13 +88,13 @@ class Passage:
         phase = "combine" + _BACKWARD
         self._push(parts, phase)
         widths = [part.row_bytes for part in parts]
-        (rows,) = self._exchange.receive(widths, self._received, self._layer, phase)
-        return rows.view(grad.dtype)
+        with self._exchange.arrival(widths, self._layer, phase) as arrived:
+            return arrived.copy(0, self._received).view(grad.dtype)
 
     def dispatch_backward(self, d_rows: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
         """``(S', D), (S', K) -> (T, D), (T, K)``, the gradients of tokens and weights."""
-        rows, by_row = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
-        return self._plan.sum_over_ranks(rows), self._plan.slots_of_tokens(by_row)
+        d_x, (by_row,) = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
+        return d_x, self._plan.slots_of_tokens(by_row)
 
     def _of_tokens(self, x: Tensor) -> list[Part]:
         rows = x.contiguous().view(torch.uint8)
@@ -102,13 +104,31 @@ class Passage:
         ends = self._draft.pairs.offsets[: self._draft.ranks]
         self._exchange.send(parts, ends, self._layer, phase, self._call)
 
-    def _back(self, phase: str, *tensors: Tensor) -> list[Tensor]:
-        """Sends a row of each tensor for each row that came here, and brings those for ours."""
+    def _back(self, phase: str, rows: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Sends a row of each tensor for each row that came here, and gets those for ours.
+
+        Returns:
+            Each token's sum over ranks of ``rows``, and the others by row.
+        """
+        tensors = (rows, *others)
         parts = [Part(tensor.contiguous().view(torch.uint8)) for tensor in tensors]
         widths = [part.row_bytes for part in parts]
         self._exchange.send(parts, self._ends, self._layer, phase, self._call)
-        found = self._exchange.receive(widths, self._sent, self._layer, phase)
-        return [rows.view(like.dtype) for rows, like in zip(found, tensors, strict=True)]
+        with self._exchange.arrival(widths, self._layer, phase) as arrived:
+            found = [arrived.copy(i + 1, self._sent).view(t.dtype) for i, t in enumerate(others)]
+            if (here := arrived.in_place(0)) is None:
+                copy = arrived.copy(0, self._sent).view(rows.dtype)
+                return self._plan.sum_over_ranks(copy), found
+            places = self._places(arrived.most)
+            return kernels.sum_placed_rows(here.view(rows.dtype), places, self._plan.ranks), found
+
+    def _places(self, most: int) -> Tensor:
+        """(T*R,) the row of each (token, rank) pair, where each rank's rows have room for more."""
+        begins = accumulate(self._sent[:-1], initial=0)
+        shifts = torch.tensor([rank * most - begin for rank, begin in enumerate(begins)])
+        place = self._plan.place.view(-1, self._plan.ranks)
+        moved = place + shifts.to(place.device, non_blocking=True)
+        return moved.masked_fill_(place < 0, -1).view(-1)
 
 
 class _Tokens(torch.autograd.Function):
