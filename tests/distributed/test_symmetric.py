@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed import dedup_runs
+from distributed import dedup_runs, schedule_runs
 from distributed import symmetric_runs as runs
 
 
@@ -15,6 +15,18 @@ def test_memory_grows_with_the_tokens_of_any_rank_and_nothing_unwritten_is_read(
         first, *rest = found["capacities"]
         assert rest == [first, first, rest[2], rest[2], rest[2]]
         assert first < rest[2]
+
+
+def test_rows_that_are_no_multiple_of_16_bytes(rank_pool):
+    """In fp32 the contract's rows have 24: those of different ranks have no common distance."""
+    arguments = ("symmetric", "equal blocks", "cpu", torch.float32)
+    for cases in rank_pool.run(schedule_runs.compared, 2, *arguments):
+        for case, tensors in cases.items():
+            for name, (found, right) in tensors.items():
+                message = f"{case}, {name}"
+                torch.testing.assert_close(
+                    found, right, rtol=1e-5, atol=2e-5, msg=lambda m, w=message: f"{w}: {m}"
+                )
 
 
 @pytest.mark.parametrize("world", [2, 4])
