@@ -6,6 +6,9 @@ import pytest
 import torch
 from distributed import dedup_runs, schedule_runs
 from distributed import symmetric_runs as runs
+from torch.distributed import _symmetric_memory
+
+from lightning_fastmoe.distributed.symmetric import memory
 
 
 def test_memory_grows_with_the_tokens_of_any_rank_and_nothing_unwritten_is_read(rank_pool):
@@ -99,3 +102,30 @@ def test_where_memory_cannot_be_shared_all_ranks_say_so(rank_pool, kind, reason)
     for error in rank_pool.run(runs.refused, 2, kind):
         assert reason in error
         assert "dispatcher='dedup'" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "gpus", "reason"),
+    [
+        ({}, ["a", "b"], None),
+        ({"kernels": None}, ["a", "b"], "kernels are unavailable"),
+        ({"connections": "1"}, ["a", "b"], "CUDA_DEVICE_MAX_CONNECTIONS=1"),
+        ({"access": False}, ["a", "b"], "GPU 0 has no access to the memory of GPU 1"),
+        ({"access": False}, ["a", "hidden"], None),  # only mapping it will tell
+        ({"access": False}, ["a", "a"], None),  # shared
+        ({"backend": "NVSHMEM"}, ["a", "b"], "set to NVSHMEM, not to CUDA"),
+    ],
+    ids=str,
+)
+def test_what_is_known_before_memory_is_mapped(change, gpus, reason, monkeypatch):
+    now = {"kernels": "some", "connections": "8", "access": True, "backend": "CUDA"} | change
+    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", now["connections"])
+    monkeypatch.setattr(memory.native, "load", lambda: now["kernels"])
+    monkeypatch.setattr(memory, "_gpu", lambda index: "ab"[index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _, __: now["access"])
+    monkeypatch.setattr(_symmetric_memory, "get_backend", lambda _: now["backend"])
+    found = memory._why_not_cuda(torch.device("cuda", 0), gpus)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,17 @@ def check_reachable(group: dist.ProcessGroup, device: torch.device) -> None:
         TopologyError: on all ranks, naming the first reason.
     """
     world = dist.get_world_size(group)
-    hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, _host(), group=group)
+    own = (_host(), _gpu(device.index) if device.type == "cuda" else "")
+    places: list[Any] = [None] * world
+    dist.all_gather_object(places, own, group=group)
+    hosts, gpus = zip(*places, strict=True)
     reason = None
     if len(set(hosts)) > 1:
         reason = f"the group spans {len(set(hosts))} hosts"
     elif world > MAX_RANKS:
         reason = f"there are more than {MAX_RANKS}"
     elif device.type == "cuda":
-        reason = _why_not_cuda(device)
+        reason = _why_not_cuda(device, gpus)
     refuse_unless_all_can(group, reason)
 
 
@@ -152,13 +154,24 @@ def _host() -> str:
     return name
 
 
-def _why_not_cuda(device: torch.device) -> str | None:
+def _gpu(index: int) -> str:
+    """What all processes call this GPU, whichever they can see."""
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _why_not_cuda(device: torch.device, gpus: Sequence[str]) -> str | None:
+    """Why kernels on ``device`` can't write to the memory of ``gpus``; None if nothing is known."""
     if native.load() is None:
         return f"the CUDA kernels are unavailable: {native.unavailable_reason()}"
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         # A wait could stand before NCCL's kernel in the only queue of one rank, and after it in
         # another's.
         return "CUDA_DEVICE_MAX_CONNECTIONS=1 leaves one queue for waits and collectives"
+    # Only of those that this process can see; for others, mapping shows.
+    for other in range(torch.cuda.device_count()):
+        is_peer = other != device.index and _gpu(other) in gpus
+        if is_peer and not torch.cuda.can_device_access_peer(device, other):
+            return f"GPU {device.index} has no access to the memory of GPU {other}"
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed._symmetric_memory as symmetric
 
