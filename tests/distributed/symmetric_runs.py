@@ -228,6 +228,16 @@ def other_order() -> str:
     return "none"
 
 
+def other_dtypes() -> str:
+    """The error on this rank, where ranks compute in different dtypes."""
+    layer = Layer("cpu", 5.0, torch.float32 if dist.get_node_local_rank() else torch.float64)
+    try:
+        layer.run(layer.inputs(0, 10))
+    except ExchangeError as error:
+        return str(error)
+    return "none"
+
+
 def refused(kind: str) -> str:
     """The error on this rank: of a group on two "hosts", or where memory "fails" on rank 1."""
     dist.init_process_group("gloo")

@@ -97,6 +97,12 @@ def test_backward_passes_in_other_orders_are_an_error(rank_pool):
     assert "none" not in errors
 
 
+def test_rows_of_different_lengths_are_an_error(rank_pool):
+    errors = rank_pool.run(runs.other_dtypes, 2)
+    assert any("In another exchange: rank" in error for error in errors), errors
+    assert "none" not in errors
+
+
 @pytest.mark.parametrize(("kind", "reason"), [("hosts", "2 hosts"), ("fails", "no memory left")])
 def test_where_memory_cannot_be_shared_all_ranks_say_so(rank_pool, kind, reason):
     for error in rank_pool.run(runs.refused, 2, kind):

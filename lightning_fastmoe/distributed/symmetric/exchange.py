@@ -250,11 +250,12 @@ class SymmetricExchange:
             ends: (R,) int32, where the rows for each rank end.
             layer: the layer's name.
             phase: what is exchanged.
-            call: the same number on all ranks; ranks with different ones end in an error.
+            call: the same number on all ranks; ranks with different ones end in an error, as do
+                those with rows of different lengths.
         """
         assert self.rows is not None
-        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call))
         widths = [part.row_bytes for part in parts]
+        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call, widths))
         most, at = self._layout(widths)
         for part, begin in zip(parts, at, strict=True):
             begin += self.group.rank * most * _aligned(part.row_bytes)
@@ -341,5 +342,6 @@ def _aligned(width: int) -> int:
     return -(-width // ops.ALIGNMENT) * ops.ALIGNMENT
 
 
-def _tag(layer: str, phase: str, call: int) -> int:
-    return zlib.crc32(f"{layer}, {phase}, {call}".encode()) % (1 << ops.TAG_BITS)
+def _tag(*what: object) -> int:
+    """What must be the same on all ranks, as a number for a flag."""
+    return zlib.crc32(repr(what).encode()) % (1 << ops.TAG_BITS)

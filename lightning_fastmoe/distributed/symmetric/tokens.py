@@ -18,6 +18,7 @@ from lightning_fastmoe.distributed.symmetric.exchange import Part, SymmetricExch
 from lightning_fastmoe.ops import kernels
 
 _BACKWARD = " (backward)"
+_ID_BYTES = 4
 
 
 class Passage:
@@ -46,13 +47,14 @@ class Passage:
     def dispatch(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pushes tokens before any count is known; see :func:`send_tokens`."""
         exchange, draft, layer = self._exchange, self._draft, self._layer
-        parts = self._of_tokens(x)
-        parts.append(Part(draft.ids_and_weights(weights), draft.pairs.order))
-        widths = [part.row_bytes for part in parts]
+        slot_bytes = _ID_BYTES + weights.element_size()
+        widths = [x.shape[1] * x.element_size(), weights.shape[1] * slot_bytes]
         needed = exchange.needs(len(x), widths)
         asked = torch.tensor([needed]).to(x.device, non_blocking=True)
         counts = torch.cat([draft.counts, asked])
         self._call = exchange.send_counts(counts, x.shape[1], layer)
+        small = Part(draft.ids_and_weights(weights), draft.pairs.order)
+        parts = [*self._of_tokens(x), small]
         if needed <= exchange.capacity:
             self._push(parts, "dispatch")
         else:
@@ -70,11 +72,11 @@ class Passage:
         ends = of_ranks[:, rank].cumsum(0).to(torch.int32)
         self._ends = ends.to(x.device, non_blocking=True)
         with exchange.arrival(widths, layer, "dispatch") as arrived:
-            rows, small = (arrived.copy(part, self._received) for part in range(2))
+            rows, packed = (arrived.copy(part, self._received) for part in range(2))
         # Clones, because the second part of a single row is contiguous but not aligned.
         ids, wide = (
             part.clone(memory_format=torch.contiguous_format)
-            for part in small.tensor_split([weights.shape[1] * 4], dim=1)
+            for part in packed.tensor_split([weights.shape[1] * _ID_BYTES], dim=1)
         )
         return rows.view(x.dtype), wide.view(weights.dtype), ids.view(torch.int32)
 
