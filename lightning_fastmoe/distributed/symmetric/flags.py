@@ -80,8 +80,10 @@ class Flags:
         event.record(torch.cuda.current_stream(table.device))
         try:
             self._group.wait.for_event(event, where)
-        except BaseException:
+        except BaseException as error:
             self._tell()
+            if not isinstance(error, ExchangeError):
+                self.check()  # a wait in an earlier exchange may be why the device has stopped
             raise
         self.check()
         return copy.clone()
