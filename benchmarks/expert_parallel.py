@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--configs", default=CONFIGS, help="'all' or names, separated by commas")
     add(
         "--dispatchers",
-        default="all_to_all,dedup,dedup_overlapped",
+        default="all_to_all,dedup,dedup_overlapped,symmetric",
         help="names, separated by commas",
     )
     add("--rounds", type=int, default=5)

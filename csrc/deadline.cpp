@@ -29,13 +29,6 @@ double limit_seconds() {
   return seconds;
 }
 
-// Plus one, since the first tick may be almost over at the start; without a limit, the maximum.
-uint32_t limit_ticks() {
-  constexpr double kTicksPerSecond = 1e9 / (1 << kTickBits), kMost = 4e9;
-  const double ticks = limit_seconds() * kTicksPerSecond;
-  return static_cast<uint32_t>(ticks == 0 || ticks > kMost ? kMost : ticks + 1);
-}
-
 // One for all devices of the process, and never freed: a kernel may write to it until exit.
 StallRecord* record() {
   static std::mutex mutex;
@@ -58,6 +51,13 @@ StallRecord* record() {
 
 }  // namespace
 
+// Plus one, since the first tick may be almost over at the start; without a limit, the maximum.
+uint32_t ticks_of(double seconds) {
+  constexpr double kTicksPerSecond = 1e9 / (1 << kTickBits), kMost = 4e9;
+  const double ticks = seconds * kTicksPerSecond;
+  return static_cast<uint32_t>(ticks <= 0 || ticks > kMost ? kMost : ticks + 1);
+}
+
 std::string stall_report() {
   const StallRecord* found = record();
   const uint64_t waiter = found->waiter;
@@ -75,6 +75,10 @@ std::string stall_report() {
     case WaitFor::kGrid:
       what = "the other blocks of its grid";
       break;
+    case WaitFor::kRank:  // not a bug in a kernel
+      return "the exchange of tokens gave up: rank " + std::to_string((waiter >> 4) & 0xfff) +
+             " of the expert parallel group was not there in time, was in another exchange, or had"
+             " given up before. The process can't use this GPU any more.";
   }
   char text[32];
   std::snprintf(text, sizeof(text), "%g", limit_seconds());
@@ -89,7 +93,7 @@ std::string stall_report() {
 Deadline deadline_for(const char* op) {
   StallRecord* where = record();
   if (where->waiter != 0) STD_TORCH_CHECK(false, op, ": ", stall_report());
-  Deadline deadline{limit_ticks(), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(op)), where};
+  Deadline deadline{ticks_of(limit_seconds()), static_cast<uint64_t>(reinterpret_cast<uintptr_t>(op)), where};
 #ifdef LIGHTNING_FASTMOE_DELAYS
   constexpr double kDelaySeconds = 20e-6;
   deadline.delay_nanoseconds =

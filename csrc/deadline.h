@@ -8,7 +8,7 @@
 
 namespace lightning_fastmoe {
 
-enum class WaitFor : uint32_t { kFullStage = 1, kEmptyStage = 2, kGrid = 3 };
+enum class WaitFor : uint32_t { kFullStage = 1, kEmptyStage = 2, kGrid = 3, kRank = 4 };
 
 // The record of the first thread that timed out, in pinned host memory: after a trap, the host can
 // no longer read the device's memory.
@@ -17,8 +17,8 @@ struct StallRecord {
   volatile uint64_t waiter;  // see pack_waiter(); zero while no thread has timed out
 };
 
-// block: 32 bits, thread: 16, detail (a stage and its parity, or a grid barrier's round): 12, what
-// for: 4.
+// block: 32 bits, thread: 16, detail (a stage and its parity, a grid barrier's round, or a rank): 12,
+// what for: 4.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
@@ -43,6 +43,9 @@ struct Deadline {
 // The deadline of a kernel of operator `op`, a string literal. Throws if a kernel of this process
 // has given up: its device is unusable from then on, and no other error would say why.
 Deadline deadline_for(const char* op);
+
+// A wait of this many seconds; 0 for no limit.
+uint32_t ticks_of(double seconds);
 
 // Which thread waited for what; "" if no kernel of this process has timed out.
 std::string stall_report();

@@ -49,6 +49,16 @@ void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tenso
                 const std::optional<Tensor>& scale, double lr, double beta1, double beta2,
                 double eps, double weight_decay, bool decoupled);
 
+// exchange/push.cu
+void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
+                   int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,
+                   int64_t most);
+
+// exchange/flags.cu
+void exchange_set_flags(std::vector<Tensor> memory, int64_t rank, int64_t at, int64_t value);
+void exchange_wait(std::vector<Tensor> memory, int64_t rank, int64_t at, int64_t value,
+                   const Tensor& report, double seconds, bool fatal);
+
 // layer.cpp
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
                                         const Tensor& up, const Tensor& down,

@@ -195,8 +195,6 @@ Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<T
   const int64_t pairs = inverse.size(0), tokens = pairs / top_k, width = rows.size(1);
   STD_TORCH_CHECK(pairs % top_k == 0, op, ": ", pairs, " pairs are not a multiple of top_k = ",
                   top_k);
-  STD_TORCH_CHECK(rows.size(0) <= pairs, op, ": ", rows.size(0), " rows, but only ", pairs,
-                  " pairs");
   if (weights) check_weights(*weights, op, tokens, top_k, rows);
   const RowBias row_bias = check_row_bias(bias, offsets, op, width, rows);
 

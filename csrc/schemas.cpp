@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // x (T, D), inverse (N,) -> (N, D): out[inverse[t*K + k]] = x[t].
   library.def("permute_rows(Tensor x, Tensor inverse, int top_k) -> Tensor");
   // rows (N, D) -> (T, D): out[t] = sum_k weights[t, k] * rows[inverse[t*K + k]], in slot order, in
-  // fp32; without weights a plain sum. With bias (E, D) and offsets (E,), each row first gets its
-  // expert's.
+  // fp32; without weights a plain sum. A pair with -1 adds nothing, and a row may belong to no pair.
+  // With bias (E, D) and offsets (E,), each row first gets its expert's.
   library.def(
       "sum_rows(Tensor rows, Tensor inverse, Tensor? weights, int top_k, Tensor? bias,"
       " Tensor? offsets) -> Tensor");
@@ -71,6 +71,25 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "adam_step_(Tensor[] gradients, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) mean_square,"
       " Tensor(d!) weights, Tensor step, Tensor? scale, float lr, float beta1, float beta2,"
       " float eps, float weight_decay, bool decoupled) -> ()");
+
+  // memory: (B,) bytes of each rank of a group, all mapped into this process; `rank` is this one.
+  //
+  // ends (R,) int32, where the rows of each rank end. Row order[i] / divisor of rows (n, w) (row i
+  // without order), i < ends[R - 1], goes to the rank whose rows i is among, as its next row from
+  // byte `at` on. A rank has room for `most`.
+  library.def(
+      "exchange_push(Tensor rows, Tensor? order, Tensor ends, int divisor, Tensor(a!)[] memory,"
+      " int rank, int at, int most) -> ()");
+  // Sets this rank's flag, among those at byte `at`, of every rank: after all that earlier kernels
+  // of the stream wrote.
+  library.def(
+      "exchange_set_flags(Tensor(a!)[] memory, int rank, int at, int value) -> ()");
+  // Waits on the device until each rank has set its flag here to `value`. Where that doesn't
+  // happen in time (0 seconds for no limit) or can't any more, says so in report (4,) int64, pinned
+  // host memory, and tells the other ranks. Then, if fatal, traps.
+  library.def(
+      "exchange_wait(Tensor(a!)[] memory, int rank, int at, int value, Tensor(b!) report,"
+      " float seconds, bool fatal) -> ()");
 
   // Which kernel of this process timed out, and what it waited for; "" if none. See deadline.h.
   library.def("stall_report() -> str");
@@ -118,6 +137,9 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("expert_layer", TORCH_BOX(&lightning_fastmoe::expert_layer));
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
   library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
+  library.impl("exchange_push", TORCH_BOX(&lightning_fastmoe::exchange_push));
+  library.impl("exchange_set_flags", TORCH_BOX(&lightning_fastmoe::exchange_set_flags));
+  library.impl("exchange_wait", TORCH_BOX(&lightning_fastmoe::exchange_wait));
   namespace hopper = lightning_fastmoe::hopper;
   library.impl("hopper_up_forward", TORCH_BOX(&hopper::up_forward));
   library.impl("hopper_backward_activation_", TORCH_BOX(&hopper::backward_activation_));

@@ -16,10 +16,10 @@ ONE_RANK = ("auto", "local")
 """Names of dispatchers for which no other rank is needed. "auto" is "local" until experts are
 sharded."""
 
-DISPATCHERS = (*ONE_RANK, "all_to_all", "dedup", "dedup_overlapped")
+DISPATCHERS = (*ONE_RANK, "all_to_all", "dedup", "dedup_overlapped", "symmetric")
 """Names that ``MoE(dispatcher=...)`` takes. "all_to_all" sends a row per chosen expert, "dedup" one
-per rank. Those that need other ranks have a line in
-``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
+per rank, "symmetric" the same through memory that ranks share. Those that need other ranks have a
+line in ``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
 
 
 def check_dispatcher(name: str) -> None:

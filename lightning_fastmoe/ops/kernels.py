@@ -85,6 +85,25 @@ def sum_rows(
     return picked.to(acc).mul_(weights.to(acc).unsqueeze(-1)).sum(dim=1).to(dtype)
 
 
+def sum_placed_rows(rows: Tensor, places: Tensor, ranks: int) -> Tensor:
+    """Each token's sum of the rows at its places, in their order, accumulated in fp32.
+
+    Unlike in :func:`sum_rows`, there may be rows that no token has.
+
+    Args:
+        rows: (N, D).
+        places: (T*R,) int64, R per token; -1 for none.
+        ranks: R.
+
+    Returns:
+        (T, D) in the dtype of ``rows``.
+    """
+    if (library := native(rows, places)) is not None:
+        return library.sum_rows(rows, places, None, ranks, None, None)  # type: ignore[no-any-return]
+    picked = rows_or_zeros(rows, places).view(-1, ranks, rows.shape[1])
+    return picked.sum(dim=1, dtype=accumulation_dtype(rows.dtype)).to(rows.dtype)
+
+
 def rows_or_zeros(rows: Tensor, places: Tensor) -> Tensor:
     """``rows[places]``, and zeros where a place is negative.
 

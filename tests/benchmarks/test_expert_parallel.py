@@ -35,7 +35,7 @@ def test_times_what_is_right(rank_pool: RankPool, tmp_path, spoil):
     path = tmp_path / "run.json"
     assert rank_pool.run(run, 2, str(path), spoil) == [int(spoil)] * 2
     rows = {row["dispatcher"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == ["local", "all_to_all", "dedup", "dedup_overlapped"]
+    assert list(rows) == ["local", "all_to_all", "dedup", "dedup_overlapped", "symmetric"]
     assert all(row["ms"] > 0 for name, row in rows.items() if name != "dedup")
     assert ("ms" in rows["dedup"]) != spoil
     assert (rows["dedup"]["error"] > expert_parallel.TOLERANCE) == spoil

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed.devices import join
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -270,12 +271,7 @@ def on_device(name: str, device_type: str) -> list[tuple[Tensor, Tensor]]:
     On a GPU the second pass raises where it synchronises otherwise than by waiting for the counts.
     """
     on_cuda = device_type == "cuda"
-    device = torch.device("cuda", dist.get_node_local_rank()) if on_cuda else torch.device("cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_cuda else "gloo")
-    assert dist.group.WORLD is not None
-    group = ExpertGroup(dist.group.WORLD)
+    device, group = join(device_type)
     rank, world, experts, width = group.rank, group.size, 16, 64
     parts = [StackedExperts(width, 128, experts, layer_seed=1) for _ in range(2)]
     placement = equal_blocks(experts, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from distributed.devices import join
 from torch import Tensor
 
 from lightning_fastmoe.distributed import (
@@ -30,15 +31,8 @@ Results = dict[str, dict[str, tuple[Tensor, Tensor]]]
 
 def compared(name: str, placement: str, device_type: str, dtype: torch.dtype) -> Results:
     """Case -> what was computed, by the schedule and on one rank."""
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank())
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    world = dist.group.WORLD
-    assert world is not None
-    placed = PLACEMENTS[placement](dist.get_world_size())
-    group = ExpertGroup(world)
+    device, group = join(device_type)
+    placed = PLACEMENTS[placement](group.size)
     # Shorter than ranks are late: a schedule must live through waits in slices.
     group.wait = ExchangeWait(look=2e-3)
     return {

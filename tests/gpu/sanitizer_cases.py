@@ -9,6 +9,7 @@ import torch
 
 from lightning_fastmoe.ops import (
     ACTIVATIONS,
+    exchange,
     expert_layer,
     is_gated,
     kernels,
@@ -72,6 +73,25 @@ def split_gradients() -> None:
             hopper.weight_gradient(library, x, order, 1, rows, offsets, transposed)
 
 
+def rows_for_ranks() -> None:
+    """Rows pushed to "ranks" of which all memory is here, and a flag that is waited for."""
+    for counts, width in (((3, 0, 5), 33), ((700, 300), 64)):
+        ends = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+        order = torch.randperm(sum(counts) + 2, device="cuda")
+        rows = torch.zeros(len(order), width, dtype=torch.uint8, device="cuda")
+        size = 2 * len(counts) * exchange.FLAG_BYTES + -(-max(counts) * width // 16) * 16
+        memory = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in counts]
+        at = 2 * len(counts) * exchange.FLAG_BYTES
+        exchange.push_rows(rows, order, ends, 1, memory, 1, at, max(counts))
+        exchange.push_rows(rows, None, ends, 1, memory, 0, at, max(counts))
+        report = torch.zeros(4, dtype=torch.int64, pin_memory=True)
+        flags = len(counts) * exchange.FLAG_BYTES
+        for rank in range(len(counts)):
+            exchange.set_flags(memory, rank, flags, 5)
+        exchange.wait_for_flags(memory, 0, flags, 5, report, 60.0, False)
+        exchange.wait_for_flags(memory, 0, flags, 6, report, 0.01, False)
+
+
 def main() -> None:
     """Runs all cases, or those that use shared memory and no library."""
     torch.manual_seed(0)
@@ -85,6 +105,7 @@ def main() -> None:
         for name in ACTIVATIONS:
             run(SIZES[1], torch.float16, name, skewed=True)
         split_gradients()
+        rows_for_ranks()
     torch.cuda.synchronize()
     print("all cases ran")
 

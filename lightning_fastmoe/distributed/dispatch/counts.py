@@ -20,7 +20,7 @@ from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 from lightning_fastmoe.errors import ExchangeError
 
 _MAGIC = 0x4D6F45  # "MoE"
-_HEADER = 6  # magic, layer, sequence number, row width, total, checksum
+HEADER = 6  # magic, layer, sequence number, row width, total, checksum
 
 
 class ExpertGroup:
@@ -35,6 +35,10 @@ class ExpertGroup:
         pending: the record of this rank's current exchange.
         wait: how the host waits for the other ranks.
         is_on_stream: whether exchanges are enqueued on the device without blocking the host.
+        shared: what all schedules of the group share, by its class.
+        other_way: exchanges counts, or returns None where it can't, in place of a collective. A
+            schedule that sends its own counts otherwise sets it on all ranks, so that they meet
+            those of a rank that is elsewhere, and both see that.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -44,6 +48,8 @@ class ExpertGroup:
         self.slots = 0
         self.pending = PendingExchange()
         self.wait = ExchangeWait()
+        self.shared: dict[type, Any] = {}
+        self.other_way: Callable[[Tensor, int, str], Tensor | None] | None = None
         self._sequence = 0
         self.is_on_stream = "nccl" in dist.get_backend(group)
         self._pinned: Tensor | None = None
@@ -64,6 +70,10 @@ class ExpertGroup:
                 the same layer, or if counts arrive corrupted; on this rank, if the others don't
                 join before the deadline of :attr:`wait`.
         """
+        if self.other_way is not None:
+            found = self.other_way(counts, width, layer)
+            if found is not None:
+                return found
         self._sequence += 1
         vector = pack_counts(counts, self.slots, self._sequence, width, layer)
         table = vector.new_empty((self.size, vector.numel()))
@@ -101,7 +111,7 @@ class ExpertGroup:
             raises what :meth:`run` raises.
         """
         with self.pending(layer, phase):
-            self.wait.begin(self._where(layer, phase))
+            self.wait.begin(self.where(layer, phase))
             work = collective(*args, group=self.group, async_op=True)
 
         def finish() -> None:
@@ -109,12 +119,12 @@ class ExpertGroup:
                 if self.is_on_stream:
                     work.wait()  # the device does, not the host
                 else:
-                    self.wait.for_work(work, self._where(layer, phase))
+                    self.wait.for_work(work, self.where(layer, phase))
 
         return finish
 
     def _run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
-        where = self._where(layer, phase)
+        where = self.where(layer, phase)
         self.wait.begin(where)
         if self.is_on_stream:
             collective(*args, group=self.group)
@@ -132,13 +142,14 @@ class ExpertGroup:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(table.device))
         try:
-            self.wait.for_event(event, self._where(layer, "counts"))
+            self.wait.for_event(event, self.where(layer, "counts"))
         except BaseException:
             self._pinned = None  # the copy may still be in flight
             raise
         return self._pinned.clone()  # the next exchange overwrites it
 
-    def _where(self, layer: str, phase: str) -> str:
+    def where(self, layer: str, phase: str) -> str:
+        """The current exchange, for messages."""
         return f"{layer}, exchange of tokens number {self.pending.number}, phase {phase}"
 
     def end_pass(self, device: torch.device) -> None:
@@ -164,7 +175,7 @@ def pack_counts(counts: Tensor, slots: int, sequence: int, width: int, layer: st
 
 def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
     """Checks the gathered ``table (R, 6 + slots)`` and returns the counts ``(R, E)``."""
-    head, body = table[:, :_HEADER], table[:, _HEADER:]
+    head, body = table[:, :HEADER], table[:, HEADER:]
     for rank in range(table.shape[0]):
         magic, layer_hash, sequence, width, total, checksum = head[rank].tolist()
         counts = body[rank]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch.route import Route
 from lightning_fastmoe.ops import kernels
 
@@ -48,6 +49,53 @@ class RankPlan:
         # Negative for dropped slots.
         place = self.slot_place * slots + torch.arange(slots, device=by_row.device)
         return kernels.rows_or_zeros(by_row.reshape(-1), place.reshape(-1)).view(place.shape)
+
+
+@dataclass(frozen=True)
+class RankDraft:
+    """A plan whose number of rows the host doesn't know yet.
+
+    Attributes:
+        counts: (E + R,) int64, the tokens of each expert and the rows to each rank.
+        owner: (T, K) int64, the rank of each slot's expert, R for dropped slots.
+        local: (T, K) int64, that expert's number there.
+        pairs: the (token, rank) pairs by rank; those that aren't sent come last.
+        ranks: R.
+    """
+
+    counts: Tensor
+    owner: Tensor
+    local: Tensor
+    pairs: ops.ExpertOrder
+    ranks: int
+
+    def plan(self, rows: int) -> RankPlan:
+        """The plan, which sends ``rows`` rows."""
+        sent = self.pairs.first(self.ranks, rows)
+        token = torch.div(sent.order, self.ranks, rounding_mode="floor")
+        receiver = (sent.order - token * self.ranks).unsqueeze(1)
+        here = self.owner.index_select(0, token) == receiver
+        ids = self.local.index_select(0, token).masked_fill(~here, -1).to(torch.int32)
+        by_rank = sent.inverse.view(len(self.owner), self.ranks)
+        by_rank = torch.nn.functional.pad(by_rank, (0, 1), value=-1)  # where dropped slots look
+        return RankPlan(token, sent.inverse, by_rank.gather(1, self.owner), ids, self.ranks)
+
+    def ids_and_weights(self, weights: Tensor) -> Tensor:
+        """What travels with the rows: the experts and weights of each (token, rank) pair's slots.
+
+        Args:
+            weights: (T, K).
+
+        Returns:
+            (T*R, b) uint8: :attr:`RankPlan.ids`, then the weights; also of pairs that aren't sent.
+        """
+        tokens, slots = self.owner.shape
+        every = torch.arange(self.ranks, device=self.owner.device).view(1, -1, 1)
+        here = self.owner.unsqueeze(1) == every
+        ids = torch.where(here, self.local.unsqueeze(1), -1).to(torch.int32)
+        wide = weights.unsqueeze(1).expand(here.shape).contiguous()
+        bytes_of = [part.view(tokens * self.ranks, slots).view(torch.uint8) for part in (ids, wide)]
+        return torch.cat(bytes_of, dim=1)
 
 
 @dataclass

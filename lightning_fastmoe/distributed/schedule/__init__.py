@@ -7,6 +7,7 @@ from functools import partial
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
+from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
 from lightning_fastmoe.nn.dispatch import Dispatcher
 from lightning_fastmoe.nn.schedule import Schedule, SequentialSchedule
 
@@ -27,6 +28,7 @@ ACROSS_RANKS: dict[str, Callable[[ExpertGroup, int, Placement], Schedule]] = {
     "all_to_all": sequential(AllToAllDispatcher),
     "dedup": DedupSchedule,
     "dedup_overlapped": partial(DedupSchedule, parts=2),
+    "symmetric": SymmetricSchedule,
 }
 """Makes the schedule of a sharded layer, by the name that ``MoE(dispatcher=...)`` takes, from the
 expert parallel group, E and the placement. :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS` has

@@ -9,7 +9,6 @@ The idea is that of DeepEP's dispatch (https://github.com/deepseek-ai/DeepEP).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,42 +18,12 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup, Route
-from lightning_fastmoe.distributed.dispatch.per_rank import RankPlan, return_sums, send_tokens
+from lightning_fastmoe.distributed.dispatch.per_rank import RankDraft, return_sums, send_tokens
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.router import Routing
 from lightning_fastmoe.nn.schedule import SequentialSchedule
 from lightning_fastmoe.ops import kernels
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A plan whose number of rows the host doesn't know yet.
-
-    Attributes:
-        counts: (E + R,) int64, the tokens of each expert and the rows to each rank.
-        owner: (T, K) int64, the rank of each slot's expert, R for dropped slots.
-        local: (T, K) int64, that expert's number there.
-        pairs: the (token, rank) pairs by rank; those that aren't sent come last.
-        ranks: R.
-    """
-
-    counts: Tensor
-    owner: Tensor
-    local: Tensor
-    pairs: ops.ExpertOrder
-    ranks: int
-
-    def plan(self, rows: int) -> RankPlan:
-        """The plan, which sends ``rows`` rows."""
-        sent = self.pairs.first(self.ranks, rows)
-        token = torch.div(sent.order, self.ranks, rounding_mode="floor")
-        receiver = (sent.order - token * self.ranks).unsqueeze(1)
-        here = self.owner.index_select(0, token) == receiver
-        ids = self.local.index_select(0, token).masked_fill(~here, -1).to(torch.int32)
-        by_rank = sent.inverse.view(len(self.owner), self.ranks)
-        by_rank = torch.nn.functional.pad(by_rank, (0, 1), value=-1)  # where dropped slots look
-        return RankPlan(token, sent.inverse, by_rank.gather(1, self.owner), ids, self.ranks)
 
 
 class DedupSchedule(SequentialSchedule):
@@ -87,7 +56,7 @@ class DedupSchedule(SequentialSchedule):
     ) -> None:
         super().__init__(AllToAllDispatcher(group, num_experts, placement))
         self.group, self.num_experts, self.parts = group, num_experts, parts
-        self._held = [list(ids) for ids in placement]
+        self.held = [list(ids) for ids in placement]
         by_rank = torch.tensor(list(chain(*placement)), dtype=torch.int64)
         sizes = torch.tensor([len(ids) for ids in placement])
         owner = torch.repeat_interleave(torch.arange(group.size), sizes)
@@ -109,13 +78,30 @@ class DedupSchedule(SequentialSchedule):
         """
         if not experts.is_stacked or inputs.spec is not None or routing.token_ids is not None:
             return super().run_routed(inputs, routing, experts, layer)
-        x, rank, e = inputs.tokens, self.group.rank, len(self._held[self.group.rank])
-        sizes = _split(x.shape[0], self.parts)
         chosen = routing.expert_ids
         if routing.dispatched is not None:
             chosen = chosen.masked_fill(~routing.dispatched, self.num_experts)
-        wide = routing.weights.to(kernels.accumulation_dtype(x.dtype))
-        drafts = [self._draft(part) for part in chosen.split(sizes)]
+        wide = routing.weights.to(kernels.accumulation_dtype(inputs.tokens.dtype))
+        return self.run_per_rank(inputs.tokens, chosen, wide, experts, layer), routing
+
+    def run_per_rank(
+        self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
+    ) -> Tensor:
+        """Sends a row per (token, rank), computes, and returns the sums.
+
+        Args:
+            x: (T, D).
+            chosen: (T, K) int64, the experts; E for dropped slots.
+            wide: (T, K), their weights in the accumulation dtype.
+            experts: those of this rank.
+            layer: the layer's name.
+
+        Returns:
+            (T, D).
+        """
+        rank = self.group.rank
+        sizes = _split(x.shape[0], self.parts)
+        drafts = [self.draft(part) for part in chosen.split(sizes)]
         counts = torch.cat([draft.counts for draft in drafts])
         # (R, parts, E + R): the tokens of each expert, then the rows to each rank.
         table = self.group.exchange_counts(counts, x.shape[1], layer)
@@ -129,19 +115,29 @@ class DedupSchedule(SequentialSchedule):
             plan = draft.plan(sum(send))
             there = self._route(send, receive, layer, "dispatch")
             back = self._route(receive, send, layer, "combine")
-            rows = int(of_part[:, self._held[rank]].sum())
+            rows = int(of_part[:, self.held[rank]].sum())
             arrivals.append((send_tokens(x_part, w_part, plan, there), plan, back, rows))
         for arrive, plan, back, rows in arrivals:
             received, weights, ids = arrive()
-            # Slots that chose experts of other ranks come last, and get no row.
-            order = ops.order_by_expert(torch.where(ids < 0, e, ids).to(torch.int64), e + 1)
-            order = order.first(e, rows)
+            order = self.order(ids, rows)
             sums = experts(received, order.tokens_per_expert, weights, order)
             returns.append(return_sums(sums, plan, back))
         outputs = [arrive_sums() for arrive_sums in returns]
-        return outputs[0] if self.parts == 1 else torch.cat(outputs), routing
+        return outputs[0] if self.parts == 1 else torch.cat(outputs)
 
-    def _draft(self, chosen: Tensor) -> _Draft:
+    def order(self, ids: Tensor, rows: int) -> ops.ExpertOrder:
+        """The order of what has arrived.
+
+        Args:
+            ids: (S', K) int32, as in :attr:`RankPlan.ids`.
+            rows: how many of them are this rank's experts.
+        """
+        e = len(self.held[self.group.rank])
+        # Slots that chose experts of other ranks come last, and get no row.
+        order = ops.order_by_expert(torch.where(ids < 0, e, ids).to(torch.int64), e + 1)
+        return order.first(e, rows)
+
+    def draft(self, chosen: Tensor) -> RankDraft:
         """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""
         ranks = self.group.size
         self._where = self._where.to(chosen.device)
@@ -152,7 +148,7 @@ class DedupSchedule(SequentialSchedule):
         pairs = ops.order_by_expert(torch.where(needs, every, ranks), ranks + 1)
         of_experts = ops.order_by_expert(chosen, self.num_experts + 1).tokens_per_expert
         counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
-        return _Draft(counts, owner, local, pairs, ranks)
+        return RankDraft(counts, owner, local, pairs, ranks)
 
     def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> Route:
         return Route(dist.all_to_all_single, self.group, send, receive, layer, phase)

@@ -1,0 +1,57 @@
+"""The schedule that pushes rows into other ranks' memory, instead of by way of NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_fastmoe.distributed.dispatch import ExpertGroup
+from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
+from lightning_fastmoe.distributed.symmetric import SymmetricExchange
+from lightning_fastmoe.distributed.symmetric.exchange import MAX_SLOTS
+from lightning_fastmoe.distributed.symmetric.tokens import Passage, return_sums, send_tokens
+from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.experts import Experts
+
+
+class SymmetricSchedule(DedupSchedule):
+    """Sends what :class:`DedupSchedule` sends, through memory that all ranks of a host map.
+
+    A row's place at its destination follows from this rank's own counts, so rows leave before any
+    count has been exchanged; counts arrive while they travel.
+
+    Args:
+        group: the expert parallel group, shared by all layers of a model.
+        num_experts: E of the layer.
+        placement: global ids of the experts of each rank, ascending, every id once.
+
+    Raises:
+        TopologyError: on all ranks, if one can't reach the memory of the others; or if the
+            placement doesn't give each expert to exactly one rank.
+    """
+
+    def __init__(
+        self, group: ExpertGroup, num_experts: int, placement: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__(group, num_experts, placement)
+        slots = num_experts + group.size + 1  # the last: the memory that a rank needs
+        if slots > MAX_SLOTS:
+            raise TopologyError(
+                f"dispatcher='symmetric' exchanges at most {MAX_SLOTS} counts, not {slots}: use"
+                " dispatcher='dedup'."
+            )
+        self.exchange = SymmetricExchange.of(group)
+        group.slots = max(group.slots, slots)
+
+    def run_per_rank(
+        self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
+    ) -> Tensor:
+        """See :class:`DedupSchedule`."""
+        if x.device.type != self.exchange.device.type:  # a group of gloo, and tokens on a GPU
+            return super().run_per_rank(x, chosen, wide, experts, layer)
+        passage = Passage(self.exchange, self.draft(chosen), layer)
+        received, weights, ids = send_tokens(x, wide, passage)
+        order = self.order(ids, int(passage.counts[:, self.held[self.group.rank]].sum()))
+        sums = experts(received, order.tokens_per_expert, weights, order)
+        return return_sums(sums, passage)

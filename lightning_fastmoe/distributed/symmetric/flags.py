@@ -1,0 +1,175 @@
+"""The flags of a group in symmetric memory, and waits for them with a deadline and a reason."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.distributed.dispatch import ExpertGroup
+from lightning_fastmoe.distributed.symmetric.memory import SymmetricMemory
+from lightning_fastmoe.errors import ExchangeError
+from lightning_fastmoe.ops import exchange as ops
+
+_SOONER = 0.9
+"""Part of the deadline after which a device gives up, so that its report, which names the missing
+ranks, is there when the host would."""
+_REMEMBERED = 64
+
+_MISMATCH = (
+    "Every rank must run the same MoE layers in the same order in each step; make the forward pass"
+    " independent of the data."
+)
+
+
+class Flags:
+    """Flags of all ranks, in lines: line l of a rank has a flag of each rank.
+
+    In the first, a rank that gives up tells the others, and whoever waits for anything then gives
+    up too.
+
+    Args:
+        group: the expert parallel group.
+        memory: the memory that they are at the beginning of; zeros.
+    """
+
+    def __init__(self, group: ExpertGroup, memory: SymmetricMemory) -> None:
+        self._group, self._memory = group, memory
+        self._names: OrderedDict[int, str] = OrderedDict()
+        self.is_on_device = memory.own.is_cuda
+        self._report = torch.zeros(4, dtype=torch.int64, pin_memory=self.is_on_device)
+
+    @staticmethod
+    def bytes_of(lines: int, ranks: int) -> int:
+        """Bytes of memory that this many lines take."""
+        return (1 + lines) * ranks * ops.FLAG_BYTES
+
+    def set(self, line: int, value: int) -> None:
+        """Sets this rank's flag of all ranks, after what was pushed before."""
+        ops.set_flags(self._memory.ranks, self._group.rank, self._at(line), value)
+
+    def wait(self, line: int, value: int, where: str) -> None:
+        """Waits for all ranks: the host on the CPU, the current stream on a GPU.
+
+        What the stream runs after a wait that fails would read what never came: the device traps.
+        """
+        self.check()
+        self._remember(value, where)
+        if self.is_on_device:
+            self._wait_on_device(line, value, fatal=True)
+        else:
+            self._wait_on_host(line, value, where)
+
+    def wait_and_read(self, line: int, value: int, table: Tensor, where: str) -> Tensor:
+        """Waits for all ranks, and returns a copy of ``table``, of this rank's memory, on the host.
+
+        Raises:
+            ExchangeError: if the others don't come before the deadline, naming them.
+        """
+        self.check()
+        self._remember(value, where)
+        if not self.is_on_device:
+            self._wait_on_host(line, value, where)
+            return table.clone()
+        self._wait_on_device(line, value, fatal=False)
+        copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+        copy.copy_(table.contiguous(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(table.device))
+        try:
+            self._group.wait.for_event(event, where)
+        except BaseException as error:
+            self._tell()
+            if not isinstance(error, ExchangeError):
+                self.check()  # a wait in an earlier exchange may be why the device has stopped
+            raise
+        self.check()
+        return copy.clone()
+
+    def check(self) -> None:
+        """Raises:
+        ExchangeError: if an earlier wait has failed.
+        """
+        missing, different, given_up, value = self._report.tolist()
+        if missing:
+            where = self._names.get(value, "an exchange of tokens")
+            raise ExchangeError(f"{where}: {_reason(missing, different, given_up)}")
+
+    def _at(self, line: int) -> int:
+        return (1 + line) * self._group.size * ops.FLAG_BYTES
+
+    def _remember(self, value: int, where: str) -> None:
+        self._names[value] = where
+        if len(self._names) > _REMEMBERED:
+            self._names.popitem(last=False)
+
+    def _wait_on_device(self, line: int, value: int, fatal: bool) -> None:
+        seconds = self._group.wait.seconds
+        limit = 0.0 if seconds is None else max(1e-3, (1.0 if fatal else _SOONER) * seconds)
+        memory, rank = self._memory.ranks, self._group.rank
+        ops.wait_for_flags(memory, rank, self._at(line), value, self._report, limit, fatal)
+
+    def _wait_on_host(self, line: int, value: int, where: str) -> None:
+        own, ranks = self._memory.own, self._group.size
+        flags = ops.flags_of(own, self._at(line), ranks)
+        arrival = _Arrival(flags, ops.flags_of(own, ops.GIVEN_UP_AT, ranks), value, where)
+        try:
+            self._group.wait.for_event(arrival, where)
+        except BaseException as error:
+            missing, different, given_up = arrival.look()
+            self._report.copy_(torch.tensor([missing or 1, different, given_up, value]))
+            self._tell()
+            if isinstance(error, ExchangeError) and not different and not given_up:
+                raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error  # the deadline
+            raise
+        ops.fence()
+
+    def _tell(self) -> None:
+        """Tells all ranks that this one has given up."""
+        if not self.is_on_device:
+            ops.set_flags(self._memory.ranks, self._group.rank, ops.GIVEN_UP_AT, 1)
+            return
+        with (
+            suppress(RuntimeError),  # the device may be unusable
+            torch.cuda.stream(torch.cuda.Stream(self._memory.own.device)),  # others may stand still
+        ):
+            ops.set_flags(self._memory.ranks, self._group.rank, ops.GIVEN_UP_AT, 1)
+
+
+class _Arrival:
+    """Looks like a CUDA event."""
+
+    def __init__(self, flags: Tensor, given_up: Tensor, value: int, where: str) -> None:
+        self._flags, self._given_up, self._value, self._where = flags, given_up, value, where
+
+    def look(self) -> tuple[int, int, int]:
+        """Bits of the ranks that are missing, in another exchange, and have given up."""
+        given_up = sum(1 << rank for rank, flag in enumerate(self._given_up.tolist()) if flag)
+        return *ops.compare_flags(self._flags, self._value), given_up
+
+    def query(self) -> bool:
+        """Whether all flags are there.
+
+        Raises:
+            ExchangeError: if they never will.
+        """
+        missing, different, given_up = self.look()
+        if missing and (different or given_up):
+            raise ExchangeError(f"{self._where}: {_reason(missing, different, given_up)}")
+        return not missing
+
+
+def _reason(missing: int, different: int, given_up: int) -> str:
+    if given_up:
+        return f"Given up: {_ranks(given_up)} of the expert parallel group."
+    if different:
+        ranks = _ranks(different)
+        return f"In another exchange: {ranks} of the expert parallel group. {_MISMATCH}"
+    return f"Missing: {_ranks(missing)} of the expert parallel group."
+
+
+def _ranks(bits: int) -> str:
+    ranks = [str(rank) for rank in range(ops.MAX_RANKS) if bits >> rank & 1]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"

@@ -1,0 +1,287 @@
+"""What the ranks run in test_symmetric.py, and on GPUs in its twin."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed.devices import join
+from torch import Tensor
+
+from lightning_fastmoe.distributed import ExchangeWait, ExpertGroup
+from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
+from lightning_fastmoe.distributed.symmetric import SymmetricExchange, memory
+from lightning_fastmoe.distributed.symmetric.flags import Flags
+from lightning_fastmoe.errors import ExchangeError, TopologyError
+from lightning_fastmoe.nn import LocalSchedule, Routing, StackedExperts
+from lightning_fastmoe.nn.inputs import TokenInputs
+from lightning_fastmoe.nn.placement import equal_blocks
+from lightning_fastmoe.ops.stall import stall_report
+
+D, F, E, K = 16, 8, 8, 3
+
+
+class Layer:
+    """This rank's layer, and the same with all experts on this rank.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        seconds: how long ranks wait for each other.
+        dtype: of tokens and weights.
+    """
+
+    def __init__(
+        self, device_type: str, seconds: float | None = 60.0, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.device, self.group = join(device_type)
+        self.group.wait = ExchangeWait(seconds, rank=self.group.rank, look=0.05)
+        self.dtype = dtype
+        placement = equal_blocks(E, self.group.size)
+        self.held = list(placement[self.group.rank])
+        self.whole = StackedExperts(D, F, E, layer_seed=1).to(self.device, dtype)
+        self.part = StackedExperts(D, F, E, layer_seed=1).to(self.device, dtype)
+        self.part.keep(placement[self.group.rank])
+        self.schedule = SymmetricSchedule(self.group, E, placement)
+        self.exchange = SymmetricExchange.of(self.group)
+
+    def inputs(self, call: int, tokens: int) -> tuple[TokenInputs, Routing]:
+        """What this rank has in a call."""
+        generator = torch.Generator().manual_seed(100 * call + self.group.rank)
+
+        def draw(*shape: int) -> Tensor:
+            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return drawn.to(self.device, self.dtype)
+
+        x, weights, logits = draw(tokens, D), draw(tokens, K), draw(tokens, E)
+        ids = logits.topk(K, dim=1).indices
+        routing = Routing(logits, logits, weights.requires_grad_(), ids)
+        return TokenInputs([x.requires_grad_()], None, (tokens,)), routing
+
+    def run(self, given: tuple[TokenInputs, Routing], layer: str = "a layer") -> list[Tensor]:
+        """Output and gradients."""
+        out, _ = self.schedule.run(*given, self.part, None, layer)
+        leaves = [given[0].tokens, given[1].weights, *self.part.parameters()]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    def run_whole(self, given: tuple[TokenInputs, Routing]) -> list[Tensor]:
+        """The same with all experts here, and the weights' gradients of all ranks."""
+        out, _ = LocalSchedule(E).run(*given, self.whole, None, "a layer")
+        leaves = [given[0].tokens, given[1].weights, *self.whole.parameters()]
+        grads = list(torch.autograd.grad(out.square().sum(), leaves))
+        for i in range(2, len(grads)):
+            dist.all_reduce(grads[i])
+            grads[i] = grads[i][self.held]
+        return [out.detach(), *grads]
+
+    def poison(self) -> None:
+        """NaN into the memory that others push to, while nobody does."""
+        self.meet()
+        if self.exchange.rows is not None:
+            self.exchange.rows.own.fill_(0xFF)
+        self.meet()
+
+    def meet(self) -> None:
+        """Waits for all ranks, and for what they have launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+
+def numbers_of_tokens(device_type: str, calls: list[tuple[int, ...]]) -> dict[str, Any]:
+    """Calls with other numbers of tokens on each rank: how far off, and how often memory grew."""
+    layer = Layer(device_type)
+    errors, capacities = [], []
+    for call, tokens in enumerate(calls):
+        layer.poison()
+        given = layer.inputs(call, tokens[layer.group.rank % len(tokens)])
+        pairs = zip(layer.run(given), layer.run_whole(given), strict=True)
+        errors.append(max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs))
+        capacities.append(layer.exchange.capacity)
+    return {"errors": errors, "capacities": capacities}
+
+
+@contextmanager
+def delays(layer: Layer, seconds: float) -> Iterator[None]:
+    """Random pauses before and after each push and each wait, of the host and of the stream."""
+    random_of_rank = random.Random(layer.group.rank)  # noqa: S311 - not for secrets
+    before = {name: getattr(Flags, name) for name in ("set", "wait", "wait_and_read")}
+
+    def pause() -> None:
+        # Most pauses are none, so that ranks are far apart now and then.
+        length = seconds * max(0.0, random_of_rank.uniform(-3.0, 1.0))
+        if length and layer.device.type == "cuda":
+            torch.cuda._sleep(int(length * 1e9))
+        time.sleep(length)
+
+    def paused(name: str) -> Any:
+        def run(*args: Any) -> Any:
+            pause()
+            result = before[name](*args)
+            pause()
+            return result
+
+        return run
+
+    for name in before:
+        setattr(Flags, name, paused(name))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(Flags, name, function)
+
+
+def at_random_times(device_type: str, steps: int, seconds: float) -> list[int]:
+    """Steps of which some bit isn't that of the same step without delays."""
+    layer = Layer(device_type, dtype=torch.float32)
+    tokens = [40 + 7 * layer.group.rank, 33, 50]
+    given = [layer.inputs(call, count) for call, count in enumerate(tokens)]
+    right = [layer.run(each) for each in given]
+    wrong = []
+    with delays(layer, seconds):
+        for step in range(steps):
+            found = layer.run(given[step % 3])
+            if not all(map(torch.equal, found, right[step % 3])):
+                wrong.append(step)
+    layer.meet()
+    return wrong
+
+
+def faults(device_type: str, kind: str) -> tuple[str, float]:
+    """The error on this rank and the seconds that it took.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        kind: rank 1 "never comes", or comes with "other layers", or is at "the end" of the step, or
+            has "given up".
+    """
+    layer = Layer(device_type, 3.0)
+    rank = layer.group.rank
+    layer.run(layer.inputs(0, 10))
+    layer.meet()
+    store = dist.distributed_c10d._get_default_store()
+    name = f"layer {rank}" if kind == "other layers" else "a layer"
+    if kind == "given up":
+        layer.group.wait.seconds = 100.0
+    begin, error = time.monotonic(), "none"
+    if kind in ("never comes", "given up") and rank == 1:
+        if kind == "given up":
+            layer.exchange._flags._tell()
+        store.wait(["over"])
+        return "", 0.0
+    try:
+        if kind == "the end" and rank == 1:
+            layer.group.end_pass(layer.device)
+        layer.run(layer.inputs(1, 10), name)
+    except ExchangeError as raised:
+        error = str(raised)
+    took = time.monotonic() - begin
+    again = ""
+    if kind == "never comes":
+        try:
+            layer.run(layer.inputs(2, 10))
+        except ExchangeError as raised:
+            again = str(raised)
+        error += "\nthen: " + again
+    store.set("over", "")
+    return error, took
+
+
+def without_backward() -> str:
+    """The error on this rank, where rank 1 makes no backward pass; on the CPU."""
+    layer = Layer("cpu", 2.0)
+    store = dist.distributed_c10d._get_default_store()
+    given = layer.inputs(0, 10)
+    out, _ = layer.schedule.run(*given, layer.part, None, "a layer")
+    if layer.group.rank == 1:
+        store.wait(["over"])
+        return ""
+    try:
+        out.sum().backward()
+    except ExchangeError as error:
+        return str(error)
+    finally:
+        store.set("over", "")
+    return "none"
+
+
+def other_order() -> str:
+    """The error on this rank, where ranks make the backward passes of two calls in other orders."""
+    layer = Layer("cpu", 5.0)
+    outs = [
+        layer.schedule.run(*layer.inputs(call, 10), layer.part, None, "a layer")[0]
+        for call in range(2)
+    ]
+    try:
+        for out in outs if layer.group.rank else reversed(outs):
+            out.sum().backward()
+    except ExchangeError as error:
+        return str(error)
+    return "none"
+
+
+def other_dtypes() -> str:
+    """The error on this rank, where ranks compute in different dtypes."""
+    layer = Layer("cpu", 5.0, torch.float32 if dist.get_node_local_rank() else torch.float64)
+    try:
+        layer.run(layer.inputs(0, 10))
+    except ExchangeError as error:
+        return str(error)
+    return "none"
+
+
+def refused(kind: str) -> str:
+    """The error on this rank: of a group on two "hosts", or where memory "fails" on rank 1."""
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    group = ExpertGroup(dist.group.WORLD)
+    host, new = memory._host, torch.from_file
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("no memory left")
+
+    try:
+        if kind == "hosts":
+            memory._host = lambda: f"host {group.rank}"
+        elif group.rank == 1:
+            torch.from_file = fail
+        SymmetricSchedule(group, E, equal_blocks(E, group.size))
+    except TopologyError as error:
+        return str(error)
+    finally:
+        memory._host, torch.from_file = host, new
+    return "none"
+
+
+def without_backward_on_device(folder: str) -> None:
+    """Writes the error of rank 0, where rank 1 makes no backward pass, and ends the process."""
+    layer = Layer("cuda", 3.0)
+    given = layer.inputs(0, 10)
+    out, _ = layer.schedule.run(*given, layer.part, None, "a layer")
+    layer.meet()
+    said = {"device": "", "next": "", "report": "", "seconds": 0.0}
+    if layer.group.rank == 0:
+        begin = time.monotonic()
+        try:
+            out.sum().backward()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            said["device"] = str(error)
+        said["seconds"] = time.monotonic() - begin
+        said["report"] = stall_report()
+        try:
+            layer.exchange._flags.check()  # what the next exchange does first
+        except ExchangeError as error:
+            said["next"] = str(error)
+    else:
+        time.sleep(15.0)
+    Path(folder, f"rank{layer.group.rank}.json").write_text(json.dumps(said))
+    os._exit(1)  # what else ends a process may wait for the device

@@ -1,0 +1,166 @@
+"""The kernels of csrc/exchange: "ranks" whose memory is on one GPU, in one process."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from ops import exchange_cases as cases
+
+from lightning_fastmoe.ops import exchange, kernels
+from lightning_fastmoe.ops.native import load
+
+VALUE = 3 << exchange.TAG_BITS | 9
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_rows_go_where_the_senders_counts_say(case: cases.Case) -> None:
+    rows, order, ends = (t if t is None else t.cuda() for t in cases.inputs(case))
+    memory = [own.cuda() for own in cases.memory(case)]
+    flat = rows.view(torch.uint8)
+    most, divisor = max(case.counts), case.divisor or 1
+    exchange.push_rows(flat, order, ends, divisor, memory, case.rank, cases.AT, most)
+    for found, right in zip(memory, cases.expected(case), strict=True):
+        assert torch.equal(found.cpu(), right)
+
+
+def test_rows_that_start_at_an_odd_byte() -> None:
+    raw = torch.arange(1 + 6 * 16, dtype=torch.uint8, device="cuda")
+    rows = raw[1:].view(6, 16)
+    memory = [torch.zeros(64, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    ends = torch.tensor([2, 6], dtype=torch.int32, device="cuda")
+    exchange.push_rows(rows, None, ends, 1, memory, 0, 0, 4)
+    assert memory[0].tolist() == [*range(1, 33), *[0] * 32]
+    assert memory[1].tolist() == list(range(33, 97))
+
+
+class Group:
+    """Flags of three ranks."""
+
+    def __init__(self) -> None:
+        size = 2 * 3 * exchange.FLAG_BYTES
+        self.memory = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(3)]
+        self.at = 3 * exchange.FLAG_BYTES
+        self.report = torch.zeros(4, dtype=torch.int64, pin_memory=True)
+
+    def set(self, rank: int, value: int = VALUE, at: int | None = None) -> None:
+        exchange.set_flags(self.memory, rank, self.at if at is None else at, value)
+
+    def wait(self, rank: int, seconds: float = 20.0) -> None:
+        exchange.wait_for_flags(self.memory, rank, self.at, VALUE, self.report, seconds, False)
+
+    def given_up(self) -> list[list[int]]:
+        torch.cuda.synchronize()
+        flags = [exchange.flags_of(own, exchange.GIVEN_UP_AT, 3) for own in self.memory]
+        return [each.tolist() for each in flags]
+
+
+def test_each_rank_has_a_flag_of_its_own_in_every_rank() -> None:
+    group = Group()
+    group.set(1)
+    for own in group.memory:
+        assert exchange.flags_of(own, 0, 3).tolist() == [0, 0, 0]
+        assert exchange.flags_of(own, group.at, 3).tolist() == [0, VALUE, 0]
+
+
+def test_a_wait_ends_when_the_last_flag_is_set() -> None:
+    group, aside = Group(), torch.cuda.Stream()
+    seen = torch.zeros(1, device="cuda")
+    other = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(aside):
+        group.wait(0)
+        seen.copy_(other)
+    group.set(0)
+    group.set(2)
+    torch.cuda._sleep(20_000_000)
+    other.fill_(5.0)
+    group.set(1)
+    torch.cuda.synchronize()
+    assert float(seen) == 5.0
+    assert group.report.tolist() == [0, 0, 0, 0]
+    assert group.given_up() == [[0, 0, 0]] * 3
+
+
+def test_the_deadline_names_who_is_missing_and_tells_all() -> None:
+    group = Group()
+    group.set(1)
+    begin = time.monotonic()
+    group.wait(2, seconds=0.5)
+    torch.cuda.synchronize()
+    assert 0.4 < time.monotonic() - begin < 5
+    assert group.report.tolist() == [0b101, 0, 0, VALUE]
+    assert group.given_up() == [[0, 0, 1]] * 3
+
+
+@pytest.mark.parametrize("flag", [3 << exchange.TAG_BITS | 8, 4 << exchange.TAG_BITS | 9])
+def test_another_exchange_is_reported_at_once(flag: int) -> None:
+    group = Group()
+    group.set(0)
+    group.set(1, flag)
+    begin = time.monotonic()
+    group.wait(0)
+    torch.cuda.synchronize()
+    assert time.monotonic() - begin < 5
+    assert group.report.tolist() == [0b110, 0b010, 0, VALUE]
+
+
+def test_an_earlier_exchange_is_waited_for() -> None:
+    group = Group()
+    for rank in range(3):
+        group.set(rank, 2 << exchange.TAG_BITS | 1000)
+    group.wait(0, seconds=0.3)
+    torch.cuda.synchronize()
+    assert group.report.tolist() == [0b111, 0, 0, VALUE]
+
+
+def test_nobody_waits_once_a_rank_has_given_up() -> None:
+    group = Group()
+    group.set(2, 1, exchange.GIVEN_UP_AT)
+    begin = time.monotonic()
+    group.wait(0)
+    torch.cuda.synchronize()
+    assert time.monotonic() - begin < 5
+    assert group.report.tolist() == [0b111, 0, 0b100, VALUE]
+    assert group.given_up() == [[1, 0, 1]] * 3
+
+
+def test_errors() -> None:
+    memory = [torch.zeros(256, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    rows = torch.zeros(2, 16, dtype=torch.uint8, device="cuda")
+    ends = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
+    library = load()
+    assert library is not None
+    push, wait = library.exchange_push, library.exchange_wait
+    with pytest.raises(RuntimeError, match="are not in a rank's memory"):
+        push(rows, None, ends, 1, memory, 0, 0, 17)
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        push(rows, None, ends, 1, memory, 0, 8, 1)
+    with pytest.raises(RuntimeError, match="no rank 2"):
+        push(rows, None, ends, 1, memory, 2, 0, 1)
+    with pytest.raises(RuntimeError, match="ends must have size 2"):
+        push(rows, None, ends[:1], 1, memory, 0, 0, 1)
+    with pytest.raises(RuntimeError, match="between 1 and 32 ranks"):
+        push(rows, None, ends, 1, memory * 20, 0, 0, 1)
+    with pytest.raises(RuntimeError, match="are not in a rank's memory"):
+        library.exchange_set_flags(memory, 0, 128, 1)
+    report = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="report"):
+        wait(memory, 0, 0, 1, report.int(), 1.0, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_rows_among_rows_of_nobody(dtype: torch.dtype) -> None:
+    ranks, tokens, most = 3, 4, 9
+    rows = torch.full((ranks * most, 40), torch.nan, dtype=dtype)
+    places = torch.full((tokens, ranks), -1)
+    right = torch.zeros(tokens, 40, dtype=torch.float64)
+    for token, rank, slot in ((0, 0, 0), (0, 2, 1), (1, 1, 5), (3, 0, 1), (3, 1, 8), (3, 2, 0)):
+        rows[rank * most + slot] = torch.randn(40)
+        places[token, rank] = rank * most + slot
+        right[token] += rows[rank * most + slot].double()
+    found = kernels.sum_placed_rows(rows.cuda(), places.view(-1).cuda(), ranks).cpu()
+    assert found.dtype == dtype
+    bound = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), right, rtol=bound, atol=bound)
