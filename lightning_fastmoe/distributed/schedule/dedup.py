@@ -28,7 +28,7 @@ from lightning_fastmoe.ops import kernels
 
 
 @dataclass(frozen=True)
-class _Draft:
+class Draft:
     """A plan whose number of rows the host doesn't know yet.
 
     Attributes:
@@ -88,14 +88,7 @@ class DedupSchedule(SequentialSchedule):
         super().__init__(AllToAllDispatcher(group, num_experts, placement))
         self.group, self.num_experts, self.parts = group, num_experts, parts
         self._held = [list(ids) for ids in placement]
-        by_rank = torch.tensor(list(chain(*placement)), dtype=torch.int64)
-        sizes = torch.tensor([len(ids) for ids in placement])
-        owner = torch.repeat_interleave(torch.arange(group.size), sizes)
-        local = torch.cat([torch.arange(len(ids)) for ids in placement])
-        # (2, E): each expert's rank and its number there; R and -1 for slots that are dropped.
-        self._where = torch.empty(2, num_experts + 1, dtype=torch.int64)
-        self._where[:, by_rank] = torch.stack([owner, local])
-        self._where[:, num_experts] = torch.tensor([group.size, -1])
+        self._where = owners(placement, num_experts)
         # The rows for each rank are counted with the tokens of each expert.
         group.slots = max(group.slots, parts * (num_experts + group.size))
 
@@ -141,18 +134,9 @@ class DedupSchedule(SequentialSchedule):
         outputs = [arrive_sums() for arrive_sums in returns]
         return outputs[0] if self.parts == 1 else torch.cat(outputs), routing
 
-    def _draft(self, chosen: Tensor) -> _Draft:
-        """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""
-        ranks = self.group.size
+    def _draft(self, chosen: Tensor) -> Draft:
         self._where = self._where.to(chosen.device)
-        owner, local = self._where[0][chosen], self._where[1][chosen]  # (T, K)
-        every = torch.arange(ranks, device=chosen.device)
-        needs = torch.zeros(len(chosen), ranks + 1, dtype=torch.bool, device=chosen.device)
-        needs = needs.scatter_(1, owner, True)[:, :ranks]
-        pairs = ops.order_by_expert(torch.where(needs, every, ranks), ranks + 1)
-        of_experts = ops.order_by_expert(chosen, self.num_experts + 1).tokens_per_expert
-        counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
-        return _Draft(counts, owner, local, pairs, ranks)
+        return draft(chosen, self._where, self.group.size)
 
     def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> Route:
         return Route(dist.all_to_all_single, self.group, send, receive, layer, phase)
@@ -161,3 +145,33 @@ class DedupSchedule(SequentialSchedule):
 def _split(tokens: int, parts: int) -> list[int]:
     """The sizes of almost equal parts."""
     return [(tokens + part) // parts for part in range(parts)]
+
+
+def owners(placement: Sequence[Sequence[int]], num_experts: int) -> Tensor:
+    """(2, E + 1) int64: each expert's rank and its number there; R and -1 for dropped slots."""
+    sizes = torch.tensor([len(ids) for ids in placement])
+    rank = torch.repeat_interleave(torch.arange(len(placement)), sizes)
+    local = torch.cat([torch.arange(len(ids)) for ids in placement])
+    where = torch.empty(2, num_experts + 1, dtype=torch.int64)
+    where[:, torch.tensor(list(chain(*placement)), dtype=torch.int64)] = torch.stack([rank, local])
+    where[:, num_experts] = torch.tensor([len(placement), -1])
+    return where
+
+
+def draft(chosen: Tensor, where: Tensor, ranks: int) -> Draft:
+    """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits.
+
+    Args:
+        chosen: (T, K) int64.
+        where: of :func:`owners`, on the same device.
+        ranks: R.
+    """
+    num_experts = where.shape[1] - 1
+    owner, local = where[0][chosen], where[1][chosen]  # (T, K)
+    every = torch.arange(ranks, device=chosen.device)
+    needs = torch.zeros(len(chosen), ranks + 1, dtype=torch.bool, device=chosen.device)
+    needs = needs.scatter_(1, owner, True)[:, :ranks]
+    pairs = ops.order_by_expert(torch.where(needs, every, ranks), ranks + 1)
+    of_experts = ops.order_by_expert(chosen, num_experts + 1).tokens_per_expert
+    counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
+    return Draft(counts, owner, local, pairs, ranks)
