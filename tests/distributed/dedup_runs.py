@@ -1,8 +1,9 @@
-"""What the ranks run in test_dedup.py."""
+"""What the ranks run in test_dedup.py and test_two_level.py."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_fastmoe.distributed import (
     ExpertGroup,
     ExpertSharder,
     make_expert_mesh,
+    make_node_groups,
 )
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS
 from lightning_fastmoe.errors import ExchangeError
@@ -43,6 +45,18 @@ def poisoned(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def node_of_each_rank() -> list[int]:
+    """As the pool has been told."""
+    return [rank // int(os.environ["LOCAL_WORLD_SIZE"]) for rank in range(dist.get_world_size())]
+
+
+def whole_group() -> ExpertGroup:
+    """All ranks, with the parts that their nodes make."""
+    assert dist.group.WORLD is not None
+    nodes = node_of_each_rank()
+    return ExpertGroup(dist.group.WORLD, make_node_groups([list(range(len(nodes)))], nodes))
+
+
 class Rank:
     """This rank's schedule, experts, and what is chosen for its tokens."""
 
@@ -51,8 +65,7 @@ class Rank:
     ) -> None:
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        assert dist.group.WORLD is not None
-        self.group = ExpertGroup(dist.group.WORLD)
+        self.group = whole_group()
         self.rank, self.world, self.dtype = self.group.rank, self.group.size, dtype
         torch.manual_seed(1)
         self.whole = StackedExperts(D, F, E, layer_seed=1).to(dtype)
@@ -218,25 +231,49 @@ def steps(name: str, how: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 @poisoned
 def faults(name: str, kind: str) -> str:
-    """The error on this rank."""
+    """The error on this rank; ranks return together.
+
+    Args:
+        name: the dispatcher.
+        kind: what rank 1 does, or in which layers the ranks are: each in "other layers", "a node
+            elsewhere", "a rank elsewhere".
+    """
     rank = Rank(name)
     rank.group.wait = ExchangeWait(seconds=2.0, rank=rank.rank, look=0.1)
-    # The other rank stays: one that is gone closes its connections, which shows at once.
+    # All ranks stay: one that is gone closes its connections, which shows at once.
     store = dist.distributed_c10d._get_default_store()
-    if kind == "a rank raises" and rank.rank == 1:
+
+    def over(result: str) -> str:
+        if store.add("through", 1) == rank.world:
+            store.set("over", "")
         store.wait(["over"])
-        return "raised"
-    layer = f"layer {rank.rank}" if kind == "other layers" else "a layer"
+        return result
+
+    if kind == "a rank raises" and rank.rank == 1:
+        return over("raised")
+    last = rank.world - 1
+    layers = {
+        "other layers": rank.rank,
+        "a node elsewhere": node_of_each_rank()[rank.rank],
+        "a rank elsewhere": int(rank.rank == last),
+    }
+    layer = f"layer {layers[kind]}" if kind in layers else "a layer"
+    if kind == "experts raise" and rank.rank == 1:
+        rank.part.register_forward_pre_hook(_raise)
     try:
         out = rank.run(rank.inputs(), layer=layer)
         if kind == "no backward" and rank.rank == 1:
-            store.wait(["over"])
-            return "no backward"
+            return over("no backward")
         out.sum().backward()
     except ExchangeError as error:
-        store.set("over", "")
-        return str(error)
-    return "none"
+        return over(str(error))
+    except ArithmeticError:
+        return over("experts raised")
+    return over("none")
+
+
+def _raise(*_: Any) -> None:
+    raise ArithmeticError
 
 
 @poisoned
@@ -248,7 +285,8 @@ def layers(names: list[str]) -> dict[str, dict[str, Tensor]]:
         torch.manual_seed(0)
         layer = MoE(D, F, E, top_k=3, capacity_factor=0.7, dispatcher=name).double()
         model = torch.nn.ModuleList([layer])
-        ExpertSharder(make_expert_mesh(dist.get_world_size(), "cpu")).shard(model)
+        mesh = make_expert_mesh(dist.get_world_size(), "cpu")
+        ExpertSharder(mesh, node_of_each_rank()).shard(model)
         torch.manual_seed(dist.get_rank())
         x = torch.randn(3, 7, D, dtype=torch.float64, requires_grad=True)
         seen: list[Routing] = []
@@ -270,12 +308,12 @@ def on_device(name: str, device_type: str) -> list[tuple[Tensor, Tensor]]:
     On a GPU the second pass raises where it synchronises otherwise than by waiting for the counts.
     """
     on_cuda = device_type == "cuda"
-    device = torch.device("cuda", dist.get_node_local_rank()) if on_cuda else torch.device("cpu")
+    # Nodes may be simulated on one host.
+    device = torch.device("cuda", int(os.environ["RANK"])) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
-    assert dist.group.WORLD is not None
-    group = ExpertGroup(dist.group.WORLD)
+    group = whole_group()
     rank, world, experts, width = group.rank, group.size, 16, 64
     parts = [StackedExperts(width, 128, experts, layer_seed=1) for _ in range(2)]
     placement = equal_blocks(experts, world)

@@ -126,10 +126,7 @@ class DedupSchedule(SequentialSchedule):
             arrivals.append((send_tokens(x_part, w_part, plan, there), plan, back, rows))
         for arrive, plan, back, rows in arrivals:
             received, weights, ids = arrive()
-            # Slots that chose experts of other ranks come last, and get no row.
-            order = ops.order_by_expert(torch.where(ids < 0, e, ids).to(torch.int64), e + 1)
-            order = order.first(e, rows)
-            sums = experts(received, order.tokens_per_expert, weights, order)
+            sums = run_experts(experts, received, weights, ids, e, rows)
             returns.append(return_sums(sums, plan, back))
         outputs = [arrive_sums() for arrive_sums in returns]
         return outputs[0] if self.parts == 1 else torch.cat(outputs), routing
@@ -147,6 +144,29 @@ def _split(tokens: int, parts: int) -> list[int]:
     return [(tokens + part) // parts for part in range(parts)]
 
 
+def run_experts(
+    experts: Experts, received: Tensor, weights: Tensor, ids: Tensor, num_local: int, rows: int
+) -> Tensor:
+    """The weighted sum of what this rank's experts make of each row that arrived.
+
+    Args:
+        experts: this rank's.
+        received: (S', D).
+        weights: (S', K).
+        ids: (S', K), the local expert that each slot chose, or -1.
+        num_local: e.
+        rows: how many slots chose one.
+
+    Returns:
+        (S', D).
+    """
+    # Slots that chose experts of other ranks come last, and get no row.
+    order = ops.order_by_expert(torch.where(ids < 0, num_local, ids).long(), num_local + 1)
+    order = order.first(num_local, rows)
+    sums: Tensor = experts(received, order.tokens_per_expert, weights, order)
+    return sums
+
+
 def owners(placement: Sequence[Sequence[int]], num_experts: int) -> Tensor:
     """(2, E + 1) int64: each expert's rank and its number there; R and -1 for dropped slots."""
     sizes = torch.tensor([len(ids) for ids in placement])
@@ -156,6 +176,12 @@ def owners(placement: Sequence[Sequence[int]], num_experts: int) -> Tensor:
     where[:, torch.tensor(list(chain(*placement)), dtype=torch.int64)] = torch.stack([rank, local])
     where[:, num_experts] = torch.tensor([len(placement), -1])
     return where
+
+
+def needed(owner: Tensor, ranks: int) -> Tensor:
+    """(T, R) bool: whether a token goes to a rank, from ``owner (T, K)``, R for dropped slots."""
+    found = torch.zeros(len(owner), ranks + 1, dtype=torch.bool, device=owner.device)
+    return found.scatter_(1, owner, True)[:, :ranks]
 
 
 def draft(chosen: Tensor, where: Tensor, ranks: int) -> Draft:
@@ -169,9 +195,7 @@ def draft(chosen: Tensor, where: Tensor, ranks: int) -> Draft:
     num_experts = where.shape[1] - 1
     owner, local = where[0][chosen], where[1][chosen]  # (T, K)
     every = torch.arange(ranks, device=chosen.device)
-    needs = torch.zeros(len(chosen), ranks + 1, dtype=torch.bool, device=chosen.device)
-    needs = needs.scatter_(1, owner, True)[:, :ranks]
-    pairs = ops.order_by_expert(torch.where(needs, every, ranks), ranks + 1)
+    pairs = ops.order_by_expert(torch.where(needed(owner, ranks), every, ranks), ranks + 1)
     of_experts = ops.order_by_expert(chosen, num_experts + 1).tokens_per_expert
     counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
     return Draft(counts, owner, local, pairs, ranks)

@@ -9,37 +9,25 @@ exchange of the whole group: ranks that disagree all raise before a row is sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup, Route
 from lightning_fastmoe.distributed.dispatch.per_rank import return_sums, send_tokens
-from lightning_fastmoe.distributed.schedule.dedup import Draft, draft, owners
+from lightning_fastmoe.distributed.nodes import NodeGroups
+from lightning_fastmoe.distributed.schedule.dedup import draft, needed, owners, run_experts
+from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.router import Routing
 from lightning_fastmoe.nn.schedule import SequentialSchedule
 from lightning_fastmoe.ops import kernels
-
-
-@dataclass(frozen=True)
-class NodeGroups:
-    """The parts of an expert parallel group of M nodes with L of its ranks each, node by node.
-
-    Attributes:
-        inside: the ranks of this rank's node, in order.
-        across: the ranks with this rank's index on each node, in the order of nodes.
-    """
-
-    inside: dist.ProcessGroup
-    across: dist.ProcessGroup
 
 
 class TwoLevelDedupSchedule(SequentialSchedule):
@@ -57,7 +45,8 @@ class TwoLevelDedupSchedule(SequentialSchedule):
         nodes: the two parts of the group.
 
     Raises:
-        TopologyError: if the placement doesn't give each expert to exactly one rank.
+        TopologyError: if the placement doesn't give each expert to exactly one rank, or the parts
+            are not those of the group.
     """
 
     def __init__(
@@ -69,18 +58,20 @@ class TwoLevelDedupSchedule(SequentialSchedule):
     ) -> None:
         super().__init__(AllToAllDispatcher(group, num_experts, placement))
         self.group, self.num_experts, self.nodes = group, num_experts, nodes
-        self._local = local = dist.get_world_size(nodes.inside)
+        self._inside = inside = dist.get_world_size(nodes.inside)
+        _check_parts(group, nodes)
         self._held = [list(ids) for ids in placement]
-        of_nodes = [
-            list(chain(*self._held[first : first + local])) for first in range(0, group.size, local)
-        ]
+        starts = range(0, group.size, inside)
+        of_nodes = [list(chain(*self._held[first : first + inside])) for first in starts]
         self._per_node = [len(ids) for ids in of_nodes]
-        own = self._held[group.rank // local * local :][:local]
-        starts = torch.tensor([0, *map(len, own)]).cumsum(0).tolist()
-        within = [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-        self._by_node = owners(of_nodes, num_experts)
-        self._by_rank = owners(placement, num_experts)
-        self._inside = owners(within, starts[-1])
+        first = group.rank // inside * inside
+        ends = list(accumulate(map(len, self._held[first : first + inside]), initial=0))
+        # Experts by their numbers in the whole model, and by those within this rank's node.
+        self._where = (
+            owners(of_nodes, num_experts),
+            owners(placement, num_experts),
+            owners([range(a, b) for a, b in pairwise(ends)], ends[-1]),
+        )
         # Tokens of each expert, rows to each node, and rows to each rank.
         self._columns = [num_experts, len(of_nodes), group.size]
         group.slots = max(group.slots, sum(self._columns))
@@ -95,46 +86,71 @@ class TwoLevelDedupSchedule(SequentialSchedule):
         """
         if not experts.is_stacked or inputs.spec is not None or routing.token_ids is not None:
             return super().run_routed(inputs, routing, experts, layer)
-        x, local, e = inputs.tokens, self._local, len(self._held[self.group.rank])
-        node, index = divmod(self.group.rank, local)
+        x, rank, inside = inputs.tokens, self.group.rank, self._inside
+        node, index = divmod(rank, inside)
         chosen = routing.expert_ids
         if routing.dispatched is not None:
             chosen = chosen.masked_fill(~routing.dispatched, self.num_experts)
         wide = routing.weights.to(kernels.accumulation_dtype(x.dtype))
-        outer = self._draft(chosen, self._by_node, len(self._per_node))
-        by_rank = self._draft(chosen, self._by_rank, self.group.size).counts[self.num_experts :]
-        table = self.group.exchange_counts(torch.cat([outer.counts, by_rank]), x.shape[1], layer)
+        by_node, by_rank, within = (table.to(x.device) for table in self._where)
+        self._where = by_node, by_rank, within
+        outer = draft(chosen, by_node, len(self._per_node))
+        to_each_rank = needed(by_rank[0][chosen], self.group.size).sum(0)
+        counts = torch.cat([outer.counts, to_each_rank])
+        table = self.group.exchange_counts(counts, x.shape[1], layer)
         of_experts, to_nodes, to_ranks = table.split(self._columns, dim=1)
         # What a rank sends on within its node is what its counterparts have for each rank of it.
-        peers = to_nodes[index::local]  # (M, M)
-        relayed = to_ranks[:, node * local :][:, :local].view(-1, local, local).sum(dim=0)
-
-        def route(of: dist.ProcessGroup, counts: Tensor, i: int, what: str) -> tuple[Route, Route]:
-            send, receive = counts[i].tolist(), counts[:, i].tolist()
-            collective = partial(_in_part, of)
-            return (
-                Route(collective, self.group, send, receive, layer, f"dispatch {what}"),
-                Route(collective, self.group, receive, send, layer, f"combine {what}"),
-            )
-
-        there, back = route(self.nodes.across, peers, node, "between nodes")
+        relayed = to_ranks[:, node * inside : (node + 1) * inside].unflatten(0, (-1, inside)).sum(0)
+        there, back = self._routes(True, to_nodes[index::inside], node, layer)
+        fan, join = self._routes(False, relayed, index, layer)
         plan = outer.plan(sum(there.send))
-        relay, weights, ids = send_tokens(x, wide, plan, there)()
-        mine = torch.where(ids < 0, self._per_node[node], ids).to(torch.int64)
-        fan, join = route(self.nodes.inside, relayed, index, "within the node")
-        inner = self._draft(mine, self._inside, local).plan(sum(fan.send))
-        received, weights, ids = send_tokens(relay, weights, inner, fan)()
-        # Slots that chose experts of other ranks come last, and get no row.
-        order = ops.order_by_expert(torch.where(ids < 0, e, ids).to(torch.int64), e + 1)
-        order = order.first(e, int(of_experts[:, self._held[self.group.rank]].sum()))
-        sums = experts(received, order.tokens_per_expert, weights, order)
+        rows, weights, ids = send_tokens(x, wide, plan, there)()
+        ids = torch.where(ids < 0, self._per_node[node], ids).long()
+        inner = draft(ids, within, inside).plan(sum(fan.send))
+        received, weights, ids = send_tokens(rows, weights, inner, fan)()
+        held = self._held[rank]
+        computed = int(of_experts[:, held].sum())
+        sums = run_experts(experts, received, weights, ids, len(held), computed)
         sums = return_sums(sums, inner, join)()
         return return_sums(sums, plan, back)(), routing
 
-    def _draft(self, chosen: Tensor, where: Tensor, ranks: int) -> Draft:
-        return draft(chosen, where.to(chosen.device), ranks)
+    def _routes(self, between: bool, counts: Tensor, own: int, layer: str) -> tuple[Route, Route]:
+        """There and back, between nodes or within this one.
+
+        Args:
+            between: which.
+            counts: rows from each rank of that part of the group to each.
+            own: this rank's number in it.
+            layer: the layer's name.
+        """
+        part = self.nodes.across if between else self.nodes.inside
+        what = "between nodes" if between else "within the node"
+        send, receive = counts[own].tolist(), counts[:, own].tolist()
+        there = Route(partial(_in_part, part), self.group, send, receive, layer, f"dispatch {what}")
+        return there, replace(there, send=receive, receive=send, phase=f"combine {what}")
 
 
-def _in_part(part: dist.ProcessGroup, *args: Any, group: Any, **kwargs: Any) -> Any:
+def _in_part(part: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
     """``all_to_all_single`` in a part of the group whose deadline and record it uses."""
-    return dist.all_to_all_single(*args, group=part, **kwargs)
+    return dist.all_to_all_single(*args, **{**kwargs, "group": part})
+
+
+def _check_parts(group: ExpertGroup, nodes: NodeGroups) -> None:
+    """Refuses parts that would send rows to wrong ranks.
+
+    Raises:
+        TopologyError: naming both.
+    """
+    everyone = dist.get_process_group_ranks(group.group)
+    inside, across = map(dist.get_process_group_ranks, (nodes.inside, nodes.across))
+    node, index = divmod(group.rank, len(inside))
+    wanted = (
+        everyone[node * len(inside) : (node + 1) * len(inside)],
+        everyone[index :: len(inside)],
+    )
+    if len(everyone) % len(inside) or (inside, across) != wanted:
+        raise TopologyError(
+            f"Ranks {inside} as one node and ranks {across} as one of each node do not divide the"
+            f" expert parallel group {everyone} of rank {dist.get_rank()} into equal nodes."
+            " Make the groups with make_node_groups."
+        )
