@@ -308,8 +308,7 @@ def on_device(name: str, device_type: str) -> list[tuple[Tensor, Tensor]]:
     On a GPU the second pass raises where it synchronises otherwise than by waiting for the counts.
     """
     on_cuda = device_type == "cuda"
-    # Nodes may be simulated on one host.
-    device = torch.device("cuda", int(os.environ["RANK"])) if on_cuda else torch.device("cpu")
+    device = torch.device("cuda", dist.get_node_local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
