@@ -18,7 +18,7 @@ sharded."""
 
 DISPATCHERS = (*ONE_RANK, "all_to_all", "dedup", "dedup_overlapped")
 """Names that ``MoE(dispatcher=...)`` takes. "all_to_all" sends a row per chosen expert, "dedup" one
-per rank. Those that need other ranks have a line in
+per rank, and across nodes one per node. Those that need other ranks have a line in
 ``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
 
 
