@@ -150,6 +150,12 @@ def test_which_groups_have_two_levels(rank_pool, nodes, size, parts):
     assert rank_pool.run(two_level_runs.groups_of, 4, nodes, size) == parts
 
 
+def test_two_expert_parallel_groups_have_parts_of_their_own(rank_pool):
+    parts = rank_pool.run(two_level_runs.groups_of, 8, [0, 0, 1, 1, 2, 2, 3, 3], 4)
+    assert parts[:2] == [([0, 1], [0, 2]), ([0, 1], [1, 3])]
+    assert parts[6:] == [([6, 7], [4, 6]), ([6, 7], [5, 7])]
+
+
 def test_groups_of_one_world_may_differ(monkeypatch):
     """Nodes of six with groups of four: the middle one lies on two nodes."""
     made = []

@@ -20,6 +20,13 @@ class ByDedup(Net):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
+        self._choose()
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self._choose()
+
+    def _choose(self) -> None:
         for _, layer in moe_layers(self):
             layer.dispatcher_name = "dedup"
 
