@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --configs sonic-7b --json run.json
+    torchrun --nproc-per-node 4 benchmarks/expert_parallel.py --ranks-per-node 2   # two levels
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --device cpu --tiny   # a check
 
 Each rank has T tokens of its own; "local" is the same layer with all experts on each rank and no
@@ -28,6 +29,7 @@ from layer.configs import Config, parse_configs
 from torch import Tensor, nn
 
 from lightning_fastmoe.distributed import ExpertSharder, make_expert_mesh
+from lightning_fastmoe.distributed.nodes import check_ranks_per_node
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.dispatch import DISPATCHERS
 
@@ -45,10 +47,16 @@ class Case:
         dispatcher: a name that ``MoE`` takes.
         device: where it is.
         dtype: of weights and tokens.
+        nodes: the node of each rank; None if all are on one.
     """
 
     def __init__(
-        self, config: Config, dispatcher: str, device: torch.device, dtype: torch.dtype
+        self,
+        config: Config,
+        dispatcher: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        nodes: list[int] | None,
     ) -> None:
         torch.manual_seed(0)
         with device:
@@ -60,8 +68,8 @@ class Case:
                 activation=config.activation,
                 dispatcher=dispatcher,
             ).to(dtype)
-        size = dist.get_world_size()
-        ExpertSharder(make_expert_mesh(size, device.type)).shard(nn.ModuleList([self.layer]))
+        mesh = make_expert_mesh(dist.get_world_size(), device.type)
+        ExpertSharder(mesh, nodes).shard(nn.ModuleList([self.layer]))
         torch.manual_seed(1 + dist.get_rank())
         shape = (min(config.tokens, MOST_TOKENS), config.d_model)
         self.x = torch.randn(shape, device=device).to(dtype).requires_grad_()
@@ -138,7 +146,7 @@ def error(found: dict[str, Tensor], right: dict[str, Tensor], device: torch.devi
 
 def compare(config: Config, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """A row per dispatcher, "local" first."""
-    cases = {name: Case(config, name, device, args.dtype) for name in args.dispatchers}
+    cases = {name: Case(config, name, device, args.dtype, args.nodes) for name in args.dispatchers}
     right = cases["local"].results()
     errors = {name: error(case.results(), right, device) for name, case in cases.items()}
     refused = {name for name, value in errors.items() if not value <= TOLERANCE}
@@ -174,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         default="all_to_all,dedup,dedup_overlapped,symmetric",
         help="names, separated by commas",
     )
+    add("--ranks-per-node", type=int, help="simulates nodes; without it all ranks share one")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=10, help="per round")
     add("--device", default="cuda", choices=["cuda", "cpu"])
@@ -186,6 +195,10 @@ def main(argv: list[str] | None = None) -> int:
     args.dtype = torch.float32 if args.tiny else torch.bfloat16
     on_cuda = args.device == "cuda"
     dist.init_process_group("nccl" if on_cuda else "gloo")
+    args.nodes, per_node = None, args.ranks_per_node
+    if per_node is not None:
+        check_ranks_per_node(per_node, dist.get_world_size())
+        args.nodes = [rank // per_node for rank in range(dist.get_world_size())]
     device = torch.device("cpu")
     if on_cuda:
         device = torch.device("cuda", dist.get_node_local_rank())
@@ -202,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     if dist.get_rank() == 0 and args.json is not None:
         name = torch.cuda.get_device_name() if on_cuda else "cpu"
         facts = {"device": name, "ranks": dist.get_world_size(), "torch": torch.__version__}
+        facts["ranks_per_node"] = per_node or dist.get_world_size()
         args.json.write_text(json.dumps(facts | {"rows": rows}, indent=1))
     dist.destroy_process_group()
     return int(any("ms" not in row for row in rows))

@@ -16,6 +16,7 @@ from lightning_fastmoe.distributed.mesh import (
     expert_parallel_sizes,
     make_expert_mesh,
 )
+from lightning_fastmoe.distributed.nodes import NodeGroups, make_node_groups
 from lightning_fastmoe.distributed.shard import ExpertSharder
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "ExpertGroup",
     "ExpertMesh",
     "ExpertSharder",
+    "NodeGroups",
     "PendingExchange",
     "check_expert_parallel_size",
     "expert_parallel_sizes",
     "make_expert_mesh",
+    "make_node_groups",
 ]

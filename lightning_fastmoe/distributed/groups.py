@@ -45,3 +45,25 @@ def lasting_group(
         _made[key] = dist.new_group(members, backend=backend, timeout=timeout)
     group: dist.ProcessGroup = _made[key]
     return group
+
+
+def own_group(
+    purpose: str, partition: Sequence[Sequence[int]], timeout: timedelta | None
+) -> dist.ProcessGroup | None:
+    """Creates the groups for ``purpose``; every rank of the world must call this at the same point.
+
+    Args:
+        purpose: what is exchanged in the groups.
+        partition: the ranks of each group; no rank is in two.
+        timeout: the time limit of a collective; None is torch's default.
+
+    Returns:
+        The group that this rank is in, if any.
+    """
+    rank = dist.get_rank()
+    own: dist.ProcessGroup | None = None
+    for ranks in partition:
+        group = lasting_group(purpose, ranks, timeout=timeout)
+        if rank in ranks:
+            own = group
+    return own

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_fastmoe.distributed.groups import lasting_group
+from lightning_fastmoe.distributed.groups import own_group
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.placement import equal_blocks
 
@@ -38,6 +38,11 @@ class ExpertMesh:
     def edp_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same experts as this one."""
         return self.device_mesh.get_group(EDP_DIM)
+
+    @property
+    def ep_partition(self) -> list[list[int]]:
+        """The ranks of each EP group of the world."""
+        return self.device_mesh.mesh.tolist()
 
     @property
     def ep_size(self) -> int:
@@ -79,30 +84,15 @@ def make_expert_mesh(
     world = dist.get_world_size()
     check_expert_parallel_size(expert_parallel_size, world, {})
     grid = torch.arange(world).view(-1, expert_parallel_size)
-    groups = [
-        _own_group(EDP_DIM, grid.T.tolist(), timeout),
-        _own_group(EP_DIM, grid.tolist(), timeout),
-    ]
+    # ``init_device_mesh`` would split the world's group, which not all backends support.
+    edp = own_group(EDP_DIM, grid.T.tolist(), timeout)
+    ep = own_group(EP_DIM, grid.tolist(), timeout)
+    assert edp is not None
+    assert ep is not None
+    names = (EDP_DIM, EP_DIM)
     return ExpertMesh(
-        DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=(EDP_DIM, EP_DIM))
+        DeviceMesh.from_group([edp, ep], device_type, mesh=grid, mesh_dim_names=names)
     )
-
-
-def _own_group(
-    purpose: str, partition: list[list[int]], timeout: timedelta | None
-) -> dist.ProcessGroup:
-    """Creates the groups of a partition of the world; returns the one that this rank is in.
-
-    ``init_device_mesh`` would split the world's group, which not all backends support.
-    """
-    rank = dist.get_rank()
-    own: dist.ProcessGroup | None = None
-    for ranks in partition:
-        group = lasting_group(purpose, ranks, timeout=timeout)
-        if rank in ranks:
-            own = group
-    assert own is not None
-    return own
 
 
 def check_expert_parallel_size(size: int, world: int, num_experts: Mapping[str, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from lightning_fastmoe.distributed.dispatch import ExchangeWait, ExpertGroup, PendingExchange
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
+from lightning_fastmoe.distributed.nodes import make_node_groups
 from lightning_fastmoe.distributed.schedule import schedule_across_ranks
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
@@ -20,26 +21,28 @@ from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule
 
 
 class ExpertSharder:
-    """Shards the layers of one model and gives them their schedules.
+    """Shards the layers of one model and gives them their schedules; every rank makes one.
 
     A layer with ``dispatcher="local"`` is not sharded: all its experts stay on every rank and train
     data parallel, like a dense layer.
 
     Args:
         mesh: the groups of the run.
-        ranks_per_node: processes on each node; None if all are on one.
+        nodes: the node of each rank, identical on every rank; None if all are on one.
         timeout: the time limit of a collective in a group made here; None is torch's default.
     """
 
     def __init__(
         self,
         mesh: ExpertMesh,
-        ranks_per_node: int | None = None,
+        nodes: Sequence[int] | None = None,
         timeout: timedelta | None = None,
     ) -> None:
         self.mesh = mesh
-        self.group = ExpertGroup(mesh.ep_group) if mesh.ep_size > 1 else None
         world = mesh.ep_size * mesh.edp_size
+        nodes = [0] * world if nodes is None else nodes
+        parts = make_node_groups(mesh.ep_partition, nodes, timeout)
+        self.group = ExpertGroup(mesh.ep_group, parts) if mesh.ep_size > 1 else None
         self.batch: WorldBatch | None = None
         if world > 1:
             # Not the world's own group, where other exchanges could interleave.
@@ -48,7 +51,7 @@ class ExpertSharder:
                 alone = mesh.ep_size == 1
                 own = mesh.edp_group if alone else lasting_group("global batch", timeout=timeout)
                 group = ExpertGroup(own)
-            self.batch = WorldBatch(group, mesh, ranks_per_node or world)
+            self.batch = WorldBatch(group, mesh, nodes)
 
     def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
         """The placement of a layer with ``num_experts``; None if this rank keeps all of them.

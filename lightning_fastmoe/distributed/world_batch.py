@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,14 +24,14 @@ class WorldBatch:
     Args:
         group: the group of all ranks; the expert parallel group itself if that has all ranks.
         mesh: the groups of the run.
-        ranks_per_node: processes on each node.
+        nodes: the node of each rank.
     """
 
-    def __init__(self, group: ExpertGroup, mesh: ExpertMesh, ranks_per_node: int) -> None:
+    def __init__(self, group: ExpertGroup, mesh: ExpertMesh, nodes: Sequence[int]) -> None:
         self.group = group
         self.rank, self.size = self.group.rank, self.group.size
         self.num_expert_ranks = mesh.ep_size
-        self._ranks_per_node = ranks_per_node
+        self._nodes = torch.tensor(nodes)
         self._first_rank = self.rank - mesh.ep_rank
 
     def reserve(self, counts: int) -> None:
@@ -73,4 +75,4 @@ class WorldBatch:
         owner = torch.empty(num_experts, dtype=torch.int64)
         for rank, ids in enumerate(blocks, self._first_rank):
             owner[list(ids)] = rank
-        return owner // self._ranks_per_node == self.rank // self._ranks_per_node
+        return self._nodes[owner] == self._nodes[self.rank]

@@ -18,8 +18,9 @@ sharded."""
 
 DISPATCHERS = (*ONE_RANK, "all_to_all", "dedup", "dedup_overlapped", "symmetric")
 """Names that ``MoE(dispatcher=...)`` takes. "all_to_all" sends a row per chosen expert, "dedup" one
-per rank, "symmetric" the same through memory that ranks share. Those that need other ranks have a
-line in ``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
+per rank and across nodes one per node, "symmetric" one per rank through memory that ranks share.
+Those that need other ranks have a line in
+``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
 
 
 def check_dispatcher(name: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_fastmoe.distributed import expert_parallel_sizes
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.planning.parallel_size import SizeChoice, smallest_that_fits
+from lightning_fastmoe.strategy.nodes import Nodes
 from lightning_fastmoe.zero.groups import divided_experts
 
 
@@ -21,10 +22,11 @@ class AutoSize:
 
     Args:
         strategy: the strategy, with its ranks, device and module.
+        nodes: those of the run.
     """
 
-    def __init__(self, strategy: DeepSpeedStrategy) -> None:
-        self._strategy = strategy
+    def __init__(self, strategy: DeepSpeedStrategy, nodes: Nodes) -> None:
+        self._strategy, self._nodes = strategy, nodes
 
     def choose(self, num_experts: Mapping[str, int]) -> int:
         """The expert parallel size of a model that is built; every rank calls this.
@@ -34,8 +36,8 @@ class AutoSize:
         Args:
             num_experts: name -> ``num_experts`` of the layers, which the size must divide.
         """
-        strategy = self._strategy
-        sizes = expert_parallel_sizes(strategy.world_size, strategy.num_processes, num_experts)
+        strategy, per_node = self._strategy, self._nodes.ranks_per_node
+        sizes = expert_parallel_sizes(strategy.world_size, per_node, num_experts)
         memory = device_memory(strategy.root_device)
         if memory is None or len(sizes) == 1:
             return sizes[-1]

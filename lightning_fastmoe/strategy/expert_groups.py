@@ -19,6 +19,7 @@ from lightning_fastmoe.errors import UnmanagedExpertsError
 from lightning_fastmoe.nn import MoE, moe_layers
 from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.strategy.auto_size import AutoSize
+from lightning_fastmoe.strategy.nodes import Nodes
 from lightning_fastmoe.zero.groups import divided_experts, register_groups
 
 
@@ -28,16 +29,22 @@ class ExpertGroups:
     Args:
         strategy: the strategy, with its ranks, device and module.
         size: the expert parallel size. "auto" is resolved once a layer exists.
+        ranks_per_node: how many consecutive ranks count as a node; None asks Lightning.
 
     Attributes:
         sharder: assigns experts to ranks; None until the groups exist.
     """
 
-    def __init__(self, strategy: DeepSpeedStrategy, size: int | Literal["auto"]) -> None:
-        self._strategy = strategy
+    def __init__(
+        self,
+        strategy: DeepSpeedStrategy,
+        size: int | Literal["auto"],
+        ranks_per_node: int | None = None,
+    ) -> None:
+        self._strategy, self._nodes = strategy, Nodes(strategy, ranks_per_node)
         self.size = size
         self.sharder: ExpertSharder | None = None
-        self._auto = AutoSize(strategy)
+        self._auto = AutoSize(strategy, self._nodes)
 
     @property
     def mesh(self) -> ExpertMesh:
@@ -64,15 +71,19 @@ class ExpertGroups:
         Args:
             num_experts: name -> ``num_experts`` of the layers, which the size must divide.
             size: what "auto" has become, if that is settled.
+
+        Raises:
+            TopologyError: if a number that was given does not fit.
         """
         strategy = self._strategy
         if self.sharder is None:
             if size is None:
                 size = self._auto.choose(num_experts) if self.size == "auto" else self.size
             check_expert_parallel_size(size, strategy.world_size, num_experts)
+            nodes = self._nodes.of_ranks()
             mesh = make_expert_mesh(size, strategy.root_device.type, strategy._timeout)
             register_groups(mesh)
-            self.sharder = ExpertSharder(mesh, strategy.num_processes, strategy._timeout)
+            self.sharder = ExpertSharder(mesh, nodes, strategy._timeout)
         self._show_mesh()
         return self.sharder
 
@@ -98,7 +109,7 @@ class ExpertGroups:
         auto = AutoPlacement(
             strategy.global_rank,
             strategy.world_size,
-            strategy.num_processes,
+            self._nodes.ranks_per_node,
             self._auto.choose,
             self._auto.layers,
             built,

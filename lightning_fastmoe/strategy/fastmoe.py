@@ -46,9 +46,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     The experts of every ``MoE`` layer are sharded over ``expert_parallel_size`` neighbouring ranks.
     ZeRO partitions the replicas of an expert (if the world is larger) among themselves, and all
     other parameters over the whole world. The result equals training in one process: gradients,
-    those of experts too, are of the loss averaged over the global batch.
-
-    Runs on CUDA (NCCL) and on the CPU (gloo).
+    those of experts too, are of the loss averaged over the global batch. On CUDA and on the CPU.
 
     Args:
         expert_parallel_size: number of ranks over which the experts of each layer are sharded. It
@@ -57,8 +55,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         stage: ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         nonfinite: what happens when NaN or Inf reaches a router on any rank in a training step:
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
-            "ignore" does not check (in fp32 and fp16, ZeRO itself drops a step whose gradient norm
-            is not finite).
+            "ignore" does not check (in fp32 and fp16, ZeRO itself drops a step of infinite norm).
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
         trust_checkpoints: also unpickle objects that are not plain data (of callbacks, say) from
             checkpoints. This can run arbitrary code: use it only for checkpoints that you trust.
@@ -73,6 +70,8 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
             ``hang_timeout``, so that legitimate waits are not cut short. None means no limit.
         signal_grace: seconds without a finished batch after SIGTERM, after which the process exits
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
+        ranks_per_node: number of consecutive ranks that share a fast interconnect, such as NVLink
+            across hosts; it must divide the world size. None is the number of devices per host.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -92,6 +91,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         hang_timeout: float | None = 600.0,
         signal_grace: float | None = 30.0,
         exchange_timeout: float | Literal["auto"] | None = "auto",
+        ranks_per_node: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_objects("FastMoEStrategy", kwargs.values())
@@ -110,7 +110,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._waits = ExchangeWaits(exchange_timeout, hang_timeout)
         self._uneven = UnevenData(self)
         self._averaging = Averaging()
-        self._groups = ExpertGroups(self, own["expert_parallel_size"])
+        self._groups = ExpertGroups(self, own["expert_parallel_size"], own["ranks_per_node"])
         self._engines = Engines(self, self._groups, nonfinite)
         state = self._engines.state
         self._steps = Steps(self, state, self._groups, self._watch, self._uneven)

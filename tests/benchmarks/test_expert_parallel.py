@@ -11,7 +11,7 @@ import torch
 from lightning_fastmoe.testing import RankPool
 
 
-def run(path: str, spoil: bool) -> int:
+def run(path: str, spoil: bool, *options: str) -> int:
     if spoil:
         before = expert_parallel.Case.results
 
@@ -24,7 +24,7 @@ def run(path: str, spoil: bool) -> int:
         expert_parallel.Case.results = spoilt
     arguments = ["--device", "cpu", "--tiny", "--configs", "sonic-7b", "--rounds", "1"]
     try:
-        return expert_parallel.main([*arguments, "--steps", "1", "--json", path])
+        return expert_parallel.main([*arguments, "--steps", "1", "--json", path, *options])
     finally:
         if spoil:
             expert_parallel.Case.results = before
@@ -40,6 +40,14 @@ def test_times_what_is_right(rank_pool: RankPool, tmp_path, spoil):
     assert ("ms" in rows["dedup"]) != spoil
     assert (rows["dedup"]["error"] > expert_parallel.TOLERANCE) == spoil
     assert rows["all_to_all"]["error"] < 1e-5
+
+
+def test_simulated_nodes(rank_pool: RankPool, tmp_path):
+    path = tmp_path / "run.json"
+    assert rank_pool.run(run, 4, str(path), False, "--ranks-per-node", "2") == [0] * 4
+    facts = json.loads(path.read_text())
+    assert (facts["ranks"], facts["ranks_per_node"]) == (4, 2)
+    assert all(row["error"] < 1e-5 for row in facts["rows"])
 
 
 def test_a_nan_is_an_error():

@@ -1,4 +1,4 @@
-"""What the ranks run in test_dedup.py."""
+"""What the ranks run in test_dedup.py and test_two_level.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.devices import join
+from distributed.devices import join, node_of_each_rank, whole_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.distributed import (
     ExchangeWait,
-    ExpertGroup,
     ExpertSharder,
     make_expert_mesh,
 )
@@ -52,8 +51,7 @@ class Rank:
     ) -> None:
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        assert dist.group.WORLD is not None
-        self.group = ExpertGroup(dist.group.WORLD)
+        self.group = whole_group()
         self.rank, self.world, self.dtype = self.group.rank, self.group.size, dtype
         torch.manual_seed(1)
         self.whole = StackedExperts(D, F, E, layer_seed=1).to(dtype)
@@ -219,25 +217,49 @@ def steps(name: str, how: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 @poisoned
 def faults(name: str, kind: str) -> str:
-    """The error on this rank."""
+    """The error on this rank; ranks return together.
+
+    Args:
+        name: the dispatcher.
+        kind: what rank 1 does, or in which layers the ranks are: each in "other layers", "a node
+            elsewhere", "a rank elsewhere".
+    """
     rank = Rank(name)
     rank.group.wait = ExchangeWait(seconds=2.0, rank=rank.rank, look=0.1)
-    # The other rank stays: one that is gone closes its connections, which shows at once.
+    # All ranks stay: one that is gone closes its connections, which shows at once.
     store = dist.distributed_c10d._get_default_store()
-    if kind == "a rank raises" and rank.rank == 1:
+
+    def over(result: str) -> str:
+        if store.add("through", 1) == rank.world:
+            store.set("over", "")
         store.wait(["over"])
-        return "raised"
-    layer = f"layer {rank.rank}" if kind == "other layers" else "a layer"
+        return result
+
+    if kind == "a rank raises" and rank.rank == 1:
+        return over("raised")
+    last = rank.world - 1
+    layers = {
+        "other layers": rank.rank,
+        "a node elsewhere": node_of_each_rank()[rank.rank],
+        "a rank elsewhere": int(rank.rank == last),
+    }
+    layer = f"layer {layers[kind]}" if kind in layers else "a layer"
+    if kind == "experts raise" and rank.rank == 1:
+        rank.part.register_forward_pre_hook(_raise)
     try:
         out = rank.run(rank.inputs(), layer=layer)
         if kind == "no backward" and rank.rank == 1:
-            store.wait(["over"])
-            return "no backward"
+            return over("no backward")
         out.sum().backward()
     except ExchangeError as error:
-        store.set("over", "")
-        return str(error)
-    return "none"
+        return over(str(error))
+    except ArithmeticError:
+        return over("experts raised")
+    return over("none")
+
+
+def _raise(*_: Any) -> None:
+    raise ArithmeticError
 
 
 @poisoned
@@ -249,7 +271,8 @@ def layers(names: list[str]) -> dict[str, dict[str, Tensor]]:
         torch.manual_seed(0)
         layer = MoE(D, F, E, top_k=3, capacity_factor=0.7, dispatcher=name).double()
         model = torch.nn.ModuleList([layer])
-        ExpertSharder(make_expert_mesh(dist.get_world_size(), "cpu")).shard(model)
+        mesh = make_expert_mesh(dist.get_world_size(), "cpu")
+        ExpertSharder(mesh, node_of_each_rank()).shard(model)
         torch.manual_seed(dist.get_rank())
         x = torch.randn(3, 7, D, dtype=torch.float64, requires_grad=True)
         seen: list[Routing] = []

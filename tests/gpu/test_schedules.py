@@ -31,8 +31,21 @@ def rank_pool() -> Iterator[RankPool]:
 def test_equals_all_experts_on_one_rank(
     schedule: str, placement: str, world: int, dtype: torch.dtype, rank_pool: RankPool
 ) -> None:
-    tolerance = TOLERANCES[dtype]
     results = run(rank_pool, runs.compared, world, schedule, placement, "cuda", dtype)
+    check(results, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("placement", runs.PLACEMENTS)
+def test_two_levels_equal_all_experts_on_one_rank(
+    placement: str, dtype: torch.dtype, rank_pool: RankPool
+) -> None:
+    """Two nodes, as far as NCCL knows, with the same GPUs."""
+    given = (runs.compared, 4, "dedup", placement, "cuda", dtype)
+    check(rank_pool.run(*given, ranks_per_node=2), TOLERANCES[dtype])
+
+
+def check(results: list[runs.Results], tolerance: float) -> None:
     for rank, cases in enumerate(results):
         for case, tensors in cases.items():
             for name, (found, right) in tensors.items():
@@ -47,6 +60,14 @@ def test_fused_layers_of_several_ranks_wait_for_counts_alone(
     name: str, world: int, rank_pool: RankPool
 ) -> None:
     """In bf16, against fp64; the same bits twice, without a synchronisation of the device."""
-    for tensors in run(rank_pool, dedup_runs.on_device, world, name, "cuda"):
+    check_bf16(run(rank_pool, dedup_runs.on_device, world, name, "cuda"))
+
+
+def test_two_levels_wait_for_counts_alone(rank_pool: RankPool) -> None:
+    check_bf16(rank_pool.run(dedup_runs.on_device, 4, "dedup", "cuda", ranks_per_node=2))
+
+
+def check_bf16(results: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    for tensors in results:
         for found, right in tensors:
             assert float((found.double() - right).norm()) <= 6e-3 * float(right.norm())

@@ -1,4 +1,4 @@
-"""Two torchrun launchers on loopback, one process each, train one model between them."""
+"""Two torchrun launchers on loopback train one model between them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from strategy.models import Case, reference
 from lightning_fastmoe.testing import free_port
 
 
-def test_two_nodes_train_like_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("per_node", "schedule"), [(1, "DedupSchedule"), (2, "TwoLevelDedupSchedule")]
+)
+def test_two_nodes_train_like_one_process(tmp_path: Path, per_node: int, schedule: str) -> None:
     program = Path(__file__).with_name("two_nodes.py")
     target = tmp_path / "rank0.json"
     port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    launch += ["--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    launch += ["--nproc-per-node", str(per_node), "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
     launch += ["--local-addr", "127.0.0.1"]
     root = str(Path(__file__).parents[2])
@@ -28,7 +31,7 @@ def test_two_nodes_train_like_one_process(tmp_path: Path) -> None:
     environment["PYTHONFAULTHANDLER"] = "1"
     nodes = [
         subprocess.Popen(
-            [*launch, str(program), str(target)],
+            [*launch, str(program), str(target), str(per_node)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -43,8 +46,9 @@ def test_two_nodes_train_like_one_process(tmp_path: Path) -> None:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(map(_short, outputs))
     found = json.loads(target.read_text())
-    expected = reference(Case(world=2))
+    expected = reference(Case(world=2 * per_node))
     assert found["node"] == 2
+    assert found["schedules"] == [schedule]
     assert found["losses"] == pytest.approx(expected.losses, rel=1e-6)
     assert found["norms"] == pytest.approx(expected.norms, rel=1e-6)
 

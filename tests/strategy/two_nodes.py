@@ -10,21 +10,29 @@ import pytorch_lightning as pl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from strategy.models import Case, Net  # noqa: E402  found by the line above
+from strategy.models import Case  # noqa: E402  found by the line above
+from strategy.node_runs import ByDedup, Notes  # noqa: E402
 from strategy.tracing import Tracer, global_losses, make_trainer  # noqa: E402
 
 
-def main(target: str) -> None:
-    case = Case(world=2, ep=2, stage=2, nodes=2, in_configure_model=True)
+def main(target: str, per_node: int) -> None:
+    world = 2 * per_node
+    case = Case(world, world, stage=2, nodes=2, in_configure_model=True)
     pl.seed_everything(7, verbose=False)
-    module, tracer = Net(case), Tracer()
-    trainer = make_trainer(case, callbacks=[tracer])
+    module, tracer, notes = ByDedup(case), Tracer(), Notes()
+    trainer = make_trainer(case, callbacks=[tracer, notes])
     trainer.fit(module)
     losses = global_losses(module, case, trainer.strategy.root_device)
     if trainer.is_global_zero:
-        found = {"losses": losses, "norms": tracer.trace.norms, "node": trainer.strategy.num_nodes}
+        assert notes.found is not None
+        found = {
+            "losses": losses,
+            "norms": tracer.trace.norms,
+            "node": trainer.strategy.num_nodes,
+            "schedules": list(notes.found[1]),
+        }
         Path(target).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

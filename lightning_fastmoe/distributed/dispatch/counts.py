@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch.pending import PendingExchange
 from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
+from lightning_fastmoe.distributed.nodes import NodeGroups
 from lightning_fastmoe.errors import ExchangeError
 
 _MAGIC = 0x4D6F45  # "MoE"
@@ -28,6 +29,7 @@ class ExpertGroup:
 
     Attributes:
         group: the process group, R ranks.
+        nodes: its parts within and between nodes; None if there are no two levels.
         rank: this rank's number in it.
         size: R.
         slots: the largest ``num_experts`` of the model. All count vectors have this length, so that
@@ -41,8 +43,8 @@ class ExpertGroup:
             those of a rank that is elsewhere, and both see that.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, nodes: NodeGroups | None = None) -> None:
+        self.group, self.nodes = group, nodes
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.slots = 0

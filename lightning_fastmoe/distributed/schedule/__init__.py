@@ -8,6 +8,7 @@ from functools import partial
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
 from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
+from lightning_fastmoe.distributed.schedule.two_level import TwoLevelDedupSchedule
 from lightning_fastmoe.nn.dispatch import Dispatcher
 from lightning_fastmoe.nn.schedule import Schedule, SequentialSchedule
 
@@ -24,9 +25,16 @@ def sequential(
     )
 
 
+def deduplicating(group: ExpertGroup, num_experts: int, placement: Placement) -> Schedule:
+    """In two levels where the group has several nodes with several ranks on each."""
+    if group.nodes is None:
+        return DedupSchedule(group, num_experts, placement)
+    return TwoLevelDedupSchedule(group, num_experts, placement, group.nodes)
+
+
 ACROSS_RANKS: dict[str, Callable[[ExpertGroup, int, Placement], Schedule]] = {
     "all_to_all": sequential(AllToAllDispatcher),
-    "dedup": DedupSchedule,
+    "dedup": deduplicating,
     "dedup_overlapped": partial(DedupSchedule, parts=2),
     "symmetric": SymmetricSchedule,
 }

@@ -57,14 +57,7 @@ class DedupSchedule(SequentialSchedule):
         super().__init__(AllToAllDispatcher(group, num_experts, placement))
         self.group, self.num_experts, self.parts = group, num_experts, parts
         self.held = [list(ids) for ids in placement]
-        by_rank = torch.tensor(list(chain(*placement)), dtype=torch.int64)
-        sizes = torch.tensor([len(ids) for ids in placement])
-        owner = torch.repeat_interleave(torch.arange(group.size), sizes)
-        local = torch.cat([torch.arange(len(ids)) for ids in placement])
-        # (2, E): each expert's rank and its number there; R and -1 for slots that are dropped.
-        self._where = torch.empty(2, num_experts + 1, dtype=torch.int64)
-        self._where[:, by_rank] = torch.stack([owner, local])
-        self._where[:, num_experts] = torch.tensor([group.size, -1])
+        self._where = owners(placement, num_experts)
         # The rows for each rank are counted with the tokens of each expert.
         group.slots = max(group.slots, parts * (num_experts + group.size))
 
@@ -102,53 +95,32 @@ class DedupSchedule(SequentialSchedule):
         rank = self.group.rank
         sizes = _split(x.shape[0], self.parts)
         drafts = [self.draft(part) for part in chosen.split(sizes)]
-        counts = torch.cat([draft.counts for draft in drafts])
+        counts = torch.cat([one.counts for one in drafts])
         # (R, parts, E + R): the tokens of each expert, then the rows to each rank.
         table = self.group.exchange_counts(counts, x.shape[1], layer)
         table = table.view(self.group.size, self.parts, self.num_experts + self.group.size)
         arrivals, returns = [], []
-        for draft, x_part, w_part, of_part in zip(
+        for one, x_part, w_part, of_part in zip(
             drafts, x.split(sizes), wide.split(sizes), table.unbind(1), strict=True
         ):
             of_ranks = of_part[:, self.num_experts :]
             send, receive = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
-            plan = draft.plan(sum(send))
+            plan = one.plan(sum(send))
             there = self._route(send, receive, layer, "dispatch")
             back = self._route(receive, send, layer, "combine")
             rows = int(of_part[:, self.held[rank]].sum())
             arrivals.append((send_tokens(x_part, w_part, plan, there), plan, back, rows))
         for arrive, plan, back, rows in arrivals:
             received, weights, ids = arrive()
-            order = self.order(ids, rows)
-            sums = experts(received, order.tokens_per_expert, weights, order)
+            sums = run_experts(experts, received, weights, ids, len(self.held[rank]), rows)
             returns.append(return_sums(sums, plan, back))
         outputs = [arrive_sums() for arrive_sums in returns]
         return outputs[0] if self.parts == 1 else torch.cat(outputs)
 
-    def order(self, ids: Tensor, rows: int) -> ops.ExpertOrder:
-        """The order of what has arrived.
-
-        Args:
-            ids: (S', K) int32, as in :attr:`RankPlan.ids`.
-            rows: how many of them are this rank's experts.
-        """
-        e = len(self.held[self.group.rank])
-        # Slots that chose experts of other ranks come last, and get no row.
-        order = ops.order_by_expert(torch.where(ids < 0, e, ids).to(torch.int64), e + 1)
-        return order.first(e, rows)
-
     def draft(self, chosen: Tensor) -> RankDraft:
         """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""
-        ranks = self.group.size
         self._where = self._where.to(chosen.device)
-        owner, local = self._where[0][chosen], self._where[1][chosen]  # (T, K)
-        every = torch.arange(ranks, device=chosen.device)
-        needs = torch.zeros(len(chosen), ranks + 1, dtype=torch.bool, device=chosen.device)
-        needs = needs.scatter_(1, owner, True)[:, :ranks]
-        pairs = ops.order_by_expert(torch.where(needs, every, ranks), ranks + 1)
-        of_experts = ops.order_by_expert(chosen, self.num_experts + 1).tokens_per_expert
-        counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
-        return RankDraft(counts, owner, local, pairs, ranks)
+        return draft(chosen, self._where, self.group.size)
 
     def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> Route:
         return Route(dist.all_to_all_single, self.group, send, receive, layer, phase)
@@ -157,3 +129,60 @@ class DedupSchedule(SequentialSchedule):
 def _split(tokens: int, parts: int) -> list[int]:
     """The sizes of almost equal parts."""
     return [(tokens + part) // parts for part in range(parts)]
+
+
+def run_experts(
+    experts: Experts, received: Tensor, weights: Tensor, ids: Tensor, num_local: int, rows: int
+) -> Tensor:
+    """The weighted sum of what this rank's experts make of each row that arrived.
+
+    Args:
+        experts: this rank's.
+        received: (S', D).
+        weights: (S', K).
+        ids: (S', K), the local expert that each slot chose, or -1.
+        num_local: e.
+        rows: how many slots chose one.
+
+    Returns:
+        (S', D).
+    """
+    # Slots that chose experts of other ranks come last, and get no row.
+    order = ops.order_by_expert(torch.where(ids < 0, num_local, ids).long(), num_local + 1)
+    order = order.first(num_local, rows)
+    sums: Tensor = experts(received, order.tokens_per_expert, weights, order)
+    return sums
+
+
+def owners(placement: Sequence[Sequence[int]], num_experts: int) -> Tensor:
+    """(2, E + 1) int64: each expert's rank and its number there; R and -1 for dropped slots."""
+    sizes = torch.tensor([len(ids) for ids in placement])
+    rank = torch.repeat_interleave(torch.arange(len(placement)), sizes)
+    local = torch.cat([torch.arange(len(ids)) for ids in placement])
+    where = torch.empty(2, num_experts + 1, dtype=torch.int64)
+    where[:, torch.tensor(list(chain(*placement)), dtype=torch.int64)] = torch.stack([rank, local])
+    where[:, num_experts] = torch.tensor([len(placement), -1])
+    return where
+
+
+def needed(owner: Tensor, ranks: int) -> Tensor:
+    """(T, R) bool: whether a token goes to a rank, from ``owner (T, K)``, R for dropped slots."""
+    found = torch.zeros(len(owner), ranks + 1, dtype=torch.bool, device=owner.device)
+    return found.scatter_(1, owner, True)[:, :ranks]
+
+
+def draft(chosen: Tensor, where: Tensor, ranks: int) -> RankDraft:
+    """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits.
+
+    Args:
+        chosen: (T, K) int64.
+        where: of :func:`owners`, on the same device.
+        ranks: R.
+    """
+    num_experts = where.shape[1] - 1
+    owner, local = where[0][chosen], where[1][chosen]  # (T, K)
+    every = torch.arange(ranks, device=chosen.device)
+    pairs = ops.order_by_expert(torch.where(needed(owner, ranks), every, ranks), ranks + 1)
+    of_experts = ops.order_by_expert(chosen, num_experts + 1).tokens_per_expert
+    counts = torch.cat([of_experts[:-1], pairs.tokens_per_expert[:-1]])
+    return RankDraft(counts, owner, local, pairs, ranks)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
-from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
+from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule, run_experts
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange
 from lightning_fastmoe.distributed.symmetric.exchange import MAX_SLOTS
 from lightning_fastmoe.distributed.symmetric.tokens import Passage, return_sums, send_tokens
@@ -52,6 +52,7 @@ class SymmetricSchedule(DedupSchedule):
             return super().run_per_rank(x, chosen, wide, experts, layer)
         passage = Passage(self.exchange, self.draft(chosen), layer)
         received, weights, ids = send_tokens(x, wide, passage)
-        order = self.order(ids, int(passage.counts[:, self.held[self.group.rank]].sum()))
-        sums = experts(received, order.tokens_per_expert, weights, order)
+        held = self.held[self.group.rank]
+        rows = int(passage.counts[:, held].sum())
+        sums = run_experts(experts, received, weights, ids, len(held), rows)
         return return_sums(sums, passage)
