@@ -23,12 +23,10 @@ from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, MissingPackageError, ShapeError
 from lightning_fastmoe.ops.activation import GATED
 from lightning_fastmoe.ops.kernels import accumulation_dtype
-from lightning_fastmoe.registration import when_imported
 
 NAME = "fastmoe"
 """What ``from_pretrained(experts_implementation=...)`` calls this implementation."""
 
-_HOME = "transformers.integrations.moe"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
@@ -36,15 +34,15 @@ _GATED_OF = {plain: gated for gated, plain in GATED.items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def register_when_imported() -> None:
-    """Registers :data:`NAME` as soon as transformers is imported; immediately if it already is."""
+def register_in(module: ModuleType) -> None:
+    """Registers :data:`NAME`; ``import lightning_fastmoe`` arranges it.
 
-    def register(module: ModuleType) -> None:
-        interface = getattr(module, "ExpertsInterface", None)
-        if interface is not None:  # transformers before 5 calls an unknown name unknown
-            interface.register(NAME, experts_forward)
-
-    when_imported({_HOME: register})
+    Args:
+        module: ``transformers.integrations.moe``, just imported.
+    """
+    interface = getattr(module, "ExpertsInterface", None)
+    if interface is not None:  # transformers before 5 calls an unknown name unknown
+        interface.register(NAME, experts_forward)
 
 
 def register_experts() -> str:
