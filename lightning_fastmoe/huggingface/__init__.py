@@ -9,13 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_fastmoe.huggingface.architecture import Architecture, read_config
-from lightning_fastmoe.huggingface.experts_interface import (
-    fused_activation,
-    register_experts,
-)
+from lightning_fastmoe.huggingface.experts_class import fused_activation
+from lightning_fastmoe.huggingface.experts_interface import register_experts
 from lightning_fastmoe.huggingface.exporting import export, kept_config
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
+from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 
 if TYPE_CHECKING:
     from lightning_fastmoe.huggingface.causal_lm import MoECausalLM
@@ -24,6 +23,7 @@ __all__ = [
     "FAMILIES",
     "Architecture",
     "MoECausalLM",
+    "choose_dispatcher",
     "export",
     "fused_activation",
     "import_model",

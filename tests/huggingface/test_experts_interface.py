@@ -442,9 +442,9 @@ sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attent
 config = OlmoeConfig(**sizes, vocab_size=9, num_experts=2, num_experts_per_tok=1)
 model = OlmoeForCausalLM._from_config(config, experts_implementation="fastmoe")
 import torch
-from lightning_fastmoe.huggingface import experts_interface
-seen, weights = [], experts_interface._weights
-experts_interface._weights = lambda experts: seen.append(type(experts)) or weights(experts)
+from lightning_fastmoe.huggingface import experts_class
+seen, weights = [], experts_class.stacked_weights
+experts_class.stacked_weights = lambda experts: seen.append(type(experts)) or weights(experts)
 model(torch.zeros(1, 2, dtype=torch.long))
 assert len(seen) == 1, seen
 """

@@ -1,0 +1,225 @@
+"""Training transformers' models with sharded experts, and their twins in one plain process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import transformers
+from strategy.models import Trace
+from strategy.tracing import Tracer, make_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_fastmoe.distributed import schedule
+from lightning_fastmoe.huggingface import choose_dispatcher
+from lightning_fastmoe.nn.expert_layers import expert_layers
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "moe_intermediate_size": 12,
+        "intermediate_size": 20,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "mixtral": {"intermediate_size": 12, "num_local_experts": 4},
+    "olmoe": {"intermediate_size": 12, "num_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "intermediate_size": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["moe", "attention", "moe"],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 12,
+        "moe_shared_expert_intermediate_size": 12,
+        "intermediate_size": 12,
+        "moe_latent_size": None,
+        "num_hidden_layers": 3,
+    },
+}
+WITH_AUXILIARY_LOSS = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
+ROWS, TOKENS = 2, 7
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run that must come out the same on any topology."""
+
+    name: str = "qwen3_moe"
+    world: int = 2
+    ep: Any = 2
+    stage: int = 2
+    accumulate: int = 1
+    dispatcher: str = "auto"
+    padded: bool = True
+    auxiliary: bool = False
+    checkpointing: bool = False
+    in_configure_model: bool = False
+    steps: int = 3
+    clip: float = 0.05
+    precision: str = "32-true"
+    accelerator: str = "cpu"
+    nodes: int = 1
+    shared_gpu: bool = False
+    batches_per_epoch: int = 0
+    epochs: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def make_model(run: Run, implementation: str = "fastmoe") -> Any:
+    """The same weights in any implementation."""
+    torch.manual_seed(5)
+    options: dict[str, Any] = {**SIZES, **MODELS[run.name]}
+    if run.auxiliary:
+        options |= {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    config = transformers.AutoConfig.for_model(run.name, **options)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation=implementation
+    )
+    with torch.no_grad():  # biases too, which transformers leaves at zero
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.normal_(std=0.2)
+    if run.checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def make_batches(run: Run) -> list[list[list[dict[str, Tensor]]]]:
+    """Step -> micro-batch -> rank -> batch; rows are padded to different lengths."""
+    generator = torch.Generator().manual_seed(6)
+
+    def batch() -> dict[str, Tensor]:
+        ids = torch.randint(3, SIZES["vocab_size"], (ROWS, TOKENS), generator=generator)
+        mask = torch.ones_like(ids)
+        if run.padded:
+            mask[0, int(torch.randint(3, TOKENS, (), generator=generator)) :] = 0
+        return {
+            "input_ids": ids * mask,
+            "attention_mask": mask,
+            "labels": ids.masked_fill(mask == 0, -100),
+        }
+
+    return [
+        [[batch() for _ in range(run.world)] for _ in range(run.accumulate)]
+        for _ in range(run.steps)
+    ]
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1)
+
+
+def reference(run: Run) -> Trace:
+    """One process and transformers' own experts; the mean of the micro-batches' losses."""
+    model = make_model(run, "eager").train()
+    optimizer = make_optimizer(model)
+    trace = Trace()
+    for step in make_batches(run):
+        optimizer.zero_grad()
+        chunks = [batch for micro in step for batch in micro]
+        losses = [model(**chunk, use_cache=False).loss for chunk in chunks]
+        mean = torch.stack(losses).mean()
+        mean.backward()
+        trace.losses.append(mean.item())
+        if not trace.gradients:
+            trace.gradients = {
+                n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+            }
+        trace.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), run.clip)))
+        optimizer.step()
+        trace.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    return trace
+
+
+class Tuned(pl.LightningModule):
+    """A model of transformers as a user would fine-tune it."""
+
+    def __init__(self, run: Run | None = None) -> None:
+        super().__init__()
+        self.run = run or Run()
+        self.losses: list[float] = []
+        self.net: Any = None if self.run.in_configure_model else make_model(self.run)
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = make_model(self.run)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(**batch, use_cache=False).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.net)
+
+    def train_dataloader(self) -> Any:
+        rank = self.trainer.global_rank
+        own = [micro[rank] for step in make_batches(self.run) for micro in step]
+        return DataLoader(own, batch_size=None)
+
+
+def train(run: Run, **options: Any) -> tuple[Trace, pl.Trainer, Tuned]:
+    """Trains on this rank."""
+    module, tracer = Tuned(run), Tracer()
+    if run.dispatcher != "auto":
+        choose_dispatcher(module, run.dispatcher)
+    trainer = make_trainer(run, callbacks=[tracer], **options)
+    trainer.fit(module)
+    trace = tracer.trace
+    own = torch.tensor(module.losses, dtype=torch.float64)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(own)
+    means = own / run.world
+    trace.losses = [float(step.mean()) for step in means.split(run.accumulate)]
+    return trace, trainer, module
+
+
+def run_case(run: Run) -> Trace:
+    trace, trainer, module = train(run)
+    layers = dict(expert_layers(module))
+    moe = [name for name, _ in module.named_modules() if name.endswith(".experts")]
+    assert moe
+    assert list(layers) == [name.removesuffix(".experts") for name in moe]
+    mesh = trainer.strategy.expert_mesh
+    for layer in layers.values():
+        assert layer.experts.local_ids == tuple(mesh.local_experts(layer.num_experts))
+        assert layer.module.num_experts == layer.num_experts
+        for parameter in layer.experts.parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            assert shape[0] == layer.num_experts // mesh.ep_size
+    return trace
+
+
+def run_case_by(dispatcher: str, run: Run) -> Trace:
+    """As :func:`run_case`, and the schedule of that name was made for each layer."""
+    made = []
+    real = schedule.ACROSS_RANKS[dispatcher]
+    schedule.ACROSS_RANKS[dispatcher] = lambda *args: made.append(dispatcher) or real(*args)
+    try:
+        trace = run_case(run)
+    finally:
+        schedule.ACROSS_RANKS[dispatcher] = real
+    assert len(made) == 2
+    return trace

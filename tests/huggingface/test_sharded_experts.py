@@ -1,0 +1,86 @@
+"""transformers' models whose experts FastMoEStrategy shards, against one plain process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface.sharding_runs import (
+    MODELS,
+    WITH_AUXILIARY_LOSS,
+    Run,
+    reference,
+    run_case,
+    run_case_by,
+)
+from strategy.models import Trace
+
+from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
+
+RELATIVE = 1e-5
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    scale = expected.abs().max().clamp_min(1e-12)
+    error = float((actual - expected).abs().max() / scale)
+    assert error <= RELATIVE, f"{what}: relative error {error:.2e}"
+
+
+def assert_same(actual: Trace, expected: Trace) -> None:
+    for what in ("losses", "norms"):
+        pairs = zip(getattr(actual, what), getattr(expected, what), strict=True)
+        for i, (a, e) in enumerate(pairs):
+            assert abs(a - e) <= RELATIVE * abs(e), f"{what} of step {i}: {a} != {e}"
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert_close(actual.gradients[name], gradient, f"gradient of {name}")
+    assert len(actual.weights) == len(expected.weights)
+    for i, (own, twin) in enumerate(zip(actual.weights, expected.weights, strict=True)):
+        assert own.keys() == twin.keys()
+        for name, weight in twin.items():
+            assert_close(own[name], weight, f"{name} after step {i}")
+
+
+def check(run: Run, rank_pool) -> None:
+    expected = reference(run)
+    assert any(".experts." in name for name in expected.gradients)
+    for trace in rank_pool.run(run_case, run.world, run):
+        assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_equals_one_process(name: str, stage: int, rank_pool) -> None:
+    check(Run(name, stage=stage, in_configure_model=stage == 2), rank_pool)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("ep", [2, 4, "auto"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_four_ranks(name: str, ep: int | str, stage: int, rank_pool) -> None:
+    """With replicas of each expert, and without."""
+    check(Run(name, world=4, ep=ep, stage=stage, accumulate=2), rank_pool)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_gradient_checkpointing(name: str, stage: int, rank_pool) -> None:
+    check(Run(name, stage=stage, checkpointing=True), rank_pool)
+
+
+@pytest.mark.parametrize("name", WITH_AUXILIARY_LOSS)
+def test_the_models_own_balancing_loss(name: str, rank_pool) -> None:
+    """Its mean over ranks and micro-batches, each of its own tokens without padding."""
+    run = Run(name, accumulate=2, auxiliary=True)
+    plain = reference(Run(name, accumulate=2))
+    assert reference(run).losses[0] > plain.losses[0] + 0.1
+    check(run, rank_pool)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("dispatcher", [name for name in ACROSS_RANKS if name != AUTO])
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "nemotron_h"])
+def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, rank_pool) -> None:
+    run = Run(name, stage=stage, dispatcher=dispatcher)
+    expected = reference(run)
+    for trace in rank_pool.run(run_case_by, run.world, dispatcher, run):
+        assert_same(trace, expected)
