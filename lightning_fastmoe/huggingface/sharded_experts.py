@@ -280,8 +280,9 @@ class _Kind:
             layer.take_forward()
         for part in module.modules():
             first = next((sharded[id(m)] for m in part.modules() if id(m) in sharded), None)
-            if first is not None and callable(getattr(part, "save_pretrained", None)):
-                vars(part)["save_pretrained"] = _Refusal(first)
+            for name in ("save_pretrained", "push_to_hub"):  # the latter creates a repository first
+                if first is not None and callable(getattr(part, name, None)):
+                    vars(part)[name] = _Refusal(first)
 
 
 class _Refusal:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import transformers
 from strategy.models import Trace
-from strategy.tracing import Tracer, make_trainer
+from strategy.tracing import Tracer, make_trainer, whole_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe.distributed import schedule
+from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.huggingface import choose_dispatcher
 from lightning_fastmoe.nn.expert_layers import expert_layers
 
@@ -223,3 +225,62 @@ def run_case_by(dispatcher: str, run: Run) -> Trace:
         schedule.ACROSS_RANKS[dispatcher] = real
     assert len(made) == 2
     return trace
+
+
+class EpochPerStep(Tuned):
+    """One optimizer step per epoch, so that a run resumes on any number of ranks."""
+
+    def train_dataloader(self) -> Any:
+        step = make_batches(self.run)[self.trainer.current_epoch]
+        return DataLoader([micro[self.trainer.global_rank] for micro in step], batch_size=None)
+
+
+class WeightsByEpoch(pl.Callback):
+    """Notes the weights after each epoch."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append(whole_weights(pl_module.net))
+
+
+def fit_epochs(
+    run: Run, epochs: int, save_to: Path, resume_from: Path | None = None
+) -> list[dict[str, Tensor]]:
+    """Trains up to so many steps, and saves."""
+    module, tracer = EpochPerStep(run), WeightsByEpoch()
+    trainer = make_trainer(
+        run,
+        callbacks=[tracer],
+        max_steps=-1,
+        max_epochs=epochs,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(module, ckpt_path=resume_from)
+    trainer.save_checkpoint(save_to)
+    return tracer.weights
+
+
+def refuses_save_pretrained(run: Run, folder: Path) -> list[str]:
+    """What a sharded model, and then one on a single rank's terms, says to being used otherwise."""
+    _, trainer, module = train(run)
+    said = []
+    ids = torch.full((1, 4), 5)
+
+    def eager() -> Any:
+        module.net.set_experts_implementation("eager")
+        return module.net(ids)
+
+    for use in (
+        lambda: module.net.save_pretrained(folder),
+        vars(module.net)["push_to_hub"],  # not by getattr: its own one would use the network
+        lambda: module.net(ids),  # after the run
+        eager,
+    ):
+        try:
+            use()
+        except FastMoEError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    assert not folder.exists()
+    return said
