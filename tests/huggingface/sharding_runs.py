@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,10 @@ class Run:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def make_model(run: Run, implementation: str = "fastmoe") -> Any:
+def make_model(run: Run, implementation: str = "fastmoe", **sizes: Any) -> Any:
     """The same weights in any implementation."""
     torch.manual_seed(5)
-    options: dict[str, Any] = {**SIZES, **MODELS[run.name]}
+    options: dict[str, Any] = {**SIZES, **MODELS[run.name], **sizes}
     if run.auxiliary:
         options |= {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     config = transformers.AutoConfig.for_model(run.name, **options)
@@ -182,12 +183,12 @@ class Tuned(pl.LightningModule):
         return DataLoader(own, batch_size=None)
 
 
-def train(run: Run, **options: Any) -> tuple[Trace, pl.Trainer, Tuned]:
+def train(run: Run, *callbacks: pl.Callback) -> tuple[Trace, pl.Trainer, Tuned]:
     """Trains on this rank."""
     module, tracer = Tuned(run), Tracer()
     if run.dispatcher != "auto":
         choose_dispatcher(module, run.dispatcher)
-    trainer = make_trainer(run, callbacks=[tracer], **options)
+    trainer = make_trainer(run, callbacks=[tracer, *callbacks])
     trainer.fit(module)
     trace = tracer.trace
     own = torch.tensor(module.losses, dtype=torch.float64)
@@ -284,3 +285,69 @@ def refuses_save_pretrained(run: Run, folder: Path) -> list[str]:
             said.append(f"{type(error).__name__}: {error}")
     assert not folder.exists()
     return said
+
+
+def outcome_of(run: Run, implementation: str = "fastmoe", **sizes: Any) -> str:
+    """The error of a run whose model uses ``implementation`` and other sizes; "" if it trains."""
+    module = Tuned(run)
+    module.net = make_model(run, implementation, **sizes)
+    try:
+        make_trainer(run).fit(module)
+    except FastMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class Poison(pl.Callback):
+    """Makes the router of the second layer give NaN on rank 1, in the second batch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        if index == 1 and trainer.global_rank == 1:
+            handle = pl_module.net.model.layers[1].mlp.gate.register_forward_hook(
+                lambda module, args, out: (out[0] * torch.nan, out[1] * torch.nan, out[2])
+            )
+            pl_module.handles = [handle]
+
+
+def poisoned(run: Run) -> str:
+    try:
+        make_trainer(run, callbacks=[Poison()]).fit(Tuned(run))
+    except FastMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class Generate(pl.Callback):
+    """Continues a prompt on rank 0, between two steps."""
+
+    def __init__(self) -> None:
+        self.found: Any = None
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 1:
+            self.weights = whole_weights(pl_module.net)
+            generate = partial(pl_module.net.generate, max_new_tokens=5, do_sample=False)
+            self.found = trainer.strategy.on_rank_zero(generate, PROMPT)
+
+
+PROMPT = torch.tensor([[5, 9, 33], [4, 17, 8]])
+
+
+def generated(run: Run) -> tuple[Trace, Any, dict[str, Tensor]]:
+    generate = Generate()
+    return train(run, generate)[0], generate.found, generate.weights
+
+
+def fits_again(run: Run) -> tuple[dict[str, Tensor], float, str]:
+    """Weights after a fit, the mean loss with which another begins, and a third on other terms."""
+    trace, _, module = train(run)
+    module.losses.clear()
+    make_trainer(run).fit(module)
+    first = torch.tensor(module.losses[0], dtype=torch.float64)
+    torch.distributed.all_reduce(first)
+    try:
+        make_trainer(replace(run, ep=1)).fit(module)
+    except FastMoEError as error:
+        return trace.weights[-1], float(first) / run.world, f"{type(error).__name__}: {error}"
+    return trace.weights[-1], float(first) / run.world, ""

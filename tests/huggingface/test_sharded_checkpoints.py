@@ -78,9 +78,7 @@ def test_tools_and_files_of_transformers(rank_pool, tmp_path: Path, capsys) -> N
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_sharded_model_refuses_what_would_lose_experts(stage: int, rank_pool, tmp_path) -> None:
     run = Run(stage=stage, steps=1)
-    for rank, said in enumerate(
-        rank_pool.run(refuses_save_pretrained, 2, run, tmp_path / "model")
-    ):
+    for rank, said in enumerate(rank_pool.run(refuses_save_pretrained, 2, run, tmp_path / "model")):
         ids = ("0..3", "4..7")[rank]
         save, push, used, eager = said
         assert f"save_pretrained would write experts {ids} of net.model.layers.0.mlp" in save

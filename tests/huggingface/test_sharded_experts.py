@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from huggingface.experts_classes import experts_classes
+from huggingface.sharded_classes_runs import errors_of_all
 from huggingface.sharding_runs import (
     MODELS,
     WITH_AUXILIARY_LOSS,
@@ -84,3 +86,16 @@ def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, 
     expected = reference(run)
     for trace in rank_pool.run(run_case_by, run.world, dispatcher, run):
         assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("dispatcher", ACROSS_RANKS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_class(world: int, dispatcher: str, rank_pool) -> None:
+    """Outputs and gradients in fp64, with dropped slots, against each class's own forward."""
+    names = sorted(experts_classes())
+    for errors in rank_pool.run(errors_of_all, world, names, dispatcher, timeout=300):
+        assert list(errors) == names
+        for name, of_class in errors.items():
+            # This class's own forward computes in fp32 whatever the dtype.
+            limit = 1e-5 if name == "OpenAIPrivacyFilterExperts" else 1e-10
+            assert max(of_class.values()) < limit, (name, of_class)
