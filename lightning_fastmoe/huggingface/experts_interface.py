@@ -87,7 +87,7 @@ def experts_forward(
         exchanged: Tensor = layer.run(hidden_states, top_k_index, top_k_weights)
         return exchanged
     if layer is not None and not torch.compiler.is_compiling():
-        layer.look(top_k_weights)
+        layer.see(top_k_index, top_k_weights)
     up = stacked_weights(self)[0]
     check_inputs(self, up, hidden_states, top_k_index, top_k_weights)
     if self.num_experts != up.shape[0]:

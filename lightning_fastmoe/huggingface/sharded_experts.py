@@ -153,9 +153,26 @@ class TransformersLayer:
             self.schedule = LocalSchedule(self.num_experts)
         self.nonfinite.policy = "ignore"
 
-    def look(self, top_k_weights: Tensor) -> None:
-        """Looks for NaN and Inf, which a router's weights have where its logits do."""
-        self.nonfinite.look(top_k_weights, self.layer_name, training=self.module.training)
+    @property
+    def training(self) -> bool:
+        """Whether the module of experts is training."""
+        return self.module.training
+
+    def see(self, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Looks for NaN and Inf, which a router's weights have where its logits do, and observes.
+
+        Args:
+            top_k_index: (T, K), E for dropped slots.
+            top_k_weights: (T, K).
+        """
+        self.nonfinite.look(top_k_weights, self.layer_name, training=self.training)
+        if self._observers and not is_recomputing():
+            with torch.no_grad():
+                ids = top_k_index.to(torch.int64)
+                active = ids < self.num_experts
+                routing = self._chosen(ids.masked_fill(~active, 0), top_k_weights, active)
+                for observer in list(self._observers.values()):
+                    observer(self, routing)
 
     # Opaque to torch.compile: the exchange between ranks reads counts on the host.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -163,17 +180,13 @@ class TransformersLayer:
         """:func:`~lightning_fastmoe.huggingface.experts_interface.experts_forward`, sharded."""
         up = stacked_weights(self.module)[0]
         check_inputs(self.module, up, hidden_states, top_k_index, top_k_weights)
-        self.look(top_k_weights)
+        self.see(top_k_index, top_k_weights)
         dtype = self._experts.compute_dtype(hidden_states)
         x = hidden_states.to(dtype)
         routing = self._routing(top_k_index, top_k_weights.to(accumulation_dtype(dtype)))
         inputs = TokenInputs([x], None, (x.shape[0],))
-        y, routing = self.schedule.run(inputs, routing, self._experts, None, self.layer_name)
-        if self._observers and not is_recomputing():
-            with torch.no_grad():
-                for observer in list(self._observers.values()):
-                    observer(self, routing)
-        out: Tensor = y
+        out: Tensor
+        out, _ = self.schedule.run(inputs, routing, self._experts, None, self.layer_name)
         return out.to(hidden_states.dtype)
 
     def _routing(self, ids: Tensor, weights: Tensor) -> Routing:
@@ -184,6 +197,9 @@ class TransformersLayer:
             if not bool(kept.all()):
                 active = kept
         ids, weights = only_in_range(ids, weights, self.num_experts)
+        return self._chosen(ids, weights, active)
+
+    def _chosen(self, ids: Tensor, weights: Tensor, active: Tensor | None) -> Routing:
         # transformers' router keeps its logits to itself: NaN rather than something plausible.
         unknown = weights.new_full((), torch.nan).expand(ids.shape[0], self.num_experts)
         return Routing(unknown, unknown, weights, ids, active)
@@ -191,9 +207,10 @@ class TransformersLayer:
     def register_routing_observer(
         self, observer: Callable[[Any, Routing], None]
     ) -> RemovableHandle:
-        """Calls ``observer(layer, routing)`` at each forward pass of a sharded layer.
+        """Calls ``observer(layer, routing)`` at each forward pass in this implementation.
 
-        ``routing`` has the chosen experts and their weights; its logits and scores are NaN.
+        ``routing`` has the chosen experts and their weights; its logits and scores are NaN. Not
+        called under ``torch.compile``, unless the experts are sharded.
         """
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer

@@ -7,15 +7,17 @@ experts of another one's models adds its kind there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.nn.collect import moe_layers
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.global_batch import GlobalBatch
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
+from lightning_fastmoe.nn.router import Routing
 from lightning_fastmoe.nn.schedule import Schedule
 
 
@@ -38,6 +40,11 @@ class ExpertLayer(Protocol):
     layer_name: str
     schedule: Schedule
     nonfinite: NonFiniteGuard
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is training."""
+        ...
 
     @property
     def experts(self) -> Experts:
@@ -67,6 +74,15 @@ class ExpertLayer(Protocol):
     @property
     def exchanged_counts(self) -> int:
         """The largest number of counts in one such exchange."""
+        ...
+
+    def register_routing_observer(
+        self, observer: Callable[[Any, Routing], None]
+    ) -> RemovableHandle:
+        """Calls ``observer(layer, routing)`` at each forward pass, but not when one is replayed.
+
+        Of other layers than :class:`~lightning_fastmoe.MoE`, logits and scores may be unknown: NaN.
+        """
         ...
 
     def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule) -> None:

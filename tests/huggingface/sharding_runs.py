@@ -15,6 +15,7 @@ from strategy.tracing import Tracer, make_trainer, whole_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_fastmoe import CoActivationMonitor, ExpertLoadMonitor
 from lightning_fastmoe.distributed import schedule
 from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.huggingface import choose_dispatcher
@@ -351,3 +352,28 @@ def fits_again(run: Run) -> tuple[dict[str, Tensor], float, str]:
     except FastMoEError as error:
         return trace.weights[-1], float(first) / run.world, f"{type(error).__name__}: {error}"
     return trace.weights[-1], float(first) / run.world, ""
+
+
+def monitored(run: Run, folder: Path) -> dict[str, float]:
+    """Logs the experts' loads and co-activation; returns what was logged last."""
+    module = Tuned(run)
+    monitors = [ExpertLoadMonitor(1, folder=str(folder)), CoActivationMonitor(1, str(folder))]
+    trainer = make_trainer(run, callbacks=monitors)
+    trainer.fit(module)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def chosen_experts(run: Run) -> dict[str, list[Tensor]]:
+    """Layer -> (T, K) ids of each batch of the first step, in one plain process."""
+    model = make_model(replace(run, checkpointing=False), "eager").train()
+    seen: dict[str, list[Tensor]] = {}
+    for name, part in model.named_modules():
+        if name.endswith(".experts"):
+
+            def note(part: nn.Module, args: Any, name: str = name) -> None:
+                seen.setdefault(f"net.{name.removesuffix('.experts')}", []).append(args[1])
+
+            part.register_forward_pre_hook(note)
+    for batch in (batch for micro in make_batches(run)[0] for batch in micro):
+        model(**batch, use_cache=False)
+    return seen

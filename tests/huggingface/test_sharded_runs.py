@@ -11,10 +11,12 @@ from huggingface.experts_classes import experts_classes, make_experts
 from huggingface.sharding_runs import (
     PROMPT,
     Run,
+    chosen_experts,
     fits_again,
     generated,
     make_batches,
     make_model,
+    monitored,
     outcome_of,
     poisoned,
     reference,
@@ -26,6 +28,7 @@ from torch import nn
 from lightning_fastmoe.errors import ConfigError, ShapeError
 from lightning_fastmoe.huggingface import choose_dispatcher
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, layer_of
+from lightning_fastmoe.monitoring.logs import co_activation, expert_load
 from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
 from lightning_fastmoe.planning.sizes import model_size
 
@@ -214,3 +217,27 @@ def test_the_sharded_module_checks_shapes_and_ids() -> None:
         model["mlp"]["experts"](x[None], ids, torch.rand(3, 2))
     with pytest.raises(RuntimeError, match=r"outside of \[0, 5\]"):
         model["mlp"]["experts"](x, ids + 6, torch.rand(3, 2))
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_monitors_count_what_the_router_chose(ep: int, rank_pool, tmp_path) -> None:
+    """Once, though gradient checkpointing runs each layer twice; scores are not known."""
+    run = Run(ep=ep, steps=1, checkpointing=True)
+    logged = rank_pool.run(monitored, 2, run, tmp_path)[0]
+    log = expert_load.read(tmp_path / expert_load.FILE_NAME)
+    shared = co_activation.read(tmp_path / co_activation.FILE_NAME).layers
+    wanted = chosen_experts(run)
+    assert [layer.name for layer in log.layers] == list(wanted)
+    (record,) = log.records
+    assert record.entropy == record.confidence == [None, None]
+    for i, (name, batches) in enumerate(wanted.items()):
+        ids = torch.cat(batches)
+        counts = torch.bincount(ids.flatten(), minlength=8)
+        assert record.routed[i] == counts.tolist()
+        assert record.tokens[i] == len(ids)
+        chosen = torch.zeros(len(ids), 8, dtype=torch.int64).scatter(1, ids, 1)
+        assert (shared[i].name, shared[i].together) == (name, (chosen.T @ chosen).tolist())
+        largest = float(counts.max() / counts.double().mean())
+        assert logged[f"moe/{name}/max_load"] == pytest.approx(largest, rel=1e-6)
+        assert logged[f"moe/{name}/drop_rate"] == 0
+        assert f"moe/{name}/entropy" not in logged
