@@ -183,19 +183,19 @@ class TransformersLayer:
         self.see(top_k_index, top_k_weights)
         dtype = self._experts.compute_dtype(hidden_states)
         x = hidden_states.to(dtype)
-        routing = self._routing(top_k_index, top_k_weights.to(accumulation_dtype(dtype)))
+        on_host = x.device.type == "cpu"
+        routing = self._routing(top_k_index, top_k_weights.to(accumulation_dtype(dtype)), on_host)
         inputs = TokenInputs([x], None, (x.shape[0],))
         out: Tensor
         out, _ = self.schedule.run(inputs, routing, self._experts, None, self.layer_name)
         return out.to(hidden_states.dtype)
 
-    def _routing(self, ids: Tensor, weights: Tensor) -> Routing:
+    def _routing(self, ids: Tensor, weights: Tensor, on_host: bool) -> Routing:
+        """The pairs to send; dropped ones are left out where looking for them costs no wait."""
         ids = check_ids(ids, self.num_experts)
-        active = None
-        if ids.device.type == "cpu":
-            kept = ids < self.num_experts
-            if not bool(kept.all()):
-                active = kept
+        active = ids < self.num_experts if on_host else None
+        if active is not None and bool(active.all()):
+            active = None
         ids, weights = only_in_range(ids, weights, self.num_experts)
         return self._chosen(ids, weights, active)
 

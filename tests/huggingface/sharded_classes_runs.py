@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.distributed import ExpertSharder, make_expert_mesh
 from lightning_fastmoe.huggingface import choose_dispatcher
-from lightning_fastmoe.huggingface.sharded_experts import layer_of
+from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, layer_of
 
 EXPERTS = 6
 
@@ -26,16 +26,18 @@ def inputs_of(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, ids, weights
 
 
-def errors_of_all(names: list[str], dispatcher: str) -> dict[str, dict[str, float]]:
+def errors_of_all(names: list[str], dispatcher: str, on_host: bool) -> dict[str, dict[str, float]]:
     """Class -> output or gradient -> error of the sharded module, relative to its own forward."""
     before, classes.EXPERTS = classes.EXPERTS, EXPERTS
+    routing = TransformersLayer._routing
+    TransformersLayer._routing = lambda *args: routing(*args[:3], on_host)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
         sharder = ExpertSharder(make_expert_mesh(dist.get_world_size(), "cpu"))
         return {name: errors_of(name, dispatcher, sharder) for name in names}
     finally:
-        classes.EXPERTS = before
+        classes.EXPERTS, TransformersLayer._routing = before, routing
 
 
 def errors_of(name: str, dispatcher: str, sharder: ExpertSharder) -> dict[str, float]:

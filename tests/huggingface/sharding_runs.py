@@ -207,6 +207,7 @@ def run_case(run: Run) -> Trace:
     assert moe
     assert list(layers) == [name.removesuffix(".experts") for name in moe]
     mesh = trainer.strategy.expert_mesh
+    assert mesh.ep_size == (run.world if run.ep == "auto" else run.ep)
     for layer in layers.values():
         assert layer.experts.local_ids == tuple(mesh.local_experts(layer.num_experts))
         assert layer.module.num_experts == layer.num_experts

@@ -89,11 +89,14 @@ def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, 
 
 
 @pytest.mark.parametrize("dispatcher", ACROSS_RANKS)
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_class(world: int, dispatcher: str, rank_pool) -> None:
-    """Outputs and gradients in fp64, with dropped slots, against each class's own forward."""
+@pytest.mark.parametrize(("world", "on_host"), [(2, True), (3, True), (2, False)])
+def test_every_class(world: int, on_host: bool, dispatcher: str, rank_pool) -> None:
+    """Outputs and gradients in fp64, with dropped slots, against each class's own forward.
+
+    Dropped slots are left out, or, as on a GPU, computed with weight zero.
+    """
     names = sorted(experts_classes())
-    for errors in rank_pool.run(errors_of_all, world, names, dispatcher, timeout=300):
+    for errors in rank_pool.run(errors_of_all, world, names, dispatcher, on_host, timeout=300):
         assert list(errors) == names
         for name, of_class in errors.items():
             # This class's own forward computes in fp32 whatever the dtype.

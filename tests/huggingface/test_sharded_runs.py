@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
+import sys
 from typing import Any
 
 import pytest
@@ -125,6 +128,14 @@ def test_every_class_can_be_sharded(name: str) -> None:
     assert [path for path, _ in expert_layers(model)] == ["mlp"]
     for kind in KINDS:
         kind.check(model)
+
+
+def test_models_call_their_experts_experts() -> None:
+    """The name by which checkpoints find them, in the source of every model."""
+    for name, kind in experts_classes().items():
+        source = inspect.getsource(sys.modules[kind.__module__])
+        named = re.findall(rf"self\.(\w+) = {name}\(", source)
+        assert set(named) == {"experts"}, (name, named)
 
 
 def test_a_copy_is_a_layer_of_its_own() -> None:
