@@ -42,9 +42,10 @@ _Result = TypeVar("_Result")
 class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     """Trains mixture-of-experts models: experts sharded over ranks, the rest by DeepSpeed ZeRO.
 
-    The experts of every ``MoE`` layer are sharded over ``expert_parallel_size`` neighbouring ranks.
-    ZeRO partitions the replicas of an expert (if the world is larger) among themselves, and all
-    other parameters over the whole world. The result equals training in one process: gradients,
+    The experts of every ``MoE`` layer, and of transformers' models with
+    ``experts_implementation="fastmoe"``, are sharded over ``expert_parallel_size`` neighbouring
+    ranks. ZeRO partitions the replicas of an expert (if the world is larger) among themselves, and
+    all other parameters over the whole world. The result equals training in one process: gradients,
     those of experts too, are of the loss averaged over the global batch.
 
     Runs on CUDA (NCCL) and on the CPU (gloo).

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import transformers
+from huggingface.experts_classes import experts_classes, make_experts
 from strategy.models import Trace
 from strategy.tracing import Tracer, make_trainer, whole_weights
 from torch import Tensor, nn
@@ -192,11 +193,14 @@ def train(run: Run, *callbacks: pl.Callback) -> tuple[Trace, pl.Trainer, Tuned]:
     trainer = make_trainer(run, callbacks=[tracer, *callbacks])
     trainer.fit(module)
     trace = tracer.trace
-    own = torch.tensor(module.losses, dtype=torch.float64)
+    device = trainer.strategy.root_device
+    own = torch.tensor(module.losses, dtype=torch.float64, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(own)
     means = own / run.world
     trace.losses = [float(step.mean()) for step in means.split(run.accumulate)]
+    trace.gradients = {name: g.cpu() for name, g in trace.gradients.items()}
+    trace.weights = [{name: w.cpu() for name, w in step.items()} for step in trace.weights]
     return trace, trainer, module
 
 
@@ -300,6 +304,17 @@ def outcome_of(run: Run, implementation: str = "fastmoe", **sizes: Any) -> str:
     return ""
 
 
+def outcome_of_unnamed(run: Run) -> str:
+    """As :func:`outcome_of`, of a model whose only experts are not called so."""
+    module = Tuned(run)
+    module.net = nn.ModuleDict({"mine": make_experts(experts_classes()["Qwen3MoeExperts"])})
+    try:
+        make_trainer(run).fit(module)
+    except FastMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 class Poison(pl.Callback):
     """Makes the router of the second layer give NaN on rank 1, in the second batch."""
 
@@ -324,21 +339,33 @@ class Generate(pl.Callback):
 
     def __init__(self) -> None:
         self.found: Any = None
+        self.tokens: list[int] = []
         self.weights: dict[str, Tensor] = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.global_step == 1:
             self.weights = whole_weights(pl_module.net)
+            handles = [
+                layer.module.register_forward_pre_hook(self._note)
+                for _, layer in expert_layers(pl_module)
+            ]
             generate = partial(pl_module.net.generate, max_new_tokens=5, do_sample=False)
             self.found = trainer.strategy.on_rank_zero(generate, PROMPT)
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, module: nn.Module, args: Any) -> None:
+        self.tokens.append(len(args[0]))
 
 
 PROMPT = torch.tensor([[5, 9, 33], [4, 17, 8]])
 
 
-def generated(run: Run) -> tuple[Trace, Any, dict[str, Tensor]]:
+def generated(run: Run) -> tuple[Trace, Any, dict[str, Tensor], list[int]]:
+    """The trace, what was generated from which weights, and the tokens of each layer's pass."""
     generate = Generate()
-    return train(run, generate)[0], generate.found, generate.weights
+    trace, _, _ = train(run, generate)
+    return trace, generate.found, generate.weights, generate.tokens
 
 
 def fits_again(run: Run) -> tuple[dict[str, Tensor], float, str]:

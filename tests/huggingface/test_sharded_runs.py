@@ -21,6 +21,7 @@ from huggingface.sharding_runs import (
     make_model,
     monitored,
     outcome_of,
+    outcome_of_unnamed,
     poisoned,
     reference,
     run_case,
@@ -44,6 +45,13 @@ def test_another_implementation_is_refused(ep: Any, rank_pool) -> None:
         assert 'from_pretrained(..., experts_implementation="fastmoe")' in said
         assert "expert_parallel_size=1" in said
         assert "\n" not in said
+
+
+@pytest.mark.parametrize("ep", [2, "auto"])
+def test_experts_that_checkpoints_cannot_name_are_refused(ep: Any, rank_pool) -> None:
+    """Also by "auto", which finds none that it could shard."""
+    for said in rank_pool.run(outcome_of_unnamed, 2, Run(ep=ep)):
+        assert said.startswith("ConfigError: The experts of net.mine (Qwen3MoeExperts) can't be")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "fastmoe"])
@@ -175,9 +183,12 @@ def test_routers_that_give_nan_stop_all_ranks(rank_pool) -> None:
 
 def test_rank_zero_generates_with_the_experts_of_all(rank_pool) -> None:
     run = Run()
-    (trace, found, weights), (_, nothing, _) = rank_pool.run(generated, 2, run)
+    first, second = rank_pool.run(generated, 2, run)
+    trace, found, weights, tokens = first
     assert_same(trace, reference(run))
-    assert nothing is None
+    assert second[1] is None
+    assert len(tokens) == 2 * 5
+    assert second[3] == [0] * len(tokens)
     model = make_model(run, "eager")
     model.load_state_dict(weights)
     wanted = model.eval().generate(PROMPT, max_new_tokens=5, do_sample=False)
