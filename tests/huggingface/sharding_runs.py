@@ -80,6 +80,7 @@ class Run:
     padded: bool = True
     auxiliary: bool = False
     checkpointing: bool = False
+    compiled: bool = False
     in_configure_model: bool = False
     steps: int = 3
     clip: float = 0.05
@@ -165,6 +166,7 @@ class Tuned(pl.LightningModule):
         super().__init__()
         self.run = run or Run()
         self.losses: list[float] = []
+        self.graphs = 0
         self.net: Any = None if self.run.in_configure_model else make_model(self.run)
 
     def configure_model(self) -> None:
@@ -172,9 +174,22 @@ class Tuned(pl.LightningModule):
             self.net = make_model(self.run)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.run.compiled and not self.graphs:
+            self.net.compile(backend=self._count)
         loss: Tensor = self.net(**batch, use_cache=False).loss
         self.losses.append(loss.item())
         return loss
+
+    def _count(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        loss = self.net(**batch, use_cache=False).loss
+        self.log("val_loss", loss, sync_dist=True, batch_size=1)
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.net)
@@ -209,6 +224,7 @@ def run_case(run: Run) -> Trace:
     layers = dict(expert_layers(module))
     moe = [name for name, _ in module.named_modules() if name.endswith(".experts")]
     assert moe
+    assert bool(module.graphs) == run.compiled
     assert list(layers) == [name.removesuffix(".experts") for name in moe]
     mesh = trainer.strategy.expert_mesh
     assert mesh.ep_size == (run.world if run.ep == "auto" else run.ep)
@@ -291,6 +307,12 @@ def refuses_save_pretrained(run: Run, folder: Path) -> list[str]:
             said.append(f"{type(error).__name__}: {error}")
     assert not folder.exists()
     return said
+
+
+def validated(run: Run) -> float:
+    """The mean loss in evaluation, of weights that were not trained."""
+    (logged,) = make_trainer(run).validate(Tuned(run), verbose=False)
+    return float(logged["val_loss"])
 
 
 def outcome_of(run: Run, implementation: str = "fastmoe", **sizes: Any) -> str:

@@ -60,13 +60,20 @@ def test_training_equals_one_process(name: str, stage: int, rank_pool) -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_four_ranks(name: str, ep: int | str, stage: int, rank_pool) -> None:
     """With replicas of each expert, and without."""
-    check(Run(name, world=4, ep=ep, stage=stage, accumulate=2), rank_pool)
+    run = Run(name, world=4, ep=ep, stage=stage, accumulate=2, in_configure_model=stage == 3)
+    check(run, rank_pool)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_gradient_checkpointing(name: str, stage: int, rank_pool) -> None:
     check(Run(name, stage=stage, checkpointing=True), rank_pool)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_compiled_model(stage: int, rank_pool) -> None:
+    """The exchange stays outside of compiled graphs."""
+    check(Run("olmoe", stage=stage, compiled=True), rank_pool)
 
 
 @pytest.mark.parametrize("name", WITH_AUXILIARY_LOSS)

@@ -25,6 +25,7 @@ from huggingface.sharding_runs import (
     poisoned,
     reference,
     run_case,
+    validated,
 )
 from huggingface.test_sharded_experts import assert_same
 from torch import nn
@@ -193,6 +194,18 @@ def test_rank_zero_generates_with_the_experts_of_all(rank_pool) -> None:
     model.load_state_dict(weights)
     wanted = model.eval().generate(PROMPT, max_new_tokens=5, do_sample=False)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_evaluation(name: str, stage: int, rank_pool) -> None:
+    run = Run(name, stage=stage)
+    model = make_model(run, "eager").eval()
+    chunks = [batch for step in make_batches(run) for micro in step for batch in micro]
+    with torch.no_grad():
+        wanted = sum(model(**c, use_cache=False).loss.item() for c in chunks) / len(chunks)
+    for found in rank_pool.run(validated, 2, run):
+        assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
