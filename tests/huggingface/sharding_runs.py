@@ -65,6 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 WITH_AUXILIARY_LOSS = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 ROWS, TOKENS = 2, 7
+RELATIVE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -427,3 +428,24 @@ def chosen_experts(run: Run) -> dict[str, list[Tensor]]:
     for batch in (batch for micro in make_batches(run)[0] for batch in micro):
         model(**batch, use_cache=False)
     return seen
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    scale = expected.abs().max().clamp_min(1e-12)
+    error = float((actual - expected).abs().max() / scale)
+    assert error <= RELATIVE, f"{what}: relative error {error:.2e}"
+
+
+def assert_same(actual: Trace, expected: Trace) -> None:
+    for what in ("losses", "norms"):
+        pairs = zip(getattr(actual, what), getattr(expected, what), strict=True)
+        for i, (a, e) in enumerate(pairs):
+            assert abs(a - e) <= RELATIVE * abs(e), f"{what} of step {i}: {a} != {e}"
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert_close(actual.gradients[name], gradient, f"gradient of {name}")
+    assert len(actual.weights) == len(expected.weights)
+    for i, (own, twin) in enumerate(zip(actual.weights, expected.weights, strict=True)):
+        assert own.keys() == twin.keys()
+        for name, weight in twin.items():
+            assert_close(own[name], weight, f"{name} after step {i}")

@@ -10,11 +10,11 @@ import torch
 from huggingface.sharding_runs import (
     EpochPerStep,
     Run,
+    assert_close,
     fit_epochs,
     reference,
     refuses_save_pretrained,
 )
-from huggingface.test_sharded_experts import assert_close
 from transformers import AutoModelForCausalLM
 
 from lightning_fastmoe.checkpoint import CheckpointReader

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from huggingface.experts_classes import experts_classes
 from huggingface.sharded_classes_runs import errors_of_all
 from huggingface.sharding_runs import (
     MODELS,
     WITH_AUXILIARY_LOSS,
     Run,
+    assert_same,
     reference,
     run_case,
     run_case_by,
 )
-from strategy.models import Trace
 
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
-
-RELATIVE = 1e-5
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    scale = expected.abs().max().clamp_min(1e-12)
-    error = float((actual - expected).abs().max() / scale)
-    assert error <= RELATIVE, f"{what}: relative error {error:.2e}"
-
-
-def assert_same(actual: Trace, expected: Trace) -> None:
-    for what in ("losses", "norms"):
-        pairs = zip(getattr(actual, what), getattr(expected, what), strict=True)
-        for i, (a, e) in enumerate(pairs):
-            assert abs(a - e) <= RELATIVE * abs(e), f"{what} of step {i}: {a} != {e}"
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert_close(actual.gradients[name], gradient, f"gradient of {name}")
-    assert len(actual.weights) == len(expected.weights)
-    for i, (own, twin) in enumerate(zip(actual.weights, expected.weights, strict=True)):
-        assert own.keys() == twin.keys()
-        for name, weight in twin.items():
-            assert_close(own[name], weight, f"{name} after step {i}")
 
 
 def check(run: Run, rank_pool) -> None:

@@ -14,6 +14,7 @@ from huggingface.experts_classes import experts_classes, make_experts
 from huggingface.sharding_runs import (
     PROMPT,
     Run,
+    assert_same,
     chosen_experts,
     fits_again,
     generated,
@@ -27,7 +28,6 @@ from huggingface.sharding_runs import (
     run_case,
     validated,
 )
-from huggingface.test_sharded_experts import assert_same
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError, ShapeError
