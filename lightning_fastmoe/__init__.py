@@ -1,8 +1,9 @@
 """Expert parallelism for PyTorch Lightning.
 
 Importing the package registers ``strategy="fastmoe"`` and its variants with Lightning's Trainer,
-and lets ``load_from_checkpoint`` of any module read this package's checkpoints. It imports neither
-torch nor Lightning nor DeepSpeed: exported names are loaded on first use.
+lets ``load_from_checkpoint`` of any module read this package's checkpoints, and registers
+``experts_implementation="fastmoe"`` with transformers. It imports neither torch nor Lightning nor
+DeepSpeed nor transformers: exported names are loaded on first use.
 """
 
 from importlib import import_module
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fastmoe.former_paths import serve_former_paths
 from lightning_fastmoe.lightning_loaders import register_loaders
-from lightning_fastmoe.registration import register_with_lightning
+from lightning_fastmoe.registration import register_with_lightning, when_imported
 
 if TYPE_CHECKING:
     from lightning_fastmoe.callbacks import (
@@ -74,3 +75,10 @@ def __dir__() -> list[str]:
 serve_former_paths()
 register_with_lightning(lambda **arguments: _load("FastMoEStrategy")(**arguments))
 register_loaders(lambda: import_module(f"{__name__}.strategy.checkpointing.plain_loading"))
+when_imported(
+    {
+        "transformers.integrations.moe": lambda module: import_module(
+            f"{__name__}.huggingface.experts_interface"
+        ).register_in(module)
+    }
+)

@@ -104,6 +104,9 @@ NAMES = [
     # transformers' experts interface
     "transformers.integrations.moe:_default_apply_gate",
     "transformers.integrations.moe:ExpertsInterface.register",
+    "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+    "transformers.modeling_utils:PreTrainedModel.push_to_hub",
+    "transformers.modeling_utils:PreTrainedModel.set_experts_implementation",
     "torch:_assert_async",
     # others
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
@@ -281,6 +284,7 @@ SOURCES = {
     "torch.optim.lr_scheduler": ["_wrapped_by_lr_sched"],
     # How transformers calls a registered implementation, and what experts say of themselves.
     "transformers.integrations.moe:use_experts_implementation": [
+        "self.config = config",
         "self.has_gate = has_gate",
         "self.has_bias = has_bias",
         "self.is_transposed = is_transposed",

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 _EXPERTS = ".experts."
 
@@ -43,7 +44,7 @@ def _experts_of(name: str, layers: Container[str]) -> Iterator[tuple[str, int]]:
         end = name.find(_EXPERTS, end + 1)
 
 
-def why_not_saved(name: str, layer: MoE) -> str | None:
+def why_not_saved(name: str, layer: ExpertLayer) -> str | None:
     """Why no checkpoint can hold a layer's sharded experts, or None if one can."""
     for path, module in layer.experts.named_modules():
         what = f"Expert {path.split('.')[0]} of layer {name!r}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_fastmoe.checkpoint.expert_names import expert_of, names_by_expert, why_not_saved
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.errors import CheckpointError
-from lightning_fastmoe.nn import ModuleExperts, MoE
+from lightning_fastmoe.nn import ModuleExperts
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
 
 
@@ -86,7 +87,7 @@ class ModelMap:
         return names_by_expert(names, {n: e.local_ids for n, e in self.module_layers.items()})
 
 
-def map_model(module: nn.Module, layers: Mapping[str, MoE]) -> ModelMap:
+def map_model(module: nn.Module, layers: Mapping[str, ExpertLayer]) -> ModelMap:
     """Finds the name of every parameter and buffer, and the fragment that this rank has.
 
     Args:
@@ -145,7 +146,7 @@ def _check_tied(first: str, name: str, model: ModelMap) -> None:
         )
 
 
-def _fragment(name: str, shape: tuple[int, ...], layer: MoE | None) -> ParameterFragment:
+def _fragment(name: str, shape: tuple[int, ...], layer: ExpertLayer | None) -> ParameterFragment:
     numel = math.prod(shape)
     if layer is None:
         return ParameterFragment(0, numel, name, shape, is_expert=False)

@@ -14,7 +14,8 @@ import torch
 
 from lightning_fastmoe.checkpoint.format.manifest import Topology
 from lightning_fastmoe.checkpoint.format.state_files import COUNTS
-from lightning_fastmoe.nn import MoE, Router
+from lightning_fastmoe.nn import Router
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 
 class RankStates(Protocol):
@@ -30,7 +31,7 @@ class RankStates(Protocol):
         ...
 
 
-def counts_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
+def counts_of(layers: Mapping[str, ExpertLayer]) -> dict[str, Any]:
     """This rank's counts, as JSON values."""
     return {
         name: {
@@ -42,7 +43,7 @@ def counts_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
 
 
 def restore_counts(
-    source: RankStates, layers: Mapping[str, MoE], rank: int, world_size: int, trusted: bool
+    source: RankStates, layers: Mapping[str, ExpertLayer], rank: int, world_size: int, trusted: bool
 ) -> None:
     """Restores the counts: each rank its own; on another number of ranks, rank 0 gets them all.
 
@@ -72,6 +73,6 @@ def restore_counts(
             layer.nonfinite.put()
 
 
-def _load_of(layer: MoE) -> torch.Tensor | None:
-    router = layer.router
+def _load_of(layer: ExpertLayer) -> torch.Tensor | None:
+    router = getattr(layer, "router", None)
     return router.load_since_update if isinstance(router, Router) else None

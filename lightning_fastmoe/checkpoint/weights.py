@@ -18,7 +18,7 @@ from lightning_fastmoe.checkpoint.matching import check_experts, check_names, ch
 from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
 from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.placement import settle_placement
 
 
@@ -49,7 +49,7 @@ def load_weights(
         CheckpointError: on all ranks, if the checkpoint is damaged or does not fit the module.
     """
     settle_placement()
-    model = map_model(module, dict(moe_layers(module)))
+    model = map_model(module, dict(expert_layers(module)))
     if any(hasattr(parameter, "ds_id") for parameter, _ in model.parameters.values()):
         raise ConfigError(
             "load_weights: ZeRO stage 3 has partitioned the module's parameters already. Call it in"

@@ -15,7 +15,7 @@ from lightning_fastmoe.distributed.nodes import make_node_groups
 from lightning_fastmoe.distributed.schedule import schedule_across_ranks
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
-from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer, expert_layers
 from lightning_fastmoe.nn.placement import Placement
 from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule
 
@@ -71,7 +71,7 @@ class ExpertSharder:
         Raises:
             TopologyError: if a layer's experts can't be divided, or are already sharded otherwise.
         """
-        for name, layer in moe_layers(module):
+        for name, layer in expert_layers(module):
             name = name or type(layer).__name__
             if self.batch is not None:
                 self.batch.reserve(layer.exchanged_counts)
@@ -90,8 +90,10 @@ class ExpertSharder:
             if layer.experts.local_ids != held:
                 raise self._sharded_otherwise(name, layer)
             layer.connect(name, self.batch, schedule)
+        for kind in KINDS:
+            kind.guard(module)
 
-    def end_pass(self, layers: Iterable[MoE], device: torch.device) -> None:
+    def end_pass(self, layers: Iterable[ExpertLayer], device: torch.device) -> None:
         """Ends a forward pass; all ranks call this after it, before waiting for others elsewhere.
 
         This detects a rank that skipped the last layers while others wait for it there.
@@ -134,7 +136,7 @@ class ExpertSharder:
             if group is not None:
                 group.pending, group.wait = pending, wait
 
-    def _sharded_otherwise(self, name: str, layer: MoE) -> TopologyError:
+    def _sharded_otherwise(self, name: str, layer: ExpertLayer) -> TopologyError:
         return TopologyError(
             f"Layer {name!r} holds {layer.num_local_experts} of its {layer.num_experts}"
             f" experts from an earlier run; that does not fit expert_parallel_size="

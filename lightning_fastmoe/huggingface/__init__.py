@@ -1,8 +1,7 @@
 """Import, fine-tune and export Hugging Face models: Mixtral, Qwen3-MoE and OLMoE.
 
-See ``docs/huggingface.md``. Importing this package also registers
-``experts_implementation="fastmoe"`` with transformers, whose own models then compute their experts
-with this package, on one device; it does not import transformers. ``MoECausalLM``, which needs
+See ``docs/huggingface.md``. This component does not import transformers, whose own models it
+computes and shards under ``experts_implementation="fastmoe"``. ``MoECausalLM``, which needs
 Lightning, is imported on first use, so that converting files works without it.
 """
 
@@ -10,14 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_fastmoe.huggingface.architecture import Architecture, read_config
-from lightning_fastmoe.huggingface.experts_interface import (
-    fused_activation,
-    register_experts,
-    register_when_imported,
-)
+from lightning_fastmoe.huggingface.experts_class import fused_activation
+from lightning_fastmoe.huggingface.experts_interface import register_experts
 from lightning_fastmoe.huggingface.exporting import export, kept_config
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
+from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 from lightning_fastmoe.huggingface.upcycling import upcycle
 
 if TYPE_CHECKING:
@@ -27,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "Architecture",
     "MoECausalLM",
+    "choose_dispatcher",
     "export",
     "fused_activation",
     "import_model",
@@ -42,6 +40,3 @@ if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
         if name != "MoECausalLM":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return import_module(f"{__name__}.causal_lm").MoECausalLM
-
-
-register_when_imported()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fastmoe.huggingface.experts_interface import plain_activation
+from lightning_fastmoe.huggingface.experts_class import plain_activation
 from lightning_fastmoe.ops.activation import GATED, apply_activation
 
 _PARTS = (

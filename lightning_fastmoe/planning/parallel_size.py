@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.planning.memory import Group, plan
 from lightning_fastmoe.planning.sizes import numel
 
@@ -57,7 +57,7 @@ class SizeChoice:
 
 def smallest_that_fits(
     module: nn.Module,
-    layers: Sequence[MoE],
+    layers: Sequence[ExpertLayer],
     sizes: Sequence[int],
     *,
     world: int,
@@ -86,7 +86,9 @@ def smallest_that_fits(
     return next((choice for choice in choices if choice.fits), choices[-1])
 
 
-def groups_at(module: nn.Module, layers: Sequence[MoE], size: int, world: int) -> list[Group]:
+def groups_at(
+    module: nn.Module, layers: Sequence[ExpertLayer], size: int, world: int
+) -> list[Group]:
     """All parameters as ZeRO would partition them at an expert parallel size."""
     experts: dict[bool, list[int]] = {True: [], False: []}
     dense: dict[bool, list[int]] = {True: [], False: []}

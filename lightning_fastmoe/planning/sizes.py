@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def model_size(module: nn.Module) -> ModelSize:
 
     All ranks must call it: if experts differ from each other, their ranks exchange counts.
     """
-    layers = dict(moe_layers(module))
+    layers = dict(expert_layers(module))
     routed = {id(p) for layer in layers.values() for p in layer.experts.parameters()}
     dense = {id(p): numel(p) for p in module.parameters() if id(p) not in routed}
     multiplied = {
@@ -87,7 +87,7 @@ def numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _layer_size(layer: MoE) -> LayerSize:
+def _layer_size(layer: ExpertLayer) -> LayerSize:
     held = float(sum(numel(p) for p in layer.experts.parameters()))
     counted = layer.num_local_experts
     if layer.is_sharded and not layer.experts.is_stacked:
@@ -101,7 +101,8 @@ def _layer_size(layer: MoE) -> LayerSize:
     )
 
 
-def _experts_per_token(layer: MoE) -> float:
+def _experts_per_token(layer: ExpertLayer) -> float:
     if layer.top_k is not None:
         return layer.top_k
-    return layer.num_experts if layer.capacity_factor is None else layer.capacity_factor
+    factor: float | None = getattr(layer, "capacity_factor", None)
+    return layer.num_experts if factor is None else factor

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import nn
 
 from lightning_fastmoe.distributed import expert_parallel_sizes
-from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.planning.parallel_size import SizeChoice, smallest_that_fits
 from lightning_fastmoe.strategy.nodes import Nodes
 from lightning_fastmoe.zero.groups import divided_experts
@@ -45,9 +45,9 @@ class AutoSize:
         rank_zero_info(str(choice))
         return choice.size
 
-    def layers(self) -> list[MoE]:
+    def layers(self) -> list[ExpertLayer]:
         """The model's layers whose experts are divided over ranks."""
-        layers = dict(moe_layers(self._strategy.lightning_module or nn.Module()))
+        layers = dict(expert_layers(self._strategy.lightning_module or nn.Module()))
         return [layers[name] for name in divided_experts(layers.items())]
 
     def _by_memory(self, sizes: list[int], memory: int) -> SizeChoice:

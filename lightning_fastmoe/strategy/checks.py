@@ -18,7 +18,7 @@ from lightning_fastmoe.checkpoint.expert_names import why_not_saved
 from lightning_fastmoe.checkpoint.format.consistency import unlisted_layers
 from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.elementwise import is_elementwise
 from lightning_fastmoe.zero.engine import FastMoEEngine
 
@@ -183,7 +183,7 @@ def fixed_paths(trainer: pl.Trainer) -> list[Path]:
 
 
 def check_can_be_saved(
-    trainer: pl.Trainer, module: torch.nn.Module, layers: Mapping[str, MoE]
+    trainer: pl.Trainer, module: torch.nn.Module, layers: Mapping[str, ExpertLayer]
 ) -> None:
     """Refuses to begin a run whose first checkpoint would fail.
 
@@ -206,7 +206,7 @@ def check_can_be_saved(
             raise ConfigError(f"{why} Or train with Trainer(enable_checkpointing=False).")
 
 
-def check_order_is_known(path: Path, layers: Mapping[str, MoE]) -> None:
+def check_order_is_known(path: Path, layers: Mapping[str, ExpertLayer]) -> None:
     """Refuses single files whose optimizer state can't be matched: it is ordered, not named.
 
     Raises:

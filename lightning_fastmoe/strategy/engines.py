@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_fastmoe.distributed import ExpertSharder
-from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.collect import warn_about_causality
+from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
 from lightning_fastmoe.strategy.checks import (
     advise_fused,
     check_can_be_saved,
@@ -76,15 +77,19 @@ class Engines:
         if earlier is not None:
             earlier.destroy()
         state = self.state
-        state.layers = dict(moe_layers(module))
+        state.layers = dict(expert_layers(module))
         sharder = self._groups.make(divided_experts(state.layers.items()))
+        if self._groups.wants_sharding:
+            for kind in KINDS:
+                kind.check(module)
         sharder.shard(module)
         if self._strategy.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), sharder.mesh)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
-            layer.balancing.scale = state.loss_scale
+            if isinstance(layer, MoE):
+                layer.balancing.scale = state.loss_scale
             layer.nonfinite.policy = "ignore" if self._nonfinite == "ignore" else "collect"
         check_can_be_saved(trainer, module, state.layers)
         check_batch_norms(state.layers)

@@ -16,7 +16,7 @@ from lightning_fastmoe.distributed import (
     make_expert_mesh,
 )
 from lightning_fastmoe.errors import UnmanagedExpertsError
-from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.strategy.auto_size import AutoSize
 from lightning_fastmoe.strategy.nodes import Nodes
@@ -59,6 +59,15 @@ class ExpertGroups:
                 " expert_parallel_size='auto' when configure_model() has built the last MoE layer."
             )
         return self.sharder.mesh
+
+    @property
+    def wants_sharding(self) -> bool:
+        """Whether experts that can't be sharded are an error: there are ranks to shard them over.
+
+        "auto" resolves to 1 where it finds no experts, which must not go unnoticed.
+        """
+        size = self._strategy.world_size if self.size == "auto" else self.size
+        return size > 1
 
     def make_if_sized(self) -> None:
         """Creates the groups if their size was given as a number."""
@@ -105,7 +114,7 @@ class ExpertGroups:
                 yield
             return
         strategy, module = self._strategy, self._strategy.lightning_module
-        built = divided_experts(moe_layers(module) if module is not None else ()).values()
+        built = divided_experts(expert_layers(module) if module is not None else ()).values()
         auto = AutoPlacement(
             strategy.global_rank,
             strategy.world_size,
@@ -119,7 +128,7 @@ class ExpertGroups:
         if auto.built:
             self.make(auto.num_experts, auto.settle())
 
-    def end_pass(self, layers: Iterable[MoE]) -> None:
+    def end_pass(self, layers: Iterable[ExpertLayer]) -> None:
         """Joins the exchanges of trailing MoE layers that this rank skipped."""
         if self.sharder is not None:
             self.sharder.end_pass(layers, self._strategy.root_device)

@@ -43,10 +43,10 @@ _Result = TypeVar("_Result")
 class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     """Trains mixture-of-experts models: experts sharded over ranks, the rest by DeepSpeed ZeRO.
 
-    The experts of every ``MoE`` layer are sharded over ``expert_parallel_size`` neighbouring ranks.
-    ZeRO partitions the replicas of an expert (if the world is larger) among themselves, and all
-    other parameters over the whole world. The result equals training in one process: gradients,
-    those of experts too, are of the loss averaged over the global batch. On CUDA and on the CPU.
+    The experts of every ``MoE`` layer, and of transformers' models with
+    ``experts_implementation="fastmoe"``, are sharded over ``expert_parallel_size`` neighbouring
+    ranks. ZeRO partitions an expert's replicas among themselves, and all other parameters over the
+    whole world. Gradients are those of the loss averaged over the global batch, as in one process.
 
     Args:
         expert_parallel_size: number of ranks over which the experts of each layer are sharded. It

@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelSummary
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_fastmoe.nn import MoE, moe_layers
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.planning.sizes import numel
 
 
@@ -22,7 +22,7 @@ def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     summaries = [c for c in callbacks if isinstance(c, ModelSummary) and c._max_depth != 0]
-    divided = {name: layer for name, layer in moe_layers(module) if layer.is_sharded}
+    divided = {name: layer for name, layer in expert_layers(module) if layer.is_sharded}
     if not (trainer.training and summaries and divided):
         return
     name, first = next(iter(divided.items()))
@@ -35,7 +35,7 @@ def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     rank_zero_info(f"{text} Add the callback MoESummary for the whole model's numbers.")
 
 
-def _elsewhere(layer: MoE) -> int:
+def _elsewhere(layer: ExpertLayer) -> int:
     """Parameters of the experts that this rank does not hold; stacked experts have equal sizes."""
     here = sum(map(numel, layer.experts.parameters()))
     return here // layer.num_local_experts * (layer.num_experts - layer.num_local_experts)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fastmoe.errors import ConfigError, ExchangeError
 from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 _Result = TypeVar("_Result")
 
@@ -20,14 +21,14 @@ _Result = TypeVar("_Result")
 @torch.no_grad()
 def run_on_rank_zero(
     module: nn.Module,
-    layers: Mapping[str, MoE],
+    layers: Mapping[str, ExpertLayer],
     progress: Callable[[], None],
     function: Callable[..., _Result],
     *args: Any,
 ) -> _Result | None:
     """Runs ``function(*args)`` on rank 0; every rank calls this at the same point.
 
-    Rank 0 announces each MoE layer with sharded experts, or with a router that uses the global
+    Rank 0 announces each layer with sharded experts, or with a router that uses the global
     batch, and the other ranks then run that layer without tokens of their own. In between they
     wait for the next announcement, or for the end.
 
@@ -60,45 +61,49 @@ def run_on_rank_zero(
             last = f"{type(error).__name__}: {error}"
             raise
         finally:
-            _tell((None, last, None))
+            _tell((None, last))
 
 
-def _serve(layers: Mapping[str, MoE], progress: Callable[[], None]) -> None:
+def _serve(layers: Mapping[str, ExpertLayer], progress: Callable[[], None]) -> None:
     while True:
-        name, x, token_ids = _hear()
+        name, what = _hear()
         progress()
         if name is None:
-            if x:
-                raise ExchangeError(f"The function that on_rank_zero runs failed on rank 0: {x}")
+            if what:
+                raise ExchangeError(f"The function that on_rank_zero runs failed on rank 0: {what}")
             return
-        layer = layers[name]
-        x, token_ids = _to(next(layer.parameters()).device, (x, token_ids))
-        layer(x, token_ids=token_ids)
+        entry = _entry(layers[name])
+        args, kwargs = _to(next(entry.parameters()).device, what)
+        entry(*args, **kwargs)
 
 
 def _to(device: torch.device, values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
 
 
+def _entry(layer: ExpertLayer) -> nn.Module:
+    """The module whose forward pass exchanges the layer's tokens."""
+    entry: Any = layer
+    return getattr(entry, "module", entry)  # type: ignore[no-any-return]
+
+
 @contextmanager
-def _announcing(layers: Mapping[str, MoE], progress: Callable[[], None]) -> Iterator[None]:
+def _announcing(layers: Mapping[str, ExpertLayer], progress: Callable[[], None]) -> Iterator[None]:
     def announce(name: str) -> Any:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def hook(layer: MoE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer.training or torch.is_grad_enabled():
+        def hook(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if entry.training or torch.is_grad_enabled():
                 raise ConfigError(
                     f"{name} was run for training on rank 0: on_rank_zero runs the model in"
                     " evaluation mode without gradients, as the other ranks run no backward pass."
                 )
             progress()
-            x = args[0] if args else kwargs["x"]
-            token_ids = kwargs.get("token_ids")
-            _tell((name, _without_tokens(x, layer.d_model), _no_rows(token_ids)))
+            _tell((name, _without_tokens(entry, args, kwargs)))
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(announce(name), with_kwargs=True)
+        _entry(layer).register_forward_pre_hook(announce(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
@@ -108,25 +113,35 @@ def _announcing(layers: Mapping[str, MoE], progress: Callable[[], None]) -> Iter
             handle.remove()
 
 
-def _without_tokens(x: Any, d_model: int) -> Any:
-    """An input of the same structure and dtypes with zero tokens."""
+def _without_tokens(
+    entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the same structure and dtypes for a call with zero tokens."""
+    if not isinstance(entry, MoE):  # tensors (T, ...)
+        empty: Any = pytree.tree_map_only(Tensor, _no_rows, (args, kwargs))
+        return empty  # type: ignore[no-any-return]
+    x = args[0] if args else kwargs["x"]
+    token_ids = kwargs.get("token_ids")
     if isinstance(x, Tensor):
-        return x.new_empty((0, d_model), device="cpu")
-    return pytree.tree_map(lambda leaf: leaf.new_empty((0, *leaf.shape[1:]), device="cpu"), x)
+        x = x.new_empty((0, entry.d_model), device="cpu")
+    else:
+        x = pytree.tree_map(_no_rows, x)
+    no_ids = None if token_ids is None else token_ids.new_empty((0,), device="cpu")
+    return (x,), {"token_ids": no_ids}
 
 
-def _no_rows(token_ids: Tensor | None) -> Tensor | None:
-    return None if token_ids is None else token_ids.new_empty((0,), device="cpu")
+def _no_rows(leaf: Tensor) -> Tensor:
+    return leaf.new_empty((0, *leaf.shape[1:]), device="cpu")
 
 
-def _tell(message: tuple[Any, Any, Any]) -> None:
+def _tell(message: tuple[Any, Any]) -> None:
     dist.broadcast_object_list([message], src=0)
 
 
-def _hear() -> tuple[Any, Any, Any]:
+def _hear() -> tuple[Any, Any]:
     box: list[Any] = [None]
     dist.broadcast_object_list(box, src=0)
-    message: tuple[Any, Any, Any] = box[0]
+    message: tuple[Any, Any] = box[0]
     return message
 
 

@@ -26,8 +26,8 @@ from lightning_fastmoe.errors import (
     NonFiniteError,
     ParameterEditError,
 )
-from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.attached_loss import LossScale
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer, use_fewer_passes
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 from lightning_fastmoe.zero.weight_edits import WeightEdits
@@ -53,13 +53,13 @@ class ExpertState:
         user_groups: the optimizer's groups as the user wrote them; None without an optimizer.
     """
 
-    layers: dict[str, MoE] = field(default_factory=dict)
+    layers: dict[str, ExpertLayer] = field(default_factory=dict)
     loss_scale: LossScale = field(default_factory=LossScale)
     nonfinite: NonFinitePolicy = "raise"
     user_groups: UserParamGroups | None = None
 
     @property
-    def sharded_layers(self) -> list[MoE]:
+    def sharded_layers(self) -> list[ExpertLayer]:
         """The layers whose experts are sharded over ranks."""
         return [layer for layer in self.layers.values() if layer.is_sharded]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_fastmoe.distributed import ExpertMesh
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 
 def group_name(mesh: ExpertMesh) -> str:
@@ -16,7 +16,7 @@ def group_name(mesh: ExpertMesh) -> str:
     return f"ep_size_{mesh.ep_size}"
 
 
-def tag_experts(layers: Iterable[MoE], mesh: ExpertMesh) -> None:
+def tag_experts(layers: Iterable[ExpertLayer], mesh: ExpertMesh) -> None:
     """Marks the parameters of sharded experts for DeepSpeed.
 
     ``allreduce=False`` and ``group_name`` are for ZeRO 1 and 2, the ``ds_zero_*`` tags for ZeRO 3,
@@ -37,7 +37,7 @@ def is_tagged(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
+def check_tags(module: nn.Module, layers: Iterable[ExpertLayer]) -> None:
     """Checks that every parameter tagged as an expert belongs to one of our sharded layers.
 
     Raises:
@@ -53,7 +53,7 @@ def check_tags(module: nn.Module, layers: Iterable[MoE]) -> None:
             )
 
 
-def check_batch_norms(layers: Mapping[str, MoE]) -> None:
+def check_batch_norms(layers: Mapping[str, ExpertLayer]) -> None:
     """Refuses experts with modules that synchronise all ranks, such as SyncBatchNorm.
 
     Raises:
@@ -83,6 +83,6 @@ def register_groups(mesh: ExpertMesh) -> None:
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks[:, column].tolist()
 
 
-def divided_experts(layers: Iterable[tuple[str, MoE]]) -> dict[str, int]:
+def divided_experts(layers: Iterable[tuple[str, ExpertLayer]]) -> dict[str, int]:
     """Name -> ``num_experts`` of the layers whose experts are divided over ranks."""
     return {n: m.num_experts for n, m in layers if m.dispatcher_name != "local"}

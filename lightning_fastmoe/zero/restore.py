@@ -24,7 +24,7 @@ from lightning_fastmoe.checkpoint.param_options import by_parameter, common, res
 from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.checkpoint.step_counts import restore_counts
 from lightning_fastmoe.errors import CheckpointError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.averages import TRAINING, Averages, training_name
 from lightning_fastmoe.zero.gradients import PartialGradients
 from lightning_fastmoe.zero.snapshot import COUNTERS
@@ -56,7 +56,7 @@ def load(
     together: Together,
     *,
     engine: Any,
-    layers: Mapping[str, MoE],
+    layers: Mapping[str, ExpertLayer],
     training: bool,
     strict: bool,
     trusted: bool = False,

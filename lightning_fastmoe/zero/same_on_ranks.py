@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 
-def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
+def sharded_module_layers(layers: Mapping[str, ExpertLayer]) -> dict[str, ExpertLayer]:
     """The layers with sharded module experts; the same list on every rank."""
     return {
         name: layer
@@ -21,7 +21,7 @@ def sharded_module_layers(layers: Mapping[str, MoE]) -> dict[str, MoE]:
     }
 
 
-def check_same_structure(layers: Mapping[str, MoE]) -> None:
+def check_same_structure(layers: Mapping[str, ExpertLayer]) -> None:
     """Checks that all ranks have the same sequence of modules, for ZeRO 3; collective.
 
     DeepSpeed would fail only in the second step, on some of the ranks, and the others would hang.
@@ -47,7 +47,7 @@ def check_same_structure(layers: Mapping[str, MoE]) -> None:
                 )
 
 
-def check_same_groups(optimizer: Optimizer, layers: Mapping[str, MoE]) -> None:
+def check_same_groups(optimizer: Optimizer, layers: Mapping[str, ExpertLayer]) -> None:
     """Checks that optimizer groups match, as DeepSpeed sums norms over ranks; collective.
 
     Args:

@@ -25,7 +25,7 @@ from lightning_fastmoe.checkpoint.param_options import NamedGroup, options_of
 from lightning_fastmoe.checkpoint.random_state import random_state
 from lightning_fastmoe.checkpoint.save import Snapshot, loaders_of, warn_of_objects
 from lightning_fastmoe.checkpoint.step_counts import counts_of
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.averages import Averages, training_name
 from lightning_fastmoe.zero.gradients import PartialGradients
 from lightning_fastmoe.zero.optimizer_state import elementwise, shared_scalars
@@ -41,7 +41,7 @@ def take_snapshot(
     together: Together,
     *,
     engine: Any,
-    layers: Mapping[str, MoE],
+    layers: Mapping[str, ExpertLayer],
     topology: Topology,
     client_state: dict[str, Any],
     user_groups: list[NamedGroup] | None,

@@ -406,17 +406,18 @@ def test_wrong_shapes_are_refused() -> None:
 
 LAZY = """
 import sys
-import lightning_fastmoe.huggingface as ours
-assert "transformers" not in sys.modules
+import lightning_fastmoe
+assert not {"torch", "transformers", "lightning_fastmoe.huggingface"} & sys.modules.keys()
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 assert "fastmoe" in ALL_EXPERTS_FUNCTIONS
-assert ours.register_experts() == "fastmoe"
+from lightning_fastmoe.huggingface import register_experts
+assert register_experts() == "fastmoe"
 """
 
 AFTER = """
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 assert "fastmoe" not in ALL_EXPERTS_FUNCTIONS
-import lightning_fastmoe.huggingface
+import lightning_fastmoe
 assert "fastmoe" in ALL_EXPERTS_FUNCTIONS
 """
 
@@ -434,7 +435,24 @@ else:
 """
 
 
-@pytest.mark.parametrize("program", [LAZY, AFTER, MISSING], ids=["lazy", "after", "missing"])
+BY_MODEL = """
+import lightning_fastmoe
+from transformers import OlmoeConfig, OlmoeForCausalLM
+sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+config = OlmoeConfig(**sizes, vocab_size=9, num_experts=2, num_experts_per_tok=1)
+model = OlmoeForCausalLM._from_config(config, experts_implementation="fastmoe")
+import torch
+from lightning_fastmoe.huggingface import experts_class
+seen, weights = [], experts_class.stacked_weights
+experts_class.stacked_weights = lambda experts: seen.append(type(experts)) or weights(experts)
+model(torch.zeros(1, 2, dtype=torch.long))
+assert len(seen) == 1, seen
+"""
+
+PROGRAMS = {"before": LAZY, "after": AFTER, "missing": MISSING, "model": BY_MODEL}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_registration(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False

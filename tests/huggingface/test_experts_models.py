@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_fastmoe.huggingface import experts_interface
+from lightning_fastmoe.huggingface import experts_class
 
 SIZES = {
     "vocab_size": 61,
@@ -93,13 +93,13 @@ def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The classes of the experts that this package computed."""
     seen: list[str] = []
-    weights = experts_interface._weights
+    weights = experts_class.stacked_weights
 
     def watched(experts: Any) -> Any:
         seen.append(type(experts).__name__)
         return weights(experts)
 
-    monkeypatch.setattr(experts_interface, "_weights", watched)
+    monkeypatch.setattr(experts_class, "stacked_weights", watched)
     return seen
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fastmoe import FastMoEStrategy
 from lightning_fastmoe.distributed import schedule
-from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.zero import weight_gather
 
 
@@ -141,7 +141,7 @@ def whole_gradients(net: torch.nn.Module) -> dict[str, Tensor]:
 
 def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenates the experts of all ranks of the expert parallel group, by global id."""
-    layers = [(name, layer) for name, layer in moe_layers(net) if layer.is_sharded]
+    layers = [(name, layer) for name, layer in expert_layers(net) if layer.is_sharded]
     spread = {
         f"{layer_name}.experts.{name}": layer
         for layer_name, layer in layers

@@ -15,7 +15,7 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.monitoring.callbacks.expert_load import logged_as, run_folder
 from lightning_fastmoe.monitoring.logs import co_activation as co_activation_log
 from lightning_fastmoe.monitoring.metrics import ExpertCoActivation
-from lightning_fastmoe.nn import moe_layers
+from lightning_fastmoe.nn.expert_layers import expert_layers
 
 
 class CoActivationMonitor(pl.Callback):
@@ -55,7 +55,7 @@ class CoActivationMonitor(pl.Callback):
         self._remove()
         self._opened = False
         device = trainer.strategy.root_device
-        for name, layer in moe_layers(pl_module):
+        for name, layer in expert_layers(pl_module):
             metric = ExpertCoActivation(layer.num_experts).to(device)
             self._metrics[name] = metric
             self._handles.append(metric.observe(layer))

@@ -23,7 +23,8 @@ from lightning_fastmoe.monitoring.callbacks.load_figures import (
 from lightning_fastmoe.monitoring.logs import expert_load as load_log
 from lightning_fastmoe.monitoring.metrics import ExpertLoad
 from lightning_fastmoe.monitoring.metrics.expert_load import LayerLoad
-from lightning_fastmoe.nn import MoE, Routing, moe_layers
+from lightning_fastmoe.nn import MoE, Routing
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 
 
 class ExpertLoadMonitor(pl.Callback):
@@ -35,7 +36,8 @@ class ExpertLoadMonitor(pl.Callback):
     ``confidence`` (a token's best score); see :mod:`lightning_fastmoe.metrics` for the formulas.
     Also logs the values of the balancing losses on this rank. The progress bar shows the largest
     load ratio and the number of dead experts over all layers. One all-reduce per logging step, for
-    any number of layers.
+    any number of layers. Of transformers' models under ``experts_implementation="fastmoe"``, whose
+    routers keep their scores to themselves, the loads and counts are logged.
 
     The counts of every expert go to ``expert_load.jsonl`` in the run's folder, which
     ``lightning-fastmoe report`` turns into a page;
@@ -75,7 +77,7 @@ class ExpertLoadMonitor(pl.Callback):
         self.folder = folder
         self._metric: ExpertLoad | None = None
         self._handles: list[RemovableHandle] = []
-        self._layers: list[tuple[str, MoE]] = []
+        self._layers: list[tuple[str, ExpertLayer]] = []
         self._logged_step = 0
         self._drawn_step = 0
         self._opened = False
@@ -85,13 +87,13 @@ class ExpertLoadMonitor(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._layers = list(moe_layers(pl_module))
+        self._layers = list(expert_layers(pl_module))
         names = [name for name, _ in self._layers]
         self._metric = ExpertLoad([layer.num_experts for _, layer in self._layers], names)
         self._metric.to(trainer.strategy.root_device)
         index = {id(layer): i for i, (_, layer) in enumerate(self._layers)}
 
-        def observe(layer: MoE, routing: Routing) -> None:
+        def observe(layer: ExpertLayer, routing: Routing) -> None:
             if layer.training and self._metric is not None:
                 self._metric.update(index[id(layer)], routing)
 
@@ -152,8 +154,12 @@ class ExpertLoadMonitor(pl.Callback):
         assert self._metric is not None
         values = self._metric.summarize(packed)
         for name, layer in self._layers:
-            for key, value in layer.last_losses.items():
-                values[f"{name}/{key}_loss"] = value
+            if isinstance(layer, MoE):
+                for key, value in layer.last_losses.items():
+                    values[f"{name}/{key}_loss"] = value
+            else:  # its scores are unknown
+                for key in ("entropy", "confidence"):
+                    values.pop(f"{name}/{key}", None)
         return values
 
     def _log(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
@@ -174,7 +180,10 @@ class ExpertLoadMonitor(pl.Callback):
         assert self._metric is not None
         by_name = {layer.name: layer for layer in self._metric.layers(packed)}
         found = [by_name.get(name) for name, _ in self._layers]
-        record = _as_record(logged_as(trainer), found)
+        scored = [
+            x if isinstance(y, MoE) else None for x, (_, y) in zip(found, self._layers, strict=True)
+        ]
+        record = _as_record(logged_as(trainer), found, scored)
         if self._writer is not None:
             self._writer.write(record)
         every = self.figures_every_n_steps
@@ -240,7 +249,10 @@ def logged_as(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _as_record(step: int, layers: list[LayerLoad | None]) -> load_log.Record:
+def _as_record(
+    step: int, layers: list[LayerLoad | None], scored: list[LayerLoad | None]
+) -> load_log.Record:
+    """A line of the log; ``scored`` has only the layers whose scores are known."""
     return load_log.Record(
         step,
         tokens=[None if x is None else x.tokens for x in layers],
@@ -249,8 +261,8 @@ def _as_record(step: int, layers: list[LayerLoad | None]) -> load_log.Record:
             None if x is None or torch.equal(x.kept, x.routed) else _integers(x.kept)
             for x in layers
         ],
-        entropy=[None if x is None else x.entropy for x in layers],
-        confidence=[None if x is None else x.confidence for x in layers],
+        entropy=[None if x is None else x.entropy for x in scored],
+        confidence=[None if x is None else x.confidence for x in scored],
     )
 
 

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import MoE, Routing, moe_layers
+from lightning_fastmoe.nn import Routing
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.planning.sizes import ModelSize, model_size
 
 FORWARD, BACKWARD = 2, 4
@@ -109,11 +110,11 @@ class ThroughputMonitor(callbacks.ThroughputMonitor):
         """Counts parameters and starts observing the layers; all ranks must call it."""
         self._end()
         self._size = model_size(module)
-        for name, layer in moe_layers(module):
+        for name, layer in expert_layers(module):
             self._handles.append(layer.register_routing_observer(self._observer(name)))
 
-    def _observer(self, name: str) -> Callable[[MoE, Routing], None]:
-        def observe(layer: MoE, routing: Routing) -> None:
+    def _observer(self, name: str) -> Callable[[ExpertLayer, Routing], None]:
+        def observe(layer: ExpertLayer, routing: Routing) -> None:
             # Tensor sizes, which the host knows without a sync.
             self._tokens[name] = self._tokens.get(name, 0) + routing.scores.shape[0]
             self._pairs[name] = self._pairs.get(name, 0) + routing.expert_ids.numel()

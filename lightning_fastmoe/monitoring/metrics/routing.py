@@ -28,7 +28,8 @@ from lightning_fastmoe.monitoring.metrics.formulas import (
     load_cv,
     load_ratio,
 )
-from lightning_fastmoe.nn import MoE, Routing
+from lightning_fastmoe.nn import Routing
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 
 class ExactMetric(Metric):
@@ -72,7 +73,7 @@ class RoutingMetric(ExactMetric):
             raise ConfigError(f"num_experts={num_experts} is invalid: it must be at least 1.")
         self.num_experts = num_experts
 
-    def observe(self, layer: MoE, training: bool = True) -> RemovableHandle:
+    def observe(self, layer: ExpertLayer, training: bool = True) -> RemovableHandle:
         """Updates with each forward pass of ``layer``, until the handle is removed.
 
         Args:
@@ -88,7 +89,7 @@ class RoutingMetric(ExactMetric):
                 f" {layer.num_experts} experts. Give both the same number."
             )
 
-        def update(layer: MoE, routing: Routing) -> None:
+        def update(layer: ExpertLayer, routing: Routing) -> None:
             if layer.training == training:
                 self.update(routing)
 

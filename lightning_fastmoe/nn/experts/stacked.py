@@ -80,11 +80,7 @@ class StackedExperts(Experts):
                 nn.init.zeros_(bias)
 
     def _keep(self, ids: tuple[int, ...]) -> None:
-        """Replaces parameters by copies of their slices, so that the rest is freed."""
-        for name, parameter in self.named_parameters():
-            rows = _rows(self.local_ids, ids)
-            kept = parameter.detach()[rows].clone()
-            setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        keep_rows(self, [name for name, _ in self.named_parameters()], self.local_ids, ids)
 
     def forward(
         self,
@@ -129,6 +125,24 @@ class StackedExperts(Experts):
         """The arguments, for ``print(model)``."""
         sizes = f"d_model={self.d_model}, d_ffn={self.d_ffn}, activation={self.activation}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+def keep_rows(
+    module: nn.Module, names: Iterable[str], held: Sequence[int], wanted: Sequence[int]
+) -> None:
+    """Replaces stacked parameters by copies of their slices, so that the rest is freed.
+
+    Args:
+        module: has the parameters.
+        names: their names, each (len(held), ...).
+        held: global ids of the experts whose rows they are.
+        wanted: those to keep.
+    """
+    rows = _rows(held, wanted)
+    for name in names:
+        parameter = module.get_parameter(name)
+        kept = parameter.detach()[rows].clone()
+        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
 
 
 def _rows(held: Sequence[int], wanted: Sequence[int]) -> slice | list[int]:

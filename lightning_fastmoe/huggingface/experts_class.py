@@ -1,0 +1,237 @@
+"""What one of transformers' classes of stacked experts computes: its weights and its activation.
+
+transformers (5.17) calls a registered function instead of the ``forward`` of each such class. The
+class describes itself by ``has_gate``, ``has_bias``, ``is_transposed`` and ``is_concatenated``, and
+has ``_apply_gate`` and mostly ``act_fn``. What is recognised *by identity* as one of our
+activations takes the fused layer; anything else takes our order and our grouped GEMMs around the
+class's own ``_apply_gate`` or ``act_fn``. Weights are never copied to another layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.errors import ConfigError, ShapeError
+from lightning_fastmoe.ops.activation import GATED
+
+NAME = "fastmoe"
+"""What ``from_pretrained(experts_implementation=...)`` calls this implementation."""
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""Attributes by which a class describes itself."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+_GATED_OF = {plain: gated for gated, plain in GATED.items()}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def compute(
+    experts: nn.Module,
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    weights: Tensor | None = None,
+    order: ops.ExpertOrder | None = None,
+) -> Tensor:
+    """Applies the experts that the module holds, like
+    :meth:`~lightning_fastmoe.nn.StackedExperts.forward`.
+
+    Args:
+        experts: the module, with parameters of e experts.
+        x: (N, D) in the dtype of the GEMMs, grouped by expert; with ``order`` (T, D), by token.
+        tokens_per_expert: (e,) int64.
+        weights: (T, K), used to combine.
+        order: the pairs by expert.
+
+    Returns:
+        (N, D); with ``order`` (T, D), each token's weighted sum.
+    """
+    up, down, up_bias, down_bias = (
+        None if t is None else t.to(x.dtype) for t in stacked_weights(experts)
+    )
+    assert up is not None
+    assert down is not None
+    name = fused_activation(experts)
+    if name is not None:
+        fused = (up, down, name, up_bias, down_bias)
+        if weights is None or order is None:
+            return ops.expert_mlp(x, tokens_per_expert, *fused)
+        return ops.expert_layer(x, weights, order, *fused)
+    unfused = (up, down, _own_activation(experts), up_bias, down_bias)
+    if weights is None or order is None:
+        return ops.grouped_mlp(x, tokens_per_expert, *unfused)
+    return ops.unfused_layer(x, weights, order, *unfused)
+
+
+def fused_activation(experts: nn.Module) -> str | None:
+    """The activation with which the fused layer computes these experts; None if it doesn't.
+
+    Args:
+        experts: a module of a class with transformers' ``@use_experts_implementation``.
+
+    Returns:
+        A name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`, or None: then the module's
+        own activation runs between grouped GEMMs.
+    """
+    plain = plain_activation(getattr(experts, "act_fn", None))
+    if plain is None or experts.is_transposed:
+        return None
+    if not experts.has_gate:
+        return plain
+    return _GATED_OF[plain] if _gates_by_default(experts) else None
+
+
+def _gates_by_default(experts: Any) -> bool:
+    """Whether the gate is transformers' ``act_fn(gate) * up``, gate rows first."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    own = "_apply_gate" in vars(experts)
+    return not own and type(experts)._apply_gate is _default_apply_gate
+
+
+@functools.cache
+def _modules() -> dict[type[nn.Module], str]:
+    """The modules that compute a plain activation of ours, whatever their attributes."""
+    from transformers.activations import SiLUActivation
+
+    return {nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu"}
+
+
+def plain_activation(function: Any) -> str | None:
+    """The name of the plain activation that ``function`` is, None if that is not certain."""
+    if not isinstance(function, nn.Module):
+        return _FUNCTIONS.get(function) if callable(function) else None
+    if "forward" in vars(function) or any(getattr(function, name) for name in _HOOKS):
+        return None  # its own forward, or a hook, would not be called
+    from transformers.activations import GELUActivation
+
+    if type(function) is GELUActivation:
+        return "gelu" if function.act is F.gelu else None
+    if type(function) is nn.GELU:
+        return "gelu" if function.approximate == "none" else None
+    return _modules().get(type(function))
+
+
+def _own_activation(experts: Any) -> Callable[[Tensor], Tensor]:
+    """The class's function of the pre-activation, which may be in any layout of gate and up."""
+    if not experts.has_gate:
+        function = getattr(experts, "act_fn", None)
+        if not callable(function):
+            raise refused(experts, "it has neither a gate nor an act_fn")
+        return function  # type: ignore[no-any-return]
+    return experts._apply_gate  # type: ignore[no-any-return]
+
+
+def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Views ``up (E, 2F or F, D)``, ``down (E, D, F)`` and the biases, if any.
+
+    Raises:
+        ConfigError: if there are others, or of a kind that this package can't compute with.
+    """
+    missing = [name for name in FLAGS if not isinstance(getattr(experts, name, None), bool)]
+    if missing:
+        raise refused(experts, f"it doesn't say {', '.join(missing)}")
+    if experts.has_gate and not experts.is_concatenated and _gates_by_default(experts):
+        raise refused(
+            experts,
+            "its gate and up rows alternate (is_concatenated=False), but it has the default"
+            " _apply_gate, which takes the gate's rows to come first",
+        )
+    names = parameter_names(experts)
+    others = {name for name, _ in experts.named_parameters(recurse=False)} - {*names}
+    if others:
+        raise refused(experts, f"{', '.join(sorted(others))} would be ignored")
+    for name in names:
+        tensor = getattr(experts, name, None)
+        if not isinstance(tensor, Tensor):
+            raise refused(experts, f"it has no {name}")
+        if tensor.dtype not in _DTYPES:
+            raise refused(experts, f"{name} is {tensor.dtype}")
+        if hasattr(tensor, "device_mesh"):
+            raise refused(experts, f"{name} is sharded by transformers (a DTensor)")
+    up, down = getattr(experts, names[0]), experts.down_proj
+    if experts.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if not experts.has_bias:
+        return up, down, None, None
+    return up, down, getattr(experts, names[2]), experts.down_proj_bias
+
+
+def parameter_names(experts: Any) -> list[str]:
+    """The names of the parameters that the class says it has, each (experts, ...)."""
+    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    if experts.has_bias:
+        names += [f"{name}_bias" for name in names]
+    return names
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the GEMMs: autocast's, which leaves fp64 alone, else the weights'."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def check_inputs(
+    experts: Any, up: Tensor, hidden_states: Tensor, ids: Tensor, weights: Tensor
+) -> None:
+    """Checks what transformers passed to experts with the weight ``up (e, 2F or F, D)``.
+
+    Raises:
+        ShapeError: naming the shape.
+    """
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != up.shape[2]:
+        raise ShapeError(
+            f"hidden_states {tuple(hidden_states.shape)} of {type(experts).__name__} must be"
+            f" (tokens, {up.shape[2]})."
+        )
+    if ids.dim() != 2 or ids.shape[0] != hidden_states.shape[0] or weights.shape != ids.shape:
+        raise ShapeError(
+            f"top_k_index {tuple(ids.shape)} and top_k_weights {tuple(weights.shape)} of"
+            f" {type(experts).__name__} must both be ({hidden_states.shape[0]}, top_k)."
+        )
+
+
+def check_ids(ids: Tensor, num_experts: int) -> Tensor:
+    """``ids`` in int64, checked without a host synchronisation to be in ``[0, num_experts]``."""
+    ids = ids.to(torch.int64)
+    torch._assert_async(
+        ((ids >= 0) & (ids <= num_experts)).all(),
+        f"top_k_index has an id outside of [0, {num_experts}]",
+    )
+    return ids
+
+
+def only_in_range(ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Gives dropped slots, whose id is ``num_experts``, an expert and the weight zero.
+
+    The row of a dropped pair repeats another of its token, where there is one: one that overflows
+    would make NaN of the weight zero, and so can only do it where the output is infinite anyway.
+
+    Args:
+        ids: (T, K) int64.
+        weights: (T, K).
+        num_experts: E.
+
+    Returns:
+        Ids below E, and the weights.
+    """
+    dropped = ids == num_experts
+    another = ids.amin(dim=-1, keepdim=True).clamp(max=num_experts - 1)
+    return torch.where(dropped, another, ids), weights.masked_fill(dropped, 0)
+
+
+def refused(experts: Any, reason: str) -> ConfigError:
+    """The error for a module that this package can't compute."""
+    return ConfigError(
+        f'experts_implementation="{NAME}" can\'t compute {type(experts).__name__}: {reason}. Use'
+        ' experts_implementation="eager".'
+    )

@@ -1,0 +1,87 @@
+"""transformers' models whose experts FastMoEStrategy shards, against one plain process."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface.experts_classes import experts_classes
+from huggingface.sharded_classes_runs import errors_of_all
+from huggingface.sharding_runs import (
+    MODELS,
+    WITH_AUXILIARY_LOSS,
+    Run,
+    assert_same,
+    reference,
+    run_case,
+    run_case_by,
+)
+
+from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
+
+
+def check(run: Run, rank_pool) -> None:
+    expected = reference(run)
+    assert any(".experts." in name for name in expected.gradients)
+    for trace in rank_pool.run(run_case, run.world, run):
+        assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_equals_one_process(name: str, stage: int, rank_pool) -> None:
+    check(Run(name, stage=stage, in_configure_model=stage == 2), rank_pool)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("ep", [2, 4, "auto"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_four_ranks(name: str, ep: int | str, stage: int, rank_pool) -> None:
+    """With replicas of each expert, and without."""
+    run = Run(name, world=4, ep=ep, stage=stage, accumulate=2, in_configure_model=stage == 3)
+    check(run, rank_pool)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_gradient_checkpointing(name: str, stage: int, rank_pool) -> None:
+    check(Run(name, stage=stage, checkpointing=True), rank_pool)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_compiled_model(stage: int, rank_pool) -> None:
+    """The exchange stays outside of compiled graphs."""
+    check(Run("olmoe", stage=stage, compiled=True), rank_pool)
+
+
+@pytest.mark.parametrize("name", WITH_AUXILIARY_LOSS)
+def test_the_models_own_balancing_loss(name: str, rank_pool) -> None:
+    """Its mean over ranks and micro-batches, each of its own tokens without padding."""
+    run = Run(name, accumulate=2, auxiliary=True)
+    plain = reference(Run(name, accumulate=2))
+    assert reference(run).losses[0] > plain.losses[0] + 0.1
+    check(run, rank_pool)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("dispatcher", [name for name in ACROSS_RANKS if name != AUTO])
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "nemotron_h"])
+def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, rank_pool) -> None:
+    run = Run(name, stage=stage, dispatcher=dispatcher)
+    expected = reference(run)
+    for trace in rank_pool.run(run_case_by, run.world, dispatcher, run):
+        assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("dispatcher", ACROSS_RANKS)
+@pytest.mark.parametrize(("world", "on_host"), [(2, True), (3, True), (2, False)])
+def test_every_class(world: int, on_host: bool, dispatcher: str, rank_pool) -> None:
+    """Outputs and gradients in fp64, with dropped slots, against each class's own forward.
+
+    Dropped slots are left out, or, as on a GPU, computed with weight zero.
+    """
+    names = sorted(experts_classes())
+    for errors in rank_pool.run(errors_of_all, world, names, dispatcher, on_host, timeout=300):
+        assert list(errors) == names
+        for name, of_class in errors.items():
+            # This class's own forward computes in fp32 whatever the dtype.
+            limit = 1e-5 if name == "OpenAIPrivacyFilterExperts" else 1e-10
+            assert max(of_class.values()) < limit, (name, of_class)
