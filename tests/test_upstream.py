@@ -125,9 +125,8 @@ SOURCES = {
     # What ends the collectives that other ranks never join.
     "torch.distributed.distributed_c10d:_abort_process_group": [
         'pg._get_backend(torch.device("cuda"))',
-        "backend._group_start()",
+        "_world.pg_names",
         "pg_to_abort.abort()",
-        "backend._group_end()",
     ],
     # What the engine is told through parameters, and through its optimizer's groups.
     "deepspeed.runtime.engine:DeepSpeedEngine._resolve_zero3_param_placement": [

@@ -379,7 +379,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._watch.beat(Activity.ENDING)
         prepare_ending(exception, self._is_launched)
         self._waits.leave(exception)
-        abandon_collectives()
+        abandon_collectives(exception)
 
     @override
     def teardown(self) -> None:

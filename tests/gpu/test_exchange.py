@@ -68,6 +68,11 @@ def test_a_wait_ends_when_the_last_flag_is_set() -> None:
     group, aside = Group(), torch.cuda.Stream()
     seen = torch.zeros(1, device="cuda")
     other = torch.zeros(1, device="cuda")
+    # CUDA loads a kernel when it is first launched, and may wait for all others to end for that.
+    torch.cuda._sleep(1)
+    other.fill_(1.0)
+    seen.copy_(torch.zeros_like(other))
+    Group().set(0)
     torch.cuda.synchronize()
     with torch.cuda.stream(aside):
         group.wait(0)

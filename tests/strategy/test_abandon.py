@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,90 +14,99 @@ import torch.distributed as dist
 
 from lightning_fastmoe.strategy.watchdog import abandon
 
+ERROR = ValueError("the disk is full")
 
-class Backend:
-    """One of NCCL's, or gloo's."""
 
-    def __init__(self, name: str, calls: list[str]) -> None:
-        self.kind, self.calls = name, calls
+class Device:
+    """What two communicators' kernels block until both are aborted."""
 
-    def name(self) -> str:
-        return self.kind
+    def __init__(self) -> None:
+        self.aborted: list[str] = []
+        self.free = threading.Event()
+        self._all = threading.Barrier(2, action=self.free.set)
 
-    def _group_start(self) -> None:
-        self.calls.append("start")
-
-    def _group_end(self) -> None:
-        self.calls.append("end")
+    def abort(self, name: str) -> None:
+        """Frees memory, which waits for the kernels of the other communicator."""
+        self.aborted.append(name)
+        self._all.wait(20)
 
 
 class Group:
-    """A process group with a single backend, for CUDA tensors unless there is none."""
+    """A process group with a single backend, for CUDA tensors unless it is None."""
 
-    def __init__(self, name: str, backend: Backend | None, end: threading.Event) -> None:
-        self.name, self.backend, self.end = name, backend, end
+    def __init__(self, name: str, backend: str | None, device: Device) -> None:
+        self.name, self.backend, self.device = name, backend, device
 
-    def _get_backend(self, device: torch.device) -> Backend:
+    def _get_backend(self, device: torch.device) -> SimpleNamespace:
         assert device.type == "cuda"
         if self.backend is None:
             raise RuntimeError("no backend for CUDA")
-        return self.backend
+        return SimpleNamespace(name=lambda: self.backend)
 
     def abort(self) -> None:
-        assert self.backend is not None
-        assert self.backend.kind == "nccl"
-        self.backend.calls.append(self.name)
-        self.end.set()
+        assert self.backend == "nccl"
+        self.device.abort(self.name)
 
 
 @pytest.fixture
-def ranks(monkeypatch):
-    """Two ranks with a device; returns the calls, and the event that the device waits for."""
-    calls, end = [], threading.Event()
+def device(monkeypatch):
+    """That of one of two ranks."""
+    device = Device()
     kinds = {"world": "nccl", "host": None, "both": "gloo", "experts": "nccl"}
-    groups = [
-        Group(name, kind and Backend(kind, calls), end)  # type: ignore[arg-type]
-        for name, kind in kinds.items()
-    ]
+    groups = {Group(name, kind, device): None for name, kind in kinds.items()}
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(
-        type(dist.distributed_c10d._world), "pg_map", property(lambda _: dict.fromkeys(groups))
-    )
+    monkeypatch.setattr(type(dist.distributed_c10d._world), "pg_map", property(lambda _: groups))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: end.wait(20) and None)
-    return calls, end
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: device.free.wait(20) and None)
+    return device
 
 
-def test_a_blocked_device_is_freed(ranks):
-    calls, _ = ranks
-    with pytest.warns(abandon.AbandonedCollectivesWarning, match=r"rank 1: .* 0.2 s after"):
-        assert abandon.abandon_collectives(0.2)
-    assert calls == ["start", "experts", "world", "end"]
+def test_a_blocked_device_is_freed(device):
+    """Communicators are aborted at the same time, since one waits for the other."""
+    with pytest.warns(abandon.AbandonedCollectivesWarning, match=r"rank 1: .* 0.5 s after"):
+        assert abandon.abandon_collectives(ERROR, 0.5)
+    assert sorted(device.aborted) == ["experts", "world"]
 
 
-def test_a_device_that_gets_done_keeps_its_groups(ranks):
-    calls, end = ranks
-    threading.Timer(0.2, end.set).start()
+def test_the_process_ends_if_nothing_frees_the_device(device, monkeypatch, capfd):
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(Group, "abort", lambda group: None)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.warns(abandon.AbandonedCollectivesWarning), pytest.raises(Ended, match="75"):
+        abandon.abandon_collectives(ERROR, 0.2)
+    device.free.set()
+    said = capfd.readouterr().err
+    assert "ValueError: the disk is full" in said
+    assert "rank 1: the device is still blocked. This process ends with status 75" in said
+
+
+def test_a_device_that_gets_done_keeps_its_groups(device):
+    threading.Timer(0.2, device.free.set).start()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not abandon.abandon_collectives(10.0)
-    assert calls == []
+        assert not abandon.abandon_collectives(ERROR, 10.0)
+    assert device.aborted == []
 
 
-def test_a_device_with_an_error_is_left_to_the_main_thread(ranks, monkeypatch):
-    def fail(device: int) -> None:
+def test_a_device_with_an_error_is_left_to_the_main_thread(device, monkeypatch):
+    def fail(index: int) -> None:
         raise RuntimeError("device-side assert triggered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    assert not abandon.abandon_collectives(10.0)
-    assert ranks[0] == []
+    assert not abandon.abandon_collectives(ERROR, 10.0)
+    assert device.aborted == []
 
 
 @pytest.mark.parametrize("missing", ["device", "ranks", "other ranks"])
-def test_nothing_is_waited_for_without_others(ranks, monkeypatch, missing):
+def test_nothing_is_waited_for_without_others(device, monkeypatch, missing):
     if missing == "device":
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     elif missing == "ranks":
@@ -103,6 +114,6 @@ def test_nothing_is_waited_for_without_others(ranks, monkeypatch, missing):
     else:
         monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     begin = time.monotonic()
-    assert not abandon.abandon_collectives(5.0)
+    assert not abandon.abandon_collectives(ERROR, 5.0)
     assert time.monotonic() - begin < 2
-    assert ranks[0] == []
+    assert device.aborted == []

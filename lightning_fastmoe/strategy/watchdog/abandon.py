@@ -7,13 +7,16 @@ that was enqueued before: the error would never reach the user.
 
 from __future__ import annotations
 
+import os
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lightning_fastmoe.strategy.watchdog.sentry import HANG_STATUS
 
 _DONE = 10.0
 """Seconds within which a device whose collectives are complete has done the rest."""
@@ -23,12 +26,14 @@ class AbandonedCollectivesWarning(RuntimeWarning):
     """Collectives that other ranks never joined were aborted; process groups are unusable."""
 
 
-def abandon_collectives(seconds: float = _DONE) -> bool:
+def abandon_collectives(exception: BaseException, seconds: float = _DONE) -> bool:
     """Waits until the current device has done all work; if it doesn't, aborts NCCL's communicators.
 
-    Called when an exception has ended the run, before anything is copied to the host.
+    Called when an exception has ended the run, before anything is copied to the host. If the device
+    is still blocked afterwards, nothing can free it: the process ends, and says why.
 
     Args:
+        exception: what ended the run.
         seconds: the time to wait before, and after, communicators are aborted.
 
     Returns:
@@ -37,23 +42,31 @@ def abandon_collectives(seconds: float = _DONE) -> bool:
     if not (torch.cuda.is_initialized() and dist.is_initialized() and dist.get_world_size() > 1):
         return False
     device = torch.cuda.current_device()  # threads have their own
-    is_done = _wait_aside(lambda: torch.cuda.synchronize(device))
+    is_done = _aside(lambda: torch.cuda.synchronize(device))
     if is_done(seconds):
         return False
+    rank = dist.get_rank()
     warnings.warn(
-        f"rank {dist.get_rank()}: the device still waits for other ranks {seconds:g} s after the"
-        " run has ended with an error. Their collectives are abandoned; another run needs a new"
-        " process.",
+        f"rank {rank}: the device still waits for other ranks {seconds:g} s after the run has ended"
+        " with an error. Their collectives are abandoned; another run needs a new process.",
         AbandonedCollectivesWarning,
         stacklevel=2,
     )
-    # Also aside: an abort waits for the communicator's own threads.
-    _wait_aside(_abort)(seconds)
-    is_done(seconds)
+    # All at once: to abort one frees memory, which waits for the kernels of the others.
+    for group in _nccl_groups():
+        _aside(group.abort)
+    if not is_done(seconds):
+        text = "".join(traceback.format_exception(exception))
+        end = (
+            f"\n{text}\nlightning_fastmoe, rank {rank}: the device is still blocked. This process"
+            f" ends with status {HANG_STATUS}.\n"
+        )
+        os.write(2, end.encode())
+        os._exit(HANG_STATUS)
     return True
 
 
-def _wait_aside(function: Callable[[], None]) -> Callable[[float], bool]:
+def _aside(function: Callable[[], object]) -> Callable[[float], bool]:
     """Calls a function in a thread; returns one that waits for it and says whether it is done."""
     done = threading.Event()
 
@@ -69,28 +82,12 @@ def _wait_aside(function: Callable[[], None]) -> Callable[[float], bool]:
     return done.wait
 
 
-def _abort() -> None:
-    """Ends the kernels of all NCCL communicators of this rank."""
-    groups = [
-        (group, backend)
-        for group in list(dist.distributed_c10d._world.pg_map)
-        if (backend := _nccl_backend(group)) is not None
-    ]
-    if not groups:
-        return
-    # Between start and end, as in torch's own _abort_process_group: aborted one after the other,
-    # communicators can wait for each other (pytorch#119797).
-    first = groups[0][1]
-    first._group_start()
-    for group, _ in reversed(groups):
-        group.abort()
-    first._group_end()
+def _nccl_groups() -> list[dist.ProcessGroup]:
+    return [group for group in list(dist.distributed_c10d._world.pg_map) if _has_nccl(group)]
 
 
-def _nccl_backend(group: dist.ProcessGroup) -> Any:
-    """A group's NCCL backend, or None."""
+def _has_nccl(group: dist.ProcessGroup) -> bool:
     try:
-        backend: Any = group._get_backend(torch.device("cuda"))
-    except RuntimeError:
-        return None
-    return backend if backend.name() == "nccl" else None
+        return bool(group._get_backend(torch.device("cuda")).name() == "nccl")
+    except RuntimeError:  # it has no backend for CUDA
+        return False
