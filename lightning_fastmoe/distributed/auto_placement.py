@@ -120,8 +120,18 @@ class _Built:
         return [*self.layer.experts.parameters(), *self.layer.experts.buffers()]
 
     def _find_state(self) -> list[Any]:
-        """What changes if experts are written to or replaced, but not if it is by ``.data``."""
-        return [(id(t), t._version, t.dtype, t.device, t.requires_grad) for t in self._tensors()]
+        """What changes if experts are replaced, marked, hooked, or written to except by .data."""
+        experts: nn.Module = self.layer.experts
+        hooks = [
+            len(hooks)
+            for module in experts.modules()
+            for name, hooks in vars(module).items()
+            if name.endswith("_hooks")
+        ]
+        return [hooks] + [
+            (id(t), t._version, t.dtype, t.device, t.requires_grad, sorted(vars(t)))
+            for t in self._tensors()
+        ]
 
     def _find_sums(self) -> list[torch.Tensor]:
         """Sums of the experts' bits, where there are any."""

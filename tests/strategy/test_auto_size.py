@@ -182,7 +182,23 @@ class WrittenByData(Late):
         self.layers[-1].experts.down_proj.data[-1].normal_(std=0.02)
 
 
-@pytest.mark.parametrize("kind", [Copied, Written, WrittenByData])
+class Marked(Late):
+    """Says something of a parameter, as some optimizers' helpers do."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.layers[0].experts.up_bias.no_weight_decay = True
+
+
+class Hooked(Late):
+    """Looks at what the experts compute."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.layers[0].experts.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", [Copied, Written, WrittenByData, Marked, Hooked])
 def test_a_size_that_would_lose_something_is_not_taken(kind: type[Late], rank_pool) -> None:
     case = Case(world=2, ep="auto", num_experts=(4, 4), steps=1, in_configure_model=True)
     for ep_size, local, *_ in rank_pool.run(built_by_memory, 2, case, [10**9] * 2, kind, 0):
