@@ -58,6 +58,8 @@ WHOLE = {
     peer: f"{STEPS['`FastMoEStrategy`, compiled'] / STEPS[peer]:.2f}"
     for peer in ("transformers", "transformers, compiled", "plain loop, compiled")
 }
+WIDE = {row["OLMoE-like"]: numbers(row["ms per step"])[0] for row in table(PAGE, "OLMoE-like")}
+OLMOE = {peer: f"{ms / WIDE['`FastMoEStrategy`, compiled']:.2f}" for peer, ms in WIDE.items()}
 OURS = {name: joules for name, joules in JOULES.items() if name.endswith("ours")}
 CLAIMS = [
     [*SONIC, *span(pairs(PEERS, MEMORY + "SonicMoE"))],
@@ -66,6 +68,7 @@ CLAIMS = [
     [TRAINER],
     [WHOLE["transformers"], WHOLE["transformers, compiled"]],
     [WHOLE["plain loop, compiled"]],
+    [OLMOE["transformers"], OLMOE["transformers, compiled"]],
     [*span(beside("durable, s", "this package", "DeepSpeed"))],
     [*span(beside("load, s", "this package", "DeepSpeed"))],
 ]
