@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,22 +15,35 @@ from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.placement import Placement, equal_blocks
 
 
+class Choices(Protocol):
+    """What is chosen alike on all ranks; each of these is a collective."""
+
+    def choose(self, num_experts: Mapping[str, int]) -> int:
+        """The size for layers with these ``num_experts``, by name."""
+        ...
+
+    def agree(self, holds: bool) -> bool:
+        """Whether it holds on all ranks."""
+        ...
+
+    def layers(self) -> Sequence[Any]:
+        """The layers of the model as far as it is built; no collective."""
+        ...
+
+
 class AutoPlacement:
     """A placement rule whose expert parallel size is known once all layers are built.
 
     A layer gets its slice for the largest size that divides the expert counts known so far, which
     takes the least memory. If a later layer needs a smaller size, or :meth:`settle` chooses one,
-    the earlier layers' experts are rebuilt: their initial values depend only on the seed and on
-    their global ids, so the order doesn't matter. No process group is needed before the size is
-    final.
+    the earlier layers get more experts: initial values depend only on the seed and on global ids,
+    so the order doesn't matter. No process group is needed before the size is final.
 
     Args:
         rank: this process's rank in the world.
         world: number of ranks.
         ranks_per_node: ranks per node; an expert parallel group stays inside a node.
-        choose: the size for layers with these ``num_experts``, by name: one of
-            :func:`~lightning_fastmoe.distributed.mesh.expert_parallel_sizes`.
-        layers: returns the layers of the model as far as it is built.
+        choices: chooses the size.
         existing: ``num_experts`` of the layers that the model already has.
     """
 
@@ -39,16 +52,16 @@ class AutoPlacement:
         rank: int,
         world: int,
         ranks_per_node: int,
-        choose: Callable[[Mapping[str, int]], int],
-        layers: Callable[[], Iterable[Any]],
+        choices: Choices,
         existing: Iterable[int] = (),
     ) -> None:
         self.num_experts = {f"existing {i}": n for i, n in enumerate(existing)}
         self.built = 0
         self._rank, self._world, self._ranks_per_node = rank, world, ranks_per_node
-        self._choose, self._layers = choose, layers
+        self._choices = choices
         self._settled: int | None = None
         self._built: list[_Built] = []
+        self._lost: str | None = None
 
     @property
     def size(self) -> int:
@@ -57,39 +70,55 @@ class AutoPlacement:
         return sizes[-1] if self._settled is None else math.gcd(self._settled, sizes[-1])
 
     def __call__(self, num_experts: int) -> Placement | None:
-        """The placement of a layer being built; None if all its experts are on this rank.
-
-        Raises:
-            TopologyError: if an earlier layer must be rebuilt but was changed since.
-        """
+        """The placement of a layer being built; None if all its experts are on this rank."""
         before = self.size
         self.num_experts[f"built {self.built}"] = num_experts
         self.built += 1
         if self.size != before:
             for layer in self._built:
-                layer.check_untouched(before, self.size, num_experts)
+                # Raised later, with the other ranks: their experts may be as they were built.
+                self._lost = self._lost or layer.loss(before, self.size, num_experts)
                 layer.make_again(self._place(layer.num_experts))
         return self._place(num_experts)
 
     def settle(self) -> int:
         """Chooses the size once all layers are built; every rank calls this.
 
-        Where that would lose what was written to experts, or leave a copy of a layer as it was, the
-        size stays as it is.
+        The size stays as it is where experts were changed on any rank, are modules, or belong to
+        layers that the model doesn't have (yet), such as copies.
+
+        Raises:
+            TopologyError: on all ranks, if a layer had to be built again but was changed since.
         """
-        size = self._choose(self.num_experts)
-        if size != self.size and self._may_build_again():
+        if not self._choices.agree(self._lost is None):
+            raise TopologyError(
+                self._lost
+                or "expert_parallel_size='auto': another rank changed the experts of a layer before"
+                " a later one needed a smaller size; its error says which. Pass a number."
+            )
+        layers = self._choices.layers()
+        self.num_experts |= {f"found {i}": layer.num_experts for i, layer in enumerate(layers)}
+        size = self._choices.choose(self.num_experts)
+        if size != self.size and self._choices.agree(self._may_grow(layers)):
             self._settled = size
             for layer in self._built:
                 layer.make_again(self._place(layer.num_experts))
         return self.size
 
-    def _may_build_again(self) -> bool:
-        known = {id(built.layer) for built in self._built}
-        return all(built.is_untouched for built in self._built) and all(
-            id(layer) in known or layer.num_local_experts == layer.num_experts
-            for layer in self._layers()
+    def _may_grow(self, layers: Sequence[Any]) -> bool:
+        built, found = ({id(one) for one in some} for some in (self._layers_built, layers))
+        return (
+            built <= found
+            and all(one.may_grow for one in self._built)
+            and all(
+                id(layer) in built or layer.num_local_experts == layer.num_experts
+                for layer in layers
+            )
         )
+
+    @property
+    def _layers_built(self) -> list[Any]:
+        return [one.layer for one in self._built]
 
     def _place(self, num_experts: int) -> Placement | None:
         if self.size == 1:
@@ -120,18 +149,8 @@ class _Built:
         return [*self.layer.experts.parameters(), *self.layer.experts.buffers()]
 
     def _find_state(self) -> list[Any]:
-        """What changes if experts are replaced, marked, hooked, or written to except by .data."""
-        experts: nn.Module = self.layer.experts
-        hooks = [
-            len(hooks)
-            for module in experts.modules()
-            for name, hooks in vars(module).items()
-            if name.endswith("_hooks")
-        ]
-        return [hooks] + [
-            (id(t), t._version, t.dtype, t.device, t.requires_grad, sorted(vars(t)))
-            for t in self._tensors()
-        ]
+        """What changes if experts are replaced, or written to except by ``.data``."""
+        return [(id(t), t._version, t.dtype, t.device, t.requires_grad) for t in self._tensors()]
 
     def _find_sums(self) -> list[torch.Tensor]:
         """Sums of the experts' bits, where there are any."""
@@ -144,30 +163,50 @@ class _Built:
             map(torch.equal, self._find_sums(), self._sums)
         )
 
-    def check_untouched(self, before: int, size: int, num_experts: int) -> None:
-        """Raises if a smaller size, for a later layer, would lose what was written to experts."""
-        if not self.is_untouched:
-            raise TopologyError(
-                f"expert_parallel_size='auto' chose {before} for a layer of {self.num_experts}"
-                f" experts, but a later layer of {num_experts} allows only {size}, and the first"
-                " layer's experts were changed since they were built, which would be lost."
-                f" Pass expert_parallel_size={size}, or change weights after all layers are built."
-            )
+    @property
+    def may_grow(self) -> bool:
+        """Whether more experts can be added without a trace."""
+        return self.layer.experts.is_stacked and self.is_untouched
+
+    def loss(self, before: int, size: int, num_experts: int) -> str | None:
+        """What a smaller size, for a later layer, would lose: what was written to experts."""
+        if self.is_untouched:
+            return None
+        return (
+            f"expert_parallel_size='auto' chose {before} for a layer of {self.num_experts}"
+            f" experts, but a later layer of {num_experts} allows only {size}, and the first"
+            " layer's experts were changed since they were built, which would be lost."
+            f" Pass expert_parallel_size={size}, or change weights after all layers are built."
+        )
 
     def make_again(self, placement: Placement | None) -> None:
-        """Builds the layer's experts anew."""
+        """Gives the layer the experts of another placement, in its parameters where it can."""
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                self.layer.experts = self.make(placement.expert_ids if placement else None)
+                new: Any = self.make(placement.expert_ids if placement else None)
         finally:
             torch.set_default_dtype(default)
+        experts = self.layer.experts
+        if not experts.is_stacked:
+            self.layer.experts = new
+        else:  # hooks, and what was said of a parameter, stay
+            for name, parameter in experts.named_parameters():
+                parameter.data = new.get_parameter(name).detach()
+            experts.local_ids = new.local_ids
         self._remember()
 
 
 def _sums_of_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """One int64 per row of the first dimension, an expert of stacked ones."""
+    """One int64 per row of the first dimension, an expert of stacked ones.
+
+    Bits are weighted by their place, so that what has moved within a row is noticed.
+    """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
     rows = tensor.contiguous().view(bits)
-    return rows.flatten(1).sum(1, dtype=torch.int64) if rows.dim() > 1 else rows.long()
+    if rows.dim() < 2:
+        return rows.long()
+    rows = rows.flatten(1)
+    places = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    return torch.stack([(row * places).sum() for row in rows])

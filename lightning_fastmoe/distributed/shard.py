@@ -130,6 +130,11 @@ class ExpertSharder:
             none = torch.zeros(self.batch.group.slots, dtype=torch.int64)
             self.batch.group.exchange_counts(none, 0, what)
 
+    def give_up(self) -> None:
+        """Tells the other ranks' kernels that this rank leaves the run."""
+        if self.group is not None:
+            self.group.give_up()
+
     def record_exchanges(self, pending: PendingExchange, wait: ExchangeWait) -> None:
         """Records all exchanges of this rank in ``pending``, with the deadline of ``wait``."""
         for group in (self.group, self.batch.group if self.batch is not None else None):

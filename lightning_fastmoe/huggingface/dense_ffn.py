@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import plain_activation
 from lightning_fastmoe.ops.activation import GATED, apply_activation
 
@@ -17,7 +19,7 @@ _PARTS = (
     (("gate_up_proj",), "down_proj"),  # Phi-3, GLM
     (("c_fc",), "c_proj"),  # GPT-2
     (("fc1",), "fc2"),  # Phi, vision transformers
-    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
 )
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _GATED_OF = {plain: gated for gated, plain in GATED.items()}
@@ -57,8 +59,14 @@ def read_ffn(module: nn.Module) -> DenseFFN | None:
     """The FFN that a module is; None if it has other parts.
 
     What it computes is compared with what its parts would, on random tokens in fp64, so that a
-    class with the usual names and a forward pass of its own isn't mistaken.
+    class with the usual names and a forward pass of its own isn't mistaken. Dropout is something of
+    its own, too.
+
+    Raises:
+        ConfigError: if its weights are on the meta device.
     """
+    if _arguments(module) != 1:  # Bloom's takes the residual, too
+        return None
     for ups, down in _PARTS:
         parts = [_linear(getattr(module, name, None)) for name in (*ups, down)]
         if any(part is None for part in parts):
@@ -74,12 +82,28 @@ def read_ffn(module: nn.Module) -> DenseFFN | None:
         up = torch.cat([weight for weight, _ in firsts])
         found = DenseFFN(up, last[0], torch.cat(biases) if biases else None, last[1], None)
         is_gated = len(ups) == 2 or ups == ("gate_up_proj",)
-        activation = _activation(module, is_gated)
+        if up.is_meta:
+            raise ConfigError(
+                f"{type(module).__name__} is on the meta device: what it computes can't be looked"
+                " at without its weights."
+            )
+        activation = None if _drops(module) else _activation(module, is_gated)
         found = DenseFFN(up, last[0], found.up_bias, found.down_bias, activation)
         if activation is not None and not _computes_the_same(module, found):
             found = DenseFFN(up, last[0], found.up_bias, found.down_bias, None)
         return found
     return None
+
+
+def _arguments(module: nn.Module) -> int:
+    """Positional arguments that its forward pass needs."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
 
 
 def _linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
@@ -105,8 +129,6 @@ def _activation(module: nn.Module, is_gated: bool) -> str | None:
 @torch.no_grad()
 def _computes_the_same(module: nn.Module, ffn: DenseFFN) -> bool:
     assert ffn.activation is not None
-    if ffn.up.is_meta:
-        return False
     exact = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 7, ffn.d_model, dtype=torch.float64, generator=generator).to(ffn.up.device)

@@ -283,7 +283,11 @@ class _Kind:
         for path, experts in _decorated(module):
             layer = layer_of(experts)
             if layer is None or (not layer.is_sharded and layer.dispatcher_name != "local"):
-                why = _why_not_implemented(experts) or _why_not_sharded(path, experts, paths)
+                why = (
+                    _why_not_implemented(experts)
+                    or _why_not_sharded(path, experts, paths)
+                    or _why_not_called(path, module)
+                )
                 if why is not None:
                     raise ConfigError(
                         f"The experts of {path} ({type(experts).__name__}) can't be sharded over"
@@ -364,6 +368,14 @@ def _why_not_sharded(path: str, experts: Any, paths: dict[int, list[str]]) -> st
             return f"{name} is tied ({', '.join(names)}), and each would become its own copy"
     if "forward" in vars(experts):
         return "its forward was replaced (by device_map=, say), and would not exchange tokens"
+    return None
+
+
+def _why_not_called(path: str, module: nn.Module) -> str | None:
+    """Why the block that the experts belong to may use their weights itself."""
+    block = path.removesuffix(_END)
+    if "forward" in vars(module.get_submodule(block)):
+        return f"the forward of {block} was replaced, and may read their weights itself"
     return None
 
 

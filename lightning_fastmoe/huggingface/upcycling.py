@@ -21,7 +21,16 @@ from lightning_fastmoe.nn.conversion import convert
 from lightning_fastmoe.nn.experts import expert_generator
 from lightning_fastmoe.nn.placement import settle_placement
 
-_NOT_HERE = {"activation", "bias", "expert", "shared_expert", "d_model", "d_ffn", "router"}
+_NOT_HERE = {
+    "activation",
+    "bias",
+    "d_ffn",
+    "d_model",
+    "expert",
+    "router",
+    "shared_expert",
+    "shared_expert_gate",
+}
 """Arguments of the layer that the FFN decides, or that must be as they are."""
 
 
@@ -39,9 +48,9 @@ def upcycle(
 ) -> dict[str, MoE]:
     """Replaces FFNs of a dense model by :class:`~lightning_fastmoe.MoE` layers, in place.
 
-    Without noise the model computes the same as before, up to rounding: the weights of a token's
-    experts sum to one. Under FastMoEStrategy call it at the end of ``configure_model``: each rank
-    copies only its own experts.
+    Without noise, and without a capacity that drops tokens, the model computes the same as before,
+    up to rounding: the weights of a token's experts sum to one. Under FastMoEStrategy call it at
+    the end of ``configure_model``: each rank copies only its own experts.
 
     FFNs with an activation that the layer has (SiLU, exact GELU, ReLU, gated or not) become stacked
     experts. Others, such as GPT-2's with its approximate GELU and its dropout, become experts that
@@ -70,6 +79,7 @@ def upcycle(
     """
     _check(num_experts, top_k, granularity, keep_dense, noise, moe)
     ffns: list[tuple[MoE, DenseFFN]] = []
+    owners: dict[int, nn.Module] = {}
 
     def make(module: nn.Module) -> MoE:
         ffn = read_ffn(module)
@@ -78,6 +88,12 @@ def upcycle(
                 f"upcycle: {type(module).__name__} matches, but isn't recognised as an FFN. Use"
                 " lightning_fastmoe.nn.convert with a factory of your own."
             )
+        for parameter in module.parameters():
+            if owners.setdefault(id(parameter), module) is not module:
+                raise ConfigError(
+                    f"upcycle: two FFNs ({type(module).__name__}) share parameters, and their"
+                    " copies would not. Choose FFNs with match=, or make them one module."
+                )
         layer = _layer(module, ffn, num_experts, top_k, granularity, keep_dense, moe)
         ffns.append((layer, ffn))
         return layer
@@ -158,6 +174,7 @@ def _layer(
             **kind,
             **moe,
         )
+    layer.experts.requires_grad_(any(p.requires_grad for p in module.parameters()))
     return layer.to(ffn.up.dtype).train(module.training)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -40,32 +40,34 @@ def convert(
             "convert: the model itself matches, which can't be replaced in place. Use"
             " factory(model)."
         )
-    found: dict[str, nn.Module] = {}
-    new: dict[int, nn.Module] = {}
-    _convert(model, "", match, factory, new, found)
-    if not found:
+    places = list(_places(model, "", match, set()))
+    if not places:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise ConfigError(
             f"convert: no module of the model matches. Its classes are {', '.join(kinds)}."
         )
-    return found
+    # All of them before the first takes its place: an error leaves the model as it was.
+    new: dict[nn.Module, nn.Module] = {}
+    for *_, old in places:
+        if old not in new:
+            new[old] = factory(old)
+    for parent, child, _, old in places:
+        parent._modules[child] = new[old]
+    return {name: new[old] for *_, name, old in places}
 
 
-def _convert(
-    parent: nn.Module,
-    prefix: str,
-    match: Callable[[str, nn.Module], bool],
-    factory: Callable[[nn.Module], nn.Module],
-    new: dict[int, nn.Module],
-    found: dict[str, nn.Module],
-) -> None:
-    for child_name, child in list(parent._modules.items()):
-        if child is None:
+def _places(
+    parent: nn.Module, prefix: str, match: Callable[[str, nn.Module], bool], seen: set[nn.Module]
+) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """Parent, name in it, name in the model, and module, of each place with one that matches."""
+    if parent in seen:
+        return
+    seen.add(parent)
+    for child, module in parent._modules.items():
+        if module is None:
             continue
-        name = f"{prefix}{child_name}"
-        if id(child) in new or match(name, child):
-            if id(child) not in new:
-                new[id(child)] = factory(child)
-            parent._modules[child_name] = found[name] = new[id(child)]
+        name = f"{prefix}{child}"
+        if match(name, module):
+            yield parent, child, name, module
         else:
-            _convert(child, f"{name}.", match, factory, new, found)
+            yield from _places(module, f"{name}.", match, seen)

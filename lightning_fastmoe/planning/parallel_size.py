@@ -55,35 +55,42 @@ class SizeChoice:
         )
 
 
-def smallest_that_fits(
+def smallest_that_fits(sizes: Sequence[int], needed: Sequence[int], memory: int) -> SizeChoice:
+    """The smallest size at which :data:`SHARE` of the memory is enough, or else the largest.
+
+    Args:
+        sizes: possible sizes, ascending.
+        needed: the bytes of each rank at each of them, see :func:`bytes_at`.
+        memory: bytes of the smallest device.
+    """
+    choices = [SizeChoice(*one, memory) for one in zip(sizes, needed, strict=True)]
+    return next((choice for choice in choices if choice.fits), choices[-1])
+
+
+def bytes_at(
     module: nn.Module,
     layers: Sequence[ExpertLayer],
     sizes: Sequence[int],
     *,
     world: int,
-    memory: int,
     stage: int,
     itemsize: int,
     config: Mapping[str, Any],
-) -> SizeChoice:
-    """The smallest size at which :data:`SHARE` of the memory is enough, or else the largest.
+) -> list[int]:
+    """Bytes of a rank for weights, gradients and Adam's state, at each size.
 
     Args:
         module: the whole model, whatever part of its experts is on this rank.
         layers: its layers whose experts are divided over ranks.
-        sizes: possible sizes.
+        sizes: expert parallel sizes.
         world: number of ranks.
-        memory: bytes of the smallest device.
         stage: the ZeRO stage, 1 to 3.
         itemsize: bytes of a weight.
         config: DeepSpeed's ``zero_optimization``.
     """
-    choices = []
-    for size in sorted(sizes):
-        groups = groups_at(module, layers, size, world)
-        bytes_ = plan(groups, stage=stage, itemsize=itemsize, state_bytes=ADAM, config=config)
-        choices.append(SizeChoice(size, bytes_.total.device, memory))
-    return next((choice for choice in choices if choice.fits), choices[-1])
+    options: dict[str, Any] = {"itemsize": itemsize, "state_bytes": ADAM, "config": config}
+    all_groups = [groups_at(module, layers, size, world) for size in sizes]
+    return [plan(groups, stage=stage, **options).total.device for groups in all_groups]
 
 
 def groups_at(

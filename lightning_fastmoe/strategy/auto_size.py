@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_fastmoe.distributed import expert_parallel_sizes
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
-from lightning_fastmoe.planning.parallel_size import SizeChoice, smallest_that_fits
+from lightning_fastmoe.planning.parallel_size import SizeChoice, bytes_at, smallest_that_fits
 from lightning_fastmoe.strategy.nodes import Nodes
 from lightning_fastmoe.zero.groups import divided_experts
 
@@ -22,11 +22,12 @@ class AutoSize:
 
     Args:
         strategy: the strategy, with its ranks, device and module.
-        nodes: those of the run.
+        nodes: which ranks share one.
     """
 
     def __init__(self, strategy: DeepSpeedStrategy, nodes: Nodes) -> None:
         self._strategy, self._nodes = strategy, nodes
+        self._choice: SizeChoice | None = None
 
     def choose(self, num_experts: Mapping[str, int]) -> int:
         """The expert parallel size of a model that is built; every rank calls this.
@@ -36,36 +37,65 @@ class AutoSize:
         Args:
             num_experts: name -> ``num_experts`` of the layers, which the size must divide.
         """
-        strategy, per_node = self._strategy, self._nodes.ranks_per_node
-        sizes = expert_parallel_sizes(strategy.world_size, per_node, num_experts)
+        strategy = self._strategy
+        sizes = expert_parallel_sizes(strategy.world_size, self._nodes.ranks_per_node, num_experts)
         memory = device_memory(strategy.root_device)
         if memory is None or len(sizes) == 1:
             return sizes[-1]
-        choice = self._by_memory(sizes, _smallest(memory, strategy.root_device))
-        rank_zero_info(str(choice))
-        return choice.size
+        module = strategy.lightning_module
+        assert module is not None
+        assert isinstance(strategy.config, dict)
+        zero = strategy.config["zero_optimization"]
+        needed = bytes_at(
+            module,
+            self.layers(),
+            sizes,
+            world=strategy.world_size,
+            stage=zero["stage"],
+            itemsize=strategy.precision_plugin._desired_dtype.itemsize,  # type: ignore[attr-defined]
+            config=zero,
+        )
+        # The least memory and the largest needs of all ranks, which must not choose differently.
+        least, *most = self._maximum([-memory, *needed])
+        self._choice = smallest_that_fits(sizes, most, -least)
+        return self._choice.size
+
+    def held(self, num_experts: Mapping[str, int]) -> int | None:
+        """The size for which an earlier run has sharded the model; None if none has."""
+        sizes = {
+            layer.num_experts // layer.num_local_experts
+            for layer in self.layers()
+            if layer.num_local_experts < layer.num_experts
+        }
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def say(self, size: int) -> None:
+        """Prints, once, which size was taken and why, where memory had a say."""
+        choice, self._choice = self._choice, None
+        if choice is None:
+            return
+        if choice.size == size:
+            rank_zero_info(str(choice))
+            return
+        rank_zero_info(
+            f"expert_parallel_size='auto' is {size}, although {choice.size} would fit: while the"
+            " model was built, experts were changed or copied, or they are modules. A number would"
+            " be taken as it is."
+        )
+
+    def agree(self, holds: bool) -> bool:
+        """Whether it holds on all ranks."""
+        return self._strategy.world_size == 1 or self._maximum([int(not holds)]) == [0]
 
     def layers(self) -> list[ExpertLayer]:
         """The model's layers whose experts are divided over ranks."""
         layers = dict(expert_layers(self._strategy.lightning_module or nn.Module()))
         return [layers[name] for name in divided_experts(layers.items())]
 
-    def _by_memory(self, sizes: list[int], memory: int) -> SizeChoice:
-        strategy = self._strategy
-        module = strategy.lightning_module
-        assert module is not None
-        assert isinstance(strategy.config, dict)
-        zero = strategy.config["zero_optimization"]
-        return smallest_that_fits(
-            module,
-            self.layers(),
-            sizes,
-            world=strategy.world_size,
-            memory=memory,
-            stage=zero["stage"],
-            itemsize=strategy.precision_plugin._desired_dtype.itemsize,  # type: ignore[attr-defined]
-            config=zero,
-        )
+    def _maximum(self, numbers: list[int]) -> list[int]:
+        found = torch.tensor(numbers, dtype=torch.int64, device=self._strategy.root_device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(number) for number in found.tolist()]
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -73,10 +103,3 @@ def device_memory(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-def _smallest(memory: int, device: torch.device) -> int:
-    """The least over all ranks, which must not choose differently."""
-    least = torch.tensor(memory, dtype=torch.int64, device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)

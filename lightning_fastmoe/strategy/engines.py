@@ -34,6 +34,7 @@ from lightning_fastmoe.zero.engine import (
 from lightning_fastmoe.zero.gathering import meet_before_gathering
 from lightning_fastmoe.zero.groups import (
     check_batch_norms,
+    check_not_tied,
     check_tags,
     divided_experts,
     group_name,
@@ -79,9 +80,11 @@ class Engines:
         state = self.state
         state.layers = dict(expert_layers(module))
         sharder = self._groups.make(divided_experts(state.layers.items()))
-        if self._groups.wants_sharding:
+        if self._groups.wants_sharding(bool(state.layers)):
             for kind in KINDS:
                 kind.check(module)
+        if sharder.mesh.ep_size > 1:
+            check_not_tied(state.layers)
         sharder.shard(module)
         if self._strategy.is_global_zero:
             warn_about_causality(module)

@@ -60,14 +60,15 @@ class ExpertGroups:
             )
         return self.sharder.mesh
 
-    @property
-    def wants_sharding(self) -> bool:
-        """Whether experts that can't be sharded are an error: there are ranks to shard them over.
+    def wants_sharding(self, found: bool) -> bool:
+        """Whether experts that can't be sharded are an error.
 
-        "auto" resolves to 1 where it finds no experts, which must not go unnoticed.
+        Args:
+            found: whether there are layers whose experts can be; without any "auto" resolves to 1,
+                which must not go unnoticed.
         """
-        size = self._strategy.world_size if self.size == "auto" else self.size
-        return size > 1
+        auto = self.size == "auto" and self._strategy.world_size > 1
+        return self.mesh.ep_size > 1 or (auto and not found)
 
     def make_if_sized(self) -> None:
         """Creates the groups if their size was given as a number."""
@@ -86,8 +87,10 @@ class ExpertGroups:
         """
         strategy = self._strategy
         if self.sharder is None:
-            if size is None:
-                size = self._auto.choose(num_experts) if self.size == "auto" else self.size
+            if size is None and self.size != "auto":
+                size = self.size
+            size = size or self._auto.held(num_experts) or self._auto.choose(num_experts)
+            self._auto.say(size)
             check_expert_parallel_size(size, strategy.world_size, num_experts)
             nodes = self._nodes.of_ranks()
             mesh = make_expert_mesh(size, strategy.root_device.type, strategy._timeout)
@@ -119,8 +122,7 @@ class ExpertGroups:
             strategy.global_rank,
             strategy.world_size,
             self._nodes.ranks_per_node,
-            self._auto.choose,
-            self._auto.layers,
+            self._auto,
             built,
         )
         with expert_placement(auto):

@@ -83,6 +83,23 @@ def register_groups(mesh: ExpertMesh) -> None:
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks[:, column].tolist()
 
 
+def check_not_tied(layers: Mapping[str, ExpertLayer]) -> None:
+    """Refuses layers that share expert parameters: each layer keeps its own rows of them.
+
+    Raises:
+        ConfigError: naming two layers.
+    """
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        for parameter in layer.experts.parameters():
+            other = owners.setdefault(id(parameter), name)
+            if other != name:
+                raise ConfigError(
+                    f"Layers {other!r} and {name!r} share parameters of their experts, which can't"
+                    " be sharded. Use one layer in both places, or expert_parallel_size=1."
+                )
+
+
 def divided_experts(layers: Iterable[tuple[str, ExpertLayer]]) -> dict[str, int]:
     """Name -> ``num_experts`` of the layers whose experts are divided over ranks."""
     return {n: m.num_experts for n, m in layers if m.dispatcher_name != "local"}

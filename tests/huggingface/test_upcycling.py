@@ -178,8 +178,11 @@ def test_pieces_of_a_copy_are_chosen_together_and_learn_apart() -> None:
     assert not torch.equal(weight, weight[:, :1].expand_as(weight))
 
 
-def test_dropout_and_mode_are_kept() -> None:
-    model = make(MODULES["gpt2"]).train()
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+def test_dropout_and_mode_are_kept(activation: str) -> None:
+    config = copy.deepcopy(MODULES["gpt2"])
+    config.activation_function = activation
+    model = make(config).train()
     model.transformer.h[0].mlp.eval()
     layers = upcycle(model, 2, 2)
     assert [layer.training for layer in layers.values()] == [False, True]
@@ -206,6 +209,7 @@ def test_some_layers_alone() -> None:
         ({"noise": -0.1}, "noise not negative"),
         ({"activation": "gelu"}, "doesn't take activation"),
         ({"normalize_weights": False}, "don't sum to one"),
+        ({"keep_dense": True, "shared_expert_gate": True}, "doesn't take shared_expert_gate"),
         ({"match": lambda name, _: name == "model.norm"}, "LlamaRMSNorm matches, but isn't"),
         ({"match": lambda *_: False}, "no module of the model matches"),
     ],
@@ -216,6 +220,54 @@ def test_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         upcycle(model, 4, **arguments)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_ffns_that_share_parameters_are_refused() -> None:
+    model = make(GATED["llama"])
+    first, second = (block.mlp for block in model.model.layers)
+    second.gate_proj.weight = first.gate_proj.weight
+    with pytest.raises(ConfigError, match="share parameters"):
+        upcycle(model, 4)
+    assert model.model.layers[0].mlp is first
+
+
+def test_a_block_with_two_names_is_converted_once() -> None:
+    model = make(MODULES["gpt2"])
+    model.config.use_cache = False
+    model.transformer.h[1] = model.transformer.h[0]
+    expected = logits(model)
+    layers = upcycle(model, 2, 2)
+    assert list(layers) == ["transformer.h.0.mlp"]
+    assert model.transformer.h[1].mlp is layers["transformer.h.0.mlp"]
+    assert not any(isinstance(m, MoE) for m in layers["transformer.h.0.mlp"].experts.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_without_weights_nothing_is_decided() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(GATED["llama"])
+    with pytest.raises(ConfigError, match="LlamaMLP is on the meta device"):
+        upcycle(model, 4)
+
+
+def test_frozen_ffns_become_frozen_experts() -> None:
+    model = make(GATED["llama"])
+    model.model.layers[0].mlp.requires_grad_(False)
+    frozen, trained = upcycle(model, 4).values()
+    assert not any(p.requires_grad for p in frozen.experts.parameters())
+    assert frozen.router.weight.requires_grad
+    assert all(p.requires_grad for p in trained.parameters())
+
+
+class WithResidual(Scaled):
+    """Takes the residual too, as Bloom's does."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + residual
+
+
+def test_an_ffn_that_takes_more_is_none() -> None:
+    assert read_ffn(WithResidual()) is None
 
 
 def test_one_expert_is_enough_beside_the_dense_ffn() -> None:

@@ -56,3 +56,25 @@ def test_nothing_that_matches_is_an_error() -> None:
         convert(nn.Sequential(nn.Linear(2, 2)), lambda *_: False, lambda m: m)
     with pytest.raises(ConfigError, match="the model itself matches"):
         convert(FFN(), lambda _, m: isinstance(m, FFN), lambda m: m)
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(FFN(), FFN())
+    before = list(model)
+
+    def fail_at_the_second(module: nn.Module) -> nn.Module:
+        if module is before[1]:
+            raise ConfigError("no")
+        return nn.Tanh()
+
+    with pytest.raises(ConfigError, match="no"):
+        convert(model, lambda _, m: isinstance(m, FFN), fail_at_the_second)
+    assert list(model) == before
+
+
+def test_a_parent_with_two_names_is_walked_once() -> None:
+    inner = nn.Sequential(FFN())
+    model = nn.ModuleDict({"a": inner, "b": inner})
+    found = convert(model, lambda _, m: isinstance(m, FFN), lambda m: nn.Sequential(m))
+    assert list(found) == ["a.0"]
+    assert isinstance(model["b"][0][0], FFN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError, ShapeError
-from lightning_fastmoe.nn import LocalDispatcher, MoE
+from lightning_fastmoe.nn import LocalDispatcher, ModuleExperts, MoE
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 from lightning_fastmoe.nn.router import ROUTERS
 
@@ -358,3 +359,16 @@ def test_dispatchers_send_integers_whole():
         want = [t * 2**40 for e in range(E) for t in range(9) for k in range(2)
                 if int(chosen.expert_ids[t, k]) == e and kept[t, k]]  # fmt: skip
         assert sent.flatten().tolist() == want
+
+
+def test_a_device_gets_the_numbers_of_the_cpu(monkeypatch):
+    """A GPU's generator is seeded alike on all ranks: its experts would be clones of each other."""
+    on_cpu = ModuleExperts(FFN, (D, 7), E, [1, 2], layer_seed=5)
+    gpu, moved = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(torch, "get_default_device", lambda: gpu)
+    monkeypatch.setattr(FFN, "to", lambda expert, device: moved.append(device) or expert)
+    with torch.device("meta"):  # what a factory would draw on is not the CPU
+        on_gpu = ModuleExperts(FFN, (D, 7), E, [1, 2], layer_seed=5)
+    assert moved == [gpu, gpu]
+    for mine, right in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+        assert torch.equal(mine, right)

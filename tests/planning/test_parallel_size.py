@@ -9,7 +9,13 @@ from torch import nn
 from lightning_fastmoe import MoE
 from lightning_fastmoe.nn import moe_layers
 from lightning_fastmoe.nn.placement import Placement, expert_placement
-from lightning_fastmoe.planning.parallel_size import SHARE, groups_at, smallest_that_fits
+from lightning_fastmoe.planning.parallel_size import (
+    SHARE,
+    SizeChoice,
+    bytes_at,
+    groups_at,
+    smallest_that_fits,
+)
 
 D, F, E, WORLD = 32, 48, 8, 4
 EXPERTS = 2 * E * (3 * D * F)
@@ -66,27 +72,17 @@ def needed(size: int) -> float:
 )
 def test_the_smallest_size_that_fits_is_taken(memory: float, size: int, fits: bool) -> None:
     module, layers = model(4)
-    choice = smallest_that_fits(
-        module,
-        layers,
-        [4, 1, 2],
-        world=WORLD,
-        memory=int(memory),
-        stage=1,
-        itemsize=torch.bfloat16.itemsize,
-        config={},
-    )
+    options = {"world": WORLD, "stage": 1, "itemsize": torch.bfloat16.itemsize, "config": {}}
+    found = bytes_at(module, layers, [1, 2, 4], **options)
+    choice = smallest_that_fits([1, 2, 4], found, int(memory))
     assert (choice.size, choice.fits) == (size, fits)
     assert choice.needed == pytest.approx(needed(size), rel=1e-3)
 
 
 def test_says_why() -> None:
-    module, layers = model()
-    arguments = {"world": WORLD, "stage": 1, "itemsize": 2, "config": {}}
-    choice = smallest_that_fits(module, layers, [1, 2], memory=2**30, **arguments)
-    assert str(choice) == (
+    assert str(SizeChoice(1, 2**29, 2**30)) == (
         "expert_parallel_size='auto' is 1, the smallest that fits: weights, gradients and Adam's"
-        " state take 0.0 of 1.0 GiB per rank (limit 60%)."
+        " state take 0.5 of 1.0 GiB per rank (limit 60%)."
     )
-    choice = smallest_that_fits(module, layers, [1, 2], memory=10, **arguments)
-    assert "is 2, the largest that divides the experts and stays in a node" in str(choice)
+    large = str(SizeChoice(2, 2**30, 2**30))
+    assert "is 2, the largest that divides the experts and stays in a node" in large

@@ -7,6 +7,7 @@ from strategy.models import Case, Net
 from strategy.tracing import Tracer, make_trainer
 from torch import Tensor, nn
 
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import moe_layers
 
 
@@ -29,3 +30,15 @@ def train(case: Case, load: str | None, save: str | None) -> tuple[list[float], 
     if save is not None:
         trainer.save_checkpoint(save)
     return tracer.trace.norms, tracer.trace.weights[-1]
+
+
+def shares_parameters(case: Case) -> str | None:
+    """The error where two layers have one parameter."""
+    module = Net(case)
+    first, second = module.net["moes"]
+    second.experts.down_proj = first.experts.down_proj
+    try:
+        make_trainer(case).fit(module)
+    except ConfigError as error:
+        return str(error)
+    return None

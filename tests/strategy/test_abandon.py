@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_fastmoe.strategy.watchdog import abandon
+from lightning_fastmoe.strategy.watchdog.exchange_waits import ExchangeWaits
 
 ERROR = ValueError("the disk is full")
 
@@ -78,11 +80,15 @@ def test_the_process_ends_if_nothing_frees_the_device(device, monkeypatch, capfd
     def end(status: int) -> None:
         raise Ended(status)
 
+    written: list[str] = []
+    writer = threading.Thread(target=lambda: time.sleep(1.0) or written.append("checkpoint"))
+    writer.start()
     monkeypatch.setattr(Group, "abort", lambda group: None)
     monkeypatch.setattr(os, "_exit", end)
     with pytest.warns(abandon.AbandonedCollectivesWarning), pytest.raises(Ended, match="75"):
         abandon.abandon_collectives(ERROR, 0.2)
     device.free.set()
+    assert written == ["checkpoint"]
     said = capfd.readouterr().err
     assert "ValueError: the disk is full" in said
     assert "rank 1: the device is still blocked. This process ends with status 75" in said
@@ -117,3 +123,15 @@ def test_nothing_is_waited_for_without_others(device, monkeypatch, missing):
     assert not abandon.abandon_collectives(ERROR, 5.0)
     assert time.monotonic() - begin < 2
     assert device.aborted == []
+
+
+@pytest.mark.parametrize(
+    ("error", "tells"), [(ERROR, True), (KeyboardInterrupt(), True), (SIGTERMException(), False)]
+)
+def test_kernels_of_other_ranks_are_told(error, tells):
+    """Whatever ends this rank alone; SIGTERM ends all of them between the same two batches."""
+    waits, calls = ExchangeWaits(None, None), []
+    waits._peers = SimpleNamespace(rank=0, leave=lambda reason: None)
+    waits._sharder = SimpleNamespace(give_up=lambda: calls.append("told"))
+    waits.leave(error)
+    assert calls == ["told"] * tells

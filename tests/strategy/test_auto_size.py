@@ -182,27 +182,86 @@ class WrittenByData(Late):
         self.layers[-1].experts.down_proj.data[-1].normal_(std=0.02)
 
 
-class Marked(Late):
-    """Says something of a parameter, as some optimizers' helpers do."""
+class Moved(Late):
+    """Swaps two rows of an expert, which leaves the sum of its bits as it was."""
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.layers[0].experts.up_bias.no_weight_decay = True
+        weight = self.layers[0].experts.up_proj.data
+        weight[0] = weight[0].flip(0)
 
 
-class Hooked(Late):
-    """Looks at what the experts compute."""
+class OnOneRank(Late):
+    """Writes to an expert that only one rank has."""
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.layers[0].experts.register_forward_hook(lambda *_: None)
+        if 0 in self.layers[0].experts.local_ids:
+            self.layers[0].experts.up_bias.data[0] = 1.0
 
 
-@pytest.mark.parametrize("kind", [Copied, Written, WrittenByData, Marked, Hooked])
+@pytest.mark.parametrize("kind", [Copied, Written, WrittenByData, Moved, OnOneRank])
 def test_a_size_that_would_lose_something_is_not_taken(kind: type[Late], rank_pool) -> None:
     case = Case(world=2, ep="auto", num_experts=(4, 4), steps=1, in_configure_model=True)
-    for ep_size, local, *_ in rank_pool.run(built_by_memory, 2, case, [10**9] * 2, kind, 0):
+    for ep_size, local, said, _ in rank_pool.run(built_by_memory, 2, case, [10**9] * 2, kind, 0):
         assert (ep_size, local) == (2, [2, 2])
+        assert "is 2, although 1 would fit" in said[0]
+
+
+class Marked(Late):
+    """Says something of parameters and experts, which must last."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        experts = self.layers[0].experts
+        experts.up_bias.no_weight_decay = True
+        self.alias = experts.down_proj
+        self.calls_of_hooks = [0, 0]
+        experts.up_proj.register_hook(lambda _: self.count(0))
+        experts.register_forward_hook(lambda *_: self.count(1))
+
+    def count(self, which: int) -> None:
+        self.calls_of_hooks[which] += 1
+
+
+def marked(case: Case, in_init: bool) -> Any:
+    """What is left of it after training with the size that fits, or with the one given."""
+    module = Marked(case, 2 if in_init else 0, False)
+    trainer = make_trainer(case)
+    with mock.patch.object(auto_size, "device_memory", return_value=10**9):
+        trainer.fit(module)
+    experts = module.layers[0].experts
+    return (
+        trainer.strategy.expert_mesh.ep_size,
+        experts.up_bias.no_weight_decay,
+        module.alias is experts.down_proj,
+        module.calls_of_hooks,
+    )
+
+
+@pytest.mark.parametrize("in_init", [False, True])
+@pytest.mark.parametrize(("ep", "size"), [("auto", 1), (2, 2)])
+def test_hooks_and_marks_last(ep: Any, size: int, in_init: bool, rank_pool) -> None:
+    case = Case(2, ep, num_experts=(4, 4), steps=2, in_configure_model=True)
+    for found in rank_pool.run(marked, 2, case, in_init):
+        assert found == (size, True, True, [2, 2])
+
+
+def trained_again(case: Case) -> Any:
+    """Sizes of a fit and of a later one with "auto", which the memory would allow to be 1."""
+    module = Late(case, 2, False)
+    sizes = []
+    for ep in (2, "auto"):
+        trainer = make_trainer(replace(case, ep=ep))
+        with mock.patch.object(auto_size, "device_memory", return_value=10**9):
+            trainer.fit(module)
+        sizes.append(trainer.strategy.expert_mesh.ep_size)
+    return sizes
+
+
+def test_a_sharded_model_keeps_its_size(rank_pool) -> None:
+    case = Case(2, 2, num_experts=(4, 4), steps=1, in_configure_model=True)
+    assert rank_pool.run(trained_again, 2, case) == [[2, 2]] * 2
 
 
 @pytest.mark.parametrize(

@@ -33,3 +33,14 @@ def test_resumes_on_other_ranks(stage: int, rank_pool, tmp_path: Path) -> None:
         for after in (same, alone):
             # Adam's steps are of the size of the learning rate: neither lost nor misplaced.
             assert 0 < float((after[name] - value).abs().max()) < 0.1, name
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_layers_that_share_parameters_are_refused_where_they_are_sharded(
+    ep: int, rank_pool
+) -> None:
+    """Each would keep its own rows, and they would come apart."""
+    case = replace(CASE, ep=ep, num_experts=(4, 4))
+    for said in rank_pool.run(runs.shares_parameters, 2, case):
+        assert (said is None) is (ep == 1)
+        assert ep == 1 or "'net.moes.0' and 'net.moes.1' share parameters" in said

@@ -41,6 +41,7 @@ class ExpertGroup:
         other_way: exchanges counts, or returns None where it can't, in place of a collective. A
             schedule that sends its own counts otherwise sets it on all ranks, so that they meet
             those of a rank that is elsewhere, and both see that.
+        on_giving_up: called when this rank leaves the run, so that no kernel waits for it.
     """
 
     def __init__(self, group: dist.ProcessGroup, nodes: NodeGroups | None = None) -> None:
@@ -52,9 +53,15 @@ class ExpertGroup:
         self.wait = ExchangeWait()
         self.shared: dict[type, Any] = {}
         self.other_way: Callable[[Tensor, int, str], Tensor | None] | None = None
+        self.on_giving_up: list[Callable[[], None]] = []
         self._sequence = 0
         self.is_on_stream = "nccl" in dist.get_backend(group)
         self._pinned: Tensor | None = None
+
+    def give_up(self) -> None:
+        """Tells the other ranks' kernels that this rank leaves the run."""
+        for call in self.on_giving_up:
+            call()
 
     def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor:
         """Gathers ``tokens_per_expert`` of all ranks of the group.

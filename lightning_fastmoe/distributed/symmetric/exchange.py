@@ -166,6 +166,7 @@ class SymmetricExchange:
         self._to_all = torch.arange(group.size, device=device)
         self._ends = torch.arange(1, group.size + 1, device=device, dtype=torch.int32)
         group.other_way = self.exchange_counts
+        group.on_giving_up.append(self._flags.give_up)
 
     @classmethod
     def of(cls, group: ExpertGroup) -> SymmetricExchange:

@@ -81,7 +81,7 @@ class Flags:
         try:
             self._group.wait.for_event(event, where)
         except BaseException as error:
-            self._tell()
+            self.give_up()
             if not isinstance(error, ExchangeError):
                 self.check()  # a wait in an earlier exchange may be why the device has stopped
             raise
@@ -120,14 +120,14 @@ class Flags:
         except BaseException as error:
             missing, different, given_up = arrival.look()
             self._report.copy_(torch.tensor([missing or 1, different, given_up, value]))
-            self._tell()
+            self.give_up()
             if isinstance(error, ExchangeError) and not different and not given_up:
                 raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error  # the deadline
             raise
         ops.fence()
 
-    def _tell(self) -> None:
-        """Tells all ranks that this one has given up."""
+    def give_up(self) -> None:
+        """Tells all ranks that this one has given up, so that none waits for it."""
         if not self.is_on_device:
             ops.set_flags(self._memory.ranks, self._group.rank, ops.GIVEN_UP_AT, 1)
             return

@@ -120,7 +120,11 @@ class ModuleExperts(Experts):
 def _build(
     factory: ExpertFactory, arguments: tuple[int, ...], layer_seed: int, expert_id: int
 ) -> nn.Module:
-    """One expert, from its own seed; torch's CPU generator is left as it was."""
+    """One expert, from its own seed; torch's CPU generator is left as it was.
+
+    Built on the CPU, and then moved: a device's own generator is seeded alike on all ranks,
+    whatever experts they build, and draws other numbers.
+    """
     try:
         inspect.signature(factory).bind(*arguments)
     except TypeError as error:
@@ -131,4 +135,9 @@ def _build(
     seed = expert_generator(layer_seed, "expert", expert_id).initial_seed()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return factory(*arguments)
+        device = torch.get_default_device()
+        if device.type in ("cpu", "meta"):
+            return factory(*arguments)
+        with torch.device("cpu"):
+            built = factory(*arguments)
+        return built.to(device) if isinstance(built, nn.Module) else built

@@ -130,7 +130,9 @@ class StackedExperts(Experts):
 def keep_rows(
     module: nn.Module, names: Iterable[str], held: Sequence[int], wanted: Sequence[int]
 ) -> None:
-    """Replaces stacked parameters by copies of their slices, so that the rest is freed.
+    """Leaves copies of slices in stacked parameters, so that the rest is freed.
+
+    The parameters stay the same objects, with their hooks and what was said of them.
 
     Args:
         module: has the parameters.
@@ -141,8 +143,10 @@ def keep_rows(
     rows = _rows(held, wanted)
     for name in names:
         parameter = module.get_parameter(name)
-        kept = parameter.detach()[rows].clone()
-        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        parameter.data = parameter.detach()[rows].clone()
+        parameter.grad = None
+        for mark in [mark for mark in vars(parameter) if mark.startswith("ds_")]:
+            delattr(parameter, mark)  # DeepSpeed's, of an earlier run, about the whole
 
 
 def _rows(held: Sequence[int], wanted: Sequence[int]) -> slice | list[int]:

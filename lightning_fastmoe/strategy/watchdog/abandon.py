@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from lightning_fastmoe.strategy.watchdog.sentry import HANG_STATUS
 
-_DONE = 10.0
-"""Seconds within which a device whose collectives are complete has done the rest."""
+_DONE = 30.0
+"""Seconds within which a device whose collectives are complete has done the rest, which may be a
+long backward pass. NCCL's own watchdog ends a process 60 s after it has lost another one."""
 
 
 class AbandonedCollectivesWarning(RuntimeWarning):
@@ -62,6 +63,9 @@ def abandon_collectives(exception: BaseException, seconds: float = _DONE) -> boo
             f" ends with status {HANG_STATUS}.\n"
         )
         os.write(2, end.encode())
+        for thread in threading.enumerate():  # a checkpoint may still be written
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
         os._exit(HANG_STATUS)
     return True
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch.distributed as dist
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_fastmoe.distributed import ExchangeWait, ExpertSharder, PendingExchange
 from lightning_fastmoe.errors import ExchangeError
@@ -32,6 +33,7 @@ class ExchangeWaits:
             seconds = None if hang_timeout is None else 0.9 * hang_timeout
         self.seconds = seconds
         self._peers: Peers | None = None
+        self._sharder: ExpertSharder | None = None
         self._broken: tuple[str, BaseException] | None = None
 
     def begin(self, sharder: ExpertSharder, watch: Watch) -> None:
@@ -41,11 +43,16 @@ class ExchangeWaits:
         if size > 1 and self._peers is None:
             self._peers = Peers(watch.doing, pending)
         sharder.record_exchanges(pending, ExchangeWait(self.seconds, self._peers, rank))
+        self._sharder = sharder
 
     def leave(self, exception: BaseException) -> None:
         """Tells the other ranks about an error here, so that none waits for this one."""
         peers = self._peers
-        if peers is None or not isinstance(exception, Exception):
+        if peers is None or isinstance(exception, SIGTERMException):  # all ranks end there
+            return
+        if self._sharder is not None:
+            self._sharder.give_up()
+        if not isinstance(exception, Exception):
             return
         if is_broken_connection(exception) and (failure := peers.failure()) is not None:
             self._broken = failure, exception
@@ -54,6 +61,7 @@ class ExchangeWaits:
 
     def end(self, sharder: ExpertSharder | None) -> None:
         """Undoes :meth:`begin`."""
+        self._sharder = None
         if sharder is not None:
             sharder.record_exchanges(PendingExchange(), ExchangeWait())
         peers, self._peers = self._peers, None
