@@ -130,6 +130,10 @@ class AutoPlacement:
         self._built.append(_Built(layer, make))
 
 
+_PIECE = 2**16
+"""Elements of a row that are summed at a time, as products take eight bytes each."""
+
+
 @dataclass
 class _Built:
     """A built layer and the function that made its experts."""
@@ -207,6 +211,8 @@ def _sums_of_bits(tensor: torch.Tensor) -> torch.Tensor:
     rows = tensor.contiguous().view(bits)
     if rows.dim() < 2:
         return rows.long()
-    rows = rows.flatten(1)
-    places = torch.arange(1, rows.shape[1] + 1, device=rows.device)
-    return torch.stack([(row * places).sum() for row in rows])
+    sums = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for number, piece in enumerate(rows.flatten(1).split(_PIECE, 1), 1):
+        places = torch.arange(1, piece.shape[1] + 1, device=rows.device)
+        sums += number * (piece * places).sum(1)
+    return sums
