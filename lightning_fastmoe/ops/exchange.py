@@ -144,10 +144,9 @@ def compare_flags(flags: Tensor, value: int) -> tuple[int, int]:
 
 
 def fence() -> None:
-    """Orders this thread's accesses to shared memory, as far as the processor doesn't anyway.
+    """Keeps the interpreter from reordering this thread's accesses to shared memory.
 
-    To take and give back a mutex does, on all processors that torch runs on; x86 keeps stores, and
-    loads, in order without.
+    The processor must not reorder them either: x86 keeps stores, and loads, in order.
     """
     with _FENCE:
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import time
 from collections.abc import Iterator
@@ -239,11 +240,14 @@ def other_dtypes() -> str:
 
 
 def refused(kind: str) -> str:
-    """The error on this rank: of a group on two "hosts", or where memory "fails" on rank 1."""
+    """The error on this rank: of a group on two "hosts", or where memory "fails" on rank 1.
+
+    Or on another processor ("arm").
+    """
     dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
     group = ExpertGroup(dist.group.WORLD)
-    host, new = memory._host, torch.from_file
+    host, new, machine = memory._host, torch.from_file, platform.machine
 
     def fail(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("no memory left")
@@ -251,13 +255,15 @@ def refused(kind: str) -> str:
     try:
         if kind == "hosts":
             memory._host = lambda: f"host {group.rank}"
+        elif kind == "arm":
+            platform.machine = lambda: "aarch64"
         elif group.rank == 1:
             torch.from_file = fail
         SymmetricSchedule(group, E, equal_blocks(E, group.size))
     except TopologyError as error:
         return str(error)
     finally:
-        memory._host, torch.from_file = host, new
+        memory._host, torch.from_file, platform.machine = host, new, machine
     return "none"
 
 

@@ -120,12 +120,13 @@ def test_where_memory_cannot_be_shared_all_ranks_say_so(rank_pool, kind, reason)
         ({"access": False}, ["a", "hidden"], None),  # only mapping it will tell
         ({"access": False}, ["a", "a"], None),  # shared
         ({"backend": "NVSHMEM"}, ["a", "b"], "set to NVSHMEM, not to CUDA"),
+        ({"no_multicast": "0"}, ["a", "b"], "multicast is on"),
     ],
     ids=str,
 )
 def test_what_is_known_before_memory_is_mapped(change, gpus, reason, monkeypatch):
     now = {"kernels": "some", "connections": "8", "access": True, "backend": "CUDA"} | change
-    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "")
+    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", change.get("no_multicast", "1"))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", now["connections"])
     monkeypatch.setattr(memory.native, "load", lambda: now["kernels"])
     monkeypatch.setattr(memory, "_gpu", lambda index: "ab"[index])
@@ -135,3 +136,8 @@ def test_what_is_known_before_memory_is_mapped(change, gpus, reason, monkeypatch
     found = memory._why_not_cuda(torch.device("cuda", 0), gpus)
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
+
+
+def test_other_processors_reorder_stores(rank_pool):
+    for error in rank_pool.run(runs.refused, 2, "arm"):
+        assert "the order in which x86 stores, not aarch64" in error

@@ -6,6 +6,7 @@ The one file that knows torch's symmetric memory, whose interface is young.
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -143,6 +144,8 @@ def check_reachable(group: dist.ProcessGroup, device: torch.device) -> None:
         reason = f"there are more than {MAX_RANKS}"
     elif device.type == "cuda":
         reason = _why_not_cuda(device, gpus)
+    elif platform.machine() not in ("x86_64", "AMD64"):
+        reason = f"on the CPU it relies on the order in which x86 stores, not {platform.machine()}"
     refuse_unless_all_can(group, reason)
 
 
@@ -172,7 +175,8 @@ def _why_not_cuda(device: torch.device, gpus: Sequence[str]) -> str | None:
         is_peer = other != device.index and _gpu(other) in gpus
         if is_peer and not torch.cuda.can_device_access_peer(device, other):
             return f"GPU {device.index} has no access to the memory of GPU {other}"
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    if os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1") != "1":
+        return "multicast is on (TORCH_SYMM_MEM_DISABLE_MULTICAST), which has not been tested"
     import torch.distributed._symmetric_memory as symmetric
 
     backend = symmetric.get_backend(device)
