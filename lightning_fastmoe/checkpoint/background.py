@@ -16,6 +16,9 @@ from lightning_fastmoe.checkpoint.save import Snapshot, write
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.errors import CheckpointError
 
+WRITER = "fastmoe-checkpoint"
+"""The name of the thread that writes a checkpoint."""
+
 
 class HostCopies:
     """Host-memory copies of fragments; the buffers are reused by the next save.
@@ -80,7 +83,7 @@ class BackgroundWriter:
         self._path = path
         # Not a daemon: the interpreter waits for it before exiting.
         self._thread = threading.Thread(
-            target=self._run, args=(path, copy), name="checkpoint", daemon=False
+            target=self._run, args=(path, copy), name=WRITER, daemon=False
         )
         self._thread.start()
 

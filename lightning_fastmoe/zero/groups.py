@@ -93,7 +93,7 @@ def check_not_tied(layers: Mapping[str, ExpertLayer]) -> None:
     for name, layer in layers.items():
         for parameter in layer.experts.parameters():
             other = owners.setdefault(id(parameter), name)
-            if other != name:
+            if other != name and not name.startswith(f"{other}."):  # a layer in an expert
                 raise ConfigError(
                     f"Layers {other!r} and {name!r} share parameters of their experts, which can't"
                     " be sharded. Use one layer in both places, or expert_parallel_size=1."

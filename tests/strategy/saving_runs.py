@@ -20,6 +20,7 @@ from strategy.models import Case
 from strategy.resume_runs import Resumed, error_of, trainer_for
 from strategy.tracing import whole_weights
 
+from lightning_fastmoe.checkpoint.background import WRITER
 from lightning_fastmoe.checkpoint.format import safetensors_stream, writer
 
 write_all, write_shard = safetensors_stream.files.write_all, writer.write_shard
@@ -159,7 +160,7 @@ class Noted(pl.Callback):
 
     def on_train_batch_start(self, *args: Any) -> None:
         for thread in threading.enumerate():  # as if steps took longer than a save
-            if thread.name == "checkpoint":
+            if thread.name == WRITER:
                 thread.join(20)
 
     def on_train_batch_end(self, *args: Any) -> None:

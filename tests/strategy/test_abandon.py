@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from lightning_fastmoe.checkpoint.background import WRITER
 from lightning_fastmoe.strategy.watchdog import abandon
 from lightning_fastmoe.strategy.watchdog.exchange_waits import ExchangeWaits
 
@@ -81,13 +83,18 @@ def test_the_process_ends_if_nothing_frees_the_device(device, monkeypatch, capfd
         raise Ended(status)
 
     written: list[str] = []
-    writer = threading.Thread(target=lambda: time.sleep(1.0) or written.append("checkpoint"))
+    writer = threading.Thread(
+        target=lambda: time.sleep(1.0) or written.append("checkpoint"), name=WRITER
+    )
     writer.start()
+    idle = ThreadPoolExecutor(1)  # the user's: nobody waits for it
+    idle.submit(int).result()
     monkeypatch.setattr(Group, "abort", lambda group: None)
     monkeypatch.setattr(os, "_exit", end)
     with pytest.warns(abandon.AbandonedCollectivesWarning), pytest.raises(Ended, match="75"):
         abandon.abandon_collectives(ERROR, 0.2)
     device.free.set()
+    idle.shutdown()
     assert written == ["checkpoint"]
     said = capfd.readouterr().err
     assert "ValueError: the disk is full" in said

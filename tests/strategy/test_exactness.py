@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from strategy.exactness import assert_same, cases, ident
 from strategy.models import Case, reference
-from strategy.tracing import run_case, run_case_by
+from strategy.tracing import EarlyOptimizer, run_case, run_case_by
 
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
 
@@ -25,6 +25,15 @@ def test_epoch_that_is_no_multiple_of_the_accumulation(stage: int, rank_pool) ->
     expected = reference(case)
     assert len(expected.weights) == 4
     for trace in rank_pool.run(run_case, case.world, case):
+        assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_made_before_experts_are_sharded(stage: int, rank_pool) -> None:
+    """Parameters stay the same objects."""
+    case = Case(world=2, ep=2, stage=stage)
+    expected = reference(case)
+    for trace in rank_pool.run(run_case, case.world, case, EarlyOptimizer):
         assert_same(trace, expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -154,12 +155,12 @@ class Outside(Net):
         return optimizer
 
 
-class TooEarly(Net):
-    """Creates its optimizer before the experts are sharded."""
+class OfACopy(Net):
+    """Its optimizer has a copy of the model."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.optimizer = make_optimizer(self.net)
+        self.optimizer = make_optimizer(copy.deepcopy(self.net))
 
     def configure_optimizers(self) -> Any:
         return self.optimizer
@@ -310,7 +311,7 @@ SCENES: dict[str, Callable[[], Any]] = {
     "foreign expert": lambda: fit(Foreign(CASE)),
     "two groups": lambda: fit(InTwoGroups(CASE)),
     "outside": lambda: fit(Outside(CASE)),
-    "too early": lambda: fit(TooEarly(CASE)),
+    "of a copy": lambda: fit(OfACopy(CASE)),
     "damaged counts": damaged_counts,
     "swapped counts": swapped_counts,
     "two backwards": lambda: fit(TwoBackwards(CASE), gradient_clip_val=None),
@@ -452,7 +453,7 @@ REFUSED = [
     ("foreign expert", 2, "ParameterGroupError", ["'net.other.weight'", "allreduce=False"]),
     ("two groups", 2, "ParameterGroupError", ["net.moes.1.experts.up_proj", "two groups"]),
     ("outside", 2, "ParameterGroupError", ["(3, 5)", "configure_optimizers()"]),
-    ("too early", 2, "ParameterGroupError", ["not part of the model", "configure_optimizers()"]),
+    ("of a copy", 2, "ParameterGroupError", ["not part of the model", "configure_optimizers()"]),
     ("damaged counts", 2, "ExchangeError", ["net.moes.1", "rank 1", "damaged"]),
     ("swapped counts", 2, "ExchangeError", ["net.moes.0", "rank 1", "damaged"]),
     ("two backwards", 2, "ConfigError", ["twice", "accumulate_grad_batches"]),

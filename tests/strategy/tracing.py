@@ -8,7 +8,7 @@ from unittest import mock
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from strategy.models import Case, Net, Trace
+from strategy.models import Case, Net, Trace, make_optimizer, make_scheduler
 from torch import Tensor
 
 from lightning_fastmoe import FastMoEStrategy
@@ -17,10 +17,10 @@ from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.zero import weight_gather
 
 
-def run_case(case: Case) -> Trace:
+def run_case(case: Case, kind: type[Net] | None = None) -> Trace:
     """Trains ``case`` on this rank; the traces of all ranks are alike but for the losses."""
     pl.seed_everything(7, verbose=False)
-    module = Net(case)
+    module = (kind or Net)(case)
     tracer = Tracer()
     trainer = make_trainer(case, callbacks=[tracer])
     trainer.fit(module)
@@ -43,6 +43,18 @@ def run_case_by(dispatcher: str, case: Case) -> Trace:
         schedule.AUTO, schedule.ACROSS_RANKS[dispatcher] = before, real
     assert len(used) == len(case.num_experts)
     return trace
+
+
+class EarlyOptimizer(Net):
+    """Creates its optimizer before the experts are sharded."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.optimizer = make_optimizer(self.net, case.fused)
+
+    def configure_optimizers(self) -> Any:
+        schedule = {"scheduler": make_scheduler(self.optimizer), "interval": "step"}
+        return {"optimizer": self.optimizer, "lr_scheduler": schedule}
 
 
 def run_case_in_parts(case: Case) -> Trace:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from lightning_fastmoe.checkpoint.background import WRITER
 from lightning_fastmoe.strategy.watchdog.sentry import HANG_STATUS
 
 _DONE = 30.0
@@ -63,8 +64,8 @@ def abandon_collectives(exception: BaseException, seconds: float = _DONE) -> boo
             f" ends with status {HANG_STATUS}.\n"
         )
         os.write(2, end.encode())
-        for thread in threading.enumerate():  # a checkpoint may still be written
-            if not thread.daemon and thread is not threading.current_thread():
+        for thread in threading.enumerate():
+            if thread.name == WRITER:  # of a checkpoint
                 thread.join()
         os._exit(HANG_STATUS)
     return True
