@@ -16,18 +16,18 @@ from lightning_fastmoe.nn.placement import Placement, equal_blocks
 
 
 class Choices(Protocol):
-    """What is chosen alike on all ranks; each of these is a collective."""
+    """Decisions that all ranks make together."""
 
     def choose(self, num_experts: Mapping[str, int]) -> int:
-        """The size for layers with these ``num_experts``, by name."""
+        """The size for layers with these ``num_experts``, by name; collective."""
         ...
 
     def agree(self, holds: bool) -> bool:
-        """Whether it holds on all ranks."""
+        """Whether it holds on all ranks; collective."""
         ...
 
     def layers(self) -> Sequence[Any]:
-        """The layers of the model as far as it is built; no collective."""
+        """The layers of the model as far as it is built; not a collective."""
         ...
 
 

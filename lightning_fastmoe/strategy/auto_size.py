@@ -18,7 +18,7 @@ from lightning_fastmoe.zero.groups import divided_experts
 
 
 class AutoSize:
-    """Chooses the size, alike on all ranks.
+    """Chooses the size, the same on all ranks.
 
     Args:
         strategy: the strategy, with its ranks, device and module.
@@ -60,7 +60,7 @@ class AutoSize:
         self._choice = smallest_that_fits(sizes, most, -least)
         return self._choice.size
 
-    def held(self, num_experts: Mapping[str, int]) -> int | None:
+    def held(self) -> int | None:
         """The size for which an earlier run has sharded the model; None if none has."""
         sizes = {
             layer.num_experts // layer.num_local_experts

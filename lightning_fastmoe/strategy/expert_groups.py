@@ -89,7 +89,7 @@ class ExpertGroups:
         if self.sharder is None:
             if size is None and self.size != "auto":
                 size = self.size
-            size = size or self._auto.held(num_experts) or self._auto.choose(num_experts)
+            size = size or self._auto.held() or self._auto.choose(num_experts)
             self._auto.say(size)
             check_expert_parallel_size(size, strategy.world_size, num_experts)
             nodes = self._nodes.of_ranks()

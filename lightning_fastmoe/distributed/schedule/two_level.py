@@ -18,19 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup, Route
+from lightning_fastmoe.distributed.dispatch import ExpertGroup, Route
 from lightning_fastmoe.distributed.dispatch.per_rank import return_sums, send_tokens
 from lightning_fastmoe.distributed.nodes import NodeGroups
-from lightning_fastmoe.distributed.schedule.dedup import draft, needed, owners, run_experts
+from lightning_fastmoe.distributed.schedule.dedup import (
+    DedupSchedule,
+    draft,
+    needed,
+    owners,
+    run_experts,
+)
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts import Experts
-from lightning_fastmoe.nn.inputs import TokenInputs
-from lightning_fastmoe.nn.router import Routing
-from lightning_fastmoe.nn.schedule import SequentialSchedule
-from lightning_fastmoe.ops import kernels
 
 
-class TwoLevelDedupSchedule(SequentialSchedule):
+class TwoLevelDedupSchedule(DedupSchedule):
     """Sends a row per (token, node) between nodes, and per (token, rank) within a node.
 
     Expert choice and experts that are modules go by way of all_to_all, over the whole group.
@@ -56,18 +58,17 @@ class TwoLevelDedupSchedule(SequentialSchedule):
         placement: Sequence[Sequence[int]],
         nodes: NodeGroups,
     ) -> None:
-        super().__init__(AllToAllDispatcher(group, num_experts, placement))
-        self.group, self.num_experts, self.nodes = group, num_experts, nodes
+        super().__init__(group, num_experts, placement)
+        self.nodes = nodes
         self._inside = inside = dist.get_world_size(nodes.inside)
         _check_parts(group, nodes)
-        self._held = [list(ids) for ids in placement]
         starts = range(0, group.size, inside)
-        of_nodes = [list(chain(*self._held[first : first + inside])) for first in starts]
+        of_nodes = [list(chain(*self.held[first : first + inside])) for first in starts]
         self._per_node = [len(ids) for ids in of_nodes]
         first = group.rank // inside * inside
-        ends = list(accumulate(map(len, self._held[first : first + inside]), initial=0))
+        ends = list(accumulate(map(len, self.held[first : first + inside]), initial=0))
         # Experts by their numbers in the whole model, and by those within this rank's node.
-        self._where = (
+        self._tables = (
             owners(of_nodes, num_experts),
             owners(placement, num_experts),
             owners([range(a, b) for a, b in pairwise(ends)], ends[-1]),
@@ -76,24 +77,14 @@ class TwoLevelDedupSchedule(SequentialSchedule):
         self._columns = [num_experts, len(of_nodes), group.size]
         group.slots = max(group.slots, sum(self._columns))
 
-    def run_routed(
-        self, inputs: TokenInputs, routing: Routing, experts: Experts, layer: str
-    ) -> tuple[Any, Routing]:
-        """See :class:`~lightning_fastmoe.nn.schedule.Schedule`.
-
-        Raises:
-            ExchangeError: on all ranks of the group, if they disagree.
-        """
-        if not experts.is_stacked or inputs.spec is not None or routing.token_ids is not None:
-            return super().run_routed(inputs, routing, experts, layer)
-        x, rank, inside = inputs.tokens, self.group.rank, self._inside
+    def run_per_rank(
+        self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
+    ) -> Tensor:
+        """See :class:`DedupSchedule`."""
+        rank, inside = self.group.rank, self._inside
         node, index = divmod(rank, inside)
-        chosen = routing.expert_ids
-        if routing.dispatched is not None:
-            chosen = chosen.masked_fill(~routing.dispatched, self.num_experts)
-        wide = routing.weights.to(kernels.accumulation_dtype(x.dtype))
-        by_node, by_rank, within = (table.to(x.device) for table in self._where)
-        self._where = by_node, by_rank, within
+        by_node, by_rank, within = (table.to(x.device) for table in self._tables)
+        self._tables = by_node, by_rank, within
         outer = draft(chosen, by_node, len(self._per_node))
         to_each_rank = needed(by_rank[0][chosen], self.group.size).sum(0)
         counts = torch.cat([outer.counts, to_each_rank])
@@ -108,11 +99,11 @@ class TwoLevelDedupSchedule(SequentialSchedule):
         ids = torch.where(ids < 0, self._per_node[node], ids).long()
         inner = draft(ids, within, inside).plan(sum(fan.send))
         received, weights, ids = send_tokens(rows, weights, inner, fan)()
-        held = self._held[rank]
+        held = self.held[rank]
         computed = int(of_experts[:, held].sum())
         sums = run_experts(experts, received, weights, ids, len(held), computed)
         sums = return_sums(sums, inner, join)()
-        return return_sums(sums, plan, back)(), routing
+        return return_sums(sums, plan, back)()
 
     def _routes(self, between: bool, counts: Tensor, own: int, layer: str) -> tuple[Route, Route]:
         """There and back, between nodes or within this one.

@@ -122,8 +122,8 @@ def _build(
 ) -> nn.Module:
     """One expert, from its own seed; torch's CPU generator is left as it was.
 
-    Built on the CPU, and then moved: a device's own generator is seeded alike on all ranks,
-    whatever experts they build, and draws other numbers.
+    Built on the CPU, then moved: every rank seeds its device's own generator the same, whichever
+    experts it builds, so that different experts would start from the same weights.
     """
     try:
         inspect.signature(factory).bind(*arguments)

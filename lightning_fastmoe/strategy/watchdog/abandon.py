@@ -1,7 +1,7 @@
 """Abandons collectives of NCCL that other ranks never join, so that an error can end the run.
 
-An error on one rank, or layers that one rank leaves out, can leave a collective on the device that
-waits for ever. The end of a run copies weights and optimizer states to the host, after everything
+An error on one rank, or a layer that one rank skips, can leave a collective on the device that
+never completes. The end of a run copies weights and optimizer states to the host, after everything
 that was enqueued before: the error would never reach the user.
 """
 
