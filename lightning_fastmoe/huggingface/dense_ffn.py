@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.huggingface.experts_class import plain_activation
-from lightning_fastmoe.ops.activation import GATED, apply_activation
+from lightning_fastmoe.huggingface.experts_class import GATED_OF, plain_activation
+from lightning_fastmoe.ops.activation import apply_activation
 
 _PARTS = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Qwen, Mistral, Gemma
@@ -22,7 +22,6 @@ _PARTS = (
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
 )
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
-_GATED_OF = {plain: gated for gated, plain in GATED.items()}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _activation(module: nn.Module, is_gated: bool) -> str | None:
     plain = plain_activation(function)
     if plain is None:
         return None
-    return _GATED_OF[plain] if is_gated else plain
+    return GATED_OF[plain] if is_gated else plain
 
 
 @torch.no_grad()

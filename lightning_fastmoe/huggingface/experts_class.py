@@ -29,7 +29,8 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
-_GATED_OF = {plain: gated for gated, plain in GATED.items()}
+GATED_OF = {plain: gated for gated, plain in GATED.items()}
+"""Plain activations -> the gated ones that apply them to the gate."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,7 +86,7 @@ def fused_activation(experts: nn.Module) -> str | None:
         return None
     if not experts.has_gate:
         return plain
-    return _GATED_OF[plain] if _gates_by_default(experts) else None
+    return GATED_OF[plain] if _gates_by_default(experts) else None
 
 
 def _gates_by_default(experts: Any) -> bool:
