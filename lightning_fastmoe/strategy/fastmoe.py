@@ -31,7 +31,7 @@ from lightning_fastmoe.strategy.monitored import share_monitored
 from lightning_fastmoe.strategy.quiet import quiet_logs, quiet_warnings
 from lightning_fastmoe.strategy.steps import Steps
 from lightning_fastmoe.strategy.trainer_options import check_trainer_options
-from lightning_fastmoe.strategy.watchdog.abandon import abandon_collectives
+from lightning_fastmoe.strategy.watchdog.blocked_device import end_if_blocked
 from lightning_fastmoe.strategy.watchdog.ending import is_launched, prepare_ending
 from lightning_fastmoe.strategy.watchdog.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
@@ -379,7 +379,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._watch.beat(Activity.ENDING)
         prepare_ending(exception, self._is_launched)
         self._waits.leave(exception)
-        abandon_collectives(exception)
+        end_if_blocked(exception)
 
     @override
     def teardown(self) -> None:

@@ -31,12 +31,19 @@ class RankError(RuntimeError):
     """A rank raised, died, or did not finish in time.
 
     Attributes:
-        errors: rank -> (exception type name, message); empty after a time-out.
+        errors: rank -> (exception type name, message), without those that were late.
+        results: rank -> return value, of the ranks that returned one.
     """
 
-    def __init__(self, message: str, errors: dict[int, tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        message: str,
+        errors: dict[int, tuple[str, str]],
+        results: dict[int, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.errors = errors
+        self.results = results or {}
 
 
 def free_port() -> int:
@@ -74,7 +81,7 @@ class RankPool:
             function: importable by name; its return value must be picklable.
             world_size: number of ranks.
             args: picklable, identical on every rank.
-            timeout: seconds after which all workers are killed.
+            timeout: seconds after which all workers are killed; late ones show their stacks first.
             ranks_per_node: the simulated ranks per node; None puts all on one node. With 1, all
                 ranks use the first GPU, over NCCL too.
 
@@ -106,9 +113,13 @@ class RankPool:
             ready: list[Any] = wait(list(pending), timeout=max(0.0, limit - time.monotonic()))
             if not ready:
                 late = sorted(pending.values())
+                for rank in late:
+                    _dump_stacks(workers[rank][0])
                 self._kill(world_size)
                 raise RankError(
-                    f"ranks {late} did not finish in time; failed: {errors}\n{detail}", errors
+                    f"ranks {late} did not finish in time; failed: {errors}\n{detail}",
+                    errors,
+                    results,
                 )
             for connection in ready:
                 rank = pending.pop(connection)
@@ -128,7 +139,7 @@ class RankPool:
         if errors:
             if any(kind == "ProcessDied" for kind, _ in errors.values()):
                 self._kill(world_size)
-            raise RankError(f"ranks {sorted(errors)} failed: {errors}\n{detail}", errors)
+            raise RankError(f"ranks {sorted(errors)} failed: {errors}\n{detail}", errors, results)
         return [results[rank] for rank in range(world_size)]
 
     def _start(self, world_size: int) -> list[tuple[Any, Connection]]:
@@ -162,6 +173,13 @@ class RankPool:
         """Kills all workers; the next case starts new ones."""
         for world_size in list(self._sets):
             self._kill(world_size)
+
+
+def _dump_stacks(process: Any) -> None:
+    """Has a worker that is late write the stacks of its threads to stderr, which ends it."""
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGABRT)  # faulthandler answers, even where the GIL is held
+        process.join(3)
 
 
 def _how_it_ended(exitcode: int | None) -> str:
