@@ -94,41 +94,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
     const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,
     const Tensor& tokens_per_expert, const Tensor& offsets, std::string name, bool wants_x,
-    bool wants_up, bool wants_down, bool hopper) {
+    bool wants_up, bool wants_down, bool hopper, bool keep_h) {
   const char* op = "expert_layer_backward_";
   check_tensor(grad, op, "grad", 2, x);
   STD_TORCH_CHECK(weights.dim() == 2, op, ": weights must have 2 dimensions, not ", weights.dim());
   const int64_t top_k = weights.size(1);
   Tensor d_x = nothing(x), d_up = nothing(x), d_down = nothing(x), d_weights;
   const Tensor pairs = hopper ? pairs_of(x, order) : d_x;
+  Tensor d_h = h;
   if (hopper) {
+    if (keep_h) d_h = torch::stable::empty_like(h);
     Tensor weighted_act;
     std::tie(weighted_act, d_weights) =
-        hopper::backward_activation_(grad, pairs, offsets, down, h, weights, name);
+        hopper::backward_activation(grad, pairs, offsets, down, h, d_h, weights, name);
     if (wants_down) {
       d_down = hopper::weight_gradient(grad, pairs, top_k, weighted_act, offsets, false);
     }
   } else {
     const Tensor d_out = rows_of(grad, inverse, top_k);
     const Tensor weighted_act = grouped_mm(d_out, down, offsets);
+    if (keep_h) d_h = torch::stable::clone(h);
     d_weights =
-        activation_backward_(h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
+        activation_backward_(d_h, weighted_act, weights, order, std::nullopt, std::nullopt, name);
     if (wants_down) d_down = weight_gradient(d_out, weighted_act, tokens_per_expert, offsets);
   }
-  // h now holds its gradient. The gradient of x is computed first, because its N rows of D are
+  // The gradient of x is computed first, because its N rows of D are
   // freed before the gradient of up is allocated.
   if (wants_x) {
     const auto out_order = token_order(order, inverse, top_k, hopper);
-    d_x = hopper ? hopper::rows_product(h, offsets, up, false, out_order, std::nullopt)
-                 : grouped_mm(h, up, offsets);
+    d_x = hopper ? hopper::rows_product(d_h, offsets, up, false, out_order, std::nullopt)
+                 : grouped_mm(d_h, up, offsets);
     if (inverse && !out_order) {
       d_x = sum_rows(d_x, *inverse, std::nullopt, top_k, std::nullopt, std::nullopt);
     }
   }
   if (wants_up && hopper) {
-    d_up = hopper::weight_gradient(x, pairs, top_k, h, offsets, true);
+    d_up = hopper::weight_gradient(x, pairs, top_k, d_h, offsets, true);
   } else if (wants_up) {
-    d_up = weight_gradient(h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
+    d_up = weight_gradient(d_h, rows_of(x, inverse, top_k), tokens_per_expert, offsets);
   }
   return {d_x, d_weights, d_up, d_down};
 }

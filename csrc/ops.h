@@ -69,6 +69,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
     const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,
     const Tensor& tokens_per_expert, const Tensor& offsets, std::string name, bool wants_x,
-    bool wants_up, bool wants_down, bool hopper);
+    bool wants_up, bool wants_down, bool hopper, bool keep_h);
 
 }  // namespace lightning_fastmoe

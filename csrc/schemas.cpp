@@ -56,12 +56,12 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "expert_layer(Tensor x, Tensor? weights, Tensor up, Tensor down, Tensor? order,"
       " Tensor? inverse, Tensor offsets, str name, bool keep_h, bool hopper)"
       " -> (Tensor out, Tensor h)");
-  // Overwrites h. Gradients that are not wanted have no elements. Without inverse, weights are ones
-  // (N, 1).
+  // Overwrites h, unless keep_h. Gradients that are not wanted have no elements. Without inverse,
+  // weights are ones (N, 1).
   library.def(
       "expert_layer_backward_(Tensor grad, Tensor x, Tensor(a!) h, Tensor weights, Tensor up,"
       " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
-      " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper)"
+      " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper, bool keep_h)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
 
   // The gradients of a flat partition (N,), in its order, are divided by scale and applied to the

@@ -27,6 +27,7 @@ class Row:
         trains: trains it and tells the clock when each step ends.
         fused: whether AdamW is one kernel.
         compiled: whether torch.compile compiles each block.
+        fullgraph: whether it traces this package's layers too.
         bf16: whether the weights are bf16; else autocast, or ZeRO's mixed precision.
         expert_parallel: whether experts are sharded over all GPUs; else each GPU has all of them.
         gpus: number of GPUs, each with a process like this one.
@@ -36,6 +37,7 @@ class Row:
     trains: Callable[[Row, Shape, int, Clock], None]
     fused: bool = True
     compiled: bool = False
+    fullgraph: bool = False
     bf16: bool = False
     expert_parallel: bool = False
     gpus: int = 1
@@ -106,7 +108,7 @@ def in_a_loop(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
         model = model.bfloat16()
     if row.compiled:
         for block in blocks(model):
-            block.compile()
+            block.compile(fullgraph=row.fullgraph)
     optimizer = optimizer_of(row, model)
     autocast = nullcontext() if row.bf16 else torch.autocast(device().type, torch.bfloat16)
     batches = shape.batches(8)
@@ -136,7 +138,7 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
                 self.network = row.build(shape)
                 if row.compiled:
                     for block in blocks(self.network):
-                        block.compile()
+                        block.compile(fullgraph=row.fullgraph)
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return loss_of(self.network, batch)
@@ -177,6 +179,7 @@ ROWS = {
     "strategy": Row(ours, by_trainer),
     "strategy-unfused": Row(ours, by_trainer, fused=False),
     "strategy-compiled": Row(ours, by_trainer, compiled=True),
+    "strategy-fullgraph": Row(ours, by_trainer, compiled=True, fullgraph=True),
     "experts-compiled": Row(ours, by_trainer, compiled=True, expert_parallel=True),
     "loop": Row(ours, in_a_loop),
     "loop-compiled": Row(ours, in_a_loop, compiled=True),

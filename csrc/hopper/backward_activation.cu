@@ -23,10 +23,11 @@ __global__ void __launch_bounds__(kBlock)
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor& order,
-                                                const Tensor& offsets, const Tensor& down,
-                                                const Tensor& h, const Tensor& weights,
-                                                std::string activation) {
+// d_h, like h, may be h itself.
+std::tuple<Tensor, Tensor> backward_activation(const Tensor& grad, const Tensor& order,
+                                               const Tensor& offsets, const Tensor& down,
+                                               const Tensor& h, const Tensor& d_h,
+                                               const Tensor& weights, std::string activation) {
   const char* op = "hopper_backward_activation_";
   GroupedGemm gemm(op, grad, "grad");
   STD_TORCH_CHECK(weights.dim() == 1 || weights.dim() == 2, op,
@@ -41,6 +42,9 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
   check_size(down, op, "down", 0, gemm.experts());
   check_size(down, op, "down", 1, d_model);
   check_size(h, op, "h", 0, rows);
+  gemm.check_operand(d_h, "d_h", 2);
+  check_size(d_h, op, "d_h", 0, rows);
+  check_size(d_h, op, "d_h", 1, h.size(1));
 
   const DeviceGuard guard(grad.get_device_index());
   const int n_tiles = static_cast<int>(ceil_div(width, kTileN));
@@ -59,7 +63,7 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
       params.n_tiles = n_tiles;
       params.stagger_cycles = stagger_cycles(rows, d_model, width);
       params.h_map = gemm.map(h, contiguous_boxes(h.size(1), rows, 1, 1, kTileM));
-      params.epilogue = {data_of<T>(h), data_of<T>(weighted), data_of<const float>(weights),
+      params.epilogue = {data_of<T>(d_h), data_of<T>(weighted), data_of<const float>(weights),
                          params.order,  data_of<float>(dots), static_cast<int>(width),
                          rows};
       gemm.launch(ragged_rows_kernel<T, Epilogue, true, Major::kMN>, params);
@@ -70,6 +74,13 @@ std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {weighted, d_weights};
+}
+
+std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor& order,
+                                                const Tensor& offsets, const Tensor& down,
+                                                const Tensor& h, const Tensor& weights,
+                                                std::string activation) {
+  return backward_activation(grad, order, offsets, down, h, h, weights, activation);
 }
 
 }  // namespace lightning_fastmoe::hopper

@@ -25,6 +25,10 @@ std::tuple<Tensor, Tensor> up_forward(const Tensor& x, const Tensor& order, int6
                                       bool keep_h);
 
 // backward_activation.cu
+std::tuple<Tensor, Tensor> backward_activation(const Tensor& grad, const Tensor& order,
+                                               const Tensor& offsets, const Tensor& down,
+                                               const Tensor& h, const Tensor& d_h,
+                                               const Tensor& weights, std::string activation);
 std::tuple<Tensor, Tensor> backward_activation_(const Tensor& grad, const Tensor& order,
                                                 const Tensor& offsets, const Tensor& down,
                                                 const Tensor& h, const Tensor& weights,

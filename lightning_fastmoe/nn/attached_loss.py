@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LossScale:
@@ -26,8 +26,9 @@ class LossScale:
 
     Attributes:
         value: the factor, None for 1.
-        factor: (1,) fp64, the same in a tensor that stays the same, for compiled graphs. Not a
-            scalar, which dynamo takes for a Python number and reads while tracing.
+        factor: (1,) fp64, the same in a tensor that stays the same, for compiled graphs, on the
+            device of the layers. Not a scalar, which dynamo takes for a Python number and reads
+            while tracing.
         in_graphs: whether a compiled graph reads ``factor``, which is written only then.
     """
 
@@ -41,6 +42,12 @@ class LossScale:
         if self.in_graphs:
             # Through .data: a graph's backward has saved it, and is to see what is written here.
             self.factor.data.copy_(self.value)
+
+    def follow(self, module: nn.Module) -> None:
+        """Puts ``factor`` where the module's parameters are: elsewhere, each read is a transfer."""
+        parameter = next(module.parameters(), None)
+        if parameter is not None and parameter.device.type != "meta":
+            self.factor = self.factor.to(parameter.device)
 
     def watch(self, loss: Tensor) -> None:
         """Lets a backward pass through ``loss``, however it is scaled later, set the factor.

@@ -267,13 +267,8 @@ class MoE(nn.Module):
 
     def _run(self, inputs: TokenInputs, routing: Routing) -> tuple[Any, Routing]:
         x = inputs.tokens
-        y, routing = self.schedule.run(
-            inputs.to(self.experts.compute_dtype(x)),
-            routing,
-            self.experts,
-            self.shared_expert,
-            self.layer_name,
-        )
+        rest = (routing, self.experts, self.shared_expert, self.layer_name)
+        y, routing = self.schedule.run(inputs.to(self.experts.compute_dtype(x)), *rest)
         if isinstance(y, Tensor) and inputs.spec is None:
             y = y.to(x.dtype)
         return y, routing
@@ -298,6 +293,11 @@ class MoE(nn.Module):
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
         return handle
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoE:
+        super()._apply(fn, recurse)
+        self.balancing.scale.follow(self)
+        return self
 
     # --------------------------------------------------------------- running over several ranks
 

@@ -23,7 +23,7 @@ from lightning_fastmoe.nn.router import ROUTERS, RoutingContext
 from lightning_fastmoe.nn.runtime_ops import add_load, within_capacity
 from lightning_fastmoe.nn.schedule import LocalSchedule
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 """Where layers are traced; elsewhere ``fullgraph=True`` is refused, as nothing has checked it."""
 
 _NAME, _BATCH = "MoE", LocalBatch()

@@ -16,7 +16,7 @@ from lightning_fastmoe.ops.two_operators import TwoOperators
 
 
 class Implementation(Protocol):
-    """The three functions of a layer. Each accepts an H from another implementation's forward."""
+    """The functions of a layer. Each accepts an H from another implementation's forward."""
 
     def forward(self, call: LayerCall, keep_h: bool) -> tuple[Tensor, PreActivation]:
         """The output, like ``x``, and H, without rows unless ``keep_h``."""
@@ -28,6 +28,11 @@ class Implementation(Protocol):
         self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
     ) -> Gradients:
         """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
+
+    def backward(
+        self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
+    ) -> Gradients:
+        """:meth:`backward_` that leaves H intact, for compilers that can't take it otherwise."""
 
 
 _TORCH_STEPS = Steps(TorchProducts())

@@ -158,7 +158,7 @@ def _expert_layer(
 
 def _expert_layer_backward(*args: Any) -> tuple[Tensor, ...]:
     _, x, _, weights, up, down = args[:6]
-    wants = iter(args[-4:-1])
+    wants = iter(args[-5:-2])
     results = (torch.empty_like(t) if next(wants) else t.new_empty(0) for t in (x, up, down))
     d_x, d_up, d_down = results
     return d_x, torch.empty_like(weights), d_up, d_down

@@ -90,6 +90,12 @@ class Steps:
             d_x, d_weights if wanted.weights else None, d_up, d_down, d_up_bias, d_down_bias
         )
 
+    def backward(
+        self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
+    ) -> Gradients:
+        """:meth:`backward_` that leaves H intact, by copying it."""
+        return self.backward_(call, grad, PreActivation(h.rows.clone(), h.has_bias), wanted)
+
 
 def _bias_dots(call: LayerCall, grad: Tensor, like: Tensor) -> Tensor:
     """(T, K): ``<down_bias[expert of the pair], grad[t]>``, the bias's part of d_weights."""

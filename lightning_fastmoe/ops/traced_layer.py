@@ -2,9 +2,9 @@
 
 A compiler puts them into its graphs as they are. Forward and backward are functional, since AOT
 Autograd refuses a backward that writes to what the forward saved: H is an output of the forward,
-and the backward leaves it intact. So it works on a copy: of one expert's rows at a time on the CPU,
-of this layer's H on CUDA, which is freed when the layer's backward ends. Without ``torch.compile``
-the layer overwrites H instead and needs no copy.
+and the backward leaves it intact. H's gradient therefore has memory of its own: that of one expert
+at a time on the CPU, of this layer on CUDA, freed when the layer's backward ends. Without
+``torch.compile`` it overwrites H.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import choice, expert_loop
+from lightning_fastmoe.ops import choice
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 
 NAMESPACE = "lightning_fastmoe_traced"
@@ -74,12 +74,7 @@ def expert_layer_backward(
         *(order, inverse, tokens_per_expert, offsets, activation),
     )
     kept = PreActivation(h, bool(h_has_bias))
-    implementation = choice.choose(call, kept)
-    if implementation is expert_loop:
-        found = expert_loop.backward(call, grad, kept, Wanted(*wanted))
-    else:
-        copy = PreActivation(h.clone(), kept.has_bias)
-        found = implementation.backward_(call, grad, copy, Wanted(*wanted))
+    found = choice.choose(call, kept).backward(call, grad, kept, Wanted(*wanted))
     return [_like(g, t) for g, t in _pairs(found, (x, weights, up, down, up_bias, down_bias))]
 
 

@@ -43,6 +43,17 @@ class TwoOperators:
         self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
     ) -> Gradients:
         """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
+        return self._backward(call, grad, h, wanted, keep_h=False)
+
+    def backward(
+        self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted
+    ) -> Gradients:
+        """:meth:`backward_` that leaves H intact."""
+        return self._backward(call, grad, h, wanted, keep_h=True)
+
+    def _backward(
+        self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted, *, keep_h: bool
+    ) -> Gradients:
         d_x, d_weights, d_up, d_down = self.library.expert_layer_backward_(
             *(
                 grad.contiguous(),
@@ -54,7 +65,7 @@ class TwoOperators:
                 call.order,
             ),
             *(call.inverse, call.tokens_per_expert, call.offsets, call.activation),
-            *(wanted.x, wanted.up, wanted.down, self.on_hopper),
+            *(wanted.x, wanted.up, wanted.down, self.on_hopper, keep_h),
         )
         return Gradients(
             d_x if wanted.x else None,

@@ -101,10 +101,13 @@ class Engines:
         return sharder
 
     def begin(self, module: pl.LightningModule) -> None:
-        """After the engine is built: synchronises its gathers, and lets a later fit find it."""
+        """After the engine is built: connects it to the layers, and lets a later fit find it."""
         if self._strategy.zero_stage_3:
             assert self._groups.sharder is not None
             meet_before_gathering(self._strategy.deepspeed_engine, self._groups.sharder.meet)
+        for layer in self.state.layers.values():  # the engine has moved them
+            if isinstance(layer, MoE):
+                self.state.loss_scale.follow(layer)
         vars(module)[_ENGINE] = self._strategy.model
 
     def optimizer(self) -> tuple[Optimizer, LRSchedulerConfig | None]:

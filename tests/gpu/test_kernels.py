@@ -25,6 +25,7 @@ from lightning_fastmoe.ops import (
     softmax_top_k,
     top_k,
 )
+from lightning_fastmoe.ops.layer_call import LayerCall, Wanted
 from lightning_fastmoe.ops.products.torch import TorchProducts
 from lightning_fastmoe.ops.routing import score_top_k_backward
 from lightning_fastmoe.ops.steps import Steps
@@ -402,7 +403,7 @@ def test_every_operator_passes_opcheck(library: Any) -> None:
     )
     calls[library.expert_layer_backward_] = (
         *(bf16[0], bf16[0], pre, weights, bf16[1], down, order.order, order.inverse, *groups),
-        *("swiglu", True, False, True, False),
+        *("swiglu", True, False, True, False, False),
     )
     for op, args in calls.items():
         torch.library.opcheck(op.default, args)
@@ -560,6 +561,35 @@ def test_two_operators_equal_the_steps(
             assert float((a - b).norm()) <= 6e-3 * float(b.norm())
         else:
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("own_products", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_backward_that_keeps_h_has_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, own_products: bool, bias: bool
+) -> None:
+    leaves, (ids,) = layer_inputs((257, 64, 96, 8, 2), torch.bfloat16, bias)
+    x, weights, up, down, *biases = (leaf.detach() for leaf in leaves)
+    if own_products and choice.hopper(x, up, down) is None:
+        pytest.skip("this GPU is not of compute capability 9.0")
+    if not own_products:
+        monkeypatch.setattr(choice, "hopper", lambda *_: None)
+    order = order_by_expert(ids, 8)
+    call = LayerCall(
+        *(x, weights, up, down, *(biases or (None, None)), order.order, order.inverse),
+        *(order.tokens_per_expert, order.offsets, "swiglu"),
+    )
+    _, h = choice.choose(call).forward(call, True)
+    implementation = choice.choose(call, h)
+    before, grad = h.rows.clone(), torch.randn_like(x)
+    wanted = Wanted(*[True] * 4, bias, bias)
+    kept = implementation.backward(call, grad, h, wanted)
+    assert torch.equal(h.rows, before)
+    overwritten = implementation.backward_(call, grad, h, wanted)
+    assert not torch.equal(h.rows, before)
+    for a, b in zip(kept, overwritten, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
 
 
 FIRST_STEP = """

@@ -89,10 +89,12 @@ class SlowOperators(SlowProducts):
         wants_up,
         wants_down,
         on_hopper,
+        keep_h,
     ):
         assert grad.is_contiguous()
         assert weights.numel() >= len(h)
         pairs, top_k = torch.arange(len(x)) if order is None else order, weights.shape[1]
+        h = h.clone() if keep_h else h
         args = (grad, pairs, offsets, down, h, weights, name)
         weighted, d_weights = self.hopper_backward_activation_(*args)
         d_x = d_up = d_down = x.new_empty(0)
