@@ -59,16 +59,24 @@ def ours(shape: Shape) -> nn.Module:
     return MoEDecoder(Architecture.from_config(shape.config()))
 
 
-def transformers_model(shape: Shape) -> nn.Module:
-    """The model of transformers, with its fastest built-in experts."""
+def transformers_model(shape: Shape, experts: str = "grouped_mm") -> nn.Module:
+    """The model of transformers, by default with its fastest built-in experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**shape.config(), use_cache=False)
-    model: nn.Module = Qwen3MoeForCausalLM._from_config(
-        config, attn_implementation="sdpa", experts_implementation="grouped_mm"
-    )
+    with device():  # drawing billions of weights on the CPU takes minutes
+        model: nn.Module = Qwen3MoeForCausalLM._from_config(
+            config, attn_implementation="sdpa", experts_implementation=experts
+        )
     return model
+
+
+def in_place(shape: Shape) -> nn.Module:
+    """The model of transformers with this package's experts."""
+    import lightning_fastmoe.huggingface  # noqa: F401  registers them
+
+    return transformers_model(shape, "fastmoe")
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -155,7 +163,7 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
     silence_upstream()
     shards = row.gpus if row.expert_parallel else 1
     strategy: Any = "deepspeed_stage_2"
-    if row.build is ours:
+    if row.build is not transformers_model:
         strategy = FastMoEStrategy(expert_parallel_size=shards, stage=2)
     trainer = pl.Trainer(
         accelerator=device().type,
@@ -183,6 +191,9 @@ ROWS = {
     "experts-compiled": Row(ours, by_trainer, compiled=True, expert_parallel=True),
     "loop": Row(ours, in_a_loop),
     "loop-compiled": Row(ours, in_a_loop, compiled=True),
+    "in-place": Row(in_place, in_a_loop, bf16=True),
+    "in-place-compiled": Row(in_place, in_a_loop, bf16=True, compiled=True),
+    "in-place-strategy": Row(in_place, by_trainer),
     "transformers": Row(transformers_model, in_a_loop, bf16=True),
     "transformers-compiled": Row(transformers_model, in_a_loop, bf16=True, compiled=True),
     "transformers-zero2": Row(transformers_model, by_trainer),

@@ -51,6 +51,7 @@ def ends(
     pool: RankPool, capfd: pytest.CaptureFixture[str], function: Callable[..., Any], *args: Any
 ) -> list[tuple[str, str]]:
     """Name and text of each rank's error, which arrives, or is printed if the device is blocked."""
+    pool.close()  # workers of an earlier test would print to where nobody looks any more
     try:
         results = dict(enumerate(run(pool, function, 2, *args, "cuda", timeout=100)))
     except RankError as error:
