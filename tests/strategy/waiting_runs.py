@@ -141,10 +141,12 @@ def make_gathering_trainer(case: Case, **options: Any) -> pl.Trainer:
     return trainer
 
 
-def leaves_out(stage: int, skipped: tuple[int, ...], accelerator: str = "cpu") -> Any:
-    """What a rank gets where rank 1 leaves layers out."""
-    extra = {"exchange_timeout": 60.0}
-    case = placed(Case(2, 2, stage, steps=4, extra=extra), accelerator)
+def leaves_out(
+    stage: int, skipped: tuple[int, ...], seconds: float = 60.0, accelerator: str = "cpu"
+) -> Any:
+    """What a rank gets where rank 1 leaves layers out, with this ``exchange_timeout``."""
+    case = Case(2, 2, stage, steps=4, extra={"exchange_timeout": seconds})
+    case = placed(case, accelerator)
     return outcome(make_gathering_trainer(case), LeavesOut(case, skipped))
 
 
