@@ -14,6 +14,7 @@ from lightning_fastmoe.huggingface.experts_interface import register_experts
 from lightning_fastmoe.huggingface.exporting import export, kept_config
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
+from lightning_fastmoe.huggingface.loading import from_pretrained
 from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 from lightning_fastmoe.huggingface.upcycling import upcycle
 
@@ -26,6 +27,7 @@ __all__ = [
     "MoECausalLM",
     "choose_dispatcher",
     "export",
+    "from_pretrained",
     "fused_activation",
     "import_model",
     "kept_config",

@@ -250,7 +250,7 @@ def choose_dispatcher(model: nn.Module, name: str) -> None:
         ConfigError: if the name is unknown, or the model has no such experts.
     """
     check_dispatcher(name)
-    layers = [layer for _, layer in _Kind().layers(model)]
+    layers = [layer for _, layer in kind.layers(model)]
     if not layers:
         raise ConfigError(
             f"choose_dispatcher({type(model).__name__}, {name!r}): the model has no experts of"
@@ -379,4 +379,6 @@ def _why_not_called(path: str, module: nn.Module) -> str | None:
     return None
 
 
-KINDS.append(_Kind())
+kind = _Kind()
+"""The kind of these layers."""
+KINDS.append(kind)

@@ -1,0 +1,73 @@
+"""What the ranks run in test_loading.py: fine-tuning a model that is read from its files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface.sharding_runs import Run, Tuned
+from strategy.tracing import Tracer, make_trainer
+
+from lightning_fastmoe.errors import FastMoEError
+from lightning_fastmoe.huggingface import from_pretrained
+from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.placement import Placement, expert_placement
+
+
+class FromFiles(Tuned):
+    """Reads the whole model in ``__init__``, or only own experts in ``configure_model``."""
+
+    def __init__(self, run: Run, folder: Path, own: bool) -> None:
+        super().__init__(run)
+        self.folder, self.own = folder, own
+        self.net = None
+        self.built: list[int] = []
+        if not own:
+            self.net = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, experts_implementation="fastmoe"
+            )
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = from_pretrained(self.folder)
+            self.built = [layer.num_local_experts for _, layer in expert_layers(self.net)]
+
+
+def finetunes(run: Run, folder: Path, own: bool) -> Any:
+    """Losses, this rank's last weights, and how many experts it had before the strategy's turn."""
+    module, tracer = FromFiles(run, folder, own), Tracer()
+    make_trainer(run, callbacks=[tracer]).fit(module)
+    return module.losses, tracer.trace.weights[-1], module.built
+
+
+def outcome(run: Run, folder: Path) -> str:
+    """The error of a run, or ""."""
+    try:
+        make_trainer(run).fit(FromFiles(run, folder, own=True))
+    except FastMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def peak_of_loading(folder: str, shards: int) -> None:
+    """Prints by how many MiB the process grows while it reads its share of the experts."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):  # imports what it takes
+        transformers.AutoModelForCausalLM.from_config(config)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _kilobytes("VmRSS")
+    with expert_placement(lambda n: Placement(tuple(range(n // shards)))):
+        from_pretrained(folder)
+    print((_kilobytes("VmHWM") - before) // 1024)
+
+
+def _kilobytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+if __name__ == "__main__":
+    peak_of_loading(sys.argv[1], int(sys.argv[2]))
