@@ -105,7 +105,11 @@ NAMES = [
     "transformers.integrations.moe:_default_apply_gate",
     "transformers.integrations.moe:ExpertsInterface.register",
     "transformers.modeling_utils:PreTrainedModel._load_pretrained_model",
+    "transformers.modeling_utils:PreTrainedModel._from_config",
     "transformers.core_model_loading:rename_source_key",
+    "transformers.core_model_loading:revert_weight_conversion",
+    "transformers.core_model_loading:PrefixChange",
+    "transformers.conversion_mapping:get_model_conversion_mapping",
     "transformers.core_model_loading:WeightConverter",
     "transformers.core_model_loading:WeightRenaming",
     "transformers.core_model_loading:MergeModulelist",
@@ -307,6 +311,15 @@ SOURCES = {
     ],
     "transformers.integrations.moe:grouped_mm_experts_forward": [
         "sentinel_mask = (expert_ids_g >= self.num_experts)"
+    ],
+    # What exporting leaves out, and what it says about conversions.
+    "transformers.modeling_utils": [
+        "self.all_tied_weights_keys =",
+        "_keys_to_ignore_on_save:",
+    ],
+    "transformers.core_model_loading:revert_weight_conversion": [
+        'getattr(model, "_weight_conversions", None)',
+        "rename_source_key(original_key, renamings, converters, reverse=True)",
     ],
     "transformers.activations:SiLUActivation": ["return nn.functional.silu(input)"],
     "transformers.activations:GELUActivation": [

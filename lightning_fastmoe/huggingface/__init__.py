@@ -12,9 +12,11 @@ from lightning_fastmoe.huggingface.architecture import Architecture, read_config
 from lightning_fastmoe.huggingface.experts_class import fused_activation
 from lightning_fastmoe.huggingface.experts_interface import register_experts
 from lightning_fastmoe.huggingface.exporting import export, kept_config
+from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
 from lightning_fastmoe.huggingface.loading import from_pretrained
+from lightning_fastmoe.huggingface.saving import save_pretrained
 from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 from lightning_fastmoe.huggingface.upcycling import upcycle
 
@@ -27,12 +29,14 @@ __all__ = [
     "MoECausalLM",
     "choose_dispatcher",
     "export",
+    "export_in_place",
     "from_pretrained",
     "fused_activation",
     "import_model",
     "kept_config",
     "read_config",
     "register_experts",
+    "save_pretrained",
     "upcycle",
 ]
 

@@ -106,10 +106,7 @@ def export(
     try:
         for name, shard in shards.items():
             write_safetensors(temporary / name, shard, on_bytes)
-        if len(shards) > 1:
-            weight_map = {t.key: name for name, shard in shards.items() for t in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(temporary / INDEX, index)
+        write_index(temporary, shards, total)
         _write_json(temporary / CONFIG, _finished(content, tensors))
         if config is not None and config.is_dir():
             for name in COMPANIONS:
@@ -182,6 +179,14 @@ def split(tensors: list[StreamedTensor], limit: int) -> dict[str, list[StreamedT
         return {SINGLE: shards[0]}
     count = len(shards)
     return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, list[StreamedTensor]], total: int) -> None:
+    """Writes which file has which tensor, unless there is one file."""
+    if len(shards) > 1:
+        weight_map = {t.key: name for name, shard in shards.items() for t in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
 
 
 def _stream(

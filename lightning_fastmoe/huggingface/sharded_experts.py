@@ -316,9 +316,9 @@ class _Refusal:
         layer = self._layer
         raise UnmanagedExpertsError(
             f"save_pretrained would write experts {describe_ids(layer.experts.local_ids)} of"
-            f" {layer.layer_name} as all {layer.num_experts}. Save with"
-            " trainer.save_checkpoint(path); then, in one process,"
-            " YourModule.load_from_checkpoint(path) and call save_pretrained of its model."
+            f" {layer.layer_name} as all {layer.num_experts}. On every rank call"
+            " lightning_fastmoe.huggingface.save_pretrained(trainer, path), or save a checkpoint"
+            " and use `lightning-fastmoe checkpoint export`."
         )
 
 

@@ -338,14 +338,12 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes a checkpoint directory; every rank calls this.
-
-        Raises:
-            CheckpointError: on all ranks, if one can't write, or hooks have edited weights in
-                ``checkpoint``; training may continue.
-            ConfigError: for storage options, and if no Trainer has set up a model.
-        """
+        """Writes a checkpoint directory; every rank calls this. Errors: see :meth:`Saving.save`."""
         self._saving.save(checkpoint, filepath, storage_options)
+
+    def wait_for_checkpoint(self) -> None:
+        """Waits until a checkpoint that is written in the background is complete."""
+        self._saving.wait()
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import pytorch_lightning as pl
 import torch
 import transformers
 from huggingface.sharding_runs import Run, Tuned
 from strategy.tracing import Tracer, make_trainer
 
-from lightning_fastmoe.errors import FastMoEError
-from lightning_fastmoe.huggingface import from_pretrained
+from lightning_fastmoe.errors import ConfigError, FastMoEError
+from lightning_fastmoe.huggingface import from_pretrained, save_pretrained
 from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 
@@ -41,6 +44,35 @@ def finetunes(run: Run, folder: Path, own: bool) -> Any:
     module, tracer = FromFiles(run, folder, own), Tracer()
     make_trainer(run, callbacks=[tracer]).fit(module)
     return module.losses, tracer.trace.weights[-1], module.built
+
+
+def saves(run: Run, folder: Path, background: bool = False) -> Any:
+    """Trains, writes a checkpoint and files for transformers, and returns the whole last weights.
+
+    In the background, the files are written by a callback while training goes on.
+    """
+    if background:
+        run = replace(run, extra={"async_checkpoint": True})
+    module, tracer = Tuned(run), Tracer()
+    callbacks = [tracer, SavesAtEnd(folder / "model")] if background else [tracer]
+    trainer = make_trainer(run, callbacks=callbacks)
+    trainer.fit(module)
+    trainer.save_checkpoint(folder / "tuned.ckpt")
+    if not background:
+        save_pretrained(trainer, folder / "model")
+        with pytest.raises(ConfigError, match="exists already"):
+            save_pretrained(trainer, folder / "model")
+    return {name.removeprefix("net."): w for name, w in tracer.trace.weights[-1].items()}
+
+
+class SavesAtEnd(pl.Callback):
+    """Writes the model at the end of the epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        save_pretrained(trainer, self.folder)
 
 
 def outcome(run: Run, folder: Path) -> str:

@@ -63,6 +63,35 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
     },
 }
+MORE_MODELS: dict[str, dict[str, Any]] = {
+    **MODELS,
+    "deepseek_v3": {
+        "moe_intermediate_size": 12,
+        "intermediate_size": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+    },
+    "minimax_m2": {"intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2_moe": {
+        "moe_intermediate_size": 12,
+        "intermediate_size": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+}
+"""Those whose files are read and written."""
 WITH_AUXILIARY_LOSS = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 ROWS, TOKENS = 2, 7
 RELATIVE = 1e-5
@@ -92,12 +121,13 @@ class Run:
     batches_per_epoch: int = 0
     epochs: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def make_model(run: Run, implementation: str = "fastmoe", **sizes: Any) -> Any:
     """The same weights in any implementation."""
     torch.manual_seed(5)
-    options: dict[str, Any] = {**SIZES, **MODELS[run.name], **sizes}
+    options: dict[str, Any] = {**SIZES, **MORE_MODELS[run.name], **run.sizes, **sizes}
     if run.auxiliary:
         options |= {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     config = transformers.AutoConfig.for_model(run.name, **options)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from huggingface.loading_runs import finetunes, outcome
-from huggingface.sharding_runs import MODELS, Run, make_model
+from huggingface.sharding_runs import MORE_MODELS, Run, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,38 +21,9 @@ from lightning_fastmoe.huggingface import from_pretrained, loading
 from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 
-FAMILIES = {
-    **MODELS,
-    "deepseek_v3": {
-        "moe_intermediate_size": 12,
-        "intermediate_size": 12,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-    },
-    "minimax_m2": {"intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "lfm2_moe": {
-        "moe_intermediate_size": 12,
-        "intermediate_size": 12,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_dense_layers": 1,
-        "layer_types": ["full_attention", "full_attention"],
-    },
-}
-
 
 def saved(folder: Path, family: str, original: bool = True) -> Path:
     """The files of a small model, its experts one by one as on the Hub, or stacked."""
-    MODELS.setdefault(family, FAMILIES[family])
     make_model(Run(family)).save_pretrained(folder, save_original_format=original)
     return folder
 
@@ -63,7 +34,7 @@ def half(part: int) -> Any:
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["one by one", "stacked"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_MODELS)
 def test_a_rank_reads_the_rows_of_its_experts(family, original, tmp_path):
     folder = saved(tmp_path, family, original)
     whole = transformers.AutoModelForCausalLM.from_pretrained(
@@ -243,7 +214,6 @@ def test_conversions_that_may_mix_experts_are_refused(operations, merges):
 
 
 def test_experts_that_ranks_do_not_divide(tmp_path, rank_pool):
-    MODELS.setdefault("mixtral", {})
     config = json.loads((saved(tmp_path, "mixtral") / "config.json").read_text())
     config["num_local_experts"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,8 +1,10 @@
 """Write a model for Hugging Face transformers: safetensors files, index and config.json.
 
-The checkpoint must have the weights of a model whose modules are named as transformers names them
-(MoECausalLM, or transformers' own model with this package's MoE layers). Values are not changed.
-The config.json comes from the checkpoint if training started from an import, else from --config.
+Without --to the checkpoint has a model of transformers of any family whose experts were trained in
+place (experts_implementation="fastmoe"); --config says which. With --to it has the weights of a
+model whose modules are named as transformers names them (MoECausalLM, or transformers' own model
+with this package's MoE layers); the config.json comes from the checkpoint if training started from
+an import, else from --config. Values are not changed.
 docs/huggingface.md has the details.
 """
 
@@ -24,6 +26,7 @@ from lightning_fastmoe.cli.checkpoint.opening import (
     torch_dtype,
     verify_unless_told,
 )
+from lightning_fastmoe.errors import ConfigError
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 
@@ -32,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_source(parser, copies=True)
     parser.add_argument("output", type=Path, help="the new directory")
-    parser.add_argument("--to", choices=FAMILIES, required=True, help="the model family")
+    parser.add_argument(
+        "--to",
+        choices=FAMILIES,
+        help="the family of a MoECausalLM, or of a model with MoE layers of this package (default:"
+        " a model of transformers with its own experts, of any family)",
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -56,23 +64,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the directory."""
     from lightning_fastmoe.checkpoint import CheckpointReader
-    from lightning_fastmoe.huggingface import export
+    from lightning_fastmoe.huggingface import export, export_in_place
 
+    if arguments.to is None and arguments.config is None:
+        raise ConfigError(
+            "--config is missing: the directory of the model that training started from. For a"
+            " MoECausalLM, --to chooses its family instead."
+        )
     with CheckpointReader(arguments.checkpoint) as reader:
         reader.advice = "Pass --config with the model's config.json; then they are not needed."
         verify_unless_told(reader, arguments, weights=True)
         with progress("writing") as bar:
-            written = export(
-                reader,
-                arguments.output,
-                arguments.to,
-                config=arguments.config,
-                prefix=arguments.prefix,
-                dtype=torch_dtype(arguments.dtype),
-                max_shard_bytes=arguments.max_shard_size,
-                on_total=bar.total,
-                on_bytes=bar.advance,
-            )
+            options = {
+                "prefix": arguments.prefix,
+                "dtype": torch_dtype(arguments.dtype),
+                "max_shard_bytes": arguments.max_shard_size,
+                "on_total": bar.total,
+                "on_bytes": bar.advance,
+            }
+            if arguments.to is None:
+                written = export_in_place(reader, arguments.output, arguments.config, **options)
+            else:
+                options["config"] = arguments.config
+                written = export(reader, arguments.output, arguments.to, **options)
     if arguments.json:
         print_json({"path": str(arguments.output), "to": arguments.to, **written})
     else:

@@ -1,0 +1,89 @@
+"""``save_pretrained`` of a model whose experts are on many ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.errors import ConfigError, FastMoEError
+from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
+
+
+def save_pretrained(
+    trainer: Any,
+    path: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the trained model as transformers' ``save_pretrained`` does; every rank calls this.
+
+    The ranks write a checkpoint next to ``path``, which rank 0 then converts one stack of experts
+    at a time, and deletes. So no rank holds the model, and both need space on the disk, which all
+    ranks must share. Save the tokenizer yourself.
+
+    Args:
+        trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
+        path: the new directory.
+        dtype: dtype to convert weights to; None keeps that of the optimizer's weights, fp32 in
+            mixed precision.
+        max_shard_bytes: maximum size of a file, unless it holds a single tensor.
+
+    Raises:
+        ConfigError: on all ranks, if the Trainer has another strategy, its module has no model of
+            transformers or more than one, or ``path`` exists.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
+    if not hasattr(strategy, "wait_for_checkpoint"):
+        raise ConfigError(
+            f"save_pretrained(trainer, ...): {type(strategy).__name__} holds whole models; call"
+            " save_pretrained of the model itself."
+        )
+    prefix, model = _the_model(module)
+    path = Path(strategy.broadcast(str(path)))
+    files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
+    trainer.save_checkpoint(files, weights_only=True)
+    strategy.wait_for_checkpoint()
+    said = ""
+    if trainer.is_global_zero:
+        try:
+            model.config.save_pretrained(config)
+            if model.can_generate():
+                model.generation_config.save_pretrained(config)
+            with CheckpointReader(files) as reader:
+                export_in_place(
+                    reader,
+                    path,
+                    config,
+                    prefix=prefix,
+                    dtype=dtype,
+                    max_shard_bytes=max_shard_bytes,
+                )
+        except (FastMoEError, OSError) as error:
+            said = str(error)
+        finally:
+            for folder in (files, config):
+                shutil.rmtree(folder, ignore_errors=True)
+    if said := strategy.broadcast(said):
+        raise ConfigError(f"save_pretrained: {said}")
+
+
+def _the_model(module: Any) -> tuple[str, Any]:
+    """The prefix and the module of the only model of transformers inside ``module``."""
+    from transformers import PreTrainedModel
+
+    outermost: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(other) for other in outermost)
+        if isinstance(part, PreTrainedModel) and not inside:
+            outermost[f"{name}."] = part
+    if len(outermost) != 1:
+        raise ConfigError(
+            f"save_pretrained(trainer, ...): {type(module).__name__} has {len(outermost) or 'no'}"
+            " models of transformers; there must be one."
+        )
+    return next(iter(outermost.items()))
