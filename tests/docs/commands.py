@@ -24,7 +24,7 @@ from lightning_fastmoe.demos.byte_lm import cli as lm_cli
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h"}
-OTHERS = {"srun", "jq", "echo"}
+OTHERS = {"srun", "hf", "jq", "echo"}
 """Programs of others, in blocks that are not run."""
 ENDS = {"|", "&&", "||", ";"}
 
