@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from lightning_fastmoe import ExpertLoadMonitor, FastMoEStrategy
 from lightning_fastmoe.demos.chat import ChatFiles, check_separation
-from lightning_fastmoe.huggingface import from_pretrained, save_pretrained
+from lightning_fastmoe.huggingface import add_lora, from_pretrained, save_pretrained
 
 
 class Tuned(pl.LightningModule):
@@ -28,9 +28,10 @@ class Tuned(pl.LightningModule):
         path: the model's directory.
         lr: the peak learning rate.
         warmup_steps: steps over which it rises.
+        lora_rank: of adapters that are trained in the place of the experts' weights; 0 trains all.
     """
 
-    def __init__(self, path: str, lr: float, warmup_steps: int) -> None:
+    def __init__(self, path: str, lr: float, warmup_steps: int, lora_rank: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = None
@@ -41,6 +42,8 @@ class Tuned(pl.LightningModule):
             self.model = from_pretrained(self.hparams.path, dtype=torch.float32)
             self.model.config.use_cache = False
             self.model.train()
+            if self.hparams.lora_rank:
+                add_lora(self.model, self.hparams.lora_rank)
 
     def on_train_start(self) -> None:
         if self.trainer.datamodule.packed:
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank")
     parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--devices", default="auto", help="GPUs; without any, processes")
     parser.add_argument("--expert-parallel-size", default="auto")
@@ -104,7 +108,9 @@ def main() -> None:
         devices=devices if has_gpu or devices != "auto" else 2,
         precision="bf16-mixed" if has_gpu else "32-true",
         strategy=FastMoEStrategy(
-            expert_parallel_size=size if size == "auto" else int(size), stage=args.stage
+            expert_parallel_size=size if size == "auto" else int(size),
+            stage=args.stage,
+            exclude_frozen_parameters=bool(args.lora_rank),  # checkpoints of adapters alone
         ),
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate,
@@ -118,7 +124,7 @@ def main() -> None:
             ModelCheckpoint(runs / "checkpoints", save_last=True, enable_version_counter=False),
         ],
     )
-    module = Tuned(args.model, args.lr, args.warmup_steps)
+    module = Tuned(args.model, args.lr, args.warmup_steps, args.lora_rank)
     trainer.fit(module, data, ckpt_path="last" if args.resume else None)
     save_pretrained(trainer, args.output, dtype=torch.bfloat16)
     if trainer.is_global_zero:

@@ -16,6 +16,7 @@ from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
 from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
 from lightning_fastmoe.huggingface.loading import from_pretrained
+from lightning_fastmoe.huggingface.lora import add_lora, merge_lora
 from lightning_fastmoe.huggingface.saving import save_pretrained
 from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 from lightning_fastmoe.huggingface.upcycling import upcycle
@@ -27,6 +28,7 @@ __all__ = [
     "FAMILIES",
     "Architecture",
     "MoECausalLM",
+    "add_lora",
     "choose_dispatcher",
     "export",
     "export_in_place",
@@ -34,6 +36,7 @@ __all__ = [
     "fused_activation",
     "import_model",
     "kept_config",
+    "merge_lora",
     "read_config",
     "register_experts",
     "save_pretrained",

@@ -27,6 +27,10 @@ NAME = "fastmoe"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes by which a class describes itself."""
 
+LORA_A, LORA_B = "_lora_a", "_lora_b"
+"""Ends of the names of a weight's adapter: (e, r, inputs) and (e, outputs, r)."""
+SCALE = "fastmoe_lora_scale"
+"""The attribute of experts that have adapters."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 GATED_OF = {plain: gated for gated, plain in GATED.items()}
@@ -60,12 +64,13 @@ def compute(
     assert up is not None
     assert down is not None
     name = fused_activation(experts)
-    if name is not None:
+    adapters = adapters_of(experts, x.dtype)
+    if name is not None and not adapters:
         fused = (up, down, name, up_bias, down_bias)
         if weights is None or order is None:
             return ops.expert_mlp(x, tokens_per_expert, *fused)
         return ops.expert_layer(x, weights, order, *fused)
-    unfused = (up, down, _own_activation(experts), up_bias, down_bias)
+    unfused: Any = (up, down, name or _own_activation(experts), up_bias, down_bias, *adapters)
     if weights is None or order is None:
         return ops.grouped_mlp(x, tokens_per_expert, *unfused)
     return ops.unfused_layer(x, weights, order, *unfused)
@@ -165,12 +170,32 @@ def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor
     return up, down, getattr(experts, names[2]), experts.down_proj_bias
 
 
+def projections(experts: Any) -> tuple[str, str]:
+    """The names of both weights."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
 def parameter_names(experts: Any) -> list[str]:
-    """The names of the parameters that the class says it has, each (experts, ...)."""
-    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    """The names of the parameters that are computed with, each (experts, ...)."""
+    names = [*projections(experts)]
     if experts.has_bias:
         names += [f"{name}_bias" for name in names]
+    if SCALE in vars(experts):
+        names += [f"{name}{part}" for name in projections(experts) for part in (LORA_A, LORA_B)]
     return names
+
+
+def adapters_of(experts: Any, dtype: torch.dtype) -> tuple[ops.LowRank, ...]:
+    """What is added to both weights (:mod:`~lightning_fastmoe.huggingface.lora`), if anything."""
+    if SCALE not in vars(experts):
+        return ()
+    scale = vars(experts)[SCALE]
+
+    def adapter(name: str) -> ops.LowRank:
+        a, b = (getattr(experts, f"{name}{part}").to(dtype) for part in (LORA_A, LORA_B))
+        return ops.LowRank(a, b, scale)
+
+    return tuple(adapter(name) for name in projections(experts))
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

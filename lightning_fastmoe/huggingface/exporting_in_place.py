@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from torch import Tensor
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.files import fsync_directory
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
 from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, stored_tensor, target_dtype
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B
 from lightning_fastmoe.huggingface.exporting import COMPANIONS, split, write_index
+from lightning_fastmoe.huggingface.lora import merged_weight
 
 _SHOWN = 3
 
@@ -35,6 +39,7 @@ def export_in_place(
     config: Path,
     *,
     prefix: str | None = None,
+    lora_scale: float | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     on_total: Callable[[int], None] | None = None,
@@ -48,6 +53,8 @@ def export_in_place(
         config: the model's directory, from which the tokenizer is copied too, or its
             ``config.json``.
         prefix: prefix of the names of its weights in the checkpoint; None detects it.
+        lora_scale: ``alpha / rank`` of the experts' adapters, which are merged; None if there are
+            none.
         dtype: dtype to convert weights to; None keeps theirs.
         max_shard_bytes: maximum size of a file, unless it holds a single tensor.
         on_total: called once with the number of bytes that will be written.
@@ -65,8 +72,9 @@ def export_in_place(
     model = _skeleton(config)
     shapes = _written_shapes(model)
     prefix = _find_prefix(reader, shapes) if prefix is None else prefix
-    _check(reader, shapes, prefix)
-    tensors = list(_streams(reader, model, shapes, prefix, dtype))
+    adapted = _check(reader, model, shapes, prefix, lora_scale)
+    source = _Source(reader, model, prefix, adapted, lora_scale)
+    tensors = list(_streams(source, shapes, dtype))
     total = sum(tensor.size for tensor in tensors)
     if on_total is not None:
         on_total(total)
@@ -146,47 +154,96 @@ def _find_prefix(reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
     )
 
 
-def _check(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
-    stored = _stored(reader)
+def _check(
+    reader: CheckpointReader,
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    lora_scale: float | None,
+) -> set[str]:
+    """Refuses a checkpoint of another model; returns the weights that have adapters."""
+    stored = {n.removeprefix(prefix): s for n, s in _stored(reader).items() if n.startswith(prefix)}
     differ = [
-        f"{prefix}{name} has shape {list(stored[prefix + name])}, not {list(shape)}"
-        if prefix + name in stored
+        f"{prefix}{name} has shape {list(stored[name])}, not {list(shape)}"
+        if name in stored
         else f"{prefix}{name} is missing"
         for name, shape in shapes.items()
-        if stored.get(prefix + name) != shape
+        if stored.get(name) != shape
     ]
+    adapters = {n for n in stored if n.endswith((LORA_A, LORA_B))}
+    known = {*shapes, *adapters, *model.state_dict()}
+    differ += [f"{prefix}{name} is not in that model" for name in stored if name not in known]
     if differ:
         more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
         raise ConfigError(
             f"{reader.path} does not hold the model of the config.json:"
             f" {'; '.join(differ[:_SHOWN])}{more}. Check --config and --prefix."
         )
+    if adapters and lora_scale is None:
+        raise ConfigError(
+            f"{reader.path} has adapters ({min(adapters)}, ...): pass --lora-scale, their alpha /"
+            " rank, to merge them into the weights."
+        )
+    return {name.removesuffix(LORA_A) for name in adapters if name.endswith(LORA_A)}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint, the model that it holds, and which of its weights have adapters."""
+
+    reader: CheckpointReader
+    model: Any
+    prefix: str
+    adapted: set[str]
+    scale: float | None
+
+    def record(self, name: str) -> TensorRecord:
+        """Of a weight of the model."""
+        return self.reader.record(weight_name(self.prefix + name))
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor."""
+        record = self.record(name)
+        flat = torch.empty(record.numel, dtype=dtype or DTYPES[record.dtype])
+        at = 0
+        for part in read_parts(self.reader, weight_name(self.prefix + name), dtype=flat.dtype):
+            flat[at : at + part.numel()] = part
+            at += part.numel()
+        return flat.view(record.shape)
+
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight of the model, with its adapter merged into it."""
+        if name not in self.adapted:
+            return self.read(name, dtype)
+        assert self.scale is not None
+        a, b = (self.read(f"{name}{part}") for part in (LORA_A, LORA_B))
+        experts = self.model.get_submodule(name.rpartition(".")[0])
+        weight = self.read(name)
+        merged = merged_weight(weight, a, b, self.scale, transposed=experts.is_transposed)
+        return merged.to(dtype)
 
 
 def _streams(
-    reader: CheckpointReader,
-    model: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    prefix: str,
-    dtype: torch.dtype | None,
+    source: _Source, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
 ) -> Iterator[StreamedTensor]:
     """The tensors of the files, in the order of the model's weights."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    for names, is_converted in _groups(model, shapes):
-        records = {name: reader.record(weight_name(prefix + name)) for name in names}
+    for names, is_converted in _groups(source.model, shapes):
+        records = {name: source.record(name) for name in names}
         like = {
             name: torch.empty(
                 shapes[name], dtype=target_dtype(DTYPES[record.dtype], dtype), device="meta"
             )
             for name, record in records.items()
         }
-        becomes = revert_weight_conversion(model, like)
-        if not is_converted:
+        becomes = revert_weight_conversion(source.model, like)
+        if not is_converted and not source.adapted & {*names}:
             ((name, record),), (key,) = records.items(), becomes
-            yield stored_tensor(reader, weight_name(prefix + name), record, key, dtype)
+            stored = weight_name(source.prefix + name)
+            yield stored_tensor(source.reader, stored, record, key, dtype)
             continue
-        group = _Converted(partial(_read, reader, model, like, prefix), len(becomes))
+        group = _Converted(partial(_convert, source, like), len(becomes))
         for key, tensor in becomes.items():
             yield StreamedTensor(key, tensor.dtype, tuple(tensor.shape), partial(group.take, key))
 
@@ -214,21 +271,12 @@ class _Converted:
         yield tensor.contiguous().view(-1)
 
 
-def _read(
-    reader: CheckpointReader, model: Any, like: Mapping[str, Tensor], prefix: str
-) -> dict[str, Tensor]:
+def _convert(source: _Source, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reads a group's weights and converts them."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = {}
-    for name, meta in like.items():
-        flat = torch.empty(meta.numel(), dtype=meta.dtype)
-        at = 0
-        for part in read_parts(reader, weight_name(prefix + name), dtype=meta.dtype):
-            flat[at : at + part.numel()] = part
-            at += part.numel()
-        whole[name] = flat.view(meta.shape)
-    converted: dict[str, Tensor] = revert_weight_conversion(model, whole)
+    whole = {name: source.weight(name, meta.dtype) for name, meta in like.items()}
+    converted: dict[str, Tensor] = revert_weight_conversion(source.model, whole)
     return converted
 
 

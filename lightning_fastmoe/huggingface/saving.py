@@ -10,6 +10,7 @@ import torch
 
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.errors import ConfigError, FastMoEError
+from lightning_fastmoe.huggingface.experts_class import SCALE
 from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
 
 
@@ -24,7 +25,7 @@ def save_pretrained(
 
     The ranks write a checkpoint next to ``path``, which rank 0 then converts one stack of experts
     at a time, and deletes. So no rank holds the model, and both need space on the disk, which all
-    ranks must share. Save the tokenizer yourself.
+    ranks must share. Adapters of experts are merged into the weights. Save the tokenizer yourself.
 
     Args:
         trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
@@ -46,7 +47,11 @@ def save_pretrained(
     prefix, model = _the_model(module)
     path = Path(strategy.broadcast(str(path)))
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
-    trainer.save_checkpoint(files, weights_only=True)
+    excludes, strategy.exclude_frozen_parameters = strategy.exclude_frozen_parameters, False
+    try:
+        trainer.save_checkpoint(files, weights_only=True)
+    finally:
+        strategy.exclude_frozen_parameters = excludes
     strategy.wait_for_checkpoint()
     said = ""
     if trainer.is_global_zero:
@@ -60,6 +65,7 @@ def save_pretrained(
                     path,
                     config,
                     prefix=prefix,
+                    lora_scale=_lora_scale(model),
                     dtype=dtype,
                     max_shard_bytes=max_shard_bytes,
                 )
@@ -70,6 +76,11 @@ def save_pretrained(
                 shutil.rmtree(folder, ignore_errors=True)
     if said := strategy.broadcast(said):
         raise ConfigError(f"save_pretrained: {said}")
+
+
+def _lora_scale(model: Any) -> float | None:
+    """That of the experts' adapters, which is the same in all layers."""
+    return next((vars(part)[SCALE] for part in model.modules() if SCALE in vars(part)), None)
 
 
 def _the_model(module: Any) -> tuple[str, Any]:

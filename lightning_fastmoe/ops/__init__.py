@@ -2,7 +2,7 @@
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
-from lightning_fastmoe.ops.grouped_mlp import grouped_linear, grouped_mlp
+from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_linear, grouped_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.router_product import router_logits
@@ -17,6 +17,7 @@ from lightning_fastmoe.ops.routing import (
 __all__ = [
     "ACTIVATIONS",
     "ExpertOrder",
+    "LowRank",
     "PairOrder",
     "apply_activation",
     "combine_rows",

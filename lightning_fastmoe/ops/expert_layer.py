@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import choice, kernels, traced_layer
-from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
+from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
@@ -148,13 +148,18 @@ def unfused_layer(
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    up_adapter: LowRank | None = None,
+    down_adapter: LowRank | None = None,
 ) -> Tensor:
     """:func:`expert_layer` by separate operations, for any activation and for double backward.
 
-    ``activation`` may also be a function, as in
+    ``activation`` may also be a function, and there may be adapters, as in
     :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp`.
     """
-    mlp = (order.tokens_per_expert, up, down, activation, up_bias, down_bias)
+    mlp = (
+        *(order.tokens_per_expert, up, down, activation, up_bias, down_bias),
+        *(up_adapter, down_adapter),
+    )
     if order.has_all_pairs:
         rows = permute(x, order.order, order.inverse, weights.shape[1])
         return unpermute(grouped_mlp(rows, *mlp), weights, order.order, order.inverse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,31 @@ def _row_bias(bias: Tensor, tokens_per_expert: Tensor, rows: int) -> Tensor:
     return _RowBias.apply(bias, expert)  # type: ignore[no-any-return]
 
 
+class LowRank(NamedTuple):
+    """What is added to each expert's weight: ``scale * b[e] @ a[e]``, which is never formed (LoRA).
+
+    Attributes:
+        a: (E, r, inputs).
+        b: (E, outputs, r).
+        scale: multiplies the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def _adapted(
+    x: Tensor, weight: Tensor, adapter: LowRank | None, tokens_per_expert: Tensor
+) -> Tensor:
+    """:func:`grouped_linear` with ``weight`` and what the adapter adds to it."""
+    out = grouped_linear(x, weight, tokens_per_expert)
+    if adapter is None:
+        return out
+    inner = grouped_linear(x, adapter.a, tokens_per_expert)
+    return out + adapter.scale * grouped_linear(inner, adapter.b, tokens_per_expert)
+
+
 def grouped_mlp(
     x: Tensor,
     tokens_per_expert: Tensor,
@@ -82,6 +107,8 @@ def grouped_mlp(
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    up_adapter: LowRank | None = None,
+    down_adapter: LowRank | None = None,
 ) -> Tensor:
     """The FFN of every expert on its own rows.
 
@@ -94,15 +121,17 @@ def grouped_mlp(
             differentiable function of the pre-activation, (N, rows of ``up``) -> (N, F).
         up_bias: (E, 2F) or (E, F).
         down_bias: (E, D).
+        up_adapter: added to ``up``.
+        down_adapter: added to ``down``.
 
     Returns:
         (N, D) in the dtype of ``x``.
     """
-    h = grouped_linear(x, up, tokens_per_expert)
+    h = _adapted(x, up, up_adapter, tokens_per_expert)
     if up_bias is not None:
         h = h + _row_bias(up_bias, tokens_per_expert, x.shape[0])
     a = apply_activation(h, activation) if isinstance(activation, str) else activation(h)
-    y = grouped_linear(a, down, tokens_per_expert)
+    y = _adapted(a, down, down_adapter, tokens_per_expert)
     if down_bias is not None:
         y = y + _row_bias(down_bias, tokens_per_expert, x.shape[0])
     return y

@@ -240,9 +240,10 @@ class ZeroState:
 
 def partition_of(parameter: Any) -> Fragment:
     """This rank's ZeRO 3 partition as a fragment of the parameter, without padding."""
-    size = parameter.partition_numel()
-    start = parameter.ds_zero_partition_rank * size
-    return Fragment(start, max(0, min(size, parameter.ds_numel - start)))
+    size, numel = parameter.partition_numel(), parameter.ds_numel
+    # With fewer elements than ranks, the last partitions are padding alone.
+    start = min(parameter.ds_zero_partition_rank * size, numel)
+    return Fragment(start, min(size, numel - start))
 
 
 def _even_fragment(numel: int, replica: tuple[int, int]) -> Fragment:

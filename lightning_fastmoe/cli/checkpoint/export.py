@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix",
         help='prefix of the names of the weights, such as "network." (default: detected)',
     )
+    parser.add_argument(
+        "--lora-scale",
+        type=float,
+        metavar="SCALE",
+        help="alpha / rank of the experts' adapters, to merge them (without --to)",
+    )
     add_dtype(parser)
     parser.add_argument(
         "--max-shard-size",
@@ -83,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "on_bytes": bar.advance,
             }
             if arguments.to is None:
+                options["lora_scale"] = arguments.lora_scale
                 written = export_in_place(reader, arguments.output, arguments.config, **options)
             else:
                 options["config"] = arguments.config

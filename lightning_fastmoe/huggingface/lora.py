@@ -1,0 +1,174 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on the stacked experts of transformers' models.
+
+An expert's weight W is frozen, and ``alpha / rank * B A`` added to it, by two narrow grouped GEMMs
+on the expert's rows: the sum is never formed. Adapters are parameters of the module of experts with
+a row for each expert, so they are sharded, saved by global id and resharded with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, NAME, SCALE, projections
+from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
+from lightning_fastmoe.nn.experts.init import draw_layer_seed, init_experts_
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: float | None = None, *, also_train: Iterable[str] = ()
+) -> list[str]:
+    """Freezes a model and gives its experts adapters to train.
+
+    Call it on all ranks alike, before the Trainer's ``fit`` or at the end of ``configure_model``. A
+    starts random by global id, B at zero, so that the model computes what it did before.
+
+    Args:
+        model: has experts of transformers, with ``experts_implementation="fastmoe"``.
+        rank: r, the rank of B A; multiples of 8 are fastest.
+        alpha: B A is multiplied by ``alpha / rank``; None is ``2 * rank``.
+        also_train: names of other parameters that stay trainable, or their last parts, such as
+            "lm_head.weight". Parameters that PEFT has made trainable before stay so, too.
+
+    Returns:
+        The names of the adapters.
+
+    Raises:
+        ConfigError: if an argument is out of range, there are no such experts, they have adapters
+            or use another implementation, or a name of ``also_train`` fits nothing.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"rank={rank!r} must be a positive integer.")
+    scale = (2 * rank if alpha is None else alpha) / rank
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"alpha={alpha!r} must be positive.")
+    layers = list(kind.layers(model))
+    if not layers:
+        raise ConfigError(
+            f"add_lora({type(model).__name__}): the model has no stacked experts of transformers."
+        )
+    for path, layer in layers:
+        _check(path, layer)
+    _freeze(model, also_train)
+    return [
+        f"{path}.experts.{name}"
+        for path, layer in layers
+        for name in _add_to(layer, rank, float(scale))
+    ]
+
+
+def _check(path: str, layer: TransformersLayer) -> None:
+    experts: Any = layer.module
+    if SCALE in vars(experts):
+        raise ConfigError(f"add_lora: {path}.experts has adapters already.")
+    chosen = experts.config._experts_implementation
+    if chosen != NAME:
+        raise ConfigError(
+            f"add_lora: {path}.experts uses experts_implementation={chosen!r}, which would ignore"
+            f' adapters. Call model.set_experts_implementation("{NAME}") first.'
+        )
+
+
+def _freeze(model: nn.Module, also_train: Iterable[str]) -> None:
+    named = dict(model.named_parameters())
+    kept = {name for name in named if ".lora_" in name and named[name].requires_grad}  # PEFT's
+    for wanted in also_train:
+        fitting = {n for n in named if n == wanted or n.endswith(f".{wanted}")}
+        if not fitting:
+            raise ConfigError(f"add_lora: also_train has {wanted!r}, which fits no parameter.")
+        kept |= fitting
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in kept)
+
+
+@torch.no_grad()
+def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
+    """Adds the adapters of one layer; returns the names in its module."""
+    experts: Any = layer.module
+    seed = draw_layer_seed()
+    names = []
+    vars(experts)[SCALE] = scale
+    for name in projections(experts):
+        weight = experts.get_parameter(name)
+        inputs, outputs = weight.shape[1:] if experts.is_transposed else weight.shape[:0:-1]
+        held = weight.shape[0]
+        a = weight.new_empty(held, rank, inputs)
+        if not a.is_meta:
+            ids = layer.experts.local_ids
+            init_experts_(
+                a,
+                name=f"{name}{LORA_A}",
+                layer_seed=seed,
+                expert_ids=ids,
+                fan_in=inputs,
+                std=None,
+            )
+        for part, value in ((LORA_A, a), (LORA_B, weight.new_zeros(held, outputs, rank))):
+            experts.register_parameter(f"{name}{part}", nn.Parameter(value))
+            names.append(f"{name}{part}")
+    experts.register_forward_pre_hook(_refuse_other_implementations)
+    return names
+
+
+def _refuse_other_implementations(experts: Any, args: Any) -> None:
+    chosen = experts.config._experts_implementation
+    if chosen != NAME:
+        raise ConfigError(
+            f"{type(experts).__name__} has adapters, which experts_implementation={chosen!r} would"
+            f' ignore. Keep "{NAME}", or merge them with merge_lora(model).'
+        )
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> int:
+    """Adds the adapters to the weights, in fp32, and removes them.
+
+    Args:
+        model: holds all its experts, or this rank's.
+
+    Returns:
+        The number of layers that had adapters.
+    """
+    merged = 0
+    for _, layer in kind.layers(model):
+        experts: Any = layer.module
+        if SCALE not in vars(experts):
+            continue
+        for name in projections(experts):
+            weight = experts.get_parameter(name)
+            a, b = (experts.get_parameter(f"{name}{part}") for part in (LORA_A, LORA_B))
+            weight.copy_(
+                merged_weight(weight, a, b, vars(experts)[SCALE], transposed=experts.is_transposed)
+            )
+            for part in (LORA_A, LORA_B):
+                delattr(experts, f"{name}{part}")
+        del vars(experts)[SCALE]
+        hooks = experts._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if hook is _refuse_other_implementations]:
+            del hooks[key]
+        merged += 1
+    return merged
+
+
+def merged_weight(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, *, transposed: bool
+) -> Tensor:
+    """``weight`` with ``scale * b @ a`` of each expert added, computed in fp32 at least.
+
+    Args:
+        weight: (E, outputs, inputs), or (E, inputs, outputs) if ``transposed``.
+        a: (E, r, inputs).
+        b: (E, outputs, r).
+        scale: multiplies the product.
+        transposed: the layout of ``weight``.
+
+    Returns:
+        Like ``weight``.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    added = scale * (b.to(dtype) @ a.to(dtype))
+    return (weight.to(dtype) + (added.transpose(1, 2) if transposed else added)).to(weight.dtype)

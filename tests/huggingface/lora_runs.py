@@ -1,0 +1,83 @@
+"""What the ranks run in test_lora.py: training adapters of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface.sharding_runs import (
+    EpochPerStep,
+    Run,
+    WeightsByEpoch,
+    make_batches,
+    make_model,
+)
+from strategy.tracing import make_trainer
+from torch import Tensor, nn
+
+from lightning_fastmoe.huggingface import add_lora, save_pretrained
+
+RANK, ALPHA = 4, 6.0
+
+
+def adapted(run: Run) -> Any:
+    """The model with its adapters, of which B isn't zero, so that all gradients matter."""
+    model = make_model(run)
+    torch.manual_seed(11)
+    add_lora(model, RANK, ALPHA, also_train=["lm_head.weight"])
+    torch.manual_seed(12)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.1)
+
+
+class Adapted(EpochPerStep):
+    """Fine-tunes the adapters, a step per epoch."""
+
+    def __init__(self, run: Run | None = None) -> None:
+        super().__init__(run)
+        self.net = adapted(self.run)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.net)
+
+
+def reference(run: Run) -> list[dict[str, Tensor]]:
+    """The weights after each step of one plain process."""
+    model = adapted(run).train()
+    optimizer = make_optimizer(model)
+    weights = []
+    for step in make_batches(run):
+        optimizer.zero_grad()
+        losses = [model(**batch, use_cache=False).loss for micro in step for batch in micro]
+        torch.stack(losses).mean().backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], run.clip)
+        optimizer.step()
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return weights
+
+
+def fits(
+    run: Run, epochs: int, save_to: Path, resume_from: Path | None = None, export: bool = False
+) -> list[dict[str, Tensor]]:
+    """Trains up to so many steps, and saves a checkpoint, or files for transformers as well."""
+    module, weights = Adapted(run), WeightsByEpoch()
+    trainer = make_trainer(
+        run,
+        callbacks=[weights],
+        max_steps=-1,
+        max_epochs=epochs,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(module, ckpt_path=resume_from)
+    trainer.save_checkpoint(save_to)
+    if export:
+        save_pretrained(trainer, save_to.with_suffix(".model"))
+    return weights.weights

@@ -1,0 +1,192 @@
+"""Adapters of stacked experts against experts whose weights have them merged in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface.experts_classes import experts_classes, make_experts, make_inputs
+from huggingface.lora_runs import ALPHA, RANK, adapted, fits, reference
+from huggingface.sharding_runs import Run, assert_close, make_model
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.cli.entry import main
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface import add_lora, merge_lora
+from lightning_fastmoe.huggingface.experts_class import projections
+
+CLASSES = ["Qwen3MoeExperts", "MixtralExperts", "GptOssExperts", "NemotronHExperts"]
+CLASSES += ["DeepseekV4Experts", "Gemma4TextExperts", "Phi3MoeExperts", "MiniMaxM3VLExperts"]
+
+
+def in_a_model(experts: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name in experts_classes()])
+def test_outputs_and_gradients_are_those_of_merged_weights(name: str) -> None:
+    kind = experts_classes()[name]
+    experts, twin = make_experts(kind), make_experts(kind, implementation="eager")
+    twin.load_state_dict(experts.state_dict())
+    added = add_lora(in_a_model(experts), RANK, ALPHA)
+    assert len(added) == 4
+    trained = {n: p for n, p in experts.named_parameters() if p.requires_grad}
+    assert sorted(f"mlp.experts.{n}" for n in trained) == sorted(added)
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.3)
+    leaves = [*trained.values()]
+    x, *routing = make_inputs()
+    x = x.requires_grad_()
+    got = experts(x, *routing)
+    merged = {}
+    for projection in projections(experts):
+        a, b = (trained[f"{projection}_lora_{part}"] for part in "ab")
+        added = torch.einsum("eor,eri->eoi", b, a) * ALPHA / RANK
+        weight = getattr(twin, projection).detach()
+        merged[projection] = weight + (added.mT if experts.is_transposed else added)
+    want = functional_call(twin, merged, (x, *routing))
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    upstream = torch.randn_like(want)
+    found = torch.autograd.grad(got, [x, *leaves], upstream)
+    for a, b in zip(found, torch.autograd.grad(want, [x, *leaves], upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        assert b.abs().sum() > 0
+    # Merged, the class's own code computes the same again.
+    assert merge_lora(in_a_model(experts)) == 1
+    experts.config._experts_implementation = "eager"
+    torch.testing.assert_close(experts(x, *routing), want, rtol=1e-11, atol=1e-11)
+    assert [n for n, _ in experts.named_parameters()] == [n for n, _ in twin.named_parameters()]
+
+
+def test_a_new_adapter_changes_nothing_and_freezes_the_rest() -> None:
+    model = make_model(Run("qwen3_moe"))
+    ids = torch.arange(3, 20)[None]
+    before = model(ids, use_cache=False).logits
+    names = add_lora(model, 8, also_train=["lm_head.weight", "model.norm.weight"])
+    assert len(names) == 8
+    torch.testing.assert_close(model(ids, use_cache=False).logits, before, rtol=1e-5, atol=1e-6)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {*names, "lm_head.weight", "model.norm.weight"}
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+
+
+def test_one_seed_gives_each_expert_its_adapter() -> None:
+    """Whichever other experts the rank holds."""
+    kept = []
+    for ids in (range(8), (2, 3)):
+        model = make_model(Run("qwen3_moe"))
+        layers = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+        from lightning_fastmoe.nn.expert_layers import expert_layers
+
+        for _, layer in expert_layers(model):
+            layer.experts.keep(ids)
+        torch.manual_seed(3)
+        add_lora(model, 4)
+        kept.append([layer.gate_up_proj_lora_a.detach() for layer in layers])
+    for whole, own in zip(*kept, strict=True):
+        assert torch.equal(whole[2:4], own)
+    assert not torch.equal(*kept[0])
+
+
+def test_other_implementations_are_refused() -> None:
+    model = adapted(Run("mixtral"))
+    ids = torch.arange(3, 9)[None]
+    model.set_experts_implementation("eager")
+    with pytest.raises(ConfigError, match="has adapters, which experts_implementation='eager'"):
+        model(ids, use_cache=False)
+    merge_lora(model)
+    model(ids, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"rank": 0}, "rank=0 must be a positive integer"),
+        ({"rank": True}, "rank=True must be"),
+        ({"rank": 4, "alpha": -1.0}, "alpha=-1.0 must be positive"),
+        ({"rank": 4, "also_train": ["head.weight"]}, "'head.weight', which fits no parameter"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        add_lora(make_model(Run("mixtral")), **arguments)
+
+
+def test_models_that_can_not_have_adapters() -> None:
+    with pytest.raises(ConfigError, match="Linear.*has no stacked experts"):
+        add_lora(nn.Linear(2, 2), 4)
+    with pytest.raises(ConfigError, match="'eager', which would ignore adapters"):
+        add_lora(make_model(Run("mixtral"), "eager"), 4)
+    model = adapted(Run("mixtral"))
+    with pytest.raises(ConfigError, match="layers.0.mlp.experts has adapters already"):
+        add_lora(model, 4)
+
+
+SAVING = Run(world=2, ep=2, stage=2, accumulate=2, steps=4)
+TOPOLOGIES = {
+    "1 rank": replace(SAVING, world=1, ep=1, stage=1, accumulate=4),
+    "4 ranks": replace(SAVING, world=4, ep=4, stage=3, accumulate=1),
+    "replicas": replace(SAVING, world=4, ep=2, stage=3, accumulate=1),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_trained_sharded_resumed_and_merged(name: str, rank_pool, tmp_path: Path, capsys) -> None:
+    """On any topology as in one process; what is frozen stays bit for bit."""
+    saving = replace(SAVING, name=name)
+    expected = reference(saving)
+    before = {n: p.detach() for n, p in adapted(saving).named_parameters()}
+    trained = {n for n in before if "_lora_" in n} | {"lm_head.weight"}
+
+    def check(found: list[dict[str, torch.Tensor]], steps: list[dict[str, torch.Tensor]]) -> None:
+        for own, twin in zip(found, steps, strict=True):
+            assert own.keys() == twin.keys()
+            for key, weight in twin.items():
+                if key in trained:
+                    assert_close(own[key], weight, key)
+                    assert not torch.equal(own[key], before[key])
+                else:
+                    assert torch.equal(own[key], before[key]), key
+
+    path = tmp_path / "first.ckpt"
+    adapters_alone = replace(saving, extra={"exclude_frozen_parameters": True})
+    rank_pool.run(fits, 2, adapters_alone, 2, tmp_path / "small.ckpt", None, True)
+    with CheckpointReader(tmp_path / "small.ckpt") as reader:
+        kept = {n.removeprefix("weights/net.") for n in reader.manifest.tensors if "weights/" in n}
+    assert kept == trained
+    for weights in rank_pool.run(fits, 2, saving, 2, path, None, True):
+        check(weights, expected[:2])
+    with CheckpointReader(path) as reader:
+        shape = reader.record("weights/net.model.layers.0.mlp.experts.down_proj_lora_a").shape
+    assert shape == ((8 if name == "qwen3_moe" else 4), RANK, 12)
+    for what, run in TOPOLOGIES.items():
+        run = replace(run, name=name)
+        if what == "4 ranks":  # the rest of the model is as it was loaded
+            run = replace(run, extra=adapters_alone.extra)
+            path = tmp_path / "small.ckpt"
+        for weights in rank_pool.run(fits, run.world, run, 4, tmp_path / f"{what}.ckpt", path):
+            check(weights, expected[2:])
+
+    merged = adapted(saving)
+    merged.load_state_dict(expected[1])
+    assert merge_lora(merged) == 2
+    path = tmp_path / "first.ckpt"
+    command = ["checkpoint", "export", str(path), str(tmp_path / "again")]
+    command += ["--config", str(tmp_path / "first.model")]
+    assert main(command) != 0
+    assert "has adapters" in capsys.readouterr().err
+    assert main([*command, "--lora-scale", str(ALPHA / RANK)]) == 0
+    for folder in ("first.model", "small.model", "again"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, experts_implementation="eager"
+        )
+        for key, weight in model.named_parameters():
+            assert_close(weight, merged.get_parameter(key), key)
