@@ -8,6 +8,7 @@ Lightning, is imported on first use, so that converting files works without it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_fastmoe.huggingface.adapter_files import load_adapters, save_adapters
 from lightning_fastmoe.huggingface.architecture import Architecture, read_config
 from lightning_fastmoe.huggingface.experts_class import fused_activation
 from lightning_fastmoe.huggingface.experts_interface import register_experts
@@ -36,9 +37,11 @@ __all__ = [
     "fused_activation",
     "import_model",
     "kept_config",
+    "load_adapters",
     "merge_lora",
     "read_config",
     "register_experts",
+    "save_adapters",
     "save_pretrained",
     "upcycle",
 ]

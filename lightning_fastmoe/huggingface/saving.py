@@ -38,21 +38,11 @@ def save_pretrained(
         ConfigError: on all ranks, if the Trainer has another strategy, its module has no model of
             transformers or more than one, or ``path`` exists.
     """
-    strategy, module = trainer.strategy, trainer.lightning_module
-    if not hasattr(strategy, "wait_for_checkpoint"):
-        raise ConfigError(
-            f"save_pretrained(trainer, ...): {type(strategy).__name__} holds whole models; call"
-            " save_pretrained of the model itself."
-        )
-    prefix, model = _the_model(module)
+    strategy = trainer.strategy
+    prefix, model = the_model(trainer)
     path = Path(strategy.broadcast(str(path)))
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
-    excludes, strategy.exclude_frozen_parameters = strategy.exclude_frozen_parameters, False
-    try:
-        trainer.save_checkpoint(files, weights_only=True)
-    finally:
-        strategy.exclude_frozen_parameters = excludes
-    strategy.wait_for_checkpoint()
+    save(trainer, files, exclude_frozen=False)
     said = ""
     if trainer.is_global_zero:
         try:
@@ -65,7 +55,7 @@ def save_pretrained(
                     path,
                     config,
                     prefix=prefix,
-                    lora_scale=_lora_scale(model),
+                    lora_scale=lora_scale(model),
                     dtype=dtype,
                     max_shard_bytes=max_shard_bytes,
                 )
@@ -78,15 +68,36 @@ def save_pretrained(
         raise ConfigError(f"save_pretrained: {said}")
 
 
-def _lora_scale(model: Any) -> float | None:
+def save(trainer: Any, path: Path, *, exclude_frozen: bool) -> None:
+    """Writes a checkpoint of the weights, whatever others leave out, and waits for it."""
+    strategy = trainer.strategy
+    usual, strategy.exclude_frozen_parameters = strategy.exclude_frozen_parameters, exclude_frozen
+    try:
+        trainer.save_checkpoint(path, weights_only=True)
+    finally:
+        strategy.exclude_frozen_parameters = usual
+    strategy.wait_for_checkpoint()
+
+
+def lora_scale(model: Any) -> float | None:
     """That of the experts' adapters, which is the same in all layers."""
     return next((vars(part)[SCALE] for part in model.modules() if SCALE in vars(part)), None)
 
 
-def _the_model(module: Any) -> tuple[str, Any]:
-    """The prefix and the module of the only model of transformers inside ``module``."""
+def the_model(trainer: Any) -> tuple[str, Any]:
+    """The prefix and the module of the only model of transformers that the Trainer trains.
+
+    Raises:
+        ConfigError: if there is not one, or the strategy is another.
+    """
     from transformers import PreTrainedModel
 
+    strategy, module = trainer.strategy, trainer.lightning_module
+    if not hasattr(strategy, "wait_for_checkpoint"):
+        raise ConfigError(
+            f"{type(strategy).__name__} holds whole models; call save_pretrained of the model"
+            " itself."
+        )
     outermost: dict[str, Any] = {}
     for name, part in module.named_modules():
         inside = any(name.startswith(other) for other in outermost)
@@ -94,7 +105,7 @@ def _the_model(module: Any) -> tuple[str, Any]:
             outermost[f"{name}."] = part
     if len(outermost) != 1:
         raise ConfigError(
-            f"save_pretrained(trainer, ...): {type(module).__name__} has {len(outermost) or 'no'}"
-            " models of transformers; there must be one."
+            f"{type(module).__name__} has {len(outermost) or 'no'} models of transformers; to save"
+            " it, there must be one."
         )
     return next(iter(outermost.items()))

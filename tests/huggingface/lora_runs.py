@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from huggingface.sharding_runs import (
     EpochPerStep,
@@ -16,7 +17,8 @@ from huggingface.sharding_runs import (
 from strategy.tracing import make_trainer
 from torch import Tensor, nn
 
-from lightning_fastmoe.huggingface import add_lora, save_pretrained
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface import add_lora, save_adapters, save_pretrained
 
 RANK, ALPHA = 4, 6.0
 
@@ -80,4 +82,18 @@ def fits(
     trainer.save_checkpoint(save_to)
     if export:
         save_pretrained(trainer, save_to.with_suffix(".model"))
+        with pytest.raises(ConfigError, match=r"1 other trained parameters \(lm_head.weight"):
+            save_adapters(trainer, save_to.with_suffix(".peft"))
     return weights.weights
+
+
+def saves_adapters(run: Run, folder: Path) -> dict[str, Tensor]:
+    """Trains nothing but adapters, writes them, and returns the weights."""
+    module, weights = Adapted(run), WeightsByEpoch()
+    module.net.lm_head.weight.requires_grad_(False)
+    trainer = make_trainer(run, callbacks=[weights], max_steps=-1, max_epochs=1)
+    trainer.fit(module)
+    save_adapters(trainer, folder, base_model="some/model")
+    with pytest.raises(ConfigError, match="exists already"):
+        save_adapters(trainer, folder)
+    return weights.weights[0]

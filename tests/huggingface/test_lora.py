@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface.experts_classes import experts_classes, make_experts, make_inputs
-from huggingface.lora_runs import ALPHA, RANK, adapted, fits, reference
+from huggingface.lora_runs import ALPHA, RANK, adapted, fits, reference, saves_adapters
 from huggingface.sharding_runs import Run, assert_close, make_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -18,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from lightning_fastmoe.checkpoint import CheckpointReader
 from lightning_fastmoe.cli.entry import main
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.huggingface import add_lora, merge_lora
+from lightning_fastmoe.huggingface import add_lora, load_adapters, merge_lora
 from lightning_fastmoe.huggingface.experts_class import projections
+from lightning_fastmoe.nn.expert_layers import expert_layers
 
 CLASSES = ["Qwen3MoeExperts", "MixtralExperts", "GptOssExperts", "NemotronHExperts"]
 CLASSES += ["DeepseekV4Experts", "Gemma4TextExperts", "Phi3MoeExperts", "MiniMaxM3VLExperts"]
@@ -84,8 +87,6 @@ def test_one_seed_gives_each_expert_its_adapter() -> None:
     for ids in (range(8), (2, 3)):
         model = make_model(Run("qwen3_moe"))
         layers = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
-        from lightning_fastmoe.nn.expert_layers import expert_layers
-
         for _, layer in expert_layers(model):
             layer.experts.keep(ids)
         torch.manual_seed(3)
@@ -190,3 +191,55 @@ def test_trained_sharded_resumed_and_merged(name: str, rank_pool, tmp_path: Path
         )
         for key, weight in model.named_parameters():
             assert_close(weight, merged.get_parameter(key), key)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_files_of_peft(name: str, rank_pool, tmp_path: Path) -> None:
+    """They hold what PEFT's get_delta_weight makes of them, and are read again by any rank."""
+    run, folder = replace(SAVING, name=name), tmp_path / "adapters"
+    weights = rank_pool.run(saves_adapters, 2, run, folder)[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
+    assert config["base_model_name_or_path"] == "some/model"
+    assert config["target_parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
+    files = load_file(folder / "adapter_model.safetensors")
+    assert len(files) == 8
+    merged = adapted(run)
+    merged.load_state_dict(weights)
+    before = {name: p.detach().clone() for name, p in merged.named_parameters()}
+    merge_lora(merged)
+    for n in (0, 1):
+        experts = merged.get_submodule(f"model.layers.{n}.mlp.experts")
+        for wrapper, projection in (("base_layer.", "gate_up_proj"), ("", "down_proj")):
+            key = f"base_model.model.model.layers.{n}.mlp.experts.{wrapper}lora"
+            a, b = files[f"{key}_A.weight"], files[f"{key}_B.weight"]
+            a = a.reshape(experts.num_experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, experts.num_experts)
+            form = "ore,eri->eio" if experts.is_transposed else "ore,eri->eoi"
+            delta = torch.einsum(form, b, a) * config["lora_alpha"] / config["r"]
+            start = before[f"model.layers.{n}.mlp.experts.{projection}"]
+            assert_close(start + delta, getattr(experts, projection), projection)
+    adapters = {name for name in weights if "_lora_" in name}
+    for ids in (range(4), (1, 2)):
+        again = make_model(run)
+        for _, layer in expert_layers(again):
+            layer.experts.keep(ids)
+        load_adapters(again, folder)
+        for key in adapters:
+            assert torch.equal(again.get_parameter(key), weights[key][list(ids)]), key
+
+
+def test_other_adapters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no adapters of PEFT"):
+        load_adapters(make_model(Run("mixtral")), tmp_path)
+    usual = {"r": 2, "lora_alpha": 4}
+    for config, tensors, reason in (
+        ({**usual, "use_rslora": True}, {}, "use_rslora=True is not supported"),
+        ({**usual, "rank_pattern": {"x": 3}}, {}, "rank_pattern is not supported"),
+        (usual, {}, "has no base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        save_file({"x": torch.zeros(1), **tensors}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ConfigError, match=reason):
+            load_adapters(make_model(Run("mixtral")), tmp_path)

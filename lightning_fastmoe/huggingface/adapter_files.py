@@ -1,0 +1,189 @@
+"""Adapters of experts in PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+PEFT (0.21) wraps a module once for each of its parameters that have adapters; those of the first
+one are under ``base_layer``. A is stored as (E * r, inputs), expert by expert; B as (outputs,
+r * E), in which the expert changes fastest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
+from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
+from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
+from lightning_fastmoe.errors import ConfigError, FastMoEError
+from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, projections
+from lightning_fastmoe.huggingface.lora import add_lora
+from lightning_fastmoe.huggingface.saving import lora_scale, save, the_model
+from lightning_fastmoe.huggingface.sharded_experts import kind
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> None:
+    """Writes the experts' adapters as PEFT does; every rank calls this.
+
+    Args:
+        trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
+        path: the new directory.
+        base_model: name or path of the model that they belong to, for ``adapter_config.json``.
+
+    Raises:
+        ConfigError: on all ranks, if there are no adapters, other parameters were trained too, or
+            ``path`` exists.
+    """
+    strategy = trainer.strategy
+    prefix, model = the_model(trainer)
+    scale = lora_scale(model)
+    if scale is None:
+        raise ConfigError("save_adapters: the model's experts have no adapters; see add_lora.")
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.endswith((LORA_A, LORA_B))
+    ]
+    if others:
+        raise ConfigError(
+            f"save_adapters would not save {len(others)} other trained parameters ({others[0]},"
+            " ...). Use save_pretrained, which saves the whole model."
+        )
+    path = Path(strategy.broadcast(str(path)))
+    files = path.with_name(f".{path.name}.fastmoe-saved")
+    save(trainer, files, exclude_frozen=True)
+    said = ""
+    if trainer.is_global_zero:
+        try:
+            with CheckpointReader(files) as reader:
+                _write(reader, model, prefix, scale, path, base_model)
+        except (FastMoEError, OSError) as error:
+            said = str(error)
+        finally:
+            shutil.rmtree(files, ignore_errors=True)
+    if said := strategy.broadcast(said):
+        raise ConfigError(f"save_adapters: {said}")
+
+
+def _write(
+    reader: CheckpointReader,
+    model: Any,
+    prefix: str,
+    scale: float,
+    path: Path,
+    base_model: str | None,
+) -> None:
+    from safetensors.torch import save_file
+
+    if path.exists():
+        raise ConfigError(f"{path} exists already. Choose another name for the adapters.")
+    tensors: dict[str, Tensor] = {}
+    targets: list[str] = []
+    rank = 0
+    for layer, adapted in kind.layers(model):
+        for number, name in enumerate(projections(adapted.module)):
+            a, b = (
+                _read(reader, f"{prefix}{layer}.experts.{name}{part}") for part in (LORA_A, LORA_B)
+            )
+            rank = a.shape[1]
+            key = _PREFIX + f"{layer}.experts." + ("base_layer." if number == 0 else "")
+            tensors[f"{key}lora_A.weight"] = a.flatten(0, 1).contiguous()
+            tensors[f"{key}lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+            target = f"experts.{name}"
+            if target not in targets:
+                targets.append(target)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": [],
+        "target_parameters": targets,
+        "inference_mode": True,
+    }
+    temporary = path.with_name(f".{path.name}.fastmoe-writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
+    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
+def _read(reader: CheckpointReader, name: str) -> Tensor:
+    record = reader.record(weight_name(name))
+    flat = torch.empty(record.numel, dtype=DTYPES[record.dtype])
+    reader.read_into(weight_name(name), 0, flat)
+    return flat.view(record.shape)
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, path: Any) -> None:
+    """Gives a model's experts the adapters of PEFT's files, and freezes the rest.
+
+    A rank that holds some of the experts reads all adapters and keeps those of its own.
+
+    Args:
+        model: has experts of transformers, with ``experts_implementation="fastmoe"``.
+        path: the directory.
+
+    Raises:
+        ConfigError: if the files have other adapters than those of all stacked experts, or of other
+            shapes; and as :func:`~lightning_fastmoe.huggingface.add_lora`.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        opened = safe_open(path / WEIGHTS, framework="pt")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} has no adapters of PEFT: {error}") from error
+    plain = {"use_dora": False, "use_rslora": False, "lora_bias": False, "fan_in_fan_out": False}
+    for option, usual in plain.items():
+        if config.get(option, usual) != usual:
+            raise ConfigError(f"{path}: {option}={config[option]!r} is not supported.")
+    for option in ("rank_pattern", "alpha_pattern"):
+        if config.get(option):
+            raise ConfigError(f"{path}: {option} is not supported: one rank for all adapters.")
+    rank, alpha = config["r"], config["lora_alpha"]
+    with opened as file:
+        left = set(file.keys())
+        add_lora(model, rank, float(alpha))
+        for layer, adapted in kind.layers(model):
+            experts: Any = adapted.module
+            number = experts.num_experts
+            ids = list(adapted.experts.local_ids)
+            for index, name in enumerate(projections(experts)):
+                key = _PREFIX + f"{layer}.experts." + ("base_layer." if index == 0 else "")
+                for part, end in ((LORA_A, "lora_A.weight"), (LORA_B, "lora_B.weight")):
+                    if f"{key}{end}" not in left:
+                        raise ConfigError(f"{path} has no {key}{end}.")
+                    left.remove(f"{key}{end}")
+                    stored = file.get_tensor(f"{key}{end}")
+                    own = experts.get_parameter(f"{name}{part}")
+                    whole = (
+                        stored.view(number, rank, -1)
+                        if part == LORA_A
+                        else stored.view(stored.shape[0], rank, number).permute(2, 0, 1)
+                    )
+                    if whole.shape[1:] != own.shape[1:]:
+                        raise ConfigError(
+                            f"{path}: {key}{end} has shape {tuple(stored.shape)}, which doesn't fit"
+                            f" {number} experts of {layer}."
+                        )
+                    own.copy_(whole[ids])
+    if left:
+        raise ConfigError(
+            f"{path} has {len(left)} adapters of other layers than stacked experts ({min(left)},"
+            " ...): load these with PEFT."
+        )
