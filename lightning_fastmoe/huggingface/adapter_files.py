@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
-from lightning_fastmoe.errors import ConfigError, FastMoEError
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, projections
 from lightning_fastmoe.huggingface.lora import add_lora
-from lightning_fastmoe.huggingface.saving import lora_scale, save, the_model
+from lightning_fastmoe.huggingface.saving import lora_scale, on_rank_zero, save, the_model
 from lightning_fastmoe.huggingface.sharded_experts import kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,17 +58,15 @@ def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> 
     path = Path(strategy.broadcast(str(path)))
     files = path.with_name(f".{path.name}.fastmoe-saved")
     save(trainer, files, exclude_frozen=True)
-    said = ""
-    if trainer.is_global_zero:
+
+    def write() -> None:
         try:
             with CheckpointReader(files) as reader:
                 _write(reader, model, prefix, scale, path, base_model)
-        except (FastMoEError, OSError) as error:
-            said = str(error)
         finally:
             shutil.rmtree(files, ignore_errors=True)
-    if said := strategy.broadcast(said):
-        raise ConfigError(f"save_adapters: {said}")
+
+    on_rank_zero(trainer, "save_adapters", write)
 
 
 def _write(

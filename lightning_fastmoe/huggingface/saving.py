@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def save_pretrained(
     path = Path(strategy.broadcast(str(path)))
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
     save(trainer, files, exclude_frozen=False)
-    said = ""
-    if trainer.is_global_zero:
+
+    def write() -> None:
         try:
             model.config.save_pretrained(config)
             if model.can_generate():
@@ -59,13 +60,28 @@ def save_pretrained(
                     dtype=dtype,
                     max_shard_bytes=max_shard_bytes,
                 )
-        except (FastMoEError, OSError) as error:
-            said = str(error)
         finally:
             for folder in (files, config):
                 shutil.rmtree(folder, ignore_errors=True)
-    if said := strategy.broadcast(said):
-        raise ConfigError(f"save_pretrained: {said}")
+
+    on_rank_zero(trainer, "save_pretrained", write)
+
+
+def on_rank_zero(trainer: Any, what: str, function: Callable[[], None]) -> None:
+    """Calls a function on rank 0, while the other ranks wait.
+
+    Raises:
+        ConfigError: on all ranks, if the function raises anything.
+    """
+    said, error = "", None
+    if trainer.is_global_zero:
+        try:
+            function()
+        except Exception as raised:  # whatever it is, the other ranks wait for its end
+            known = isinstance(raised, FastMoEError)
+            said, error = f"{raised}" if known else f"{type(raised).__name__}: {raised}", raised
+    if said := trainer.strategy.broadcast(said):
+        raise ConfigError(f"{what}: {said}") from error
 
 
 def save(trainer: Any, path: Path, *, exclude_frozen: bool) -> None:

@@ -34,7 +34,7 @@ class LossScale:
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
-        self.factor = torch.ones(1, dtype=torch.float64)
+        self.factor = torch.ones(1, dtype=torch.float64, device="cpu")  # also of a model on meta
         self.in_graphs = False
 
     def _store(self, grad: Tensor) -> None:

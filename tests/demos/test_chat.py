@@ -7,36 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from demos.chat_tokenizer import CHATML, THINKING, tokenizer_with
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_fastmoe.demos.chat import ChatFiles, check_separation, encode_chat, pack
 from lightning_fastmoe.demos.chat.answers import IGNORED
 from lightning_fastmoe.errors import ConfigError, DataError
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# As templates of thinking models do: thoughts of all but the last message are dropped.
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.thought }}</think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def tokenizer_with(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Each byte is a token, and so is each special token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    byte_level.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<|pad|>")  # noqa: S106
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:

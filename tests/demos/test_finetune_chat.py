@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from demos.test_chat import tokenizer_with
+from demos.chat_tokenizer import tokenizer_with
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
