@@ -34,7 +34,9 @@ class LossScale:
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
-        self.factor = torch.ones(1, dtype=torch.float64, device="cpu")  # also of a model on meta
+        self.factor = torch.ones(1, dtype=torch.float64)
+        if self.factor.is_meta:  # the model is being built there; this is a number even then
+            self.factor = torch.ones(1, dtype=torch.float64, device="cpu")
         self.in_graphs = False
 
     def _store(self, grad: Tensor) -> None:
