@@ -8,6 +8,7 @@ to the rank's own, and shows transformers only their rows of the files.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,12 +20,14 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import NAME, parameter_names
 from lightning_fastmoe.huggingface.experts_interface import register_experts
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
-from lightning_fastmoe.nn.placement import current_placement
+from lightning_fastmoe.nn.placement import current_placement, is_placing
 
 _PER_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ROWWISE = ("Concatenate", "Interleave", "Chunk")
 """Conversions that leave each expert to itself unless their ``dim`` is 0."""
 _SHOWN = 3
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Options of transformers that say where a ``config.json`` is."""
 
 
 def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: Any) -> Any:
@@ -40,8 +43,9 @@ def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: An
         options: transformers' own, such as ``dtype``.
 
     Raises:
-        ConfigError: if experts of the model can't be sharded or read one by one, or weights are
-            missing.
+        ConfigError: if experts of the model can't be sharded or read one by one, weights are
+            missing or of another shape, the files have weights that the model has no parameter
+            for, or they are quantised and experts are being sharded. All ranks raise it alike.
         MissingPackageError: if transformers is missing or too old.
     """
     register_experts()
@@ -56,16 +60,61 @@ def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: An
             f' "{NAME}". For another one call transformers\' own.'
         )
     wants_info = options.pop("output_loading_info", False)
+    # Shapes are reported below, by name; transformers' own error refers to its log.
+    options["ignore_mismatched_sizes"] = True
+    if is_placing():
+        _check_quantised(path, options)
     with _narrowed_to_own_experts():
         model, info = auto_class.from_pretrained(path, *args, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise ConfigError(
-            f"{path} has no weights for {len(missing)} parameters of {type(model).__name__}"
-            f" ({shown}), which would train from random numbers. For a model with new parts call"
-            " transformers' own from_pretrained."
-        )
+    _check_loaded(path, model, info)
     return (model, info) if wants_info else model
+
+
+def _check_quantised(path: Any, options: Mapping[str, Any]) -> None:
+    """Refuses quantised weights before transformers asks for the packages that they need."""
+    from transformers import PreTrainedConfig
+
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        told = {name: value for name, value in options.items() if name in _WHERE}
+        config, _ = PreTrainedConfig.get_config_dict(path if config is None else config, **told)
+    else:
+        config = config.to_dict()
+    if config.get("quantization_config") or options.get("quantization_config"):
+        raise ConfigError(
+            f"The weights of {path} are quantised, or would be (quantization_config): they can't"
+            " be trained, nor read expert by expert. Load an unquantised version."
+        )
+
+
+def _check_loaded(path: Any, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuses a model other than that of the files, about which transformers only warns."""
+    name = type(model).__name__
+    advice = "For a model with other parts call transformers' own from_pretrained."
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{path} has no weights for {len(missing)} parameters of {name} ({_some(missing)}),"
+            f" which would train from random numbers. {advice}"
+        )
+    if differ := sorted(info["mismatched_keys"]):
+        told = [f"{key} is {tuple(have)}, not {tuple(want)}" for key, have, want in differ]
+        raise ConfigError(
+            f"{path} has weights of other shapes than {name} with its config.json: {_some(told)}."
+            f" {advice}"
+        )
+    extra = sorted(info["unexpected_keys"])
+    if model.base_model is model:  # files of a model with a head, which the caller doesn't want
+        inside = {model.base_model_prefix, *(child for child, _ in model.named_children())}
+        extra = [key for key in extra if key.split(".")[0] in inside]
+    if extra:
+        raise ConfigError(
+            f"{path} has weights that {name} has no parameter for, so that it would be another"
+            f" model: {_some(extra)}. Check its config.json. {advice}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 @contextmanager
@@ -141,9 +190,7 @@ class _Unloaded:
 def _check(state_dict: Any, files: Any, config: Any) -> None:
     """Refuses what this module doesn't read row by row."""
     why = None
-    if config.hf_quantizer is not None:
-        why = "its weights are quantised; load an unquantised version"
-    elif config.device_mesh is not None:
+    if config.device_mesh is not None:
         why = "tp_plan= shards it as well; leave that to the strategy"
     elif len({str(device) for device in (config.device_map or {}).values()}) > 1:
         why = "device_map= distributes it over devices; leave that to the strategy"
@@ -208,7 +255,7 @@ def _own_rows(
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     there = model.state_dict()
     own: dict[str, Any] = {}
-    seen: dict[tuple[str, str], list[int]] = {}
+    seen: dict[tuple[str, str], list[tuple[int, str, tuple[int, ...]]]] = {}
     for name, tensor in tensors.items():
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, there
@@ -225,7 +272,8 @@ def _own_rows(
         _check_conversion(name, target, operations, merges=expert is not None)
         if expert is not None:
             number = int(expert[1])
-            seen.setdefault((target, str(pattern)), []).append(number)
+            shape = tuple(tensor.get_shape())
+            seen.setdefault((target, str(pattern)), []).append((number, name, shape))
             if number in ids:
                 own[name] = tensor
         elif tensor.get_shape()[:1] == [layer.num_experts]:
@@ -235,11 +283,20 @@ def _own_rows(
                 f"{name} in the files has shape {tuple(tensor.get_shape())}, which is not a row for"
                 f" each of the {layer.num_experts} experts of {target}."
             )
-    for (target, pattern), numbers in seen.items():
-        if sorted(numbers) != list(range(narrowed[target].num_experts)):
+    for (target, pattern), experts in seen.items():
+        numbers = sorted(number for number, _, _ in experts)
+        if numbers != list(range(narrowed[target].num_experts)):
             raise ConfigError(
-                f"The files have experts {sorted(numbers)} of {target} ({pattern}); the model has"
+                f"The files have experts {numbers} of {target} ({pattern}); the model has"
                 f" {narrowed[target].num_experts}."
+            )
+        # By each rank about all of them: the owner alone would leave the others waiting for it.
+        usual = Counter(shape for _, _, shape in experts).most_common(1)[0][0]
+        for _, name, shape in sorted(experts):
+            if shape == usual:
+                continue
+            raise ConfigError(
+                f"{name} in the files has shape {shape}, and other experts' have {usual}."
             )
     return own
 

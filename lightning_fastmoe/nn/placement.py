@@ -56,6 +56,11 @@ def current_placement(num_experts: int) -> Placement | None:
     return None if rule is None else rule(num_experts)
 
 
+def is_placing() -> bool:
+    """Whether a strategy is building the model, so that layers may create only some experts."""
+    return _rule.get() is not None
+
+
 def settle_placement() -> None:
     """Says that all layers are built, and that what is written to their experts must last."""
     settle = getattr(_rule.get(), "settle", None)

@@ -140,6 +140,7 @@ def changed(folder: Path, change: Any) -> Path:
 
 
 FIRST = "model.layers.0.mlp.experts"
+IDS = range(8)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +152,72 @@ FIRST = "model.layers.0.mlp.experts"
             lambda t: [t.pop(name) for name in list(t) if name.startswith(FIRST)],
             "no weights for 2 parameters",
         ),
+        (
+            lambda t: t.update({f"{FIRST}.8.up_proj.weight": t[f"{FIRST}.7.up_proj.weight"] + 0}),
+            r"experts \[0, 1, 2, 3, 4, 5, 6, 7, 8\] of model.*the model has 8",
+        ),
+        (
+            lambda t: t.update({f"{FIRST}.8.bias": torch.ones(2), "model.new": torch.ones(2)}),
+            rf"no parameter for.*: {FIRST}.8.bias, model.new\.",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            r"other shapes than .*: model.norm.weight is \(3,\), not \(16,\)",
+        ),
+        (
+            lambda t: t.update({f"{FIRST}.{i}.down_proj.weight": torch.ones(3, 12) for i in IDS}),
+            rf": {FIRST}.down_proj is \(4, 3, 12\), not \(4, 16, 12\)",
+        ),
+        (
+            lambda t: t.update({f"{FIRST}.5.down_proj.weight": torch.ones(3, 12)}),
+            rf"{FIRST}.5.down_proj.weight .* shape \(3, 12\), and other experts' have \(16, 12\)",
+        ),
     ],
 )
-def test_missing_weights_are_refused(change, reason, tmp_path):
+def test_files_of_another_model_are_refused_by_each_rank(change, reason, tmp_path):
     folder = changed(saved(tmp_path, "qwen3_moe"), change)
-    with expert_placement(half(0)), pytest.raises(ConfigError, match=reason):
-        from_pretrained(folder)
+    for part in (0, 1):
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            with expert_placement(half(part)), pytest.raises(ConfigError, match=reason):
+                from_pretrained(folder, **options)
+
+
+def test_a_head_that_was_not_asked_for_is_left_out(tmp_path):
+    """But nothing of the base model is, whether its names have the prefix or not."""
+    folder = saved(tmp_path / "head", "qwen3_moe")
+    with expert_placement(half(0)):
+        base = from_pretrained(folder, auto_class=transformers.AutoModel)
+        assert type(base).__name__ == "Qwen3MoeModel"
+        make_model(Run("qwen3_moe")).model.save_pretrained(tmp_path / "base")
+        for source, name in ((folder, "model.layers.0.x"), (tmp_path / "base", "layers.0.x")):
+            changed(source, lambda t, name=name: t.update({name: torch.ones(2)}))
+            with pytest.raises(ConfigError, match=f"no parameter for.*: {name}"):
+                from_pretrained(source, auto_class=transformers.AutoModel)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    run = Run("mixtral", sizes={"tie_word_embeddings": True})
+    make_model(run).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    with expert_placement(half(1)):
+        model = from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, make_model(run).lm_head.weight)
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "bitsandbytes"])
+def test_quantised_weights_are_refused(method, tmp_path):
+    folder = saved(tmp_path, "gpt_oss")
+    config = json.loads((folder / "config.json").read_text())
+    with expert_placement(half(0)):
+        with pytest.raises(ConfigError, match="quantised"):
+            from_pretrained(folder, quantization_config=transformers.Mxfp4Config())
+        config["quantization_config"] = {"quant_method": method}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match="Load an unquantised version"):
+            from_pretrained(folder)
+        with pytest.raises(ConfigError, match="Load an unquantised version"):
+            from_pretrained(folder, config=transformers.AutoConfig.from_pretrained(folder))
 
 
 def test_stacked_experts_of_another_number_are_refused(tmp_path):
