@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,9 @@ def save_pretrained(
     """
     strategy = trainer.strategy
     prefix, model = the_model(trainer)
-    path = Path(strategy.broadcast(str(path)))
+    path, exists = strategy.broadcast((Path(path), os.path.lexists(path)))
+    if exists:  # said before the checkpoint is written, and by all ranks
+        raise ConfigError(f"save_pretrained: {path} exists already. Choose another name.")
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
     save(trainer, files, exclude_frozen=False)
 

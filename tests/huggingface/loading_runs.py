@@ -11,11 +11,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
-from huggingface.sharding_runs import Run, Tuned
+from huggingface.sharding_runs import EpochPerStep, Run, Tuned, WeightsByEpoch
 from strategy.tracing import Tracer, make_trainer
 
 from lightning_fastmoe.errors import ConfigError, FastMoEError
-from lightning_fastmoe.huggingface import from_pretrained, save_pretrained
+from lightning_fastmoe.huggingface import from_pretrained, save_pretrained, saving
 from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.placement import Placement, expert_placement
 
@@ -46,6 +46,30 @@ def finetunes(run: Run, folder: Path, own: bool) -> Any:
     return module.losses, tracer.trace.weights[-1], module.built
 
 
+class EpochFromFiles(EpochPerStep):
+    """Reads its own experts only; one optimizer step per epoch, to resume on other ranks."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        super().__init__(replace(run, in_configure_model=True))
+        self.folder = folder
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = from_pretrained(self.folder)
+
+
+def finetunes_epochs(
+    run: Run, folder: Path, epochs: int, save_to: Path, resume_from: Path | None = None
+) -> Any:
+    """Trains up to so many steps and saves; the whole weights after each."""
+    tracer = WeightsByEpoch()
+    options = {"max_steps": -1, "max_epochs": epochs, "reload_dataloaders_every_n_epochs": 1}
+    trainer = make_trainer(run, callbacks=[tracer], **options)
+    trainer.fit(EpochFromFiles(run, folder), ckpt_path=resume_from)
+    trainer.save_checkpoint(save_to)
+    return tracer.weights
+
+
 def saves(run: Run, folder: Path, background: bool = False) -> Any:
     """Trains, writes a checkpoint and files for transformers, and returns the whole last weights.
 
@@ -60,8 +84,10 @@ def saves(run: Run, folder: Path, background: bool = False) -> Any:
     trainer.save_checkpoint(folder / "tuned.ckpt")
     if not background:
         save_pretrained(trainer, folder / "model")
-        with pytest.raises(ConfigError, match="exists already"):
-            save_pretrained(trainer, folder / "model")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(saving, "save", None)  # refused before anything is written
+            with pytest.raises(ConfigError, match="exists already"):
+                save_pretrained(trainer, folder / "model")
     return {name.removeprefix("net."): w for name, w in tracer.trace.weights[-1].items()}
 
 
