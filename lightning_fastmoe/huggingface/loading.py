@@ -45,7 +45,7 @@ def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: An
     Raises:
         ConfigError: if experts of the model can't be sharded or read one by one, weights are
             missing or of another shape, the files have weights that the model has no parameter
-            for, or they are quantised and experts are being sharded. All ranks raise it alike.
+            for, or they are quantised and experts are being sharded. Every rank raises it.
         MissingPackageError: if transformers is missing or too old.
     """
     register_experts()

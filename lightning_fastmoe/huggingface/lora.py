@@ -24,7 +24,7 @@ def add_lora(
 ) -> list[str]:
     """Freezes a model and gives its experts adapters to train.
 
-    Call it on all ranks alike, before the Trainer's ``fit`` or at the end of ``configure_model``. A
+    Every rank calls it, before the Trainer's ``fit`` or at the end of ``configure_model``. A
     starts random by global id, B at zero, so that the model computes what it did before.
 
     Args:
