@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
@@ -22,10 +23,15 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, projections
 from lightning_fastmoe.huggingface.lora import add_lora
 from lightning_fastmoe.huggingface.saving import lora_scale, on_rank_zero, save, the_model
-from lightning_fastmoe.huggingface.sharded_experts import kind
+from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OTHERWISE = (
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"),
+    *("rank_pattern", "alpha_pattern", "layer_replication"),
+)
+"""Options that must be unset."""
 
 
 def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> None:
@@ -135,8 +141,9 @@ def load_adapters(model: nn.Module, path: Any) -> None:
         path: the directory.
 
     Raises:
-        ConfigError: if the files have other adapters than those of all stacked experts, or of other
-            shapes; and as :func:`~lightning_fastmoe.huggingface.add_lora`.
+        ConfigError: before the model is changed, if the files have other adapters than those of all
+            stacked experts, or of other shapes, or are computed otherwise; and as
+            :func:`~lightning_fastmoe.huggingface.add_lora`.
     """
     from safetensors import safe_open
 
@@ -144,44 +151,65 @@ def load_adapters(model: nn.Module, path: Any) -> None:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         opened = safe_open(path / WEIGHTS, framework="pt")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} has no adapters of PEFT: {error}") from error
-    plain = {"use_dora": False, "use_rslora": False, "lora_bias": False, "fan_in_fan_out": False}
-    for option, usual in plain.items():
-        if config.get(option, usual) != usual:
-            raise ConfigError(f"{path}: {option}={config[option]!r} is not supported.")
-    for option in ("rank_pattern", "alpha_pattern"):
-        if config.get(option):
-            raise ConfigError(f"{path}: {option} is not supported: one rank for all adapters.")
+    _check_config(path, config)
     rank, alpha = config["r"], config["lora_alpha"]
     with opened as file:
-        left = set(file.keys())
+        names = file.keys()
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in names}
+        fits = _check_shapes(path, shapes, model, rank)
         add_lora(model, rank, float(alpha))
-        for layer, adapted in kind.layers(model):
-            experts: Any = adapted.module
-            number = experts.num_experts
-            ids = list(adapted.experts.local_ids)
-            for index, name in enumerate(projections(experts)):
-                key = _PREFIX + f"{layer}.experts." + ("base_layer." if index == 0 else "")
-                for part, end in ((LORA_A, "lora_A.weight"), (LORA_B, "lora_B.weight")):
-                    if f"{key}{end}" not in left:
-                        raise ConfigError(f"{path} has no {key}{end}.")
-                    left.remove(f"{key}{end}")
-                    stored = file.get_tensor(f"{key}{end}")
-                    own = experts.get_parameter(f"{name}{part}")
-                    whole = (
-                        stored.view(number, rank, -1)
-                        if part == LORA_A
-                        else stored.view(stored.shape[0], rank, number).permute(2, 0, 1)
+        for key, (adapted, name) in fits.items():
+            stored, number = file.get_tensor(key), adapted.num_experts
+            whole = (
+                stored.view(number, rank, -1)
+                if name.endswith(LORA_A)
+                else stored.view(stored.shape[0], rank, number).permute(2, 0, 1)
+            )
+            adapted.module.get_parameter(name).copy_(whole[list(adapted.experts.local_ids)])
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuses what would make the same matrices compute something else."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ConfigError(f"{path}: peft_type={config['peft_type']!r} is not supported: only LORA.")
+    for option in _OTHERWISE:
+        if config.get(option):
+            raise ConfigError(f"{path}: {option}={config[option]!r} is not supported.")
+    for option in ("r", "lora_alpha"):
+        if option not in config:
+            raise ConfigError(f"{path}: {CONFIG} has no {option}.")
+
+
+def _check_shapes(
+    path: Path, shapes: dict[str, tuple[int, ...]], model: nn.Module, rank: int
+) -> dict[str, tuple[TransformersLayer, str]]:
+    """The layer and the parameter of each of the file's tensors, of which none may be left."""
+    fits: dict[str, tuple[TransformersLayer, str]] = {}
+    for layer, adapted in kind.layers(model):
+        experts: Any = adapted.module
+        for index, name in enumerate(projections(experts)):
+            weight = experts.get_parameter(name)
+            shape = tuple(getattr(weight, "ds_shape", weight.shape))
+            inputs, outputs = shape[1:] if experts.is_transposed else shape[:0:-1]
+            total = rank * adapted.num_experts
+            start = _PREFIX + f"{layer}.experts." + ("base_layer." if index == 0 else "")
+            for part, key, size in (
+                (LORA_A, f"{start}lora_A.weight", (total, inputs)),
+                (LORA_B, f"{start}lora_B.weight", (outputs, total)),
+            ):
+                if key not in shapes:
+                    raise ConfigError(f"{path} has no {key}.")
+                if shapes[key] != size:
+                    raise ConfigError(
+                        f"{path}: {key} has shape {shapes[key]}, not {size}, for r={rank} and the"
+                        f" {adapted.num_experts} experts of {layer}."
                     )
-                    if whole.shape[1:] != own.shape[1:]:
-                        raise ConfigError(
-                            f"{path}: {key}{end} has shape {tuple(stored.shape)}, which doesn't fit"
-                            f" {number} experts of {layer}."
-                        )
-                    own.copy_(whole[ids])
-    if left:
+                fits[key] = adapted, f"{name}{part}"
+    if left := shapes.keys() - fits.keys():
         raise ConfigError(
             f"{path} has {len(left)} adapters of other layers than stacked experts ({min(left)},"
             " ...): load these with PEFT."
         )
+    return fits

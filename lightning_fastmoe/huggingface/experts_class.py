@@ -31,7 +31,8 @@ LORA_A, LORA_B = "_lora_a", "_lora_b"
 """Ends of the names of a weight's adapter: (e, r, inputs) and (e, outputs, r)."""
 SCALE = "fastmoe_lora_scale"
 """The attribute of experts that have adapters."""
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that weights may have."""
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 GATED_OF = {plain: gated for gated, plain in GATED.items()}
 """Plain activations -> the gated ones that apply them to the gate."""
@@ -158,7 +159,7 @@ def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor
         tensor = getattr(experts, name, None)
         if not isinstance(tensor, Tensor):
             raise refused(experts, f"it has no {name}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in FLOATING:
             raise refused(experts, f"{name} is {tensor.dtype}")
         if hasattr(tensor, "device_mesh"):
             raise refused(experts, f"{name} is sharded by transformers (a DTensor)")

@@ -8,15 +8,24 @@ a row for each expert, so they are sharded, saved by global id and resharded wit
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, NAME, SCALE, projections
+from lightning_fastmoe.huggingface.experts_class import (
+    FLOATING,
+    LORA_A,
+    LORA_B,
+    NAME,
+    SCALE,
+    projections,
+)
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 from lightning_fastmoe.nn.experts.init import draw_layer_seed, init_experts_
+
+_SAVING = ("save_pretrained", "push_to_hub")
 
 
 def add_lora(
@@ -38,8 +47,8 @@ def add_lora(
         The names of the adapters.
 
     Raises:
-        ConfigError: if an argument is out of range, there are no such experts, they have adapters
-            or use another implementation, or a name of ``also_train`` fits nothing.
+        ConfigError: if an argument is out of range, there are no such experts, they have adapters,
+            are quantised or use another implementation, or a name of ``also_train`` fits nothing.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"rank={rank!r} must be a positive integer.")
@@ -54,6 +63,7 @@ def add_lora(
     for path, layer in layers:
         _check(path, layer)
     _freeze(model, also_train)
+    _guard_saving(model)
     return [
         f"{path}.experts.{name}"
         for path, layer in layers
@@ -71,6 +81,35 @@ def _check(path: str, layer: TransformersLayer) -> None:
             f"add_lora: {path}.experts uses experts_implementation={chosen!r}, which would ignore"
             f' adapters. Call model.set_experts_implementation("{NAME}") first.'
         )
+
+    for name in projections(experts):
+        weight = experts.get_parameter(name)
+        if weight.dtype not in FLOATING:
+            raise ConfigError(
+                f"add_lora: {path}.experts.{name} is quantised ({weight.dtype}), and adapters are"
+                " trained next to weights of 16 bits or more. Load the model dequantised."
+            )
+
+
+def _guard_saving(model: nn.Module) -> None:
+    """transformers would write adapters by names that it ignores when it loads them.
+
+    PEFT's models keep their method, which writes PEFT's own adapters only.
+    """
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(True for _ in kind.layers(part)):
+            for name in _SAVING:
+                vars(part)[name] = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
+    raise ConfigError(
+        "save_pretrained of a model whose experts have adapters would write names that no loader"
+        " knows. Call merge_lora(model) first, or lightning_fastmoe.huggingface.save_pretrained("
+        "trainer, path), which merges them."
+    )
 
 
 def _freeze(model: nn.Module, also_train: Iterable[str]) -> None:
@@ -151,6 +190,10 @@ def merge_lora(model: nn.Module) -> int:
         for key in [k for k, hook in hooks.items() if hook is _refuse_other_implementations]:
             del hooks[key]
         merged += 1
+    for guarded in model.modules():
+        for method in _SAVING:
+            if vars(guarded).get(method) is _refuse_to_save:
+                del vars(guarded)[method]
     return merged
 
 

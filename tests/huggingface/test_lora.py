@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,46 @@ def test_models_that_can_not_have_adapters() -> None:
         add_lora(model, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_quantised_experts_are_refused(projection: str, dtype: torch.dtype) -> None:
+    """Before anything is frozen or added."""
+    model = make_model(Run("qwen3_moe"))
+    experts = model.model.layers[1].mlp.experts
+    quantised = getattr(experts, projection).detach().to(dtype)
+    setattr(experts, projection, nn.Parameter(quantised, requires_grad=False))
+    reason = rf"layers.1.mlp.experts.{projection} is quantised \({dtype}\)"
+    with pytest.raises(ConfigError, match=reason):
+        add_lora(model, 4)
+    assert not any("_lora_" in name for name, _ in model.named_parameters())
+    assert model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_transformers_saves_a_model_with_adapters_only_when_merged(
+    name: str, tmp_path: Path
+) -> None:
+    """It would split adapters as if they were experts' weights, and drop them when it loads."""
+    model = copy.deepcopy(adapted(Run(name)))
+    for part in (model, model.model):
+        with pytest.raises(ConfigError, match="Call merge_lora"):
+            part.save_pretrained(tmp_path / "not")
+        with pytest.raises(ConfigError, match="Call merge_lora"):
+            part.push_to_hub("not/pushed")
+    assert not (tmp_path / "not").exists()
+    merge_lora(model)
+    ids = torch.arange(3, 20)[None]
+    expected = model(ids, use_cache=False).logits
+    model.save_pretrained(tmp_path / "merged")
+    assert "save_pretrained" not in {*vars(model), *vars(model.model)}
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", experts_implementation="fastmoe"
+    )
+    for key, weight in again.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[key]), key
+    assert torch.equal(again(ids, use_cache=False).logits, expected)
+
+
 SAVING = Run(world=2, ep=2, stage=2, accumulate=2, steps=4)
 TOPOLOGIES = {
     "1 rank": replace(SAVING, world=1, ep=1, stage=1, accumulate=4),
@@ -236,10 +277,60 @@ def test_other_adapters_are_refused(tmp_path: Path) -> None:
     usual = {"r": 2, "lora_alpha": 4}
     for config, tensors, reason in (
         ({**usual, "use_rslora": True}, {}, "use_rslora=True is not supported"),
-        ({**usual, "rank_pattern": {"x": 3}}, {}, "rank_pattern is not supported"),
+        ({**usual, "rank_pattern": {"x": 3}}, {}, "rank_pattern=.* is not supported"),
         (usual, {}, "has no base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         save_file({"x": torch.zeros(1), **tensors}, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ConfigError, match=reason):
             load_adapters(make_model(Run("mixtral")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut", "reason"),
+    [
+        ({"peft_type": "IA3"}, None, "peft_type='IA3' is not supported"),
+        ({"use_qalora": True}, None, "use_qalora=True is not supported"),
+        ({"layer_replication": [[0, 2]]}, None, "layer_replication=.* is not supported"),
+        ({"r": None}, None, "has no r"),
+        ({"r": 4}, None, r"lora_A.weight has shape \(8, 16\), not \(16, 16\), for r=4"),
+        ({"r": 3}, None, r"lora_A.weight has shape \(8, 16\), not \(12, 16\), for r=3"),
+        ({}, ("layers.1", 0, 4), r"layers.1.*lora_A.weight has shape \(4, 16\), not \(8, 16\)"),
+        ({}, ("lora_B", 1, 4), r"lora_B.weight has shape \(24, 4\), not \(24, 8\)"),
+        ({}, ("layers.1", 0, 0), "has no .*layers.1.mlp.experts.base_layer.lora_A.weight"),
+        ({}, ("q_proj", 0, 4), "1 adapters of other layers .*q_proj"),
+    ],
+)
+def test_files_are_checked_before_the_model_changes(
+    changes: dict[str, Any], cut: tuple[str, int, int] | None, reason: str, tmp_path: Path
+) -> None:
+    """Of the tensors whose names have a part, ``cut`` keeps so many rows or columns, or none."""
+    sizes = {"base_layer.lora_A": (8, 16), "base_layer.lora_B": (24, 8)}
+    sizes |= {"lora_A": (8, 12), "lora_B": (16, 8)}
+    start = "base_model.model.model.layers"
+    tensors = {
+        f"{start}.{n}.mlp.experts.{name}.weight": torch.randn(size)
+        for n in (0, 1)
+        for name, size in sizes.items()
+    }
+    usual: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    config = {key: value for key, value in (usual | changes).items() if value is not None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(usual))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    load_adapters(make_model(Run("mixtral")), tmp_path)  # but for the changes it fits
+    if cut is not None:
+        part, dim, length = cut
+        if part == "q_proj":
+            tensors[f"{start}.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 16)
+        found = [key for key in tensors if part in key]
+        for key in found:
+            tensors[key] = tensors[key].narrow(dim, 0, length).contiguous()
+            if not length:
+                del tensors[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = make_model(Run("mixtral"))
+    with pytest.raises(ConfigError, match=reason):
+        load_adapters(model, tmp_path)
+    assert not any("_lora_" in name for name, _ in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
