@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ExpertLoadMonitor,
         MoESummary,
         RouterBiasBalancing,
+        SparseUpdate,
         ThroughputMonitor,
     )
     from lightning_fastmoe.nn import MoE, moe_losses
@@ -35,6 +36,7 @@ __all__ = [
     "MoE",
     "MoESummary",
     "RouterBiasBalancing",
+    "SparseUpdate",
     "ThroughputMonitor",
     "moe_losses",
 ]

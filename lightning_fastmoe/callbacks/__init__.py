@@ -1,7 +1,8 @@
-"""Lightning callbacks: schedules, router bias updates and monitoring."""
+"""Lightning callbacks: schedules, router bias updates, partial training and monitoring."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
+from lightning_fastmoe.callbacks.sparse_update import SparseUpdate
 from lightning_fastmoe.monitoring.callbacks.co_activation import CoActivationMonitor
 from lightning_fastmoe.monitoring.callbacks.expert_load import ExpertLoadMonitor
 from lightning_fastmoe.monitoring.callbacks.summary import MoESummary
@@ -13,5 +14,6 @@ __all__ = [
     "ExpertLoadMonitor",
     "MoESummary",
     "RouterBiasBalancing",
+    "SparseUpdate",
     "ThroughputMonitor",
 ]

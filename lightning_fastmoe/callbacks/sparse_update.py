@@ -1,0 +1,239 @@
+"""SparseUpdate: train the last blocks, their experts or their dense parts, and freeze the rest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
+from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.nn import Router, moe_layers
+from lightning_fastmoe.nn.expert_layers import expert_layers
+
+
+class SparseUpdate(pl.Callback):
+    """Trains part of a model. The rest gets no gradients and no optimizer state, and never changes.
+
+    With ``last_layers``, all that is registered before the first trained block, such as the
+    embedding, is frozen, and that prefix runs without a graph: its activations are not kept. The
+    idea is PockEngine's sparse update (Zhu et al. 2023, arXiv 2310.17752); training experts alone
+    is ESFT's (Wang et al. 2024, arXiv 2407.01906), here with all experts of a layer.
+
+    A model built in ``__init__`` is frozen before its optimizer is created. At the end of
+    ``configure_model`` call :meth:`apply` yourself. Freezing lasts: a later fit trains these
+    parameters only after ``requires_grad_(True)``.
+
+    Args:
+        last_layers: number of trained blocks, from the end; None for all, and the embedding.
+        experts: ``"all"`` trains the experts of trained blocks, ``"none"`` freezes them. Single
+            experts of a layer can't be frozen.
+        dense: whether everything else is trained: attention, norms, routers, shared experts, and
+            what is registered after the blocks, such as the head.
+        layers: name of the ``ModuleList`` of blocks; None for the one that holds the MoE layers.
+
+    Raises:
+        ConfigError: for invalid arguments; at set-up, if the blocks are not found, a parameter is
+            tied across the border, or a frozen module would change by itself.
+        CheckpointError: if a run resumes with another selection than its checkpoint's.
+    """
+
+    def __init__(
+        self,
+        last_layers: int | None = None,
+        experts: Literal["all", "none"] = "all",
+        dense: bool = True,
+        layers: str | None = None,
+    ) -> None:
+        if last_layers is not None and (type(last_layers) is not int or last_layers < 1):
+            raise ConfigError(f"last_layers={last_layers!r} is invalid: use None, or at least 1.")
+        if experts not in ("all", "none"):
+            raise ConfigError(
+                f"experts={experts!r} is not supported: the experts of a layer are one parameter,"
+                " trained or frozen as a whole. Use 'all' or 'none'."
+            )
+        if experts == "none" and not dense:
+            raise ConfigError("experts='none' with dense=False trains nothing: change one of them.")
+        if layers is not None and last_layers is None:
+            raise ConfigError(f"layers={layers!r} has no effect without last_layers: set both.")
+        self.last_layers, self.experts, self.dense, self.layers = (
+            last_layers,
+            experts,
+            dense,
+            layers,
+        )
+        self._selection: dict[str, Any] = {}
+        self._check: RemovableHandle | None = None
+
+    def apply(self, module: nn.Module) -> None:
+        """Freezes what is not trained; for the end of ``configure_model``.
+
+        Raises:
+            ConfigError: see the class.
+        """
+        frozen, _ = self._frozen(module)
+        trained = [p for p in module.parameters() if p.requires_grad and id(p) not in frozen]
+        if not trained:
+            raise ConfigError(
+                f"SparseUpdate(last_layers={self.last_layers}, experts={self.experts!r},"
+                f" dense={self.dense}) leaves no trainable parameter: choose more."
+            )
+        for parameter in module.parameters():
+            if id(parameter) in frozen:
+                parameter.requires_grad_(False)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # A model of configure_model does not exist yet: on_fit_start sees whether it was frozen.
+        if stage == "fit" and any(True for _ in expert_layers(pl_module)):
+            self.apply(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        frozen, first = self._frozen(pl_module)
+        for name, parameter in pl_module.named_parameters():
+            if id(parameter) in frozen and parameter.requires_grad:
+                raise ConfigError(
+                    f"SparseUpdate would freeze {name!r}, but it was created, or unfrozen, after"
+                    " set-up: call the callback's apply(self) at the end of configure_model()."
+                )
+        self._refuse_moving(trainer, pl_module, frozen)
+        self._end_check()
+        if first is not None:
+            self._check = first.register_forward_pre_hook(_check_no_graph, with_kwargs=True)
+        rank_zero_info(
+            f"SparseUpdate: {sum(p.requires_grad for p in pl_module.parameters())} parameter"
+            f" tensors are trained and {len(frozen)} frozen."
+        )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end_check()
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._end_check()  # Lightning calls no teardown of callbacks after an error
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._selection)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # DeepSpeed's engine exists by now, so that the selection can't change any more.
+        if self._selection and state_dict and state_dict != self._selection:
+            raise CheckpointError(
+                f"The checkpoint was trained with SparseUpdate's selection {state_dict}, and this"
+                f" run has {self._selection}. Use the same arguments; to start another selection"
+                " from its weights, use lightning_fastmoe.checkpoint.weights.load_weights."
+            )
+
+    def _frozen(self, module: nn.Module) -> tuple[set[int], nn.Module | None]:
+        """Ids of the frozen parameters, and the first trained block if there is a prefix."""
+        named = list(module.named_parameters(remove_duplicate=False))
+        experts = {id(p) for _, layer in expert_layers(module) for p in layer.experts.parameters()}
+        if not experts:
+            raise ConfigError("SparseUpdate found no MoE layer in the model: add one, or drop it.")
+        frozen: set[int] = set()
+        first, blocks, start = None, None, 0
+        if self.last_layers is not None:
+            blocks = self._blocks(module)
+            block_list = module.get_submodule(blocks)
+            assert isinstance(block_list, nn.ModuleList)
+            start = len(block_list) - self.last_layers
+            if start < 0:
+                raise ConfigError(
+                    f"last_layers={self.last_layers} is more than the {len(block_list)} blocks of"
+                    f" {blocks!r}: choose at most {len(block_list)}."
+                )
+            first = block_list[start]
+            border = self._border(named, f"{blocks}.", start)
+            frozen = {id(p) for _, p in named[:border]}
+            for name, parameter in named[border:]:
+                if id(parameter) in frozen:
+                    raise ConfigError(
+                        f"{name!r} is tied to a parameter of the frozen prefix, so it can be"
+                        " neither trained nor frozen alone: untie it, or use last_layers=None."
+                    )
+        kept = {"all": experts, "none": set()}[self.experts]
+        for _, parameter in named:
+            if not (id(parameter) in kept if id(parameter) in experts else self.dense):
+                frozen.add(id(parameter))
+        self._selection = {"blocks": blocks, "first_trained": start} | {
+            "experts": self.experts,
+            "dense": self.dense,
+        }
+        return frozen, first
+
+    @staticmethod
+    def _border(named: list[tuple[str, nn.Parameter]], prefix: str, start: int) -> int:
+        """The position of the first parameter of block ``start``, or after the blocks."""
+        inside = [i for i, (name, _) in enumerate(named) if name.startswith(prefix)]
+        for i in inside:
+            if int(named[i][0][len(prefix) :].split(".", 1)[0]) >= start:
+                return i
+        return inside[-1] + 1
+
+    def _blocks(self, module: nn.Module) -> str:
+        if self.layers is not None:
+            if not isinstance(dict(module.named_modules()).get(self.layers), nn.ModuleList):
+                raise ConfigError(f"layers={self.layers!r} is not the name of a ModuleList.")
+            if not any(n.startswith(f"{self.layers}.") for n, _ in expert_layers(module)):
+                raise ConfigError(f"layers={self.layers!r} holds no MoE layer: name the blocks.")
+            return self.layers
+        lists = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+        found: set[str] = set()
+        for name, _ in expert_layers(module):
+            found.add(next((n for n in lists if name.startswith(f"{n}.")), ""))
+        if len(found) != 1 or found == {""}:
+            raise ConfigError(
+                "last_layers needs one ModuleList of blocks, and the MoE layers are in"
+                f" {sorted(n or 'none' for n in found)}: name one by layers='...'."
+            )
+        return found.pop()
+
+    def _refuse_moving(self, trainer: pl.Trainer, module: nn.Module, frozen: set[int]) -> None:
+        """Refuses frozen modules whose buffers training changes."""
+        for name, part in module.named_modules():
+            own = list(part.parameters(recurse=False))
+            is_frozen = bool(own) and all(id(p) in frozen for p in own)
+            if is_frozen and isinstance(part, _BatchNorm) and part.track_running_stats:
+                raise ConfigError(
+                    f"{name!r} is frozen, but its running statistics would still change: use a"
+                    " norm without statistics, or train its block."
+                )
+        callbacks: Any = trainer
+        if any(isinstance(c, RouterBiasBalancing) for c in callbacks.callbacks):
+            for name, layer in moe_layers(module):
+                router = layer.router
+                biased = isinstance(router, Router) and router.load_since_update is not None
+                if biased and any(id(p) in frozen for p in router.parameters()):
+                    raise ConfigError(
+                        f"RouterBiasBalancing would move the balance bias of {name!r}, whose router"
+                        " is frozen: remove the callback, or train that router."
+                    )
+
+    def _end_check(self) -> None:
+        if self._check is not None:
+            self._check.remove()
+            self._check = None
+
+
+def _check_no_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a graph in the frozen prefix: it would keep the activations that this saves."""
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values())):
+        raise ConfigError(
+            "The input of SparseUpdate's first trained block requires gradients, so the frozen"
+            " prefix keeps its activations. Register what is trained after the blocks, and don't"
+            " call enable_input_require_grads(): use checkpoints with use_reentrant=False."
+        )
