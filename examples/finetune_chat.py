@@ -60,9 +60,8 @@ class Tuned(pl.LightningModule):
     def configure_optimizers(self):
         fused = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, (0.9, 0.95), fused=fused)
-        warm_up = torch.optim.lr_scheduler.LinearLR(
-            optimizer, 1 / self.hparams.warmup_steps, total_iters=self.hparams.warmup_steps - 1
-        )
+        steps = max(1, self.hparams.warmup_steps)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / steps, total_iters=steps - 1)
         return [optimizer], [{"scheduler": warm_up, "interval": "step"}]
 
 
@@ -86,8 +85,8 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=2, help="ZeRO's stage")
     parser.add_argument("--one-chat-per-row", action="store_true", help="don't pack chats")
     args = parser.parse_args()
-    if Path(args.output).exists() and not args.resume:
-        parser.error(f"{args.output} exists already; choose another --output")
+    if Path(args.output).exists():
+        parser.error(f"{args.output} exists already; move it away, or choose another --output")
 
     pl.seed_everything(0, workers=True)
     has_gpu = torch.cuda.is_available()
