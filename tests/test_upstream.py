@@ -43,6 +43,7 @@ NAMES = [
     "torch.optim.optimizer:_global_optimizer_post_hooks",
     "torch:_foreach_norm",
     "torch:_foreach_copy_",
+    "torch.nn.modules.batchnorm:_BatchNorm",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
     "_overflow_check_and_loss_scale_update",
