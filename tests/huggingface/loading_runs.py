@@ -91,6 +91,28 @@ def saves(run: Run, folder: Path, background: bool = False) -> Any:
     return {name.removeprefix("net."): w for name, w in tracer.trace.weights[-1].items()}
 
 
+def saves_what_was_read(run: Run, folder: Path, to: Path) -> Any:
+    """Trains what is read from files and writes it; the whole last weights, and the buffers.
+
+    Before that, rank 0 alone fails to write: each rank's error is returned, too.
+    """
+    module, tracer = FromFiles(run, folder, own=True), Tracer()
+    trainer = make_trainer(run, callbacks=[tracer])
+    trainer.fit(module)
+    trainer.save_checkpoint(to / "tuned.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "export_in_place", _full_disk)
+        with pytest.raises(ConfigError) as error:
+            save_pretrained(trainer, to / "model")
+    save_pretrained(trainer, to / "model")
+    weights = {name.removeprefix("net."): w for name, w in tracer.trace.weights[-1].items()}
+    return weights, {name: b.clone() for name, b in module.net.named_buffers()}, str(error.value)
+
+
+def _full_disk(*args: Any, **options: Any) -> None:
+    raise OSError("no space left")
+
+
 class SavesAtEnd(pl.Callback):
     """Writes the model at the end of the epoch."""
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface.loading_runs import saves
+from huggingface.loading_runs import saves, saves_what_was_read
 from huggingface.sharding_runs import MORE_MODELS, Run, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lightning_fastmoe.checkpoint.tools import copying
 from lightning_fastmoe.cli.entry import main
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface import save_pretrained
@@ -91,15 +92,58 @@ def test_the_command_writes_the_same_and_other_dtypes(tmp_path: Path, rank_pool,
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "stage"), [("deepseek_v3", 1), ("minimax_m2", 2), ("lfm2_moe", 3)]
+)
+def test_biases_of_routers_that_are_no_parameters(name, stage, tmp_path, rank_pool) -> None:
+    """Start at zero, so that only other values show whether they are kept."""
+    run = Run(name, stage=stage, steps=1)
+    model = make_model(run)
+    biases = [key for key, _ in model.named_buffers() if key in model.state_dict()]
+    assert biases
+    for key in biases:
+        model.get_buffer(key).normal_(std=0.1)
+    model.save_pretrained(tmp_path / "start")
+    ends = rank_pool.run(saves_what_was_read, 2, run, tmp_path / "start", tmp_path)
+    command = ["checkpoint", "export", str(tmp_path / "tuned.ckpt"), str(tmp_path / "again")]
+    assert main([*command, "--config", str(tmp_path / "start")]) == 0
+    for folder in ("model", "again"):
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        for key in biases:
+            assert torch.equal(written.get_buffer(key), model.get_buffer(key)), key
+            assert all(torch.equal(kept[key], model.get_buffer(key)) for _, kept, _ in ends), key
+    assert all(said.endswith("OSError: no space left") for _, _, said in ends), ends
+
+
+def test_converted_experts_in_parts_and_another_dtype(tmp_path, rank_pool, monkeypatch) -> None:
+    """Stacks that are read in many parts, and rounded before transformers takes them apart."""
+    weights = rank_pool.run(saves, 2, Run("qwen3_moe", steps=1), tmp_path)[0]
+    monkeypatch.setattr(copying, "BUFFER_BYTES", 40)
+    command = ["checkpoint", "export", str(tmp_path / "tuned.ckpt")]
+    for dtype in (torch.float32, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        options = [
+            "--config",
+            str(tmp_path / "model"),
+            "--dtype",
+            str(dtype).removeprefix("torch."),
+        ]
+        assert main([*command, str(out), *options]) == 0
+        assert {tensor.dtype for tensor in files_of(out).values()} == {dtype}
+        for name, value in AutoModelForCausalLM.from_pretrained(out).named_parameters():
+            assert torch.equal(value, weights[name].to(dtype)), name
+
+
 def test_another_config_is_refused(tmp_path: Path, rank_pool, capsys) -> None:
     rank_pool.run(saves, 2, Run("qwen3_moe", steps=1), tmp_path)
     file = tmp_path / "model" / "config.json"
     for change, reason in (
         ({"moe_intermediate_size": 6}, r"not hold the model .*experts.*has shape"),
         ({"num_hidden_layers": 3}, r"no models with all .* weights"),
+        ({"num_hidden_layers": 1}, r"layers\.1\..* is not in that model"),
     ):
         config = json.loads(file.read_text())
-        other = tmp_path / f"{reason[:3]}.json"
+        other = tmp_path / "other.json"
         other.write_text(json.dumps({**config, **change, "layer_types": None}))
         command = ["checkpoint", "export", str(tmp_path / "tuned.ckpt"), str(tmp_path / "out")]
         assert main([*command, "--config", str(other)]) != 0
