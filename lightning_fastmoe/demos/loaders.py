@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 T = TypeVar("T")
+
+
+def training_loader(
+    datamodule: LightningDataModule,
+    dataset: Dataset[T],
+    batch_size: int,
+    *,
+    seed: int,
+    num_workers: int,
+) -> ResumableLoader[T]:
+    """This rank's share of ``dataset``, shuffled and resumable.
+
+    Args:
+        datamodule: the data's module; without a Trainer it is all for one process.
+        dataset: the training data, of known length.
+        batch_size: samples per batch and rank.
+        seed: the seed of the order; identical on all ranks.
+        num_workers: processes that load data.
+    """
+    trainer = datamodule.trainer
+    return ResumableLoader(
+        dataset,
+        batch_size,
+        num_replicas=world_size(datamodule),
+        rank=0 if trainer is None else trainer.global_rank,
+        seed=seed,
+        num_workers=num_workers,
+    )
+
+
+def world_size(datamodule: LightningDataModule) -> int:
+    """The number of processes that share the data of a module."""
+    return 1 if datamodule.trainer is None else datamodule.trainer.world_size
 
 
 class ResumableLoader(DataLoader[T]):
@@ -86,3 +121,9 @@ def evaluation_loader(dataset: Dataset[T], batch_size: int, num_workers: int) ->
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )
+
+
+def no_loader() -> list[Any]:
+    """What a data module without validation data returns, of which Lightning would warn."""
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    return []

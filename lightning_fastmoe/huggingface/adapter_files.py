@@ -1,14 +1,17 @@
-"""Adapters of experts in PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapters in PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT (0.21) wraps a module once for each of its parameters that have adapters; those of the first
-one are under ``base_layer``. A is stored as (E * r, inputs), expert by expert; B as (outputs,
-r * E), in which the expert changes fastest.
+Adapters of linear layers, which PEFT has made, are stored as they are. A module of experts is
+wrapped (PEFT 0.21) once for each of its parameters that have adapters; those of the first one are
+under ``base_layer``. A is stored as (E * r, inputs), expert by expert; B as (outputs, r * E), in
+which the expert changes fastest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,36 @@ from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, projections
 from lightning_fastmoe.huggingface.lora import add_lora
-from lightning_fastmoe.huggingface.saving import lora_scale, on_rank_zero, save, the_model
+from lightning_fastmoe.huggingface.model_directory import new_directory, write_json
+from lightning_fastmoe.huggingface.peft_modules import (
+    LinearAdapter,
+    file_keys,
+    linear_adapters,
+    matches,
+    target_modules,
+    without_wrapper,
+)
+from lightning_fastmoe.huggingface.saving import (
+    agree_on_new,
+    lora_scale,
+    on_rank_zero,
+    save,
+    the_model,
+)
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OTHERWISE = (
     *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"),
-    *("rank_pattern", "alpha_pattern", "layer_replication"),
+    *("layer_replication", "lora_dropout"),  # PEFT has no dropout of experts' adapters either
 )
 """Options that must be unset."""
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> None:
-    """Writes the experts' adapters as PEFT does; every rank calls this.
+    """Writes the adapters of experts and of linear layers as PEFT does; every rank calls this.
 
     Args:
         trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
@@ -43,32 +62,34 @@ def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> 
         base_model: name or path of the model that they belong to, for ``adapter_config.json``.
 
     Raises:
-        ConfigError: on all ranks, if there are no adapters, other parameters were trained too, or
-            ``path`` exists.
+        ConfigError: on all ranks, if the experts have no adapters, parameters that are no adapters
+            were trained too, linear layers have other adapters of PEFT than plain ones, or ``path``
+            exists.
     """
-    strategy = trainer.strategy
     prefix, model = the_model(trainer)
     scale = lora_scale(model)
     if scale is None:
         raise ConfigError("save_adapters: the model's experts have no adapters; see add_lora.")
+    linear = linear_adapters(model)
+    theirs = file_keys(linear)
     others = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.endswith((LORA_A, LORA_B))
+        if parameter.requires_grad and name not in theirs and not name.endswith((LORA_A, LORA_B))
     ]
     if others:
         raise ConfigError(
             f"save_adapters would not save {len(others)} other trained parameters ({others[0]},"
             " ...). Use save_pretrained, which saves the whole model."
         )
-    path = Path(strategy.broadcast(str(path)))
+    path = agree_on_new(trainer, "save_adapters", path)
     files = path.with_name(f".{path.name}.fastmoe-saved")
     save(trainer, files, exclude_frozen=True)
 
     def write() -> None:
         try:
             with CheckpointReader(files) as reader:
-                _write(reader, model, prefix, scale, path, base_model)
+                _write(reader, model, prefix, scale, linear, path, base_model)
         finally:
             shutil.rmtree(files, ignore_errors=True)
 
@@ -80,13 +101,12 @@ def _write(
     model: Any,
     prefix: str,
     scale: float,
+    linear: Mapping[str, LinearAdapter],
     path: Path,
     base_model: str | None,
 ) -> None:
     from safetensors.torch import save_file
 
-    if path.exists():
-        raise ConfigError(f"{path} exists already. Choose another name for the adapters.")
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
     rank = 0
@@ -102,25 +122,28 @@ def _write(
             target = f"experts.{name}"
             if target not in targets:
                 targets.append(target)
+    for name, key in file_keys(linear).items():
+        tensors[f"{_PREFIX}{key}"] = _read(reader, f"{prefix}{name}")
+    modules = target_modules(model, linear)
+    alpha = scale * rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": scale * rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": [],
+        "target_modules": [*modules],
         "target_parameters": targets,
+        "rank_pattern": {n: one.rank for n, one in modules.items() if one.rank != rank},
+        "alpha_pattern": {n: one.alpha for n, one in modules.items() if one.alpha != alpha},
         "inference_mode": True,
     }
-    temporary = path.with_name(f".{path.name}.fastmoe-writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
-    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    with new_directory(path) as folder:
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        write_json(folder / CONFIG, config)
 
 
 def _read(reader: CheckpointReader, name: str) -> Tensor:
@@ -134,7 +157,8 @@ def _read(reader: CheckpointReader, name: str) -> Tensor:
 def load_adapters(model: nn.Module, path: Any) -> None:
     """Gives a model's experts the adapters of PEFT's files, and freezes the rest.
 
-    A rank that holds some of the experts reads all adapters and keeps those of its own.
+    A rank that holds some of the experts reads all adapters and keeps those of its own. Adapters of
+    linear layers must exist: apply PEFT's ``get_peft_model`` with the same target modules before.
 
     Args:
         model: has experts of transformers, with ``experts_implementation="fastmoe"``.
@@ -142,8 +166,8 @@ def load_adapters(model: nn.Module, path: Any) -> None:
 
     Raises:
         ConfigError: before the model is changed, if the files have other adapters than those of all
-            stacked experts, or of other shapes, or are computed otherwise; and as
-            :func:`~lightning_fastmoe.huggingface.add_lora`.
+            stacked experts and of the linear layers that have one, or of other shapes, or are
+            computed otherwise; and as :func:`~lightning_fastmoe.huggingface.add_lora`.
     """
     from safetensors import safe_open
 
@@ -154,11 +178,14 @@ def load_adapters(model: nn.Module, path: Any) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} has no adapters of PEFT: {error}") from error
     _check_config(path, config)
+    model = without_wrapper(model)
+    linear = linear_adapters(model)
     rank, alpha = config["r"], config["lora_alpha"]
     with opened as file:
         names = file.keys()
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in names}
-        fits = _check_shapes(path, shapes, model, rank)
+        theirs = _check_linear(path, shapes, model, config, linear)
+        fits = _check_shapes(path, shapes, model, config, {*theirs})
         add_lora(model, rank, float(alpha))
         for key, (adapted, name) in fits.items():
             stored, number = file.get_tensor(key), adapted.num_experts
@@ -168,6 +195,8 @@ def load_adapters(model: nn.Module, path: Any) -> None:
                 else stored.view(stored.shape[0], rank, number).permute(2, 0, 1)
             )
             adapted.module.get_parameter(name).copy_(whole[list(adapted.experts.local_ids)])
+        for key, name in theirs.items():
+            model.get_parameter(name).copy_(file.get_tensor(key))
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
@@ -182,14 +211,56 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             raise ConfigError(f"{path}: {CONFIG} has no {option}.")
 
 
+def _check_linear(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+    config: Mapping[str, Any],
+    linear: Mapping[str, LinearAdapter],
+) -> dict[str, str]:
+    """The file's name of each parameter of linear layers' adapters -> its name in the model."""
+    found = {}
+    for module, adapter in linear.items():
+        rank, alpha = (
+            patterns.get(matches(module, patterns), config[option])
+            for option, patterns in zip(
+                ("r", "lora_alpha"), (config.get(name) or {} for name in _PATTERNS), strict=True
+            )
+        )
+        if rank != adapter.rank or not math.isclose(alpha, adapter.alpha):
+            raise ConfigError(
+                f"{path} has r={rank} and lora_alpha={alpha} for {module}, and the model"
+                f" r={adapter.rank} and lora_alpha={adapter.alpha}."
+            )
+        for name, key in file_keys({module: adapter}).items():
+            weight = model.get_parameter(name)
+            size = tuple(getattr(weight, "ds_shape", weight.shape))
+            if shapes.get(f"{_PREFIX}{key}") != size:
+                raise ConfigError(
+                    f"{path} has {shapes.get(_PREFIX + key, 'nothing')} for {_PREFIX}{key}, and the"
+                    f" model's has shape {size}."
+                )
+            found[f"{_PREFIX}{key}"] = name
+    return found
+
+
 def _check_shapes(
-    path: Path, shapes: dict[str, tuple[int, ...]], model: nn.Module, rank: int
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+    config: Mapping[str, Any],
+    others: Set[str],
 ) -> dict[str, tuple[TransformersLayer, str]]:
-    """The layer and the parameter of each of the file's tensors, of which none may be left."""
+    """The layer and the parameter of each of the file's tensors but ``others``."""
+    rank = config["r"]
     fits: dict[str, tuple[TransformersLayer, str]] = {}
     for layer, adapted in kind.layers(model):
         experts: Any = adapted.module
         for index, name in enumerate(projections(experts)):
+            for option in _PATTERNS:
+                for module in (f"{layer}.experts", f"{layer}.experts.{name}"):
+                    if (pattern := matches(module, config.get(option) or {})) is not None:
+                        raise ConfigError(f"{path}: {option} of {pattern!r} is not supported.")
             weight = experts.get_parameter(name)
             shape = tuple(getattr(weight, "ds_shape", weight.shape))
             inputs, outputs = shape[1:] if experts.is_transposed else shape[:0:-1]
@@ -207,9 +278,9 @@ def _check_shapes(
                         f" {adapted.num_experts} experts of {layer}."
                     )
                 fits[key] = adapted, f"{name}{part}"
-    if left := shapes.keys() - fits.keys():
+    if left := shapes.keys() - fits.keys() - others:
         raise ConfigError(
-            f"{path} has {len(left)} adapters of other layers than stacked experts ({min(left)},"
-            " ...): load these with PEFT."
+            f"{path} has {len(left)} adapters of layers that have none in the model ({min(left)},"
+            " ...): apply PEFT's get_peft_model with these target_modules before."
         )
     return fits

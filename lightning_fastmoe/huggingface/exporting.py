@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +9,8 @@ from typing import Any
 import torch
 
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
-from lightning_fastmoe.checkpoint.format.files import fsync_directory, write_small
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
+from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
 from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
 from lightning_fastmoe.errors import ConfigError
@@ -28,23 +24,15 @@ from lightning_fastmoe.huggingface.architecture import (
     weight_shapes,
 )
 from lightning_fastmoe.huggingface.families import FAMILIES
+from lightning_fastmoe.huggingface.model_directory import (
+    main_dtype,
+    refuse_existing,
+    write_json,
+    write_model_directory,
+)
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ANCHOR = "model.embed_tokens.weight"
 """A weight of every model; what precedes its name is the prefix of all names."""
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files next to a model's weights that fine-tuning doesn't change."""
 
 _NAMES_SHOWN = 3
 
@@ -92,34 +80,17 @@ def export(
     about = Architecture.from_config(content)
     prefix = find_prefix(reader) if prefix is None else prefix
     check_weights(reader, about, prefix)
-    if os.path.lexists(path):
-        raise ConfigError(f"{path} exists already. Choose another name for the model.")
+    refuse_existing(path)
     tensors = [_stream(reader, tensor, prefix, dtype) for tensor in file_tensors(about)]
-    total = sum(tensor.size for tensor in tensors)
-    if on_total is not None:
-        on_total(total)
-    shards = split(tensors, max_shard_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.fastmoe-writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        for name, shard in shards.items():
-            write_safetensors(temporary / name, shard, on_bytes)
-        write_index(temporary, shards, total)
-        _write_json(temporary / CONFIG, _finished(content, tensors))
-        if config is not None and config.is_dir():
-            for name in COMPANIONS:
-                if (config / name).is_file():
-                    shutil.copyfile(config / name, temporary / name)
-        written = sorted(os.listdir(temporary))
-        fsync_directory(temporary)
-        temporary.rename(path)
-        fsync_directory(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return {"files": written, "tensors": len(tensors), "bytes": total}
+    return write_model_directory(
+        path,
+        tensors,
+        lambda folder: write_json(folder / CONFIG, _finished(content, tensors)),
+        companions=config,
+        max_shard_bytes=max_shard_bytes,
+        on_total=on_total,
+        on_bytes=on_bytes,
+    )
 
 
 def find_prefix(reader: CheckpointReader) -> str:
@@ -165,30 +136,6 @@ def check_weights(reader: CheckpointReader, about: Architecture, prefix: str) ->
         )
 
 
-def split(tensors: list[StreamedTensor], limit: int) -> dict[str, list[StreamedTensor]]:
-    """File name -> its tensors, filled in order up to the limit."""
-    shards: list[list[StreamedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.size > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.size
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    count = len(shards)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
-
-
-def write_index(folder: Path, shards: Mapping[str, list[StreamedTensor]], total: int) -> None:
-    """Writes which file has which tensor, unless there is one file."""
-    if len(shards) > 1:
-        weight_map = {t.key: name for name, shard in shards.items() for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
-
-
 def _stream(
     reader: CheckpointReader, tensor: FileTensor, prefix: str, dtype: torch.dtype | None
 ) -> StreamedTensor:
@@ -220,10 +167,7 @@ def kept_config(reader: CheckpointReader) -> dict[str, Any]:
 
 def _finished(config: Mapping[str, Any], tensors: list[StreamedTensor]) -> dict[str, Any]:
     """The config.json to write: the given one, with the model's class and dtype."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
-    dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
+    dtype = str(main_dtype(tensors)).removeprefix("torch.")
     family = FAMILIES[config["model_type"]]
     # transformers 5 renamed fields of transformers 4, which other programs still read. Unknown
     # fields are ignored, so the file has both names.
@@ -232,7 +176,3 @@ def _finished(config: Mapping[str, Any], tensors: list[StreamedTensor]) -> dict[
     if theta is not None:
         both["rope_theta"] = theta
     return {**modernised(config), "architectures": [family.architecture], **both}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_small(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -7,8 +7,6 @@ is in memory.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +17,20 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
-from lightning_fastmoe.checkpoint.format.files import fsync_directory
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
-from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
+from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
 from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, stored_tensor, target_dtype
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B
-from lightning_fastmoe.huggingface.exporting import COMPANIONS, split, write_index
 from lightning_fastmoe.huggingface.lora import merged_weight
+from lightning_fastmoe.huggingface.model_directory import (
+    main_dtype,
+    refuse_existing,
+    write_model_directory,
+)
+from lightning_fastmoe.huggingface.peft_modules import stored_names
 
 _SHOWN = 3
 
@@ -40,6 +42,7 @@ def export_in_place(
     *,
     prefix: str | None = None,
     lora_scale: float | None = None,
+    linear_scales: Mapping[str, float] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     on_total: Callable[[int], None] | None = None,
@@ -53,8 +56,9 @@ def export_in_place(
         config: the model's directory, from which the tokenizer is copied too, or its
             ``config.json``.
         prefix: prefix of the names of its weights in the checkpoint; None detects it.
-        lora_scale: ``alpha / rank`` of the experts' adapters, which are merged; None if there are
-            none.
+        lora_scale: ``alpha / rank`` of the adapters, which are merged; None if there are none.
+        linear_scales: the same of linear layers' adapters, by the layer's name; a layer that is
+            not in it has ``lora_scale``.
         dtype: dtype to convert weights to; None keeps theirs.
         max_shard_bytes: maximum size of a file, unless it holds a single tensor.
         on_total: called once with the number of bytes that will be written.
@@ -67,39 +71,23 @@ def export_in_place(
         ConfigError: if the directory exists, or the weights don't match the model.
         OSError: if it can't be written.
     """
-    if os.path.lexists(path):
-        raise ConfigError(f"{path} exists already. Choose another name for the model.")
+    refuse_existing(path)
     model = _skeleton(config)
     shapes = _written_shapes(model)
-    prefix = _find_prefix(reader, shapes) if prefix is None else prefix
-    adapted = _check(reader, model, shapes, prefix, lora_scale)
-    source = _Source(reader, model, prefix, adapted, lora_scale)
+    stored = _Stored.of(reader)
+    prefix = _find_prefix(stored, reader, shapes) if prefix is None else prefix
+    source = _Source(reader, model, prefix, stored, lora_scale, linear_scales or {})
+    source.check(shapes)
     tensors = list(_streams(source, shapes, dtype))
-    total = sum(tensor.size for tensor in tensors)
-    if on_total is not None:
-        on_total(total)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.fastmoe-writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        shards = split(tensors, max_shard_bytes)
-        for name, shard in shards.items():
-            write_safetensors(temporary / name, shard, on_bytes)
-        write_index(temporary, shards, total)
-        _write_config(model, tensors, temporary)
-        if config.is_dir():
-            for name in COMPANIONS:
-                if (config / name).is_file():
-                    shutil.copyfile(config / name, temporary / name)
-        written = sorted(os.listdir(temporary))
-        fsync_directory(temporary)
-        temporary.rename(path)
-        fsync_directory(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return {"files": written, "tensors": len(tensors), "bytes": total}
+    return write_model_directory(
+        path,
+        tensors,
+        lambda folder: _write_config(model, tensors, folder),
+        companions=config,
+        max_shard_bytes=max_shard_bytes,
+        on_total=on_total,
+        on_bytes=on_bytes,
+    )
 
 
 def _skeleton(config: Path) -> Any:
@@ -131,20 +119,42 @@ def _written_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in state.items() if n not in tied and n not in ignored}
 
 
-def _stored(reader: CheckpointReader) -> dict[str, tuple[int, ...]]:
-    start = weight_name("")
-    found = reader.manifest.tensors.items()
-    return {n.removeprefix(start): tuple(r.shape) for n, r in found if n.startswith(start)}
+@dataclass(frozen=True)
+class _Stored:
+    """The weights of a checkpoint, as if PEFT had not renamed any.
+
+    Args:
+        names: name of a weight -> its name in the checkpoint.
+        shapes: name of a weight -> its shape.
+        adapters: name of a weight -> the names of A and B in the checkpoint.
+    """
+
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    adapters: Mapping[str, tuple[str, str]]
+
+    @classmethod
+    def of(cls, reader: CheckpointReader) -> _Stored:
+        start = weight_name("")
+        found = {
+            name.removeprefix(start): tuple(record.shape)
+            for name, record in reader.manifest.tensors.items()
+            if name.startswith(start)
+        }
+        experts = {name for name in found if name.endswith((LORA_A, LORA_B))}
+        names, adapters = stored_names(found.keys() - experts)
+        for name in sorted(one.removesuffix(LORA_A) for one in experts if one.endswith(LORA_A)):
+            adapters[name] = f"{name}{LORA_A}", f"{name}{LORA_B}"
+        return cls(names, {name: found[there] for name, there in names.items()}, adapters)
 
 
-def _find_prefix(reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
+def _find_prefix(stored: _Stored, reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
     """The only prefix with which all of the names are there."""
-    stored = _stored(reader)
     first = next(iter(shapes))
     fitting = [
         prefix
-        for prefix in (n.removesuffix(first) for n in stored if n.endswith(first))
-        if (not prefix or prefix.endswith(".")) and all(prefix + n in stored for n in shapes)
+        for prefix in (n.removesuffix(first) for n in stored.names if n.endswith(first))
+        if (not prefix or prefix.endswith(".")) and all(prefix + n in stored.names for n in shapes)
     ]
     if len(fitting) == 1:
         return fitting[0]
@@ -154,73 +164,105 @@ def _find_prefix(reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
     )
 
 
-def _check(
-    reader: CheckpointReader,
-    model: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    prefix: str,
-    lora_scale: float | None,
-) -> set[str]:
-    """Refuses a checkpoint of another model; returns the weights that have adapters."""
-    stored = {n.removeprefix(prefix): s for n, s in _stored(reader).items() if n.startswith(prefix)}
-    differ = [
-        f"{prefix}{name} has shape {list(stored[name])}, not {list(shape)}"
-        if name in stored
-        else f"{prefix}{name} is missing"
-        for name, shape in shapes.items()
-        if stored.get(name) != shape
-    ]
-    adapters = {n for n in stored if n.endswith((LORA_A, LORA_B))}
-    known = {*shapes, *adapters, *model.state_dict()}
-    differ += [f"{prefix}{name} is not in that model" for name in stored if name not in known]
-    if differ:
-        more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
-        raise ConfigError(
-            f"{reader.path} does not hold the model of the config.json:"
-            f" {'; '.join(differ[:_SHOWN])}{more}. Check --config and --prefix."
-        )
-    if adapters and lora_scale is None:
-        raise ConfigError(
-            f"{reader.path} has adapters ({min(adapters)}, ...): pass --lora-scale, their alpha /"
-            " rank, to merge them into the weights."
-        )
-    return {name.removesuffix(LORA_A) for name in adapters if name.endswith(LORA_A)}
-
-
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint, the model that it holds, and which of its weights have adapters."""
+    """A checkpoint, the model that it holds, and how the adapters of its weights count."""
 
     reader: CheckpointReader
     model: Any
     prefix: str
-    adapted: set[str]
+    stored: _Stored
     scale: float | None
+    linear_scales: Mapping[str, float]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses a checkpoint of another model, and adapters of which nothing is known."""
+        own = {
+            n.removeprefix(self.prefix): s
+            for n, s in self.stored.shapes.items()
+            if n.startswith(self.prefix)
+        }
+        differ = [
+            f"{self.prefix}{name} has shape {list(own[name])}, not {list(shape)}"
+            if name in own
+            else f"{self.prefix}{name} is missing"
+            for name, shape in shapes.items()
+            if own.get(name) != shape
+        ]
+        known = {*shapes, *self.model.state_dict()}
+        adapted = [n for n in self.stored.adapters if n.startswith(self.prefix)]
+        differ += [
+            f"{self.prefix}{name} is not in that model"
+            for name in (*own, *(n.removeprefix(self.prefix) for n in adapted))
+            if name not in known
+        ]
+        if differ:
+            more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+            raise ConfigError(
+                f"{self.reader.path} does not hold the model of the config.json:"
+                f" {'; '.join(differ[:_SHOWN])}{more}. Check --config and --prefix."
+            )
+        for name in adapted:
+            if self.scale_of(name.removeprefix(self.prefix)) is None:
+                raise ConfigError(
+                    f"{self.reader.path} has adapters ({self.stored.adapters[name][0]}, ...): pass"
+                    " --lora-scale, their alpha / rank, to merge them into the weights."
+                )
+        guessed = [n for n in adapted if self.is_without_own_scale(n.removeprefix(self.prefix))]
+        ranks = {self.rank_of(n): n for n in guessed}
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"{self.reader.path} has adapters of different ranks ({ranks}), whose alpha / rank"
+                " --lora-scale can't all be. Use lightning_fastmoe.huggingface.save_pretrained("
+                "trainer, path), which knows each."
+            )
+
+    def scale_of(self, name: str) -> float | None:
+        """``alpha / rank`` of a weight's adapter; None if it is not known."""
+        return self.linear_scales.get(name.removesuffix(".weight"), self.scale)
+
+    def is_without_own_scale(self, name: str) -> bool:
+        """Whether the common scale is taken for a weight's adapter."""
+        return name.removesuffix(".weight") not in self.linear_scales
+
+    def rank_of(self, stored: str) -> int:
+        """The rank of the adapter of one of the checkpoint's weights."""
+        a, _ = self.stored.adapters[stored]
+        return self.reader.record(weight_name(a)).shape[-2]
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether a weight of the model has an adapter."""
+        return self.prefix + name in self.stored.adapters
+
+    def stored_name(self, name: str) -> str:
+        """The name of the checkpoint's tensor that is a weight of the model."""
+        return weight_name(self.stored.names[self.prefix + name])
 
     def record(self, name: str) -> TensorRecord:
         """Of a weight of the model."""
-        return self.reader.record(weight_name(self.prefix + name))
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A whole tensor."""
-        record = self.record(name)
-        flat = torch.empty(record.numel, dtype=dtype or DTYPES[record.dtype])
-        at = 0
-        for part in read_parts(self.reader, weight_name(self.prefix + name), dtype=flat.dtype):
-            flat[at : at + part.numel()] = part
-            at += part.numel()
-        return flat.view(record.shape)
+        return self.reader.record(self.stored_name(name))
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight of the model, with its adapter merged into it."""
-        if name not in self.adapted:
-            return self.read(name, dtype)
-        assert self.scale is not None
-        a, b = (self.read(f"{name}{part}") for part in (LORA_A, LORA_B))
-        experts = self.model.get_submodule(name.rpartition(".")[0])
-        weight = self.read(name)
-        merged = merged_weight(weight, a, b, self.scale, transposed=experts.is_transposed)
-        return merged.to(dtype)
+        if not self.is_adapted(name):
+            return self._read(self.stored_name(name), dtype)
+        scale = self.scale_of(name)
+        assert scale is not None
+        a, b = (self._read(weight_name(n)) for n in self.stored.adapters[self.prefix + name])
+        holder = self.model.get_submodule(name.rpartition(".")[0])
+        weight = self._read(self.stored_name(name))
+        transposed = getattr(holder, "is_transposed", False)
+        return merged_weight(weight, a, b, scale, transposed=transposed).to(dtype)
+
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor of the checkpoint."""
+        record = self.reader.record(name)
+        flat = torch.empty(record.numel, dtype=dtype or DTYPES[record.dtype])
+        at = 0
+        for part in read_parts(self.reader, name, dtype=flat.dtype):
+            flat[at : at + part.numel()] = part
+            at += part.numel()
+        return flat.view(record.shape)
 
 
 def _streams(
@@ -238,10 +280,9 @@ def _streams(
             for name, record in records.items()
         }
         becomes = revert_weight_conversion(source.model, like)
-        if not is_converted and not source.adapted & {*names}:
+        if not is_converted and not any(source.is_adapted(name) for name in names):
             ((name, record),), (key,) = records.items(), becomes
-            stored = weight_name(source.prefix + name)
-            yield stored_tensor(source.reader, stored, record, key, dtype)
+            yield stored_tensor(source.reader, source.stored_name(name), record, key, dtype)
             continue
         group = _Converted(partial(_convert, source, like), len(becomes))
         for key, tensor in becomes.items():
@@ -299,11 +340,8 @@ def _groups(model: Any, names: Iterable[str]) -> list[tuple[list[str], bool]]:
 
 
 def _write_config(model: Any, tensors: Sequence[StreamedTensor], folder: Path) -> None:
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     config = model.config
-    config.dtype = max(sizes, key=lambda d: sizes[d])
+    config.dtype = main_dtype(tensors)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.can_generate():

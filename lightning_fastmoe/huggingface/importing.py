@@ -27,7 +27,7 @@ from lightning_fastmoe.huggingface.architecture import (
     read_config,
     weight_shapes,
 )
-from lightning_fastmoe.huggingface.exporting import INDEX, SINGLE
+from lightning_fastmoe.huggingface.model_directory import INDEX, SINGLE
 
 _IGNORED = ".rotary_emb.inv_freq"
 """Suffix of a constant that old versions of transformers stored."""

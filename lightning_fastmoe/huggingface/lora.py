@@ -7,6 +7,7 @@ a row for each expert, so they are sharded, saved by global id and resharded wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -52,9 +53,11 @@ def add_lora(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"rank={rank!r} must be a positive integer.")
-    scale = (2 * rank if alpha is None else alpha) / rank
-    if not 0 < scale < float("inf"):
-        raise ConfigError(f"alpha={alpha!r} must be positive.")
+    alpha = 2 * rank if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ConfigError(f"alpha={alpha!r} must be a positive number.")
+    if isinstance(also_train, str):
+        raise ConfigError(f"also_train={also_train!r} must be a list of names.")
     layers = list(kind.layers(model))
     if not layers:
         raise ConfigError(
@@ -67,7 +70,7 @@ def add_lora(
     return [
         f"{path}.experts.{name}"
         for path, layer in layers
-        for name in _add_to(layer, rank, float(scale))
+        for name in _add_to(layer, rank, alpha / rank)
     ]
 
 
@@ -81,9 +84,13 @@ def _check(path: str, layer: TransformersLayer) -> None:
             f"add_lora: {path}.experts uses experts_implementation={chosen!r}, which would ignore"
             f' adapters. Call model.set_experts_implementation("{NAME}") first.'
         )
-
     for name in projections(experts):
         weight = experts.get_parameter(name)
+        if weight.is_meta:
+            raise ConfigError(
+                f"add_lora: {path}.experts.{name} has no memory yet, so its adapter would never be"
+                " initialised. Load the weights first."
+            )
         if weight.dtype not in FLOATING:
             raise ConfigError(
                 f"add_lora: {path}.experts.{name} is quantised ({weight.dtype}), and adapters are"
@@ -136,16 +143,14 @@ def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
         inputs, outputs = weight.shape[1:] if experts.is_transposed else weight.shape[:0:-1]
         held = weight.shape[0]
         a = weight.new_empty(held, rank, inputs)
-        if not a.is_meta:
-            ids = layer.experts.local_ids
-            init_experts_(
-                a,
-                name=f"{name}{LORA_A}",
-                layer_seed=seed,
-                expert_ids=ids,
-                fan_in=inputs,
-                std=None,
-            )
+        init_experts_(
+            a,
+            name=f"{name}{LORA_A}",
+            layer_seed=seed,
+            expert_ids=layer.experts.local_ids,
+            fan_in=inputs,
+            std=None,
+        )
         for part, value in ((LORA_A, a), (LORA_B, weight.new_zeros(held, outputs, rank))):
             experts.register_parameter(f"{name}{part}", nn.Parameter(value))
             names.append(f"{name}{part}")
@@ -203,7 +208,8 @@ def merged_weight(
     """``weight`` with ``scale * b @ a`` of each expert added, computed in fp32 at least.
 
     Args:
-        weight: (E, outputs, inputs), or (E, inputs, outputs) if ``transposed``.
+        weight: (E, outputs, inputs), or (E, inputs, outputs) if ``transposed``; as a and b, of a
+            linear layer without E.
         a: (E, r, inputs).
         b: (E, outputs, r).
         scale: multiplies the product.
@@ -214,4 +220,4 @@ def merged_weight(
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     added = scale * (b.to(dtype) @ a.to(dtype))
-    return (weight.to(dtype) + (added.transpose(1, 2) if transposed else added)).to(weight.dtype)
+    return (weight.to(dtype) + (added.mT if transposed else added)).to(weight.dtype)

@@ -14,6 +14,7 @@ from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.errors import ConfigError, FastMoEError
 from lightning_fastmoe.huggingface.experts_class import SCALE
 from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
+from lightning_fastmoe.huggingface.peft_modules import linear_adapters
 
 
 def save_pretrained(
@@ -27,7 +28,8 @@ def save_pretrained(
 
     The ranks write a checkpoint next to ``path``, which rank 0 then converts one stack of experts
     at a time, and deletes. So no rank holds the model, and both need space on the disk, which all
-    ranks must share. Adapters of experts are merged into the weights. Save the tokenizer yourself.
+    ranks must share. Adapters of experts, and PEFT's of linear layers, are merged into the weights.
+    Save the tokenizer yourself.
 
     Args:
         trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
@@ -40,11 +42,8 @@ def save_pretrained(
         ConfigError: on all ranks, if the Trainer has another strategy, its module has no model of
             transformers or more than one, or ``path`` exists.
     """
-    strategy = trainer.strategy
     prefix, model = the_model(trainer)
-    path, exists = strategy.broadcast((Path(path), os.path.lexists(path)))
-    if exists:  # said before the checkpoint is written, and by all ranks
-        raise ConfigError(f"save_pretrained: {path} exists already. Choose another name.")
+    path = agree_on_new(trainer, "save_pretrained", path)
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
     save(trainer, files, exclude_frozen=False)
 
@@ -60,6 +59,7 @@ def save_pretrained(
                     config,
                     prefix=prefix,
                     lora_scale=lora_scale(model),
+                    linear_scales={n: a.scale for n, a in linear_adapters(model).items()},
                     dtype=dtype,
                     max_shard_bytes=max_shard_bytes,
                 )
@@ -68,6 +68,20 @@ def save_pretrained(
                 shutil.rmtree(folder, ignore_errors=True)
 
     on_rank_zero(trainer, "save_pretrained", write)
+
+
+def agree_on_new(trainer: Any, what: str, path: Any) -> Path:
+    """Rank 0's path, before anything is written.
+
+    Raises:
+        ConfigError: on all ranks, if there is something at it.
+    """
+    own = Path(path)
+    agreed: Path
+    agreed, exists = trainer.strategy.broadcast((own, os.path.lexists(own)))
+    if exists:
+        raise ConfigError(f"{what}: {agreed} exists already. Choose another name.")
+    return agreed
 
 
 def on_rank_zero(trainer: Any, what: str, function: Callable[[], None]) -> None:

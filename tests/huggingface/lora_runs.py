@@ -14,6 +14,7 @@ from huggingface.sharding_runs import (
     make_batches,
     make_model,
 )
+from peft import LoraConfig, get_peft_model
 from strategy.tracing import make_trainer
 from torch import Tensor, nn
 
@@ -31,6 +32,26 @@ def adapted(run: Run) -> Any:
     torch.manual_seed(12)
     for name, parameter in model.named_parameters():
         if name.endswith("_lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def adapted_by_peft_too(run: Run) -> Any:
+    """The model with adapters on linear layers, of other ranks and scales, and on experts."""
+    model = make_model(run)
+    torch.manual_seed(11)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=["q_proj", "layers.1.self_attn.v_proj"],
+        rank_pattern={"q_proj": RANK},
+        alpha_pattern={"q_proj": ALPHA},
+    )
+    model = get_peft_model(model, config)
+    add_lora(model, RANK, ALPHA)
+    torch.manual_seed(12)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_lora_b", "lora_B.default.weight")):
             nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -96,4 +117,23 @@ def saves_adapters(run: Run, folder: Path) -> dict[str, Tensor]:
     save_adapters(trainer, folder, base_model="some/model")
     with pytest.raises(ConfigError, match="exists already"):
         save_adapters(trainer, folder)
+    return weights.weights[0]
+
+
+class AdaptedByPeftToo(Adapted):
+    """Fine-tunes adapters of experts and of linear layers."""
+
+    def __init__(self, run: Run) -> None:
+        EpochPerStep.__init__(self, run)
+        self.net = adapted_by_peft_too(self.run)
+
+
+def saves_adapters_of_both(run: Run, folder: Path) -> dict[str, Tensor]:
+    """Trains, writes the adapters and the merged model, and returns the weights."""
+    module, weights = AdaptedByPeftToo(run), WeightsByEpoch()
+    trainer = make_trainer(run, callbacks=[weights], max_steps=-1, max_epochs=1)
+    trainer.fit(module)
+    save_adapters(trainer, folder / "adapters")
+    save_pretrained(trainer, folder / "merged")
+    trainer.save_checkpoint(folder / "last.ckpt")
     return weights.weights[0]

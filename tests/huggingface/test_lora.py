@@ -11,8 +11,18 @@ from typing import Any
 import pytest
 import torch
 from huggingface.experts_classes import experts_classes, make_experts, make_inputs
-from huggingface.lora_runs import ALPHA, RANK, adapted, fits, reference, saves_adapters
+from huggingface.lora_runs import (
+    ALPHA,
+    RANK,
+    adapted,
+    adapted_by_peft_too,
+    fits,
+    reference,
+    saves_adapters,
+    saves_adapters_of_both,
+)
 from huggingface.sharding_runs import Run, assert_close, make_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
@@ -23,6 +33,7 @@ from lightning_fastmoe.cli.entry import main
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface import add_lora, load_adapters, merge_lora
 from lightning_fastmoe.huggingface.experts_class import projections
+from lightning_fastmoe.huggingface.peft_modules import linear_adapters
 from lightning_fastmoe.nn.expert_layers import expert_layers
 
 CLASSES = ["Qwen3MoeExperts", "MixtralExperts", "GptOssExperts", "NemotronHExperts"]
@@ -113,13 +124,23 @@ def test_other_implementations_are_refused() -> None:
     [
         ({"rank": 0}, "rank=0 must be a positive integer"),
         ({"rank": True}, "rank=True must be"),
-        ({"rank": 4, "alpha": -1.0}, "alpha=-1.0 must be positive"),
+        ({"rank": 4, "alpha": -1.0}, "alpha=-1.0 must be a positive number"),
+        ({"rank": 4, "alpha": "8"}, "alpha='8' must be a positive number"),
+        ({"rank": 4, "also_train": "lm_head"}, "also_train='lm_head' must be a list"),
         ({"rank": 4, "also_train": ["head.weight"]}, "'head.weight', which fits no parameter"),
     ],
 )
 def test_arguments(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         add_lora(make_model(Run("mixtral")), **arguments)
+
+
+def test_weights_without_memory_are_refused() -> None:
+    with torch.device("meta"):
+        model = make_model(Run("mixtral"))
+    with pytest.raises(ConfigError, match="gate_up_proj has no memory yet"):
+        add_lora(model, 4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_models_that_can_not_have_adapters() -> None:
@@ -271,13 +292,80 @@ def test_files_of_peft(name: str, rank_pool, tmp_path: Path) -> None:
             assert torch.equal(again.get_parameter(key), weights[key][list(ids)]), key
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_peft_reads_adapters_of_experts_and_linear_layers(
+    name: str, rank_pool, tmp_path: Path, capsys
+) -> None:
+    """Its model, the merged one and ours, loaded again, compute what was trained."""
+    run = replace(SAVING, name=name)
+    weights = rank_pool.run(saves_adapters_of_both, 2, run, tmp_path)[0]
+    trained = adapted_by_peft_too(run)
+    start = {n: p.detach().clone() for n, p in trained.named_parameters()}
+    trained.load_state_dict(weights)
+    moved = {n for n, p in trained.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == {n for n in start if "lora_" in n}
+    assert len([n for n in moved if "q_proj" in n]) == 4
+    assert len([n for n in moved if "v_proj" in n]) == 2
+    ids = torch.arange(3, 20)[None]
+    want = trained(ids, use_cache=False).logits
+    base = make_model(run)(ids, use_cache=False).logits
+    assert (want - base).abs().max() > 0.05 * base.abs().max()
+
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "model.layers.1.self_attn.v_proj"]
+    theirs = PeftModel.from_pretrained(make_model(run, "eager"), tmp_path / "adapters")
+    assert_close(theirs(ids, use_cache=False).logits, want, "PEFT")
+    merged = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", experts_implementation="eager"
+    )
+    assert_close(merged(ids, use_cache=False).logits, want, "merged")
+
+    command = ["checkpoint", "export", str(tmp_path / "last.ckpt"), str(tmp_path / "again")]
+    command += ["--config", str(tmp_path / "merged"), "--lora-scale", str(ALPHA / RANK)]
+    assert main(command) != 0
+    assert "adapters of different ranks" in capsys.readouterr().err
+
+    again = make_model(run)
+    targets = {"r": 3, "lora_alpha": 7, "target_modules": config["target_modules"]}
+    patterns = {"rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"q_proj": ALPHA}}
+    with pytest.raises(ConfigError, match=r"6 adapters of layers that have none .*q_proj"):
+        load_adapters(make_model(run), tmp_path / "adapters")
+    with pytest.raises(ConfigError, match=r"r=4 and lora_alpha=6.0 for .*q_proj.* model r=3 and"):
+        load_adapters(get_peft_model(make_model(run), LoraConfig(**targets)), tmp_path / "adapters")
+    again = get_peft_model(again, LoraConfig(**targets, **patterns))
+    load_adapters(again, tmp_path / "adapters")
+    for key, weight in again.named_parameters():
+        assert torch.equal(weight, weights[key]), key
+        assert weight.requires_grad == ("lora_" in key)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["embed_tokens"]}, "Embedding.*only linear layers"),
+    ],
+)
+def test_other_adapters_of_peft_are_not_saved(options: dict[str, Any], reason: str) -> None:
+    plain = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    model = get_peft_model(make_model(Run("mixtral")), LoraConfig(**plain))
+    assert {one.scale for one in linear_adapters(model).values()} == {2.0}
+    model = get_peft_model(make_model(Run("mixtral")), LoraConfig(**plain, use_rslora=True))
+    assert {one.alpha for one in linear_adapters(model).values()} == {2 * 4 / 2**0.5}
+    model = get_peft_model(make_model(Run("mixtral")), LoraConfig(**plain | options))
+    with pytest.raises(ConfigError, match=reason):
+        linear_adapters(model)
+
+
 def test_other_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no adapters of PEFT"):
         load_adapters(make_model(Run("mixtral")), tmp_path)
     usual = {"r": 2, "lora_alpha": 4}
     for config, tensors, reason in (
         ({**usual, "use_rslora": True}, {}, "use_rslora=True is not supported"),
-        ({**usual, "rank_pattern": {"x": 3}}, {}, "rank_pattern=.* is not supported"),
+        ({**usual, "rank_pattern": {"gate_up_proj": 3}}, {}, "rank_pattern of 'gate_up_proj' is"),
+        ({**usual, "lora_dropout": 0.1}, {}, "lora_dropout=0.1 is not supported"),
         (usual, {}, "has no base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -298,7 +386,7 @@ def test_other_adapters_are_refused(tmp_path: Path) -> None:
         ({}, ("layers.1", 0, 4), r"layers.1.*lora_A.weight has shape \(4, 16\), not \(8, 16\)"),
         ({}, ("lora_B", 1, 4), r"lora_B.weight has shape \(24, 4\), not \(24, 8\)"),
         ({}, ("layers.1", 0, 0), "has no .*layers.1.mlp.experts.base_layer.lora_A.weight"),
-        ({}, ("q_proj", 0, 4), "1 adapters of other layers .*q_proj"),
+        ({}, ("q_proj", 0, 4), "1 adapters of layers that have none .*q_proj"),
     ],
 )
 def test_files_are_checked_before_the_model_changes(

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-scale",
         type=float,
         metavar="SCALE",
-        help="alpha / rank of the experts' adapters, to merge them (without --to)",
+        help="alpha / rank of all adapters, to merge them (without --to)",
     )
     add_dtype(parser)
     parser.add_argument(

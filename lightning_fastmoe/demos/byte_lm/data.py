@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_fastmoe.demos.loaders import ResumableLoader, evaluation_loader
+from lightning_fastmoe.demos.loaders import evaluation_loader, training_loader, world_size
 from lightning_fastmoe.demos.windows import WindowStarts
 from lightning_fastmoe.errors import DataError
 
@@ -211,17 +211,16 @@ class ByteCorpus(LightningDataModule):
             )
             cut = text.numel() - max(1, int(text.numel() * self.val_fraction))
             train_text, val_text = text[:cut][: self.max_bytes], text[cut:]
-        self._check_size("training", train_text, self.batch_size * self._world_size)
+        self._check_size("training", train_text, self.batch_size * world_size(self))
         self._check_size("validation", val_text, 1)
         self._train_text, self._val_text = train_text, val_text
 
     @override
     def train_dataloader(self) -> DataLoader[Tensor]:
-        return ResumableLoader(
+        return training_loader(
+            self,
             self._windows(self._train_text),
             self.batch_size,
-            num_replicas=self._world_size,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
             seed=self.seed,
             num_workers=self.num_workers,
         )
@@ -252,13 +251,9 @@ class ByteCorpus(LightningDataModule):
         if text.numel() < needed:
             raise DataError(
                 f"The {split} text of {str(self.path or self._root)!r} has {text.numel()} bytes; "
-                f"{windows} window(s) of seq_len {self.seq_len} on {self._world_size} process(es) "
+                f"{windows} window(s) of seq_len {self.seq_len} on {world_size(self)} process(es) "
                 f"need {needed}. Use more text, or lower data.seq_len or data.batch_size."
             )
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
 
 
 def _name(file: Path, root: Path) -> str:

@@ -19,7 +19,12 @@ from lightning_fastmoe.demos.chat.answers import (
     encode_chat,
 )
 from lightning_fastmoe.demos.chat.packing import pack
-from lightning_fastmoe.demos.loaders import ResumableLoader, evaluation_loader
+from lightning_fastmoe.demos.loaders import (
+    evaluation_loader,
+    no_loader,
+    training_loader,
+    world_size,
+)
 from lightning_fastmoe.errors import ConfigError, DataError
 
 
@@ -79,7 +84,7 @@ class ChatFiles(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        needed = self.batch_size * self._world_size
+        needed = self.batch_size * world_size(self)
         if stage in ("fit", None) and len(self._train) < needed:
             raise DataError(
                 f"{self.path} makes {len(self._train)} rows of {self.seq_len} tokens, and a step on"
@@ -88,11 +93,10 @@ class ChatFiles(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return ResumableLoader(
+        return training_loader(
+            self,
             self._train,
             self.batch_size,
-            num_replicas=self._world_size,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
             seed=self.seed,
             num_workers=self.num_workers,
         )
@@ -100,12 +104,8 @@ class ChatFiles(LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         if self._val is None:
-            return []
+            return no_loader()
         return evaluation_loader(self._val, self.batch_size, self.num_workers)
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
 
     def _rows(self, path: Path) -> Rows:
         examples: list[Example] = []

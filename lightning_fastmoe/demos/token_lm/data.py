@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_fastmoe.demos.loaders import ResumableLoader, evaluation_loader
+from lightning_fastmoe.demos.loaders import (
+    evaluation_loader,
+    no_loader,
+    training_loader,
+    world_size,
+)
 from lightning_fastmoe.demos.token_lm.format import read_manifest
 from lightning_fastmoe.demos.token_lm.windows import TokenWindows
 from lightning_fastmoe.errors import ConfigError, DataError
@@ -86,17 +91,16 @@ class TokenFiles(LightningDataModule):
         if self.trainer is not None:
             self._check_vocabulary(self.trainer.lightning_module)
         if stage in ("fit", None):
-            self._check_size("train", self.batch_size * self._world_size)
+            self._check_size("train", self.batch_size * world_size(self))
         if stage == "test" or (stage != "predict" and self.manifest.splits["val"].tokens):
             self._check_size("val", 1)
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return ResumableLoader(
+        return training_loader(
+            self,
             self._windows("train"),
             self.batch_size,
-            num_replicas=self._world_size,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
             seed=self.seed,
             num_workers=self.num_workers,
         )
@@ -104,7 +108,7 @@ class TokenFiles(LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         if not self.manifest.splits["val"].tokens:
-            return []  # tokenized with --val-fraction 0
+            return no_loader()  # tokenized with --val-fraction 0
         windows = self._windows("val", self.max_val_windows)
         return evaluation_loader(windows, self.batch_size, self.num_workers)
 
@@ -128,7 +132,7 @@ class TokenFiles(LightningDataModule):
         if tokens < needed:
             raise DataError(
                 f"{split}.bin of {str(self.path)!r} has {tokens} tokens; {windows} window(s) of"
-                f" seq_len {self.seq_len} on {self._world_size} process(es) need {needed}. Tokenize"
+                f" seq_len {self.seq_len} on {world_size(self)} process(es) need {needed}. Tokenize"
                 " more text, or lower data.seq_len or data.batch_size."
             )
 
@@ -140,10 +144,6 @@ class TokenFiles(LightningDataModule):
                 f" model one of {size}. Use a model with at least that many tokens, or tokenize"
                 " with the model's own tokenizer."
             )
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
 
 
 def vocabulary_of(model: LightningModule) -> int | None:
