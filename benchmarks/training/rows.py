@@ -16,6 +16,7 @@ from training.clock import Clock
 from training.shapes import Shape
 
 LR, BETAS, CLIP = 4e-4, (0.9, 0.95), 1.0
+LORA_RANK, LORA_ALPHA = 16, 32
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,30 @@ def in_place(shape: Shape) -> nn.Module:
     return transformers_model(shape, "fastmoe")
 
 
+def in_place_lora(shape: Shape) -> nn.Module:
+    """The model of transformers with this package's experts, of which adapters are trained."""
+    from lightning_fastmoe.huggingface import add_lora
+
+    model = in_place(shape)
+    add_lora(model, LORA_RANK, LORA_ALPHA)
+    return model
+
+
+def peft_lora(shape: Shape) -> nn.Module:
+    """The model of transformers with PEFT's adapters on its stacked experts."""
+    from peft import LoraConfig, get_peft_model
+
+    projections = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    wrapped = get_peft_model(
+        transformers_model(shape),
+        LoraConfig(
+            r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=[], target_parameters=projections
+        ),
+    )
+    model: nn.Module = wrapped.get_base_model()
+    return model
+
+
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks of either model."""
     yield from model.model.layers  # type: ignore[union-attr, misc]
@@ -106,7 +131,8 @@ def device() -> torch.device:
 
 def optimizer_of(row: Row, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with the same settings in all rows."""
-    return torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, fused=row.fused or None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LR, betas=BETAS, fused=row.fused or None)
 
 
 def in_a_loop(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
@@ -194,6 +220,8 @@ ROWS = {
     "in-place": Row(in_place, in_a_loop, bf16=True),
     "in-place-compiled": Row(in_place, in_a_loop, bf16=True, compiled=True),
     "in-place-strategy": Row(in_place, by_trainer),
+    "in-place-lora": Row(in_place_lora, in_a_loop, bf16=True),
+    "peft-lora": Row(peft_lora, in_a_loop, bf16=True),
     "transformers": Row(transformers_model, in_a_loop, bf16=True),
     "transformers-compiled": Row(transformers_model, in_a_loop, bf16=True, compiled=True),
     "transformers-zero2": Row(transformers_model, by_trainer),

@@ -14,7 +14,11 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.zero.collectives import modernise_collectives
-from lightning_fastmoe.zero.config import check_deepspeed_config, select_accelerator
+from lightning_fastmoe.zero.config import (
+    check_deepspeed_config,
+    select_accelerator,
+    without_default_leaf_modules,
+)
 
 BUCKET = 25_000_000
 """Elements up to which ZeRO 1 and 2 reduce gradients together, unless the user says otherwise.
@@ -44,6 +48,7 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
         super()._init_config_if_needed()
         assert isinstance(self.config, dict)
         check_deepspeed_config(self.config)  # again: the user may have changed it
+        without_default_leaf_modules(self.config["zero_optimization"])
 
     @override
     def setup_environment(self) -> None:

@@ -40,6 +40,7 @@ from lightning_fastmoe.zero.groups import (
     group_name,
     tag_experts,
 )
+from lightning_fastmoe.zero.leaf_modules import guard_leaf_modules
 from lightning_fastmoe.zero.param_groups import release, split_expert_groups
 from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
 
@@ -105,6 +106,8 @@ class Engines:
         if self._strategy.zero_stage_3:
             assert self._groups.sharder is not None
             meet_before_gathering(self._strategy.deepspeed_engine, self._groups.sharder.meet)
+            layers = self.state.layers.values()
+            guard_leaf_modules(module, (p for one in layers for p in one.experts.parameters()))
         for layer in self.state.layers.values():  # the engine has moved them
             if isinstance(layer, MoE):
                 self.state.loss_scale.follow(layer)

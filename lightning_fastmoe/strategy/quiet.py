@@ -20,8 +20,11 @@ _LOGGED = {
     "pytorch_lightning.strategies.deepspeed": ("initializing deepspeed distributed",),
     # At every trainer.save_checkpoint(path), on every rank, though the default is meant.
     "pytorch_lightning.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),
-    # check_optimizer has tested the optimizer.
-    "DeepSpeed": ("**** You are using ZeRO with an untested optimizer",),
+    "DeepSpeed": (
+        "**** You are using ZeRO with an untested optimizer",  # check_optimizer has tested it
+        # None of its own choice is wanted; names that the user gives have another message.
+        "ZeRO leaf module configuration did not match any modules",
+    ),
 }
 _WARNED = (
     # Lightning's own use of torch, on every rank.

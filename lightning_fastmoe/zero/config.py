@@ -115,3 +115,12 @@ def check_stage(stage: Any) -> None:
             f"stage={stage!r} is not supported: the ZeRO stage must be the integer 1 (optimizer"
             " states are partitioned), 2 (and gradients) or 3 (and parameters)."
         )
+
+
+def without_default_leaf_modules(zero: dict[str, Any]) -> None:
+    """Makes no module a leaf of ZeRO 3 that the config doesn't name: see zero/leaf_modules.py.
+
+    Args:
+        zero: DeepSpeed's ``zero_optimization``, which is changed.
+    """
+    zero["leaf_module"] = {"classes": [], **(zero.get("leaf_module") or {})}

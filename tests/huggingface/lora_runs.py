@@ -14,7 +14,6 @@ from huggingface.sharding_runs import (
     make_batches,
     make_model,
 )
-from peft import LoraConfig, get_peft_model
 from strategy.tracing import make_trainer
 from torch import Tensor, nn
 
@@ -38,6 +37,8 @@ def adapted(run: Run) -> Any:
 
 def adapted_by_peft_too(run: Run) -> Any:
     """The model with adapters on linear layers, of other ranks and scales, and on experts."""
+    from peft import LoraConfig, get_peft_model
+
     model = make_model(run)
     torch.manual_seed(11)
     config = LoraConfig(
