@@ -52,7 +52,16 @@ void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tenso
 // exchange/push.cu
 void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
                    int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,
-                   int64_t most);
+                   int64_t most, int64_t bulk_blocks);
+
+// exchange/plan.cu
+std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_pairs(const Tensor& chosen, const Tensor& where,
+                                                          const Tensor& weights, int64_t ranks);
+std::tuple<Tensor, Tensor> exchange_places(const Tensor& inverse, const Tensor& offsets,
+                                           const Tensor& owner, int64_t most);
+std::tuple<Tensor, Tensor> exchange_unpack(const Tensor& memory, int64_t at, int64_t block_bytes,
+                                           const Tensor& ends, int64_t rows, int64_t slots,
+                                           int64_t num_local);
 
 // exchange/flags.cu
 void exchange_set_flags(std::vector<Tensor> memory, int64_t rank, int64_t at, int64_t value);

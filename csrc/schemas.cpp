@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // x (T, D), inverse (N,) -> (N, D): out[inverse[t*K + k]] = x[t].
   library.def("permute_rows(Tensor x, Tensor inverse, int top_k) -> Tensor");
   // rows (N, D) -> (T, D): out[t] = sum_k weights[t, k] * rows[inverse[t*K + k]], in slot order, in
-  // fp32; without weights a plain sum. A pair with -1 adds nothing, and a row may belong to no pair.
-  // With bias (E, D) and offsets (E,), each row first gets its expert's.
+  // fp32; without weights a plain sum. A pair with -1 adds nothing, and a row may belong to no
+  // pair. With bias (E, D) and offsets (E,), each row first gets its expert's.
   library.def(
       "sum_rows(Tensor rows, Tensor inverse, Tensor? weights, int top_k, Tensor? bias,"
       " Tensor? offsets) -> Tensor");
@@ -76,14 +76,33 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   //
   // ends (R,) int32, where the rows of each rank end. Row order[i] / divisor of rows (n, w) (row i
   // without order), i < ends[R - 1], goes to the rank whose rows i is among, as its next row from
-  // byte `at` on. A rank has room for `most`.
+  // byte `at` on. A rank has room for `most`. With bulk_blocks, so many thread blocks move them by
+  // bulk copies of compute capability 9.0; else all of the device's by loads and stores.
   library.def(
       "exchange_push(Tensor rows, Tensor? order, Tensor ends, int divisor, Tensor(a!)[] memory,"
-      " int rank, int at, int most) -> ()");
+      " int rank, int at, int most, int bulk_blocks) -> ()");
+  // chosen (T, K), E for dropped slots, where (2, E + 1), each expert's rank and number there, R
+  // and -1 for dropped slots, weights (T, K) fp32 -> keys (T*R,), of each (token, rank) pair: the
+  // rank if one of the token's experts is there, else R; packed (T*R, 8 K) bytes, the numbers of
+  // those experts (int32, -1 for others) and the weights, of pairs that are sent; owner (T, K)
+  // int32, the rank of each slot; counts (E,), the tokens of each expert.
+  library.def(
+      "exchange_pairs(Tensor chosen, Tensor where, Tensor weights, int ranks)"
+      " -> (Tensor keys, Tensor packed, Tensor owner, Tensor counts)");
+  // inverse (T*R,) and offsets (R + 1,) of the sorted keys, owner (T, K) -> places (T*R,), each
+  // pair's row where each rank has room for `most`; slot_places (T*K,), each slot's element among
+  // the K of each sent row; -1 for what isn't sent.
+  library.def(
+      "exchange_places(Tensor inverse, Tensor offsets, Tensor owner, int most)"
+      " -> (Tensor places, Tensor slot_places)");
+  // Packed rows of each rank, in its block of the memory, ends (R,), where each rank's rows end
+  // -> weights (rows, K) fp32, keys (rows, K): expert numbers, num_local for those of other ranks.
+  library.def(
+      "exchange_unpack(Tensor memory, int at, int block_bytes, Tensor ends, int rows, int slots,"
+      " int num_local) -> (Tensor weights, Tensor keys)");
   // Sets this rank's flag, among those at byte `at`, of every rank: after all that earlier kernels
   // of the stream wrote.
-  library.def(
-      "exchange_set_flags(Tensor(a!)[] memory, int rank, int at, int value) -> ()");
+  library.def("exchange_set_flags(Tensor(a!)[] memory, int rank, int at, int value) -> ()");
   // Waits on the device until each rank has set its flag here to `value`. Where that doesn't
   // happen in time (0 seconds for no limit) or can't any more, says so in report (4,) int64, pinned
   // host memory, and tells the other ranks. Then, if fatal, traps.
@@ -138,6 +157,9 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
   library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
   library.impl("exchange_push", TORCH_BOX(&lightning_fastmoe::exchange_push));
+  library.impl("exchange_pairs", TORCH_BOX(&lightning_fastmoe::exchange_pairs));
+  library.impl("exchange_places", TORCH_BOX(&lightning_fastmoe::exchange_places));
+  library.impl("exchange_unpack", TORCH_BOX(&lightning_fastmoe::exchange_unpack));
   library.impl("exchange_set_flags", TORCH_BOX(&lightning_fastmoe::exchange_set_flags));
   library.impl("exchange_wait", TORCH_BOX(&lightning_fastmoe::exchange_wait));
   namespace hopper = lightning_fastmoe::hopper;

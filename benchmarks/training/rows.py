@@ -31,6 +31,7 @@ class Row:
         fullgraph: whether it traces this package's layers too.
         bf16: whether the weights are bf16; else autocast, or ZeRO's mixed precision.
         expert_parallel: whether experts are sharded over all GPUs; else each GPU has all of them.
+        dispatcher: how experts' tokens are exchanged.
         gpus: number of GPUs, each with a process like this one.
     """
 
@@ -41,6 +42,7 @@ class Row:
     fullgraph: bool = False
     bf16: bool = False
     expert_parallel: bool = False
+    dispatcher: str = "auto"
     gpus: int = 1
 
     def takes(self, gpus: int) -> bool:
@@ -165,11 +167,14 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
 
     from lightning_fastmoe import FastMoEStrategy
     from lightning_fastmoe.demos.byte_lm.cli import silence_upstream
+    from lightning_fastmoe.nn.expert_layers import expert_layers
 
     class Model(pl.LightningModule):
         def configure_model(self) -> None:
             if not hasattr(self, "network"):
                 self.network = row.build(shape)
+                for _, layer in expert_layers(self.network):
+                    layer.dispatcher_name = row.dispatcher
                 if row.compiled:
                     for block in blocks(self.network):
                         block.compile(fullgraph=row.fullgraph)
@@ -215,6 +220,13 @@ ROWS = {
     "strategy-compiled": Row(ours, by_trainer, compiled=True),
     "strategy-fullgraph": Row(ours, by_trainer, compiled=True, fullgraph=True),
     "experts-compiled": Row(ours, by_trainer, compiled=True, expert_parallel=True),
+    "experts-all-to-all": Row(
+        ours, by_trainer, compiled=True, expert_parallel=True, dispatcher="all_to_all"
+    ),
+    "experts-dedup": Row(ours, by_trainer, compiled=True, expert_parallel=True, dispatcher="dedup"),
+    "experts-symmetric": Row(
+        ours, by_trainer, compiled=True, expert_parallel=True, dispatcher="symmetric"
+    ),
     "loop": Row(ours, in_a_loop),
     "loop-compiled": Row(ours, in_a_loop, compiled=True),
     "in-place": Row(in_place, in_a_loop, bf16=True),

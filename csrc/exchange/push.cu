@@ -1,32 +1,19 @@
 // Pushes rows into other ranks' memory.
 //
 // Which rank a row is for, and where it goes there, follows from the sender's own order alone: rows
-// leave before any two ranks have exchanged a count. Each rank starts with the next one, so that
-// not all of them write to the same one first.
+// leave before any two ranks have exchanged a count.
 #include <algorithm>
-#include <cassert>
 
-#include "../common.cuh"
+#include "../hopper/ops.h"
 #include "../ops.h"
-#include "ranks.cuh"
+#include "bulk_push.cuh"
+#include "sending.cuh"
 
 namespace lightning_fastmoe {
 namespace {
 
 constexpr int kInFlight = 4;  // loads per thread
 constexpr int kBlocksPerMultiprocessor = 4;
-
-// What is sent: row order[i] / divisor of `rows`, or without an order row i; `ends` (ranks,) says
-// where each rank's ends.
-struct Sending {
-  const unsigned char* rows;
-  const int64_t* order;
-  const int* ends;
-  int64_t divisor;
-  int64_t row_bytes;
-  int64_t at;    // where the first row goes
-  int64_t most;  // rows that there is room for
-};
 
 // A warp per row. Word is the unit that a thread moves.
 template <typename Word>
@@ -35,16 +22,12 @@ __global__ void __launch_bounds__(kBlock)
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  const int64_t total = sending.ends[ranks.count - 1], first = sending.ends[ranks.own];
+  const int64_t total = sending.ends[ranks.count - 1];
   const int64_t width = sending.row_bytes / static_cast<int64_t>(sizeof(Word));
   for (int64_t n = warp; n < total; n += warps) {
-    const int64_t i = first + n < total ? first + n : first + n - total;
-    const int rank = static_cast<int>(expert_of(sending.ends, ranks.count, i));
-    const int64_t slot = rank == 0 ? i : i - sending.ends[rank - 1];
-    assert(slot < sending.most && "more rows than there is room for");
-    const int64_t row = sending.order == nullptr ? i : sending.order[i] / sending.divisor;
-    const auto* from = reinterpret_cast<const Word*>(sending.rows + row * sending.row_bytes);
-    auto* to = reinterpret_cast<Word*>(ranks.memory[rank] + sending.at + slot * sending.row_bytes);
+    const Transfer transfer = transfer_of(ranks, sending, n, total);
+    const auto* from = reinterpret_cast<const Word*>(transfer.from);
+    auto* to = reinterpret_cast<Word*>(transfer.to);
     for (int64_t w = lane; w < width; w += kInFlight * kWarpSize) {
       Word loaded[kInFlight];
 #pragma unroll
@@ -63,7 +46,7 @@ __global__ void __launch_bounds__(kBlock)
 
 void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
                    int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,
-                   int64_t most) {
+                   int64_t most, int64_t bulk_blocks) {
   const char* op = "exchange_push";
   const Ranks ranks = check_ranks(memory, rank, op);
   check_tensor(rows, op, "rows", 2, memory[0]);
@@ -93,6 +76,19 @@ void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const
                         row_bytes,
                         at,
                         most};
+  if (bulk_blocks > 0) {
+    STD_TORCH_CHECK(hopper::available(rows.get_device_index()) && row_bytes % kVectorBytes == 0 &&
+                        reinterpret_cast<uintptr_t>(rows.data_ptr()) % kVectorBytes == 0,
+                    op, ": bulk copies need compute capability 9.0, and rows of multiples of ",
+                    kVectorBytes, " bytes");
+    STD_CUDA_CHECK(cudaFuncSetAttribute(
+        bulk_push_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BulkPush::kSharedBytes));
+    const unsigned few = static_cast<unsigned>(std::min<int64_t>(
+        ceil_div(bound, kWarpsPerBlock), std::min<int64_t>(bulk_blocks, multiprocessors)));
+    bulk_push_kernel<<<few, kBlock, BulkPush::kSharedBytes, current_stream(rows)>>>(ranks, sending);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
   const auto launch = [&](auto word) {
     push_kernel<decltype(word)><<<blocks, kBlock, 0, current_stream(rows)>>>(ranks, sending);
   };

@@ -104,6 +104,15 @@ def register_fakes() -> None:
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
         "adam_step_": lambda *_: None,
         "exchange_push": lambda *_: None,
+        "exchange_pairs": _exchange_pairs,
+        "exchange_places": lambda inverse, offsets, owner, most: (
+            torch.empty_like(inverse),
+            inverse.new_empty(owner.numel()),
+        ),
+        "exchange_unpack": lambda memory, at, block_bytes, ends, rows, slots, num_local: (
+            memory.new_empty(rows, slots, dtype=torch.float32),
+            memory.new_empty(rows, slots, dtype=torch.int64),
+        ),
         "exchange_set_flags": lambda *_: None,
         "exchange_wait": lambda *_: None,
         "expert_layer": _expert_layer,
@@ -134,6 +143,18 @@ def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     counts = ids.new_empty(num_experts)
     offsets = ids.new_empty(num_experts, dtype=torch.int32)
     return torch.empty_like(ids), torch.empty_like(ids), counts, offsets
+
+
+def _exchange_pairs(
+    chosen: Tensor, where: Tensor, weights: Tensor, ranks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, slots = chosen.shape
+    return (
+        chosen.new_empty(tokens * ranks),
+        chosen.new_empty(tokens * ranks, 8 * slots, dtype=torch.uint8),
+        chosen.new_empty(tokens, slots, dtype=torch.int32),
+        chosen.new_empty(where.shape[1] - 1),
+    )
 
 
 def _sum_rows(

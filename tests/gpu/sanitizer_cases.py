@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,9 @@ from lightning_fastmoe.ops import (
     softmax_top_k,
 )
 from lightning_fastmoe.ops.products import hopper
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ops import plan_cases  # noqa: E402  a helper of the tests
 
 SIZES = [(1, 1, 1, 1, 1), (67, 72, 40, 33, 3), (37, 17, 7, 70, 5), (0, 8, 8, 4, 2)]
 """(T, D, F, E, K)."""
@@ -75,7 +79,7 @@ def split_gradients() -> None:
 
 def rows_for_ranks() -> None:
     """Rows pushed to "ranks" of which all memory is here, and a flag that is waited for."""
-    for counts, width in (((3, 0, 5), 33), ((700, 300), 64)):
+    for counts, width in (((3, 0, 5), 33), ((700, 300), 64), ((20, 50), 10_000)):
         ends = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
         order = torch.randperm(sum(counts) + 2, device="cuda")
         rows = torch.zeros(len(order), width, dtype=torch.uint8, device="cuda")
@@ -84,12 +88,20 @@ def rows_for_ranks() -> None:
         at = 2 * len(counts) * exchange.FLAG_BYTES
         exchange.push_rows(rows, order, ends, 1, memory, 1, at, max(counts))
         exchange.push_rows(rows, None, ends, 1, memory, 0, at, max(counts))
+        if width % 16 == 0 and hopper.hopper(torch.zeros(1, 8, device="cuda").bfloat16()):
+            exchange.push_rows(rows, order, ends, 1, memory, 1, at, max(counts), 2)
         report = torch.zeros(4, dtype=torch.int64, pin_memory=True)
         flags = len(counts) * exchange.FLAG_BYTES
         for rank in range(len(counts)):
             exchange.set_flags(memory, rank, flags, 5)
         exchange.wait_for_flags(memory, 0, flags, 5, report, 60.0, False)
         exchange.wait_for_flags(memory, 0, flags, 6, report, 0.01, False)
+
+
+def plans() -> None:
+    """What is sent where, and what came."""
+    for case in plan_cases.CASES:
+        plan_cases.check(case, "cuda", torch.float32)
 
 
 def main() -> None:
@@ -106,6 +118,7 @@ def main() -> None:
             run(SIZES[1], torch.float16, name, skewed=True)
         split_gradients()
         rows_for_ranks()
+        plans()
     torch.cuda.synchronize()
     print("all cases ran")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
 import torch
 from ops import exchange_cases as cases
+from ops import plan_cases
 
 from lightning_fastmoe.ops import exchange, kernels
 from lightning_fastmoe.ops.native import load
@@ -23,6 +25,27 @@ def test_rows_go_where_the_senders_counts_say(case: cases.Case) -> None:
     exchange.push_rows(flat, order, ends, divisor, memory, case.rank, cases.AT, most)
     for found, right in zip(memory, cases.expected(case), strict=True):
         assert torch.equal(found.cpu(), right)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 132])
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_bulk_copies(case: cases.Case, blocks: int) -> None:
+    """Rows of whole 16 bytes, some of them longer than a chunk."""
+    wide = dataclasses.replace(case, width=case.width * 16 if case.width < 1024 else 4 * case.width)
+    rows, order, ends = (t if t is None else t.cuda() for t in cases.inputs(wide))
+    memory = [own.cuda() for own in cases.memory(wide)]
+    flat = rows.view(torch.uint8)
+    most, divisor = max(wide.counts), wide.divisor or 1
+    arguments = (order, ends, divisor, memory, wide.rank, cases.AT, most, blocks)
+    exchange.push_rows(flat, *arguments)
+    for found, right in zip(memory, cases.expected(wide), strict=True):
+        assert torch.equal(found.cpu(), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", plan_cases.CASES, ids=str)
+def test_plans(case: plan_cases.Case, dtype: torch.dtype) -> None:
+    plan_cases.check(case, "cuda", dtype)
 
 
 def test_rows_that_start_at_an_odd_byte() -> None:
@@ -139,15 +162,17 @@ def test_errors() -> None:
     assert library is not None
     push, wait = library.exchange_push, library.exchange_wait
     with pytest.raises(RuntimeError, match="are not in a rank's memory"):
-        push(rows, None, ends, 1, memory, 0, 0, 17)
+        push(rows, None, ends, 1, memory, 0, 0, 17, 0)
     with pytest.raises(RuntimeError, match="multiple of 16"):
-        push(rows, None, ends, 1, memory, 0, 8, 1)
+        push(rows, None, ends, 1, memory, 0, 8, 1, 0)
     with pytest.raises(RuntimeError, match="no rank 2"):
-        push(rows, None, ends, 1, memory, 2, 0, 1)
+        push(rows, None, ends, 1, memory, 2, 0, 1, 0)
     with pytest.raises(RuntimeError, match="ends must have size 2"):
-        push(rows, None, ends[:1], 1, memory, 0, 0, 1)
+        push(rows, None, ends[:1], 1, memory, 0, 0, 1, 0)
     with pytest.raises(RuntimeError, match="between 1 and 32 ranks"):
-        push(rows, None, ends, 1, memory * 20, 0, 0, 1)
+        push(rows, None, ends, 1, memory * 20, 0, 0, 1, 0)
+    with pytest.raises(RuntimeError, match="bulk copies need"):
+        push(rows[:, :8].contiguous(), None, ends, 1, memory, 0, 0, 1, 2)
     with pytest.raises(RuntimeError, match="are not in a rank's memory"):
         library.exchange_set_flags(memory, 0, 128, 1)
     report = torch.zeros(4, dtype=torch.int64)

@@ -75,8 +75,8 @@ def expected(case: Case) -> list[Tensor]:
         at = AT
         for _ in range(count):
             row = i if order is None else int(order[i]) // int(case.divisor or 1)
-            for byte in rows[row : row + 1].view(torch.uint8).flatten().tolist():
-                filled[rank][at] = byte
-                at += 1
+            sent = rows[row].view(torch.uint8)
+            filled[rank][at : at + len(sent)] = sent
+            at += len(sent)
             i += 1
     return filled

@@ -80,23 +80,6 @@ class RankDraft:
         by_rank = torch.nn.functional.pad(by_rank, (0, 1), value=-1)  # where dropped slots look
         return RankPlan(token, sent.inverse, by_rank.gather(1, self.owner), ids, self.ranks)
 
-    def ids_and_weights(self, weights: Tensor) -> Tensor:
-        """What travels with the rows: the experts and weights of each (token, rank) pair's slots.
-
-        Args:
-            weights: (T, K).
-
-        Returns:
-            (T*R, b) uint8: :attr:`RankPlan.ids`, then the weights; also of pairs that aren't sent.
-        """
-        tokens, slots = self.owner.shape
-        every = torch.arange(self.ranks, device=self.owner.device).view(1, -1, 1)
-        here = self.owner.unsqueeze(1) == every
-        ids = torch.where(here, self.local.unsqueeze(1), -1).to(torch.int32)
-        wide = weights.unsqueeze(1).expand(here.shape).contiguous()
-        bytes_of = [part.view(tokens * self.ranks, slots).view(torch.uint8) for part in (ids, wide)]
-        return torch.cat(bytes_of, dim=1)
-
 
 @dataclass
 class _Flight:

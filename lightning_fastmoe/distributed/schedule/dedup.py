@@ -57,7 +57,7 @@ class DedupSchedule(SequentialSchedule):
         super().__init__(AllToAllDispatcher(group, num_experts, placement))
         self.group, self.num_experts, self.parts = group, num_experts, parts
         self.held = [list(ids) for ids in placement]
-        self._where = owners(placement, num_experts)
+        self.where = owners(placement, num_experts)
         # The rows for each rank are counted with the tokens of each expert.
         group.slots = max(group.slots, parts * (num_experts + group.size))
 
@@ -112,15 +112,17 @@ class DedupSchedule(SequentialSchedule):
             arrivals.append((send_tokens(x_part, w_part, plan, there), plan, back, rows))
         for arrive, plan, back, rows in arrivals:
             received, weights, ids = arrive()
-            sums = run_experts(experts, received, weights, ids, len(self.held[rank]), rows)
+            local = len(self.held[rank])
+            keys = torch.where(ids < 0, local, ids).long()
+            sums = run_experts(experts, received, weights, keys, local, rows)
             returns.append(return_sums(sums, plan, back))
         outputs = [arrive_sums() for arrive_sums in returns]
         return outputs[0] if self.parts == 1 else torch.cat(outputs)
 
     def draft(self, chosen: Tensor) -> RankDraft:
         """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""
-        self._where = self._where.to(chosen.device)
-        return draft(chosen, self._where, self.group.size)
+        self.where = self.where.to(chosen.device)
+        return draft(chosen, self.where, self.group.size)
 
     def _route(self, send: list[int], receive: list[int], layer: str, phase: str) -> Route:
         return Route(dist.all_to_all_single, self.group, send, receive, layer, phase)
@@ -132,7 +134,7 @@ def _split(tokens: int, parts: int) -> list[int]:
 
 
 def run_experts(
-    experts: Experts, received: Tensor, weights: Tensor, ids: Tensor, num_local: int, rows: int
+    experts: Experts, received: Tensor, weights: Tensor, keys: Tensor, num_local: int, rows: int
 ) -> Tensor:
     """The weighted sum of what this rank's experts make of each row that arrived.
 
@@ -140,7 +142,7 @@ def run_experts(
         experts: this rank's.
         received: (S', D).
         weights: (S', K).
-        ids: (S', K), the local expert that each slot chose, or -1.
+        keys: (S', K) int64, the local expert that each slot chose, e if another rank's.
         num_local: e.
         rows: how many slots chose one.
 
@@ -148,8 +150,7 @@ def run_experts(
         (S', D).
     """
     # Slots that chose experts of other ranks come last, and get no row.
-    order = ops.order_by_expert(torch.where(ids < 0, num_local, ids).long(), num_local + 1)
-    order = order.first(num_local, rows)
+    order = ops.order_by_expert(keys, num_local + 1).first(num_local, rows)
     sums: Tensor = experts(received, order.tokens_per_expert, weights, order)
     return sums
 

@@ -50,9 +50,10 @@ class SymmetricSchedule(DedupSchedule):
         """See :class:`DedupSchedule`."""
         if x.device.type != self.exchange.device.type:  # a group of gloo, and tokens on a GPU
             return super().run_per_rank(x, chosen, wide, experts, layer)
-        passage = Passage(self.exchange, self.draft(chosen), layer)
-        received, weights, ids = send_tokens(x, wide, passage)
+        self.where = self.where.to(chosen.device)
         held = self.held[self.group.rank]
+        passage = Passage(self.exchange, chosen, self.where, len(held), layer)
+        received, weights, keys = send_tokens(x, wide, passage)
         rows = int(passage.counts[:, held].sum())
-        sums = run_experts(experts, received, weights, ids, len(held), rows)
+        sums = run_experts(experts, received, weights, keys, len(held), rows)
         return return_sums(sums, passage)

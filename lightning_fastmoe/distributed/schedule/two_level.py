@@ -101,7 +101,8 @@ class TwoLevelDedupSchedule(DedupSchedule):
         received, weights, ids = send_tokens(rows, weights, inner, fan)()
         held = self.held[rank]
         computed = int(of_experts[:, held].sum())
-        sums = run_experts(experts, received, weights, ids, len(held), computed)
+        keys = torch.where(ids < 0, len(held), ids).long()
+        sums = run_experts(experts, received, weights, keys, len(held), computed)
         sums = return_sums(sums, inner, join)()
         return return_sums(sums, plan, back)()
 

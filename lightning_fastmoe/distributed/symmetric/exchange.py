@@ -93,16 +93,30 @@ class Arrival:
             begin += self.most * _aligned(width)
         return torch.cat(blocks).view(torch.uint8).view(sum(counts), width)
 
-    def in_place(self, part: int) -> Tensor | None:
+    def in_place(self, part: int) -> Tensor:
         """(R * most, w) uint8, a view, of which only what ranks sent has values.
 
-        None where the ranks' rows have no common distance.
+        The ranks' rows must have a common distance: :meth:`SymmetricExchange.has_common_distance`.
         """
-        width, begin = self.widths[part], self.at[part]
-        if width != _aligned(width):
-            return None
-        rows = self.ranks * self.most
+        width, begin, rows = self.widths[part], self.at[part], self.ranks * self.most
         return self.memory[begin : begin + rows * width].view(rows, width)
+
+    def padded(self, part: int, counts: Sequence[int]) -> Tensor:
+        """(R * max(counts), w) uint8, a copy, of which only what ranks sent has values.
+
+        Args:
+            part: which part.
+            counts: rows from each rank.
+        """
+        rows = self.copy(part, counts)
+        blocks = rows.new_zeros(self.ranks, max(counts), rows.shape[1])
+        for block, own in zip(blocks, rows.split(list(counts)), strict=True):
+            block[: len(own)] = own
+        return blocks.flatten(0, 1)
+
+    def block_bytes(self, part: int) -> int:
+        """Bytes from one rank's rows of a part to the next one's."""
+        return self.most * _aligned(self.widths[part])
 
 
 @dataclass
@@ -242,6 +256,15 @@ class SymmetricExchange:
     def needs(self, most: int, widths: Sequence[int]) -> int:
         """Bytes for ``most`` rows of each of these numbers of bytes."""
         return max(most, 1) * sum(map(_aligned, widths))
+
+    def most(self, widths: Sequence[int]) -> int:
+        """Rows of a rank that there is room for, if they have these numbers of bytes."""
+        return self._layout(widths)[0]
+
+    @staticmethod
+    def has_common_distance(width: int) -> bool:
+        """Whether rows of so many bytes, of all ranks, are at multiples of one distance."""
+        return width == _aligned(width)
 
     def send(self, parts: Sequence[Part], ends: Tensor, layer: str, phase: str, call: int) -> None:
         """Pushes rows to their ranks; :meth:`arrival` must follow, unless a rank had to skip it.

@@ -6,19 +6,17 @@ those of the sums in the places of the tokens, those of the tokens in the places
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fastmoe.distributed.dispatch.per_rank import RankDraft, RankPlan
 from lightning_fastmoe.distributed.symmetric.exchange import Part, SymmetricExchange
 from lightning_fastmoe.ops import kernels
+from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs, unpack_pairs
 
 _BACKWARD = " (backward)"
-_ID_BYTES = 4
 
 
 class Passage:
@@ -26,7 +24,9 @@ class Passage:
 
     Args:
         exchange: of the group.
-        draft: what is sent where.
+        chosen: (T, K) int64, experts; E for dropped slots.
+        where: (2, E + 1) int64, each expert's rank and its number there; R and -1 for E.
+        num_local: e, the experts of this rank.
         layer: the layer's name.
 
     Attributes:
@@ -35,26 +35,33 @@ class Passage:
     """
 
     counts: Tensor
-    _plan: RankPlan
+    _plan: PairPlan
     _ends: Tensor
 
-    def __init__(self, exchange: SymmetricExchange, draft: RankDraft, layer: str) -> None:
-        self._exchange, self._draft, self._layer = exchange, draft, layer
+    def __init__(
+        self, exchange: SymmetricExchange, chosen: Tensor, where: Tensor, num_local: int, layer: str
+    ) -> None:
+        self._exchange, self._chosen, self._where, self._layer = exchange, chosen, where, layer
+        self._num_local = num_local
+        self._ranks = exchange.group.size
         self._call = 0
         self._sent: list[int] = []
         self._received: list[int] = []
 
     def dispatch(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pushes tokens before any count is known; see :func:`send_tokens`."""
-        exchange, draft, layer = self._exchange, self._draft, self._layer
-        slot_bytes = _ID_BYTES + weights.element_size()
-        widths = [x.shape[1] * x.element_size(), weights.shape[1] * slot_bytes]
+        """Pushes tokens before any count is known; see :func:`send_tokens`.
+
+        The device stands still from the end of the rows' way until the host, which waits for the
+        counts, has launched what follows: so whatever doesn't need them is launched before.
+        """
+        exchange, layer, ranks = self._exchange, self._layer, self._ranks
+        plan = self._plan = plan_pairs(self._chosen, self._where, weights, ranks)
+        widths = [x.shape[1] * x.element_size(), plan.packed.shape[1]]
         needed = exchange.needs(len(x), widths)
-        asked = torch.tensor([needed]).to(x.device, non_blocking=True)
-        counts = torch.cat([draft.counts, asked])
+        asked = torch.full((1,), needed, dtype=torch.int64, device=x.device)
+        counts = torch.cat([plan.counts, asked])
         self._call = exchange.send_counts(counts, x.shape[1], layer)
-        small = Part(draft.ids_and_weights(weights), draft.pairs.order)
-        parts = [*self._of_tokens(x), small]
+        parts = [*self._of_tokens(x), Part(plan.packed, plan.order)]
         if needed <= exchange.capacity:
             self._push(parts, "dispatch")
         else:
@@ -64,21 +71,25 @@ class Passage:
         if most > exchange.capacity:  # all ranks see it
             exchange.grow(most)
             self._push(parts, "dispatch")
-        rank, ranks = exchange.group.rank, draft.ranks
+        rank = exchange.group.rank
         self.counts = table[:, :-1]
         of_ranks = self.counts[:, -ranks:]
         self._sent, self._received = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
-        self._plan = draft.plan(sum(self._sent))
         ends = of_ranks[:, rank].cumsum(0).to(torch.int32)
         self._ends = ends.to(x.device, non_blocking=True)
         with exchange.arrival(widths, layer, "dispatch") as arrived:
-            rows, packed = (arrived.copy(part, self._received) for part in range(2))
-        # Clones, because the second part of a single row is contiguous but not aligned.
-        ids, wide = (
-            part.clone(memory_format=torch.contiguous_format)
-            for part in packed.tensor_split([weights.shape[1] * _ID_BYTES], dim=1)
-        )
-        return rows.view(x.dtype), wide.view(weights.dtype), ids.view(torch.int32)
+            rows = arrived.copy(0, self._received)
+            wide, keys = unpack_pairs(
+                arrived.memory,
+                arrived.at[1],
+                arrived.block_bytes(1),
+                self._ends,
+                self._received,
+                weights.shape[1],
+                self._num_local,
+                weights.dtype,
+            )
+        return rows.view(x.dtype), wide, keys
 
     def combine(self, sums: Tensor) -> Tensor:
         """``sums (S', D) -> (T, D)``, each token's sum over ranks."""
@@ -95,42 +106,38 @@ class Passage:
 
     def dispatch_backward(self, d_rows: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
         """``(S', D), (S', K) -> (T, D), (T, K)``, the gradients of tokens and weights."""
-        d_x, (by_row,) = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
-        return d_x, self._plan.slots_of_tokens(by_row)
+        d_x, slot_places, (by_row,) = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
+        slots = kernels.rows_or_zeros(by_row.reshape(-1), slot_places)
+        return d_x, slots.view(self._chosen.shape)
 
     def _of_tokens(self, x: Tensor) -> list[Part]:
         rows = x.contiguous().view(torch.uint8)
-        return [Part(rows, self._draft.pairs.order, self._draft.ranks)]
+        return [Part(rows, self._plan.order, self._ranks)]
 
     def _push(self, parts: list[Part], phase: str) -> None:
-        ends = self._draft.pairs.offsets[: self._draft.ranks]
-        self._exchange.send(parts, ends, self._layer, phase, self._call)
+        self._exchange.send(parts, self._plan.ends, self._layer, phase, self._call)
 
-    def _back(self, phase: str, rows: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _back(
+        self, phase: str, rows: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Sends a row of each tensor for each row that came here, and gets those for ours.
 
         Returns:
-            Each token's sum over ranks of ``rows``, and the others by row.
+            Each token's sum over ranks of ``rows``, in the order of ranks, in fp32;
+            :meth:`PairPlan.places` of slots; and the others by row.
         """
         tensors = (rows, *others)
         parts = [Part(tensor.contiguous().view(torch.uint8)) for tensor in tensors]
         widths = [part.row_bytes for part in parts]
         self._exchange.send(parts, self._ends, self._layer, phase, self._call)
+        in_place = self._exchange.has_common_distance(widths[0])
+        most = self._exchange.most(widths)
+        places, slot_places = self._plan.places(most if in_place else max(self._sent))
         with self._exchange.arrival(widths, self._layer, phase) as arrived:
             found = [arrived.copy(i + 1, self._sent).view(t.dtype) for i, t in enumerate(others)]
-            if (here := arrived.in_place(0)) is None:
-                copy = arrived.copy(0, self._sent).view(rows.dtype)
-                return self._plan.sum_over_ranks(copy), found
-            places = self._places(arrived.most)
-            return kernels.sum_placed_rows(here.view(rows.dtype), places, self._plan.ranks), found
-
-    def _places(self, most: int) -> Tensor:
-        """(T*R,) the row of each (token, rank) pair, where each rank's rows have room for more."""
-        begins = accumulate(self._sent[:-1], initial=0)
-        shifts = torch.tensor([rank * most - begin for rank, begin in enumerate(begins)])
-        place = self._plan.place.view(-1, self._plan.ranks)
-        moved = place + shifts.to(place.device, non_blocking=True)
-        return moved.masked_fill_(place < 0, -1).view(-1)
+            here = arrived.in_place(0) if in_place else arrived.padded(0, self._sent)
+            sums = kernels.sum_placed_rows(here.view(rows.dtype), places, self._ranks)
+        return sums, slot_places, found
 
 
 class _Tokens(torch.autograd.Function):
@@ -139,9 +146,9 @@ class _Tokens(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, passage: Passage
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.passage = passage
-        rows, wide, ids = passage.dispatch(x, weights)
-        ctx.mark_non_differentiable(ids)
-        return rows, wide, ids
+        rows, wide, keys = passage.dispatch(x, weights)
+        ctx.mark_non_differentiable(keys)
+        return rows, wide, keys
 
     @staticmethod
     @once_differentiable
@@ -170,8 +177,8 @@ def send_tokens(x: Tensor, weights: Tensor, passage: Passage) -> tuple[Tensor, T
         passage: of this call alone.
 
     Returns:
-        ``rows (S', D)``, ``weights (S', K)`` and ``ids (S', K)``, int32, the experts as in
-        :attr:`RankPlan.ids`.
+        ``rows (S', D)``, ``weights (S', K)`` and ``keys (S', K)``, int64, the local expert that
+        each slot chose, e if another rank's.
     """
     return _Tokens.apply(x, weights, passage)  # type: ignore[no-any-return]
 

@@ -1,0 +1,13 @@
+"""Which tokens go to which ranks, against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops import plan_cases as cases
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_what_is_sent_and_where_it_is_found(case: cases.Case, dtype: torch.dtype) -> None:
+    cases.check(case, "cpu", dtype)
