@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,7 +36,7 @@ class SegmentLoader:
 
     A run that resumes within an epoch continues with the next segment. On the same number of ranks
     with the same ``batch_size`` and ``seq_len`` it also has the memory back: each rank's loaders
-    have a state of their own in a checkpoint. Otherwise the memory starts empty.
+    have a state of their own in a checkpoint. Otherwise the memory starts empty, with a warning.
 
     Args:
         windows: the text as adjacent windows of ``seq_len + 1`` bytes.
@@ -99,8 +100,16 @@ class SegmentLoader:
         if self._memory is None:
             return
         self._memory.reset()
-        if state["memory"] is not None and state["layout"] == self._layout:
+        if state["memory"] is None:
+            return
+        if state["layout"] == self._layout:
             self._memory.load_state_dict(state["memory"])
+        else:
+            rank_zero_warn(
+                f"The checkpoint's memory is that of {state['layout']}, and this run has "
+                f"{self._layout}: other streams, or other segments of them. The memory starts empty;"
+                " to continue with it, resume with the same ranks, batch_size and seq_len."
+            )
 
 
 class ByteStreams(ByteCorpus):

@@ -41,9 +41,13 @@ def test_ranks_train_to_the_numbers_of_one_process(
                 assert_close(run.weights[step][name], weight, f"{name} after step {step}")
 
 
-def test_a_run_that_resumes_midway_has_its_memory_back(rank_pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_that_resumes_midway_has_its_memory_back(
+    rank_pool, tmp_path: Path, precision: str
+) -> None:
     text = runs.write_text(tmp_path / "text")
-    for straight, resumed in rank_pool.run(runs.straight_and_resumed, 2, text, str(tmp_path)):
+    results = rank_pool.run(runs.straight_and_resumed, 2, text, str(tmp_path), precision)
+    for straight, resumed in results:
         assert len(straight.remembered[runs.SAVED][0][0]) == runs.MEM_LEN
         assert len(resumed.losses) == runs.STEPS - runs.SAVED
         assert resumed.losses == straight.losses[runs.SAVED :]

@@ -115,11 +115,11 @@ def fit(
     return Run(module.losses, module.val_losses, observer.weights, module.remembered)
 
 
-def straight_and_resumed(text: str, directory: str, **options: Any) -> tuple[Run, Run]:
+def straight_and_resumed(text: str, directory: str, precision: str) -> tuple[Run, Run]:
     """All steps on two ranks, and those after a checkpoint within an epoch."""
     path = str(Path(directory) / "midway.ckpt")
-    straight = fit(text, 2, 2, 2, save_to=path, **options)
-    return straight, fit(text, 2, 2, 2, resume=path, seed=8, **options)
+    straight = fit(text, 2, 2, 2, save_to=path, precision=precision)
+    return straight, fit(text, 2, 2, 2, resume=path, seed=8, precision=precision)
 
 
 def plain_network() -> MoETransformerXL:
