@@ -2,7 +2,7 @@
 
 python examples/transformer_xl.py                   train; on two processes if there is no GPU
 python examples/transformer_xl.py --resume          go on from the last checkpoint
-python examples/transformer_xl.py --mem_len 0       without memory, to see what it is worth
+python examples/transformer_xl.py --mem_len 0       without memory
 python examples/transformer_xl.py --path my/text    on other text than the Python standard library
 """
 

@@ -107,8 +107,8 @@ class SegmentLoader:
         else:
             rank_zero_warn(
                 f"The checkpoint's memory is that of {state['layout']}, and this run has "
-                f"{self._layout}: other streams, or other segments of them. The memory starts empty;"
-                " to continue with it, resume with the same ranks, batch_size and seq_len."
+                f"{self._layout}: other streams or segments. The memory starts empty. "
+                "To continue with it, resume on as many ranks with the same batch_size and seq_len."
             )
 
 

@@ -49,7 +49,7 @@ class Memory:
             return
         before = self.layers or [states[:, :0] for states in hidden]
         self.layers = [
-            torch.cat((old, new), dim=1)[:, -self.length :]
+            torch.cat((old.to(new), new), dim=1)[:, -self.length :]
             for old, new in zip(before, hidden, strict=True)
         ]
 

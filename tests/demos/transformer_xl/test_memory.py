@@ -56,6 +56,18 @@ def test_state_is_a_copy_and_a_shorter_memory_keeps_its_end() -> None:
         assert all(map(torch.equal, restored.layers, expected))
 
 
+def test_a_restored_memory_moves_to_where_the_model_is() -> None:
+    """It is loaded on the CPU; meta stands for any other device."""
+    memory = Memory(5)
+    memory.append(states(0, 3))
+    state, restored = memory.state_dict(), Memory(5)
+    restored.load_state_dict(state)
+    restored.append([s.to("meta", torch.bfloat16) for s in states(3, 1)])
+    assert [(s.device.type, s.dtype, s.shape[1]) for s in restored.layers] == [
+        ("meta", torch.bfloat16, 4)
+    ] * 2
+
+
 def test_a_negative_length_is_refused() -> None:
     with pytest.raises(ConfigError, match="mem_len is -1"):
         Memory(-1)
