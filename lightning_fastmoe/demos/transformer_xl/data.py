@@ -88,7 +88,8 @@ class SegmentLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch and the memory, for a checkpoint."""
-        done = self._done if self._done < self._epoch_length else 0
+        done = self._resume_at or self._done  # the former until the first batch is read
+        done = done if done < self._epoch_length else 0
         memory = None if self._memory is None or not done else self._memory.state_dict()
         position = done * self._num_streams * self._windows.seq_len
         return {"bytes": position, "layout": self._layout, "memory": memory}
