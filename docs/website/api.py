@@ -11,6 +11,7 @@ MODULES = {
     "lightning_fastmoe.huggingface": "Models of Hugging Face",
     "lightning_fastmoe.demos.byte_lm": "The example model",
     "lightning_fastmoe.demos.token_lm": "Pretraining on text",
+    "lightning_fastmoe.demos.vision": "Image classification",
     "lightning_fastmoe.checkpoint": "Reading checkpoints",
     "lightning_fastmoe.checkpoint.weights": "Weights from a checkpoint",
     "lightning_fastmoe.ops": "Operators on one device",
