@@ -60,12 +60,23 @@ class WindowAttention(nn.Module):
             part.view(windows, tokens, self.num_heads, -1).transpose(1, 2)
             for part in (query + self.query_bias, key, value + self.value_bias)
         )
-        scale = self.log_scale.clamp(max=math.log(_LARGEST_SCALE)).exp()
-        scores = unit_vectors(query) @ unit_vectors(key).transpose(-2, -1) * scale
-        scores = scores + self.position_bias()
+        scores = self._scores(query, key)
         if mask is not None:
             by_image = scores.view(-1, len(mask), *scores.shape[1:])
             scores = by_image.masked_fill(~mask.unsqueeze(1), -math.inf).view_as(scores)
         mixed = torch.softmax(scores, dim=-1).to(value.dtype) @ value
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(windows, tokens, d_model))
         return out
+
+    # Outside of autocast: the scale multiplies the rounding error of a cosine by up to 100.
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(N, heads, s * s, s * s) from (N, heads, s * s, D / heads), in fp32 or fp64."""
+        with torch.autocast(query.device.type, enabled=False):
+            cosines = unit_vectors(wide(query)) @ unit_vectors(wide(key)).transpose(-2, -1)
+            scale = wide(self.log_scale).clamp(max=math.log(_LARGEST_SCALE)).exp()
+            return cosines * scale + wide(self.position_bias())
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in fp32, unless it is in fp64."""
+    return x if x.dtype == torch.float64 else x.float()

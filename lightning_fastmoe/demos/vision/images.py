@@ -59,7 +59,7 @@ def load_folder(path: str | Path, side: int) -> Images:
         DataError: if there are fewer than two classes, one has no images, or a file can't be read.
     """
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             "Reading image files needs Pillow: pip install 'lightning-fastmoe[vision]'"
@@ -84,7 +84,7 @@ def load_folder(path: str | Path, side: int) -> Images:
             try:
                 with Image.open(file) as image:
                     values = np.array(image.convert("RGB").resize((side, side)))
-            except (UnidentifiedImageError, OSError) as error:
+            except (EOFError, OSError, SyntaxError, ValueError) as error:
                 raise DataError(f"{str(file)!r} can't be read: {error}. Remove it.") from error
             pixels.append(torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1)
             classes.append(number)

@@ -161,3 +161,17 @@ def test_values_under_the_mask_are_not_seen() -> None:
     a, b = module(x, mask), module(other, mask)
     assert torch.equal(a[:, :3], b[:, :3])
     assert not torch.allclose(a[:, 3], b[:, 3])
+
+
+def test_scores_are_fp32_under_autocast() -> None:
+    """At the largest scale, a product in bf16 would be off by a tenth and more."""
+    torch.manual_seed(0)
+    module = WindowAttention(64, num_heads=2, size=4, bias_hidden=8, init_std=0.1)
+    with torch.no_grad():
+        module.log_scale[:] = math.log(100.0)
+    query, key = torch.randn(2, 3, 2, 16, 32).bfloat16()
+    expected = module._scores(query.double(), key.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = module.float()._scores(query, key)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)

@@ -103,9 +103,11 @@ def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:
     (folder / "blue").mkdir()
     with pytest.raises(DataError, match="blue' has no images"):
         ImageData(str(folder))
-    (folder / "blue" / "broken.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(DataError, match=r"broken.png' can't be read"):
-        ImageData(str(folder))
+    whole = (folder / "red" / "0.png").read_bytes()
+    for broken in (b"", b"\x89PNG\r\n", whole[:45], whole[:20] + b"?" + whole[21:]):
+        (folder / "blue" / "broken.png").write_bytes(broken)
+        with pytest.raises(DataError, match=r"broken.png' can't be read: .+ Remove it"):
+            ImageData(str(folder))
 
 
 def test_sizes_that_cannot_be_used_are_refused(folder: Path) -> None:

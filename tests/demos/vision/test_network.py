@@ -149,6 +149,20 @@ def test_an_images_class_does_not_depend_on_others_in_evaluation() -> None:
     torch.testing.assert_close(network(images), alone)
 
 
+def test_bf16_is_close_to_fp32() -> None:
+    """Autocast, and weights in bf16. Each token has both experts, as a near tie may flip."""
+    network = make(d_model=64, head_dim=16, num_experts=2).eval()
+    images = torch.randn(6, 3, 16, 16)
+    expected = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = network(images)
+    assert mixed.dtype == torch.bfloat16
+    narrow = network.bfloat16()(images.bfloat16())
+    for actual in (mixed, narrow):
+        error = (actual.float() - expected).norm() / expected.norm()
+        assert 1e-4 < error < 0.05
+
+
 def router_gradient(top_k: int, monkeypatch: pytest.MonkeyPatch) -> float:
     """Of the loss alone, relative to that of the experts."""
     from lightning_fastmoe.demos.vision import network as module
