@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
-from lightning_fastmoe.demos.vision.network import SwinMoE
+from lightning_fastmoe.demos.vision.network import SwinMoE, check_sizes
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.planning.sizes import model_size
 
@@ -44,7 +44,11 @@ class ImageClassifier(LightningModule):
         warmup_steps: Steps over which the learning rate rises from 0; a cosine follows.
         weight_decay: AdamW's weight decay for matrices.
         betas: AdamW's decay rates of the averages of the gradient and of its square.
-        init_std: Standard deviation of the initial weights.
+        init_std: Standard deviation of the initial weights of all but the MoE layers.
+
+    Raises:
+        ConfigError: if sizes don't divide each other; once the network is built, also as
+            :class:`SwinMoE` does.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class ImageClassifier(LightningModule):
         init_std: float = 0.2,
     ) -> None:
         super().__init__()
+        # Before other processes start, which would each report what is wrong.
+        check_sizes(image_size, patch_size, d_model, depths, head_dim, window_size)
         self.save_hyperparameters()
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas

@@ -205,6 +205,11 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) ->
     assert expected in str(caught.value)
 
 
+def test_sizes_are_checked_before_other_processes_start() -> None:
+    with pytest.raises(ConfigError, match=r"image_size is 8 and model.patch_size is 3"):
+        ImageClassifier(8, 1, 10, patch_size=3)
+
+
 def test_one_expert_is_fine_where_its_weight_matters() -> None:
     make(top_k=1, moe={"shared_expert": 8})
     make(top_k=1, moe={"router": "hash"})

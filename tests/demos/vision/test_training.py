@@ -103,7 +103,9 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
     assert float((actual - expected).abs().max()) <= 1e-5 * scale, what
 
 
-@pytest.mark.parametrize(("name", "stage"), [("global", 2), ("global", 3), ("rank", 2)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("global", 2), ("global", 3), ("rank", 2), ("rank", 3)]
+)
 def test_two_ranks_equal_one_process(rank_pool: RankPool, name: str, stage: int) -> None:
     """A capacity over the global batch: all in one pass. Over a rank's: a pass for each."""
     moe = GLOBAL if name == "global" else BY_RANK
