@@ -29,7 +29,7 @@ def adamw_with_cosine(
         min_lr_ratio: final learning rate as a fraction of ``lr``.
         warmup_steps: steps over which the learning rate rises from 0; a cosine follows, down to
             ``min_lr_ratio`` at the run's last step. A run without an end keeps the peak.
-        weight_decay: of matrices; embeddings, norms and biases have none.
+        weight_decay: of matrices; embeddings, norms, temperatures and biases have none.
         betas: decay rates of the averages of the gradient and of its square.
     """
     trainer = module.trainer
@@ -63,16 +63,17 @@ def lr_ratio(step: int, warmup_steps: int, total: int | None, min_lr_ratio: floa
 
 
 def decay_groups(root: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for embeddings, norms and biases.
+    """Weight decay for matrices, none for embeddings, norms, learned temperatures and biases.
 
-    Distinguished by module, not by number of dimensions: ZeRO stage 3 flattens parameters.
+    Distinguished by module and name, not by number of dimensions: ZeRO stage 3 flattens parameters.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for module in root.modules():
-        exempt = isinstance(module, nn.RMSNorm | nn.Embedding)
+        exempt = isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
-            (no_decay if exempt or name.endswith("bias") else decay).append(parameter)
+            vector = name.endswith(("bias", "log_scale"))
+            (no_decay if exempt or vector else decay).append(parameter)
     return [
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
