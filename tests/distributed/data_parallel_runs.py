@@ -27,6 +27,7 @@ class Case:
     Attributes:
         hot: every token chooses the same experts, so the others have none.
         together: balancing losses are of the global batch, which the twin sees in one pass.
+        unequal: experts that are modules have different parameters.
     """
 
     world: int = 1
@@ -40,6 +41,9 @@ class Case:
     reduce_dtype: torch.dtype | None = None
     hot: bool = False
     together: bool = False
+    nodes: int = 1
+    unequal: bool = False
+    device_type: str = "cpu"
     seed: int = 7
 
 
@@ -67,6 +71,9 @@ class Net(nn.Module):
                 MoE(D, F, 4, dispatcher="local"),
             ]
         )
+        if case.unequal:  # two parameters on some ranks, four or none on others
+            kinds = [nn.Linear(D, D), nn.Tanh(), Expert(D), nn.Linear(D, D, bias=False)]
+            self.moes[1] = MoE(D, None, 4, top_k=2, expert=kinds)
         for moe in self.moes:
             kind = "global_balancing" if case.together else "load_balancing"
             moe.loss_coefficients = {"load_balancing": 0.0, "z_loss": 0.01, kind: 0.05}
@@ -171,12 +178,11 @@ def whole_gradients(parallel: ExpertDataParallel) -> dict[str, Tensor]:
 
 def train(case: Case, states: Any = None, start: int = 0, stop: int = STEPS) -> Any:
     """A rank's run; (trace, states) on rank 0, with everything that all ranks must agree about."""
-    if case.world > 1:
-        join("cpu")
+    device = join(case.device_type)[0] if case.world > 1 else torch.device("cpu")
     rank = dist.get_rank() if case.world > 1 else 0
     # Other values on the other ranks: the wrapper has to copy rank 0's. Experts' are each rank's
     # own where it has other experts than rank 0, so those start equal.
-    net = build(case)
+    net = build(case).to(device)
     if rank:
         with torch.no_grad():
             for name, p in [*net.named_parameters(), *net.named_buffers()]:
@@ -192,7 +198,7 @@ def train(case: Case, states: Any = None, start: int = 0, stop: int = STEPS) -> 
     for step in make_batches(case)[start:stop]:
         mean = 0.0
         for micro in step:
-            loss = net(micro[rank])
+            loss = net(micro[rank].to(device))
             mean += loss.item() / case.accumulate
             parallel.backward(loss, divisor=case.accumulate)
         parallel.reduce_gradients()
@@ -205,9 +211,40 @@ def train(case: Case, states: Any = None, start: int = 0, stop: int = STEPS) -> 
         trace.losses.append(mean)
         trace.weights.append({n: w for n, w in weights.items() if n != "shift"})
     states = parallel.full_state_dict(), parallel.full_optimizer_state_dict(optimizer)
-    dense = {n: p.detach().clone() for n, p in net.named_parameters() if ".experts." not in n}
-    experts = {n: p.detach().clone() for n, p in net.named_parameters() if ".experts." in n}
+    held = {n: p.detach().cpu() for n, p in net.named_parameters()}
+    dense = {n: p for n, p in held.items() if ".experts." not in n}
+    experts = {n: p for n, p in held.items() if ".experts." in n}
     return trace, states, dense, experts
+
+
+def assert_same(found: Trace, right: Trace, tolerance: float = 1e-6) -> None:
+    """Relative to each tensor's largest entry."""
+    for what in ("losses", "norms"):
+        for own, twin in zip(getattr(found, what), getattr(right, what), strict=True):
+            assert abs(own - twin) <= tolerance * abs(twin), f"{what}: {own} != {twin}"
+    for what in ("gradients", "weights"):
+        for step, (own, twin) in enumerate(
+            zip(getattr(found, what), getattr(right, what), strict=True)
+        ):
+            assert own.keys() == twin.keys()
+            for name, value in twin.items():
+                error = (own[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
+                assert error <= tolerance, f"{what} of {name}, step {step}: {float(error):.1e}"
+
+
+def check(case: Case, results: list[Any]) -> None:
+    """That what :func:`train` returned on each rank is what one process does."""
+    traces = [trace for trace, *_ in results]
+    traces[0].losses = torch.tensor([t.losses for t in traces]).mean(0).tolist()
+    assert_same(traces[0], twin(case))
+    assert len({tuple(t.norms) for t in traces}) == 1  # to the bit
+    for _, states, dense, _ in results[1:]:
+        assert states == ({}, {})
+        assert all(torch.equal(dense[n], p) for n, p in results[0][2].items())
+    size = case.world if case.ep == "auto" else case.ep
+    for rank, (*_, experts) in enumerate(results):
+        replica = results[rank % size][3]
+        assert all(torch.equal(p, replica[n]) for n, p in experts.items())
 
 
 def save(case: Case, path: str) -> None:

@@ -26,6 +26,8 @@ CASES = [
     Case(world=4, ep=2, tokens=1, dispatcher="dedup"),
     Case(world=4, ep=4, hot=True),
     Case(world=4, ep=2, accumulate=2, together=True),
+    Case(world=4, ep=4, dispatcher="dedup", nodes=2),
+    Case(world=4, ep=2, unequal=True),
 ]
 
 
@@ -34,36 +36,14 @@ def ident(case: Case) -> str:
     return "-".join(f"{k}{v}" for k, v in changed.items()) or "one"
 
 
-def assert_same(found: runs.Trace, right: runs.Trace, tolerance: float = 1e-6) -> None:
-    """Relative to each tensor's largest entry."""
-    assert found.losses == pytest.approx(right.losses, rel=tolerance)
-    assert found.norms == pytest.approx(right.norms, rel=tolerance)
-    for what in ("gradients", "weights"):
-        for step, (own, twin) in enumerate(
-            zip(getattr(found, what), getattr(right, what), strict=True)
-        ):
-            assert own.keys() == twin.keys()
-            for name, value in twin.items():
-                error = (own[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
-                assert error <= tolerance, f"{what} of {name}, step {step}: {float(error):.1e}"
-
-
 @pytest.mark.parametrize("case", CASES, ids=ident)
 def test_equals_one_process(rank_pool, case):
-    alone = case.world == 1
-    results = [runs.train(case)] if alone else rank_pool.run(runs.train, case.world, case)
-    traces = [trace for trace, *_ in results]
-    right = runs.twin(case)
-    traces[0].losses = torch.tensor([t.losses for t in traces]).mean(0).tolist()
-    assert_same(traces[0], right)
-    assert len({tuple(t.norms) for t in traces}) == 1  # to the bit
-    for _, states, dense, _ in results[1:]:
-        assert states == ({}, {})
-        assert all(torch.equal(dense[n], p) for n, p in results[0][2].items())
-    size = case.world if case.ep == "auto" else case.ep
-    for rank, (*_, experts) in enumerate(results):
-        replica = results[rank % size][3]
-        assert all(torch.equal(p, replica[n]) for n, p in experts.items())
+    if case.world == 1:
+        results = [runs.train(case)]
+    else:
+        per_node = case.world // case.nodes
+        results = rank_pool.run(runs.train, case.world, case, ranks_per_node=per_node)
+    runs.check(case, results)
 
 
 @pytest.mark.parametrize("ep", [1, 4])
@@ -75,7 +55,7 @@ def test_resumes_on_another_size(rank_pool, tmp_path, ep):
     right = runs.twin(Case(world=4), start=3, stop=6)
     trace = resumed[0]
     trace.losses = torch.tensor([t.losses for t in resumed]).mean(0).tolist()
-    assert_same(trace, right)
+    runs.assert_same(trace, right)
 
 
 def test_full_states_are_those_of_one_process(rank_pool):

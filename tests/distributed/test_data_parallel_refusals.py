@@ -101,6 +101,35 @@ def test_a_model_without_parameters():
         ExpertDataParallel(nn.ReLU())
 
 
+def test_compiled_layers_need_the_scale_of_the_loss_too():
+    """A graph can't ask for it; with it, its balancing losses have the same divisor."""
+    model, twin = runs.net(), runs.net()
+    model.double(), twin.double()
+    parallel = ExpertDataParallel(model)
+    compiled = torch.compile(model["moe"], backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, runs.D, dtype=torch.float64)
+    compiled(model["dense"](x)).square().mean().backward()
+    with pytest.raises(ConfigError, match=r"parallel.backward\(loss, divisor=...\)"):
+        parallel.reduce_gradients()
+    model.zero_grad()
+    parallel.backward(compiled(model["dense"](x)).square().mean(), divisor=4)
+    parallel.reduce_gradients()
+    loss = twin["moe"](twin["dense"](x)).square().mean() + sum(moe_losses(twin).values())
+    (loss / 4).backward()
+    for own, right in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, right.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_errors_name_the_layer():
+    model = runs.net()
+    parallel = ExpertDataParallel(model)
+    assert model["moe"].layer_name == "moe"
+    model["moe"].nonfinite_policy = "ignore"
+    parallel.backward(model["moe"](torch.full((3, runs.D), torch.nan)).sum())
+    parallel.reduce_gradients()  # ignored, as was asked for
+    assert not parallel.clip_grad_norm_(1.0).isfinite()
+
+
 def test_balancing_losses_added_by_hand_need_no_scale():
     """And without balancing losses there is none to know."""
     for options, by_hand in (({}, True), ({"load_balancing": 0.0, "z_loss": 0.0}, False)):

@@ -42,15 +42,14 @@ def check_same_model(
     count = sum(item.is_expert for item in contents.parameters)
     own = (_digest(dense), _digest(experts), _digest(seeds), count)
     everyone = _gather(own)
-    peers = mesh.device_mesh.mesh.flatten().tolist()
-    first_peer = {rank: rank % mesh.ep_size for rank in peers}
     for rank, (their_dense, their_experts, their_seeds, _) in enumerate(everyone):
         if their_dense != everyone[0][0]:
             lists = _gather(dense)
             raise _different(rank, 0, lists[rank], lists[0])
-        if their_experts != everyone[first_peer[rank]][1]:
+        replica = rank % mesh.ep_size  # the first rank with the same experts
+        if their_experts != everyone[replica][1]:
             lists = _gather(experts)
-            raise _different(rank, first_peer[rank], lists[rank], lists[first_peer[rank]])
+            raise _different(rank, replica, lists[rank], lists[replica])
         if their_seeds != everyone[0][2]:
             raise ConfigError(
                 f"Rank {rank} built its MoE layers from another seed than rank 0, but some of them"

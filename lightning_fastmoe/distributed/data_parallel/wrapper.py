@@ -25,6 +25,7 @@ from lightning_fastmoe.distributed.data_parallel.start import (
     check_device,
     check_same_model,
 )
+from lightning_fastmoe.distributed.dispatch import ExchangeWait, PendingExchange
 from lightning_fastmoe.distributed.expert_checks import (
     check_batch_norms,
     check_not_tied,
@@ -113,7 +114,8 @@ class ExpertDataParallel:
         self._sharder = self._shard(expert_parallel_size, ranks_per_node, timeout)
         self.mesh = self._sharder.mesh if self._sharder is not None else None
         self._scale = KnownLossScale()
-        for layer in self._layers.values():
+        for name, layer in self._layers.items():
+            layer.layer_name = name or type(layer).__name__
             if isinstance(layer, MoE):
                 layer.balancing.scale = self._scale
             layer.nonfinite.policy = "collect"
@@ -313,6 +315,7 @@ class ExpertDataParallel:
             mesh = make_expert_mesh(size, self._device.type, timeout)
             nodes = [rank // ranks_per_node for rank in range(world)]
             sharder = ExpertSharder(mesh, nodes, timeout)
+            sharder.record_exchanges(PendingExchange(), ExchangeWait(rank=dist.get_rank()))
             sharder.shard(self.model)
         elif any(layer.is_sharded for layer in self._layers.values()):
             raise TopologyError(
