@@ -354,3 +354,34 @@ def transformers_twin() -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()
+
+
+def save_unequal_optimizers() -> str:
+    """The error where only rank 0 trains the experts."""
+    join("cpu")
+    net = build(Case(world=2))
+    parallel = ExpertDataParallel(net, 2)
+    trained = [net.embed.weight, *([net.moes[0].experts.up_proj] if dist.get_rank() == 0 else [])]
+    optimizer = torch.optim.AdamW(trained)
+    parallel.backward(net(make_batches(Case(world=2))[0, 0, dist.get_rank()]))
+    parallel.reduce_gradients()
+    optimizer.step()
+    try:
+        parallel.full_optimizer_state_dict(optimizer)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def bytes_of_loaded_state() -> tuple[int, int]:
+    """Of a state of four of eight experts (4, D): its own bytes, and those of its storage."""
+    case = Case(world=2, ep=2)
+    _, (_, state), *_ = train(case)
+    everyone = [state]
+    dist.broadcast_object_list(everyone, 0)
+    net = build(case)
+    parallel = ExpertDataParallel(net, 2)
+    optimizer = make_optimizer(net)
+    parallel.load_full_optimizer_state_dict(optimizer, everyone[0])
+    moment = optimizer.state[net.moes[0].experts.down_bias]["exp_avg"]
+    return moment.numel() * moment.element_size(), moment.untyped_storage().nbytes()

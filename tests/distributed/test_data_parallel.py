@@ -133,3 +133,13 @@ def test_loading_refuses_other_groups():
 def test_loading_refuses_other_numbers_of_experts(rank_pool):
     for message in rank_pool.run(runs.load_too_few, 2):
         assert "has 2 rows in the loaded state, but the layer has 8 experts" in message
+
+
+def test_saving_refuses_optimizers_of_some_ranks(rank_pool):
+    for message in rank_pool.run(runs.save_unequal_optimizers, 2):
+        assert "moes.0.experts.up_proj/" in message
+        assert "exists on 1 of 2 ranks" in message
+
+
+def test_loaded_optimizer_states_do_not_keep_the_whole_in_memory(rank_pool):
+    assert rank_pool.run(runs.bytes_of_loaded_state, 2) == [(256, 256)] * 2

@@ -38,7 +38,7 @@ def gather_model(contents: Contents, mesh: ExpertMesh | None) -> dict[str, Any]:
     owners = {name: contents.expert_layer(name) for name in state}
     experts: Values = {(name,): state[name] for name, layer in owners.items() if layer is not None}
     _check_rows({path: (owners[path[0]], value) for path, value in experts.items()})
-    whole = _gather_experts(experts, mesh)
+    whole = _gather_experts(contents, experts, mesh)
     if not _is_first(mesh):
         return {}
     dense = {name: _to_host(value) for name, value in state.items() if owners[name] is None}
@@ -67,7 +67,7 @@ def gather_optimizer(
         for key, value in entries.items():
             (experts if item.is_expert else dense)[item.name, key] = value
     _check_rows({path: (contents.expert_layer(path[0]), v) for path, v in experts.items()})
-    whole = _gather_experts(experts, mesh)
+    whole = _gather_experts(contents, experts, mesh)
     names = _gather_objects([group["params"] for group in groups], mesh)
     if not _is_first(mesh):
         return {}
@@ -122,7 +122,8 @@ def _named_groups(contents: Contents, optimizer: Optimizer) -> list[dict[str, An
                     " from model.parameters()."
                 )
     return [
-        {**group, "params": [names[id(p)] for p in group["params"]]}
+        {key: _to_host(value) for key, value in group.items()}
+        | {"params": [names[id(p)] for p in group["params"]]}
         for group in optimizer.param_groups
     ]
 
@@ -138,7 +139,7 @@ def _local_rows(name: str, value: Any, layer: ExpertLayer | None) -> Any:
             " full_state_dict() returns, with as many experts."
         )
     ids = layer.experts.local_ids
-    return value[ids[0] : ids[-1] + 1]
+    return value[ids[0] : ids[-1] + 1].clone()  # an optimizer keeps it, and not the whole
 
 
 def _is_common(value: Any) -> bool:
@@ -160,20 +161,24 @@ def _check_rows(values: Mapping[tuple[str, ...], tuple[ExpertLayer | None, Any]]
                 )
 
 
-def _gather_experts(own: Values, mesh: ExpertMesh | None) -> Values:
+def _gather_experts(contents: Contents, own: Values, mesh: ExpertMesh | None) -> Values:
     """The values of all experts, on the CPU of rank 0; an empty dictionary on the others.
 
     Rows of stacked experts, which have one name on every rank, are joined in the order of ranks.
+
+    Raises:
+        CheckpointError: on every rank, if one has no rows of them.
     """
     if mesh is None or mesh.ep_size == 1:
         return {path: _to_host(value) for path, value in own.items()} if _is_first(mesh) else {}
-    if dist.get_rank() >= mesh.ep_size:
-        return {}  # rank 0's group has all experts
     sizes = {
         path: _Tensor(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v
         for path, v in own.items()
     }
     everyone = _gather_objects(sizes, mesh)
+    _check_all_have_rows(contents, everyone)
+    if dist.get_rank() >= mesh.ep_size:
+        return {}  # rank 0's group has all experts
     if dist.get_rank() > 0:
         for value in own.values():
             if isinstance(value, Tensor) and value.numel():
@@ -196,13 +201,26 @@ def _gather_experts(own: Values, mesh: ExpertMesh | None) -> Values:
     }
 
 
+def _check_all_have_rows(contents: Contents, everyone: list[Values]) -> None:
+    """Every rank checks the same, before the first waits for what another doesn't send."""
+    for path in dict.fromkeys(path for values in everyone for path in values):
+        layer = contents.expert_layer(path[0])
+        count = sum(path in values for values in everyone)
+        # Other experts than stacked ones have names of their own, on one rank each.
+        if layer is not None and layer.experts.is_stacked and count < len(everyone):
+            raise CheckpointError(
+                f"{'/'.join(path)} exists on {count} of {len(everyone)} ranks that hold the layer's"
+                " experts. Give the optimizer the same parameters on every rank."
+            )
+
+
 def _gather_objects(own: Any, mesh: ExpertMesh | None) -> list[Any]:
-    """The values of rank 0's expert parallel group, on rank 0; elsewhere what is there."""
-    if mesh is None or mesh.ep_size == 1 or dist.get_rank() >= mesh.ep_size:
+    """The values of the ranks of this rank's expert parallel group."""
+    if mesh is None or mesh.ep_size == 1:
         return [own]
-    everyone: list[Any] | None = [None] * mesh.ep_size if dist.get_rank() == 0 else None
-    dist.gather_object(own, everyone, 0, mesh.ep_group)
-    return everyone or [own]
+    everyone: list[Any] = [None] * mesh.ep_size
+    dist.all_gather_object(everyone, own, mesh.ep_group)
+    return everyone
 
 
 def _is_first(mesh: ExpertMesh | None) -> bool:
