@@ -96,6 +96,12 @@ def test_norms_without_order():
         parallel.clip_grad_norm_(1.0, norm_type=0)
 
 
+def test_divisors():
+    parallel = ExpertDataParallel(runs.net())
+    with pytest.raises(ConfigError, match="divisor=0 must be positive"):
+        parallel.backward(runs.loss_of(parallel.model), divisor=0)
+
+
 def test_a_model_without_parameters():
     with pytest.raises(ConfigError, match="no parameters"):
         ExpertDataParallel(nn.ReLU())
@@ -122,11 +128,20 @@ def test_compiled_layers_need_the_scale_of_the_loss_too():
 
 def test_errors_name_the_layer():
     model = runs.net()
-    parallel = ExpertDataParallel(model)
+    ExpertDataParallel(model)
     assert model["moe"].layer_name == "moe"
-    model["moe"].nonfinite_policy = "ignore"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_nan_is_ignored_where_the_layer_says_so(before):
+    model = runs.net()
+    if before:
+        model["moe"].nonfinite_policy = "ignore"
+    parallel = ExpertDataParallel(model)
+    if not before:
+        model["moe"].nonfinite_policy = "ignore"
     parallel.backward(model["moe"](torch.full((3, runs.D), torch.nan)).sum())
-    parallel.reduce_gradients()  # ignored, as was asked for
+    parallel.reduce_gradients()
     assert not parallel.clip_grad_norm_(1.0).isfinite()
 
 

@@ -91,7 +91,7 @@ def agree(
         raise NonFiniteError(
             "A router's logits contained NaN or Inf on some rank since the last step, so its input"
             " or its weights do. Lower the learning rate or look for the bad batch; to go on"
-            " anyway set nonfinite_policy='ignore' of every MoE layer after wrapping the model."
+            " anyway set nonfinite_policy='ignore' of every MoE layer."
         )
     return [item for item in contents.parameters if has_any[numbers[id(item)]]]
 

@@ -111,14 +111,16 @@ class ExpertDataParallel:
         self._layers = dict(expert_layers(model))
         self._device = check_device([*model.named_parameters(), *model.named_buffers()])
         self._bucket_bytes, self._reduce_dtype = bucket_bytes, reduce_dtype
+        ours = [layer for layer in self._layers.values() if isinstance(layer, MoE)]
+        ignoring = {id(layer) for layer in ours if layer.nonfinite_policy == "ignore"}
         self._sharder = self._shard(expert_parallel_size, ranks_per_node, timeout)
         self.mesh = self._sharder.mesh if self._sharder is not None else None
         self._scale = KnownLossScale()
         for name, layer in self._layers.items():
             layer.layer_name = name or type(layer).__name__
-            if isinstance(layer, MoE):
-                layer.balancing.scale = self._scale
-            layer.nonfinite.policy = "collect"
+            layer.nonfinite.policy = "ignore" if id(layer) in ignoring else "collect"
+        for moe in ours:
+            moe.balancing.scale = self._scale
         self._scale.follow(model)
         self._contents = Contents(model, self._layers)
         # Numbers of the experts' parameters on each rank of the expert parallel group.
@@ -139,8 +141,11 @@ class ExpertDataParallel:
             divisor: the number of batches whose gradients are accumulated.
 
         Raises:
+            ConfigError: if the divisor is not positive.
             ExchangeError: on all ranks, if a rank has skipped a MoE layer in the forward pass.
         """
+        if not divisor > 0:
+            raise ConfigError(f"divisor={divisor} must be positive: it divides the loss.")
         self._end_pass()
         with self._scale.of(loss):
             (loss if divisor == 1.0 else loss / divisor).backward()
