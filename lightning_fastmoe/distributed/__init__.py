@@ -1,6 +1,7 @@
 """Assigns experts to ranks and exchanges tokens between them."""
 
 from lightning_fastmoe.distributed.auto_placement import AutoPlacement
+from lightning_fastmoe.distributed.data_parallel import ExpertDataParallel
 from lightning_fastmoe.distributed.dispatch import (
     EXCHANGE,
     AllToAllDispatcher,
@@ -26,6 +27,7 @@ __all__ = [
     "EXCHANGE",
     "AllToAllDispatcher",
     "ExchangeWait",
+    "ExpertDataParallel",
     "ExpertGroup",
     "ExpertMesh",
     "ExpertSharder",

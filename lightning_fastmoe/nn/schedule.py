@@ -206,8 +206,8 @@ class UnmanagedSchedule(Schedule):
         check_all_are_here(experts, layer)
         raise UnmanagedExpertsError(
             f"{layer}: dispatcher={self.name!r} exchanges tokens between ranks, but no"
-            " expert parallel group was set up. Train with FastMoEStrategy, or use"
-            " dispatcher='auto'."
+            " expert parallel group was set up. Train with FastMoEStrategy, wrap the model in"
+            " ExpertDataParallel in a plain loop, or use dispatcher='auto'."
         )
 
 

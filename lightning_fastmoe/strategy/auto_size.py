@@ -11,10 +11,10 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import nn
 
 from lightning_fastmoe.distributed import expert_parallel_sizes
+from lightning_fastmoe.distributed.expert_checks import divided_experts
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.planning.parallel_size import SizeChoice, bytes_at, smallest_that_fits
 from lightning_fastmoe.strategy.nodes import Nodes
-from lightning_fastmoe.zero.groups import divided_experts
 
 
 class AutoSize:

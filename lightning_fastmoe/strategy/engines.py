@@ -14,6 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_fastmoe.distributed import ExpertSharder
+from lightning_fastmoe.distributed.expert_checks import (
+    check_batch_norms,
+    check_not_tied,
+    divided_experts,
+)
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
@@ -32,14 +37,7 @@ from lightning_fastmoe.zero.engine import (
     make_engine,
 )
 from lightning_fastmoe.zero.gathering import meet_before_gathering
-from lightning_fastmoe.zero.groups import (
-    check_batch_norms,
-    check_not_tied,
-    check_tags,
-    divided_experts,
-    group_name,
-    tag_experts,
-)
+from lightning_fastmoe.zero.groups import check_tags, group_name, tag_experts
 from lightning_fastmoe.zero.leaf_modules import guard_leaf_modules
 from lightning_fastmoe.zero.param_groups import release, split_expert_groups
 from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure

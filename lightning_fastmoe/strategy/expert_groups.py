@@ -15,12 +15,13 @@ from lightning_fastmoe.distributed import (
     check_expert_parallel_size,
     make_expert_mesh,
 )
+from lightning_fastmoe.distributed.expert_checks import divided_experts
 from lightning_fastmoe.errors import UnmanagedExpertsError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.nn.placement import expert_placement
 from lightning_fastmoe.strategy.auto_size import AutoSize
 from lightning_fastmoe.strategy.nodes import Nodes
-from lightning_fastmoe.zero.groups import divided_experts, register_groups
+from lightning_fastmoe.zero.groups import register_groups
 
 
 class ExpertGroups:

@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from lightning_fastmoe import ExpertLoadMonitor, FastMoEStrategy, MoE, RouterBiasBalancing
+from lightning_fastmoe.distributed import ExpertDataParallel
 from lightning_fastmoe.huggingface import upcycle
 from lightning_fastmoe.nn import convert
 from lightning_fastmoe.nn.router import ROUTERS
@@ -27,7 +28,11 @@ CALLABLE: dict[str, Any] = {
     "RouterBiasBalancing": RouterBiasBalancing,
     "ExpertLoadMonitor": ExpertLoadMonitor,
 }
-ON_MODELS = {"huggingface.upcycle": upcycle, "nn.convert": convert}
+ON_MODELS = {
+    "huggingface.upcycle": upcycle,
+    "nn.convert": convert,
+    "ExpertDataParallel": ExpertDataParallel,
+}
 """Functions that take a model."""
 
 
@@ -50,6 +55,10 @@ def test_call_is_accepted(code: str) -> None:
     name, given = arguments(code)
     if name.startswith("layer"):
         method = getattr(MoE, name.partition(".")[2] or "forward")
+        assert set(given) <= set(inspect.signature(method).parameters)
+        return
+    if name.startswith("parallel."):
+        method = getattr(ExpertDataParallel, name.removeprefix("parallel."))
         assert set(given) <= set(inspect.signature(method).parameters)
         return
     if name in ON_MODELS:

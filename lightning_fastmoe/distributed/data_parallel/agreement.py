@@ -1,0 +1,106 @@
+"""What the ranks must agree about before they reduce gradients, in one exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
+from lightning_fastmoe.distributed.mesh import ExpertMesh
+from lightning_fastmoe.errors import ConfigError, NonFiniteError
+
+_PROBLEM, _NONFINITE, _FLAGS = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank has to say before gradients are reduced.
+
+    Attributes:
+        problem: why it can't go on, or None.
+        finite: bool scalar, whether its routers' logits were finite; None without routers.
+    """
+
+    problem: str | None
+    finite: Tensor | None
+
+
+def agree(
+    report: Report,
+    contents: Contents,
+    counts: Sequence[int],
+    mesh: ExpertMesh | None,
+    device: torch.device,
+) -> list[Item]:
+    """The parameters that have a gradient on any of the ranks that hold them; collective.
+
+    All ranks see the same flags, so that either all go on or all raise.
+
+    Args:
+        report: this rank's.
+        contents: the model's parameters.
+        counts: number of experts' parameters on each rank of this rank's expert parallel group.
+        mesh: the groups; None for a single rank.
+        device: the device of the exchange.
+
+    Raises:
+        ConfigError: on all ranks, with the problem of the first that has one.
+        NonFiniteError: on all ranks, if a router's logits weren't finite on one.
+    """
+    parameters = [item for item in contents.parameters if not item.is_expert]
+    numbers = {id(item): number for number, item in enumerate(parameters)}
+    ep_rank = mesh.ep_rank if mesh is not None else 0
+    first = len(parameters) + sum(counts[:ep_rank])
+    experts = [item for item in contents.parameters if item.is_expert]
+    numbers |= {id(item): number for number, item in enumerate(experts, first)}
+
+    # For each parameter of the whole model: whether a rank has a gradient, whether one froze it.
+    size = len(parameters) + sum(counts)
+    flags = torch.zeros(_FLAGS + 2 * size, dtype=torch.int32)
+    flags[_PROBLEM] = report.problem is not None
+    has, frozen = flags[_FLAGS : _FLAGS + size], flags[_FLAGS + size :]
+    for item in contents.parameters:
+        number, trained = numbers[id(item)], item.tensor.requires_grad
+        has[number] = trained and item.tensor.grad is not None
+        frozen[number] = not trained
+    flags = flags.to(device)
+    if report.finite is not None:
+        flags[_NONFINITE] = ~report.finite
+    if mesh is not None:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    found = flags.tolist()
+
+    has_any, frozen_any = found[_FLAGS : _FLAGS + size], found[_FLAGS + size :]
+    problem = report.problem
+    differing = next((n for n in range(size) if has_any[n] and frozen_any[n]), None)
+    if differing is not None and problem is None:
+        name = next(
+            (item.name for item in contents.parameters if numbers[id(item)] == differing), ""
+        )
+        problem = name and (
+            f"{name} is frozen (requires_grad=False) on some ranks only. Freeze the same parameters"
+            " on every rank."
+        )
+    if found[_PROBLEM] or differing is not None:
+        raise ConfigError(_first_problem(problem, mesh))
+    if found[_NONFINITE]:
+        raise NonFiniteError(
+            "A router's logits contained NaN or Inf on some rank since the last step, so its input"
+            " or its weights do. Lower the learning rate or look for the bad batch; to go on"
+            " anyway set nonfinite_policy='ignore' of every MoE layer."
+        )
+    return [item for item in contents.parameters if has_any[numbers[id(item)]]]
+
+
+def _first_problem(own: str | None, mesh: ExpertMesh | None) -> str:
+    """The problem of the first rank that has one."""
+    problems = [own]
+    if mesh is not None:
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, own)
+    rank = next(rank for rank, problem in enumerate(problems) if problem)
+    return f"{problems[rank]} (rank {rank})" if mesh is not None else str(problems[rank])

@@ -1,0 +1,134 @@
+"""Lets all ranks start from the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
+from lightning_fastmoe.distributed.mesh import ExpertMesh
+from lightning_fastmoe.errors import ConfigError, TopologyError
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
+
+
+def check_same_model(
+    contents: Contents, layers: Mapping[str, ExpertLayer], mesh: ExpertMesh
+) -> list[int]:
+    """Checks that the ranks have built the same model; collective.
+
+    Without it, ranks would exchange the tensors of different parameters, or wait for ever.
+
+    Returns:
+        Number of experts' parameters on each rank of this rank's expert parallel group.
+
+    Raises:
+        TopologyError: on all ranks, naming the first difference.
+        ConfigError: on all ranks, if layers with random routing have different seeds.
+    """
+    items = [*contents.parameters, *contents.buffers]
+    dense = [_describe(item) for item in items if not item.is_expert]
+    experts = [_describe(item) for item in items if item.is_expert]
+    seeds = [
+        f"{name} {layer._seed}"
+        for name, layer in layers.items()
+        if isinstance(layer, MoE) and layer.router_traits.random
+    ]
+    count = sum(item.is_expert for item in contents.parameters)
+    own = (_digest(dense), _digest(experts), _digest(seeds), count)
+    everyone = _gather(own)
+    for rank, (their_dense, their_experts, their_seeds, _) in enumerate(everyone):
+        if their_dense != everyone[0][0]:
+            lists = _gather(dense)
+            raise _different(rank, 0, lists[rank], lists[0])
+        replica = rank % mesh.ep_size  # the first rank with the same experts
+        if their_experts != everyone[replica][1]:
+            lists = _gather(experts)
+            raise _different(rank, replica, lists[rank], lists[replica])
+        if their_seeds != everyone[0][2]:
+            raise ConfigError(
+                f"Rank {rank} built its MoE layers from another seed than rank 0, but some of them"
+                " route at random, and must draw the same numbers on every rank. Call"
+                " torch.manual_seed() with the same number on all ranks before building the model."
+            )
+    first = dist.get_rank() - mesh.ep_rank
+    return [n for _, _, _, n in everyone[first : first + mesh.ep_size]]
+
+
+@torch.no_grad()
+def broadcast_start(contents: Contents, mesh: ExpertMesh) -> None:
+    """Copies dense weights and buffers from rank 0, and experts' from their first replica."""
+    first_replica = int(mesh.device_mesh.mesh[0, mesh.ep_rank])
+    for item in (*contents.parameters, *contents.buffers):
+        if item.is_expert and mesh.edp_size == 1:
+            continue
+        if item.tensor.numel():
+            whole = item.tensor.detach().contiguous()
+            # As bytes, so that any dtype works with any backend.
+            flat = whole.view(-1).view(torch.uint8)
+            if item.is_expert:
+                dist.broadcast(flat, first_replica, mesh.edp_group)
+            else:
+                dist.broadcast(flat, 0)
+            if whole.data_ptr() != item.tensor.data_ptr():
+                item.tensor.copy_(whole)
+
+
+def check_device(tensors: list[tuple[str, Tensor]]) -> torch.device:
+    """The device of a model's tensors, on which the process group must work.
+
+    Raises:
+        ConfigError: if they are on several devices, on the meta device, or on another GPU than the
+            process's current one.
+    """
+    if not tensors:
+        raise ConfigError("The model has no parameters: there is nothing to train.")
+    first, tensor = tensors[0]
+    for name, other in tensors:
+        if other.is_meta:
+            raise ConfigError(
+                f"{name} is on the meta device. Create its values first: model.to_empty(...) and"
+                " its initialisation, or load weights."
+            )
+        if other.device != tensor.device:
+            raise ConfigError(
+                f"{first} is on {tensor.device} and {name} on {other.device}. Move the whole model"
+                " to this rank's device before wrapping it."
+            )
+    device = tensor.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ConfigError(
+            f"The model is on {device}, but this process's current device is"
+            f" cuda:{torch.cuda.current_device()}, which collectives use. Call"
+            f" torch.cuda.set_device({device.index}) before init_process_group."
+        )
+    return device
+
+
+def _describe(item: Item) -> str:
+    return f"{item.name} {tuple(item.tensor.shape)} {item.tensor.dtype}"
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _gather(own: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _different(rank: int, other: int, own: list[str], theirs: list[str]) -> TopologyError:
+    size = max(len(own), len(theirs))
+    pairs = zip(*([*one, *["nothing"] * (size - len(one))] for one in (own, theirs)), strict=True)
+    here, there = next((a, b) for a, b in pairs if a != b)
+    return TopologyError(
+        f"Rank {rank} has built another model than rank {other}: {here} in place of {there}."
+        " Build the same model on every rank."
+    )

@@ -1,0 +1,161 @@
+"""What goes wrong on some ranks of a plain loop, and what each rank then says."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from distributed.devices import join
+from torch import nn
+
+from lightning_fastmoe import MoE
+from lightning_fastmoe.distributed import ExpertDataParallel
+from lightning_fastmoe.errors import FastMoEError
+
+D, F = 8, 10
+
+
+def net(**options: object) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"dense": nn.Linear(D, D), "moe": MoE(D, F, 4, **options)})
+
+
+def loss_of(model: nn.ModuleDict) -> torch.Tensor:
+    return model["moe"](model["dense"](torch.ones(3, D))).square().mean()
+
+
+def new_parameter(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    if dist.get_rank() == 1:
+        model["late"] = nn.Linear(D, D)
+    parallel.backward(loss_of(model))
+    parallel.reduce_gradients()
+
+
+def reduced_twice(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    parallel.backward(loss_of(model))
+    parallel.reduce_gradients()
+    parallel.reduce_gradients()
+
+
+def reduced_after_each_batch(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    for _ in range(2):
+        parallel.backward(loss_of(model), divisor=2)
+        parallel.reduce_gradients()
+
+
+def not_set_to_none(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    for _ in range(2):
+        parallel.backward(loss_of(model))
+        parallel.reduce_gradients()
+        model.zero_grad(set_to_none=False)
+
+
+def clipped_first(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    parallel.backward(loss_of(model))
+    parallel.clip_grad_norm_(1.0)
+
+
+def clipped_between(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    for _ in range(2):
+        parallel.backward(loss_of(model))
+        parallel.clip_grad_norm_(1.0)
+        parallel.reduce_gradients()
+        model.zero_grad()
+
+
+def unknown_scale(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    (loss_of(model) / 2).backward()
+
+
+def frozen_on_one_rank(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    if dist.get_rank() == 1:
+        model["dense"].weight.requires_grad_(False)
+    parallel.backward(loss_of(model))
+    parallel.reduce_gradients()
+
+
+def sparse_gradient(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    model["dense"].weight.grad = torch.zeros(D, D).to_sparse()
+    parallel.reduce_gradients()
+
+
+def nonfinite_on_one_rank(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    x = torch.full((3, D), torch.nan if dist.get_rank() == 1 else 1.0)
+    parallel.backward(model["moe"](model["dense"](x)).square().mean())
+    parallel.reduce_gradients()
+
+
+def nonfinite_norm(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    parallel.backward(loss_of(model))
+    if dist.get_rank() == 1:
+        model["moe"].experts.up_proj.grad.view(-1)[0] = torch.inf
+    parallel.reduce_gradients()
+    parallel.clip_grad_norm_(1.0, error_if_nonfinite=True)
+
+
+def skipped_layer(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    x = model["dense"](torch.ones(3, D))
+    loss = (model["moe"](x) if dist.get_rank() == 0 else x).square().mean()
+    parallel.backward(loss)
+
+
+DURING = (
+    new_parameter,
+    reduced_twice,
+    reduced_after_each_batch,
+    not_set_to_none,
+    clipped_first,
+    clipped_between,
+    unknown_scale,
+    frozen_on_one_rank,
+    sparse_gradient,
+    nonfinite_on_one_rank,
+    nonfinite_norm,
+    skipped_layer,
+)
+
+
+def fails_in_training(name: str) -> tuple[str, str]:
+    """The error of a rank in a loop of two ranks, and its message."""
+    join("cpu")
+    model = net()
+    parallel = ExpertDataParallel(model, 2)
+    try:
+        globals()[name](model, parallel)
+    except (FastMoEError, RuntimeError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def fails_to_wrap(name: str) -> tuple[str, str]:
+    """The error of a rank in a loop of two ranks, and its message."""
+    join("cpu")
+    size = 2
+    model = net(**({"router": "noisy"} if name == "another seed" else {}))
+    if name == "another size":
+        ExpertDataParallel(model, 2)
+        size = 1
+    elif name == "indivisible":
+        model["odd"] = MoE(D, F, 3)
+    elif name == "ranks":
+        size = 3
+    elif name == "another model" and dist.get_rank() == 1:
+        model["dense"] = nn.Linear(D, D, bias=False)
+    elif name == "another seed" and dist.get_rank() == 1:
+        torch.manual_seed(1)
+        model["moe"] = MoE(D, F, 4, router="noisy")
+    elif name == "tied":
+        model["other"] = nn.Linear(D, D)
+        model["other"].shared = model["moe"].experts.up_proj
+    elif name == "wrapped":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif name == "meta":
+        model["dense"].to("meta")
+    elif name == "batch norm":
+        model["moe"] = MoE(D, None, 4, expert=lambda d: nn.SyncBatchNorm(d))
+    elif name == "nested":
+        model["moe"] = MoE(D, None, 4, expert=lambda d: MoE(d, F, 2))
+    try:
+        ExpertDataParallel(model, size)
+    except FastMoEError as error:
+        return type(error).__name__, str(error)
+    return "", ""
