@@ -23,7 +23,7 @@ from lightning_fastmoe.checkpoint.format.files import fsync_directory
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
-from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, stored_tensor, target_dtype
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B
@@ -134,7 +134,11 @@ def _written_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 def _stored(reader: CheckpointReader) -> dict[str, tuple[int, ...]]:
     start = weight_name("")
     found = reader.manifest.tensors.items()
-    return {n.removeprefix(start): tuple(r.shape) for n, r in found if n.startswith(start)}
+    return {
+        n.removeprefix(start): tuple(r.shape)
+        for n, r in found
+        if n.startswith(start) and not repeats_rows(n)
+    }
 
 
 def _find_prefix(reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:

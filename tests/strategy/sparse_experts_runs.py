@@ -1,0 +1,126 @@
+"""What the ranks run in test_sparse_experts.py, and a slow twin with masks on whole stacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from strategy.models import Case, Net, Trace, build_net, reference
+from strategy.tracing import make_trainer, over_expert_ranks
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_fastmoe import SparseUpdate
+from lightning_fastmoe.errors import FastMoEError
+from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.zero.trained_experts import merge_trained
+
+Weights = dict[str, Tensor]
+Experts = dict[str, list[int]]
+
+
+def masked_reference(case: Case, experts: Experts, dense: bool) -> tuple[Trace, Weights]:
+    """One plain process that trains whole stacks and undoes what frozen experts would get.
+
+    Returns:
+        The run, and the initial weights.
+    """
+    pl.seed_everything(7, verbose=False)
+    net = build_net(case.num_experts, case.coefficients)
+    initial = {n: p.detach().clone() for n, p in net.named_parameters()}
+    masks: dict[nn.Parameter, Tensor] = {}
+    for name, parameter in net.named_parameters():
+        layer, is_expert, _ = name.partition(".experts.")
+        if not is_expert:
+            parameter.requires_grad_(dense)
+        elif layer not in experts:
+            parameter.requires_grad_(False)
+        else:
+            mask = torch.zeros(len(parameter), dtype=torch.bool)
+            mask[experts[layer]] = True
+            masks[parameter] = mask.view(-1, *[1] * (parameter.dim() - 1))
+            parameter.register_hook(lambda g, mask=masks[parameter]: g * mask)
+
+    @torch.no_grad()
+    def put_back(*_: Any) -> None:
+        for name, parameter in net.named_parameters():
+            if parameter in masks:
+                parameter.copy_(torch.where(masks[parameter], parameter, initial[name]))
+
+    hook = register_optimizer_step_post_hook(put_back)
+    try:
+        return reference(case, net), initial
+    finally:
+        hook.remove()
+
+
+def whole_stacks(net: nn.Module) -> Weights:
+    """Every parameter whole, as an export would have it: trained experts in their stacks."""
+    import deepspeed
+
+    merge_trained(layer for _, layer in expert_layers(net))
+    own = {}
+    for name, parameter in net.named_parameters():
+        if ".trained." in name:
+            continue
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                own[name] = parameter.detach().clone()
+        else:
+            own[name] = parameter.detach().clone()
+    return over_expert_ranks(net, own)
+
+
+class Notes(pl.Callback):
+    """Gradient norms, and the whole weights before training and after each step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.weights: list[Weights] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append(whole_stacks(pl_module.net))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step < len(self.weights):
+            return
+        self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
+        self.weights.append(whole_stacks(pl_module.net))
+
+
+class Late(Net):
+    """Freezes at the end of configure_model, where each rank has its own experts alone."""
+
+    callback: SparseUpdate
+
+    def configure_model(self) -> None:
+        is_new = self.net is None
+        super().configure_model()
+        if is_new:
+            self.callback.apply(self)
+
+
+def train(
+    case: Case, options: dict[str, Any], load: str | None = None, save: str | None = None
+) -> tuple[list[float], list[Weights], int]:
+    """Norms, weights, and how many elements this rank's optimizer has a first moment of."""
+    pl.seed_everything(7, verbose=False)
+    notes, update = Notes(), SparseUpdate(**options)
+    trainer = make_trainer(case, callbacks=[update, notes])
+    module = (Late if case.in_configure_model else Net)(case)
+    module.callback = update
+    trainer.fit(module, ckpt_path=load)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    state = trainer.strategy.deepspeed_engine.optimizer.optimizer.state
+    return notes.norms, notes.weights, sum(s["exp_avg"].numel() for s in state.values())
+
+
+def error_of(case: Case, options: dict[str, Any], load: str | None = None) -> str | None:
+    """The error of a run."""
+    try:
+        train(case, options, load)
+    except FastMoEError as error:
+        return str(error)
+    return None
