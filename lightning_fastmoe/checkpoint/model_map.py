@@ -174,13 +174,17 @@ def _check_tied(first: str, name: str, model: ModelMap) -> None:
 
 
 def _fragment(name: str, shape: tuple[int, ...], layer: ExpertLayer | None) -> ParameterFragment:
+    trained = None if layer is None else trained_of(layer.experts.holder)
+    if trained is not None and repeats_rows(name):
+        shape = (len(trained.local_ids), *trained.shapes[name.rpartition(TRAINED_EXPERTS)[2]])
+    else:
+        trained = None
     numel = math.prod(shape)
     if layer is None:
         return ParameterFragment(0, numel, name, shape, is_expert=False)
     experts = layer.experts
     if not experts.is_stacked:  # its name says which expert it is
         return ParameterFragment(0, numel, name, shape, is_expert=True)
-    trained = trained_of(experts.holder) if repeats_rows(name) else None
     if not is_interval(experts.local_ids):
         raise CheckpointError(
             f"The experts {describe_ids(experts.local_ids)} of {name!r} are on one rank."

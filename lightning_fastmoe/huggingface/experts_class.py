@@ -93,7 +93,7 @@ def _sparse(
     if adapters_of(experts, x.dtype):
         raise refused(experts, "it has adapters, and single experts are trained")
     stacks = _cast(stacked_weights(experts), x.dtype)
-    rows = ops.TrainedRows(trained.rows, _cast(_views(experts, trained), x.dtype))
+    rows = ops.TrainedRows(trained.rows, _cast(_views(experts, trained.slices), x.dtype))
     activation = fused_activation(experts) or _own_activation(experts)
     return ops.sparse_layer(x, tokens_per_expert, weights, order, stacks, rows, activation)
 
@@ -191,18 +191,18 @@ def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor
             raise refused(experts, f"{name} is {tensor.dtype}")
         if hasattr(tensor, "device_mesh"):
             raise refused(experts, f"{name} is sharded by transformers (a DTensor)")
-    return _views(experts, experts)
+    return _views(experts, functools.partial(getattr, experts))
 
 
-def _views(experts: Any, holder: Any) -> ops.Stacks:
-    """The weights and biases that ``holder`` has, in the layout of ``experts``."""
+def _views(experts: Any, get: Callable[[str], Any]) -> ops.Stacks:
+    """The weights and biases, by name, in the layout of :func:`stacked_weights`."""
     names = parameter_names(experts)
-    up, down = getattr(holder, names[0]), holder.down_proj
+    up, down = get(names[0]), get(names[1])
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     if not experts.has_bias:
         return up, down, None, None
-    return up, down, getattr(holder, names[2]), holder.down_proj_bias
+    return up, down, get(names[2]), get(names[3])
 
 
 def projections(experts: Any) -> tuple[str, str]:

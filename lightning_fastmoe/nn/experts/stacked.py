@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -112,10 +112,10 @@ class StackedExperts(Experts):
         weights: Tensor | None,
         order: ops.ExpertOrder | None,
     ) -> Tensor:
-        up, down, up_bias, down_bias = self._stacks(self, x.dtype)
+        up, down, up_bias, down_bias = self._stacks(self._parameters.get, x.dtype)
         if trained is not None:
             check_frozen(self, trained)
-            rows = ops.TrainedRows(trained.rows, self._stacks(trained, x.dtype))
+            rows = ops.TrainedRows(trained.rows, self._stacks(trained.slices, x.dtype))
             stacks = (up, down, up_bias, down_bias)
             return ops.sparse_layer(
                 x, tokens_per_expert, weights, order, stacks, rows, self.activation
@@ -127,10 +127,10 @@ class StackedExperts(Experts):
         return (ops.expert_layer if planned else ops.unfused_layer)(x, weights, order, *mlp)
 
     @staticmethod
-    def _stacks(module: nn.Module, dtype: torch.dtype) -> ops.Stacks:
-        """The parameters of :class:`StackedExperts`, or the trained slices of these."""
+    def _stacks(get: Callable[[str], Tensor | None], dtype: torch.dtype) -> ops.Stacks:
+        """The parameters, or the trained slices of these, by name."""
         up, down, *biases = (
-            None if (p := getattr(module, name, None)) is None else p.to(dtype)
+            None if (p := get(name)) is None else p.to(dtype)
             for name in ("up_proj", "down_proj", "up_bias", "down_bias")
         )
         assert up is not None

@@ -24,7 +24,8 @@ TRAINED = "trained"
 class TrainedExperts(nn.Module):
     """The trained experts on this rank: a parameter (t, ...) for each stack, with its name.
 
-    Without any on this rank, t is 0: every rank has the same parameters.
+    A rank without any has parameters of one element that is not used, as :func:`is_padding` says:
+    ZeRO needs something in each group on each rank.
 
     Args:
         stacks: name -> the stack (e, ...); its rows are copied.
@@ -33,7 +34,9 @@ class TrainedExperts(nn.Module):
 
     Attributes:
         expert_ids: the same.
-        rows: the places of this rank's trained experts in the stacks.
+        local_ids: those on this rank.
+        rows: the places of this rank's in the stacks.
+        shapes: name -> the shape of one expert's slice.
     """
 
     def __init__(
@@ -41,26 +44,43 @@ class TrainedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.expert_ids = tuple(expert_ids)
-        self.rows = self._rows(held)
+        self.shapes = {name: tuple(stack.shape[1:]) for name, stack in stacks.items()}
+        self.local_ids, self.rows = self._held(held)
         for name, stack in stacks.items():
-            own = stack.detach()[list(self.rows)].clone(memory_format=torch.contiguous_format)
-            self.register_parameter(name, nn.Parameter(own, stack.requires_grad))
-        self.local_ids = tuple(held[row] for row in self.rows)
+            own = nn.Parameter(stack.detach()[list(self.rows)].clone(), stack.requires_grad)
+            self.register_parameter(name, own)
+            self._pad(own)
 
-    def _rows(self, held: Sequence[int]) -> tuple[int, ...]:
+    def _held(self, held: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = set(self.expert_ids)
-        return tuple(row for row, i in enumerate(held) if i in trained)
+        rows = tuple(row for row, i in enumerate(held) if i in trained)
+        return tuple(held[row] for row in rows), rows
+
+    def _pad(self, own: nn.Parameter) -> None:
+        if not self.rows:
+            own.data = own.new_zeros((1,) * own.dim())
+            own.fastmoe_is_padding = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def keep(self, held: Sequence[int]) -> None:
         """Drops all but the experts of ``held``, whose rows alone the stacks have now."""
-        rows = [place for place, i in enumerate(self.local_ids) if i in set(held)]
-        for parameter in self.parameters():
-            parameter.data = parameter.detach()[rows].clone()
-            parameter.grad = None
-            for mark in [mark for mark in vars(parameter) if mark.startswith("ds_")]:
-                delattr(parameter, mark)  # DeepSpeed's, of an earlier run, about the whole
-        self.local_ids, self.rows = tuple(self.local_ids[p] for p in rows), self._rows(held)
+        before = self.local_ids
+        self.local_ids, self.rows = self._held(held)
+        places = [before.index(i) for i in self.local_ids]
+        for own in self.parameters():
+            if before:
+                own.data = own.detach()[places].clone()
+            own.grad = None
+            for mark in [mark for mark in vars(own) if mark.startswith("ds_")]:
+                delattr(own, mark)  # DeepSpeed's, of an earlier run, about the whole
+            self._pad(own)
+
+    def slices(self, name: str) -> Tensor | None:
+        """The trained slices of a stack, (t, ...), differentiable; None if there is no stack."""
+        own = self._parameters.get(name)
+        if own is None or self.rows:
+            return own
+        return own.reshape(-1)[:0].view(0, *self.shapes[name])
 
     def forward(self, compute: Callable[..., Tensor], *tensors: Any) -> Tensor:
         """``compute(self, *tensors)``: a forward pass of its own, for which ZeRO 3 gathers."""
@@ -69,6 +89,11 @@ class TrainedExperts(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
         return f"experts {', '.join(map(str, self.expert_ids))}"
+
+
+def is_padding(parameter: nn.Parameter) -> bool:
+    """Whether a parameter stands for the trained experts of a rank that has none."""
+    return getattr(parameter, "fastmoe_is_padding", False)
 
 
 def trained_of(module: nn.Module) -> TrainedExperts | None:
@@ -158,8 +183,9 @@ def _after_saving(
 def _before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     trained = trained_of(module)
     assert trained is not None
-    for name, _own in trained.named_parameters():
+    for name, own in trained.named_parameters():
         stack, key = state_dict.get(prefix + name), f"{prefix}{TRAINED}.{name}"
         if isinstance(stack, Tensor) and key not in state_dict:
             whole = stack.shape[:1] != module.get_parameter(name).shape[:1]
-            state_dict[key] = stack[list(trained.local_ids if whole else trained.rows)]
+            rows = list(trained.local_ids if whole else trained.rows)
+            state_dict[key] = stack[rows] if rows else own.detach()
