@@ -197,12 +197,13 @@ def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:
 
 
 def _optimizer_info(whole: Inventory, zero: ZeroState, model: ModelMap) -> dict[str, Any]:
+    trained = {name: list(part.expert_ids) for name, part in model.trained.items()}
     return {
         "class": type(zero.zero.optimizer).__name__,
         "groups": whole.groups,
         "user_groups": whole.user_groups,
         "scalars": whole.scalars,
-        "trained_experts": {n: list(t.expert_ids) for n, t in model.trained.items()},
+        **({"trained_experts": trained} if trained else {}),
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_fastmoe import SparseUpdate
+from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.zero.trained_experts import merge_trained
@@ -124,3 +125,34 @@ def error_of(case: Case, options: dict[str, Any], load: str | None = None) -> st
     except FastMoEError as error:
         return str(error)
     return None
+
+
+def loads_into_whole_layers(case: Case, path: str) -> Weights:
+    """What a run that validates, without SparseUpdate, reads from a checkpoint."""
+    pl.seed_everything(8, verbose=False)
+    seen: list[Weights] = []
+
+    class Validated(Net):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            seen.append(whole_stacks(self.net))
+
+        val_dataloader = Net.train_dataloader
+
+    make_trainer(case).validate(Validated(case), ckpt_path=path, verbose=False)
+    return seen[0]
+
+
+def loads_weights(case: Case, options: dict[str, Any], path: str) -> Weights:
+    """The first weights of a run that starts from a checkpoint's, with another selection."""
+    update, notes = SparseUpdate(**options), Notes()
+
+    class FromWeights(Net):
+        def configure_model(self) -> None:
+            if self.net is None:
+                super().configure_model()
+                update.apply(self)
+                load_weights(path, self)
+
+    pl.seed_everything(8, verbose=False)
+    make_trainer(case, callbacks=[update, notes]).fit(FromWeights(case))
+    return notes.weights[0]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from strategy import sparse_experts_runs as runs
 from strategy.models import Case
+
+from lightning_fastmoe.checkpoint.whole import read_whole
 
 EXPERTS = {"moes.0": [1], "moes.1": [0, 3, 6]}  # of 4 and 8: over 4 ranks, rank 2 has none
 OPTIONS = {"experts": {f"net.{name}": ids for name, ids in EXPERTS.items()}}
@@ -34,3 +38,56 @@ def test_equals_masks_on_whole_stacks(stage: int, ep: int, rank_pool) -> None:
     )
     states = sum(count for _, _, count in results)
     assert trained <= states <= trained + 4 * 4 * ALIGNMENT
+
+
+ALL_PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+OTHER = {"experts": {"net.moes.0": [2], "net.moes.1": [0, 3, 6]}}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_resumes_on_other_ranks_with_its_selection_alone(stage: int, rank_pool, tmp_path) -> None:
+    path = str(tmp_path / "saved")
+    case = Case(4, 4, stage, num_experts=(4, 8), steps=6, batches_per_epoch=2)
+    if stage == 3:
+        case = replace(case, extra={"config": ALL_PARTITIONED})
+    saved = rank_pool.run(runs.train, 4, case, OPTIONS, None, path)[0][1]
+    state = read_whole(tmp_path / "saved")["state_dict"]
+    assert {f"net.{name}" for name in saved[-1]} == set(state)
+    for name, value in saved[-1].items():
+        assert torch.equal(state[f"net.{name}"], value), name
+    case = replace(case, epochs=2)
+    whole = rank_pool.run(runs.train, 4, case, OPTIONS)[0]
+    resumed = rank_pool.run(runs.train, 4, case, OPTIONS, path)[0]
+    # The same global batches, by the same ranks' loaders, of which each has its own.
+    other = replace(case, ep=2, stage=4 - stage, extra={})
+    on_others = rank_pool.run(runs.train, 4, other, OPTIONS, path)[0]
+    for name, value in whole[1][-1].items():
+        assert torch.equal(resumed[1][-1][name], value), name
+        torch.testing.assert_close(on_others[1][-1][name], value, rtol=1e-5, atol=1e-6)
+        assert name.startswith("norm") or not torch.equal(value, saved[-1][name]), name
+    assert on_others[0][-2:] == pytest.approx(whole[0][-2:], rel=1e-5)
+    for options in (OTHER, {"experts": {"net.moes.1": [0, 3, 6]}}, {}):
+        for said in rank_pool.run(runs.error_of, 4, case, options, path):
+            assert said is not None
+            assert "another selection" in said
+
+
+def test_what_is_saved_is_a_whole_model(rank_pool, tmp_path) -> None:
+    path = str(tmp_path / "saved")
+    case = Case(2, 2, 2, num_experts=(4, 8), steps=2)
+    saved = rank_pool.run(runs.train, 2, case, OPTIONS, None, path)[0][1][-1]
+    validated = rank_pool.run(runs.loads_into_whole_layers, 2, replace(case, stage=3), path)[0]
+    case = replace(case, in_configure_model=True)
+    started = rank_pool.run(runs.loads_weights, 2, case, OTHER, path)[0]
+    for name, value in saved.items():
+        assert torch.equal(validated[name], value), name
+        assert torch.equal(started[name], value), name
+
+
+def test_models_of_configure_model_and_accumulation(rank_pool) -> None:
+    case = Case(2, 2, 2, accumulate=2, in_configure_model=True)
+    expected, _ = runs.masked_reference(case, EXPERTS, dense=False)
+    norms, weights, _ = rank_pool.run(runs.train, 2, case, {**OPTIONS, "dense": False})[1]
+    assert norms == pytest.approx(expected.norms, rel=1e-5)
+    for name, value in weights[-1].items():
+        torch.testing.assert_close(value, expected.weights[-1][name], rtol=1e-5, atol=1e-6)
