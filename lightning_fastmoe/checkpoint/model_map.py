@@ -63,8 +63,14 @@ class ModelMap:
         return self.parameters[name][1]
 
     def frozen(self) -> set[str]:
-        """The parameters that are not trained."""
-        return {name for name, (p, _) in self.parameters.items() if not p.requires_grad}
+        """The parameters that are not trained; without stacks of which some rows are."""
+        stacks = {
+            f"{layer}.experts.{name}"
+            for layer, trained in self.trained.items()
+            for name in trained.shapes
+        }
+        frozen = {name for name, (p, _) in self.parameters.items() if not p.requires_grad}
+        return frozen - stacks
 
     def extra(self) -> dict[str, Any]:
         """What the module's state dict holds beyond parameters and buffers."""

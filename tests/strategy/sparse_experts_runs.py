@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from strategy.models import Case, Net, Trace, build_net, reference
+from strategy.models import Case, Net, Trace, build_net, loss_of, make_batches, reference
 from strategy.tracing import make_trainer, over_expert_ranks
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_fastmoe import SparseUpdate
+from lightning_fastmoe import SparseUpdate, select_experts
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.nn.expert_layers import expert_layers
@@ -21,14 +24,9 @@ Weights = dict[str, Tensor]
 Experts = dict[str, list[int]]
 
 
-def masked_reference(case: Case, experts: Experts, dense: bool) -> tuple[Trace, Weights]:
-    """One plain process that trains whole stacks and undoes what frozen experts would get.
-
-    Returns:
-        The run, and the initial weights.
-    """
-    pl.seed_everything(7, verbose=False)
-    net = build_net(case.num_experts, case.coefficients)
+@contextmanager
+def masked(net: nn.Module, experts: Experts, dense: bool = True) -> Iterator[Weights]:
+    """Trains whole stacks, and undoes what frozen experts get; yields the initial weights."""
     initial = {n: p.detach().clone() for n, p in net.named_parameters()}
     masks: dict[nn.Parameter, Tensor] = {}
     for name, parameter in net.named_parameters():
@@ -51,9 +49,17 @@ def masked_reference(case: Case, experts: Experts, dense: bool) -> tuple[Trace, 
 
     hook = register_optimizer_step_post_hook(put_back)
     try:
-        return reference(case, net), initial
+        yield initial
     finally:
         hook.remove()
+
+
+def masked_reference(case: Case, experts: Experts, dense: bool) -> tuple[Trace, Weights]:
+    """One plain process; the run, and the initial weights."""
+    pl.seed_everything(7, verbose=False)
+    net = build_net(case.num_experts, case.coefficients)
+    with masked(net, experts, dense) as initial:
+        return reference(case, net), initial
 
 
 def whole_stacks(net: nn.Module) -> Weights:
@@ -156,3 +162,24 @@ def loads_weights(case: Case, options: dict[str, Any], path: str) -> Weights:
     pl.seed_everything(8, verbose=False)
     make_trainer(case, callbacks=[update, notes]).fit(FromWeights(case))
     return notes.weights[0]
+
+
+def selects(case: Case, by: Any, **options: Any) -> Experts:
+    """What this rank chooses from its own batches while the experts are sharded."""
+    pl.seed_everything(7, verbose=False)
+    found: list[Experts] = []
+
+    class Selecting(Net):
+        def on_validation_start(self) -> None:
+            assert self.net is not None
+            batches = make_batches(self.case)[:, 0, self.global_rank]
+            run = partial(loss_of, self.net)
+            found.append(select_experts(self.net, batches, by, run=run, **options))
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            loss_of(self.net, batch)
+
+        val_dataloader = Net.train_dataloader
+
+    make_trainer(case).validate(Selecting(case), verbose=False)
+    return found[0]

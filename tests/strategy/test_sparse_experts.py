@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from strategy import sparse_experts_runs as runs
-from strategy.models import Case
+from strategy.models import Case, build_net, loss_of, make_batches
 
+from lightning_fastmoe import select_experts
 from lightning_fastmoe.checkpoint.whole import read_whole
 
 EXPERTS = {"moes.0": [1], "moes.1": [0, 3, 6]}  # of 4 and 8: over 4 ranks, rank 2 has none
@@ -91,3 +94,15 @@ def test_models_of_configure_model_and_accumulation(rank_pool) -> None:
     assert norms == pytest.approx(expected.norms, rel=1e-5)
     for name, value in weights[-1].items():
         torch.testing.assert_close(value, expected.weights[-1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("by", "options"), [("load", {"share": 0.6}), ("gate", {"budget": 4})])
+def test_selects_the_same_experts_on_any_topology(by: str, options: dict, rank_pool) -> None:
+    case = Case(4, 4, 3, num_experts=(4, 8), steps=3)
+    pl.seed_everything(7, verbose=False)
+    net = build_net(case.num_experts, case.coefficients)
+    batches = make_batches(case).flatten(0, 2)
+    alone = select_experts(net, batches, by, run=partial(loss_of, net), **options)
+    for ep in (1, 4):
+        for found in rank_pool.run(partial(runs.selects, **options), 4, replace(case, ep=ep), by):
+            assert found == alone
