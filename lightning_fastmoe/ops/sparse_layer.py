@@ -62,7 +62,11 @@ def with_rows(stacks: Stacks, trained: TrainedRows) -> Stacks:
     def one(stack: Tensor | None, own: Tensor | None) -> Tensor | None:
         if stack is None or own is None:
             return None
-        return stack.index_copy(0, index_of(trained.rows, stack.device), own)
+        if torch.compiler.is_dynamo_compiling():  # which warns of caches
+            rows = torch.tensor(trained.rows, dtype=torch.int64, device=stack.device)
+        else:
+            rows = index_of(trained.rows, stack.device)
+        return stack.index_copy(0, rows, own)
 
     up, down, *biases = (one(*pair) for pair in zip(stacks, trained.stacks, strict=True))
     assert up is not None
