@@ -66,16 +66,15 @@ def test_budgets_take_the_most_relevant_of_all_layers(model, by):
 
 
 def test_dropped_pairs_do_not_count():
-    torch.manual_seed(0)
-    layer = MoE(D_MODEL, D_FFN, 4, 1, capacity_factor=(None, 1.0))
-    with torch.no_grad():  # all tokens prefer expert 2, of which it takes a quarter
-        layer.router.weight.zero_()
-        layer.router.weight[2] = 1
-    x = torch.ones(8, D_MODEL) + torch.rand(8, D_MODEL)
+    layer = MoE(4, D_FFN, 4, 1, capacity_factor=(None, 1.0))
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(4))
+    x = torch.eye(4)[[2, 2, 2, 2, 2, 1, 1, 1]]  # each expert takes a quarter
     seen = []
-    layer.register_routing_observer(lambda _, r: seen.append(r.kept_counts().tolist()))
-    assert select_experts(nn.Sequential(layer), [x], share=1.0) == {"0": [2]}
-    assert seen == [[0, 0, 2, 0]]
+    layer.register_routing_observer(lambda _, r: seen.append(r.routed_counts().tolist()))
+    assert select_experts(nn.Sequential(layer), [x], share=1.0) == {"0": [1, 2]}
+    assert select_experts(nn.Sequential(layer), [x], budget=1) == {"0": [1]}
+    assert seen == [[0, 3, 5, 0]] * 2
 
 
 def test_leaves_the_model_as_it_was(model):

@@ -18,7 +18,7 @@ from lightning_fastmoe import SparseUpdate, select_experts
 from lightning_fastmoe.checkpoint.weights import load_weights
 from lightning_fastmoe.errors import FastMoEError
 from lightning_fastmoe.nn.expert_layers import expert_layers
-from lightning_fastmoe.zero.trained_experts import merge_trained
+from lightning_fastmoe.nn.experts.trained import trained_of
 
 Weights = dict[str, Tensor]
 Experts = dict[str, list[int]]
@@ -63,20 +63,36 @@ def masked_reference(case: Case, experts: Experts, dense: bool) -> tuple[Trace, 
 
 
 def whole_stacks(net: nn.Module) -> Weights:
-    """Every parameter whole, as an export would have it: trained experts in their stacks."""
+    """Every parameter whole, with trained experts in copies of their stacks."""
     import deepspeed
 
-    merge_trained(layer for _, layer in expert_layers(net))
     own = {}
     for name, parameter in net.named_parameters():
-        if ".trained." in name:
-            continue
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter]):
                 own[name] = parameter.detach().clone()
         else:
             own[name] = parameter.detach().clone()
+    for name, layer in expert_layers(net):
+        trained = trained_of(layer.experts.holder)
+        for stack in trained.shapes if trained is not None else ():
+            values = own.pop(f"{name}.experts.trained.{stack}")
+            if trained.rows:
+                own[f"{name}.experts.{stack}"][list(trained.rows)] = values
     return over_expert_ranks(net, own)
+
+
+@torch.no_grad()
+def spoil(net: nn.Module) -> None:
+    """Overwrites what stacks hold of trained experts, as if no pass had put them there."""
+    for _, layer in expert_layers(net):
+        trained = trained_of(layer.experts.holder)
+        for name in trained.shapes if trained is not None else ():
+            stack = layer.experts.holder.get_parameter(name)
+            held: Any = stack.data
+            if hasattr(stack, "ds_id"):  # without replicas, whose partitions are parts of rows
+                held = stack.ds_tensor.data.view(stack.ds_shape)
+            held[list(trained.rows)] = torch.nan
 
 
 class Notes(pl.Callback):
@@ -119,6 +135,7 @@ def train(
     module.callback = update
     trainer.fit(module, ckpt_path=load)
     if save is not None:
+        spoil(module.net)
         trainer.save_checkpoint(save)
     state = trainer.strategy.deepspeed_engine.optimizer.optimizer.state
     return notes.norms, notes.weights, sum(s["exp_avg"].numel() for s in state.values())

@@ -16,13 +16,24 @@ from lightning_fastmoe.checkpoint.whole import read_whole
 
 EXPERTS = {"moes.0": [1], "moes.1": [0, 3, 6]}  # of 4 and 8: over 4 ranks, rank 2 has none
 OPTIONS = {"experts": {f"net.{name}": ids for name, ids in EXPERTS.items()}}
+ALL_PARTITIONED = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+"""Every parameter is gathered for a forward pass, and again for its backward pass."""
 ALIGNMENT = 8  # elements that ZeRO may pad a group's partition with, of few groups
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_equals_masks_on_whole_stacks(stage: int, ep: int, rank_pool) -> None:
-    case = Case(4, ep, stage, num_experts=(4, 8), steps=5)
+    extra = {"config": ALL_PARTITIONED} if stage == 3 else {}
+    case = Case(4, ep, stage, num_experts=(4, 8), steps=5, extra=extra)
     expected, initial = runs.masked_reference(case, EXPERTS, dense=True)
     results = rank_pool.run(runs.train, 4, case, OPTIONS)
     for norms, weights, _ in results:
@@ -43,7 +54,6 @@ def test_equals_masks_on_whole_stacks(stage: int, ep: int, rank_pool) -> None:
     assert trained <= states <= trained + 4 * 4 * ALIGNMENT
 
 
-ALL_PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 OTHER = {"experts": {"net.moes.0": [2], "net.moes.1": [0, 3, 6]}}
 
 
@@ -73,12 +83,15 @@ def test_resumes_on_other_ranks_with_its_selection_alone(stage: int, rank_pool, 
         for said in rank_pool.run(runs.error_of, 4, case, options, path):
             assert said is not None
             assert "another selection" in said
+            assert "experts [1] of layer 'net.moes.0' there" in said
 
 
-def test_what_is_saved_is_a_whole_model(rank_pool, tmp_path) -> None:
+@pytest.mark.parametrize("exclude_frozen", [False, True])
+def test_what_is_saved_is_a_whole_model(exclude_frozen, rank_pool, tmp_path) -> None:
     path = str(tmp_path / "saved")
     case = Case(2, 2, 2, num_experts=(4, 8), steps=2)
-    saved = rank_pool.run(runs.train, 2, case, OPTIONS, None, path)[0][1][-1]
+    saving = replace(case, extra={"exclude_frozen_parameters": exclude_frozen})
+    saved = rank_pool.run(runs.train, 2, saving, OPTIONS, None, path)[0][1][-1]
     validated = rank_pool.run(runs.loads_into_whole_layers, 2, replace(case, stage=3), path)[0]
     case = replace(case, in_configure_model=True)
     started = rank_pool.run(runs.loads_weights, 2, case, OTHER, path)[0]

@@ -120,7 +120,7 @@ def train_rows(
         stack.grad = None
     hooks = [
         module.register_state_dict_pre_hook(_before_saving),
-        module._register_state_dict_hook(_after_saving),
+        module.register_state_dict_post_hook(_after_saving),
         module.register_load_state_dict_pre_hook(_before_loading),
     ]
     vars(module)[_HOOKS] = hooks
