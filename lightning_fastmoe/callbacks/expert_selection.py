@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.nn.router import Routing
+from lightning_fastmoe.planning.sizes import numel
 
 By = Literal["load", "gate"]
 
@@ -194,8 +195,4 @@ def _within(
 
 def _parameters(layer: ExpertLayer) -> int:
     """Parameters of one expert."""
-    stacks: list[Any] = [
-        layer.experts.holder.get_parameter(name) for name in layer.experts.stack_names
-    ]
-    shapes = [getattr(stack, "ds_shape", stack.shape) for stack in stacks]
-    return sum(torch.Size(shape[1:]).numel() for shape in shapes)
+    return sum(map(numel, layer.experts.whole_parameters())) // layer.num_local_experts

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_fastmoe import MoE, SparseUpdate
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.planning.sizes import model_size
 
 EXPERTS = {"blocks.1.moe": [0, 3], 2: [2]}
 IDS = {"blocks.1.moe": [0, 3], "blocks.2.moe": [2]}
@@ -185,6 +186,13 @@ def test_experts_that_are_modules_and_averages_are_refused(tmp_path):
         SparseUpdate(experts=[0]).apply(model)
     with pytest.raises(ConfigError, match="WeightAveraging would average"):
         make_trainer(tmp_path, SparseUpdate(experts=[0]), EMAWeightAveraging()).fit(Blocks(2))
+
+
+def test_parameters_are_counted_once():
+    model = Blocks(3)
+    before = model_size(model)
+    SparseUpdate(experts=EXPERTS).apply(model)
+    assert model_size(model) == before
 
 
 class Late(Blocks):

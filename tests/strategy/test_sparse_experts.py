@@ -86,6 +86,23 @@ def test_resumes_on_other_ranks_with_its_selection_alone(stage: int, rank_pool, 
             assert "experts [1] of layer 'net.moes.0' there" in said
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_mixed_precision_resumes_bit_for_bit(stage: int, rank_pool, tmp_path) -> None:
+    """From the optimizer's precision, while the stacks are in the model's."""
+    path = str(tmp_path / "saved")
+    case = Case(2, 2, stage, steps=6, batches_per_epoch=3, precision="bf16-mixed")
+    saved = rank_pool.run(runs.train, 2, case, OPTIONS, None, path)[0][1]
+    state = read_whole(tmp_path / "saved")["state_dict"]
+    case = replace(case, epochs=2)
+    whole = rank_pool.run(runs.train, 2, case, OPTIONS)[0][1]
+    resumed = rank_pool.run(runs.train, 2, case, OPTIONS, path)[0][1]
+    for name, value in whole[-1].items():
+        assert torch.equal(resumed[-1][name], value), name
+        if ".experts." in name:
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(state[f"net.{name}"], saved[-1][name]), name
+
+
 @pytest.mark.parametrize("exclude_frozen", [False, True])
 def test_what_is_saved_is_a_whole_model(exclude_frozen, rank_pool, tmp_path) -> None:
     path = str(tmp_path / "saved")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import TopologyError
-from lightning_fastmoe.nn.experts.trained import trained_of
+from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
 
 
 class Experts(nn.Module):
@@ -40,6 +40,11 @@ class Experts(nn.Module):
     def stack_names(self) -> list[str]:
         """Names of the stacked parameters in :attr:`holder`; empty if experts are modules."""
         return []
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the experts; not those that repeat single ones to train them."""
+        named = self.named_parameters()
+        return [p for name, p in named if not name.startswith(f"{TRAINED}.")]
 
     @property
     def num_local_experts(self) -> int:
