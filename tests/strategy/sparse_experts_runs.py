@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -200,3 +201,25 @@ def selects(case: Case, by: Any, **options: Any) -> Experts:
 
     make_trainer(case).validate(Selecting(case), verbose=False)
     return found[0]
+
+
+class SavesMidway(pl.Callback):
+    """Saves after the first micro-batch of the second step."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 1 and trainer.strategy.deepspeed_engine.mid_accumulation:
+            trainer.save_checkpoint(self.path)
+
+
+def trains_midway(case: Case, options: dict[str, Any], path: str, load: bool) -> Weights:
+    """The last weights of a run that saves within a step, or goes on from there."""
+    pl.seed_everything(7, verbose=False)
+    notes = Notes()
+    callbacks = [SparseUpdate(**options), notes, *([] if load else [SavesMidway(path)])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of resuming within an epoch
+        make_trainer(case, callbacks=callbacks).fit(Net(case), ckpt_path=path if load else None)
+    return notes.weights[-1]

@@ -136,3 +136,14 @@ def test_selects_the_same_experts_on_any_topology(by: str, options: dict, rank_p
     for ep in (1, 4):
         for found in rank_pool.run(partial(runs.selects, **options), 4, replace(case, ep=ep), by):
             assert found == alone
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resumes_within_a_step(stage: int, rank_pool, tmp_path) -> None:
+    """Partly accumulated gradients too, of which a rank without trained experts has padding."""
+    path = str(tmp_path / "saved")
+    case = Case(4, 4, stage, num_experts=(4, 8), steps=3, accumulate=2)
+    whole = rank_pool.run(runs.trains_midway, 4, case, OPTIONS, path, False)
+    resumed = rank_pool.run(runs.trains_midway, 4, case, OPTIONS, path, True)
+    for name, value in whole[2].items():
+        torch.testing.assert_close(resumed[2][name], value, rtol=1e-6, atol=1e-7)
