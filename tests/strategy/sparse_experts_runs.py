@@ -151,8 +151,8 @@ def error_of(case: Case, options: dict[str, Any], load: str | None = None) -> st
     return None
 
 
-def loads_into_whole_layers(case: Case, path: str) -> Weights:
-    """What a run that validates, without SparseUpdate, reads from a checkpoint."""
+def validates(case: Case, path: str, options: dict[str, Any] | None = None) -> Weights:
+    """What a run that validates, perhaps with other experts apart, reads from a checkpoint."""
     pl.seed_everything(8, verbose=False)
     seen: list[Weights] = []
 
@@ -162,7 +162,10 @@ def loads_into_whole_layers(case: Case, path: str) -> Weights:
 
         val_dataloader = Net.train_dataloader
 
-    make_trainer(case).validate(Validated(case), ckpt_path=path, verbose=False)
+    module = Validated(case)
+    if options is not None:
+        SparseUpdate(**options).apply(module)
+    make_trainer(case).validate(module, ckpt_path=path, verbose=False)
     return seen[0]
 
 

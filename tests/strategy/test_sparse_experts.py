@@ -109,16 +109,20 @@ def test_what_is_saved_is_a_whole_model(exclude_frozen, rank_pool, tmp_path) -> 
     case = Case(2, 2, 2, num_experts=(4, 8), steps=2)
     saving = replace(case, extra={"exclude_frozen_parameters": exclude_frozen})
     saved = rank_pool.run(runs.train, 2, saving, OPTIONS, None, path)[0][1][-1]
-    validated = rank_pool.run(runs.loads_into_whole_layers, 2, replace(case, stage=3), path)[0]
+    validated = rank_pool.run(runs.validates, 2, replace(case, stage=3), path)[0]
+    apart = rank_pool.run(runs.validates, 2, replace(case, ep=1, stage=3), path, OTHER)[0]
     case = replace(case, in_configure_model=True)
     started = rank_pool.run(runs.loads_weights, 2, case, OTHER, path)[0]
     for name, value in saved.items():
         assert torch.equal(validated[name], value), name
+        assert torch.equal(apart[name], value), name
         assert torch.equal(started[name], value), name
 
 
-def test_models_of_configure_model_and_accumulation(rank_pool) -> None:
-    case = Case(2, 2, 2, accumulate=2, in_configure_model=True)
+@pytest.mark.parametrize(("stage", "offload"), [(2, False), (2, True), (3, True)])
+def test_models_of_configure_model_and_accumulation(stage, offload, rank_pool) -> None:
+    extra = {"offload_optimizer": True} if offload else {}
+    case = Case(2, 2, stage, accumulate=2, in_configure_model=True, extra=extra)
     expected, _ = runs.masked_reference(case, EXPERTS, dense=False)
     norms, weights, _ = rank_pool.run(runs.train, 2, case, {**OPTIONS, "dense": False})[1]
     assert norms == pytest.approx(expected.norms, rel=1e-5)
