@@ -68,7 +68,8 @@ class SparseUpdate(pl.Callback):
             experts = check_selection(experts)
         if experts == "none" and not dense:
             raise ConfigError("experts='none' with dense=False trains nothing: change one of them.")
-        if layers is not None and last_layers is None:
+        by_index = isinstance(experts, dict) and any(type(key) is int for key in experts)
+        if layers is not None and last_layers is None and not by_index:
             raise ConfigError(f"layers={layers!r} has no effect without last_layers: set both.")
         self.last_layers, self.experts, self.dense, self.layers = (
             last_layers,
@@ -76,6 +77,7 @@ class SparseUpdate(pl.Callback):
             dense,
             layers,
         )
+        self._by_index = by_index
         self._selection: dict[str, Any] = {}
         self._check: RemovableHandle | None = None
 
@@ -201,9 +203,8 @@ class SparseUpdate(pl.Callback):
         """Layer's name -> ids of the experts that are trained alone; empty for all or none."""
         if isinstance(self.experts, str):
             return {}
-        by_index = isinstance(self.experts, dict) and any(type(k) is int for k in self.experts)
         blocks, start = None, 0
-        if self.last_layers is not None or by_index:
+        if self.last_layers is not None or self._by_index:
             blocks = self._blocks(module)
         if self.last_layers is not None and blocks is not None:
             start = len(module.get_submodule(blocks)) - self.last_layers  # type: ignore[arg-type]
@@ -231,7 +232,7 @@ class SparseUpdate(pl.Callback):
             found.add(next((n for n in lists if name.startswith(f"{n}.")), ""))
         if len(found) != 1 or found == {""}:
             raise ConfigError(
-                "last_layers needs one ModuleList of blocks, and the MoE layers are in"
+                "last_layers, and indices of blocks, need one ModuleList, and the MoE layers are in"
                 f" {sorted(n or 'none' for n in found)}: name one by layers='...'."
             )
         return found.pop()

@@ -188,6 +188,16 @@ def test_experts_that_are_modules_and_averages_are_refused(tmp_path):
         make_trainer(tmp_path, SparseUpdate(experts=[0]), EMAWeightAveraging()).fit(Blocks(2))
 
 
+def test_indices_count_in_the_named_list():
+    model = Blocks(2)
+    model.others = nn.ModuleList([Block(), Block()])
+    with pytest.raises(ConfigError, match=r"\['blocks', 'others'\]"):
+        SparseUpdate(experts={1: [0]}).apply(model)
+    SparseUpdate(experts={1: [0]}, layers="others").apply(model)
+    named = [name for name, _ in model.named_modules() if name.endswith(".trained")]
+    assert named == ["others.1.moe.experts.trained"]
+
+
 def test_parameters_are_counted_once():
     model = Blocks(3)
     before = model_size(model)
