@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RouterBiasBalancing,
         SparseUpdate,
         ThroughputMonitor,
+        select_experts,
     )
     from lightning_fastmoe.nn import MoE, moe_losses
     from lightning_fastmoe.strategy import FastMoEStrategy
@@ -39,6 +40,7 @@ __all__ = [
     "SparseUpdate",
     "ThroughputMonitor",
     "moe_losses",
+    "select_experts",
 ]
 
 _COMPONENTS = (

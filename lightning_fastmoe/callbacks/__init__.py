@@ -1,6 +1,7 @@
 """Lightning callbacks: schedules, router bias updates, partial training and monitoring."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
+from lightning_fastmoe.callbacks.expert_selection import select_experts
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
 from lightning_fastmoe.callbacks.sparse_update import SparseUpdate
 from lightning_fastmoe.monitoring.callbacks.co_activation import CoActivationMonitor
@@ -16,4 +17,5 @@ __all__ = [
     "RouterBiasBalancing",
     "SparseUpdate",
     "ThroughputMonitor",
+    "select_experts",
 ]

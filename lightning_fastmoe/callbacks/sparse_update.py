@@ -1,4 +1,4 @@
-"""SparseUpdate: train the last blocks, their experts or their dense parts, and freeze the rest."""
+"""SparseUpdate: train the last blocks, their experts, some experts or dense parts alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,9 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
+from lightning_fastmoe.callbacks.single_experts import apply_selection, check_selection, resolve
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Router, moe_layers
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.experts.trained import trained_of
+from lightning_fastmoe.nn.placement import settle_placement
 
 
 class SparseUpdate(pl.Callback):
@@ -23,8 +27,13 @@ class SparseUpdate(pl.Callback):
 
     With ``last_layers``, all that is registered before the first trained block, such as the
     embedding, is frozen, and that prefix runs without a graph: its activations are not kept. The
-    idea is PockEngine's sparse update (Zhu et al. 2023, arXiv 2310.17752); training experts alone
-    is ESFT's (Wang et al. 2024, arXiv 2407.01906), here with all experts of a layer.
+    idea is PockEngine's sparse update (Zhu et al. 2023, arXiv 2310.17752); training experts alone,
+    all or those that a task uses most (:func:`~lightning_fastmoe.select_experts`), is ESFT's (Wang
+    et al. 2024, arXiv 2407.01906).
+
+    A layer of which single experts are trained keeps its stacked parameters, frozen, and gets
+    smaller ones, ``NAME.experts.trained.PARAMETER (t, ...)``: only these have gradients, optimizer
+    state and weight decay, and ``state_dict()`` and exports hold whole stacks alone.
 
     A model built in ``__init__`` is frozen before its optimizer is created. At the end of
     ``configure_model`` call :meth:`apply` yourself. Freezing lasts: a later fit trains these
@@ -32,35 +41,35 @@ class SparseUpdate(pl.Callback):
 
     Args:
         last_layers: number of trained blocks, from the end; None for all, and the embedding.
-        experts: ``"all"`` trains the experts of trained blocks, ``"none"`` freezes them. Single
-            experts of a layer can't be frozen.
+        experts: ``"all"`` trains the experts of trained blocks, ``"none"`` freezes them. A list of
+            global ids trains these experts of each layer; a mapping from layers, by name or index
+            of their block, to such lists trains those, and freezes the experts of other layers.
         dense: whether everything else is trained: attention, norms, routers, shared experts, and
             what is registered after the blocks, such as the head.
         layers: name of the ``ModuleList`` of blocks; None for the one that holds the MoE layers.
 
     Raises:
-        ConfigError: for invalid arguments; at set-up, if the blocks are not found, a parameter is
-            tied across the border, or a frozen module would change by itself.
+        ConfigError: for invalid arguments; at set-up, if blocks, layers or experts are not found,
+            a parameter is tied across the border, a frozen module would change by itself, or
+            experts have adapters or are modules and are to be trained in part.
         CheckpointError: if a run resumes with another selection than its checkpoint's.
     """
 
     def __init__(
         self,
         last_layers: int | None = None,
-        experts: Literal["all", "none"] = "all",
+        experts: Literal["all", "none"] | dict[str | int, list[int]] | list[int] = "all",
         dense: bool = True,
         layers: str | None = None,
     ) -> None:
         if last_layers is not None and (type(last_layers) is not int or last_layers < 1):
             raise ConfigError(f"last_layers={last_layers!r} is invalid: use None, or at least 1.")
-        if experts not in ("all", "none"):
-            raise ConfigError(
-                f"experts={experts!r} is not supported: the experts of a layer are one parameter,"
-                " trained or frozen as a whole. Use 'all' or 'none'."
-            )
+        if experts != "all" and experts != "none":
+            experts = check_selection(experts)
         if experts == "none" and not dense:
             raise ConfigError("experts='none' with dense=False trains nothing: change one of them.")
-        if layers is not None and last_layers is None:
+        by_index = isinstance(experts, dict) and any(type(key) is int for key in experts)
+        if layers is not None and last_layers is None and not by_index:
             raise ConfigError(f"layers={layers!r} has no effect without last_layers: set both.")
         self.last_layers, self.experts, self.dense, self.layers = (
             last_layers,
@@ -68,6 +77,7 @@ class SparseUpdate(pl.Callback):
             dense,
             layers,
         )
+        self._by_index = by_index
         self._selection: dict[str, Any] = {}
         self._check: RemovableHandle | None = None
 
@@ -77,6 +87,9 @@ class SparseUpdate(pl.Callback):
         Raises:
             ConfigError: see the class.
         """
+        self._frozen(module)  # refuses before anything changes
+        settle_placement()
+        apply_selection(module, self._selected(module))
         frozen, _ = self._frozen(module)
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in frozen]
         if not trained:
@@ -87,6 +100,14 @@ class SparseUpdate(pl.Callback):
         for parameter in module.parameters():
             if id(parameter) in frozen:
                 parameter.requires_grad_(False)
+
+    @staticmethod
+    def release(module: nn.Module) -> None:
+        """Ends the training of single experts: their layers' stacks are parameters as before.
+
+        For a later fit without SparseUpdate; one with SparseUpdate does it by itself.
+        """
+        apply_selection(module, {})
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -163,15 +184,31 @@ class SparseUpdate(pl.Callback):
                         f"{name!r} is tied to a parameter of the frozen prefix, so it can be"
                         " neither trained nor frozen alone: untie it, or use last_layers=None."
                     )
-        kept = {"all": experts, "none": set()}[self.experts]
+        kept = experts if self.experts == "all" else set()
+        selected = self._selected(module)
+        for name, layer in expert_layers(module):
+            part = trained_of(layer.experts.holder)
+            if part is not None and list(part.expert_ids) == selected.get(name):
+                kept = kept | {id(p) for p in part.parameters()}
         for _, parameter in named:
             if not (id(parameter) in kept if id(parameter) in experts else self.dense):
                 frozen.add(id(parameter))
         self._selection = {"blocks": blocks, "first_trained": start} | {
-            "experts": self.experts,
+            "experts": selected or self.experts,
             "dense": self.dense,
         }
         return frozen, first
+
+    def _selected(self, module: nn.Module) -> dict[str, list[int]]:
+        """Layer's name -> ids of the experts that are trained alone; empty for all or none."""
+        if isinstance(self.experts, str):
+            return {}
+        blocks, start = None, 0
+        if self.last_layers is not None or self._by_index:
+            blocks = self._blocks(module)
+        if self.last_layers is not None and blocks is not None:
+            start = len(module.get_submodule(blocks)) - self.last_layers  # type: ignore[arg-type]
+        return resolve(module, self.experts, blocks, start)
 
     @staticmethod
     def _border(named: list[tuple[str, nn.Parameter]], prefix: str, start: int) -> int:
@@ -195,7 +232,7 @@ class SparseUpdate(pl.Callback):
             found.add(next((n for n in lists if name.startswith(f"{n}.")), ""))
         if len(found) != 1 or found == {""}:
             raise ConfigError(
-                "last_layers needs one ModuleList of blocks, and the MoE layers are in"
+                "last_layers, and indices of blocks, need one ModuleList, and the MoE layers are in"
                 f" {sorted(n or 'none' for n in found)}: name one by layers='...'."
             )
         return found.pop()
@@ -211,6 +248,13 @@ class SparseUpdate(pl.Callback):
                     " norm without statistics, or train its block."
                 )
         callbacks: Any = trainer
+        if not isinstance(self.experts, str) and any(
+            isinstance(c, WeightAveraging) for c in callbacks.callbacks
+        ):
+            raise ConfigError(
+                "WeightAveraging would average the experts that SparseUpdate trains, but not their"
+                " rows in the frozen stacks. Remove it, or train whole layers: experts='all'."
+            )
         if any(isinstance(c, RouterBiasBalancing) for c in callbacks.callbacks):
             for name, layer in moe_layers(module):
                 router = layer.router

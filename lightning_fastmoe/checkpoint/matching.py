@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.expert_names import check_expert_ids
-from lightning_fastmoe.checkpoint.format.tensor_names import split_name, weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import (
+    repeats_rows,
+    split_name,
+    weight_name,
+)
 from lightning_fastmoe.checkpoint.model_map import ModelMap
 from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.errors import CheckpointError
@@ -35,8 +41,33 @@ def weights_of(source: Source) -> set[str]:
     return {name for kind, name in map(split_name, source.tensors) if kind is None}
 
 
+def check_trained(saved: Mapping[str, list[int]], model: ModelMap, where: object) -> None:
+    """Checks that a run resumes with the single experts that were trained before.
+
+    Args:
+        saved: name of a layer -> ids of its trained experts.
+        model: the model of this run.
+        where: the checkpoint's path, for messages.
+
+    Raises:
+        CheckpointError: naming a layer.
+    """
+    own = {name: list(trained.expert_ids) for name, trained in model.trained.items()}
+    for name in sorted({*saved, *own}):
+        there, here = saved.get(name), own.get(name)
+        if there != here:
+            raise CheckpointError(
+                f"{where} was trained with another selection of SparseUpdate: experts"
+                f" {there or 'as a whole'} of layer {name!r} there, {here or 'as a whole'} here."
+                " Use the same experts=; to start another selection from its weights, use"
+                " lightning_fastmoe.checkpoint.weights.load_weights."
+            )
+
+
 def check_names(source: Source, model: ModelMap, strict: bool) -> None:
     """Checks that checkpoint and model have the same parameters and buffers.
+
+    Single experts that are trained are compared by :func:`check_trained`.
 
     Raises:
         CheckpointError: naming those that only one of them has.
@@ -44,6 +75,8 @@ def check_names(source: Source, model: ModelMap, strict: bool) -> None:
     saved_names = weights_of(source) - model.tied.keys()
     extra = {name for name, value in model.extra().items() if isinstance(value, Tensor)}
     own = model.parameters.keys() | model.buffers.keys() | extra
+    saved_names = {name for name in saved_names if not repeats_rows(name)}
+    own = {name for name in own if not repeats_rows(name)}
     missing = sorted(own - saved_names - set(source.excluded))
     # The names of an expert are checked by the ranks that hold it.
     unknown = sorted(name for name in saved_names - own if not model.is_elsewhere(name))
@@ -66,7 +99,8 @@ def check_shapes(source: Source, model: ModelMap) -> None:
     Raises:
         CheckpointError: naming the tensor, and its layer if it stacks another number of experts.
     """
-    expected = {name: fragment.shape for name, (_, fragment) in model.parameters.items()}
+    parameters = model.parameters.items()
+    expected = {name: part.shape for name, (_, part) in parameters if not repeats_rows(name)}
     expected |= {name: tuple(buffer.shape) for name, buffer in model.buffers.items()}
     for name, shape in expected.items():
         record = source.tensors.get(weight_name(name))

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.expert_names import expert_of, names_by_expert, why_not_saved
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
+from lightning_fastmoe.checkpoint.format.tensor_names import TRAINED_EXPERTS, repeats_rows
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import ModuleExperts
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
+from lightning_fastmoe.nn.experts.trained import TrainedExperts, trained_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ModelMap:
         names: ``id(parameter)`` -> name.
         num_experts: name of every MoE layer, sharded or not -> its ``num_experts``.
         module_layers: name of every layer whose experts are modules -> this rank's experts.
+        trained: name of every layer of which single experts are trained -> these, on this rank.
     """
 
     module: nn.Module
@@ -53,19 +56,46 @@ class ModelMap:
     names: dict[int, str] = field(default_factory=dict)
     num_experts: dict[str, int] = field(default_factory=dict)
     module_layers: dict[str, ModuleExperts] = field(default_factory=dict)
+    trained: dict[str, TrainedExperts] = field(default_factory=dict)
 
     def fragment(self, name: str) -> ParameterFragment:
         """The fragment of the whole model's parameter that this rank has, before ZeRO's."""
         return self.parameters[name][1]
 
     def frozen(self) -> set[str]:
-        """The parameters that are not trained."""
-        return {name for name, (p, _) in self.parameters.items() if not p.requires_grad}
+        """The parameters that are not trained; without stacks of which some rows are."""
+        stacks = {
+            f"{layer}.experts.{name}"
+            for layer, trained in self.trained.items()
+            for name in trained.shapes
+        }
+        frozen = {name for name, (p, _) in self.parameters.items() if not p.requires_grad}
+        return frozen - stacks
 
     def extra(self) -> dict[str, Any]:
         """What the module's state dict holds beyond parameters and buffers."""
         known = self.parameters.keys() | self.buffers.keys() | self.tied.keys()
         return {k: v for k, v in self.module.state_dict().items() if k not in known}
+
+    def in_stack(self, name: str, part: Fragment) -> Iterator[tuple[str, int, Fragment]]:
+        """Where a checkpoint's stacks hold what this rank has of trained experts.
+
+        Args:
+            name: of a parameter that repeats rows.
+            part: a fragment of it, as this rank holds it.
+
+        Yields:
+            Name of the stack, start in it, and the fragment of ``part`` that is there.
+        """
+        layer, _, stack = name.rpartition(TRAINED_EXPERTS)
+        fragment, ids = self.fragment(name), self.trained[layer].local_ids
+        row = fragment.length // max(1, len(ids))
+        for place, i in enumerate(ids):
+            first = max(part.start, place * row)
+            last = min(part.stop, (place + 1) * row)
+            if first < last:
+                start = i * row + first - place * row
+                yield f"{layer}.experts.{stack}", start, Fragment(first - part.start, last - first)
 
     @property
     def sharded_modules(self) -> set[str]:
@@ -110,6 +140,9 @@ def map_model(module: nn.Module, layers: Mapping[str, ExpertLayer]) -> ModelMap:
             if isinstance(layer.experts, ModuleExperts)
         },
     )
+    for name, layer in layers.items():
+        if (trained := trained_of(layer.experts.holder)) is not None:
+            result.trained[name] = trained
     experts = {
         f"{name}.experts.{parameter}": layer
         for name, layer in layers.items()
@@ -147,19 +180,29 @@ def _check_tied(first: str, name: str, model: ModelMap) -> None:
 
 
 def _fragment(name: str, shape: tuple[int, ...], layer: ExpertLayer | None) -> ParameterFragment:
+    trained = None if layer is None else trained_of(layer.experts.holder)
+    if trained is not None and repeats_rows(name):
+        shape = (len(trained.local_ids), *trained.shapes[name.rpartition(TRAINED_EXPERTS)[2]])
+    else:
+        trained = None
     numel = math.prod(shape)
     if layer is None:
         return ParameterFragment(0, numel, name, shape, is_expert=False)
     experts = layer.experts
     if not experts.is_stacked:  # its name says which expert it is
         return ParameterFragment(0, numel, name, shape, is_expert=True)
-    assert shape[0] == experts.num_local_experts, name
     if not is_interval(experts.local_ids):
         raise CheckpointError(
             f"The experts {describe_ids(experts.local_ids)} of {name!r} are on one rank."
             " Checkpoints require each rank's experts to have consecutive ids."
         )
     row = math.prod(shape[1:])
+    if trained is not None:
+        # What one rank holds of the trained experts is an interval of them, as of all experts.
+        before = sum(i < experts.local_ids[0] for i in trained.expert_ids)
+        whole = (len(trained.expert_ids), *shape[1:])
+        return ParameterFragment(before * row, numel, name, whole, is_expert=True)
+    assert shape[0] == experts.num_local_experts, name
     return ParameterFragment(
         experts.local_ids[0] * row,
         numel,

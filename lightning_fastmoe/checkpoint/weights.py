@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
-from lightning_fastmoe.checkpoint.format.tensor_names import WEIGHTS, weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import WEIGHTS, repeats_rows, weight_name
 from lightning_fastmoe.checkpoint.format.threads import thread_count
 from lightning_fastmoe.checkpoint.lockstep import Together
 from lightning_fastmoe.checkpoint.matching import check_experts, check_names, check_shapes
@@ -83,7 +84,13 @@ def _load(
             source.check(*verifier, ("weights",))
         with torch.no_grad():
             for name, (parameter, fragment) in model.parameters.items():
-                _fill(source, name, fragment.start, parameter)
+                if not repeats_rows(name):
+                    _fill(source, name, fragment.start, parameter)
+                    continue
+                flat = parameter.detach().view(-1)
+                for stack, start, part in model.in_stack(name, Fragment(0, fragment.length)):
+                    if weight_name(stack) in source.tensors:
+                        source.read_into(weight_name(stack), start, part.within(flat))
             for name, buffer in model.buffers.items():
                 _fill(source, name, 0, buffer)
 

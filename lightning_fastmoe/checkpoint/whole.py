@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
-from lightning_fastmoe.checkpoint.format.tensor_names import split_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, split_name
 from lightning_fastmoe.checkpoint.format.threads import thread_count
 
 _EXTRA = "_extra_state"
@@ -47,7 +47,7 @@ def read_whole(
         weights: dict[str, Any] = {}
         for tensor in reader.manifest.tensors:
             kind, name = split_name(tensor)
-            if kind is None:
+            if kind is None and not repeats_rows(name):
                 weights[name] = place(reader.read(tensor))
         for name, first in reader.manifest.tied.items():
             if first in weights:  # a frozen one may have been left out

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, ShapeError
+from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 from lightning_fastmoe.ops.activation import GATED
 
 NAME = "fastmoe"
@@ -59,11 +60,13 @@ def compute(
     Returns:
         (N, D); with ``order`` (T, D), each token's weighted sum.
     """
-    up, down, up_bias, down_bias = (
-        None if t is None else t.to(x.dtype) for t in stacked_weights(experts)
-    )
-    assert up is not None
-    assert down is not None
+    trained = trained_of(experts)
+    if trained is not None:
+        out: Tensor = trained(
+            functools.partial(_sparse, experts), x, tokens_per_expert, weights, order
+        )
+        return out
+    up, down, up_bias, down_bias = _cast(stacked_weights(experts), x.dtype)
     name = fused_activation(experts)
     adapters = adapters_of(experts, x.dtype)
     if name is not None and not adapters:
@@ -75,6 +78,31 @@ def compute(
     if weights is None or order is None:
         return ops.grouped_mlp(x, tokens_per_expert, *unfused)
     return ops.unfused_layer(x, weights, order, *unfused)
+
+
+def _sparse(
+    experts: nn.Module,
+    trained: TrainedExperts,
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    weights: Tensor | None,
+    order: ops.ExpertOrder | None,
+) -> Tensor:
+    """:func:`compute` where single experts are trained."""
+    check_frozen(experts, trained)
+    if adapters_of(experts, x.dtype):
+        raise refused(experts, "it has adapters, and single experts are trained")
+    stacks = _cast(stacked_weights(experts), x.dtype)
+    rows = ops.TrainedRows(trained.rows, _cast(_views(experts, trained.slices), x.dtype))
+    activation = fused_activation(experts) or _own_activation(experts)
+    return ops.sparse_layer(x, tokens_per_expert, weights, order, stacks, rows, activation)
+
+
+def _cast(stacks: ops.Stacks, dtype: torch.dtype) -> ops.Stacks:
+    up, down, *biases = (None if t is None else t.to(dtype) for t in stacks)
+    assert up is not None
+    assert down is not None
+    return up, down, biases[0], biases[1]
 
 
 def fused_activation(experts: nn.Module) -> str | None:
@@ -163,12 +191,18 @@ def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor
             raise refused(experts, f"{name} is {tensor.dtype}")
         if hasattr(tensor, "device_mesh"):
             raise refused(experts, f"{name} is sharded by transformers (a DTensor)")
-    up, down = getattr(experts, names[0]), experts.down_proj
+    return _views(experts, functools.partial(getattr, experts))
+
+
+def _views(experts: Any, get: Callable[[str], Any]) -> ops.Stacks:
+    """The weights and biases, by name, in the layout of :func:`stacked_weights`."""
+    names = parameter_names(experts)
+    up, down = get(names[0]), get(names[1])
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     if not experts.has_bias:
         return up, down, None, None
-    return up, down, getattr(experts, names[2]), experts.down_proj_bias
+    return up, down, get(names[2]), get(names[3])
 
 
 def projections(experts: Any) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import torch
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
-from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.architecture import (
@@ -119,7 +119,8 @@ def check_weights(reader: CheckpointReader, about: Architecture, prefix: str) ->
     """
     expected = {weight_name(prefix + n): s for n, s in weight_shapes(about).items()}
     start = weight_name(prefix)
-    found = {n: r for n, r in reader.manifest.tensors.items() if n.startswith(start)}
+    stored = reader.manifest.tensors.items()
+    found = {n: r for n, r in stored if n.startswith(start) and not repeats_rows(n)}
     short = len(weight_name(""))
     differ = [
         f"{name[short:]} has shape {list(found[name].shape)}, not {list(shape)}"

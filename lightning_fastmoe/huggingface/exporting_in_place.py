@@ -20,7 +20,7 @@ from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
-from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, stored_tensor, target_dtype
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B
@@ -139,7 +139,7 @@ class _Stored:
         found = {
             name.removeprefix(start): tuple(record.shape)
             for name, record in reader.manifest.tensors.items()
-            if name.startswith(start)
+            if name.startswith(start) and not repeats_rows(name)
         }
         experts = {name for name in found if name.endswith((LORA_A, LORA_B))}
         names, adapters = stored_names(found.keys() - experts)

@@ -25,6 +25,7 @@ from lightning_fastmoe.huggingface.experts_class import (
 )
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 from lightning_fastmoe.nn.experts.init import draw_layer_seed, init_experts_
+from lightning_fastmoe.nn.experts.trained import trained_of
 
 _SAVING = ("save_pretrained", "push_to_hub")
 
@@ -78,6 +79,11 @@ def _check(path: str, layer: TransformersLayer) -> None:
     experts: Any = layer.module
     if SCALE in vars(experts):
         raise ConfigError(f"add_lora: {path}.experts has adapters already.")
+    if trained_of(experts) is not None:
+        raise ConfigError(
+            f"add_lora: SparseUpdate trains single experts of {path}.experts. Train adapters or"
+            " single experts: call SparseUpdate.release(model) first."
+        )
     chosen = experts.config._experts_implementation
     if chosen != NAME:
         raise ConfigError(

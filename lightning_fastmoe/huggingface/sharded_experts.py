@@ -34,6 +34,7 @@ from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.experts.base import describe_ids
 from lightning_fastmoe.nn.experts.stacked import keep_rows
+from lightning_fastmoe.nn.experts.trained import TRAINED
 from lightning_fastmoe.nn.global_batch import GlobalBatch
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
@@ -79,7 +80,17 @@ class TransformersExperts(Experts):
         return compute_dtype(x, self.module.down_proj)  # type: ignore[arg-type]
 
     def _keep(self, ids: tuple[int, ...]) -> None:
-        keep_rows(self.module, parameter_names(self.module), self.local_ids, ids)
+        keep_rows(self.module, self.stack_names, self.local_ids, ids)
+
+    @property
+    def holder(self) -> nn.Module:
+        """:attr:`module`."""
+        return self.module
+
+    @property
+    def stack_names(self) -> list[str]:
+        """The names in :attr:`module` of the parameters that are computed with."""
+        return parameter_names(self.module)
 
     def forward(
         self,
@@ -354,7 +365,11 @@ def _why_not_sharded(path: str, experts: Any, paths: dict[int, list[str]]) -> st
     """Why a module's parameters are not a row per expert of parameters of its own."""
     stacked_weights(experts)  # raises what this package can't compute
     own = dict(experts.named_parameters(recurse=False))
-    inside = [name for name, _ in experts.named_parameters() if name not in own]
+    inside = [
+        name
+        for name, _ in experts.named_parameters()
+        if name not in own and not name.startswith(f"{TRAINED}.")
+    ]
     inside += [name for name, _ in experts.named_buffers()]
     if inside:
         return f"{', '.join(inside)} has no row for each expert"

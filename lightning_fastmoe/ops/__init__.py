@@ -13,12 +13,15 @@ from lightning_fastmoe.ops.routing import (
     softmax_top_k,
     top_k,
 )
+from lightning_fastmoe.ops.sparse_layer import Stacks, TrainedRows, put_in_place, sparse_layer
 
 __all__ = [
     "ACTIVATIONS",
     "ExpertOrder",
     "LowRank",
     "PairOrder",
+    "Stacks",
+    "TrainedRows",
     "apply_activation",
     "combine_rows",
     "expert_layer",
@@ -30,9 +33,11 @@ __all__ = [
     "order_by_expert",
     "order_pairs",
     "permute",
+    "put_in_place",
     "router_logits",
     "sigmoid_top_k",
     "softmax_top_k",
+    "sparse_layer",
     "top_k",
     "unfused_layer",
     "unpermute",

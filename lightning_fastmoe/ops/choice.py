@@ -38,7 +38,9 @@ class Implementation(Protocol):
 _TORCH_STEPS = Steps(TorchProducts())
 
 
-def choose(call: LayerCall, h: PreActivation | None = None) -> Implementation:
+def choose(
+    call: LayerCall, h: PreActivation | None = None, *, stepwise: bool = False
+) -> Implementation:
     """The implementation for ``call``.
 
     Forward and backward each choose, and may differ: ZeRO 3 gathers weights for the backward at
@@ -47,6 +49,7 @@ def choose(call: LayerCall, h: PreActivation | None = None) -> Implementation:
     Args:
         call: the layer's inputs.
         h: in a backward, the available H; None if the implementation must recompute it.
+        stepwise: a backward of some experts' weights, which the two operators don't have.
     """
     x, up, down = call.x, call.up, call.down
     if not x.shape[0]:
@@ -62,9 +65,10 @@ def choose(call: LayerCall, h: PreActivation | None = None) -> Implementation:
         return expert_loop
     if x.is_cuda:
         if (library := hopper(x, up, down)) is not None:
-            return TwoOperators(library, True)
+            return Steps(HopperProducts(library)) if stepwise else TwoOperators(library, True)
         if (
-            call.has_all_pairs
+            not stepwise
+            and call.has_all_pairs
             and all(grouped_mm_applies(x, weight) and is_aligned(weight) for weight in (up, down))
             and (library := native(x, up, down)) is not None
         ):

@@ -8,7 +8,7 @@ backward follows, and the expert outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -69,20 +69,23 @@ def _backward(
         used = weights.reshape(-1).index_select(0, call.order)
     dots = torch.empty_like(used)
     d_rows = x.new_empty(h.rows.shape[0], x.shape[1]) if wanted.x else None
+    some = range(up.shape[0]) if wanted.experts is None else wanted.experts
+    place = {e: row for row, e in enumerate(some)}
     d_up, d_down = (
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needed else None
+        weight.new_empty(len(place), *weight.shape[1:]) if needed else None
         for weight, needed in ((up, wanted.up), (down, wanted.down))
     )
-    for e, mine in _experts(call.tokens_per_expert, d_up, d_down):
+    for e, mine in _experts(call.tokens_per_expert, place, d_up, d_down):
         d_out = _gathered(grad, tokens, mine)
         d_h = h.rows[mine] if overwrite else h.rows[mine].clone()
         act = torch.mm(d_out, down[e])
         # This overwrites the pre-activation with its gradient, `act` with the weighted activation.
         dots[mine] = kernels.activation_backward_(d_h, act, used[mine], None, call.activation)
-        if d_down is not None:
-            torch.mm(d_out.T, act, out=d_down[e])
-        if d_up is not None:
-            torch.mm(d_h.T, _gathered(x, tokens, mine), out=d_up[e])
+        row = place.get(e)
+        if d_down is not None and row is not None:
+            torch.mm(d_out.T, act, out=d_down[row])
+        if d_up is not None and row is not None:
+            torch.mm(d_h.T, _gathered(x, tokens, mine), out=d_up[row])
         if d_rows is not None:
             torch.mm(d_h, up[e], out=d_rows[mine])
     d_x, d_weights = d_rows, None
@@ -94,16 +97,24 @@ def _backward(
     return Gradients(d_x, d_weights, d_up, d_down)
 
 
-def _experts(tokens_per_expert: Tensor, *grads: Tensor | None) -> Iterator[tuple[int, slice]]:
-    """Yields the experts with rows and their row ranges; zeroes the others' gradients."""
+def _experts(
+    tokens_per_expert: Tensor, place: Mapping[int, int] | None = None, *grads: Tensor | None
+) -> Iterator[tuple[int, slice]]:
+    """Yields the experts with rows and their row ranges; zeroes the others' gradients.
+
+    Args:
+        tokens_per_expert: (E,) int64.
+        place: expert -> its row in the gradients, of those that have one.
+        grads: (rows, ...).
+    """
     start = 0
     for e, count in enumerate(tokens_per_expert.tolist()):
         if count:
             yield e, slice(start, start + count)
-        else:
+        elif place is not None and (row := place.get(e)) is not None:
             for grad in grads:
                 if grad is not None:
-                    grad[e].zero_()
+                    grad[row].zero_()
         start += count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops.kernels import accumulation_dtype, masked_weights
+
+
+@functools.lru_cache(maxsize=1024)
+def index_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """``rows`` as int64 on a device; copied there once, as that would wait for the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +50,7 @@ class LayerCall:
     activation: str
     _pairs: Tensor | None = field(default=None, init=False)
     _ones: Tensor | None = field(default=None, init=False)
+    _first: tuple[tuple[int, ...], Tensor, Tensor] | None = field(default=None, init=False)
 
     @property
     def top_k(self) -> int:
@@ -64,6 +73,30 @@ class LayerCall:
             return d_weights
         assert self.inverse is not None
         return masked_weights(d_weights, self.inverse)
+
+    def rows_first(self, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """An order of the rows in which those of some experts come first, expert by expert.
+
+        A GEMM whose segments tile its rows can't skip rows in between; it can end before the last.
+        Nothing is read from the device.
+
+        Args:
+            experts: t of them, ascending.
+
+        Returns:
+            (N,) int64, the row at each place; (t,) int32, where the rows of each expert end.
+        """
+        if self._first is None or self._first[0] != experts:
+            device, number = self.offsets.device, self.offsets.shape[0]
+            index = index_of(experts, device)
+            place = torch.full((number + 1,), len(experts), device=device)
+            place[index] = torch.arange(len(experts), device=device)
+            rows = torch.arange(self.pairs().shape[0], dtype=torch.int32, device=device)
+            of_row = torch.searchsorted(self.offsets, rows, right=True)
+            order = torch.sort(place[of_row], stable=True).indices
+            ends = torch.cumsum(self.tokens_per_expert[index], 0).to(torch.int32)
+            self._first = experts, order, ends
+        return self._first[1:]
 
     def pairs(self) -> Tensor:
         """(N,) int64: ``order``, or 0, 1, ..., N - 1 for rows in expert-major order."""
@@ -95,7 +128,11 @@ class PreActivation(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients a backward must compute."""
+    """Which gradients a backward must compute.
+
+    ``experts`` names those whose weights and biases are wanted, ascending; these gradients then
+    have a row for each of them. None is all.
+    """
 
     x: bool
     weights: bool
@@ -103,6 +140,7 @@ class Wanted(NamedTuple):
     down: bool
     up_bias: bool
     down_bias: bool
+    experts: tuple[int, ...] | None = None
 
 
 class Gradients(NamedTuple):

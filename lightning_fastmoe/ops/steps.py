@@ -27,7 +27,13 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import kernels
-from lightning_fastmoe.ops.layer_call import Gradients, LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.layer_call import (
+    Gradients,
+    LayerCall,
+    PreActivation,
+    Wanted,
+    index_of,
+)
 from lightning_fastmoe.ops.products.interface import Products
 from lightning_fastmoe.ops.products.torch import expert_sums
 
@@ -65,27 +71,29 @@ class Steps:
         """The gradients, given the output's gradient ``grad (T, D)``. Overwrites H."""
         products, d_h = self.products, h.rows
         d_x = d_up = d_down = d_up_bias = d_down_bias = None
+        some = wanted.experts
         grad = products.readable(grad)
         d_out = products.gather(call, grad)
         if wanted.down_bias:
-            d_down_bias = products.weighted_sums(call, d_out)
+            d_down_bias = _of(some, products.weighted_sums(call, d_out))
         weighted_act, d_weights = products.backward_activation_(call, d_out, h)
         if wanted.weights and call.down_bias is not None:
             d_weights += _bias_dots(call, grad, d_weights)
         d_weights = call.of_pairs_with_rows(d_weights)
         del grad
         if wanted.down:
-            d_down = products.weight_gradient(call, d_out, weighted_act, False)
+            d_down = products.weight_gradient(call, d_out, weighted_act, False, some)
         del d_out, weighted_act
         if wanted.up_bias:
-            d_up_bias = expert_sums(d_h, call.tokens_per_expert, call.offsets)
+            d_up_bias = _of(some, expert_sums(d_h, call.tokens_per_expert, call.offsets))
         # First d_x, whose N rows of D are freed before the gradient of up is allocated.
         if wanted.x:
             d_x = products.rows(call, d_h, call.up, False)
             if call.inverse is not None:
                 d_x = kernels.sum_rows(d_x, call.inverse, None, call.top_k)
         if wanted.up:
-            d_up = products.weight_gradient(call, products.gather(call, call.x), d_h, True)
+            tokens = products.gather(call, call.x)
+            d_up = products.weight_gradient(call, tokens, d_h, True, some)
         return Gradients(
             d_x, d_weights if wanted.weights else None, d_up, d_down, d_up_bias, d_down_bias
         )
@@ -95,6 +103,13 @@ class Steps:
     ) -> Gradients:
         """:meth:`backward_` that leaves H intact, by copying it."""
         return self.backward_(call, grad, PreActivation(h.rows.clone(), h.has_bias), wanted)
+
+
+def _of(experts: tuple[int, ...] | None, sums: Tensor) -> Tensor:
+    """The rows of some experts, as many numbers as one token has: not worth skipping the others."""
+    if experts is None:
+        return sums
+    return sums[index_of(experts, sums.device)]
 
 
 def _bias_dots(call: LayerCall, grad: Tensor, like: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def expert_layer_backward(
         *(order, inverse, tokens_per_expert, offsets, activation),
     )
     kept = PreActivation(h, bool(h_has_bias))
-    found = choice.choose(call, kept).backward(call, grad, kept, Wanted(*wanted))
+    found = choice.choose(call, kept).backward(call, grad, kept, Wanted._make([*wanted, None]))
     return [_like(g, t) for g, t in _pairs(found, (x, weights, up, down, up_bias, down_bias))]
 
 

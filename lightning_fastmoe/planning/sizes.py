@@ -88,7 +88,7 @@ def numel(parameter: nn.Parameter) -> int:
 
 
 def _layer_size(layer: ExpertLayer) -> LayerSize:
-    held = float(sum(numel(p) for p in layer.experts.parameters()))
+    held = float(sum(map(numel, layer.experts.whole_parameters())))
     counted = layer.num_local_experts
     if layer.is_sharded and not layer.experts.is_stacked:
         # Experts on other ranks may have different sizes.

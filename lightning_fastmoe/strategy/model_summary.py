@@ -37,5 +37,5 @@ def correct_summary(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 def _elsewhere(layer: ExpertLayer) -> int:
     """Parameters of the experts that this rank does not hold; stacked experts have equal sizes."""
-    here = sum(map(numel, layer.experts.parameters()))
+    here = sum(map(numel, layer.experts.whole_parameters()))
     return here // layer.num_local_experts * (layer.num_experts - layer.num_local_experts)

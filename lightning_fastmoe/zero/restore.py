@@ -10,15 +10,22 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
+from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.checkpoint.format.manifest import Topology
 from lightning_fastmoe.checkpoint.format.tensor_names import (
     GRADIENTS,
+    repeats_rows,
     split_name,
     state_name,
     weight_name,
 )
 from lightning_fastmoe.checkpoint.lockstep import Together
-from lightning_fastmoe.checkpoint.matching import check_experts, check_names, check_shapes
+from lightning_fastmoe.checkpoint.matching import (
+    check_experts,
+    check_names,
+    check_shapes,
+    check_trained,
+)
 from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
 from lightning_fastmoe.checkpoint.param_options import by_parameter, common, restored
 from lightning_fastmoe.checkpoint.sources.base import Source
@@ -94,13 +101,15 @@ def load(
             wanted = ("weights", "optimizer") if training else ("weights",)
             source.check(together.rank, together.world_size, wanted)
         state = source.read_state(trusted=trusted)
+        if training:
+            check_trained(state["optimizer"].get("trained_experts", {}), model, source.path)
         zero = ZeroState(engine, model.names)
         local = _local_state(source, together, trusted)
     put: Callable[[], None] = lambda: None  # noqa: E731
     zero.begin_loading()
     with together.stage(), torch.no_grad():
         shard = zero.shard()
-        _load_weights(source, model, shard)
+        _load_weights(source, model, shard, from_stacks=not training)
         _load_others(source, model, state, strict)
         if averages is not None:
             averages.take(shard, model.buffers)
@@ -141,7 +150,10 @@ def _load_weights(
     model: ModelMap,
     shard: ZeroShard,
     named: Callable[[str], str] = weight_name,
+    *,
+    from_stacks: bool = False,
 ) -> None:
+    """Fills the weights; trained experts, if ``from_stacks``, with the rows of their stacks."""
     for flat in shard.flats:
         for fragment in flat.fragments:
             name = named(fragment.name)
@@ -150,7 +162,13 @@ def _load_weights(
                 source.read_into(name, start, flat.view(flat.master, fragment))
     for loose in shard.loose:
         name = named(loose.name)
-        if name in source.tensors:
+        if from_stacks and repeats_rows(loose.name):
+            part = Fragment(loose.start, loose.data.numel())
+            for stack, start, there in model.in_stack(loose.name, part):
+                if named(stack) in source.tensors:
+                    source.read_into(named(stack), start, there.within(loose.data))
+            loose.write_back()
+        elif name in source.tensors:
             source.read_into(name, model.fragment(loose.name).start + loose.start, loose.data)
             loose.write_back()
 

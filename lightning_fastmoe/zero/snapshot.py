@@ -14,7 +14,7 @@ from lightning_fastmoe.checkpoint.expert_names import Inventory, expert_of, merg
 from lightning_fastmoe.checkpoint.format.manifest import Manifest, Topology
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.state_files import COUNTS
-from lightning_fastmoe.checkpoint.format.tensor_names import state_name, weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, state_name, weight_name
 from lightning_fastmoe.checkpoint.format.writer import (
     pack_rank_state,
     pack_state,
@@ -30,6 +30,7 @@ from lightning_fastmoe.zero.averages import Averages, training_name
 from lightning_fastmoe.zero.gradients import PartialGradients
 from lightning_fastmoe.zero.optimizer_state import elementwise, shared_scalars
 from lightning_fastmoe.zero.state import ZeroShard, ZeroState
+from lightning_fastmoe.zero.trained_experts import merge_trained
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -63,6 +64,7 @@ def take_snapshot(
     Raises:
         CheckpointError: on all ranks, if some state can't be saved.
     """
+    merge_trained(layers.values())
     with together.stage():
         model = map_model(engine.module, layers)
         zero = ZeroState(engine, model.names)
@@ -86,6 +88,8 @@ def take_snapshot(
                 fragments += _replicated(model, training_buffers, topology, training_name)
             if engine.mid_accumulation:
                 fragments += PartialGradients(zero, model, shard).fragments()
+        else:  # stacks hold the trained experts, too, which a model without them can read
+            fragments = [f for f in fragments if not repeats_rows(f.tensor)]
         extra = {k: v for k, v in model.extra().items() if isinstance(v, Tensor)}
         fragments += _replicated(model, {**buffers, **extra}, topology, weight_name)
         local = {"rng": random_state(engine.device), "loaders": loaders_of(client_state)}
@@ -104,7 +108,7 @@ def take_snapshot(
             lightning = {k: v for k, v in client_state.items() if k not in _NOT_STATE}
             state = {
                 "lightning": lightning,
-                "optimizer": _optimizer_info(whole, zero) if with_optimizer else None,
+                "optimizer": _optimizer_info(whole, zero, model) if with_optimizer else None,
                 "engine": _engine_info(engine, zero) if with_optimizer else None,
                 "extra_state": {
                     k: v for k, v in model.extra().items() if not isinstance(v, Tensor)
@@ -192,12 +196,14 @@ def _rows(groups: Iterable[NamedGroup]) -> list[dict[str, Any]]:
     ]
 
 
-def _optimizer_info(whole: Inventory, zero: ZeroState) -> dict[str, Any]:
+def _optimizer_info(whole: Inventory, zero: ZeroState, model: ModelMap) -> dict[str, Any]:
+    trained = {name: list(part.expert_ids) for name, part in model.trained.items()}
     return {
         "class": type(zero.zero.optimizer).__name__,
         "groups": whole.groups,
         "user_groups": whole.user_groups,
         "scalars": whole.scalars,
+        **({"trained_experts": trained} if trained else {}),
     }
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
+from lightning_fastmoe.nn.experts.trained import is_padding
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -146,7 +147,7 @@ class ZeroState:
                 names.append(name)
                 first = max(offset, begin)
                 last = min(offset + meta.numel(), begin + size)
-                if first < last:
+                if first < last and not is_padding(parameter):
                     fragments.append(
                         FlatFragment(first - offset, last - first, name, first - begin)
                     )
@@ -162,7 +163,7 @@ class ZeroState:
                 name = self.names[id(parameter)]
                 names.append(name)
                 own = partition_of(parameter)
-                if own.length:
+                if own.length and not is_padding(parameter):
                     fragments.append(FlatFragment(own.start, own.length, name, offset))
                 offset += parameter.partition_numel()
             inner = zero.optimizer
@@ -174,6 +175,8 @@ class ZeroState:
             yield FlatPartition(master, fragments, names, group, inner)
 
     def _loose(self, name: str, parameter: nn.Parameter) -> LooseParameter:
+        if is_padding(parameter):
+            return LooseParameter(name, parameter.new_empty(0), 0, Fragment(0, 0))
         if self.partitions_parameters:
             own = partition_of(parameter)
             data: Any = parameter

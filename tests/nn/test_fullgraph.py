@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_fastmoe.errors import ConfigError, NonFiniteError
 from lightning_fastmoe.nn import MoE, moe_losses, runtime_ops
 from lightning_fastmoe.nn.attached_loss import LossScale
+from lightning_fastmoe.nn.experts.trained import train_rows
 
 pytestmark = pytest.mark.poisoned(False)  # dynamo knows torch.empty by identity
 
@@ -341,3 +342,19 @@ def test_the_factor_that_graphs_read_follows_the_value():
         assert seen[-1] == inside
         assert factor is scale.factor
         assert float(factor) == after
+
+
+def test_single_trained_experts():
+    eager, compiled = pair()
+    for model in (eager, compiled):
+        for block in model:
+            experts = block.moe.experts
+            train_rows(experts, experts.stack_names, experts.local_ids, [1, 3])
+    for x in batches(5, 7):
+        y = run(compiled, x.detach().requires_grad_())
+        torch.testing.assert_close(y, run(eager, x))
+        for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None) == (not a.requires_grad), name
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad, a.grad, msg=name)
+    assert graphs() > 0

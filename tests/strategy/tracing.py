@@ -158,7 +158,7 @@ def over_expert_ranks(net: torch.nn.Module, own: dict[str, Tensor]) -> dict[str,
         f"{layer_name}.experts.{name}": layer
         for layer_name, layer in layers
         for name, _ in layer.experts.named_parameters()
-        if layer.experts.is_stacked
+        if layer.experts.is_stacked and f"{layer_name}.experts.{name}" in own
     }
     whole = dict(own)
     for layer_name, layer in layers:

@@ -90,6 +90,10 @@ def _check_optimizer(value: dict[str, Any], where: str) -> None:
             here.strings("params")
             here.get(key, dict)
             here.nothing_else()
+    if "trained_experts" in value:  # only where single experts are trained
+        for ids in read.lists("trained_experts").values():
+            if not all(is_a(i, int) and 0 <= i <= MAX_INTEGER for i in ids):
+                raise CheckpointError(f"{where}: 'trained_experts' must hold ids of experts.")
     read.nothing_else()
 
 

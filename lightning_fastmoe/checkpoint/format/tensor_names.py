@@ -41,6 +41,18 @@ def split_name(tensor: str) -> tuple[str | None, str]:
     return (state if kind == OPTIMIZER else f"{kind}/{state}"), name
 
 
+TRAINED_EXPERTS = ".experts.trained."
+"""Inside the names of parameters that repeat rows of a stack, of which single experts are trained.
+
+Only checkpoints to resume from hold them, in the optimizer's precision.
+"""
+
+
+def repeats_rows(name: str) -> bool:
+    """Whether a parameter holds trained experts whose rows its layer's stack holds, too."""
+    return TRAINED_EXPERTS in name
+
+
 def fragment_key(tensor: str, fragment: Fragment) -> str:
     """The name of a tensor's fragment inside its safetensors file."""
     return f"{tensor}[{fragment.start}:{fragment.stop}]"

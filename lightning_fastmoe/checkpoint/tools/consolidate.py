@@ -13,7 +13,7 @@ import torch
 from lightning_fastmoe.checkpoint.format.files import fsync_directory
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor, write_safetensors
-from lightning_fastmoe.checkpoint.format.tensor_names import split_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, split_name
 from lightning_fastmoe.checkpoint.tools.copying import stored_tensor
 from lightning_fastmoe.checkpoint.tools.torch_file import write_torch
 from lightning_fastmoe.checkpoint.whole import extra_state
@@ -59,7 +59,7 @@ class Consolidation:
         result = []
         for name, record in reader.manifest.tensors.items():
             state, weight = split_name(name)
-            if state is None and weight.startswith(self.prefix):
+            if state is None and weight.startswith(self.prefix) and not repeats_rows(weight):
                 key = weight.removeprefix(self.prefix)
                 result.append(stored_tensor(reader, name, record, key, self.dtype))
         if not result:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
 
 
 class Experts(nn.Module):
@@ -29,6 +30,21 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.local_ids = _checked(range(num_experts) if local_ids is None else local_ids, self)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has the parameters."""
+        return self
+
+    @property
+    def stack_names(self) -> list[str]:
+        """Names of the stacked parameters in :attr:`holder`; empty if experts are modules."""
+        return []
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the experts; not those that repeat single ones to train them."""
+        named = self.named_parameters()
+        return [p for name, p in named if not name.startswith(f"{TRAINED}.")]
 
     @property
     def num_local_experts(self) -> int:
@@ -61,6 +77,8 @@ class Experts(nn.Module):
             raise TopologyError(f"Experts {missing} are not on this rank, so it can't keep them.")
         self._keep(kept)
         self.local_ids = kept
+        if (trained := trained_of(self.holder)) is not None:
+            trained.keep(kept)
 
     def _keep(self, ids: tuple[int, ...]) -> None:
         raise NotImplementedError

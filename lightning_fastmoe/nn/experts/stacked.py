@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.base import Experts
 from lightning_fastmoe.nn.experts.init import init_experts_
+from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 
 
 class StackedExperts(Experts):
@@ -80,7 +81,12 @@ class StackedExperts(Experts):
                 nn.init.zeros_(bias)
 
     def _keep(self, ids: tuple[int, ...]) -> None:
-        keep_rows(self, [name for name, _ in self.named_parameters()], self.local_ids, ids)
+        keep_rows(self, self.stack_names, self.local_ids, ids)
+
+    @property
+    def stack_names(self) -> list[str]:
+        """Names of the stacked parameters."""
+        return [name for name, _ in self.named_parameters(recurse=False)]
 
     def forward(
         self,
@@ -94,17 +100,42 @@ class StackedExperts(Experts):
         With ``weights (T, K)`` and ``order``, permutes and combines too: ``x (T, D)`` in token
         order -> (T, D), each token's weighted sum.
         """
-        up, down, up_bias, down_bias = (
-            None if p is None else p.to(x.dtype)
-            for p in (self.up_proj, self.down_proj, self.up_bias, self.down_bias)
-        )
-        assert up is not None
-        assert down is not None
+        rest = (x, tokens_per_expert, weights, order)
+        trained = trained_of(self)
+        return self._compute(None, *rest) if trained is None else trained(self._compute, *rest)
+
+    def _compute(
+        self,
+        trained: TrainedExperts | None,
+        x: Tensor,
+        tokens_per_expert: Tensor,
+        weights: Tensor | None,
+        order: ops.ExpertOrder | None,
+    ) -> Tensor:
+        up, down, up_bias, down_bias = self._stacks(self._parameters.get, x.dtype)
+        if trained is not None:
+            check_frozen(self, trained)
+            rows = ops.TrainedRows(trained.rows, self._stacks(trained.slices, x.dtype))
+            stacks = (up, down, up_bias, down_bias)
+            return ops.sparse_layer(
+                x, tokens_per_expert, weights, order, stacks, rows, self.activation
+            )
         mlp = (up, down, self.activation, up_bias, down_bias)
         planned = self.activation in ops.ACTIVATIONS
         if weights is None or order is None:
             return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
         return (ops.expert_layer if planned else ops.unfused_layer)(x, weights, order, *mlp)
+
+    @staticmethod
+    def _stacks(get: Callable[[str], Tensor | None], dtype: torch.dtype) -> ops.Stacks:
+        """The parameters, or the trained slices of these, by name."""
+        up, down, *biases = (
+            None if (p := get(name)) is None else p.to(dtype)
+            for name in ("up_proj", "down_proj", "up_bias", "down_bias")
+        )
+        assert up is not None
+        assert down is not None
+        return up, down, biases[0], biases[1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads the local experts, by global id, from a state dict of the whole layer (E)."""

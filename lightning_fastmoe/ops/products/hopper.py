@@ -237,10 +237,22 @@ class HopperProducts:
         )
 
     def weight_gradient(
-        self, call: LayerCall, gathered: Tensor, rows: Tensor, transposed: bool
+        self,
+        call: LayerCall,
+        gathered: Tensor,
+        rows: Tensor,
+        transposed: bool,
+        experts: tuple[int, ...] | None = None,
     ) -> Tensor:
+        pairs, offsets = call.pairs(), call.offsets
+        if experts is not None and len(experts) < call.offsets.shape[0]:
+            if not experts:
+                m, n = gathered.shape[1], rows.shape[1]
+                return rows.new_empty(0, *((n, m) if transposed else (m, n)))
+            order, offsets = call.rows_first(experts)
+            pairs, rows = pairs[order], rows[order]
         return weight_gradient(
-            self._library, gathered, call.pairs(), call.top_k, rows, call.offsets, transposed
+            self._library, gathered, pairs, call.top_k, rows, offsets, transposed
         )
 
     def weighted_sums(self, call: LayerCall, gathered: Tensor) -> Tensor:

@@ -51,9 +51,17 @@ class Products(Protocol):
         """
 
     def weight_gradient(
-        self, call: LayerCall, gathered: Tensor, rows: Tensor, transposed: bool
+        self,
+        call: LayerCall,
+        gathered: Tensor,
+        rows: Tensor,
+        transposed: bool,
+        experts: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Each expert's sum of ``outer(gathered[r], rows[r])``, or with ``transposed`` its .T."""
+        """Each expert's sum of ``outer(gathered[r], rows[r])``, or with ``transposed`` its .T.
+
+        With ``experts``, of these alone; the rows of others are not computed with.
+        """
 
     def weighted_sums(self, call: LayerCall, gathered: Tensor) -> Tensor:
         """(E, D): each expert's sum of ``w * gathered[r]``."""

@@ -55,10 +55,23 @@ class TorchProducts:
         return d_act, d_weights  # d_act now holds the weighted activation
 
     def weight_gradient(
-        self, call: LayerCall, gathered: Tensor, rows: Tensor, transposed: bool
+        self,
+        call: LayerCall,
+        gathered: Tensor,
+        rows: Tensor,
+        transposed: bool,
+        experts: tuple[int, ...] | None = None,
     ) -> Tensor:
         a, b = (rows, gathered) if transposed else (gathered, rows)
-        return grouped_outer_product(a, b, call.tokens_per_expert, call.offsets)
+        if experts is None or len(experts) == call.offsets.shape[0]:
+            return grouped_outer_product(a, b, call.tokens_per_expert, call.offsets)
+        if not experts:
+            return a.new_empty(0, a.shape[1], b.shape[1])
+        if not a.is_cuda:  # reading counts costs nothing there
+            return _some_outer_products(a, b, call.tokens_per_expert, experts)
+        order, ends = call.rows_first(experts)
+        counts = torch.diff(ends, prepend=ends.new_zeros(1)).to(torch.int64)
+        return grouped_outer_product(a[order], b[order], counts, ends)
 
     def weighted_sums(self, call: LayerCall, gathered: Tensor) -> Tensor:
         weights = call.weights
@@ -122,7 +135,7 @@ def grouped_outer_product(
     """``a[rows of e].T @ b[rows of e]`` for every expert e: the gradient of stacked weights.
 
     Args:
-        a: (N, M), rows grouped by expert.
+        a: (N, M), rows grouped by expert; any after the last expert's don't count.
         b: (N, P).
         tokens_per_expert: (E,) int64.
         offsets: (E,) int32, their running sum.
@@ -138,9 +151,22 @@ def grouped_outer_product(
         # A GEMM over zero rows may leave its output uninitialised.
         return kernels.zero_empty_experts_(out, tokens_per_expert)
     out = a.new_empty(shape)
+    start = 0
+    for e, count in enumerate(tokens_per_expert.tolist()):
+        torch.mm(a[start : start + count].T, b[start : start + count], out=out[e])
+        start += count
+    return out
+
+
+def _some_outer_products(
+    a: Tensor, b: Tensor, tokens_per_expert: Tensor, experts: tuple[int, ...]
+) -> Tensor:
+    """:func:`grouped_outer_product` of some experts, one by one: (experts, M, P)."""
     counts = tokens_per_expert.tolist()
-    for e, (rows, columns) in enumerate(zip(a.split(counts), b.split(counts), strict=True)):
-        torch.mm(rows.T, columns, out=out[e])
+    out = a.new_empty(len(experts), a.shape[1], b.shape[1])
+    rows, columns = a.split(counts), b.split(counts)
+    for place, e in enumerate(experts):
+        torch.mm(rows[e].T, columns[e], out=out[place])
     return out
 
 

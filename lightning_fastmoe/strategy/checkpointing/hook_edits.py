@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
-from lightning_fastmoe.checkpoint.format.tensor_names import split_name
+from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, split_name
 from lightning_fastmoe.checkpoint.model_map import ModelMap
 from lightning_fastmoe.checkpoint.sources.base import Source
 from lightning_fastmoe.errors import CheckpointError
@@ -61,7 +61,8 @@ class WeightNames:
     @classmethod
     def of_model(cls, model: ModelMap) -> WeightNames:
         """The weights of a model that will be saved, as far as this rank knows their names."""
-        shapes = {name: (f.shape, p.dtype) for name, (p, f) in model.parameters.items()}
+        parameters = [(n, *one) for n, one in model.parameters.items() if not repeats_rows(n)]
+        shapes = {name: (f.shape, p.dtype) for name, p, f in parameters}
         shapes |= {name: (tuple(b.shape), b.dtype) for name, b in model.buffers.items()}
         return cls(shapes, model.tied)
 
@@ -69,7 +70,11 @@ class WeightNames:
     def of_source(cls, source: Source) -> WeightNames:
         """The weights in a checkpoint."""
         weights = ((split_name(tensor), record) for tensor, record in source.tensors.items())
-        shapes = {n: (r.shape, DTYPES[r.dtype]) for (kind, n), r in weights if kind is None}
+        shapes = {
+            name: (r.shape, DTYPES[r.dtype])
+            for (kind, name), r in weights
+            if kind is None and not repeats_rows(name)
+        }
         return cls(shapes, source.tied)
 
     def state_dict(self) -> dict[str, Tensor]:
