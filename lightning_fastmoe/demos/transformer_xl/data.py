@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fastmoe.demos.byte_lm.data import ByteCorpus, ByteWindows
+from lightning_fastmoe.demos.loaders import world_size
 from lightning_fastmoe.demos.transformer_xl.memory import Memory
 from lightning_fastmoe.errors import DataError
 
@@ -150,7 +151,7 @@ class ByteStreams(ByteCorpus):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         assert self._val_text is not None
-        self._check_size("validation", self._val_text, self.batch_size * self._world_size)
+        self._check_size("validation", self._val_text, self.batch_size * world_size(self))
 
     @override
     def train_dataloader(self) -> SegmentLoader:  # type: ignore[override]
@@ -180,6 +181,6 @@ class ByteStreams(ByteCorpus):
             self._windows(text),
             self.batch_size,
             rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=self._world_size,
+            world_size=world_size(self),
             **options,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_fastmoe.demos.loaders import ResumableLoader, evaluation_loader
+from lightning_fastmoe.demos.loaders import evaluation_loader, world_size
 from lightning_fastmoe.demos.vision.images import load_digits, load_folder
 from lightning_fastmoe.errors import DataError
 
@@ -69,29 +69,18 @@ class ImageData(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        needed = self.batch_size * self._world_size
+        needed = self.batch_size * world_size(self)
         if stage in ("fit", None) and len(self.train) < needed:
             raise DataError(
                 f"There are {len(self.train)} training images; a step of batch_size"
-                f" {self.batch_size} on {self._world_size} process(es) needs {needed}. Add images,"
+                f" {self.batch_size} on {world_size(self)} process(es) needs {needed}. Add images,"
                 " or lower data.batch_size."
             )
 
     @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return ResumableLoader(
-            self.train,
-            self.batch_size,
-            num_replicas=self._world_size,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            seed=self.seed,
-            num_workers=0,
-        )
+        return training_loader(self, self.train, self.batch_size, seed=self.seed, num_workers=0)
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return evaluation_loader(self.val, self.batch_size, num_workers=0)
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
