@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_fastmoe.demos.loaders import evaluation_loader, world_size
+from lightning_fastmoe.demos.loaders import evaluation_loader, training_loader, world_size
 from lightning_fastmoe.demos.vision.images import load_digits, load_folder
 from lightning_fastmoe.errors import DataError
 
