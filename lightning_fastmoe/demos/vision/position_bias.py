@@ -36,7 +36,9 @@ class PositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """The bias of each pair of tokens, (heads, s * s, s * s), between 0 and 16."""
-        by_offset = self.down(torch.relu(self.up(self.coordinates)))  # once per distance
+        # In the dtype of the weights: under ZeRO in bf16, buffers stay fp32.
+        coordinates = self.coordinates.to(self.up.weight.dtype)
+        by_offset = self.down(torch.relu(self.up(coordinates)))  # once per distance
         return (LARGEST_BIAS * torch.sigmoid(by_offset))[self.index].permute(2, 0, 1)
 
 

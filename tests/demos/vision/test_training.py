@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,3 +132,12 @@ def test_the_two_capacities_differ() -> None:
     a, _ = twin(case, {**MEANS, "capacity_over": "rank"}, whole=False)
     b, _ = twin(case, {**MEANS, "capacity_over": "global"}, whole=True)
     assert abs(a.norms[0] - b.norms[0]) > 1e-3 * b.norms[0]
+
+
+def test_bf16_mixed(rank_pool: RankPool) -> None:
+    """ZeRO then has bf16 weights, fp32 buffers and no autocast."""
+    case = Case(world=1, ep=1, steps=STEPS, clip=1.0)
+    ((expected, _),) = rank_pool.run(train, 1, case, BY_RANK)
+    ((trace, _),) = rank_pool.run(train, 1, replace(case, precision="bf16-mixed"), BY_RANK)
+    assert trace.norms == pytest.approx(expected.norms, rel=0.1)
+    assert trace.norms != expected.norms
