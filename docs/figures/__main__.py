@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from figures import architecture, dispatch, speed, step
+from figures import architecture, dispatch, exchange, speed, step
 from figures.canvas import Canvas
 
 FOLDER = Path(__file__).parent
 FIGURES: dict[str, Callable[[], Canvas]] = {
     "architecture.svg": architecture.draw,
     "dispatch.svg": dispatch.draw,
+    "exchange.svg": exchange.draw,
     "peers.svg": speed.draw_peers,
     "speed.svg": speed.draw,
     "step.svg": step.draw,

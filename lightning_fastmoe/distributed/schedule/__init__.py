@@ -42,7 +42,7 @@ ACROSS_RANKS: dict[str, Callable[[ExpertGroup, int, Placement], Schedule]] = {
 expert parallel group, E and the placement. :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS` has
 the same names. The contract of schedules is tested for each."""
 
-AUTO = "all_to_all"
+AUTO = "dedup"
 """The one that "auto" stands for."""
 
 
