@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         select_experts,
     )
     from lightning_fastmoe.nn import MoE, moe_losses
-    from lightning_fastmoe.strategy import FastMoEStrategy
+    from lightning_fastmoe.strategy import FastMoEStrategy, OffloadStrategy
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "FastMoEStrategy",
     "MoE",
     "MoESummary",
+    "OffloadStrategy",
     "RouterBiasBalancing",
     "SparseUpdate",
     "ThroughputMonitor",
@@ -48,12 +49,18 @@ _COMPONENTS = (
     "checkpoint",
     "distributed",
     "errors",
+    "inference",
     "metrics",
     "nn",
     "ops",
     "strategy",
 )
-_HOMES = {"FastMoEStrategy": "strategy", "MoE": "nn", "moe_losses": "nn"}  # the rest: callbacks
+_HOMES = {  # the rest: callbacks
+    "FastMoEStrategy": "strategy",
+    "MoE": "nn",
+    "OffloadStrategy": "strategy",
+    "moe_losses": "nn",
+}
 
 
 def _load(name: str) -> Any:

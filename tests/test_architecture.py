@@ -1,8 +1,9 @@
 """Imports point one way, no file imports itself by way of others, and files stay short.
 
     errors <- ops, checkpoint/format, monitoring/logs <- nn, monitoring/report
-        <- distributed, planning, monitoring/metrics <- checkpoint, checkpoint/sources <- zero
-        <- strategy <- checkpoint/tools, monitoring/callbacks <- huggingface, callbacks, metrics
+        <- distributed, inference, planning, monitoring/metrics
+        <- checkpoint, checkpoint/sources <- zero <- strategy
+        <- checkpoint/tools, monitoring/callbacks <- huggingface, callbacks, metrics
         <- demos <- cli
 
 An import counts wherever it stands: at the top, inside a function, under TYPE_CHECKING, or as a
@@ -37,6 +38,7 @@ LEVELS = {
     "nn": 2,
     "monitoring/report": 2,
     "distributed": 3,
+    "inference": 3,
     "planning": 3,
     "monitoring/metrics": 3,
     "checkpoint": 4,

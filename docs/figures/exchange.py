@@ -27,7 +27,12 @@ def draw() -> Canvas:
         inside = "mid small on" if style != "box" else "mid small"
         canvas.text(LEFT + start + width / 2, LANES[lane] + 21, text, inside)
 
-    canvas.text(LEFT, 26, "forward pass of one layer; not to scale; the host's boxes are what it launches", "small quiet")
+    canvas.text(
+        LEFT,
+        26,
+        "forward pass of one layer; not to scale; the host's boxes are what it launches",
+        "small quiet",
+    )
     bar("host", 0, 150, "router, plan, push", "box")
     bar("host", 156, 122, "waits for counts", "c")
     bar("host", 284, 160, "experts, push", "box")

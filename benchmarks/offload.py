@@ -1,0 +1,190 @@
+"""Scoring with experts in host memory, beside the same model on the GPU as a whole.
+
+    python benchmarks/offload.py
+    python benchmarks/offload.py --layers 8 --tokens 8192 65536 --peers
+
+A model of Qwen3-30B-A3B's sizes, bf16, with random weights, scores sequences of --seq-len tokens: a
+pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
+The offloaded rows may use --gpu-memory, enforced by torch; the resident one all of it. Times are by
+CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
+must have the same bits. --peers adds Accelerate's cpu_offload around transformers' own experts.
+
+Prints a line of JSON for each measurement, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
+from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.strategy.offload import parse_bytes
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 4096,
+    "use_cache": False,
+}
+LOGIT_ROWS = 4096
+
+
+def build(layers: int) -> nn.Module:
+    """The model on the CPU, its weights drawn on the GPU, which takes seconds."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(num_hidden_layers=layers, **SIZES)
+    with torch.device("meta"):
+        model: nn.Module = Qwen3MoeForCausalLM._from_config(
+            config, attn_implementation="sdpa", experts_implementation="fastmoe"
+        )
+    generator = torch.Generator("cuda").manual_seed(0)
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                host = torch.empty(old.shape, dtype=torch.bfloat16)
+                if old.dim() == 1:
+                    host.fill_(1.0)
+                else:
+                    drawn = torch.randn(old.shape, generator=generator, device="cuda")
+                    host.copy_((0.02 * drawn).bfloat16())
+                module._parameters[name] = nn.Parameter(host, requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # type: ignore[union-attr, operator]
+    return model.eval()
+
+
+def score(model: Any, ids: Tensor) -> Tensor:
+    """The mean loss of the next token."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    rows, wanted = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    total = torch.zeros((), device=ids.device)
+    for part, targets in zip(rows.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
+        total += F.cross_entropy(model.lm_head(part).float(), targets, reduction="sum")
+    return total / len(rows)
+
+
+def measure(name: str, model: nn.Module, args: argparse.Namespace, most: int) -> list[Any]:
+    """Rows of one way, with growing passes up to ``most`` tokens."""
+    rows = []
+    for tokens in args.tokens:
+        if tokens > most:
+            continue
+        generator = torch.Generator().manual_seed(tokens)
+        shape = (tokens // args.seq_len, args.seq_len)
+        ids = torch.randint(SIZES["vocab_size"], shape, generator=generator).cuda()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            times, loss = timed(lambda ids=ids: score(model, ids), args.passes)  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            print(f"{name}, {tokens} tokens: out of memory", file=sys.stderr)
+            break
+        ms = statistics.median(times)
+        row = {"row": name, "tokens": tokens, "ms": round(ms, 1), "loss": loss}
+        row["tokens_per_s"] = round(1000 * tokens / ms)
+        row["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
+    """Milliseconds of each pass but the first, and what the last returned."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
+    for event in events:
+        result = work()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
+
+
+def link_rate() -> float:
+    """GB/s from pinned host memory."""
+    host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(host, device="cuda")
+    times, _ = timed(lambda: there.copy_(host, non_blocking=True)[0], 5)
+    return host.numel() / statistics.median(times) / 1e6
+
+
+def main() -> int:
+    """Measures all ways, one after the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--gpu-memory", default="24GB")
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--peers", action="store_true", help="Accelerate, too")
+    parser.add_argument("--peer-tokens", type=int, default=32768, help="its largest pass")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    rate = link_rate()
+    start = time.monotonic()
+    model = build(args.layers)
+    print(f"built in {time.monotonic() - start:.1f} s; link {rate:.1f} GB/s", flush=True)
+
+    host = {name: parameter.data for name, parameter in model.named_parameters()}
+    model.cuda()
+    rows = measure("resident", model, args, max(args.tokens))
+    for name, parameter in model.named_parameters():
+        parameter.data = host[name]
+    torch.cuda.empty_cache()
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(parse_bytes(args.gpu_memory) / total)
+    start = time.monotonic()
+    offloaded = offload_experts(model, "cuda", slots=args.slots)
+    print(f"offloaded in {time.monotonic() - start:.1f} s", flush=True)
+    rows += measure("offloaded", model, args, max(args.tokens))
+    copied = offloaded.host_bytes
+    offloaded.close()
+
+    if args.peers:
+        from accelerate import cpu_offload
+
+        for name, parameter in model.named_parameters():
+            parameter.data = host[name]
+        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+        cpu_offload(model, torch.device("cuda"))
+        rows += measure("Accelerate", model, args, args.peer_tokens)
+
+    right = {row["tokens"]: row for row in rows if row["row"] == "resident"}
+    print("| | tokens | ms | tokens/s | of resident | of the link's rate | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    same = True
+    for row in rows:
+        share = right[row["tokens"]]["ms"] / row["ms"] if row["tokens"] in right else 0.0
+        link = copied / row["ms"] / 1e6 / rate if row["row"] == "offloaded" else 0.0
+        print(
+            f"| {row['row']} | {row['tokens']} | {row['ms']} | {row['tokens_per_s']:,} |"
+            f" {share:.2f} | {link:.2f} | {row['peak_GB']} |"
+        )
+        if row["row"] == "offloaded" and row["tokens"] in right:
+            same &= row["loss"] == right[row["tokens"]]["loss"]
+    if not same:
+        print("Losses differ from the resident model's: no comparison.", file=sys.stderr)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

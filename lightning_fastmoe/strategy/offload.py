@@ -1,0 +1,148 @@
+"""OffloadStrategy: evaluation and prediction with experts that don't fit on the GPU."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference import OffloadedExperts, offload_experts
+from lightning_fastmoe.nn.expert_layers import expert_layers
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class OffloadStrategy(SingleDeviceStrategy):
+    """Evaluates and predicts on one GPU, with experts in host memory.
+
+    For ``Trainer.validate``, ``test`` and ``predict``, not for ``fit``. The experts of a layer are
+    copied to the GPU while earlier layers compute. The results have the bits of the same model that
+    is on the GPU as a whole; :func:`~lightning_fastmoe.inference.offload_experts` says more.
+
+    The model is built on the CPU, by ``__init__`` or ``configure_model``, and stays there but for
+    the parts that are no experts. Large batches hide the copies: a layer computes for as long as
+    its experts are copied from about 80 thousand tokens per batch for Qwen3-30B-A3B on an H100.
+
+    Args:
+        gpu_memory: bytes that this process may use on the GPU, such as ``"24GB"`` or ``"24GiB"``;
+            None for all that is there.
+        slots: GPU memory for the experts of so many layers, through which all pass.
+        resident_layers: so many layers, the last ones, keep their experts on the GPU.
+        device: the device; None is the first GPU if the Trainer's accelerator is CUDA.
+    """
+
+    strategy_name = "fastmoe_offload"
+
+    def __init__(
+        self,
+        gpu_memory: str | int | None = None,
+        slots: int = 2,
+        resident_layers: int = 0,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(device="cpu" if device is None else torch.device(device), **kwargs)
+        self._chosen = device is not None
+        self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
+        self.slots, self.resident_layers = slots, resident_layers
+        self.offloaded: OffloadedExperts | None = None
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        if not self._chosen and isinstance(self.accelerator, CUDAAccelerator):
+            return torch.device("cuda", 0)
+        return self._root_device
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            raise ConfigError(
+                "OffloadStrategy can't train: it is for Trainer.validate, test and predict. Train"
+                " with FastMoEStrategy, whose stage_3_offload variant keeps parameters on the host."
+            )
+        if not isinstance(self.accelerator, CUDAAccelerator | CPUAccelerator):
+            raise ConfigError(
+                f"accelerator={type(self.accelerator).__name__} is not supported: OffloadStrategy"
+                " runs on 'cuda' and 'cpu'."
+            )
+        super().setup(trainer)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        device = self.root_device
+        if device.type == "cuda":
+            self._limit_memory(self.model, device)
+        self.offloaded = offload_experts(
+            self.model, device, slots=self.slots, resident_layers=self.resident_layers
+        )
+        rank_zero_info(
+            f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"
+            f" {self.offloaded.slot_bytes / 1e9:.1f} GB of slots and"
+            f" {self.offloaded.resident_bytes / 1e9:.1f} GB of resident experts on {device}."
+        )
+
+    @override
+    def teardown(self) -> None:
+        if self.offloaded is not None:
+            self.offloaded.close()
+            self.offloaded = None
+        if self.gpu_memory is not None and self.root_device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.root_device)
+        super().teardown()
+
+    def _limit_memory(self, model: nn.Module, device: torch.device) -> None:
+        """Applies ``gpu_memory``, and refuses it if the model alone needs more.
+
+        Raises:
+            ConfigError: with the missing bytes.
+        """
+        total = torch.cuda.get_device_properties(device).total_memory
+        limit = total if self.gpu_memory is None else min(total, self.gpu_memory)
+        needed = bytes_on_gpu(model, self.slots, self.resident_layers)
+        if needed > limit:
+            raise ConfigError(
+                f"The model needs {needed / 1e9:.1f} GB of GPU memory before any activation"
+                f" (slots={self.slots}, resident_layers={self.resident_layers}), and there are"
+                f" {limit / 1e9:.1f} GB: {(needed - limit) / 1e9:.1f} GB are missing. Use fewer"
+                " slots or resident layers."
+            )
+        if self.gpu_memory is not None:
+            torch.cuda.set_per_process_memory_fraction(limit / total, device)
+
+
+def bytes_on_gpu(model: nn.Module, slots: int, resident_layers: int) -> int:
+    """Bytes of the parts that are no experts, of resident experts and of slots."""
+    sizes = [
+        sum(p.numel() * p.element_size() for p in layer.experts.holder.parameters())
+        for _, layer in expert_layers(model)
+    ]
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    cut = len(sizes) - resident_layers
+    ring = min(slots, cut) * max(sizes[:cut], default=0)
+    return every - sum(sizes) + sum(sizes[cut:]) + ring
+
+
+def parse_bytes(size: str | int) -> int:
+    """``"24GB"`` -> 24,000,000,000; a number is itself.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    unit = None if found is None else _UNITS.get(found[2].upper())
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise ConfigError(
+            f"gpu_memory={size!r} is no number of bytes: use one such as '24GB' or '24GiB'."
+        )
+    return int(float(found[1]) * unit)

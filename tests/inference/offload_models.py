@@ -1,0 +1,107 @@
+"""Models whose experts are offloaded: this package's layers, and one of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_fastmoe import MoE
+
+D_MODEL = 16
+
+
+def expert(d_model: int, d_ffn: int) -> nn.Module:
+    """One that is a module."""
+    return nn.Sequential(nn.Linear(d_model, d_ffn), nn.Tanh(), nn.Linear(d_ffn, d_model))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "sigmoid": {"router": "sigmoid"},
+    "expert_choice": {"router": "expert_choice", "top_k": None},
+    "cosine": {"router": "cosine"},
+    "shared": {"shared_expert": 8, "shared_expert_gate": True},
+    "bias": {"bias": True, "activation": "gelu"},
+    "few": {"num_experts": 1, "top_k": 1},
+    "modules": {"expert": expert},
+}
+
+
+class Blocks(nn.Module):
+    """Residual MoE layers that run in an order of their own, each as often as it is named.
+
+    Args:
+        options: of the layers.
+        order: the layers' numbers.
+        count: layers.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], order: tuple[int, ...] = (0, 1, 2, 3), count: int = 4
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, **options}
+        self.layers = nn.ModuleList([MoE(D_MODEL, 8, **sizes) for _ in range(count)])
+        self.norm = nn.LayerNorm(D_MODEL)
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in self.order:
+            x = x + self.layers[number](self.norm(x))
+        return x
+
+
+class Scorer(pl.LightningModule):
+    """Predicts, validates and tests with :class:`Blocks`."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+        self.network: Blocks | None = None
+        self.losses: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if self.network is None:
+            self.network = Blocks(self.options)
+
+    def predict_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        assert self.network is not None
+        out: Tensor = self.network(x)
+        return out
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        self.losses.append(self.predict_step(x, batch_idx).square().mean())
+        self.log("loss", self.losses[-1])
+
+    test_step = validation_step
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        return self.predict_step(x, batch_idx).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader(device_batches: int = 3) -> DataLoader[Tensor]:
+    """Batches of 10 and a last one of 7."""
+    torch.manual_seed(8)
+    return DataLoader(torch.randn(10 * device_batches - 3, D_MODEL), batch_size=10)  # type: ignore[arg-type]
+
+
+def trainer(strategy: Any, accelerator: str = "cpu", **options: Any) -> pl.Trainer:
+    """A quiet Trainer."""
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        strategy=strategy,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )

@@ -1,0 +1,54 @@
+"""OffloadStrategy under Lightning's Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from inference.offload_models import KINDS, Scorer, loader, trainer
+
+from lightning_fastmoe import OffloadStrategy
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.strategy.offload import bytes_on_gpu, parse_bytes
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("kind", ["softmax", "shared", "modules"])
+def test_predict_validate_and_test(kind: str, precision: Any) -> None:
+    """The last batch is smaller; a second call starts anew."""
+    module = Scorer(KINDS[kind])
+    whole = trainer("auto", precision=precision).predict(module, loader())
+    (right,) = trainer("auto", precision=precision).validate(module, loader(), verbose=False)
+    own = trainer(OffloadStrategy(), precision=precision)
+    for _ in range(2):
+        found = own.predict(module, loader())
+        assert len(found) == len(whole) == 3
+        for a, b in zip(found, whole, strict=True):
+            assert torch.equal(a, b)
+    assert own.validate(module, loader(), verbose=False) == [right]
+    assert own.test(module, loader(), verbose=False) == [right]
+    assert own.strategy.offloaded is None
+    assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+def test_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"OffloadStrategy can't train"):
+        trainer(OffloadStrategy(), max_steps=1).fit(Scorer({}), loader())
+
+
+def test_bytes() -> None:
+    assert parse_bytes("24GB") == 24 * 10**9
+    assert parse_bytes("1.5 GiB") == 3 * 2**29
+    assert parse_bytes(77) == 77
+    for wrong in ("24G", "GB", "-1GB", "0"):
+        with pytest.raises(ConfigError, match="is no number of bytes"):
+            parse_bytes(wrong)
+    module = Scorer({})
+    module.configure_model()
+    layer = 4 * (2 * 8 + 8) * 16 * 4
+    rest = sum(p.numel() * 4 for n, p in module.named_parameters() if ".experts." not in n)
+    assert bytes_on_gpu(module, 2, 0) == rest + 2 * layer
+    assert bytes_on_gpu(module, 2, 3) == rest + 4 * layer
+    assert bytes_on_gpu(module, 2, 4) == rest + 4 * layer
+    assert bytes_on_gpu(module, 9, 1) == rest + 4 * layer
