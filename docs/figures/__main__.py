@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from figures import architecture, dispatch, exchange, speed, step
+from figures import architecture, dispatch, exchange, offload, speed, step
 from figures.canvas import Canvas
 
 FOLDER = Path(__file__).parent
@@ -13,6 +13,7 @@ FIGURES: dict[str, Callable[[], Canvas]] = {
     "architecture.svg": architecture.draw,
     "dispatch.svg": dispatch.draw,
     "exchange.svg": exchange.draw,
+    "offload.svg": offload.draw,
     "peers.svg": speed.draw_peers,
     "speed.svg": speed.draw,
     "step.svg": step.draw,

@@ -11,7 +11,7 @@ svg{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif
 text{fill:#24292f}.quiet{fill:#57606a}.small{font-size:11px}.title{font-weight:600}
 .mid{text-anchor:middle}.end{text-anchor:end}.on{fill:#fff}
 .box{fill:#f3f5f8;stroke:#8c959f}.line{stroke:#57606a;fill:none}.tip{fill:#57606a}
-.grid{stroke:#d4d8de}
+.grid{stroke:#d4d8de}.none{fill:none;stroke-width:2}
 .a{fill:#1f5fa8}.b{fill:#c2571a}.c{fill:#6e7781}.d{fill:#3c7d55}.e{fill:#7d539c}.f{fill:#8a6d1d}
 .g{fill:#a33f6b}
 .la{stroke:#1f5fa8}.lb{stroke:#c2571a}.lc{stroke:#6e7781}.ld{stroke:#3c7d55}
@@ -19,7 +19,7 @@ text{fill:#24292f}.quiet{fill:#57606a}.small{font-size:11px}.title{font-weight:6
 @media (prefers-color-scheme:dark){
 .page{fill:#0d1117;stroke:#30363d}
 text{fill:#e6edf3}.quiet{fill:#9da7b1}
-.box{fill:#1b222b;stroke:#6e7681}.line{stroke:#9da7b1}.tip{fill:#9da7b1}.grid{stroke:#30363d}
+.box{fill:#1b222b;stroke:#6e7681}.line{stroke:#9da7b1}.tip{fill:#9da7b1}.grid{stroke:#30363d}.none{fill:none}
 .on{fill:#0d1117}
 .a{fill:#6cb0ff}.b{fill:#f0955c}.c{fill:#a3adb8}.d{fill:#74c493}.e{fill:#c79be6}.f{fill:#d9b95b}
 .g{fill:#e88db4}

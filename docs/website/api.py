@@ -13,6 +13,7 @@ MODULES = {
     "lightning_fastmoe.demos.token_lm": "Pretraining on text",
     "lightning_fastmoe.demos.transformer_xl": "Transformer-XL",
     "lightning_fastmoe.demos.vision": "Image classification",
+    "lightning_fastmoe.inference": "Experts in host memory",
     "lightning_fastmoe.checkpoint": "Reading checkpoints",
     "lightning_fastmoe.checkpoint.weights": "Weights from a checkpoint",
     "lightning_fastmoe.ops": "Operators on one device",
