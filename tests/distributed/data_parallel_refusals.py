@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from distributed.devices import join
@@ -124,6 +126,21 @@ def fails_in_training(name: str) -> tuple[str, str]:
     except (FastMoEError, RuntimeError) as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def waits_for_nobody(dispatcher: str) -> str:
+    """The error of rank 0, whose forward pass rank 1 doesn't join."""
+    join("cpu")
+    model = net(dispatcher=dispatcher)
+    ExpertDataParallel(model, 2, timeout=timedelta(seconds=2))
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            loss_of(model)
+        except FastMoEError as raised:
+            error = raised
+    dist.barrier()  # until then rank 1 is neither there nor gone
+    return f"{type(error).__name__}: {error}"
 
 
 def fails_to_wrap(name: str) -> tuple[str, str]:

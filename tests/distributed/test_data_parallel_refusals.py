@@ -62,6 +62,17 @@ def test_refused_on_every_rank_at_set_up(rank_pool, name):
         assert re.search(message, text), text
 
 
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "symmetric"])
+def test_waits_for_other_ranks_end(rank_pool, dispatcher):
+    """Also those for memory, in which no collective has a time limit."""
+    alone, _ = rank_pool.run(runs.waits_for_nobody, 2, dispatcher)
+    assert re.match(r"ExchangeError: moe, exchange of tokens number \d, phase counts", alone)
+    if dispatcher == "symmetric":
+        assert "has waited 2 s for the other ranks (timeout=2)" in alone
+        assert "ExpertDataParallel(timeout=...)" in alone
+        assert "Missing: rank 1 of the expert parallel group" in alone
+
+
 def test_sizes_without_a_process_group(monkeypatch):
     model = runs.net()
     with pytest.raises(TopologyError, match="expert_parallel_size=2 .* no process group"):

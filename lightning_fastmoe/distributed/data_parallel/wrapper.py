@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -76,7 +77,8 @@ class ExpertDataParallel:
             in bf16; None is their own.
         ranks_per_node: consecutive ranks that share a node; None is torchrun's
             ``LOCAL_WORLD_SIZE``, or else all ranks.
-        timeout: the time limit of a collective in groups made here; None is torch's default.
+        timeout: the time limit of a collective in groups made here, and of an exchange of tokens;
+            None is torch's defaults, and 30 minutes.
 
     Attributes:
         model: the model.
@@ -320,7 +322,10 @@ class ExpertDataParallel:
             mesh = make_expert_mesh(size, self._device.type, timeout)
             nodes = [rank // ranks_per_node for rank in range(world)]
             sharder = ExpertSharder(mesh, nodes, timeout)
-            sharder.record_exchanges(PendingExchange(), ExchangeWait(rank=dist.get_rank()))
+            # Of the host, too: a wait for symmetric memory is in no collective.
+            limit = default_pg_timeout if timeout is None else timeout
+            wait = ExchangeWait(limit.total_seconds(), rank=dist.get_rank(), option="timeout")
+            sharder.record_exchanges(PendingExchange(), wait)
             sharder.shard(self.model)
         elif any(layer.is_sharded for layer in self._layers.values()):
             raise TopologyError(
