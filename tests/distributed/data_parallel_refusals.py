@@ -160,6 +160,14 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
     elif name == "another seed" and dist.get_rank() == 1:
         torch.manual_seed(1)
         model["moe"] = MoE(D, F, 4, router="noisy")
+    elif name == "another number":
+        torch.manual_seed(0)
+        size = "auto"
+        model["moe"] = MoE(D, F, 4 if dist.get_rank() == 0 else 3)
+    elif name == "another dispatcher" and dist.get_rank() == 1:
+        model["moe"] = MoE(D, F, 4, dispatcher="symmetric")
+    elif name == "another size on one rank" and dist.get_rank() == 1:
+        size = 1
     elif name == "tied":
         model["other"] = nn.Linear(D, D)
         model["other"].shared = model["moe"].experts.up_proj
@@ -169,10 +177,15 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
         model["dense"].to("meta")
     elif name == "batch norm":
         model["moe"] = MoE(D, None, 4, expert=lambda d: nn.SyncBatchNorm(d))
+    elif name in ("one batch norm", "one nested"):  # in an expert of rank 1
+        odd = nn.SyncBatchNorm(D) if name == "one batch norm" else MoE(D, F, 2)
+        model["moe"] = MoE(D, None, 2, top_k=1, expert=[nn.Linear(D, D), odd])
+    elif name == "only here" and dist.get_rank() == 1:
+        model["dense"].shared = model["moe"].experts.up_proj
     elif name == "nested":
         model["moe"] = MoE(D, None, 4, expert=lambda d: MoE(d, F, 2))
     try:
-        ExpertDataParallel(model, size)
+        ExpertDataParallel(model, size, timeout=timedelta(seconds=10))
     except FastMoEError as error:
         return type(error).__name__, str(error)
     return "", ""

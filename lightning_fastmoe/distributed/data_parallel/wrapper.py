@@ -22,26 +22,18 @@ from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
 from lightning_fastmoe.distributed.data_parallel.loss_scale import UNKNOWN, KnownLossScale
 from lightning_fastmoe.distributed.data_parallel.reduction import average_gradients
 from lightning_fastmoe.distributed.data_parallel.start import (
+    agree_to_start,
     broadcast_start,
     check_device,
     check_same_model,
+    choose_options,
 )
 from lightning_fastmoe.distributed.dispatch import ExchangeWait, PendingExchange
-from lightning_fastmoe.distributed.expert_checks import (
-    check_batch_norms,
-    check_not_tied,
-    divided_experts,
-)
-from lightning_fastmoe.distributed.mesh import (
-    check_expert_parallel_size,
-    expert_parallel_sizes,
-    make_expert_mesh,
-)
-from lightning_fastmoe.distributed.nodes import check_ranks_per_node
+from lightning_fastmoe.distributed.mesh import make_expert_mesh
 from lightning_fastmoe.distributed.shard import ExpertSharder
-from lightning_fastmoe.errors import ConfigError, TopologyError
+from lightning_fastmoe.errors import ConfigError, FastMoEError, TopologyError
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
+from lightning_fastmoe.nn.expert_layers import expert_layers
 
 
 class ExpertDataParallel:
@@ -85,9 +77,11 @@ class ExpertDataParallel:
         mesh: the expert parallel and expert data parallel groups; None without a process group.
 
     Raises:
-        TopologyError: if the size does not fit the ranks or the layers, if the model is already
-            sharded for another size, or on all ranks if they have built different models.
-        ConfigError: if the model has experts that can't be sharded, or can't be trained like this.
+        TopologyError: on all ranks, if the size does not fit the ranks or the layers, or the ranks
+            have built different models or got different options; or if the model is already
+            sharded for another size.
+        ConfigError: on all ranks, if the model has experts that can't be sharded or trained like
+            this; on this rank, if an argument is invalid or the model is on the wrong device.
     """
 
     def __init__(
@@ -303,24 +297,20 @@ class ExpertDataParallel:
                 " process group. Call torch.distributed.init_process_group() first, in processes"
                 " started by torchrun; a single process has expert_parallel_size=1."
             )
-        divided = divided_experts(self._layers.items())
-        if ranks_per_node is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            ranks_per_node = local if 0 < local < world and world % local == 0 else world
-        check_ranks_per_node(ranks_per_node, world)
-        if size == "auto":
-            held = {n.num_experts // n.num_local_experts for n in self._layers.values()} - {1}
-            fitting = expert_parallel_sizes(world, ranks_per_node, divided)
-            size = held.pop() if len(held) == 1 else fitting[-1]
-        check_expert_parallel_size(size, world, divided)
-        if size > 1:
-            for kind in KINDS:
-                kind.check(self.model)
-            check_not_tied(self._layers)
+        problem: FastMoEError | None = None
+        options: dict[str, int] = {}
+        try:
+            options = choose_options(self.model, self._layers, size, ranks_per_node, world)
+        except FastMoEError as error:
+            problem = error
+        if joined:
+            agree_to_start(problem, options, self._layers)
+        elif problem is not None:
+            raise problem
         sharder: ExpertSharder | None = None
         if joined:
-            mesh = make_expert_mesh(size, self._device.type, timeout)
-            nodes = [rank // ranks_per_node for rank in range(world)]
+            mesh = make_expert_mesh(options["expert_parallel_size"], self._device.type, timeout)
+            nodes = [rank // options["ranks_per_node"] for rank in range(world)]
             sharder = ExpertSharder(mesh, nodes, timeout)
             # Of the host, too: a wait for symmetric memory is in no collective.
             limit = default_pg_timeout if timeout is None else timeout
@@ -332,7 +322,6 @@ class ExpertDataParallel:
                 "The model holds only some of its experts, but this process is in no process group."
                 " Build it with all experts, or call torch.distributed.init_process_group() first."
             )
-        check_batch_norms({n: layer for n, layer in self._layers.items() if layer.is_sharded})
         return sharder
 
     # -------------------------------------------------------------------------------------- a step
