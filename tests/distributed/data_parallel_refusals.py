@@ -44,6 +44,13 @@ def reduced_after_each_batch(model: nn.ModuleDict, parallel: ExpertDataParallel)
         parallel.reduce_gradients()
 
 
+def backward_after_reduction(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    parallel.backward(loss_of(model))
+    parallel.reduce_gradients()
+    parallel.backward(loss_of(model))
+    parallel.clip_grad_norm_(1.0)
+
+
 def not_set_to_none(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
     for _ in range(2):
         parallel.backward(loss_of(model))
@@ -104,6 +111,7 @@ DURING = (
     new_parameter,
     reduced_twice,
     reduced_after_each_batch,
+    backward_after_reduction,
     not_set_to_none,
     clipped_first,
     clipped_between,

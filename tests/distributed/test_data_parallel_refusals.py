@@ -17,6 +17,7 @@ MESSAGES = {
     "new_parameter": ("ConfigError", "late.weight was not in the model .*(rank 1)"),
     "reduced_twice": ("ConfigError", "dense.weight has already been averaged"),
     "reduced_after_each_batch": ("ConfigError", "once for each step, after all"),
+    "backward_after_reduction": ("ConfigError", "dense.weight has already been averaged"),
     "not_set_to_none": ("ConfigError", "set_to_none=True"),
     "clipped_first": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "clipped_between": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),

@@ -137,11 +137,13 @@ class ExpertDataParallel:
             divisor: the number of batches whose gradients are accumulated.
 
         Raises:
-            ConfigError: if the divisor is not positive.
+            ConfigError: if the divisor is not positive, or gradients have been reduced already.
             ExchangeError: on all ranks, if a rank has skipped a MoE layer in the forward pass.
         """
         if not divisor > 0:
             raise ConfigError(f"divisor={divisor} must be positive: it divides the loss.")
+        if (problem := self._reduced_before()) is not None:
+            raise ConfigError(problem)
         self._end_pass()
         with self._scale.of(loss):
             (loss if divisor == 1.0 else loss / divisor).backward()
@@ -345,14 +347,19 @@ class ExpertDataParallel:
             )
         if self._scale.in_graphs and not self._scale.watched:
             return UNKNOWN
-        before = {id(g) for ref in self._reduced if (g := ref()) is not None}
         for item in self._contents.parameters:
             gradient = item.tensor.grad
             if gradient is None or not item.tensor.requires_grad:
                 continue
             if gradient.layout is not torch.strided:
                 return f"The gradient of {item.name} is sparse: use nn.Embedding(sparse=False)."
-            if id(gradient) in before:
+        return self._reduced_before()
+
+    def _reduced_before(self) -> str | None:
+        """Why nothing may be added to a gradient: it is that of all ranks already."""
+        before = {id(g) for ref in self._reduced if (g := ref()) is not None}
+        for item in self._contents.parameters:
+            if item.tensor.requires_grad and id(item.tensor.grad) in before:
                 return (
                     f"The gradient of {item.name} has already been averaged over ranks. Call"
                     " reduce_gradients() once for each step, after all of its backward passes, and"
