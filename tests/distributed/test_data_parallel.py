@@ -114,6 +114,17 @@ def test_experts_built_on_their_own_rank_stay_as_they_are(rank_pool):
     assert all(torch.equal(full[name], value) for name, value in whole.items())
 
 
+def test_names_that_torch_keeps_in_groups_are_each_ranks_own():
+    net = runs.build(Case())
+    parallel = ExpertDataParallel(net)
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    own = list(optimizer.param_groups[0]["param_names"])
+    state = parallel.full_optimizer_state_dict(optimizer)
+    assert "param_names" not in state["param_groups"][0]
+    parallel.load_full_optimizer_state_dict(optimizer, state)
+    assert optimizer.param_groups[0]["param_names"] == own
+
+
 def test_loading_refuses_other_groups():
     net = runs.build(Case())
     parallel = ExpertDataParallel(net)
