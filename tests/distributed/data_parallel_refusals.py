@@ -107,6 +107,21 @@ def skipped_layer(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
     parallel.backward(loss)
 
 
+def saved_before_the_last_batch(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    if dist.get_rank() == 0:
+        parallel.backward(loss_of(model))
+    parallel.full_state_dict()
+
+
+def saved_optimizer_before_the_last_batch(
+    model: nn.ModuleDict, parallel: ExpertDataParallel
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    if dist.get_rank() == 0:
+        parallel.backward(loss_of(model))
+    parallel.full_optimizer_state_dict(optimizer)
+
+
 DURING = (
     new_parameter,
     reduced_twice,
@@ -121,6 +136,8 @@ DURING = (
     nonfinite_on_one_rank,
     nonfinite_norm,
     skipped_layer,
+    saved_before_the_last_batch,
+    saved_optimizer_before_the_last_batch,
 )
 
 

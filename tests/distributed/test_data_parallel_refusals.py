@@ -27,6 +27,8 @@ MESSAGES = {
     "nonfinite_on_one_rank": ("NonFiniteError", "NaN or Inf on some rank"),
     "nonfinite_norm": ("RuntimeError", "order 2.0 of all gradients is inf"),
     "skipped_layer": ("ExchangeError", "different exchanges"),
+    "saved_before_the_last_batch": ("ExchangeError", "different exchanges"),
+    "saved_optimizer_before_the_last_batch": ("ExchangeError", "different exchanges"),
 }
 
 SET_UP = {

@@ -235,7 +235,12 @@ class ExpertDataParallel:
 
         Returns:
             The state dict on rank 0; an empty dictionary on the others.
+
+        Raises:
+            CheckpointError: if a tensor of experts has no row for each of them.
+            ExchangeError: on all ranks, if a rank is still in a MoE layer.
         """
+        self._end_pass()
         return full_state.gather_model(self._contents, self.mesh)
 
     def load_full_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -264,7 +269,9 @@ class ExpertDataParallel:
 
         Raises:
             CheckpointError: if a state of experts has no row for each of them.
+            ExchangeError: on all ranks, if a rank is still in a MoE layer.
         """
+        self._end_pass()
         return full_state.gather_optimizer(self._contents, optimizer, self.mesh)
 
     def load_full_optimizer_state_dict(
