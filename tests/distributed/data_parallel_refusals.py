@@ -171,7 +171,7 @@ def waits_for_nobody(dispatcher: str) -> str:
 def fails_to_wrap(name: str) -> tuple[str, str]:
     """The error of a rank in a loop of two ranks, and its message."""
     join("cpu")
-    size = 2
+    size, per_node = 2, 2
     model = net(**({"router": "noisy"} if name == "another seed" else {}))
     if name == "another size":
         ExpertDataParallel(model, 2)
@@ -193,6 +193,8 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
         model["moe"] = MoE(D, F, 4, dispatcher="symmetric")
     elif name == "another size on one rank" and dist.get_rank() == 1:
         size = 1
+    elif name == "another node" and dist.get_rank() == 1:
+        per_node = 1
     elif name == "tied":
         model["other"] = nn.Linear(D, D)
         model["other"].shared = model["moe"].experts.up_proj
@@ -210,7 +212,8 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
     elif name == "nested":
         model["moe"] = MoE(D, None, 4, expert=lambda d: MoE(d, F, 2))
     try:
-        ExpertDataParallel(model, size, timeout=timedelta(seconds=10))
+        limit = timedelta(seconds=10)
+        ExpertDataParallel(model, size, ranks_per_node=per_node, timeout=limit)
     except FastMoEError as error:
         return type(error).__name__, str(error)
     return "", ""

@@ -39,6 +39,7 @@ SET_UP = {
     "another number": ("TopologyError", "Rank 1 .*moe with 3 experts.* in place of moe with 4"),
     "another dispatcher": ("TopologyError", "dispatcher='symmetric' in place of .*'auto'"),
     "another size on one rank": ("TopologyError", "expert_parallel_size is 2 on rank 0 and 1 on"),
+    "another node": ("TopologyError", "ranks_per_node is 2 on rank 0 and 1 on rank 1"),
     "one batch norm": ("ConfigError", "moe.experts.1 is a SyncBatchNorm"),
     "one nested": ("ConfigError", "moe.experts.1 is a MoE layer inside"),
     "only here": ("ConfigError", r"dense.shared is also a parameter of .*\(rank 1\)"),
