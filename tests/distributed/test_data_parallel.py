@@ -97,6 +97,12 @@ def test_bf16_is_summed_in_the_dtype_that_is_asked_for(rank_pool, dtype, right):
         assert float(found[0]) == right
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, None])
+def test_complex_gradients_keep_their_imaginary_parts(rank_pool, dtype):
+    right = (0.5 + 2j, pytest.approx(4.25**0.5))
+    assert rank_pool.run(runs.reduce_complex, 2, dtype) == [right, right]
+
+
 def test_transformers_models_train_in_place(rank_pool):
     """Qwen3-MoE on EP 2 with replicas equals the same model in one process."""
     right = runs.transformers_twin()
