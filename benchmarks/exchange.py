@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_fastmoe.distributed.symmetric.memory import SymmetricMemory
+from lightning_fastmoe.distributed.symmetric.memory import SymmetricMemory, check_reachable
 from lightning_fastmoe.ops import exchange
 
 MEGABYTES = 64
@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     dist.init_process_group("nccl")
-    torch.cuda.set_device(dist.get_node_local_rank())
+    device = torch.device("cuda", dist.get_node_local_rank())
+    torch.cuda.set_device(device)
+    check_reachable(dist.group.WORLD, device)  # as in training, without multicast
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "ranks": dist.get_world_size(),

@@ -115,7 +115,7 @@ def main() -> None:
             print(f"step {step + 1}  loss {mean / world:.6f}  norm {norm:.6f}", flush=True)
 
     # Every rank sends its experts; rank 0 has the whole model then, and the others {}.
-    state = {"model": parallel.full_state_dict(), "step": args.max_steps}
+    state = {"model": parallel.full_state_dict(), "step": max(start, args.max_steps)}
     state["optimizer"] = parallel.full_optimizer_state_dict(optimizer)
     if rank == 0:
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)

@@ -39,8 +39,9 @@ ALIGNMENT = 16
 """What the byte at which rows or flags begin must be a multiple of."""
 
 BULK_BLOCKS = 132
-"""Thread blocks that move long rows on Hopper GPUs."""
+"""Thread blocks that move long rows by bulk copies, on Hopper GPUs."""
 _LONG = 1024
+"""Bytes from which on a row is long."""
 
 _FENCE = threading.Lock()
 

@@ -27,14 +27,11 @@ class PairPlan:
         counts: (E + R,) int64, the tokens of each expert, then the pairs of each rank.
         order: (T*R,) int64, pairs by rank; those that aren't sent come last.
         ends: (R,) int32, where each rank's pairs end in ``order``.
-        packed: (T*R, b) uint8, what travels with a pair that is sent: for each slot int32, its
-            expert's number on that rank or -1 if it is another's, then the slots' weights.
     """
 
     counts: Tensor
     order: Tensor
     ends: Tensor
-    packed: Tensor
     _inverse: Tensor
     _offsets: Tensor  # (R + 1,)
     _owner: Tensor
@@ -63,7 +60,9 @@ class PairPlan:
         return places.view(-1), torch.where(row < 0, -1, slot).view(-1)
 
 
-def plan_pairs(chosen: Tensor, where: Tensor, weights: Tensor, ranks: int) -> PairPlan:
+def plan_pairs(
+    chosen: Tensor, where: Tensor, weights: Tensor, ranks: int
+) -> tuple[PairPlan, Tensor]:
     """Plans what is sent.
 
     Args:
@@ -71,6 +70,11 @@ def plan_pairs(chosen: Tensor, where: Tensor, weights: Tensor, ranks: int) -> Pa
         where: (2, E + 1) int64, each expert's rank and its number there; R and -1 for E.
         weights: (T, K).
         ranks: R.
+
+    Returns:
+        The plan; and ``packed (T*R, b)`` uint8, what travels with a pair that is sent: for each
+        slot int32, its expert's number on that rank or -1 if it is another's, then the slots'
+        weights. Apart from the plan, which the backward pass keeps.
     """
     library = native(chosen, weights)
     if library is not None and weights.dtype == torch.float32:
@@ -81,10 +85,8 @@ def plan_pairs(chosen: Tensor, where: Tensor, weights: Tensor, ranks: int) -> Pa
         keys, packed, owner, of_experts = _pairs(chosen, where, weights, ranks)
     pairs = order_by_expert(keys, ranks + 1)
     counts = torch.cat([of_experts, pairs.tokens_per_expert[:ranks]])
-    return PairPlan(
-        *(counts, pairs.order, pairs.offsets[:ranks], packed),
-        *(pairs.inverse, pairs.offsets, owner),
-    )
+    ends = pairs.offsets[:ranks]
+    return PairPlan(counts, pairs.order, ends, pairs.inverse, pairs.offsets, owner), packed
 
 
 def _pairs(
@@ -113,7 +115,7 @@ def unpack_pairs(
     num_local: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Reads what came with the pairs, :attr:`PairPlan.packed`.
+    """Reads what came with the pairs, as :func:`plan_pairs` packed it.
 
     Args:
         memory: (B,) uint8.

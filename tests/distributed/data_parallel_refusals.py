@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from distributed.devices import join
@@ -40,6 +42,13 @@ def reduced_after_each_batch(model: nn.ModuleDict, parallel: ExpertDataParallel)
     for _ in range(2):
         parallel.backward(loss_of(model), divisor=2)
         parallel.reduce_gradients()
+
+
+def backward_after_reduction(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    parallel.backward(loss_of(model))
+    parallel.reduce_gradients()
+    parallel.backward(loss_of(model))
+    parallel.clip_grad_norm_(1.0)
 
 
 def not_set_to_none(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
@@ -98,10 +107,26 @@ def skipped_layer(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
     parallel.backward(loss)
 
 
+def saved_before_the_last_batch(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    if dist.get_rank() == 0:
+        parallel.backward(loss_of(model))
+    parallel.full_state_dict()
+
+
+def saved_optimizer_before_the_last_batch(
+    model: nn.ModuleDict, parallel: ExpertDataParallel
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    if dist.get_rank() == 0:
+        parallel.backward(loss_of(model))
+    parallel.full_optimizer_state_dict(optimizer)
+
+
 DURING = (
     new_parameter,
     reduced_twice,
     reduced_after_each_batch,
+    backward_after_reduction,
     not_set_to_none,
     clipped_first,
     clipped_between,
@@ -111,6 +136,8 @@ DURING = (
     nonfinite_on_one_rank,
     nonfinite_norm,
     skipped_layer,
+    saved_before_the_last_batch,
+    saved_optimizer_before_the_last_batch,
 )
 
 
@@ -126,10 +153,25 @@ def fails_in_training(name: str) -> tuple[str, str]:
     return "", ""
 
 
+def waits_for_nobody(dispatcher: str) -> str:
+    """The error of rank 0, whose forward pass rank 1 doesn't join."""
+    join("cpu")
+    model = net(dispatcher=dispatcher)
+    ExpertDataParallel(model, 2, timeout=timedelta(seconds=2))
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            loss_of(model)
+        except FastMoEError as raised:
+            error = raised
+    dist.barrier()  # until then rank 1 is neither there nor gone
+    return f"{type(error).__name__}: {error}"
+
+
 def fails_to_wrap(name: str) -> tuple[str, str]:
     """The error of a rank in a loop of two ranks, and its message."""
     join("cpu")
-    size = 2
+    size, per_node = 2, 2
     model = net(**({"router": "noisy"} if name == "another seed" else {}))
     if name == "another size":
         ExpertDataParallel(model, 2)
@@ -143,6 +185,16 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
     elif name == "another seed" and dist.get_rank() == 1:
         torch.manual_seed(1)
         model["moe"] = MoE(D, F, 4, router="noisy")
+    elif name == "another number":
+        torch.manual_seed(0)
+        size = "auto"
+        model["moe"] = MoE(D, F, 4 if dist.get_rank() == 0 else 3)
+    elif name == "another dispatcher" and dist.get_rank() == 1:
+        model["moe"] = MoE(D, F, 4, dispatcher="symmetric")
+    elif name == "another size on one rank" and dist.get_rank() == 1:
+        size = 1
+    elif name == "another node" and dist.get_rank() == 1:
+        per_node = 1
     elif name == "tied":
         model["other"] = nn.Linear(D, D)
         model["other"].shared = model["moe"].experts.up_proj
@@ -152,10 +204,16 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
         model["dense"].to("meta")
     elif name == "batch norm":
         model["moe"] = MoE(D, None, 4, expert=lambda d: nn.SyncBatchNorm(d))
+    elif name in ("one batch norm", "one nested"):  # in an expert of rank 1
+        odd = nn.SyncBatchNorm(D) if name == "one batch norm" else MoE(D, F, 2)
+        model["moe"] = MoE(D, None, 2, top_k=1, expert=[nn.Linear(D, D), odd])
+    elif name == "only here" and dist.get_rank() == 1:
+        model["dense"].shared = model["moe"].experts.up_proj
     elif name == "nested":
         model["moe"] = MoE(D, None, 4, expert=lambda d: MoE(d, F, 2))
     try:
-        ExpertDataParallel(model, size)
+        limit = timedelta(seconds=10)
+        ExpertDataParallel(model, size, ranks_per_node=per_node, timeout=limit)
     except FastMoEError as error:
         return type(error).__name__, str(error)
     return "", ""

@@ -283,6 +283,18 @@ def reduce_bf16(dtype: torch.dtype | None) -> Tensor:
     return model.weight.grad[0]
 
 
+def reduce_complex(dtype: torch.dtype | None) -> tuple[complex, float]:
+    """The averaged gradient of a complex parameter, of 3j and 1+1j, and its norm."""
+    join("cpu")
+    model = nn.Module()
+    model.phase = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    parallel = ExpertDataParallel(model, reduce_dtype=dtype)
+    model.phase.grad = torch.tensor([(3j, 1 + 1j)[dist.get_rank()]])
+    parallel.reduce_gradients()
+    average = model.phase.grad.item()
+    return average, float(parallel.clip_grad_norm_(1.0))
+
+
 def placed() -> dict[str, Tensor]:
     """The whole state of a model of which each rank has built its own experts only."""
     join("cpu")

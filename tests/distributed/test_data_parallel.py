@@ -97,6 +97,12 @@ def test_bf16_is_summed_in_the_dtype_that_is_asked_for(rank_pool, dtype, right):
         assert float(found[0]) == right
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, None])
+def test_complex_gradients_keep_their_imaginary_parts(rank_pool, dtype):
+    right = (0.5 + 2j, pytest.approx(4.25**0.5))
+    assert rank_pool.run(runs.reduce_complex, 2, dtype) == [right, right]
+
+
 def test_transformers_models_train_in_place(rank_pool):
     """Qwen3-MoE on EP 2 with replicas equals the same model in one process."""
     right = runs.transformers_twin()
@@ -112,6 +118,17 @@ def test_experts_built_on_their_own_rank_stay_as_they_are(rank_pool):
     full, _ = rank_pool.run(runs.placed, 2)
     assert full.keys() == whole.keys()
     assert all(torch.equal(full[name], value) for name, value in whole.items())
+
+
+def test_names_that_torch_keeps_in_groups_are_each_ranks_own():
+    net = runs.build(Case())
+    parallel = ExpertDataParallel(net)
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    own = list(optimizer.param_groups[0]["param_names"])
+    state = parallel.full_optimizer_state_dict(optimizer)
+    assert "param_names" not in state["param_groups"][0]
+    parallel.load_full_optimizer_state_dict(optimizer, state)
+    assert optimizer.param_groups[0]["param_names"] == own
 
 
 def test_loading_refuses_other_groups():

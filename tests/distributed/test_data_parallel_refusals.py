@@ -17,6 +17,7 @@ MESSAGES = {
     "new_parameter": ("ConfigError", "late.weight was not in the model .*(rank 1)"),
     "reduced_twice": ("ConfigError", "dense.weight has already been averaged"),
     "reduced_after_each_batch": ("ConfigError", "once for each step, after all"),
+    "backward_after_reduction": ("ConfigError", "dense.weight has already been averaged"),
     "not_set_to_none": ("ConfigError", "set_to_none=True"),
     "clipped_first": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "clipped_between": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
@@ -26,6 +27,8 @@ MESSAGES = {
     "nonfinite_on_one_rank": ("NonFiniteError", "NaN or Inf on some rank"),
     "nonfinite_norm": ("RuntimeError", "order 2.0 of all gradients is inf"),
     "skipped_layer": ("ExchangeError", "different exchanges"),
+    "saved_before_the_last_batch": ("ExchangeError", "different exchanges"),
+    "saved_optimizer_before_the_last_batch": ("ExchangeError", "different exchanges"),
 }
 
 SET_UP = {
@@ -33,6 +36,13 @@ SET_UP = {
     "indivisible": ("TopologyError", "does not divide num_experts=3 of layer 'odd'"),
     "ranks": ("TopologyError", r"expert_parallel_size=3 does not divide the world of 2 rank"),
     "another model": ("TopologyError", "Rank 1 has built another model than rank 0.*dense.bias"),
+    "another number": ("TopologyError", "Rank 1 .*moe with 3 experts.* in place of moe with 4"),
+    "another dispatcher": ("TopologyError", "dispatcher='symmetric' in place of .*'auto'"),
+    "another size on one rank": ("TopologyError", "expert_parallel_size is 2 on rank 0 and 1 on"),
+    "another node": ("TopologyError", "ranks_per_node is 2 on rank 0 and 1 on rank 1"),
+    "one batch norm": ("ConfigError", "moe.experts.1 is a SyncBatchNorm"),
+    "one nested": ("ConfigError", "moe.experts.1 is a MoE layer inside"),
+    "only here": ("ConfigError", r"dense.shared is also a parameter of .*\(rank 1\)"),
     "another seed": ("ConfigError", "Rank 1 built its MoE layers from another seed"),
     "tied": ("ConfigError", "other.shared is also a parameter of sharded experts"),
     "wrapped": ("ConfigError", "DistributedDataParallel.*model.module"),
@@ -60,6 +70,17 @@ def test_refused_on_every_rank_at_set_up(rank_pool, name):
     for error, text in rank_pool.run(runs.fails_to_wrap, 2, name):
         assert error == kind, text
         assert re.search(message, text), text
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "symmetric"])
+def test_waits_for_other_ranks_end(rank_pool, dispatcher):
+    """Also those for memory, in which no collective has a time limit."""
+    alone, _ = rank_pool.run(runs.waits_for_nobody, 2, dispatcher)
+    assert re.match(r"ExchangeError: moe, exchange of tokens number \d, phase counts", alone)
+    if dispatcher == "symmetric":
+        assert "has waited 2 s for the other ranks (timeout=2)" in alone
+        assert "ExpertDataParallel(timeout=...)" in alone
+        assert "Missing: rank 1 of the expert parallel group" in alone
 
 
 def test_sizes_without_a_process_group(monkeypatch):

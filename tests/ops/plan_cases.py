@@ -86,7 +86,7 @@ def check(case: Case, device: str, dtype: torch.dtype) -> None:
     """The plan, and what each rank would unpack, if rows lay among bytes of nobody."""
     chosen, where, weights = (t.to(device) for t in inputs(case))
     weights = weights.to(dtype)
-    plan = plan_pairs(chosen, where, weights, case.ranks)
+    plan, packed = plan_pairs(chosen, where, weights, case.ranks)
     expected = sent(case)
     of_experts = torch.bincount(inputs(case)[0].flatten(), minlength=case.num_experts + 1)
     rows = [len(one) for one in expected]
@@ -96,18 +96,18 @@ def check(case: Case, device: str, dtype: torch.dtype) -> None:
     order = plan.order[: sum(rows)].tolist()
     pairs = [(t, r) for r, one in enumerate(expected) for t, _, _ in one]
     assert [divmod(pair, case.ranks) for pair in order] == pairs
-    check_unpacking(case, plan, dtype)
+    check_unpacking(case, plan, packed, dtype)
     check_places(case, plan)
 
 
-def check_unpacking(case: Case, plan: PairPlan, dtype: torch.dtype) -> None:
+def check_unpacking(case: Case, plan: PairPlan, packed: Tensor, dtype: torch.dtype) -> None:
     most, at = 2 + case.tokens, 16
     begin = 0
     for expected, held in zip(sent(case), case.placement, strict=True):
-        own = plan.packed[plan.order[begin : begin + len(expected)]]
+        own = packed[plan.order[begin : begin + len(expected)]]
         begin += len(expected)
         # As if two ranks had sent the same, with room for more.
-        block = -(-most * plan.packed.shape[1] // 16) * 16
+        block = -(-most * packed.shape[1] // 16) * 16
         memory = torch.full((at + 2 * block,), 0x7F, dtype=torch.uint8, device=own.device)
         for rank in range(2):
             memory[at + rank * block :][: own.numel()] = own.flatten()

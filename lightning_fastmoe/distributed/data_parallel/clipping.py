@@ -45,7 +45,8 @@ def global_norm(
 
 def _norm_dtype(gradients: list[Tensor]) -> torch.dtype:
     """fp64 if a gradient is, else fp32."""
-    return torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(g.dtype in wide for g in gradients) else torch.float32
 
 
 def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -53,7 +54,8 @@ def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) 
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     dtype = _norm_dtype(gradients)
+    sizes = (g.abs() if g.is_complex() else g for g in gradients)
     norms = torch.stack(
-        [torch.linalg.vector_norm(g, norm_type, dtype=dtype).double() for g in gradients]
+        [torch.linalg.vector_norm(size, norm_type, dtype=dtype).double() for size in sizes]
     )
     return norms.max() if norm_type == torch.inf else norms.pow(norm_type).sum()

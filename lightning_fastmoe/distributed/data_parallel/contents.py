@@ -38,9 +38,6 @@ class Contents:
     Attributes:
         parameters: in the model's order.
         buffers: in the model's order, those that aren't persistent included.
-
-    Raises:
-        ConfigError: if a parameter can't be trained here.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, ExpertLayer]) -> None:
@@ -52,7 +49,6 @@ class Contents:
             if layer.is_sharded
             for module in layer.experts.modules()
         }
-        self._check(layers)
         experts = {
             id(tensor)
             for layer in layers.values()
@@ -80,28 +76,39 @@ class Contents:
             if parameter.requires_grad and id(parameter) not in known:
                 yield name
 
-    def _check(self, layers: Mapping[str, ExpertLayer]) -> None:
-        sharded = {id(p) for n in layers.values() if n.is_sharded for p in n.experts.parameters()}
-        for path, module in self.model.named_modules():
-            if id(module) in self._owners:
-                if isinstance(module, MoE):
-                    raise ConfigError(
-                        f"{path} is a MoE layer inside a sharded expert, which exists only on the"
-                        " ranks of that expert, so not every rank would join its exchanges. Keep"
-                        " all experts of the outer layer on each rank: MoE(dispatcher='local')."
-                    )
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in sharded:
-                    raise ConfigError(
-                        f"{path}.{name} is also a parameter of sharded experts, so ranks would"
-                        " train different copies of it. Give the experts parameters of their own,"
-                        " or keep them on each rank with MoE(dispatcher='local')."
-                    )
-        for name, parameter in self.model.named_parameters():
-            if isinstance(parameter, DTensor):
+
+def check_contents(model: nn.Module, sharded: Mapping[str, ExpertLayer]) -> None:
+    """Refuses a model that can't be trained here.
+
+    Args:
+        model: the model.
+        sharded: name -> MoE layer, of those whose experts are sharded, or will be.
+
+    Raises:
+        ConfigError: naming a parameter or a module.
+    """
+    inside = {id(module) for layer in sharded.values() for module in layer.experts.modules()}
+    parameters = {id(p) for layer in sharded.values() for p in layer.experts.parameters()}
+    for path, module in model.named_modules():
+        if id(module) in inside:
+            if isinstance(module, MoE):
                 raise ConfigError(
-                    f"{name} is a DTensor, which fully_shard() or tensor parallelism makes."
-                    " ExpertDataParallel keeps dense parameters whole on each rank: wrap the model"
-                    " without them, or use FastMoEStrategy(stage=3), which partitions them."
+                    f"{path} is a MoE layer inside a sharded expert, which exists only on the"
+                    " ranks of that expert, so not every rank would join its exchanges. Keep"
+                    " all experts of the outer layer on each rank: MoE(dispatcher='local')."
                 )
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in parameters:
+                raise ConfigError(
+                    f"{path}.{name} is also a parameter of sharded experts, so ranks would"
+                    " train different copies of it. Give the experts parameters of their own,"
+                    " or keep them on each rank with MoE(dispatcher='local')."
+                )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ConfigError(
+                f"{name} is a DTensor, which fully_shard() or tensor parallelism makes."
+                " ExpertDataParallel keeps dense parameters whole on each rank: wrap the model"
+                " without them, or use FastMoEStrategy(stage=3), which partitions them."
+            )

@@ -121,8 +121,9 @@ def _named_groups(contents: Contents, optimizer: Optimizer) -> list[dict[str, An
                     " one of the wrapped model's, so its state has no name. Build the optimizer"
                     " from model.parameters()."
                 )
+    # torch's param_names would be those of this rank's experts only, also where they are loaded.
     return [
-        {key: _to_host(value) for key, value in group.items()}
+        {key: _to_host(value) for key, value in group.items() if key != "param_names"}
         | {"params": [names[id(p)] for p in group["params"]]}
         for group in optimizer.param_groups
     ]

@@ -28,7 +28,7 @@ def average_gradients(
         group: the ranks; None is the world.
         divisor: of the sums.
         bucket_bytes: up to this size, gradients of one dtype are sent together.
-        dtype: the dtype of the sums; None is each gradient's own.
+        dtype: the dtype of the sums; None is each gradient's own, as is that of complex ones.
     """
     finish: Callable[[], None] | None = None
     for bucket in _buckets(gradients, bucket_bytes):
@@ -62,7 +62,8 @@ def _start(
 ) -> Callable[[], None]:
     """Starts to reduce a bucket; the function that is returned waits for it."""
     first = bucket[0]
-    dtype = dtype or first.dtype
+    if dtype is None or first.is_complex():  # a real dtype would drop the imaginary parts
+        dtype = first.dtype
     in_place = len(bucket) == 1 and first.is_contiguous() and dtype == first.dtype
     flat = first.view(-1) if in_place else torch.cat([g.reshape(-1).to(dtype) for g in bucket])
     # Before the sum, as DDP does: sums of fp16 could overflow.

@@ -1,20 +1,109 @@
-"""Lets all ranks start from the same weights."""
+"""Lets all ranks start with the same options, from the same weights."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
-from lightning_fastmoe.distributed.mesh import ExpertMesh
-from lightning_fastmoe.errors import ConfigError, TopologyError
+from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item, check_contents
+from lightning_fastmoe.distributed.expert_checks import (
+    check_batch_norms,
+    check_not_tied,
+    divided_experts,
+)
+from lightning_fastmoe.distributed.mesh import (
+    ExpertMesh,
+    check_expert_parallel_size,
+    expert_parallel_sizes,
+)
+from lightning_fastmoe.distributed.nodes import check_ranks_per_node
+from lightning_fastmoe.errors import ConfigError, FastMoEError, TopologyError
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.expert_layers import ExpertLayer
+from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer
+
+
+def choose_options(
+    model: nn.Module,
+    layers: Mapping[str, ExpertLayer],
+    size: int | Literal["auto"],
+    ranks_per_node: int | None,
+    world: int,
+) -> dict[str, int]:
+    """The expert parallel size and the ranks per node; not collective.
+
+    Args:
+        model: the model.
+        layers: name -> MoE layer, of all its MoE layers.
+        size: the expert parallel size, or "auto".
+        ranks_per_node: ranks per node; None is torchrun's.
+        world: number of ranks.
+
+    Raises:
+        TopologyError: if they don't fit the ranks or the layers.
+        ConfigError: if the model has experts that can't be sharded, or can't be trained.
+    """
+    divided = divided_experts(layers.items())
+    if ranks_per_node is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        ranks_per_node = local if 0 < local < world and world % local == 0 else world
+    check_ranks_per_node(ranks_per_node, world)
+    if size == "auto":
+        held = {n.num_experts // n.num_local_experts for n in layers.values()} - {1}
+        fitting = expert_parallel_sizes(world, ranks_per_node, divided)
+        size = held.pop() if len(held) == 1 else fitting[-1]
+    check_expert_parallel_size(size, world, divided)
+    sharded = {name: layers[name] for name in divided} if size > 1 else {}
+    if sharded:
+        for kind in KINDS:
+            kind.check(model)
+        check_not_tied(layers)
+    # Before experts are dropped: what is wrong with one is wrong on every rank.
+    check_batch_norms(sharded)
+    check_contents(model, sharded)
+    return {"expert_parallel_size": size, "ranks_per_node": ranks_per_node}
+
+
+def agree_to_start(
+    problem: FastMoEError | None,
+    options: Mapping[str, int],
+    layers: Mapping[str, ExpertLayer],
+) -> None:
+    """Raises on all ranks what one of them can't start with; collective.
+
+    Groups are made after this, and ranks that differ would wait for each other there.
+
+    Args:
+        problem: what this rank has found.
+        options: name -> value, of options that must be the same on all ranks.
+        layers: name -> MoE layer, of all its MoE layers.
+
+    Raises:
+        FastMoEError: the first rank's problem.
+        TopologyError: if the ranks' layers or options differ.
+    """
+    own = [
+        f"{name} with {layer.num_experts} experts, dispatcher={layer.dispatcher_name!r}"
+        for name, layer in layers.items()
+    ]
+    everyone = _gather((problem, dict(options), own))
+    for rank, (found, _, lines) in enumerate(everyone):
+        if found is not None:
+            raise type(found)(f"{found} (rank {rank})")
+        if lines != everyone[0][2]:
+            raise _different(rank, 0, lines, everyone[0][2])
+    for rank, (_, values, _) in enumerate(everyone):
+        for name, first in everyone[0][1].items():
+            if values[name] != first:
+                raise TopologyError(
+                    f"{name} is {first} on rank 0 and {values[name]} on rank {rank}: pass the same"
+                    f" {name}= on every rank."
+                )
 
 
 def check_same_model(

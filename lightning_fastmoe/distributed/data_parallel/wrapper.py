@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -21,26 +22,18 @@ from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
 from lightning_fastmoe.distributed.data_parallel.loss_scale import UNKNOWN, KnownLossScale
 from lightning_fastmoe.distributed.data_parallel.reduction import average_gradients
 from lightning_fastmoe.distributed.data_parallel.start import (
+    agree_to_start,
     broadcast_start,
     check_device,
     check_same_model,
+    choose_options,
 )
 from lightning_fastmoe.distributed.dispatch import ExchangeWait, PendingExchange
-from lightning_fastmoe.distributed.expert_checks import (
-    check_batch_norms,
-    check_not_tied,
-    divided_experts,
-)
-from lightning_fastmoe.distributed.mesh import (
-    check_expert_parallel_size,
-    expert_parallel_sizes,
-    make_expert_mesh,
-)
-from lightning_fastmoe.distributed.nodes import check_ranks_per_node
+from lightning_fastmoe.distributed.mesh import make_expert_mesh
 from lightning_fastmoe.distributed.shard import ExpertSharder
-from lightning_fastmoe.errors import ConfigError, TopologyError
+from lightning_fastmoe.errors import ConfigError, FastMoEError, TopologyError
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
+from lightning_fastmoe.nn.expert_layers import expert_layers
 
 
 class ExpertDataParallel:
@@ -76,16 +69,19 @@ class ExpertDataParallel:
             in bf16; None is their own.
         ranks_per_node: consecutive ranks that share a node; None is torchrun's
             ``LOCAL_WORLD_SIZE``, or else all ranks.
-        timeout: the time limit of a collective in groups made here; None is torch's default.
+        timeout: the time limit of a collective in groups made here, and of an exchange of tokens;
+            None is torch's defaults, and 30 minutes.
 
     Attributes:
         model: the model.
         mesh: the expert parallel and expert data parallel groups; None without a process group.
 
     Raises:
-        TopologyError: if the size does not fit the ranks or the layers, if the model is already
-            sharded for another size, or on all ranks if they have built different models.
-        ConfigError: if the model has experts that can't be sharded, or can't be trained like this.
+        TopologyError: on all ranks, if the size does not fit the ranks or the layers, or the ranks
+            have built different models or got different options; or if the model is already
+            sharded for another size.
+        ConfigError: on all ranks, if the model has experts that can't be sharded or trained like
+            this; on this rank, if an argument is invalid or the model is on the wrong device.
     """
 
     def __init__(
@@ -141,11 +137,13 @@ class ExpertDataParallel:
             divisor: the number of batches whose gradients are accumulated.
 
         Raises:
-            ConfigError: if the divisor is not positive.
+            ConfigError: if the divisor is not positive, or gradients have been reduced already.
             ExchangeError: on all ranks, if a rank has skipped a MoE layer in the forward pass.
         """
         if not divisor > 0:
             raise ConfigError(f"divisor={divisor} must be positive: it divides the loss.")
+        if (problem := self._reduced_before()) is not None:
+            raise ConfigError(problem)
         self._end_pass()
         with self._scale.of(loss):
             (loss if divisor == 1.0 else loss / divisor).backward()
@@ -237,7 +235,12 @@ class ExpertDataParallel:
 
         Returns:
             The state dict on rank 0; an empty dictionary on the others.
+
+        Raises:
+            CheckpointError: if a tensor of experts has no row for each of them.
+            ExchangeError: on all ranks, if a rank is still in a MoE layer.
         """
+        self._end_pass()
         return full_state.gather_model(self._contents, self.mesh)
 
     def load_full_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -266,7 +269,9 @@ class ExpertDataParallel:
 
         Raises:
             CheckpointError: if a state of experts has no row for each of them.
+            ExchangeError: on all ranks, if a rank is still in a MoE layer.
         """
+        self._end_pass()
         return full_state.gather_optimizer(self._contents, optimizer, self.mesh)
 
     def load_full_optimizer_state_dict(
@@ -301,33 +306,31 @@ class ExpertDataParallel:
                 " process group. Call torch.distributed.init_process_group() first, in processes"
                 " started by torchrun; a single process has expert_parallel_size=1."
             )
-        divided = divided_experts(self._layers.items())
-        if ranks_per_node is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            ranks_per_node = local if 0 < local < world and world % local == 0 else world
-        check_ranks_per_node(ranks_per_node, world)
-        if size == "auto":
-            held = {n.num_experts // n.num_local_experts for n in self._layers.values()} - {1}
-            fitting = expert_parallel_sizes(world, ranks_per_node, divided)
-            size = held.pop() if len(held) == 1 else fitting[-1]
-        check_expert_parallel_size(size, world, divided)
-        if size > 1:
-            for kind in KINDS:
-                kind.check(self.model)
-            check_not_tied(self._layers)
+        problem: FastMoEError | None = None
+        options: dict[str, int] = {}
+        try:
+            options = choose_options(self.model, self._layers, size, ranks_per_node, world)
+        except FastMoEError as error:
+            problem = error
+        if joined:
+            agree_to_start(problem, options, self._layers)
+        elif problem is not None:
+            raise problem
         sharder: ExpertSharder | None = None
         if joined:
-            mesh = make_expert_mesh(size, self._device.type, timeout)
-            nodes = [rank // ranks_per_node for rank in range(world)]
+            mesh = make_expert_mesh(options["expert_parallel_size"], self._device.type, timeout)
+            nodes = [rank // options["ranks_per_node"] for rank in range(world)]
             sharder = ExpertSharder(mesh, nodes, timeout)
-            sharder.record_exchanges(PendingExchange(), ExchangeWait(rank=dist.get_rank()))
+            # Of the host, too: a wait for symmetric memory is in no collective.
+            limit = default_pg_timeout if timeout is None else timeout
+            wait = ExchangeWait(limit.total_seconds(), rank=dist.get_rank(), option="timeout")
+            sharder.record_exchanges(PendingExchange(), wait)
             sharder.shard(self.model)
         elif any(layer.is_sharded for layer in self._layers.values()):
             raise TopologyError(
                 "The model holds only some of its experts, but this process is in no process group."
                 " Build it with all experts, or call torch.distributed.init_process_group() first."
             )
-        check_batch_norms({n: layer for n, layer in self._layers.items() if layer.is_sharded})
         return sharder
 
     # -------------------------------------------------------------------------------------- a step
@@ -351,14 +354,19 @@ class ExpertDataParallel:
             )
         if self._scale.in_graphs and not self._scale.watched:
             return UNKNOWN
-        before = {id(g) for ref in self._reduced if (g := ref()) is not None}
         for item in self._contents.parameters:
             gradient = item.tensor.grad
             if gradient is None or not item.tensor.requires_grad:
                 continue
             if gradient.layout is not torch.strided:
                 return f"The gradient of {item.name} is sparse: use nn.Embedding(sparse=False)."
-            if id(gradient) in before:
+        return self._reduced_before()
+
+    def _reduced_before(self) -> str | None:
+        """Why nothing may be added to a gradient: it is that of all ranks already."""
+        before = {id(g) for ref in self._reduced if (g := ref()) is not None}
+        for item in self._contents.parameters:
+            if item.tensor.requires_grad and id(item.tensor.grad) in before:
                 return (
                     f"The gradient of {item.name} has already been averaged over ranks. Call"
                     " reduce_gradients() once for each step, after all of its backward passes, and"

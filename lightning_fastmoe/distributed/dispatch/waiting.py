@@ -18,7 +18,7 @@ ADVICE = (
     "Every rank must run the same MoE layers in the same order. To run the model only for rank 0,"
     " for example in a callback, use strategy.on_rank_zero(...). A rank that skips a layer must"
     " take part without tokens, in the backward pass too: x = x + layer(x[:0]).sum(). If a rank is"
-    " only late, raise FastMoEStrategy(exchange_timeout=...)."
+    " only late, raise FastMoEStrategy(exchange_timeout=...) or ExpertDataParallel(timeout=...)."
 )
 
 
@@ -47,6 +47,7 @@ class ExchangeWait:
         peers: access to the other ranks' states; None if there is none.
         rank: this process's rank in the world, for messages.
         look: seconds between two looks at the other ranks.
+        option: the user's name of ``seconds``, for messages.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class ExchangeWait:
         peers: Peers | None = None,
         rank: int | None = None,
         look: float = _LOOK,
+        option: str = "exchange_timeout",
     ) -> None:
         self.seconds = seconds
         self.peers = peers
         self.rank = rank
         self.look = look
+        self.option = option
 
     def begin(self, where: str) -> None:
         """Called before an exchange; refuses to start one once a rank has given up.
@@ -137,7 +140,7 @@ class ExchangeWait:
         if self.seconds is not None and waited >= self.seconds:
             reason = (
                 f"{where}: rank {self.rank} has waited {waited:.3g} s for the other ranks"
-                f" (exchange_timeout={self.seconds:g})."
+                f" ({self.option}={self.seconds:g})."
             )
             if self.peers is not None:
                 reason = self.peers.give_up(reason)

@@ -55,13 +55,14 @@ class Passage:
         counts, has launched what follows: so whatever doesn't need them is launched before.
         """
         exchange, layer, ranks = self._exchange, self._layer, self._ranks
-        plan = self._plan = plan_pairs(self._chosen, self._where, weights, ranks)
-        widths = [x.shape[1] * x.element_size(), plan.packed.shape[1]]
+        plan, packed = plan_pairs(self._chosen, self._where, weights, ranks)
+        self._plan = plan
+        widths = [x.shape[1] * x.element_size(), packed.shape[1]]
         needed = exchange.needs(len(x), widths)
         asked = torch.full((1,), needed, dtype=torch.int64, device=x.device)
         counts = torch.cat([plan.counts, asked])
         self._call = exchange.send_counts(counts, x.shape[1], layer)
-        parts = [*self._of_tokens(x), Part(plan.packed, plan.order)]
+        parts = [*self._of_tokens(x), Part(packed, plan.order)]
         if needed <= exchange.capacity:
             self._push(parts, "dispatch")
         else:
