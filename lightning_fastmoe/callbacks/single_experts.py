@@ -10,6 +10,7 @@ from torch import nn
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.nn.experts.trained import dissolve, train_rows, trained_of
+from lightning_fastmoe.zero.trained_experts import gathered, merge_trained
 
 Selection = Mapping[str | int, Sequence[int]] | Sequence[int]
 """Layer's name, or index of its block -> ids of experts; or the ids for every layer."""
@@ -126,6 +127,8 @@ def _check_layer(name: str, layer: ExpertLayer, ids: list[int]) -> None:
 def apply_selection(module: nn.Module, selected: Mapping[str, list[int]]) -> None:
     """Makes parameters of the selected experts, and undoes an earlier selection.
 
+    All ranks call it, as a fit with ZeRO 3 may have left the model partitioned.
+
     Args:
         module: has the layers.
         selected: layer's name -> ids; from :func:`resolve`.
@@ -134,7 +137,9 @@ def apply_selection(module: nn.Module, selected: Mapping[str, list[int]]) -> Non
         experts, wanted = layer.experts, selected.get(name)
         before = trained_of(experts.holder)
         if before is not None and (wanted is None or list(before.expert_ids) != wanted):
+            merge_trained([layer])
             dissolve(experts.holder)
             before = None
         if wanted is not None and before is None:
-            train_rows(experts.holder, experts.stack_names, experts.local_ids, wanted)
+            with gathered(experts.parameters()):
+                train_rows(experts.holder, experts.stack_names, experts.local_ids, wanted)

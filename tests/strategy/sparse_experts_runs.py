@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -226,3 +228,19 @@ def trains_midway(case: Case, options: dict[str, Any], path: str, load: bool) ->
         warnings.simplefilter("ignore")  # of resuming within an epoch
         make_trainer(case, callbacks=callbacks).fit(Net(case), ckpt_path=path if load else None)
     return notes.weights[-1]
+
+
+def trains_twice(
+    case: Case, first: dict[str, Any] | None, second: dict[str, Any] | None, release: bool = False
+) -> list[Weights]:
+    """Weights of the second fit of one module, each fit with its own selection."""
+    pl.seed_everything(7, verbose=False)
+    module, notes = Net(case), Notes()
+    for options, others in ((first, []), (second, [notes])):
+        callbacks = [*([] if options is None else [SparseUpdate(**options)]), *others]
+        once = replace(case, extra=deepcopy(case.extra))  # a Trainer adds to its config
+        make_trainer(once, callbacks=callbacks).fit(module)
+        if release:
+            SparseUpdate.release(module)
+            release = False
+    return notes.weights

@@ -15,6 +15,7 @@ from lightning_fastmoe import select_experts
 from lightning_fastmoe.checkpoint.whole import read_whole
 
 EXPERTS = {"moes.0": [1], "moes.1": [0, 3, 6]}  # of 4 and 8: over 4 ranks, rank 2 has none
+NEXT = {"moes.0": [2, 3], "moes.1": [0, 1, 7]}
 OPTIONS = {"experts": {f"net.{name}": ids for name, ids in EXPERTS.items()}}
 ALL_PARTITIONED = {
     "zero_optimization": {
@@ -151,3 +152,31 @@ def test_resumes_within_a_step(stage: int, rank_pool, tmp_path) -> None:
     resumed = rank_pool.run(runs.trains_midway, 4, case, OPTIONS, path, True)
     for name, value in whole[2].items():
         torch.testing.assert_close(resumed[2][name], value, rtol=1e-6, atol=1e-7)
+
+
+WHOLE = {"moes.0": list(range(4)), "moes.1": list(range(8))}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "release"),
+    [(EXPERTS, NEXT, False), (None, EXPERTS, False), (EXPERTS, None, True)],
+)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_second_fit_trains_others(stage, first, second, release, rank_pool) -> None:
+    """ZeRO 3 leaves the model partitioned between the fits."""
+    extra = {"config": ALL_PARTITIONED} if stage == 3 else {}
+    case = Case(4, 2, stage, num_experts=(4, 8), extra=extra)
+    expected, _ = runs.masked_reference(case, first or WHOLE, dense=True)
+    net = build_net(case.num_experts, case.coefficients)
+    net.load_state_dict(expected.weights[-1])
+    with runs.masked(net, second or WHOLE):
+        again = runs.reference(case, net)
+    options = [
+        None if one is None else {"experts": {f"net.{name}": ids for name, ids in one.items()}}
+        for one in (first, second)
+    ]
+    for found in rank_pool.run(runs.trains_twice, 4, case, *options, release):
+        for name, value in found[0].items():
+            torch.testing.assert_close(value, expected.weights[-1][name], rtol=1e-5, atol=1e-6)
+        for name, value in found[-1].items():
+            torch.testing.assert_close(value, again.weights[-1][name], rtol=1e-5, atol=1e-6)

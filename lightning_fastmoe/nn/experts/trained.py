@@ -127,8 +127,7 @@ def train_rows(
 
 
 def dissolve(module: nn.Module) -> None:
-    """Undoes :func:`train_rows`: stacks hold everything, and are trained if their parts were."""
-    merge(module)
+    """Undoes :func:`train_rows` once the stacks hold everything; they are trained if parts were."""
     trained = trained_of(module)
     assert trained is not None
     for name, own in trained.named_parameters():
