@@ -244,3 +244,24 @@ def trains_twice(
             SparseUpdate.release(module)
             release = False
     return notes.weights
+
+
+class Copied(Late):
+    """Trains a copy of the network in which it has frozen experts."""
+
+    def configure_model(self) -> None:
+        is_new = self.net is None
+        super().configure_model()
+        if is_new:
+            self.net = deepcopy(self.net)
+
+
+def trains_a_copy(case: Case, options: dict[str, Any], save: str, load: str | None) -> Weights:
+    """The last weights of a run, which saves them."""
+    pl.seed_everything(7, verbose=False)
+    module, notes = Copied(case), Notes()
+    module.callback = SparseUpdate(**options)
+    trainer = make_trainer(case, callbacks=[module.callback, notes])
+    trainer.fit(module, ckpt_path=load)
+    trainer.save_checkpoint(save)
+    return notes.weights[-1]

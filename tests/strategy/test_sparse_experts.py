@@ -180,3 +180,17 @@ def test_a_second_fit_trains_others(stage, first, second, release, rank_pool) ->
             torch.testing.assert_close(value, expected.weights[-1][name], rtol=1e-5, atol=1e-6)
         for name, value in found[-1].items():
             torch.testing.assert_close(value, again.weights[-1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_copy_of_a_model_trains_and_resumes(stage: int, rank_pool, tmp_path) -> None:
+    """Also on a rank without trained experts, whose copy must not count as one."""
+    saved, again = str(tmp_path / "saved"), str(tmp_path / "again")
+    case = Case(2, 2, stage, steps=6, batches_per_epoch=3, in_configure_model=True)
+    options = {"experts": {"net.moes.0": [1]}}
+    rank_pool.run(runs.trains_a_copy, 2, case, options, saved, None)
+    case = replace(case, epochs=2)
+    last = rank_pool.run(runs.trains_a_copy, 2, case, options, again, saved)[0]
+    state = read_whole(tmp_path / "again")["state_dict"]
+    for name, value in last.items():
+        assert torch.equal(state[f"net.{name}"], value), name
