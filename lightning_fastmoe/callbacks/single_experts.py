@@ -49,22 +49,25 @@ def resolve(
     module: nn.Module,
     experts: Mapping[str | int, list[int]] | list[int],
     blocks: str | None,
-    first_trained: int,
+    prefix: set[int],
 ) -> dict[str, list[int]]:
     """The selection by layers' names.
 
     Args:
         module: has the layers.
         experts: from :func:`check_selection`.
-        blocks: name of the list of blocks; needed for indices, and for a frozen prefix.
-        first_trained: index of the first trained block.
+        blocks: name of the list of blocks; needed for indices.
+        prefix: ids of the parameters before the first trained block.
 
     Raises:
-        ConfigError: if a layer or an expert doesn't exist, is frozen with its block, or can't be
-            trained in part.
+        ConfigError: if a layer or an expert doesn't exist, is frozen, or can't be trained in part.
     """
     layers = dict(expert_layers(module))
-    frozen = [name for name in layers if _block_of(name, blocks, first_trained) < first_trained]
+    frozen = [
+        name
+        for name, layer in layers.items()
+        if any(id(p) in prefix for p in layer.experts.parameters())
+    ]
     if not isinstance(experts, Mapping):
         experts = {name: experts for name in layers if name not in frozen}
     result: dict[str, list[int]] = {}
@@ -87,14 +90,14 @@ def resolve(
     return {name: result[name] for name in layers if name in result}
 
 
-def _block_of(name: str, blocks: str | None, otherwise: int) -> int:
+def _block_of(name: str, blocks: str | None) -> int | None:
     if blocks is None or not name.startswith(f"{blocks}."):
-        return otherwise
+        return None
     return int(name.removeprefix(f"{blocks}.").split(".", 1)[0])
 
 
 def _layer_in(layers: Mapping[str, ExpertLayer], blocks: str | None, index: int) -> str:
-    found = [name for name in layers if _block_of(name, blocks, -1) == index]
+    found = [name for name in layers if _block_of(name, blocks) == index]
     if len(found) != 1:
         raise ConfigError(
             f"experts names block {index}, which has {len(found) or 'no'} MoE layers. The layers"
@@ -110,6 +113,11 @@ def _check_layer(name: str, layer: ExpertLayer, ids: list[int]) -> None:
             f" are 0 to {layer.num_experts - 1}."
         )
     experts = layer.experts
+    if not any(p.requires_grad for p in experts.parameters()):
+        raise ConfigError(
+            f"experts selects some of layer {name!r}, but all of them are frozen, perhaps by an"
+            " earlier fit: call requires_grad_(True) on the model first, or leave the layer out."
+        )
     if not experts.is_stacked:
         raise ConfigError(
             f"The experts of layer {name!r} are modules, of which SparseUpdate trains all or none:"

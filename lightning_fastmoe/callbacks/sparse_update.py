@@ -87,10 +87,10 @@ class SparseUpdate(pl.Callback):
         Raises:
             ConfigError: see the class.
         """
-        self._frozen(module)  # refuses before anything changes
+        *_, selected = self._frozen(module)  # refuses before anything changes
         settle_placement()
-        apply_selection(module, self._selected(module))
-        frozen, _ = self._frozen(module)
+        apply_selection(module, selected)
+        frozen, *_ = self._frozen(module)
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in frozen]
         if not trained:
             raise ConfigError(
@@ -117,7 +117,7 @@ class SparseUpdate(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        frozen, first = self._frozen(pl_module)
+        frozen, first, _ = self._frozen(pl_module)
         for name, parameter in pl_module.named_parameters():
             if id(parameter) in frozen and parameter.requires_grad:
                 raise ConfigError(
@@ -157,8 +157,12 @@ class SparseUpdate(pl.Callback):
                 " from its weights, use lightning_fastmoe.checkpoint.weights.load_weights."
             )
 
-    def _frozen(self, module: nn.Module) -> tuple[set[int], nn.Module | None]:
-        """Ids of the frozen parameters, and the first trained block if there is a prefix."""
+    def _frozen(self, module: nn.Module) -> tuple[set[int], nn.Module | None, dict[str, list[int]]]:
+        """Ids of the frozen parameters, and the first trained block if there is a prefix.
+
+        Then, by layers' names, the ids of the experts that are trained alone; empty for all or
+        none.
+        """
         named = list(module.named_parameters(remove_duplicate=False))
         experts = {id(p) for _, layer in expert_layers(module) for p in layer.experts.parameters()}
         if not experts:
@@ -185,7 +189,10 @@ class SparseUpdate(pl.Callback):
                         " neither trained nor frozen alone: untie it, or use last_layers=None."
                     )
         kept = experts if self.experts == "all" else set()
-        selected = self._selected(module)
+        selected: dict[str, list[int]] = {}
+        if not isinstance(self.experts, str):
+            counted = self._blocks(module) if self._by_index else None
+            selected = resolve(module, self.experts, counted, frozen)
         for name, layer in expert_layers(module):
             part = trained_of(layer.experts.holder)
             if part is not None and list(part.expert_ids) == selected.get(name):
@@ -197,18 +204,7 @@ class SparseUpdate(pl.Callback):
             "experts": selected or self.experts,
             "dense": self.dense,
         }
-        return frozen, first
-
-    def _selected(self, module: nn.Module) -> dict[str, list[int]]:
-        """Layer's name -> ids of the experts that are trained alone; empty for all or none."""
-        if isinstance(self.experts, str):
-            return {}
-        blocks, start = None, 0
-        if self.last_layers is not None or self._by_index:
-            blocks = self._blocks(module)
-        if self.last_layers is not None and blocks is not None:
-            start = len(module.get_submodule(blocks)) - self.last_layers  # type: ignore[arg-type]
-        return resolve(module, self.experts, blocks, start)
+        return frozen, first, selected
 
     @staticmethod
     def _border(named: list[tuple[str, nn.Parameter]], prefix: str, start: int) -> int:

@@ -205,6 +205,41 @@ def test_parameters_are_counted_once():
     assert model_size(model) == before
 
 
+class Stem(Blocks):
+    """Has a MoE layer before its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        del self.blocks
+        self.stem = Block()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+
+def test_layers_before_the_blocks_are_in_the_frozen_prefix():
+    with pytest.raises(ConfigError, match=r"'stem\.moe', which is before the trained blocks"):
+        SparseUpdate(1, {"stem.moe": [0]}, layers="blocks").apply(Stem())
+    model = Stem()
+    SparseUpdate(1, [0], layers="blocks").apply(model)
+    named = [name for name, _ in model.named_modules() if name.endswith(".trained")]
+    assert named == ["blocks.1.moe.experts.trained"]
+
+
+def test_negative_indices_are_no_layers_elsewhere():
+    with pytest.raises(ConfigError, match="block -1, which has no MoE layers"):
+        SparseUpdate(experts={-1: [0]}, layers="blocks").apply(Stem())
+
+
+@pytest.mark.parametrize("experts", [{2: [1]}, [1]])
+def test_layers_that_an_earlier_selection_froze_are_refused(experts):
+    model = Blocks(3)
+    SparseUpdate(experts={1: [1]}).apply(model)
+    with pytest.raises(ConfigError, match=r"frozen.*requires_grad_\(True\)"):
+        SparseUpdate(experts=experts).apply(model)
+    model.requires_grad_(True)
+    SparseUpdate(experts=experts).apply(model)
+    assert model.blocks[2].moe.experts.trained.up_proj.requires_grad
+
+
 class Late(Blocks):
     """Builds its blocks in configure_model, and selects experts there if it is told how."""
 
