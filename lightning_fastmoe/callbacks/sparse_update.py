@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -244,13 +244,13 @@ class SparseUpdate(pl.Callback):
                     " norm without statistics, or train its block."
                 )
         callbacks: Any = trainer
-        if not isinstance(self.experts, str) and any(
-            isinstance(c, WeightAveraging) for c in callbacks.callbacks
-        ):
-            raise ConfigError(
-                "WeightAveraging would average the experts that SparseUpdate trains, but not their"
-                " rows in the frozen stacks. Remove it, or train whole layers: experts='all'."
-            )
+        for callback in () if isinstance(self.experts, str) else callbacks.callbacks:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ConfigError(
+                    f"{type(callback).__name__} would average the experts that SparseUpdate trains,"
+                    " but not their rows in the frozen stacks. Remove it, or train whole layers:"
+                    " experts='all'."
+                )
         if any(isinstance(c, RouterBiasBalancing) for c in callbacks.callbacks):
             for name, layer in moe_layers(module):
                 router = layer.router

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from callbacks.blocks import Block, Blocks
 from callbacks.model import D_FFN, D_MODEL, make_trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 
 from lightning_fastmoe import MoE, SparseUpdate
@@ -184,8 +184,9 @@ def test_experts_that_are_modules_and_averages_are_refused(tmp_path):
     model.blocks[1].moe = MoE(D_MODEL, D_FFN, 4, 2, expert=lambda d, f: nn.Linear(d, d))
     with pytest.raises(ConfigError, match=r"'blocks\.1\.moe' are modules"):
         SparseUpdate(experts=[0]).apply(model)
-    with pytest.raises(ConfigError, match="WeightAveraging would average"):
-        make_trainer(tmp_path, SparseUpdate(experts=[0]), EMAWeightAveraging()).fit(Blocks(2))
+    for averaging in (EMAWeightAveraging(), StochasticWeightAveraging(0.01)):
+        with pytest.raises(ConfigError, match="WeightAveraging would average"):
+            make_trainer(tmp_path, SparseUpdate(experts=[0]), averaging).fit(Blocks(2))
 
 
 def test_indices_count_in_the_named_list():

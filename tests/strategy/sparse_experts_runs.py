@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from strategy.models import Case, Net, Trace, build_net, loss_of, make_batches, reference
 from strategy.tracing import make_trainer, over_expert_ranks
 from torch import Tensor, nn
@@ -265,3 +266,14 @@ def trains_a_copy(case: Case, options: dict[str, Any], save: str, load: str | No
     trainer.fit(module, ckpt_path=load)
     trainer.save_checkpoint(save)
     return notes.weights[-1]
+
+
+def averages_without_callback(case: Case) -> str | None:
+    """The error of a run that averages a model in which experts were selected before."""
+    module = Net(case)
+    SparseUpdate(experts=[1]).apply(module)
+    try:
+        make_trainer(case, callbacks=[EMAWeightAveraging()]).fit(module)
+    except FastMoEError as error:
+        return str(error)
+    return None

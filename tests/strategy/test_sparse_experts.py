@@ -194,3 +194,11 @@ def test_a_copy_of_a_model_trains_and_resumes(stage: int, rank_pool, tmp_path) -
     state = read_whole(tmp_path / "again")["state_dict"]
     for name, value in last.items():
         assert torch.equal(state[f"net.{name}"], value), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_averages_are_refused_without_the_callback_too(stage: int, rank_pool) -> None:
+    """Checkpoints would hold averages of the stacks, in which passes put other steps' rows."""
+    for said in rank_pool.run(runs.averages_without_callback, 2, Case(2, 2, stage)):
+        assert said is not None
+        assert "SparseUpdate.release(model)" in said
