@@ -277,3 +277,28 @@ def averages_without_callback(case: Case) -> str | None:
     except FastMoEError as error:
         return str(error)
     return None
+
+
+class Namesake(Net):
+    """Has a module of its own under the name of trained experts."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        assert self.net is not None
+        self.net["experts"] = nn.ModuleDict({"trained": nn.Linear(3, 3)})
+
+
+def saves_a_namesake(case: Case, path: str) -> list[str]:
+    """The errors of fitting with checkpoints, and of saving without."""
+    said = []
+    try:
+        make_trainer(case, enable_checkpointing=True, default_root_dir=path).fit(Namesake(case))
+    except FastMoEError as error:
+        said.append(str(error))
+    trainer = make_trainer(case)
+    trainer.fit(Namesake(case))
+    try:
+        trainer.save_checkpoint(path)
+    except FastMoEError as error:
+        said.append(str(error))
+    return said

@@ -202,3 +202,12 @@ def test_averages_are_refused_without_the_callback_too(stage: int, rank_pool) ->
     for said in rank_pool.run(runs.averages_without_callback, 2, Case(2, 2, stage)):
         assert said is not None
         assert "SparseUpdate.release(model)" in said
+
+
+def test_modules_named_like_trained_experts_are_refused(rank_pool, tmp_path) -> None:
+    """Readers of checkpoints leave out what has such a name."""
+    case = Case(1, 1, 2, steps=1)
+    (said,) = rank_pool.run(runs.saves_a_namesake, 1, case, str(tmp_path / "saved"))
+    assert len(said) == 2
+    for one in said:
+        assert "'net.experts.trained.weight' has '.experts.trained.' in its name" in one
