@@ -140,6 +140,17 @@ def test_second_derivatives_and_retained_graphs():
     assert torch.equal(found[1], wanted[1])
 
 
+def test_functional_call_computes_with_its_own_parameters():
+    torch.manual_seed(2)
+    model, x = nn.Sequential(MoE(D_MODEL, D_FFN, 4, 2)), torch.randn(9, D_MODEL)
+    stack = model[0].experts.up_proj.detach().clone()
+    stack[[1, 2]] *= 2
+    wanted = torch.func.functional_call(model, {"0.experts.up_proj": stack}, (x,))
+    SparseUpdate(experts=[1, 2]).apply(model)
+    own = {"0.experts.trained.up_proj": stack[[1, 2]]}
+    assert torch.equal(torch.func.functional_call(model, own, (x,)), wanted)
+
+
 @pytest.mark.parametrize(
     ("experts", "match"),
     [

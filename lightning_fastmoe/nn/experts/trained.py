@@ -167,7 +167,7 @@ def check_frozen(module: nn.Module, trained: TrainedExperts) -> None:
         ConfigError: naming the stack.
     """
     for name, _ in trained.named_parameters():
-        if module.get_parameter(name).requires_grad:
+        if getattr(module, name).requires_grad:  # a tensor within functional_call
             raise ConfigError(
                 f"{name} of {type(module).__name__} requires gradients, but SparseUpdate trains"
                 f" experts {list(trained.expert_ids)} alone. Call SparseUpdate.release(model)"
