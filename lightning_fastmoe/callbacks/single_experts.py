@@ -135,7 +135,7 @@ def _check_layer(name: str, layer: ExpertLayer, ids: list[int]) -> None:
 def apply_selection(module: nn.Module, selected: Mapping[str, list[int]]) -> None:
     """Makes parameters of the selected experts, and undoes an earlier selection.
 
-    All ranks call it, as a fit with ZeRO 3 may have left the model partitioned.
+    Every rank calls it: after a fit with ZeRO 3 the model is still partitioned.
 
     Args:
         module: has the layers.

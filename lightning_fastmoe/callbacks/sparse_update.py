@@ -84,6 +84,8 @@ class SparseUpdate(pl.Callback):
     def apply(self, module: nn.Module) -> None:
         """Freezes what is not trained; for the end of ``configure_model``.
 
+        After a fit with ZeRO 3, which leaves the model partitioned, every rank must call it.
+
         Raises:
             ConfigError: see the class.
         """
@@ -105,7 +107,8 @@ class SparseUpdate(pl.Callback):
     def release(module: nn.Module) -> None:
         """Ends the training of single experts: their layers' stacks are parameters as before.
 
-        For a later fit without SparseUpdate; one with SparseUpdate does it by itself.
+        For a later fit without SparseUpdate; one with SparseUpdate does it by itself. After a fit
+        with ZeRO 3, which leaves the model partitioned, every rank must call it.
         """
         apply_selection(module, {})
 
