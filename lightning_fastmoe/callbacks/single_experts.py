@@ -10,6 +10,7 @@ from torch import nn
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
 from lightning_fastmoe.nn.experts.trained import dissolve, train_rows, trained_of
+from lightning_fastmoe.zero.trained_experts import gathered, merge_trained
 
 Selection = Mapping[str | int, Sequence[int]] | Sequence[int]
 """Layer's name, or index of its block -> ids of experts; or the ids for every layer."""
@@ -48,22 +49,25 @@ def resolve(
     module: nn.Module,
     experts: Mapping[str | int, list[int]] | list[int],
     blocks: str | None,
-    first_trained: int,
+    prefix: set[int],
 ) -> dict[str, list[int]]:
     """The selection by layers' names.
 
     Args:
         module: has the layers.
         experts: from :func:`check_selection`.
-        blocks: name of the list of blocks; needed for indices, and for a frozen prefix.
-        first_trained: index of the first trained block.
+        blocks: name of the list of blocks; needed for indices.
+        prefix: ids of the parameters before the first trained block.
 
     Raises:
-        ConfigError: if a layer or an expert doesn't exist, is frozen with its block, or can't be
-            trained in part.
+        ConfigError: if a layer or an expert doesn't exist, is frozen, or can't be trained in part.
     """
     layers = dict(expert_layers(module))
-    frozen = [name for name in layers if _block_of(name, blocks, first_trained) < first_trained]
+    frozen = [
+        name
+        for name, layer in layers.items()
+        if any(id(p) in prefix for p in layer.experts.parameters())
+    ]
     if not isinstance(experts, Mapping):
         experts = {name: experts for name in layers if name not in frozen}
     result: dict[str, list[int]] = {}
@@ -86,14 +90,14 @@ def resolve(
     return {name: result[name] for name in layers if name in result}
 
 
-def _block_of(name: str, blocks: str | None, otherwise: int) -> int:
+def _block_of(name: str, blocks: str | None) -> int | None:
     if blocks is None or not name.startswith(f"{blocks}."):
-        return otherwise
+        return None
     return int(name.removeprefix(f"{blocks}.").split(".", 1)[0])
 
 
 def _layer_in(layers: Mapping[str, ExpertLayer], blocks: str | None, index: int) -> str:
-    found = [name for name in layers if _block_of(name, blocks, -1) == index]
+    found = [name for name in layers if _block_of(name, blocks) == index]
     if len(found) != 1:
         raise ConfigError(
             f"experts names block {index}, which has {len(found) or 'no'} MoE layers. The layers"
@@ -109,6 +113,11 @@ def _check_layer(name: str, layer: ExpertLayer, ids: list[int]) -> None:
             f" are 0 to {layer.num_experts - 1}."
         )
     experts = layer.experts
+    if not any(p.requires_grad for p in experts.parameters()):
+        raise ConfigError(
+            f"experts selects some of layer {name!r}, but all of them are frozen, perhaps by an"
+            " earlier fit: call requires_grad_(True) on the model first, or leave the layer out."
+        )
     if not experts.is_stacked:
         raise ConfigError(
             f"The experts of layer {name!r} are modules, of which SparseUpdate trains all or none:"
@@ -126,6 +135,8 @@ def _check_layer(name: str, layer: ExpertLayer, ids: list[int]) -> None:
 def apply_selection(module: nn.Module, selected: Mapping[str, list[int]]) -> None:
     """Makes parameters of the selected experts, and undoes an earlier selection.
 
+    Every rank calls it: after a fit with ZeRO 3 the model is still partitioned.
+
     Args:
         module: has the layers.
         selected: layer's name -> ids; from :func:`resolve`.
@@ -134,7 +145,9 @@ def apply_selection(module: nn.Module, selected: Mapping[str, list[int]]) -> Non
         experts, wanted = layer.experts, selected.get(name)
         before = trained_of(experts.holder)
         if before is not None and (wanted is None or list(before.expert_ids) != wanted):
+            merge_trained([layer])
             dissolve(experts.holder)
             before = None
         if wanted is not None and before is None:
-            train_rows(experts.holder, experts.stack_names, experts.local_ids, wanted)
+            with gathered(experts.parameters()):
+                train_rows(experts.holder, experts.stack_names, experts.local_ids, wanted)

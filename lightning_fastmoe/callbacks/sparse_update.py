@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -84,13 +84,15 @@ class SparseUpdate(pl.Callback):
     def apply(self, module: nn.Module) -> None:
         """Freezes what is not trained; for the end of ``configure_model``.
 
+        After a fit with ZeRO 3, which leaves the model partitioned, every rank must call it.
+
         Raises:
             ConfigError: see the class.
         """
-        self._frozen(module)  # refuses before anything changes
+        *_, selected = self._frozen(module)  # refuses before anything changes
         settle_placement()
-        apply_selection(module, self._selected(module))
-        frozen, _ = self._frozen(module)
+        apply_selection(module, selected)
+        frozen, *_ = self._frozen(module)
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in frozen]
         if not trained:
             raise ConfigError(
@@ -105,7 +107,8 @@ class SparseUpdate(pl.Callback):
     def release(module: nn.Module) -> None:
         """Ends the training of single experts: their layers' stacks are parameters as before.
 
-        For a later fit without SparseUpdate; one with SparseUpdate does it by itself.
+        For a later fit without SparseUpdate; one with SparseUpdate does it by itself. After a fit
+        with ZeRO 3, which leaves the model partitioned, every rank must call it.
         """
         apply_selection(module, {})
 
@@ -117,7 +120,7 @@ class SparseUpdate(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        frozen, first = self._frozen(pl_module)
+        frozen, first, _ = self._frozen(pl_module)
         for name, parameter in pl_module.named_parameters():
             if id(parameter) in frozen and parameter.requires_grad:
                 raise ConfigError(
@@ -157,8 +160,12 @@ class SparseUpdate(pl.Callback):
                 " from its weights, use lightning_fastmoe.checkpoint.weights.load_weights."
             )
 
-    def _frozen(self, module: nn.Module) -> tuple[set[int], nn.Module | None]:
-        """Ids of the frozen parameters, and the first trained block if there is a prefix."""
+    def _frozen(self, module: nn.Module) -> tuple[set[int], nn.Module | None, dict[str, list[int]]]:
+        """Ids of the frozen parameters, and the first trained block if there is a prefix.
+
+        Then, by layers' names, the ids of the experts that are trained alone; empty for all or
+        none.
+        """
         named = list(module.named_parameters(remove_duplicate=False))
         experts = {id(p) for _, layer in expert_layers(module) for p in layer.experts.parameters()}
         if not experts:
@@ -185,7 +192,10 @@ class SparseUpdate(pl.Callback):
                         " neither trained nor frozen alone: untie it, or use last_layers=None."
                     )
         kept = experts if self.experts == "all" else set()
-        selected = self._selected(module)
+        selected: dict[str, list[int]] = {}
+        if not isinstance(self.experts, str):
+            counted = self._blocks(module) if self._by_index else None
+            selected = resolve(module, self.experts, counted, frozen)
         for name, layer in expert_layers(module):
             part = trained_of(layer.experts.holder)
             if part is not None and list(part.expert_ids) == selected.get(name):
@@ -197,18 +207,7 @@ class SparseUpdate(pl.Callback):
             "experts": selected or self.experts,
             "dense": self.dense,
         }
-        return frozen, first
-
-    def _selected(self, module: nn.Module) -> dict[str, list[int]]:
-        """Layer's name -> ids of the experts that are trained alone; empty for all or none."""
-        if isinstance(self.experts, str):
-            return {}
-        blocks, start = None, 0
-        if self.last_layers is not None or self._by_index:
-            blocks = self._blocks(module)
-        if self.last_layers is not None and blocks is not None:
-            start = len(module.get_submodule(blocks)) - self.last_layers  # type: ignore[arg-type]
-        return resolve(module, self.experts, blocks, start)
+        return frozen, first, selected
 
     @staticmethod
     def _border(named: list[tuple[str, nn.Parameter]], prefix: str, start: int) -> int:
@@ -248,13 +247,13 @@ class SparseUpdate(pl.Callback):
                     " norm without statistics, or train its block."
                 )
         callbacks: Any = trainer
-        if not isinstance(self.experts, str) and any(
-            isinstance(c, WeightAveraging) for c in callbacks.callbacks
-        ):
-            raise ConfigError(
-                "WeightAveraging would average the experts that SparseUpdate trains, but not their"
-                " rows in the frozen stacks. Remove it, or train whole layers: experts='all'."
-            )
+        for callback in () if isinstance(self.experts, str) else callbacks.callbacks:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ConfigError(
+                    f"{type(callback).__name__} would average the experts that SparseUpdate trains,"
+                    " but not their rows in the frozen stacks. Remove it, or train whole layers:"
+                    " experts='all'."
+                )
         if any(isinstance(c, RouterBiasBalancing) for c in callbacks.callbacks):
             for name, layer in moe_layers(module):
                 router = layer.router

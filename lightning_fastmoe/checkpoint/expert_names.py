@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_fastmoe.checkpoint.format.tensor_names import TRAINED_EXPERTS, repeats_rows
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
+from lightning_fastmoe.nn.experts.trained import trained_of
 
 _EXPERTS = ".experts."
 
@@ -60,6 +62,19 @@ def why_not_saved(name: str, layer: ExpertLayer) -> str | None:
                 f"{what} contains a MoE layer ({path!r}), which exists only on the ranks of that"
                 " expert. Keep all experts of the outer layer on each rank with"
                 " MoE(dispatcher='local')."
+            )
+    return None
+
+
+def why_mistaken(module: nn.Module, layers: Mapping[str, ExpertLayer]) -> str | None:
+    """Why a checkpoint would take weights for repeated rows, and so lose them; None if it won't."""
+    parts = [trained_of(layer.experts.holder) for layer in layers.values()]
+    repeated = {id(p) for part in parts if part is not None for p in part.parameters()}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if repeats_rows(name) and id(tensor) not in repeated:
+            return (
+                f"{name!r} has {TRAINED_EXPERTS!r} in its name, by which checkpoints know the"
+                " experts that SparseUpdate trains, and would leave it out. Rename the module."
             )
     return None
 

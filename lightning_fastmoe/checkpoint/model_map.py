@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_fastmoe.checkpoint.expert_names import expert_of, names_by_expert, why_not_saved
+from lightning_fastmoe.checkpoint.expert_names import (
+    expert_of,
+    names_by_expert,
+    why_mistaken,
+    why_not_saved,
+)
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.checkpoint.format.tensor_names import TRAINED_EXPERTS, repeats_rows
 from lightning_fastmoe.errors import CheckpointError
@@ -126,11 +131,13 @@ def map_model(module: nn.Module, layers: Mapping[str, ExpertLayer]) -> ModelMap:
 
     Raises:
         CheckpointError: if sharded experts have state that a checkpoint of the whole model can't
-            represent.
+            represent, or other parameters are named like experts that SparseUpdate trains.
     """
     for name, layer in layers.items():
         if layer.is_sharded and (why := why_not_saved(name, layer)):
             raise CheckpointError(why)
+    if why := why_mistaken(module, layers):
+        raise CheckpointError(why)
     result = ModelMap(
         module,
         num_experts={n: layer.num_experts for n, layer in layers.items()},

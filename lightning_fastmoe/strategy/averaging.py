@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.nn.experts.trained import TrainedExperts
 from lightning_fastmoe.zero.averages import Averages
 from lightning_fastmoe.zero.state import ZeroShard, ZeroState
 
@@ -138,7 +139,17 @@ class AveragedRun:
         vars(callback).update(replacements)
 
     def begin(self, engine: Any) -> None:
-        """Starts the average from the engine's weights."""
+        """Starts the average from the engine's weights.
+
+        Raises:
+            ConfigError: if single experts of a layer are trained.
+        """
+        if any(isinstance(module, TrainedExperts) for module in engine.module.modules()):
+            raise ConfigError(
+                "WeightAveraging would average the experts that SparseUpdate has selected, but not"
+                " their rows in the frozen stacks. Remove it, or call SparseUpdate.release(model)"
+                " before Trainer.fit to train whole layers."
+            )
         callback = self._callback
         options = {"use_buffers": callback._use_buffers, **callback._kwargs}
         callback._average_model = ShardedAverage(engine, callback._device, options)

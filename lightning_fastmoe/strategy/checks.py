@@ -14,7 +14,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from lightning_fastmoe.checkpoint.expert_names import why_not_saved
+from lightning_fastmoe.checkpoint.expert_names import why_mistaken, why_not_saved
 from lightning_fastmoe.checkpoint.format.consistency import unlisted_layers
 from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError, ForeignObjectError
@@ -189,7 +189,8 @@ def check_can_be_saved(
 
     Raises:
         ConfigError: if the Trainer saves checkpoints, for sharded experts with state that can't be
-            saved, and for modules whose parameters are named like a MoE layer's.
+            saved, and for modules whose parameters are named like a MoE layer's, or like the
+            experts of one that are trained alone.
     """
     names = {name for name, _ in module.named_parameters()}  # a shared layer's are its first ones
     for other in unlisted_layers(names, layers):
@@ -200,8 +201,8 @@ def check_can_be_saved(
                 " these names to check that every MoE layer is listed. Use MoE, or rename its"
                 " parts. Or train with Trainer(enable_checkpointing=False)."
             )
-    for name, layer in layers.items():
-        why = why_not_saved(name, layer) if layer.is_sharded else None
+    reasons = [why_not_saved(n, layer) for n, layer in layers.items() if layer.is_sharded]
+    for why in (*reasons, why_mistaken(module, layers)):
         if why and trainer.checkpoint_callbacks:
             raise ConfigError(f"{why} Or train with Trainer(enable_checkpointing=False).")
 

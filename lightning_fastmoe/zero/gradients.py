@@ -22,7 +22,6 @@ from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.shards import OwnedFragment
 from lightning_fastmoe.checkpoint.format.tensor_names import gradient_name
 from lightning_fastmoe.checkpoint.model_map import ModelMap
-from lightning_fastmoe.nn.experts.trained import is_padding
 from lightning_fastmoe.zero.state import LocalFragment, ZeroShard, ZeroState
 
 _ZERO_3_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -179,7 +178,7 @@ class PartialGradients:
             (name := self.model.names[id(parameter)]): (i, row, offsets[i][name])
             for i, group in enumerate(self.zero.params_in_partition)
             for row, parameter in enumerate(group)
-            if not is_padding(parameter)
+            if id(parameter) not in self.state.padding
         }
 
     def _partition_3(self, parameter: Any) -> Tensor:
@@ -225,7 +224,7 @@ class PartialGradients:
             gradients = []
             for parameter in zero.params_in_partition[i]:
                 whole = torch.zeros_like(parameter, dtype=zero.gradient_accumulation_dtype)
-                if not is_padding(parameter):
+                if id(parameter) not in self.state.padding:
                     local = own[self.model.names[id(parameter)]]
                     local.within(whole.detach().view(-1)).copy_(values[local])
                 gradients.append(whole)

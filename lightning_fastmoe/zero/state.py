@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
-from lightning_fastmoe.nn.experts.trained import is_padding
+from lightning_fastmoe.nn.experts.trained import padding_in
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -106,12 +106,16 @@ class ZeroState:
     Args:
         engine: the DeepSpeed engine.
         names: ``id(parameter)`` -> name, of the whole model.
+
+    Attributes:
+        padding: ``id`` of the parameters that are no part of the model on this rank.
     """
 
     def __init__(self, engine: Any, names: dict[int, str]) -> None:
         self.engine, self.names = engine, names
         self.zero = engine.optimizer
         self.partitions_parameters = bool(engine.zero_optimization_partition_weights())
+        self.padding = padding_in(engine.module)
         # After validation the engine has no optimizer that trains.
         self.trains = engine.basic_optimizer is not None
 
@@ -147,7 +151,7 @@ class ZeroState:
                 names.append(name)
                 first = max(offset, begin)
                 last = min(offset + meta.numel(), begin + size)
-                if first < last and not is_padding(parameter):
+                if first < last and id(parameter) not in self.padding:
                     fragments.append(
                         FlatFragment(first - offset, last - first, name, first - begin)
                     )
@@ -163,7 +167,7 @@ class ZeroState:
                 name = self.names[id(parameter)]
                 names.append(name)
                 own = partition_of(parameter)
-                if own.length and not is_padding(parameter):
+                if own.length and id(parameter) not in self.padding:
                     fragments.append(FlatFragment(own.start, own.length, name, offset))
                 offset += parameter.partition_numel()
             inner = zero.optimizer
@@ -175,7 +179,7 @@ class ZeroState:
             yield FlatPartition(master, fragments, names, group, inner)
 
     def _loose(self, name: str, parameter: nn.Parameter) -> LooseParameter:
-        if is_padding(parameter):
+        if id(parameter) in self.padding:
             return LooseParameter(name, parameter.new_empty(0), 0, Fragment(0, 0))
         if self.partitions_parameters:
             own = partition_of(parameter)

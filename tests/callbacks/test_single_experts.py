@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from callbacks.blocks import Block, Blocks
 from callbacks.model import D_FFN, D_MODEL, make_trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 
 from lightning_fastmoe import MoE, SparseUpdate
@@ -140,6 +140,17 @@ def test_second_derivatives_and_retained_graphs():
     assert torch.equal(found[1], wanted[1])
 
 
+def test_functional_call_computes_with_its_own_parameters():
+    torch.manual_seed(2)
+    model, x = nn.Sequential(MoE(D_MODEL, D_FFN, 4, 2)), torch.randn(9, D_MODEL)
+    stack = model[0].experts.up_proj.detach().clone()
+    stack[[1, 2]] *= 2
+    wanted = torch.func.functional_call(model, {"0.experts.up_proj": stack}, (x,))
+    SparseUpdate(experts=[1, 2]).apply(model)
+    own = {"0.experts.trained.up_proj": stack[[1, 2]]}
+    assert torch.equal(torch.func.functional_call(model, own, (x,)), wanted)
+
+
 @pytest.mark.parametrize(
     ("experts", "match"),
     [
@@ -184,8 +195,9 @@ def test_experts_that_are_modules_and_averages_are_refused(tmp_path):
     model.blocks[1].moe = MoE(D_MODEL, D_FFN, 4, 2, expert=lambda d, f: nn.Linear(d, d))
     with pytest.raises(ConfigError, match=r"'blocks\.1\.moe' are modules"):
         SparseUpdate(experts=[0]).apply(model)
-    with pytest.raises(ConfigError, match="WeightAveraging would average"):
-        make_trainer(tmp_path, SparseUpdate(experts=[0]), EMAWeightAveraging()).fit(Blocks(2))
+    for averaging in (EMAWeightAveraging(), StochasticWeightAveraging(0.01)):
+        with pytest.raises(ConfigError, match="WeightAveraging would average"):
+            make_trainer(tmp_path, SparseUpdate(experts=[0]), averaging).fit(Blocks(2))
 
 
 def test_indices_count_in_the_named_list():
@@ -203,6 +215,41 @@ def test_parameters_are_counted_once():
     before = model_size(model)
     SparseUpdate(experts=EXPERTS).apply(model)
     assert model_size(model) == before
+
+
+class Stem(Blocks):
+    """Has a MoE layer before its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        del self.blocks
+        self.stem = Block()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+
+def test_layers_before_the_blocks_are_in_the_frozen_prefix():
+    with pytest.raises(ConfigError, match=r"'stem\.moe', which is before the trained blocks"):
+        SparseUpdate(1, {"stem.moe": [0]}, layers="blocks").apply(Stem())
+    model = Stem()
+    SparseUpdate(1, [0], layers="blocks").apply(model)
+    named = [name for name, _ in model.named_modules() if name.endswith(".trained")]
+    assert named == ["blocks.1.moe.experts.trained"]
+
+
+def test_negative_indices_are_no_layers_elsewhere():
+    with pytest.raises(ConfigError, match="block -1, which has no MoE layers"):
+        SparseUpdate(experts={-1: [0]}, layers="blocks").apply(Stem())
+
+
+@pytest.mark.parametrize("experts", [{2: [1]}, [1]])
+def test_layers_that_an_earlier_selection_froze_are_refused(experts):
+    model = Blocks(3)
+    SparseUpdate(experts={1: [1]}).apply(model)
+    with pytest.raises(ConfigError, match=r"frozen.*requires_grad_\(True\)"):
+        SparseUpdate(experts=experts).apply(model)
+    model.requires_grad_(True)
+    SparseUpdate(experts=experts).apply(model)
+    assert model.blocks[2].moe.experts.trained.up_proj.requires_grad
 
 
 class Late(Blocks):

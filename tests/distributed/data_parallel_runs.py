@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 from distributed.devices import join
 from torch import Tensor, nn
 
-from lightning_fastmoe import MoE, moe_losses
+from lightning_fastmoe import MoE, SparseUpdate, moe_losses
 from lightning_fastmoe.distributed import ExpertDataParallel, ExpertSharder, make_expert_mesh
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn.placement import expert_placement
@@ -397,3 +398,39 @@ def bytes_of_loaded_state() -> tuple[int, int]:
     parallel.load_full_optimizer_state_dict(optimizer, everyone[0])
     moment = optimizer.state[net.moes[0].experts.down_bias]["exp_avg"]
     return moment.numel() * moment.element_size(), moment.untyped_storage().nbytes()
+
+
+def whole_state_of_single_experts(
+    ids: list[int], others: list[int]
+) -> tuple[dict[str, Any], bool, str]:
+    """The optimizer's state of some trained experts, whether it loads, what others say of it."""
+    join("cpu")
+    states = []
+    for chosen in (ids, ids, others):
+        torch.manual_seed(0)
+        net = nn.Sequential(MoE(D, F, 4, top_k=2, load_balancing=0.0)).double()
+        SparseUpdate(experts=chosen, dense=False).apply(net)
+        parallel = ExpertDataParallel(net, dist.get_world_size())
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+        if states:
+            try:
+                parallel.load_full_optimizer_state_dict(optimizer, deepcopy(states[0]))
+            except CheckpointError as error:
+                return states[0], True, str(error)
+        generator = torch.Generator().manual_seed(1)
+        batch = torch.randn(2, 12, D, dtype=torch.float64, generator=generator)
+        mine = batch.flatten(0, 1).chunk(dist.get_world_size())[dist.get_rank()]
+        if not states:
+            parallel.backward(net(mine).square().mean())
+            parallel.reduce_gradients()
+            optimizer.step()
+        state = [parallel.full_optimizer_state_dict(optimizer)]
+        dist.broadcast_object_list(state, 0)
+        states.append(state[0])
+        if len(states) == 2:
+            for name, values in states[0]["state"].items():
+                assert all(torch.equal(v, states[1]["state"][name][k]) for k, v in values.items())
+            parallel.backward(net(mine).square().mean())
+            parallel.reduce_gradients()
+            optimizer.step()  # with the shapes that were loaded
+    return states[0], False, ""

@@ -160,3 +160,17 @@ def test_saving_refuses_optimizers_of_some_ranks(rank_pool):
 
 def test_loaded_optimizer_states_do_not_keep_the_whole_in_memory(rank_pool):
     assert rank_pool.run(runs.bytes_of_loaded_state, 2) == [(256, 256)] * 2
+
+
+@pytest.mark.parametrize(("ids", "others"), [([1], [3]), ([0, 1], [1, 2]), ([0, 1, 2], [0, 1, 3])])
+def test_whole_optimizer_states_of_single_experts(ids, others, rank_pool):
+    """One rank has no trained expert, or as many as it has experts, and others fewer."""
+    (alone, *_), *_ = rank_pool.run(runs.whole_state_of_single_experts, 1, ids, others)
+    for state, loads, said in rank_pool.run(runs.whole_state_of_single_experts, 2, ids, others):
+        assert loads
+        assert f"{ids}}} there, {{'0.experts.trained': {others}}} here" in said
+        assert state["trained_experts"] == {"0.experts.trained": ids}
+        assert state["param_groups"] == alone["param_groups"]
+        for name, values in alone["state"].items():
+            for key, value in values.items():
+                torch.testing.assert_close(state["state"][name][key], value, rtol=1e-9, atol=1e-12)

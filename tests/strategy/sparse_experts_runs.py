@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from strategy.models import Case, Net, Trace, build_net, loss_of, make_batches, reference
 from strategy.tracing import make_trainer, over_expert_ranks
 from torch import Tensor, nn
@@ -226,3 +229,76 @@ def trains_midway(case: Case, options: dict[str, Any], path: str, load: bool) ->
         warnings.simplefilter("ignore")  # of resuming within an epoch
         make_trainer(case, callbacks=callbacks).fit(Net(case), ckpt_path=path if load else None)
     return notes.weights[-1]
+
+
+def trains_twice(
+    case: Case, first: dict[str, Any] | None, second: dict[str, Any] | None, release: bool = False
+) -> list[Weights]:
+    """Weights of the second fit of one module, each fit with its own selection."""
+    pl.seed_everything(7, verbose=False)
+    module, notes = Net(case), Notes()
+    for options, others in ((first, []), (second, [notes])):
+        callbacks = [*([] if options is None else [SparseUpdate(**options)]), *others]
+        once = replace(case, extra=deepcopy(case.extra))  # a Trainer adds to its config
+        make_trainer(once, callbacks=callbacks).fit(module)
+        if release:
+            SparseUpdate.release(module)
+            release = False
+    return notes.weights
+
+
+class Copied(Late):
+    """Trains a copy of the network in which it has frozen experts."""
+
+    def configure_model(self) -> None:
+        is_new = self.net is None
+        super().configure_model()
+        if is_new:
+            self.net = deepcopy(self.net)
+
+
+def trains_a_copy(case: Case, options: dict[str, Any], save: str, load: str | None) -> Weights:
+    """The last weights of a run, which saves them."""
+    pl.seed_everything(7, verbose=False)
+    module, notes = Copied(case), Notes()
+    module.callback = SparseUpdate(**options)
+    trainer = make_trainer(case, callbacks=[module.callback, notes])
+    trainer.fit(module, ckpt_path=load)
+    trainer.save_checkpoint(save)
+    return notes.weights[-1]
+
+
+def averages_without_callback(case: Case) -> str | None:
+    """The error of a run that averages a model in which experts were selected before."""
+    module = Net(case)
+    SparseUpdate(experts=[1]).apply(module)
+    try:
+        make_trainer(case, callbacks=[EMAWeightAveraging()]).fit(module)
+    except FastMoEError as error:
+        return str(error)
+    return None
+
+
+class Namesake(Net):
+    """Has a module of its own under the name of trained experts."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        assert self.net is not None
+        self.net["experts"] = nn.ModuleDict({"trained": nn.Linear(3, 3)})
+
+
+def saves_a_namesake(case: Case, path: str) -> list[str]:
+    """The errors of fitting with checkpoints, and of saving without."""
+    said = []
+    try:
+        make_trainer(case, enable_checkpointing=True, default_root_dir=path).fit(Namesake(case))
+    except FastMoEError as error:
+        said.append(str(error))
+    trainer = make_trainer(case)
+    trainer.fit(Namesake(case))
+    try:
+        trainer.save_checkpoint(path)
+    except FastMoEError as error:
+        said.append(str(error))
+    return said

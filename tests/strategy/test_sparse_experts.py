@@ -15,6 +15,7 @@ from lightning_fastmoe import select_experts
 from lightning_fastmoe.checkpoint.whole import read_whole
 
 EXPERTS = {"moes.0": [1], "moes.1": [0, 3, 6]}  # of 4 and 8: over 4 ranks, rank 2 has none
+NEXT = {"moes.0": [2, 3], "moes.1": [0, 1, 7]}
 OPTIONS = {"experts": {f"net.{name}": ids for name, ids in EXPERTS.items()}}
 ALL_PARTITIONED = {
     "zero_optimization": {
@@ -151,3 +152,62 @@ def test_resumes_within_a_step(stage: int, rank_pool, tmp_path) -> None:
     resumed = rank_pool.run(runs.trains_midway, 4, case, OPTIONS, path, True)
     for name, value in whole[2].items():
         torch.testing.assert_close(resumed[2][name], value, rtol=1e-6, atol=1e-7)
+
+
+WHOLE = {"moes.0": list(range(4)), "moes.1": list(range(8))}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "release"),
+    [(EXPERTS, NEXT, False), (None, EXPERTS, False), (EXPERTS, None, True)],
+)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_second_fit_trains_others(stage, first, second, release, rank_pool) -> None:
+    """ZeRO 3 leaves the model partitioned between the fits."""
+    extra = {"config": ALL_PARTITIONED} if stage == 3 else {}
+    case = Case(4, 2, stage, num_experts=(4, 8), extra=extra)
+    expected, _ = runs.masked_reference(case, first or WHOLE, dense=True)
+    net = build_net(case.num_experts, case.coefficients)
+    net.load_state_dict(expected.weights[-1])
+    with runs.masked(net, second or WHOLE):
+        again = runs.reference(case, net)
+    options = [
+        None if one is None else {"experts": {f"net.{name}": ids for name, ids in one.items()}}
+        for one in (first, second)
+    ]
+    for found in rank_pool.run(runs.trains_twice, 4, case, *options, release):
+        for name, value in found[0].items():
+            torch.testing.assert_close(value, expected.weights[-1][name], rtol=1e-5, atol=1e-6)
+        for name, value in found[-1].items():
+            torch.testing.assert_close(value, again.weights[-1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_copy_of_a_model_trains_and_resumes(stage: int, rank_pool, tmp_path) -> None:
+    """Also on a rank without trained experts, whose copy must not count as one."""
+    saved, again = str(tmp_path / "saved"), str(tmp_path / "again")
+    case = Case(2, 2, stage, steps=6, batches_per_epoch=3, in_configure_model=True)
+    options = {"experts": {"net.moes.0": [1]}}
+    rank_pool.run(runs.trains_a_copy, 2, case, options, saved, None)
+    case = replace(case, epochs=2)
+    last = rank_pool.run(runs.trains_a_copy, 2, case, options, again, saved)[0]
+    state = read_whole(tmp_path / "again")["state_dict"]
+    for name, value in last.items():
+        assert torch.equal(state[f"net.{name}"], value), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_averages_are_refused_without_the_callback_too(stage: int, rank_pool) -> None:
+    """Checkpoints would hold averages of the stacks, in which passes put other steps' rows."""
+    for said in rank_pool.run(runs.averages_without_callback, 2, Case(2, 2, stage)):
+        assert said is not None
+        assert "SparseUpdate.release(model)" in said
+
+
+def test_modules_named_like_trained_experts_are_refused(rank_pool, tmp_path) -> None:
+    """Readers of checkpoints leave out what has such a name."""
+    case = Case(1, 1, 2, steps=1)
+    (said,) = rank_pool.run(runs.saves_a_namesake, 1, case, str(tmp_path / "saved"))
+    assert len(said) == 2
+    for one in said:
+        assert "'net.experts.trained.weight' has '.experts.trained.' in its name" in one

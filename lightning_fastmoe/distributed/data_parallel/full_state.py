@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from lightning_fastmoe.distributed.data_parallel.contents import Contents
 from lightning_fastmoe.distributed.mesh import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
+from lightning_fastmoe.nn.experts.trained import TRAINED, TrainedExperts, trained_of
 
 Values = dict[tuple[str, ...], Any]
 """Path in a nested dictionary -> a tensor, or anything that pickle can copy."""
@@ -64,7 +65,10 @@ def gather_optimizer(
     experts: Values = {}
     for parameter, entries in optimizer.state.items():
         item = items[id(parameter)]
+        part = _trained(item.name, contents.expert_layer(item.name))
         for key, value in entries.items():
+            if part is not None and not part.rows and not _is_common(value):  # of padding
+                value = value.new_empty(0, *part.shapes[item.name.rpartition(".")[2]])
             (experts if item.is_expert else dense)[item.name, key] = value
     _check_rows({path: (contents.expert_layer(path[0]), v) for path, v in experts.items()})
     whole = _gather_experts(contents, experts, mesh)
@@ -76,7 +80,10 @@ def gather_optimizer(
         state.setdefault(name, {})[key] = _to_host(value)
     for number, group in enumerate(groups):  # experts that are modules have names of their own
         group["params"] = list(dict.fromkeys(n for rank in names for n in rank[number]))
-    return {"state": state, "param_groups": groups}
+    trained = _trained_ids(contents)
+    return {"state": state, "param_groups": groups} | (
+        {"trained_experts": trained} if trained else {}
+    )
 
 
 def load_optimizer(contents: Contents, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -86,6 +93,13 @@ def load_optimizer(contents: Contents, optimizer: Optimizer, state: Mapping[str,
         raise CheckpointError(
             f"The optimizer has {len(groups)} parameter groups, but the saved one had {len(saved)}."
             " Build it with the same groups."
+        )
+    saved_ids, ids = state.get("trained_experts", {}), _trained_ids(contents)
+    if saved_ids != ids:
+        raise CheckpointError(
+            "The optimizer state was saved with another selection of SparseUpdate: trained experts"
+            f" {saved_ids or 'as a whole'} there, {ids or 'as a whole'} here. Use the same"
+            " experts=, or start with a new optimizer."
         )
     numbers: dict[str, int] = {}
     packed = []
@@ -133,14 +147,50 @@ def _local_rows(name: str, value: Any, layer: ExpertLayer | None) -> Any:
     """What this rank's experts need of a value of the whole model."""
     if layer is None or not layer.experts.is_stacked or _is_common(value):
         return value
-    if value.shape[0] != layer.num_experts:
+    rows = _rows(name, layer)
+    if value.shape[0] != rows.total:
         raise CheckpointError(
             f"{name} has {value.shape[0]} rows in the loaded state, but the layer has"
-            f" {layer.num_experts} experts. Load the state of a whole model, which"
+            f" {rows.total} experts. Load the state of a whole model, which"
             " full_state_dict() returns, with as many experts."
         )
-    ids = layer.experts.local_ids
-    return value[ids[0] : ids[-1] + 1].clone()  # an optimizer keeps it, and not the whole
+    if not rows.number:
+        return value.new_zeros((1,) * value.dim())  # as the parameter is padding
+    # A copy: an optimizer keeps it, and not the whole.
+    return value[rows.first : rows.first + rows.number].clone()
+
+
+class _Rows(NamedTuple):
+    """This rank's rows of a parameter of the whole model."""
+
+    first: int
+    number: int
+    total: int
+
+
+def _rows(name: str, layer: ExpertLayer) -> _Rows:
+    ids, part = layer.experts.local_ids, _trained(name, layer)
+    if part is None:
+        return _Rows(ids[0], len(ids), layer.num_experts)
+    before = sum(i < ids[0] for i in part.expert_ids)
+    return _Rows(before, len(part.rows), len(part.expert_ids))
+
+
+def _trained(name: str, layer: ExpertLayer | None) -> TrainedExperts | None:
+    """The trained experts whose slices a parameter holds; None if it is none of theirs."""
+    if layer is None or f".{TRAINED}." not in name:
+        return None
+    return trained_of(layer.experts.holder)
+
+
+def _trained_ids(contents: Contents) -> dict[str, list[int]]:
+    """Names of the modules with the experts of which some are trained alone -> their ids."""
+    named = contents.model.named_modules()
+    return {
+        name: list(module.expert_ids)
+        for name, module in named
+        if isinstance(module, TrainedExperts)
+    }
 
 
 def _is_common(value: Any) -> bool:
@@ -153,7 +203,7 @@ def _check_rows(values: Mapping[tuple[str, ...], tuple[ExpertLayer | None, Any]]
     for path, (layer, value) in values.items():
         assert layer is not None
         if layer.experts.is_stacked and not _is_common(value):
-            rows = layer.num_local_experts
+            rows = _rows(path[0], layer).number
             if value.shape[0] != rows:
                 raise CheckpointError(
                     f"{'/'.join(path)} has shape {tuple(value.shape)}, but this rank has {rows}"

@@ -265,7 +265,8 @@ class ExpertDataParallel:
 
         Returns:
             On rank 0 ``{"state": {name: ...}, "param_groups": [...]}``, as in an optimizer's state
-            dict, but with names of parameters; an empty dictionary on the others.
+            dict, but with names of parameters, and where SparseUpdate trains single experts their
+            ids as ``"trained_experts"``; an empty dictionary on the others.
 
         Raises:
             CheckpointError: if a state of experts has no row for each of them.
@@ -284,7 +285,8 @@ class ExpertDataParallel:
             state: the same on every rank.
 
         Raises:
-            CheckpointError: if the groups don't match, or a layer has another number of experts.
+            CheckpointError: if the groups don't match, a layer has another number of experts, or
+                SparseUpdate trained other single experts.
         """
         full_state.load_optimizer(self._contents, optimizer, state)
 

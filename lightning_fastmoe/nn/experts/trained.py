@@ -24,8 +24,8 @@ TRAINED = "trained"
 class TrainedExperts(nn.Module):
     """The trained experts on this rank: a parameter (t, ...) for each stack, with its name.
 
-    A rank without any has parameters of one element that is not used, as :func:`is_padding` says:
-    ZeRO needs something in each group on each rank.
+    A rank without any has parameters of one element that is not used, of which :func:`padding_in`
+    tells: ZeRO needs something in each group on each rank.
 
     Args:
         stacks: name -> the stack (e, ...); its rows are copied.
@@ -59,7 +59,6 @@ class TrainedExperts(nn.Module):
     def _pad(self, own: nn.Parameter) -> None:
         if not self.rows:
             own.data = own.new_zeros((1,) * own.dim())
-            own.fastmoe_is_padding = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def keep(self, held: Sequence[int]) -> None:
@@ -91,9 +90,17 @@ class TrainedExperts(nn.Module):
         return f"experts {', '.join(map(str, self.expert_ids))}"
 
 
-def is_padding(parameter: nn.Parameter) -> bool:
-    """Whether a parameter stands for the trained experts of a rank that has none."""
-    return getattr(parameter, "fastmoe_is_padding", False)
+def padding_in(module: nn.Module) -> set[int]:
+    """``id`` of the parameters that stand for the trained experts of a rank that has none.
+
+    Asked of the modules, as copies of parameters, such as those of deepcopy, keep no marks.
+    """
+    return {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, TrainedExperts) and not part.rows
+        for parameter in part.parameters()
+    }
 
 
 def trained_of(module: nn.Module) -> TrainedExperts | None:
@@ -127,8 +134,7 @@ def train_rows(
 
 
 def dissolve(module: nn.Module) -> None:
-    """Undoes :func:`train_rows`: stacks hold everything, and are trained if their parts were."""
-    merge(module)
+    """Undoes :func:`train_rows` once the stacks hold everything; they are trained if parts were."""
     trained = trained_of(module)
     assert trained is not None
     for name, own in trained.named_parameters():
@@ -161,7 +167,7 @@ def check_frozen(module: nn.Module, trained: TrainedExperts) -> None:
         ConfigError: naming the stack.
     """
     for name, _ in trained.named_parameters():
-        if module.get_parameter(name).requires_grad:
+        if getattr(module, name).requires_grad:  # a tensor within functional_call
             raise ConfigError(
                 f"{name} of {type(module).__name__} requires gradients, but SparseUpdate trains"
                 f" experts {list(trained.expert_ids)} alone. Call SparseUpdate.release(model)"
