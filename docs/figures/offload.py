@@ -51,12 +51,10 @@ def draw() -> Canvas:
         canvas.text(across(tokens), HEIGHT - 26, f"{tokens // 1024}k", "mid small quiet")
         tokens *= 2
     canvas.text(WIDTH / 2, HEIGHT - 9, "tokens per pass", "mid small")
-    limit = [2**power for power in range(12, 19)]
-    points = [
-        (across(n), up(n * LINK / EXPERTS_GB)) for n in limit if n * LINK / EXPERTS_GB < SCALE
-    ]
+    limit = [2 ** (quarter / 4) for quarter in range(48, 64)]  # up to 54 thousand tokens
+    points = [(across(n), up(n * LINK / EXPERTS_GB)) for n in limit]
     canvas.line(points, "line")
-    canvas.text(points[-1][0] - 8, points[-1][1] + 46, "limit of the link", "end small quiet")
+    canvas.text(points[-1][0] + 10, points[-1][1] + 30, "limit of the link", "small quiet")
     for column, _, fill, line in SERIES:
         drawn = []
         for row in table(PAGE, COLUMN):
