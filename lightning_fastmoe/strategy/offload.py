@@ -50,8 +50,8 @@ class OffloadStrategy(SingleDeviceStrategy):
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(device="cpu" if device is None else torch.device(device), **kwargs)
-        self._chosen = device is not None
+        super().__init__(device="cpu", **kwargs)
+        self._device = None if device is None else torch.device(device)
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
         self.offloaded: OffloadedExperts | None = None
@@ -59,9 +59,9 @@ class OffloadStrategy(SingleDeviceStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        if not self._chosen and isinstance(self.accelerator, CUDAAccelerator):
-            return torch.device("cuda", 0)
-        return self._root_device
+        if self._device is not None:
+            return self._device
+        return torch.device("cuda:0" if isinstance(self.accelerator, CUDAAccelerator) else "cpu")
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
