@@ -7,7 +7,9 @@ A model of Qwen3-30B-A3B's sizes, bf16, with random weights, scores sequences of
 pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
 The offloaded rows may use --gpu-memory, enforced by torch; the resident one all of it. Times are by
 CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
-must have the same bits. --peers adds Accelerate's cpu_offload around transformers' own experts.
+must have the same bits. --generate adds steps of greedy generation for --sequences sequences, by
+transformers' generate, whose texts are not compared: torch's attention with a cache gives other
+bits each time, also with the resident model. --peers adds Accelerate's cpu_offload around transformers' own experts.
 
 Prints a line of JSON for each measurement, then a table.
 """
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
 from lightning_fastmoe.inference import offload_experts
-from lightning_fastmoe.strategy.offload import parse_bytes
+from lightning_fastmoe.planning.offload import parse_bytes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 151936,
@@ -115,6 +117,28 @@ def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
 
 
+def generate(name: str, model: Any, args: argparse.Namespace) -> None:
+    """Prints milliseconds of a greedy step, the mean of --generate."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (args.sequences, args.seq_len)
+    ids = torch.randint(SIZES["vocab_size"], shape, generator=generator).cuda()
+    seconds = []
+    for new in (1, 1, 1 + args.generate):
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - start)
+    ms = 1000 * (seconds[2] - seconds[1]) / args.generate
+    row: dict[str, Any] = {
+        "row": f"{name}, generates",
+        "sequences": args.sequences,
+        "ms_per_step": round(ms, 1),
+    }
+    row["tokens_per_s"] = round(1000 * args.sequences / ms)
+    print(json.dumps(row), flush=True)
+
+
 def link_rate() -> float:
     """GB/s from pinned host memory."""
     host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
@@ -134,6 +158,8 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--gpu-memory", default="24GB")
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--generate", type=int, default=0, help="steps of generation to time")
+    parser.add_argument("--sequences", type=int, default=64, help="that are generated")
     parser.add_argument("--peers", action="store_true", help="Accelerate, too")
     parser.add_argument("--peer-tokens", type=int, default=32768, help="its largest pass")
     args = parser.parse_args()
@@ -146,6 +172,8 @@ def main() -> int:
     host = {name: parameter.data for name, parameter in model.named_parameters()}
     model.cuda()
     rows = measure("resident", model, args, max(args.tokens))
+    if args.generate:
+        generate("resident", model, args)
     for name, parameter in model.named_parameters():
         parameter.data = host[name]
     torch.cuda.empty_cache()
@@ -156,6 +184,8 @@ def main() -> int:
     offloaded = offload_experts(model, "cuda", slots=args.slots)
     print(f"offloaded in {time.monotonic() - start:.1f} s", flush=True)
     rows += measure("offloaded", model, args, max(args.tokens))
+    if args.generate:
+        generate("offloaded", model, args)
     copied = offloaded.host_bytes
     offloaded.close()
 

@@ -50,6 +50,10 @@ COMMANDS = {
         "Write an HTML page about the experts of a training run.",
         "lightning_fastmoe.cli.report",
     ),
+    "plan": Command(
+        "Predict how long passes take with experts in host memory.",
+        "lightning_fastmoe.cli.plan",
+    ),
     "tokenize": Command(
         "Turn text into token files for pretraining, with a tokenizer of yours or a new one.",
         "lightning_fastmoe.cli.tokenize",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,8 +16,7 @@ from typing_extensions import override
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
 from lightning_fastmoe.nn.expert_layers import expert_layers
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from lightning_fastmoe.planning.offload import parse_bytes
 
 
 class OffloadStrategy(SingleDeviceStrategy):
@@ -131,18 +129,3 @@ def bytes_on_gpu(model: nn.Module, slots: int, resident_layers: int) -> int:
     cut = len(sizes) - resident_layers
     ring = min(slots, cut) * max(sizes[:cut], default=0)
     return every - sum(sizes) + sum(sizes[cut:]) + ring
-
-
-def parse_bytes(size: str | int) -> int:
-    """``"24GB"`` -> 24,000,000,000; a number is itself.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
-    unit = None if found is None else _UNITS.get(found[2].upper())
-    if found is None or unit is None or float(found[1]) <= 0:
-        raise ConfigError(
-            f"gpu_memory={size!r} is no number of bytes: use one such as '24GB' or '24GiB'."
-        )
-    return int(float(found[1]) * unit)

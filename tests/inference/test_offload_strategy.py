@@ -10,7 +10,8 @@ from inference.offload_models import KINDS, Scorer, loader, trainer
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy.offload import bytes_on_gpu, parse_bytes
+from lightning_fastmoe.planning.offload import parse_bytes
+from lightning_fastmoe.strategy.offload import bytes_on_gpu
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

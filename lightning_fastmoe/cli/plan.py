@@ -1,0 +1,83 @@
+"""Predict how long passes take with experts in host memory (OffloadStrategy), and what limits them.
+
+--config is the directory of a model of transformers, or its config.json; no weights are read. With
+--measure, models with one and two of its layers are timed on the GPU, which takes half a minute;
+without, the costs are those assumed of an H100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from lightning_fastmoe.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("--config", type=Path, required=True, help="the model's config.json")
+    parser.add_argument(
+        "--tokens",
+        required=True,
+        metavar="SEQUENCESxLENGTH",
+        help="of a pass, such as 256x512",
+    )
+    parser.add_argument("--gpu-memory", default="24GB", help="what may be used (default: 24GB)")
+    parser.add_argument("--host-memory", help="default: what is available here")
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--resident-layers", type=int, default=0)
+    parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
+    parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan."""
+    shape = re.fullmatch(r"(\d+)x(\d+)", arguments.tokens)
+    if shape is None or not int(shape[1]) * int(shape[2]):
+        raise ConfigError(f"--tokens {arguments.tokens!r}: use SEQUENCESxLENGTH, such as 256x512.")
+    from transformers import AutoConfig
+
+    from lightning_fastmoe.huggingface.trial import assumed_costs, measured_costs, sizes_of
+    from lightning_fastmoe.planning.offload import OffloadPlan, parse_bytes
+
+    sequences, length = int(shape[1]), int(shape[2])
+    try:
+        config = AutoConfig.from_pretrained(arguments.config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{arguments.config} has no config.json: {error}") from error
+    sizes = sizes_of(config)
+    if arguments.slots < 1 or not 0 <= arguments.resident_layers <= len(sizes.experts):
+        raise ConfigError(
+            f"--slots {arguments.slots} must be at least 1, and --resident-layers"
+            f" {arguments.resident_layers} between 0 and {len(sizes.experts)}."
+        )
+    costs = (
+        measured_costs(config, sequences, length, arguments.generate > 0)
+        if arguments.measure
+        else assumed_costs(config, sequences * length, sequences)
+    )
+    plan = OffloadPlan(
+        sizes,
+        costs,
+        tokens=sequences * length,
+        sequences=sequences,
+        gpu_memory=parse_bytes(arguments.gpu_memory),
+        slots=arguments.slots,
+        resident=arguments.resident_layers,
+        generated=arguments.generate,
+    )
+    sys.stdout.write(plan.text())
+    plan.check(
+        _available() if arguments.host_memory is None else parse_bytes(arguments.host_memory)
+    )
+    return 0
+
+
+def _available() -> int:
+    """Bytes of host memory that are free, or hold caches."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
+    if found is None:
+        raise ConfigError("The available host memory is unknown here: pass --host-memory.")
+    return int(found[1]) * 1024

@@ -1,0 +1,158 @@
+"""Measures on a GPU what passes of a model of transformers cost, with a few of its layers."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.sharded_experts import kind
+from lightning_fastmoe.planning.offload import OffloadCosts, OffloadSizes
+
+_LOGIT_ROWS = 4096
+_ASSUMED_LINK, _ASSUMED_FLOPS = 53e9, 300e12
+"""Of an H100 with PCIe 5, whose models compute at about this rate in bf16."""
+
+
+def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn.Module:
+    """The causal language model of a config, in bf16, with this package's experts.
+
+    Args:
+        config: of transformers.
+        layers: how many of its layers; None for all.
+        device: where; on ``"meta"`` it takes no memory, else weights are random.
+    """
+    import transformers
+
+    from lightning_fastmoe.huggingface.experts_interface import register_experts
+
+    register_experts()
+    config = copy.deepcopy(config)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = list(config.layer_types)[:layers]
+    with torch.device(device):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, experts_implementation="fastmoe"
+        )
+    return model.eval()
+
+
+def sizes_of(config: Any) -> OffloadSizes:
+    """Bytes of the model of a config.
+
+    Raises:
+        ConfigError: if it has no stacked experts.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * 2 * config.num_hidden_layers * heads * width
+    return OffloadSizes.of(skeleton(config), cache)
+
+
+def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
+    """Costs by the model's size alone, for an H100; see :func:`measured_costs`."""
+    model = skeleton(config)
+    active = 0.0
+    for name, parameter in model.named_parameters():
+        share = 1.0
+        if any(name.startswith(f"{path}.experts.") for path, _ in kind.layers(model)):
+            share = config.num_experts_per_tok / parameter.shape[0]
+        active += share * parameter.numel()
+    seconds = 2 * active / _ASSUMED_FLOPS
+    activations = 24 * tokens * config.hidden_size * 2
+    return OffloadCosts(_ASSUMED_LINK, tokens * seconds, 0.0, activations, sequences * seconds)
+
+
+@torch.no_grad()
+def measured_costs(config: Any, sequences: int, length: int, generates: bool) -> OffloadCosts:
+    """Measures passes of models with one and two layers with experts, and the link.
+
+    A pass is hidden states and the loss of the next token, whose logits are computed in chunks.
+
+    Args:
+        config: of transformers.
+        sequences: of a pass.
+        length: tokens of each.
+        generates: whether steps of generation are measured, too.
+
+    Raises:
+        ConfigError: without a GPU, or if the model has fewer than two layers with experts.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("--measure needs a GPU.")
+    first, second, total = _layers_to_compare(config)
+    ids = torch.randint(config.vocab_size, (sequences, length), device="cuda")
+    seconds, steps, activations = [], [], 0
+    for layers in (first, second):
+        model: Any = skeleton(config, layers, "cuda")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        backbone = model.base_model
+        seconds.append(_seconds(partial(backbone, input_ids=ids, use_cache=False)))
+        if generates:
+            steps.append(_seconds(partial(model, input_ids=ids[:, :1], use_cache=False)))
+        if layers == second:
+            hidden = backbone(input_ids=ids, use_cache=False)[0]
+            head = _seconds(partial(_chunked_loss, model, hidden, ids))
+            activations = torch.cuda.max_memory_allocated() - before
+        del model, backbone
+        torch.cuda.empty_cache()
+    layer = (seconds[1] - seconds[0]) / (second - first)
+    outside = max(0.0, seconds[0] - first * layer) + head
+    step = 0.0
+    if generates:
+        step = steps[0] + (total - first) * (steps[1] - steps[0]) / (second - first)
+    return OffloadCosts(_link(), total * layer, outside, activations, step, is_measured=True)
+
+
+def _layers_to_compare(config: Any) -> tuple[int, int, int]:
+    """Numbers of first layers, of which the second has one more with experts; and all."""
+    total = config.num_hidden_layers
+    model = skeleton(config)
+    with_experts = [
+        int(part) + 1
+        for path, _ in kind.layers(model)
+        for part in path.split(".")
+        if part.isdigit()
+    ]
+    if len(with_experts) < 2:
+        raise ConfigError("--measure compares models with one and two layers with experts.")
+    return with_experts[0], with_experts[1], total
+
+
+def _chunked_loss(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+    rows, wanted = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    head = model.get_output_embeddings()
+    total = torch.zeros((), device=ids.device)
+    for part, targets in zip(rows.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
+        total += F.cross_entropy(head(part).float(), targets, reduction="sum")
+    return total
+
+
+def _link() -> float:
+    host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(host, device="cuda")
+    return host.numel() / _seconds(lambda: there.copy_(host, non_blocking=True))
+
+
+def _seconds(work: Callable[[], Any], repeats: int = 5) -> float:
+    """The median of some runs after two, by CUDA events."""
+    for _ in range(2):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return float(statistics.median(times)) / 1000

@@ -1,0 +1,74 @@
+"""`lightning-fastmoe plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_fastmoe.cli.entry import main
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    transformers.Qwen3MoeConfig(
+        num_hidden_layers=48,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_plan(config: str, capsys) -> None:
+    command = ["plan", "--config", config, "--tokens", "256x512", "--host-memory", "100GB"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "48 layers with 58.0 GB of experts; 3.1 GB of everything else" in out
+    assert "2.4 GB in 2 slots, 0.0 GB resident" in out
+    assert "131,072 tokens" in out
+    assert "copies 1.09 s at 53.0 GB/s" in out
+    assert "assumed; --measure measures them" in out
+    assert "8 GB more: 6 resident layers" in out
+    assert main([*command, "--generate", "64", "--gpu-memory", "40GB"]) == 0
+    assert "64 tokens for each of 256 sequences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--tokens", "512"], "use SEQUENCESxLENGTH"),
+        (["--tokens", "8x512", "--gpu-memory", "4GB"], "The GPU lacks"),
+        (["--tokens", "8x512", "--host-memory", "50GB"], "The host lacks 8.0 GB"),
+        (["--tokens", "8x512", "--gpu-memory", "many"], "'many' is no number of bytes"),
+        (["--tokens", "8x512", "--slots", "0"], "--slots 0 must be at least 1"),
+        (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and 48"),
+    ],
+)
+def test_errors(options: list[str], reason: str, config: str, capsys) -> None:
+    command = ["plan", "--config", config, "--host-memory", "100GB", *options]
+    assert main(command) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measuring_needs_a_gpu(config: str, capsys) -> None:
+    assert main(["plan", "--config", config, "--tokens", "8x512", "--measure"]) == 2
+    assert "--measure needs a GPU" in capsys.readouterr().err
+
+
+def test_other_models(tmp_path: Path, capsys) -> None:
+    assert main(["plan", "--config", str(tmp_path), "--tokens", "8x512"]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
+    assert main(["plan", "--config", str(tmp_path), "--tokens", "8x512"]) == 2
+    assert "has no experts that could be offloaded" in capsys.readouterr().err
