@@ -9,7 +9,8 @@ The offloaded rows may use --gpu-memory, enforced by torch; the resident one all
 CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
 must have the same bits. --generate adds steps of greedy generation for --sequences sequences, by
 transformers' generate, whose texts are not compared: torch's attention with a cache gives other
-bits each time, also with the resident model. --peers adds Accelerate's cpu_offload around transformers' own experts.
+bits each time, also with the resident model. --peers adds Accelerate's cpu_offload around
+transformers' own experts.
 
 Prints a line of JSON for each measurement, then a table.
 """

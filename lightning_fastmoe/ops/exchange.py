@@ -14,14 +14,13 @@ R ranks, N rows.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.native import load, native
+from lightning_fastmoe.ops.native import native
 
 MAX_RANKS = 32
 """Most ranks of a group that the kernels support."""
@@ -38,24 +37,7 @@ GIVEN_UP_AT = 0
 ALIGNMENT = 16
 """What the byte at which rows or flags begin must be a multiple of."""
 
-BULK_BLOCKS = 132
-"""Thread blocks that move long rows by bulk copies, on Hopper GPUs."""
-_LONG = 1024
-"""Bytes from which on a row is long."""
-
 _FENCE = threading.Lock()
-
-
-def _is_long(rows: Tensor) -> bool:
-    row_bytes = rows.shape[1] * rows.element_size()
-    return row_bytes >= _LONG and row_bytes % ALIGNMENT == 0 and rows.data_ptr() % ALIGNMENT == 0
-
-
-@functools.cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    library = load()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return library is not None and bool(library.hopper_available(index))
 
 
 def push_rows(
@@ -67,7 +49,7 @@ def push_rows(
     rank: int,
     at: int,
     most: int,
-    bulk_blocks: int | None = None,
+    bulk_blocks: int = 0,
 ) -> None:
     """Writes rows into the memory of the ranks that they are for.
 
@@ -82,11 +64,10 @@ def push_rows(
         at: the byte of each rank's memory that the first row for it goes to; the others follow.
         most: the number of rows that there is room for.
         bulk_blocks: on Hopper GPUs, the thread blocks that move rows by bulk copies; 0 for loads
-            and stores by all of the device. None is :data:`BULK_BLOCKS` for long rows.
+            and stores by all of the device. Layers don't use bulk copies: they have run between
+            "ranks" on one GPU only (benchmarks/exchange.py would measure them between several).
     """
     if (library := native(rows, ends)) is not None:
-        if bulk_blocks is None:
-            bulk_blocks = BULK_BLOCKS if _is_long(rows) and _has_bulk_copies(rows.device) else 0
         library.exchange_push(rows, order, ends, divisor, memory, rank, at, most, bulk_blocks)
         return
     begin = 0
