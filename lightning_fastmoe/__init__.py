@@ -84,7 +84,7 @@ def __dir__() -> list[str]:
 
 
 serve_former_paths()
-register_with_lightning(lambda **arguments: _load("FastMoEStrategy")(**arguments))
+register_with_lightning(lambda kind, **arguments: _load(kind)(**arguments))
 register_loaders(lambda: import_module(f"{__name__}.strategy.checkpointing.plain_loading"))
 when_imported(
     {

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,8 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{NAME}_stage_3": {"stage": 3},
     f"{NAME}_stage_2_offload": {"stage": 2, "offload_optimizer": True},
     f"{NAME}_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    f"{NAME}_offload": {},
 }
 """The strategy's arguments by the name given to ``Trainer(strategy=...)``."""
+
+CLASSES = {f"{NAME}_offload": "OffloadStrategy"}
+"""The class of each name; of the others, FastMoEStrategy."""
 
 OURS = "pytorch_lightning.strategies"
 FOREIGN = "lightning.pytorch.strategies"
@@ -47,12 +52,14 @@ def register_names(registry: Any, make_strategy: Callable[..., Any]) -> None:
 
     Args:
         registry: ``pytorch_lightning.strategies.StrategyRegistry``, or one like it.
-        make_strategy: called with a variant's arguments when a Trainer asks for it.
+        make_strategy: called with the name of a class of this package and a variant's arguments
+            when a Trainer asks for it.
     """
     for name, arguments in VARIANTS.items():
         if name not in registry:
-            about = f"Expert parallelism, ZeRO: {arguments}"
-            registry.register(name, make_strategy, description=about, **arguments)
+            kind = CLASSES.get(name, "FastMoEStrategy")
+            make = partial(make_strategy, kind)
+            registry.register(name, make, description=f"{kind}: {arguments}", **arguments)
 
 
 def register_with_lightning(make_strategy: Callable[..., Any]) -> None:
@@ -77,7 +84,7 @@ class _Names(list[str]):
         if not known and isinstance(name, str) and name.startswith(NAME):
             # Lightning's own message doesn't list this package's names.
             raise ConfigError(
-                f"strategy={name!r} is unknown. The names of FastMoEStrategy are:"
+                f"strategy={name!r} is unknown. The names of this package's strategies are:"
                 f" {', '.join(VARIANTS)}. For other arguments give an object:"
                 " strategy=FastMoEStrategy(...)."
             )
@@ -103,7 +110,7 @@ def _warn_about_foreign(module: ModuleType) -> None:
         )
 
 
-def _refuse_foreign(**_: Any) -> NoReturn:
+def _refuse_foreign(_kind: str, **_: Any) -> NoReturn:
     raise ForeignObjectError(
         "FastMoEStrategy is a strategy of pytorch_lightning, but this Trainer is from"
         f" lightning.pytorch. The two packages can't be mixed. {_FIX}"

@@ -46,11 +46,12 @@ assert MoE.__module__ == "lightning_fastmoe.nn.moe"
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import StrategyRegistry
 names = [name for name in StrategyRegistry.available_strategies() if name.startswith("fastmoe")]
-assert len(names) == 6, names
+assert len(names) == 7, names
 assert loaded("deepspeed", "lightning_fastmoe.strategy", "lightning_fastmoe.callbacks") == []
 strategy = StrategyRegistry.get("fastmoe_stage_3")
 assert type(strategy) is lightning_fastmoe.FastMoEStrategy
 assert strategy.config["zero_optimization"]["stage"] == 3
+assert type(StrategyRegistry.get("fastmoe_offload")) is lightning_fastmoe.OffloadStrategy
 from lightning_fastmoe import *
 assert ExpertLoadMonitor.__module__ == "lightning_fastmoe.monitoring.callbacks.expert_load"
 """

@@ -33,6 +33,13 @@ def test_predict_validate_and_test(kind: str, precision: Any) -> None:
     assert not any(part._forward_pre_hooks for part in module.modules())
 
 
+def test_by_name() -> None:
+    own = trainer("fastmoe_offload")
+    assert isinstance(own.strategy, OffloadStrategy)
+    (whole, *_) = trainer("auto").predict(Scorer({}), loader())
+    assert torch.equal(own.predict(Scorer({}), loader())[0], whole)
+
+
 def test_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"OffloadStrategy can't train"):
         trainer(OffloadStrategy(), max_steps=1).fit(Scorer({}), loader())
