@@ -1,9 +1,10 @@
 """Scoring with experts in host memory, beside the same model on the GPU as a whole.
 
     python benchmarks/offload.py
+    python benchmarks/offload.py --model mixtral-8x7b
     python benchmarks/offload.py --layers 8 --tokens 8192 65536 --peers
 
-A model of Qwen3-30B-A3B's sizes, bf16, with random weights, scores sequences of --seq-len tokens: a
+A model of the sizes of --model, bf16, with random weights, scores sequences of --seq-len tokens: a
 pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
 The offloaded rows may use --gpu-memory, enforced by torch; the resident one all of it. Times are by
 CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
@@ -33,30 +34,47 @@ import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
 from lightning_fastmoe.inference import offload_experts
 from lightning_fastmoe.planning.offload import parse_bytes
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 4096,
-    "use_cache": False,
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral-8x7b": ("mixtral", {"num_hidden_layers": 32}),  # transformers' defaults
 }
+"""transformers' family, and what its config says."""
 LOGIT_ROWS = 4096
 
 
-def build(layers: int) -> nn.Module:
-    """The model on the CPU, its weights drawn on the GPU, which takes seconds."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+def config_of(name: str, layers: int | None = None) -> Any:
+    """The config of one of :data:`MODELS`, with fewer layers if asked."""
+    from transformers import AutoConfig
 
-    config = Qwen3MoeConfig(num_hidden_layers=layers, **SIZES)
+    family, sizes = MODELS[name]
+    options = {"max_position_embeddings": 4096, "use_cache": False, "tie_word_embeddings": False}
+    if layers is not None:
+        options["num_hidden_layers"] = layers
+    return AutoConfig.for_model(family, **{**sizes, **options})
+
+
+def build(name: str, layers: int | None = None) -> nn.Module:
+    """The model on the CPU, its weights drawn on the GPU, which takes a minute for 60 GB."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(name, layers)
     with torch.device("meta"):
-        model: nn.Module = Qwen3MoeForCausalLM._from_config(
+        model: nn.Module = AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", experts_implementation="fastmoe"
         )
     generator = torch.Generator("cuda").manual_seed(0)
@@ -84,7 +102,7 @@ def score(model: Any, ids: Tensor) -> Tensor:
     return total / len(rows)
 
 
-def measure(name: str, model: nn.Module, args: argparse.Namespace, most: int) -> list[Any]:
+def measure(name: str, model: Any, args: argparse.Namespace, most: int) -> list[Any]:
     """Rows of one way, with growing passes up to ``most`` tokens."""
     rows = []
     for tokens in args.tokens:
@@ -92,7 +110,7 @@ def measure(name: str, model: nn.Module, args: argparse.Namespace, most: int) ->
             continue
         generator = torch.Generator().manual_seed(tokens)
         shape = (tokens // args.seq_len, args.seq_len)
-        ids = torch.randint(SIZES["vocab_size"], shape, generator=generator).cuda()
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
         torch.cuda.reset_peak_memory_stats()
         try:
             times, loss = timed(lambda ids=ids: score(model, ids), args.passes)  # type: ignore[misc]
@@ -122,7 +140,7 @@ def generate(name: str, model: Any, args: argparse.Namespace) -> None:
     """Prints milliseconds of a greedy step, the mean of --generate."""
     generator = torch.Generator().manual_seed(1)
     shape = (args.sequences, args.seq_len)
-    ids = torch.randint(SIZES["vocab_size"], shape, generator=generator).cuda()
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
     seconds = []
     for new in (1, 1, 1 + args.generate):
         torch.cuda.synchronize()
@@ -153,7 +171,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--model", choices=sorted(MODELS), default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--passes", type=int, default=3)
@@ -167,7 +186,7 @@ def main() -> int:
     torch.set_grad_enabled(False)
     rate = link_rate()
     start = time.monotonic()
-    model = build(args.layers)
+    model = build(args.model, args.layers)
     print(f"built in {time.monotonic() - start:.1f} s; link {rate:.1f} GB/s", flush=True)
 
     host = {name: parameter.data for name, parameter in model.named_parameters()}
