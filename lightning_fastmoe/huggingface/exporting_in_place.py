@@ -208,6 +208,12 @@ class _Source:
                     f"{self.reader.path} has adapters ({self.stored.adapters[name][0]}, ...): pass"
                     " --lora-scale, their alpha / rank, to merge them into the weights."
                 )
+            if name.removeprefix(self.prefix) not in shapes:
+                raise ConfigError(
+                    f"{self.reader.path} has an adapter of {name}, which is tied to another weight"
+                    " and so not written: merged, it would be lost. Train without it, or save the"
+                    " adapters with lightning_fastmoe.huggingface.save_adapters(trainer, path)."
+                )
         guessed = [n for n in adapted if self.is_without_own_scale(n.removeprefix(self.prefix))]
         ranks = {self.rank_of(n): n for n in guessed}
         if len(ranks) > 1:
