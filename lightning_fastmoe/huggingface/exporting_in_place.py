@@ -182,6 +182,13 @@ class _Source:
             for n, s in self.stored.shapes.items()
             if n.startswith(self.prefix)
         }
+        copies = [n for n in own if ".modules_to_save." in n or ".token_adapter." in n]
+        if copies:
+            raise ConfigError(
+                f"{self.reader.path} has {len(copies)} weights that PEFT trains in copies"
+                f" ({copies[0]}, ...), which can't be merged here. Load the checkpoint into the"
+                " model on one device, and call merge_lora(model) and PEFT's merge_and_unload()."
+            )
         differ = [
             f"{self.prefix}{name} has shape {list(own[name])}, not {list(shape)}"
             if name in own

@@ -4,9 +4,8 @@ DeepSpeed (0.19) reduces a leaf module's gradients in a full backward hook of th
 those that are missing. But torch calls such a hook before any gradient exists if none of the
 tensors among the module's positional arguments requires one: behind a frozen prefix, with adapters
 or by keyword, the zeros are reduced, and the gradients are lost or fail in the next accumulated
-backward pass. Three of transformers' MoE
-blocks are leaf modules by default. Experts that this package computes never need it, since each
-rank computes with all of its parameters in every pass.
+backward pass. Three of transformers' MoE blocks are leaf modules by default. Experts that this
+package computes never need it, since each rank computes with all of its parameters in every pass.
 """
 
 from __future__ import annotations

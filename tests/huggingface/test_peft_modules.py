@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def test_an_adapter_of_a_tied_head_is_not_merged(rank_pool, tmp_path: Path) -> N
     want = trained(IDS, use_cache=False).logits
     theirs = PeftModel.from_pretrained(make_model(run, "eager"), tmp_path / "adapters")
     assert_close(theirs(IDS, use_cache=False).logits, want, "PEFT")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("options", "copy"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default.weight"),
+        ({"trainable_token_indices": [1, 2]}, "embed_tokens.token_adapter."),
+    ],
+)
+def test_weights_that_peft_trains_in_copies_are_not_left_out(
+    options: dict[str, Any], copy: str, tied: bool, rank_pool, tmp_path: Path
+) -> None:
+    run = replace(ONE, sizes={"tie_word_embeddings": tied})
+    options = {"target_modules": ["q_proj"], **options}
+    ((_, refused),) = rank_pool.run(saves_by_configuration, 1, run, tmp_path, options)
+    adapters, merged = refused
+    assert "save_adapters would not save 1 other trained parameters" in adapters
+    assert "weights that PEFT trains in copies" in merged
+    assert copy in merged
+    assert not [*tmp_path.iterdir()]
 
 
 def test_disabled_adapters_are_refused() -> None:
