@@ -28,6 +28,8 @@ from lightning_fastmoe.huggingface.lora import add_lora
 from lightning_fastmoe.huggingface.model_directory import new_directory, write_json
 from lightning_fastmoe.huggingface.peft_modules import (
     LinearAdapter,
+    check_base_weights,
+    check_initialisation,
     file_keys,
     linear_adapters,
     matches,
@@ -63,13 +65,14 @@ def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> 
 
     Raises:
         ConfigError: on all ranks, if the experts have no adapters, parameters that are no adapters
-            were trained too, linear layers have other adapters of PEFT than plain ones, or ``path``
-            exists.
+            were trained too, linear layers have other adapters of PEFT than plain ones or their
+            initialisation has changed the layers' weights, or ``path`` exists.
     """
     prefix, model = the_model(trainer)
     scale = lora_scale(model)
     if scale is None:
         raise ConfigError("save_adapters: the model's experts have no adapters; see add_lora.")
+    check_base_weights(model)
     linear = linear_adapters(model)
     theirs = file_keys(linear)
     others = [
@@ -179,6 +182,7 @@ def load_adapters(model: nn.Module, path: Any) -> None:
         raise ConfigError(f"{path} has no adapters of PEFT: {error}") from error
     _check_config(path, config)
     model = without_wrapper(model)
+    check_base_weights(model)
     linear = linear_adapters(model)
     rank, alpha = config["r"], config["lora_alpha"]
     with opened as file:
@@ -206,6 +210,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     for option in _OTHERWISE:
         if config.get(option):
             raise ConfigError(f"{path}: {option}={config[option]!r} is not supported.")
+    check_initialisation(path, config.get("init_lora_weights", True))
     for option in ("r", "lora_alpha"):
         if option not in config:
             raise ConfigError(f"{path}: {CONFIG} has no {option}.")

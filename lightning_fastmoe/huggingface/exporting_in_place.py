@@ -182,6 +182,13 @@ class _Source:
             for n, s in self.stored.shapes.items()
             if n.startswith(self.prefix)
         }
+        copies = [n for n in own if ".modules_to_save." in n or ".token_adapter." in n]
+        if copies:
+            raise ConfigError(
+                f"{self.reader.path} has {len(copies)} weights that PEFT trains in copies"
+                f" ({copies[0]}, ...), which can't be merged here. Load the checkpoint into the"
+                " model on one device, and call merge_lora(model) and PEFT's merge_and_unload()."
+            )
         differ = [
             f"{self.prefix}{name} has shape {list(own[name])}, not {list(shape)}"
             if name in own
@@ -207,6 +214,12 @@ class _Source:
                 raise ConfigError(
                     f"{self.reader.path} has adapters ({self.stored.adapters[name][0]}, ...): pass"
                     " --lora-scale, their alpha / rank, to merge them into the weights."
+                )
+            if name.removeprefix(self.prefix) not in shapes:
+                raise ConfigError(
+                    f"{self.reader.path} has an adapter of {name}, which is tied to another weight"
+                    " and so not written: merged, it would be lost. Train without it, or save the"
+                    " adapters with lightning_fastmoe.huggingface.save_adapters(trainer, path)."
                 )
         guessed = [n for n in adapted if self.is_without_own_scale(n.removeprefix(self.prefix))]
         ranks = {self.rank_of(n): n for n in guessed}

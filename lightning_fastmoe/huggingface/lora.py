@@ -43,14 +43,15 @@ def add_lora(
         rank: r, the rank of B A; multiples of 8 are fastest.
         alpha: B A is multiplied by ``alpha / rank``; None is ``2 * rank``.
         also_train: names of other parameters that stay trainable, or their last parts, such as
-            "lm_head.weight". Parameters that PEFT has made trainable before stay so, too.
+            "lm_head.weight". What a model of PEFT trains already stays trainable, too.
 
     Returns:
         The names of the adapters.
 
     Raises:
         ConfigError: if an argument is out of range, there are no such experts, they have adapters,
-            are quantised or use another implementation, or a name of ``also_train`` fits nothing.
+            PEFT's included, are quantised or use another implementation, or a name of
+            ``also_train`` fits nothing.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"rank={rank!r} must be a positive integer.")
@@ -60,6 +61,12 @@ def add_lora(
     if isinstance(also_train, str):
         raise ConfigError(f"also_train={also_train!r} must be a list of names.")
     layers = list(kind.layers(model))
+    if any(name.endswith(".experts.lora_A") for name, _ in model.named_modules()):
+        raise ConfigError(
+            "add_lora: PEFT has put adapters of its own on the experts. For many models it takes"
+            ' target_modules="all-linear", gate_proj, up_proj and down_proj to mean those of the'
+            " experts: name other layers, such as q_proj."
+        )
     if not layers:
         raise ConfigError(
             f"add_lora({type(model).__name__}): the model has no stacked experts of transformers."
@@ -127,7 +134,13 @@ def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
 
 def _freeze(model: nn.Module, also_train: Iterable[str]) -> None:
     named = dict(model.named_parameters())
-    kept = {name for name in named if ".lora_" in name and named[name].requires_grad}  # PEFT's
+    kept = {
+        f"{path}.{name}" if path else name
+        for path, part in model.named_modules()
+        if hasattr(part, "peft_config")  # PEFT has frozen what it doesn't train
+        for name, parameter in part.named_parameters()
+        if parameter.requires_grad
+    }
     for wanted in also_train:
         fitting = {n for n in named if n == wanted or n.endswith(f".{wanted}")}
         if not fitting:

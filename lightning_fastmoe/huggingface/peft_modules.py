@@ -14,6 +14,9 @@ from lightning_fastmoe.errors import ConfigError
 
 _A, _B = (re.compile(rf"(.+)\.lora_{part}\.([^.]+)\.weight") for part in "AB")
 
+KEEP_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal")
+"""PEFT's ``init_lora_weights`` that leave a layer's own weights as they are."""
+
 
 @dataclass(frozen=True)
 class LinearAdapter:
@@ -40,7 +43,8 @@ class LinearAdapter:
 def without_wrapper(model: nn.Module) -> nn.Module:
     """The model of transformers inside of PEFT's, or the model itself."""
     wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(model, "peft_config") else model
+    is_wrapper = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return wrapped.get_base_model() if is_wrapper else model
 
 
 def linear_adapters(model: nn.Module) -> dict[str, LinearAdapter]:
@@ -69,6 +73,11 @@ def linear_adapters(model: nn.Module) -> dict[str, LinearAdapter]:
                 f"{name}'s adapter is merged, or uses an option of PEFT such as use_dora or"
                 " lora_bias: only plain B A next to the layer is supported."
             )
+        if layer.disable_adapters or key not in layer.active_adapters:
+            raise ConfigError(
+                f"{name}'s adapter is disabled, so the model computes without it. Enable it with"
+                " PEFT's enable_adapter_layers() and set_adapter()."
+            )
         rank, alpha, scale = layer.r[key], float(layer.lora_alpha[key]), layer.scaling[key]
         found[name] = LinearAdapter(
             a=f"{name}.lora_A.{key}.weight",
@@ -77,6 +86,27 @@ def linear_adapters(model: nn.Module) -> dict[str, LinearAdapter]:
             alpha=alpha if math.isclose(scale, alpha / rank) else scale * rank,  # use_rslora
         )
     return found
+
+
+def check_base_weights(model: nn.Module) -> None:
+    """Refuses adapters whose initialisation has changed the weights beside them.
+
+    Raises:
+        ConfigError: since A and B alone belong to other weights than the model's files have.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        check_initialisation(type(model).__name__, getattr(config, "init_lora_weights", True))
+
+
+def check_initialisation(whose: object, init: object) -> None:
+    """Refuses PEFT's ``init_lora_weights`` that change a layer's own weights."""
+    if (init.lower() if isinstance(init, str) else bool(init)) not in KEEP_WEIGHTS:
+        raise ConfigError(
+            f"{whose}: init_lora_weights={init!r} changes the weights that adapters are added to,"
+            " so A and B alone don't describe the model. Use one of"
+            f" {', '.join(map(repr, KEEP_WEIGHTS))}, or save_pretrained, which saves the whole"
+            " model."
+        )
 
 
 def file_keys(adapters: Mapping[str, LinearAdapter]) -> dict[str, str]:
@@ -93,11 +123,13 @@ def target_modules(
     """PEFT's ``target_modules``, with one of the adapters that each stands for.
 
     It is the last part of a name if all layers of that name have such an adapter, as PEFT's users
-    and other programs write it, and otherwise whole names.
+    and other programs write it, and otherwise whole names. Experts' parameters count as layers:
+    they are keys of ``rank_pattern`` and ``alpha_pattern``, too, and have other ranks and scales.
     """
+    parts = [n for n, _ in (*model.named_modules(), *model.named_parameters())]
     targets = {}
     for last in sorted({name.rpartition(".")[2] for name in adapters}):
-        called = [n for n, _ in model.named_modules() if n.rpartition(".")[2] == last]
+        called = [n for n in parts if n.rpartition(".")[2] == last]
         kinds = {(adapters[n].rank, adapters[n].alpha) if n in adapters else None for n in called}
         if len(kinds) == 1:
             targets[last] = adapters[called[0]]

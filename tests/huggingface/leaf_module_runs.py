@@ -64,8 +64,9 @@ class Turns(nn.Module):
 class WithTurns(pl.LightningModule):
     """A leaf module without experts of this package, behind a layer that may be frozen."""
 
-    def __init__(self, frozen: bool) -> None:
+    def __init__(self, frozen: bool = False, keyword: bool = False) -> None:
         super().__init__()
+        self.keyword = keyword
         torch.manual_seed(0)
         self.net = nn.ModuleDict(
             {
@@ -77,7 +78,9 @@ class WithTurns(pl.LightningModule):
         self.net["first"].requires_grad_(not frozen)
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
-        x = self.net["turns"](self.net["first"](x), batch_idx % 2)
+        x = self.net["first"](x)
+        turns, which = self.net["turns"], batch_idx % 2
+        x = turns(x=x, which=which) if self.keyword else turns(x, which)
         return self.net["moe"](x).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -89,10 +92,13 @@ class WithTurns(pl.LightningModule):
         return DataLoader([torch.randn(4, 8) for _ in range(4)], batch_size=None)
 
 
-def other_leaf(run: Run, frozen: bool) -> dict[str, Tensor] | str:
+def other_leaf(
+    run: Run, frozen: bool = False, keyword: bool = False, evaluating: bool = False
+) -> dict[str, Tensor] | str:
     """The weights after training, or the error."""
-    module = WithTurns(frozen)
+    module = WithTurns(frozen, keyword)
     set_z3_leaf_modules(module, [Turns])
+    module.net["turns"].train(not evaluating)
     try:
         make_trainer(run).fit(module)
     except FastMoEError as found:
@@ -102,7 +108,7 @@ def other_leaf(run: Run, frozen: bool) -> dict[str, Tensor] | str:
 
 def other_leaf_reference(run: Run) -> dict[str, Tensor]:
     """The weights after training in a plain loop."""
-    module = WithTurns(frozen=False)
+    module = WithTurns()
     optimizer = module.configure_optimizers()
     batches = list(module.train_dataloader())
     for step in range(run.steps):

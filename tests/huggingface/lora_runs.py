@@ -138,3 +138,31 @@ def saves_adapters_of_both(run: Run, folder: Path) -> dict[str, Tensor]:
     save_pretrained(trainer, folder / "merged")
     trainer.save_checkpoint(folder / "last.ckpt")
     return weights.weights[0]
+
+
+class AdaptedAs(Adapted):
+    """Fine-tunes adapters of experts and what a configuration of PEFT trains."""
+
+    def __init__(self, run: Run, options: dict[str, Any]) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        EpochPerStep.__init__(self, run)
+        self.net = get_peft_model(make_model(run), LoraConfig(r=RANK, lora_alpha=ALPHA, **options))
+        torch.manual_seed(11)
+        add_lora(self.net, RANK, ALPHA)
+
+
+def saves_by_configuration(
+    run: Run, folder: Path, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights after training, and what the two ways to save them have refused."""
+    module, weights = AdaptedAs(run, options), WeightsByEpoch()
+    trainer = make_trainer(run, callbacks=[weights], max_steps=-1, max_epochs=1)
+    trainer.fit(module)
+    refused = []
+    for save, name in ((save_adapters, "adapters"), (save_pretrained, "merged")):
+        try:
+            save(trainer, folder / name)
+        except ConfigError as error:
+            refused.append(f"{name}: {error}")
+    return weights.weights[0], refused

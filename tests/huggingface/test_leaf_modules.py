@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from huggingface.leaf_module_runs import (
     adapters_after_training,
@@ -39,8 +41,20 @@ def test_experts_in_a_leaf_module_are_refused(by_config: bool, rank_pool) -> Non
 
 def test_leaf_modules_without_experts(rank_pool) -> None:
     run = Run(world=1, ep=1, stage=3, accumulate=2, steps=2)
-    (found,) = rank_pool.run(other_leaf, 1, run, False)
+    (found,) = rank_pool.run(other_leaf, 1, run)
     for key, weight in other_leaf_reference(run).items():
         assert_close(found[key], weight, key)
-    (found,) = rank_pool.run(other_leaf, 1, run, True)
-    assert "A Turns is a leaf module of ZeRO 3 and is trained, but no input of it" in found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "how",
+    [{"frozen": True}, {"frozen": True, "evaluating": True}, {"keyword": True}],
+    ids=["frozen", "in eval mode", "by keyword"],
+)
+def test_leaf_modules_whose_gradients_would_be_lost(
+    how: dict[str, bool], accumulate: int, rank_pool
+) -> None:
+    run = Run(world=1, ep=1, stage=3, accumulate=accumulate, steps=2)
+    (found,) = rank_pool.run(partial(other_leaf, **how), 1, run)
+    assert "A Turns is a leaf module of ZeRO 3 and is trained, but no tensor among its" in found
