@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -60,6 +62,13 @@ class OffloadStrategy(SingleDeviceStrategy):
         if self._device is not None:
             return self._device
         return torch.device("cuda:0" if isinstance(self.accelerator, CUDAAccelerator) else "cpu")
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """``configure_model`` builds on the CPU, where experts stay; a device's would not fit."""
+        with super().tensor_init_context(empty_init), torch.device("cpu"):
+            yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -38,6 +38,15 @@ def test_fit_is_refused() -> None:
         trainer(OffloadStrategy(), max_steps=1).fit(Scorer({}), loader())
 
 
+def test_configure_model_builds_on_the_cpu() -> None:
+    """Not on the GPU, as other strategies do, where the experts would not fit."""
+    strategy = OffloadStrategy(device="meta")
+    module = Scorer({})
+    with strategy.tensor_init_context():
+        module.configure_model()
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+
+
 def test_bytes() -> None:
     assert parse_bytes("24GB") == 24 * 10**9
     assert parse_bytes("1.5 GiB") == 3 * 2**29
