@@ -160,7 +160,7 @@ class OffloadedExperts:
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if self._running == (threading.get_ident(), number) and module is layer.module:
+            if module is layer.module and self._running == (threading.get_ident(), number):
                 self._finish()
 
         return [
@@ -197,7 +197,7 @@ def offload_experts(
             somewhere else than on the CPU, sharded, used by several layers, or offloaded already.
     """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:  # which one must not change later
+    if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
     layers = _layers(model)
     if slots < 1 or not 0 <= resident_layers <= len(layers):
