@@ -115,15 +115,17 @@ class OffloadedExperts:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-        for layer in (*self._layers, *self._resident):
-            layer.take_back()
-            _OFFLOADED.discard(layer.module)
-        if self._pinned is not None:
-            self._pinned.close()
-            self._pinned = None
+        try:
+            if self._ring is not None:
+                self._ring.close()
+        finally:  # also if the GPU has failed meanwhile
+            self._ring = self._running = None
+            for layer in (*self._layers, *self._resident):
+                layer.take_back()
+                _OFFLOADED.discard(layer.module)
+            if self._pinned is not None:
+                self._pinned.close()
+                self._pinned = None
 
     def _forget_interrupted(self) -> None:
         """Ctrl-C ends a forward pass without its hooks; the next one tidies up."""

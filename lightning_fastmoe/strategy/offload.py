@@ -116,9 +116,9 @@ class OffloadStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
-        if self.offloaded is not None:
-            self.offloaded.close()
-            self.offloaded = None
+        offloaded, self.offloaded = self.offloaded, None
+        if offloaded is not None:
+            offloaded.close()
         if self.gpu_memory is not None and self.root_device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, self.root_device)
         super().teardown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torchmetrics import MeanMetric
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
 from lightning_fastmoe.inference.offload import _Layer
+from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, Stack
 
 
@@ -263,6 +265,57 @@ def test_models_that_can_not_be_offloaded() -> None:
     part.layers[0].experts.keep((1, 2))
     with pytest.raises(ConfigError, match=r"layers.0 holds only some of its experts"):
         offload_experts(part, "cpu")
+
+
+def test_a_wait_is_that_of_the_experts_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current device, whose stream computes nothing if they are on another GPU."""
+    device = torch.device("cpu")
+    ring = ExpertRing([Stack([torch.ones(2)])], device, 1)
+    waiting: list[Any] = []
+    ring._slots[0].filled = SimpleNamespace(wait=lambda stream=None: waiting.append(stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("of", device))
+    ring.acquire(0)
+    assert waiting == [("of", device)]
+
+
+def test_a_gpu_that_failed_does_not_keep_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Blocks({}).eval()
+    host = [parameter.data_ptr() for parameter in model.parameters()]
+    offloaded = offload_experts(model, "cpu", slots=1)
+    layer: Any = offloaded._layers[0]
+    layer.put([tensor.clone() for tensor in layer.host])
+    pinned = SimpleNamespace(closed=0)
+    pinned.close = lambda: setattr(pinned, "closed", 1)
+    offloaded._pinned = pinned  # type: ignore[assignment]
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(offloaded._ring, "close", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        offloaded.close()
+    assert pinned.closed == 1
+    assert [parameter.data_ptr() for parameter in model.parameters()] == host
+
+
+@pytest.mark.filterwarnings("error")
+def test_memory_is_unpinned_if_the_warning_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: set[int] = set()
+
+    def register(pointer: int, size: int, flags: int) -> int:
+        if held:
+            return 2  # cudaErrorMemoryAllocation
+        held.add(pointer)
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=held.discard)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: zeros(1))
+    large = [torch.empty(1 << 20) for _ in range(2)]
+    with pytest.raises(UserWarning, match=r"0.0 GB of experts can't be registered"):
+        PinnedMemory(large)
+    assert not held
 
 
 def test_slots_hold_tensors_of_any_size_and_dtype() -> None:
