@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = AutoConfig.from_pretrained(arguments.config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{arguments.config} has no config.json: {error}") from error
+    config = config.get_text_config(decoder=True)  # of a model of images and text, too
     sizes = sizes_of(config)
     if arguments.slots < 1 or not 0 <= arguments.resident_layers <= len(sizes.experts):
         raise ConfigError(
@@ -77,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _available() -> int:
     """Bytes of host memory that are free, or hold caches."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text("ascii") if meminfo.exists() else ""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
     if found is None:
         raise ConfigError("The available host memory is unknown here: pass --host-memory.")
     return int(found[1]) * 1024

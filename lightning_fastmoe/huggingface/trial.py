@@ -28,6 +28,9 @@ def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn
         config: of transformers.
         layers: how many of its layers; None for all.
         device: where; on ``"meta"`` it takes no memory, else weights are random.
+
+    Raises:
+        ConfigError: if transformers has no causal language model for it.
     """
     import transformers
 
@@ -39,10 +42,14 @@ def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = list(config.layer_types)[:layers]
-    with torch.device(device):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, experts_implementation="fastmoe"
-        )
+    try:
+        with torch.device(device):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, experts_implementation="fastmoe"
+            )
+    except ValueError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ConfigError(f"No language model of {type(config).__name__}: {reason}") from error
     return model.eval()
 
 
@@ -54,19 +61,22 @@ def sizes_of(config: Any) -> OffloadSizes:
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * 2 * config.num_hidden_layers * heads * width
+    numbers = 2 * heads * width
+    if getattr(config, "kv_lora_rank", None):  # latents and one key's positions for all heads
+        numbers = config.kv_lora_rank + config.qk_rope_head_dim
+    cache = 2 * config.num_hidden_layers * numbers
     return OffloadSizes.of(skeleton(config), cache)
 
 
 def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
     """Costs by the model's size alone, for an H100; see :func:`measured_costs`."""
     model = skeleton(config)
-    active = 0.0
-    for name, parameter in model.named_parameters():
-        share = 1.0
-        if any(name.startswith(f"{path}.experts.") for path, _ in kind.layers(model)):
-            share = config.num_experts_per_tok / parameter.shape[0]
-        active += share * parameter.numel()
+    active = float(sum(parameter.numel() for parameter in model.parameters()))
+    for path, layer in kind.layers(model):
+        if layer.top_k is None:
+            raise ConfigError(f"How many experts of {path} a token has is unknown: use --measure.")
+        total = sum(parameter.numel() for parameter in layer.module.parameters())
+        active -= total * (1 - layer.top_k / layer.num_experts)
     seconds = 2 * active / _ASSUMED_FLOPS
     activations = 24 * tokens * config.hidden_size * 2
     return OffloadCosts(_ASSUMED_LINK, tokens * seconds, 0.0, activations, sequences * seconds)

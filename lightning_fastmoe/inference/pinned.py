@@ -30,6 +30,13 @@ class PinnedMemory:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.refused = 0
         self._registered: list[int] = []
+        try:
+            self._register(tensors)
+        except BaseException:
+            self.close()
+            raise
+
+    def _register(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             if tensor.is_pinned() or size < _SMALLEST:
@@ -44,7 +51,7 @@ class PinnedMemory:
             warnings.warn(
                 f"{self.refused / 1e9:.1f} GB of experts can't be registered with CUDA (containers"
                 " may limit locked memory: ulimit -l). They are copied at a fraction of the rate.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ MoE-Gen (Xu et al. 2025, arXiv 2503.09716) overlap copies this way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,11 @@ class Stack:
 
     Args:
         tensors: on the CPU, contiguous.
+        version: gives something else once the tensors have been changed, so that copies are old.
     """
 
     tensors: Sequence[Tensor]
+    version: Callable[[], object] = lambda: None
 
     @property
     def slot_bytes(self) -> int:
@@ -53,12 +55,14 @@ class _Slot:
     Attributes:
         memory: (B,) uint8.
         layer: whose experts are there, or on their way; None for nobody's.
+        version: of what was copied.
         filled: recorded by the copy stream when they are there.
         in_use: whether the layer computes.
     """
 
     memory: Tensor
     layer: int | None = None
+    version: object = None
     filled: Any = None
     in_use: bool = False
 
@@ -125,8 +129,10 @@ class ExpertRing:
                     "Layers whose experts are offloaded can't run inside one another."
                 )
             self._copy(layer, slot)
+        elif slot.version != self._stacks[layer].version():
+            self._copy(layer, slot)
         if slot.filled is not None:
-            slot.filled.wait()
+            slot.filled.wait(torch.cuda.current_stream(self._device))
         slot.in_use = True
         return self._stacks[layer].views(slot.memory)
 
@@ -162,6 +168,7 @@ class ExpertRing:
         """Starts to copy, after what the current stream still computes with the slot."""
         slot.layer = layer
         stack = self._stacks[layer]
+        slot.version = stack.version()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,7 +11,7 @@ import torch
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -35,7 +37,7 @@ class OffloadStrategy(SingleDeviceStrategy):
             None for all that is there.
         slots: GPU memory for the experts of so many layers, through which all pass.
         resident_layers: so many layers, the last ones, keep their experts on the GPU.
-        device: the device; None is the first GPU if the Trainer's accelerator is CUDA.
+        device: the device; None is the first of the Trainer's ``devices``.
     """
 
     strategy_name = "fastmoe_offload"
@@ -50,6 +52,7 @@ class OffloadStrategy(SingleDeviceStrategy):
     ) -> None:
         super().__init__(device="cpu", **kwargs)
         self._device = None if device is None else torch.device(device)
+        self._devices = [torch.device("cpu")]
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
         self.offloaded: OffloadedExperts | None = None
@@ -59,7 +62,24 @@ class OffloadStrategy(SingleDeviceStrategy):
     def root_device(self) -> torch.device:
         if self._device is not None:
             return self._device
-        return torch.device("cuda:0" if isinstance(self.accelerator, CUDAAccelerator) else "cpu")
+        return self._devices[0]
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """None, so that each Trainer with this strategy tells its own; see the setter."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        """The Trainer sets what its ``devices`` are, of which the first is used."""
+        self._devices = devices
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """``configure_model`` builds on the CPU, where experts stay; a device's would not fit."""
+        with super().tensor_init_context(empty_init), torch.device("cpu"):
+            yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -72,6 +92,10 @@ class OffloadStrategy(SingleDeviceStrategy):
             raise ConfigError(
                 f"accelerator={type(self.accelerator).__name__} is not supported: OffloadStrategy"
                 " runs on 'cuda' and 'cpu'."
+            )
+        if self._device is None and len(self._devices) > 1:
+            rank_zero_warn(
+                f"OffloadStrategy uses one of the {len(self._devices)} devices: {self.root_device}."
             )
         super().setup(trainer)
 
@@ -92,9 +116,9 @@ class OffloadStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
-        if self.offloaded is not None:
-            self.offloaded.close()
-            self.offloaded = None
+        offloaded, self.offloaded = self.offloaded, None
+        if offloaded is not None:
+            offloaded.close()
         if self.gpu_memory is not None and self.root_device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, self.root_device)
         super().teardown()

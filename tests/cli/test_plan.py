@@ -11,6 +11,8 @@ from lightning_fastmoe.cli.entry import main
 
 transformers = pytest.importorskip("transformers")
 
+from lightning_fastmoe.huggingface.trial import sizes_of, skeleton  # noqa: E402
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
@@ -72,3 +74,42 @@ def test_other_models(tmp_path: Path, capsys) -> None:
     transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64).save_pretrained(tmp_path)
     assert main(["plan", "--config", str(tmp_path), "--tokens", "8x512"]) == 2
     assert "has no experts that could be offloaded" in capsys.readouterr().err
+    transformers.T5Config().save_pretrained(tmp_path)
+    assert main(["plan", "--config", str(tmp_path), "--tokens", "8x512"]) == 2
+    assert "No language model of T5Config: Unrecognized" in capsys.readouterr().err
+
+
+def test_models_of_images_and_text(tmp_path: Path, capsys) -> None:
+    """Their sizes are in a config of the text model."""
+    transformers.Qwen3_5MoeConfig().save_pretrained(tmp_path)
+    command = ["plan", "--config", str(tmp_path), "--tokens", "8x512", "--host-memory", "900GB"]
+    assert main([*command, "--gpu-memory", "900GB"]) == 0
+    assert "layers with" in capsys.readouterr().out
+
+
+def test_the_cache_of_a_latent_attention() -> None:
+    """transformers caches what the keys and values of all heads are computed from."""
+    config = transformers.DeepseekV3Config(
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        hidden_size=64,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        vocab_size=50,
+    )
+    model = skeleton(config, device="cpu")
+    with torch.no_grad():
+        cache = model(torch.arange(6)[None], use_cache=True).past_key_values
+    held = sum(part.keys.nbytes + part.values.nbytes for part in cache.layers)
+    assert sizes_of(config).cache_per_token == held / 6

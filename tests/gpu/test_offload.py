@@ -95,5 +95,9 @@ def test_the_strategy() -> None:
         for a, b in zip(found, whole, strict=True):
             assert torch.equal(a, b)
     assert not any(parameter.is_pinned() for parameter in module.parameters())
+    fresh = Scorer({})  # built by configure_model, on the CPU
+    found = own.predict(fresh, loader())
+    for a, b in zip(found, trainer("auto", "cuda").predict(fresh, loader()), strict=True):
+        assert torch.equal(a, b)
     with pytest.raises(ConfigError, match=r"needs 0.0 GB .* missing"):
         trainer(OffloadStrategy(gpu_memory="2KB"), "cuda").predict(module, loader())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from inference.offload_models import KINDS, Scorer, loader, trainer
 
@@ -43,6 +44,42 @@ def test_by_name() -> None:
 def test_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"OffloadStrategy can't train"):
         trainer(OffloadStrategy(), max_steps=1).fit(Scorer({}), loader())
+
+
+def test_configure_model_builds_on_the_cpu() -> None:
+    """Not on the GPU, as other strategies do, where the experts would not fit."""
+    strategy = OffloadStrategy(device="meta")
+    module = Scorer({})
+    with strategy.tensor_init_context():
+        module.configure_model()
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+
+
+def test_the_device_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not GPU 0, which may be somebody else's; also that of a second Trainer."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    strategy = OffloadStrategy()
+    options: Any = {"logger": False, "enable_checkpointing": False}
+    for number in (2, 1):
+        pl.Trainer(devices=[number], strategy=strategy, **options)
+        assert strategy.root_device == torch.device("cuda", number)
+    own = OffloadStrategy(device="cuda:3")
+    pl.Trainer(devices=[1], strategy=own, **options)
+    assert own.root_device == torch.device("cuda", 3)
+
+
+def test_more_devices_than_one_are_not_used() -> None:
+    own = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=OffloadStrategy(),
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    with pytest.warns(UserWarning, match="uses one of the 2 devices: cpu"):
+        own.predict(Scorer({}), loader())
 
 
 def test_bytes() -> None:
