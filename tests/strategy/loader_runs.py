@@ -128,6 +128,20 @@ def resumed_twice(workers: int, path: str, again: str) -> Any:
     return straight, seen("sampled", workers, 2, {}, again)
 
 
+def ended_midway(path: str) -> Any:
+    """The samples of a whole run, and of one from a checkpoint of a fit that max_steps ended."""
+    straight, _ = seen("sampled", 0, 2, {})
+    pl.seed_everything(3, verbose=False)
+    trainer = make_trainer(
+        Case(2, 2, 2, steps=BATCHES + 1),
+        limit_train_batches=BATCHES,
+        use_distributed_sampler=True,
+    )
+    trainer.fit(Noted(), make_loader("sampled", 0, trainer.global_rank, 2))
+    trainer.save_checkpoint(path)
+    return straight, seen("sampled", 0, 2, {}, path)[0]
+
+
 class Several(Noted):
     """Takes the batches of several loaders, some of which may have ended."""
 

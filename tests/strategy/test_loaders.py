@@ -67,6 +67,12 @@ def test_a_resumed_run_is_resumed(rank_pool, tmp_path):
         assert resumed == (straight[0][7:], straight[1])
 
 
+def test_saved_after_a_fit_that_ended_midway(rank_pool, tmp_path):
+    """As in Lightning, a resumed run begins that epoch anew."""
+    for straight, resumed in rank_pool.run(runs.ended_midway, 2, str(tmp_path / "a.ckpt")):
+        assert resumed == straight[runs.BATCHES :]
+
+
 def test_other_ranks_go_on_at_the_same_place_of_the_global_batch(rank_pool, tmp_path):
     path = str(tmp_path / "5.ckpt")
     two = [order for order, _ in rank_pool.run(runs.seen, 2, "sampled", 0, 2, {5: path})]

@@ -100,9 +100,15 @@ class ResumableLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch; zero between epochs."""
         progress = self._fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch or not progress.current.processed or self._begun is None:
-            return {_BATCHES: 0}
         fetcher = self._fit_loop._data_fetcher
+        # Without one, the fit has ended: Lightning then resumes at the start of a cut off epoch.
+        if (
+            fetcher is None
+            or progress.is_last_batch
+            or not progress.current.processed
+            or self._begun is None
+        ):
+            return {_BATCHES: 0}
         ahead = fetcher.fetched - progress.current.processed  # fetched, but not trained on
         state = {_BATCHES: max(0, self._done - ahead), _BEGUN: self._begun}
         if self._indices is not None and self._indices.begun is not None:
