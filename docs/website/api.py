@@ -41,5 +41,6 @@ COMMANDS = (
     "checkpoint export",
     "checkpoint import",
     "tokenize",
+    "plan",
 )
 """The commands of ``lightning-fastmoe`` whose help is shown. Those of LightningCLI print pages."""
