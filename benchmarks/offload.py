@@ -27,10 +27,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
+from lightning_fastmoe.huggingface.trial import chunked_loss
 from lightning_fastmoe.inference import offload_experts
 from lightning_fastmoe.planning.offload import parse_bytes
 
@@ -54,7 +54,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-8x7b": ("mixtral", {"num_hidden_layers": 32}),  # transformers' defaults
 }
 """transformers' family, and what its config says."""
-LOGIT_ROWS = 4096
 
 
 def config_of(name: str, layers: int | None = None) -> Any:
@@ -95,11 +94,7 @@ def build(name: str, layers: int | None = None) -> nn.Module:
 def score(model: Any, ids: Tensor) -> Tensor:
     """The mean loss of the next token."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    rows, wanted = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    total = torch.zeros((), device=ids.device)
-    for part, targets in zip(rows.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
-        total += F.cross_entropy(model.lm_head(part).float(), targets, reduction="sum")
-    return total / len(rows)
+    return chunked_loss(model, hidden, ids)
 
 
 def measure(name: str, model: Any, args: argparse.Namespace, most: int) -> list[Any]:

@@ -124,7 +124,7 @@ def _relevance(
     if dist.is_available() and dist.is_initialized():
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, totals)
-        # In the order of ranks, so that all of them round alike.
+        # In the order of ranks, so that rounding is identical on all of them.
         totals = {name: torch.stack([one[name] for one in everyone]).sum(0) for name in layers}
     for name, values in totals.items():
         if not float(values.sum()) > 0:

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from lightning_fastmoe.huggingface.trial import assumed_costs, measured_costs, sizes_of
+    from lightning_fastmoe.inference.offload import check_slots
     from lightning_fastmoe.planning.offload import OffloadPlan, parse_bytes
 
     sequences, length = int(shape[1]), int(shape[2])
@@ -49,11 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.config} has no config.json: {error}") from error
     config = config.get_text_config(decoder=True)  # of a model of images and text, too
     sizes = sizes_of(config)
-    if arguments.slots < 1 or not 0 <= arguments.resident_layers <= len(sizes.experts):
-        raise ConfigError(
-            f"--slots {arguments.slots} must be at least 1, and --resident-layers"
-            f" {arguments.resident_layers} between 0 and {len(sizes.experts)}."
-        )
+    check_slots(len(sizes.experts), arguments.slots, arguments.resident_layers)
     costs = (
         measured_costs(config, sequences, length, arguments.generate > 0)
         if arguments.measure

@@ -112,15 +112,20 @@ def measured_costs(config: Any, sequences: int, length: int, generates: bool) ->
             steps.append(_seconds(partial(model, input_ids=ids[:, :1], use_cache=False)))
         if layers == second:
             hidden = backbone(input_ids=ids, use_cache=False)[0]
-            head = _seconds(partial(_chunked_loss, model, hidden, ids))
+            head = _seconds(partial(chunked_loss, model, hidden, ids))
             activations = torch.cuda.max_memory_allocated() - before
         del model, backbone
         torch.cuda.empty_cache()
     layer = (seconds[1] - seconds[0]) / (second - first)
+    if layer <= 0:
+        raise ConfigError(
+            f"A pass of {sequences} x {length} tokens is too short to measure: one more layer took"
+            f" {1000 * layer:.3f} ms. Use more tokens."
+        )
     outside = max(0.0, seconds[0] - first * layer) + head
     step = 0.0
     if generates:
-        step = steps[0] + (total - first) * (steps[1] - steps[0]) / (second - first)
+        step = steps[0] + (total - first) * max(0.0, steps[1] - steps[0]) / (second - first)
     return OffloadCosts(_link(), total * layer, outside, activations, step, is_measured=True)
 
 
@@ -139,13 +144,23 @@ def _layers_to_compare(config: Any) -> tuple[int, int, int]:
     return with_experts[0], with_experts[1], total
 
 
-def _chunked_loss(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+def chunked_loss(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+    """The mean cross-entropy of the next token, whose logits are computed in chunks of rows.
+
+    Args:
+        model: has an output embedding.
+        hidden: (B, S, D).
+        ids: (B, S) int64.
+
+    Returns:
+        A scalar in fp32.
+    """
     rows, wanted = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     head = model.get_output_embeddings()
     total = torch.zeros((), device=ids.device)
     for part, targets in zip(rows.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
         total += F.cross_entropy(head(part).float(), targets, reduction="sum")
-    return total
+    return total / len(rows)
 
 
 def _link() -> float:

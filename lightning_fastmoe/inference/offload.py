@@ -202,11 +202,7 @@ def offload_experts(
     if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
     layers = _layers(model)
-    if slots < 1 or not 0 <= resident_layers <= len(layers):
-        raise ConfigError(
-            f"slots={slots} must be at least 1, and resident_layers={resident_layers} between 0"
-            f" and the model's {len(layers)} layers."
-        )
+    check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
     offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
     try:
@@ -215,6 +211,19 @@ def offload_experts(
         offloaded.close()
         raise
     return offloaded
+
+
+def check_slots(layers: int, slots: int, resident_layers: int) -> None:
+    """Checks both numbers against a model's number of layers with experts.
+
+    Raises:
+        ConfigError: if one is out of range.
+    """
+    if slots < 1 or not 0 <= resident_layers <= layers:
+        raise ConfigError(
+            f"slots={slots} must be at least 1, and resident_layers={resident_layers} between 0"
+            f" and the model's {layers} layers."
+        )
 
 
 def _layers(model: nn.Module) -> list[_Layer]:

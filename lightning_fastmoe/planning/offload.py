@@ -33,6 +33,13 @@ class OffloadSizes:
     rest: int
     cache_per_token: int = 0
 
+    def weights_on_gpu(self, slots: int, resident: int) -> int:
+        """Bytes of everything else, of resident experts and of slots."""
+        cut = len(self.experts) - resident
+        moving = self.experts[:cut]
+        ring = min(slots, cut) * max(moving, default=0)
+        return self.rest + sum(self.experts[cut:]) + ring
+
     @classmethod
     def of(cls, model: nn.Module, cache_per_token: int = 0) -> OffloadSizes:
         """Those of a model, which may be on the meta device.
@@ -121,8 +128,8 @@ class OffloadPlan:
     @property
     def on_gpu(self) -> int:
         """GPU memory of everything."""
-        sizes = (self.sizes.rest, self.slot_bytes, self.resident_bytes, self.cache_bytes)
-        return sum(sizes) + self.costs.activations
+        weights = self.sizes.weights_on_gpu(self.slots, self.resident)
+        return weights + self.cache_bytes + self.costs.activations
 
     @property
     def copying(self) -> float:
@@ -232,7 +239,7 @@ def parse_bytes(size: str | int) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     unit = None if found is None else _UNITS.get(found[2].upper())
     if found is None or unit is None or float(found[1]) <= 0:
-        raise ConfigError(f"{size!r} is no number of bytes: use one such as '24GB' or '24GiB'.")
+        raise ConfigError(f"{size!r} is not a number of bytes: use one such as '24GB' or '24GiB'.")
     return int(float(found[1]) * unit)
 
 

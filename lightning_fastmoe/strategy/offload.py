@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
-from lightning_fastmoe.nn.expert_layers import expert_layers
-from lightning_fastmoe.planning.offload import parse_bytes
+from lightning_fastmoe.inference.offload import check_slots
+from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
 
 class OffloadStrategy(SingleDeviceStrategy):
@@ -29,8 +29,8 @@ class OffloadStrategy(SingleDeviceStrategy):
     is on the GPU as a whole; :func:`~lightning_fastmoe.inference.offload_experts` says more.
 
     The model is built on the CPU, by ``__init__`` or ``configure_model``, and stays there but for
-    the parts that are no experts. Large batches hide the copies: a layer computes for as long as
-    its experts are copied from about 80 thousand tokens per batch for Qwen3-30B-A3B on an H100.
+    everything that isn't an expert. Large batches hide the copies: from 54 thousand tokens on, an
+    H200 computes a layer of Qwen3-30B-A3B's sizes for longer than its experts are copied.
 
     Args:
         gpu_memory: bytes that this process may use on the GPU, such as ``"24GB"`` or ``"24GiB"``;
@@ -66,7 +66,7 @@ class OffloadStrategy(SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """None, so that each Trainer with this strategy tells its own; see the setter."""
+        """Empty, so that each Trainer with this strategy sets its own."""
         return []
 
     @parallel_devices.setter
@@ -131,7 +131,9 @@ class OffloadStrategy(SingleDeviceStrategy):
         """
         total = torch.cuda.get_device_properties(device).total_memory
         limit = total if self.gpu_memory is None else min(total, self.gpu_memory)
-        needed = bytes_on_gpu(model, self.slots, self.resident_layers)
+        sizes = OffloadSizes.of(model)
+        check_slots(len(sizes.experts), self.slots, self.resident_layers)
+        needed = sizes.weights_on_gpu(self.slots, self.resident_layers)
         if needed > limit:
             raise ConfigError(
                 f"The model needs {needed / 1e9:.1f} GB of GPU memory before any activation"
@@ -141,15 +143,3 @@ class OffloadStrategy(SingleDeviceStrategy):
             )
         if self.gpu_memory is not None:
             torch.cuda.set_per_process_memory_fraction(limit / total, device)
-
-
-def bytes_on_gpu(model: nn.Module, slots: int, resident_layers: int) -> int:
-    """Bytes of the parts that are no experts, of resident experts and of slots."""
-    sizes = [
-        sum(p.numel() * p.element_size() for p in layer.experts.holder.parameters())
-        for _, layer in expert_layers(model)
-    ]
-    every = sum(p.numel() * p.element_size() for p in model.parameters())
-    cut = len(sizes) - resident_layers
-    ring = min(slots, cut) * max(sizes[:cut], default=0)
-    return every - sum(sizes) + sum(sizes[cut:]) + ring

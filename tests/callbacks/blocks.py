@@ -51,3 +51,19 @@ class Blocks(Model):
         if not self.gradients:
             named = self.named_parameters()
             self.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+class Late(Blocks):
+    """Builds its blocks in configure_model, and applies a callback there if it has one.
+
+    Attributes:
+        callback: a ``SparseUpdate``, or None.
+    """
+
+    callback: Any = None
+
+    def configure_model(self) -> None:
+        if len(self.blocks) == 0:
+            self.blocks.extend(Block() for _ in range(2))
+            if self.callback is not None:
+                self.callback.apply(self)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from callbacks.blocks import Block, Blocks
+from callbacks.blocks import Block, Blocks, Late
 from callbacks.model import D_FFN, D_MODEL, make_trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
@@ -250,18 +250,6 @@ def test_layers_that_an_earlier_selection_froze_are_refused(experts):
     model.requires_grad_(True)
     SparseUpdate(experts=experts).apply(model)
     assert model.blocks[2].moe.experts.trained.up_proj.requires_grad
-
-
-class Late(Blocks):
-    """Builds its blocks in configure_model, and selects experts there if it is told how."""
-
-    callback: SparseUpdate | None = None
-
-    def configure_model(self) -> None:
-        if len(self.blocks) == 0:
-            self.blocks.extend(Block() for _ in range(2))
-            if self.callback is not None:
-                self.callback.apply(self)
 
 
 def test_models_of_configure_model_apply_it_themselves(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from callbacks.blocks import Block, Blocks
+from callbacks.blocks import Block, Blocks, Late
 from callbacks.model import D_MODEL, Model, make_trainer
 from torch import nn
 
@@ -64,18 +64,6 @@ def test_nothing_is_saved_for_backward_by_the_prefix():
         assert not saved
         model.blocks[-1](x)
     assert saved
-
-
-class Late(Blocks):
-    """Builds its blocks in configure_model, and freezes there if it is told how."""
-
-    callback: SparseUpdate | None = None
-
-    def configure_model(self) -> None:
-        if len(self.blocks) == 0:
-            self.blocks.extend(Block() for _ in range(2))
-            if self.callback is not None:
-                self.callback.apply(self)
 
 
 def test_models_of_configure_model_apply_it_themselves(tmp_path):

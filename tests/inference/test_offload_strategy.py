@@ -11,8 +11,7 @@ from inference.offload_models import KINDS, Scorer, loader, trainer
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.planning.offload import parse_bytes
-from lightning_fastmoe.strategy.offload import bytes_on_gpu
+from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -87,13 +86,14 @@ def test_bytes() -> None:
     assert parse_bytes("1.5 GiB") == 3 * 2**29
     assert parse_bytes(77) == 77
     for wrong in ("24G", "GB", "-1GB", "0"):
-        with pytest.raises(ConfigError, match="is no number of bytes"):
+        with pytest.raises(ConfigError, match="is not a number of bytes"):
             parse_bytes(wrong)
     module = Scorer({})
     module.configure_model()
+    sizes = OffloadSizes.of(module)
     layer = 4 * (2 * 8 + 8) * 16 * 4
     rest = sum(p.numel() * 4 for n, p in module.named_parameters() if ".experts." not in n)
-    assert bytes_on_gpu(module, 2, 0) == rest + 2 * layer
-    assert bytes_on_gpu(module, 2, 3) == rest + 4 * layer
-    assert bytes_on_gpu(module, 2, 4) == rest + 4 * layer
-    assert bytes_on_gpu(module, 9, 1) == rest + 4 * layer
+    assert sizes.weights_on_gpu(2, 0) == rest + 2 * layer
+    assert sizes.weights_on_gpu(2, 3) == rest + 4 * layer
+    assert sizes.weights_on_gpu(2, 4) == rest + 4 * layer
+    assert sizes.weights_on_gpu(9, 1) == rest + 4 * layer

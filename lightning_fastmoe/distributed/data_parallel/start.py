@@ -111,7 +111,7 @@ def check_same_model(
 ) -> list[int]:
     """Checks that the ranks have built the same model; collective.
 
-    Without it, ranks would exchange the tensors of different parameters, or wait for ever.
+    Without it, ranks would exchange the tensors of different parameters, or wait forever.
 
     Returns:
         Number of experts' parameters on each rank of this rank's expert parallel group.

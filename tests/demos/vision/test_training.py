@@ -27,7 +27,7 @@ BY_RANK = {"load_balancing": 0.3, "capacity_over": "rank"}
 
 
 def batches() -> list[list[tuple[Tensor, Tensor]]]:
-    """Of each step, the images and classes of each rank. Of noise, in which no two are alike."""
+    """For each step, the images and classes of each rank; noise, so that no two tokens tie."""
     generator = torch.Generator().manual_seed(0)
 
     def batch() -> tuple[Tensor, Tensor]:
