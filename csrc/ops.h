@@ -23,7 +23,7 @@ Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor&
 
 // sort.cu
 std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_ids,
-                                                          int64_t num_experts);
+                                                          int64_t num_experts, int64_t kept);
 
 // permute.cu
 Tensor permute_rows(const Tensor& x, const Tensor& inverse, int64_t top_k);
@@ -53,15 +53,32 @@ void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tenso
 void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
                    int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,
                    int64_t most, int64_t bulk_blocks);
+void exchange_send(std::vector<Tensor> parts, const std::optional<Tensor>& order,
+                   const Tensor& ends, std::vector<int64_t> divisors, std::vector<Tensor> memory,
+                   int64_t rank, std::vector<int64_t> at, int64_t most, std::vector<Tensor> flags,
+                   int64_t flags_at, int64_t value);
 
 // exchange/plan.cu
-std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_pairs(const Tensor& chosen, const Tensor& where,
-                                                          const Tensor& weights, int64_t ranks);
-std::tuple<Tensor, Tensor> exchange_places(const Tensor& inverse, const Tensor& offsets,
-                                           const Tensor& owner, int64_t most);
-std::tuple<Tensor, Tensor> exchange_unpack(const Tensor& memory, int64_t at, int64_t block_bytes,
-                                           const Tensor& ends, int64_t rows, int64_t slots,
-                                           int64_t num_local);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_plan(
+    const Tensor& chosen, const Tensor& where, const Tensor& weights, int64_t ranks);
+
+// exchange/arrival.cu
+std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_receive(
+    const Tensor& memory, int64_t at, int64_t block_bytes, int64_t row_bytes,
+    std::vector<int64_t> counts, int64_t packed_at, int64_t packed_block_bytes, int64_t slots,
+    int64_t num_local);
+Tensor exchange_sums(const Tensor& rows, const Tensor& inverse, const Tensor& offsets,
+                     int64_t most);
+Tensor exchange_slots(const Tensor& memory, int64_t at, int64_t block_bytes, const Tensor& inverse,
+                      const Tensor& offsets, const Tensor& owner);
+
+// exchange/counts.cu
+void exchange_announce(const Tensor& first, const Tensor& second, int64_t last,
+                       std::vector<int64_t> header, int64_t size, std::vector<Tensor> memory,
+                       int64_t rank, int64_t at, int64_t flags_at, int64_t value, int64_t stream);
+void exchange_await(std::vector<Tensor> memory, int64_t rank, int64_t flags_at, int64_t value,
+                    int64_t at, int64_t block_bytes, const Tensor& found, const Tensor& report,
+                    double seconds, int64_t stream);
 
 // exchange/flags.cu
 void exchange_set_flags(std::vector<Tensor> memory, int64_t rank, int64_t at, int64_t value);

@@ -22,9 +22,9 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "route_backward(Tensor logits, Tensor weights, Tensor expert_ids, Tensor? d_scores,"
       " Tensor? d_weights, bool normalize, bool sigmoid) -> Tensor");
   // expert_ids (N,) int64 -> order (N,), inverse (N,), tokens_per_expert (E,), all int64, and their
-  // inclusive cumulative sum, offsets (E,) int32.
+  // inclusive cumulative sum, offsets (E,) int32. inverse is -1 for pairs of experts from `kept` on.
   library.def(
-      "sort_by_expert(Tensor expert_ids, int num_experts)"
+      "sort_by_expert(Tensor expert_ids, int num_experts, int kept)"
       " -> (Tensor order, Tensor inverse, Tensor tokens_per_expert, Tensor offsets)");
   // x (T, D), inverse (N,) -> (N, D): out[inverse[t*K + k]] = x[t].
   library.def("permute_rows(Tensor x, Tensor inverse, int top_k) -> Tensor");
@@ -81,25 +81,49 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   library.def(
       "exchange_push(Tensor rows, Tensor? order, Tensor ends, int divisor, Tensor(a!)[] memory,"
       " int rank, int at, int most, int bulk_blocks) -> ()");
+  // The parts of rows that go to the same ranks, each as by exchange_push, from byte at[i] on; then
+  // this rank's flag of every rank, as by exchange_set_flags.
+  library.def(
+      "exchange_send(Tensor[] parts, Tensor? order, Tensor ends, int[] divisors,"
+      " Tensor(a!)[] memory, int rank, int[] at, int most, Tensor(b!)[] flags, int flags_at,"
+      " int value) -> ()");
   // chosen (T, K), E for dropped slots, where (2, E + 1), each expert's rank and number there, R
-  // and -1 for dropped slots, weights (T, K) fp32 -> keys (T*R,), of each (token, rank) pair: the
-  // rank if one of the token's experts is there, else R; packed (T*R, 8 K) bytes, the numbers of
-  // those experts (int32, -1 for others) and the weights, of pairs that are sent; owner (T, K)
-  // int32, the rank of each slot; counts (E,), the tokens of each expert.
+  // and -1 for dropped slots, weights (T, K) fp32. Of each (token, rank) pair the key is the rank
+  // if one of the token's experts is there, else R -> the pairs sorted by key as by sort_by_expert:
+  // order, inverse (T*R,), offsets, of_ranks (R + 1,); owner (T, K) int32, the rank of each slot;
+  // packed (T*R, 8 K) bytes, the numbers of a pair's experts (int32, -1 for others) and the
+  // weights, of pairs that are sent; of_experts (E,), the tokens of each expert.
   library.def(
-      "exchange_pairs(Tensor chosen, Tensor where, Tensor weights, int ranks)"
-      " -> (Tensor keys, Tensor packed, Tensor owner, Tensor counts)");
-  // inverse (T*R,) and offsets (R + 1,) of the sorted keys, owner (T, K) -> places (T*R,), each
-  // pair's row where each rank has room for `most`; slot_places (T*K,), each slot's element among
-  // the K of each sent row; -1 for what isn't sent.
+      "exchange_plan(Tensor chosen, Tensor where, Tensor weights, int ranks)"
+      " -> (Tensor order, Tensor inverse, Tensor offsets, Tensor owner, Tensor packed,"
+      " Tensor of_experts, Tensor of_ranks)");
+  // counts: the rows of each rank, in its block of the memory; and what came with them, packed
+  // -> rows (S', row_bytes) bytes, by rank, weights (S', K) fp32, keys (S', K), expert numbers,
+  // num_local for those of other ranks, ends (R,) int32, where each rank's rows end.
   library.def(
-      "exchange_places(Tensor inverse, Tensor offsets, Tensor owner, int most)"
-      " -> (Tensor places, Tensor slot_places)");
-  // Packed rows of each rank, in its block of the memory, ends (R,), where each rank's rows end
-  // -> weights (rows, K) fp32, keys (rows, K): expert numbers, num_local for those of other ranks.
+      "exchange_receive(Tensor memory, int at, int block_bytes, int row_bytes, int[] counts,"
+      " int packed_at, int packed_block_bytes, int slots, int num_local)"
+      " -> (Tensor rows, Tensor weights, Tensor keys, Tensor ends)");
+  // rows (R * most, D), what each rank has sent back for this rank's pairs; inverse, offsets of
+  // exchange_plan -> (T, D), each token's sum in the order of ranks, accumulated in fp32.
   library.def(
-      "exchange_unpack(Tensor memory, int at, int block_bytes, Tensor ends, int rows, int slots,"
-      " int num_local) -> (Tensor weights, Tensor keys)");
+      "exchange_sums(Tensor rows, Tensor inverse, Tensor offsets, int most) -> Tensor");
+  // In each rank's block of the memory, K fp32 for each of this rank's pairs there
+  // -> (T, K), each slot's element, zero for dropped slots.
+  library.def(
+      "exchange_slots(Tensor memory, int at, int block_bytes, Tensor inverse, Tensor offsets,"
+      " Tensor owner) -> Tensor");
+  // Writes to each rank's memory at byte `at`: the header, the sum and the checksum of what
+  // follows, then first, second and, unless negative, last, padded to `size` numbers. Then sets
+  // this rank's flag of every rank. On a stream, after what the current one has so far.
+  library.def(
+      "exchange_announce(Tensor first, Tensor second, int last, int[] header, int size,"
+      " Tensor(a!)[] memory, int rank, int at, int flags_at, int value, int stream) -> ()");
+  // As exchange_wait, on a stream; then copies the first numbers of each rank's block of this
+  // rank's memory, from byte `at` on, into found (R, n), pinned host memory.
+  library.def(
+      "exchange_await(Tensor(a!)[] memory, int rank, int flags_at, int value, int at,"
+      " int block_bytes, Tensor(b!) found, Tensor(c!) report, float seconds, int stream) -> ()");
   // Sets this rank's flag, among those at byte `at`, of every rank: after all that earlier kernels
   // of the stream wrote.
   library.def("exchange_set_flags(Tensor(a!)[] memory, int rank, int at, int value) -> ()");
@@ -157,9 +181,13 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
   library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
   library.impl("exchange_push", TORCH_BOX(&lightning_fastmoe::exchange_push));
-  library.impl("exchange_pairs", TORCH_BOX(&lightning_fastmoe::exchange_pairs));
-  library.impl("exchange_places", TORCH_BOX(&lightning_fastmoe::exchange_places));
-  library.impl("exchange_unpack", TORCH_BOX(&lightning_fastmoe::exchange_unpack));
+  library.impl("exchange_send", TORCH_BOX(&lightning_fastmoe::exchange_send));
+  library.impl("exchange_plan", TORCH_BOX(&lightning_fastmoe::exchange_plan));
+  library.impl("exchange_receive", TORCH_BOX(&lightning_fastmoe::exchange_receive));
+  library.impl("exchange_sums", TORCH_BOX(&lightning_fastmoe::exchange_sums));
+  library.impl("exchange_slots", TORCH_BOX(&lightning_fastmoe::exchange_slots));
+  library.impl("exchange_announce", TORCH_BOX(&lightning_fastmoe::exchange_announce));
+  library.impl("exchange_await", TORCH_BOX(&lightning_fastmoe::exchange_await));
   library.impl("exchange_set_flags", TORCH_BOX(&lightning_fastmoe::exchange_set_flags));
   library.impl("exchange_wait", TORCH_BOX(&lightning_fastmoe::exchange_wait));
   namespace hopper = lightning_fastmoe::hopper;

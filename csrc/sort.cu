@@ -76,14 +76,15 @@ struct Step {
     }
   }
 
-  // Assigns rows to the pairs. `rows`: the first row of the warp's pairs, per expert.
-  __device__ __forceinline__ void finish(const int* rows, int64_t* __restrict__ order,
+  // Assigns rows to the pairs. `rows`: the first row of the warp's pairs, per expert. Pairs of
+  // experts from `kept` on have none.
+  __device__ __forceinline__ void finish(const int* rows, int kept, int64_t* __restrict__ order,
                                          int64_t* inverse) const {
 #pragma unroll
     for (int i = 0; i < kIdsPerLane; ++i) {
       if (!exists(i)) continue;
       const int64_t row = rows[id[i]] + rank[i];
-      inverse[pair(i)] = row;
+      inverse[pair(i)] = id[i] < kept ? row : -1;
       order[row] = pair(i);
     }
   }
@@ -120,16 +121,16 @@ struct WarpPairs {
     }
   }
 
-  __device__ __forceinline__ void finish(const int64_t* __restrict__ ids, int num_experts,
+  __device__ __forceinline__ void finish(const int64_t* __restrict__ ids, int num_experts, int kept,
                                          const int* rows, int64_t* __restrict__ order,
                                          int64_t* inverse) {
     if (first >= last) return;
-    step.finish(rows, order, inverse);
+    step.finish(rows, kept, order, inverse);
     for (int64_t begin = first; at(begin) && !is_last(begin); begin += kIdsPerWarpStep) {
       step.load_ids(ids, num_experts);
 #pragma unroll
       for (int i = 0; i < kIdsPerLane; ++i) step.rank[i] = static_cast<int>(inverse[step.pair(i)]);
-      step.finish(rows, order, inverse);
+      step.finish(rows, kept, order, inverse);
     }
   }
 };
@@ -227,7 +228,7 @@ __device__ __forceinline__ int scan_over_blocks(int* block_counts, int num_exper
 __global__ void __launch_bounds__(kBlock)
     sort_kernel(const int64_t* __restrict__ ids, int* block_counts, int64_t* tokens_per_expert,
                 int64_t* __restrict__ order, int64_t* inverse, int* __restrict__ offsets,
-                int64_t total, int64_t ids_per_warp, int num_experts, int id_bits,
+                int64_t total, int64_t ids_per_warp, int num_experts, int kept, int id_bits,
                 unsigned* arrived, const __grid_constant__ Deadline deadline) {
   // (warps, E): first each warp's counts, then its next rows; and (E,), those of all blocks.
   extern __shared__ int counts[];
@@ -294,13 +295,13 @@ __global__ void __launch_bounds__(kBlock)
     }
   }
   __syncthreads();
-  pairs.finish(ids, num_experts, mine, order, inverse);
+  pairs.finish(ids, num_experts, kept, mine, order, inverse);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_ids,
-                                                          int64_t num_experts) {
+                                                          int64_t num_experts, int64_t kept) {
   const char* op = "sort_by_expert";
   Deadline deadline = deadline_for(op);
   check_tensor(expert_ids, op, "expert_ids", 1, expert_ids);
@@ -331,6 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   int id_bits = 0;
   while ((int64_t{1} << id_bits) < num_experts) ++id_bits;
   int experts = static_cast<int>(num_experts);
+  int with_rows = static_cast<int>(std::min(kept, num_experts));
   int64_t pairs = total;
   const auto* ids = static_cast<const int64_t*>(expert_ids.data_ptr());
   auto* counts = static_cast<int*>(workspace.data_ptr());
@@ -340,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_i
   auto* inverse_out = static_cast<int64_t*>(inverse.data_ptr());
   auto* offsets_out = static_cast<int*>(offsets.data_ptr());
   void* arguments[] = {&ids,   &counts,       &per_expert, &order_out, &inverse_out, &offsets_out,
-                       &pairs, &ids_per_warp, &experts,    &id_bits,   &arrived,     &deadline};
+                       &pairs, &ids_per_warp, &experts,    &with_rows, &id_bits,     &arrived,     &deadline};
   const size_t shared = (sizeof(int) * kWarpsPerBlock + sizeof(Counts)) * num_experts;
   const cudaStream_t stream = current_stream(expert_ids);
   STD_CUDA_CHECK(cudaMemsetAsync(arrived, 0, sizeof(*arrived), stream));

@@ -1,7 +1,7 @@
-// What a rank sends where, and where in memory it finds what comes back.
+// What a rank sends where.
 //
 // A pair is a (token, rank): number t * R + r. It is sent if one of the token's experts is on that
-// rank. Pairs are sorted by rank with sort_by_expert between these kernels.
+// rank. Pairs are sorted by rank with sort_by_expert.
 #include <cassert>
 
 #include "../common.cuh"
@@ -59,50 +59,11 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// A thread per pair, then per slot. inverse: the place of each pair among all, by rank; offsets
-// (R + 1,): where each rank's pairs end.
-__global__ void __launch_bounds__(kBlock)
-    places_kernel(const int64_t* __restrict__ inverse, const int* __restrict__ offsets,
-                  const int* __restrict__ owner, int64_t* __restrict__ places,
-                  int64_t* __restrict__ slot_places, int64_t tokens, int slots, int ranks,
-                  int64_t most) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-  if (i < tokens * ranks) {
-    const int rank = static_cast<int>(i % ranks);
-    const int64_t begin = rank == 0 ? 0 : offsets[rank - 1];
-    const int64_t place = inverse[i];
-    places[i] = place < offsets[ranks - 1] ? place - begin + rank * most : -1;
-  }
-  if (i < tokens * slots) {
-    const int64_t t = i / slots;
-    const int rank = owner[i];
-    slot_places[i] = rank < ranks ? inverse[t * ranks + rank] * slots + i % slots : -1;
-  }
-}
-
-// A thread per slot of the rows that came: `most` rows of row_bytes from each rank, its block of a
-// size of block_bytes; ends (R,): where each rank's rows end.
-__global__ void __launch_bounds__(kBlock)
-    unpack_kernel(const unsigned char* __restrict__ from, const int* __restrict__ ends,
-                  float* __restrict__ weights, int64_t* __restrict__ keys, int64_t rows, int slots,
-                  int ranks, int64_t block_bytes, int num_local) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-  if (i >= rows * slots) return;
-  const int64_t row = i / slots;
-  const int rank = static_cast<int>(expert_of(ends, ranks, row));
-  const int64_t in_rank = rank == 0 ? row : row - ends[rank - 1];
-  const unsigned char* packed = from + rank * block_bytes + in_rank * slots * 2 * kIdBytes;
-  const int k = static_cast<int>(i % slots);
-  const int id = reinterpret_cast<const int*>(packed)[k];
-  keys[i] = id < 0 ? num_local : id;
-  weights[i] = reinterpret_cast<const float*>(packed)[slots + k];
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_pairs(const Tensor& chosen, const Tensor& where,
-                                                          const Tensor& weights, int64_t ranks) {
-  const char* op = "exchange_pairs";
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_plan(
+    const Tensor& chosen, const Tensor& where, const Tensor& weights, int64_t ranks) {
+  const char* op = "exchange_plan";
   check_tensor(chosen, op, "chosen", 2, chosen);
   check_dtype(chosen, op, "chosen", ScalarType::Long);
   check_tensor(where, op, "where", 2, chosen);
@@ -136,63 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_pairs(const Tensor& chosen, 
         static_cast<int>(ranks), static_cast<int>(num_experts));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {keys, packed, owner, counts};
-}
-
-std::tuple<Tensor, Tensor> exchange_places(const Tensor& inverse, const Tensor& offsets,
-                                           const Tensor& owner, int64_t most) {
-  const char* op = "exchange_places";
-  check_tensor(inverse, op, "inverse", 1, inverse);
-  check_dtype(inverse, op, "inverse", ScalarType::Long);
-  check_tensor(offsets, op, "offsets", 1, inverse);
-  check_dtype(offsets, op, "offsets", ScalarType::Int);
-  check_tensor(owner, op, "owner", 2, inverse);
-  check_dtype(owner, op, "owner", ScalarType::Int);
-  const int64_t ranks = offsets.size(0) - 1, tokens = owner.size(0), slots = owner.size(1);
-  check_size(inverse, op, "inverse", 0, tokens * ranks);
-
-  const DeviceGuard guard(inverse.get_device_index());
-  Tensor places = torch::stable::empty_like(inverse);
-  Tensor slot_places = torch::stable::new_empty(inverse, {tokens * slots}, ScalarType::Long);
-  const int64_t threads = tokens * (ranks > slots ? ranks : slots);
-  if (threads > 0) {
-    places_kernel<<<grid_size(ceil_div(threads, kBlock), op), kBlock, 0, current_stream(inverse)>>>(
-        static_cast<const int64_t*>(inverse.data_ptr()),
-        static_cast<const int*>(offsets.data_ptr()), static_cast<const int*>(owner.data_ptr()),
-        static_cast<int64_t*>(places.data_ptr()), static_cast<int64_t*>(slot_places.data_ptr()),
-        tokens, static_cast<int>(slots), static_cast<int>(ranks), most);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  return {places, slot_places};
-}
-
-std::tuple<Tensor, Tensor> exchange_unpack(const Tensor& memory, int64_t at, int64_t block_bytes,
-                                           const Tensor& ends, int64_t rows, int64_t slots,
-                                           int64_t num_local) {
-  const char* op = "exchange_unpack";
-  check_tensor(memory, op, "memory", 1, memory);
-  check_dtype(memory, op, "memory", ScalarType::Byte);
-  check_tensor(ends, op, "ends", 1, memory);
-  check_dtype(ends, op, "ends", ScalarType::Int);
-  const int64_t ranks = ends.size(0);
-  STD_TORCH_CHECK(at >= 0 && at % kIdBytes == 0 && block_bytes >= 0 &&
-                      block_bytes % kIdBytes == 0 && at + ranks * block_bytes <= memory.size(0),
-                  op, ": ", ranks, " blocks of ", block_bytes, " bytes from byte ", at,
-                  " are not in the memory of ", memory.size(0));
-
-  const DeviceGuard guard(memory.get_device_index());
-  Tensor weights = torch::stable::new_empty(memory, {rows, slots}, ScalarType::Float);
-  Tensor keys = torch::stable::new_empty(memory, {rows, slots}, ScalarType::Long);
-  if (rows * slots > 0) {
-    unpack_kernel<<<grid_size(ceil_div(rows * slots, kBlock), op), kBlock, 0,
-                    current_stream(memory)>>>(
-        static_cast<const unsigned char*>(memory.data_ptr()) + at,
-        static_cast<const int*>(ends.data_ptr()), static_cast<float*>(weights.data_ptr()),
-        static_cast<int64_t*>(keys.data_ptr()), rows, static_cast<int>(slots),
-        static_cast<int>(ranks), block_bytes, static_cast<int>(num_local));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  return {weights, keys};
+  auto [order, inverse, of_ranks, offsets] = sort_by_expert(keys, ranks + 1, ranks + 1);
+  return {order, inverse, offsets, owner, packed, counts, of_ranks};
 }
 
 }  // namespace lightning_fastmoe

@@ -7,12 +7,14 @@
 #include "../hopper/ops.h"
 #include "../ops.h"
 #include "bulk_push.cuh"
+#include "launches.h"
 #include "sending.cuh"
+#include "waiting.cuh"
+#include "words.cuh"
 
 namespace lightning_fastmoe {
 namespace {
 
-constexpr int kInFlight = 4;  // loads per thread
 constexpr int kBlocksPerMultiprocessor = 4;
 
 // A warp per row. Word is the unit that a thread moves.
@@ -26,30 +28,15 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t width = sending.row_bytes / static_cast<int64_t>(sizeof(Word));
   for (int64_t n = warp; n < total; n += warps) {
     const Transfer transfer = transfer_of(ranks, sending, n, total);
-    const auto* from = reinterpret_cast<const Word*>(transfer.from);
-    auto* to = reinterpret_cast<Word*>(transfer.to);
-    for (int64_t w = lane; w < width; w += kInFlight * kWarpSize) {
-      Word loaded[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        if (w + k * kWarpSize < width) loaded[k] = from[w + k * kWarpSize];
-      }
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        if (w + k * kWarpSize < width) to[w + k * kWarpSize] = loaded[k];
-      }
-    }
+    copy_row<Word>(transfer.from, transfer.to, width, lane);
   }
 }
 
-}  // namespace
-
-void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
-                   int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,
-                   int64_t most, int64_t bulk_blocks) {
-  const char* op = "exchange_push";
-  const Ranks ranks = check_ranks(memory, rank, op);
-  check_tensor(rows, op, "rows", 2, memory[0]);
+// Launches the push of one tensor's rows.
+void push(const Ranks& ranks, const Tensor& memory, const Tensor& rows,
+          const std::optional<Tensor>& order, const Tensor& ends, int64_t divisor, int64_t at,
+          int64_t most, int64_t bulk_blocks, const char* op) {
+  check_tensor(rows, op, "rows", 2, memory);
   check_tensor(ends, op, "ends", 1, rows);
   check_dtype(ends, op, "ends", ScalarType::Int);
   check_size(ends, op, "ends", 0, ranks.count);
@@ -59,11 +46,10 @@ void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const
   }
   STD_TORCH_CHECK(divisor >= 1, op, ": divisor must be at least 1, not ", divisor);
   const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  check_range(memory[0], at, most * row_bytes, op);
+  check_range(memory, at, most * row_bytes, op);
   const int64_t bound = order ? order->size(0) : rows.size(0);
   if (bound == 0 || row_bytes == 0) return;
 
-  const DeviceGuard guard(rows.get_device_index());
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                         rows.get_device_index()));
@@ -76,6 +62,7 @@ void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const
                         row_bytes,
                         at,
                         most};
+  const cudaStream_t stream = current_stream(rows);
   if (bulk_blocks > 0) {
     STD_TORCH_CHECK(hopper::available(rows.get_device_index()) && row_bytes % kVectorBytes == 0 &&
                         reinterpret_cast<uintptr_t>(rows.data_ptr()) % kVectorBytes == 0,
@@ -85,28 +72,41 @@ void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const
         bulk_push_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BulkPush::kSharedBytes));
     const unsigned few = static_cast<unsigned>(std::min<int64_t>(
         ceil_div(bound, kWarpsPerBlock), std::min<int64_t>(bulk_blocks, multiprocessors)));
-    bulk_push_kernel<<<few, kBlock, BulkPush::kSharedBytes, current_stream(rows)>>>(ranks, sending);
+    bulk_push_kernel<<<few, kBlock, BulkPush::kSharedBytes, stream>>>(ranks, sending);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return;
   }
-  const auto launch = [&](auto word) {
-    push_kernel<decltype(word)><<<blocks, kBlock, 0, current_stream(rows)>>>(ranks, sending);
-  };
-  const auto fits = [&](int64_t bytes) {
-    return row_bytes % bytes == 0 && reinterpret_cast<uintptr_t>(rows.data_ptr()) % bytes == 0;
-  };
-  if (fits(sizeof(uint4))) {
-    launch(uint4{});
-  } else if (fits(sizeof(uint64_t))) {
-    launch(uint64_t{});
-  } else if (fits(sizeof(uint32_t))) {
-    launch(uint32_t{});
-  } else if (fits(sizeof(uint16_t))) {
-    launch(uint16_t{});
-  } else {
-    launch(uint8_t{});
-  }
+  for_word(row_bytes, {rows.data_ptr()}, [&](auto word) {
+    push_kernel<decltype(word)><<<blocks, kBlock, 0, stream>>>(ranks, sending);
+  });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
+                   int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,
+                   int64_t most, int64_t bulk_blocks) {
+  const char* op = "exchange_push";
+  const Ranks ranks = check_ranks(memory, rank, op);
+  const DeviceGuard guard(memory[0].get_device_index());
+  push(ranks, memory[0], rows, order, ends, divisor, at, most, bulk_blocks, op);
+}
+
+void exchange_send(std::vector<Tensor> parts, const std::optional<Tensor>& order,
+                   const Tensor& ends, std::vector<int64_t> divisors, std::vector<Tensor> memory,
+                   int64_t rank, std::vector<int64_t> at, int64_t most, std::vector<Tensor> flags,
+                   int64_t flags_at, int64_t value) {
+  const char* op = "exchange_send";
+  const Ranks ranks = check_ranks(memory, rank, op), flag_ranks = check_ranks(flags, rank, op);
+  check_flags(flags[0], flags.size(), flags_at, op);
+  STD_TORCH_CHECK(parts.size() == divisors.size() && parts.size() == at.size(), op,
+                  ": as many divisors and places as parts");
+  const DeviceGuard guard(memory[0].get_device_index());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    push(ranks, memory[0], parts[i], order, ends, divisors[i], at[i], most, 0, op);
+  }
+  set_flags(flag_ranks, flags_at, value, current_stream(memory[0]), op);
 }
 
 }  // namespace lightning_fastmoe

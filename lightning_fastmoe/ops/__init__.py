@@ -9,6 +9,7 @@ from lightning_fastmoe.ops.router_product import router_logits
 from lightning_fastmoe.ops.routing import (
     ExpertOrder,
     order_by_expert,
+    order_of_held,
     sigmoid_top_k,
     softmax_top_k,
     top_k,
@@ -31,6 +32,7 @@ __all__ = [
     "grouped_mlp",
     "is_gated",
     "order_by_expert",
+    "order_of_held",
     "order_pairs",
     "permute",
     "put_in_place",

@@ -82,6 +82,44 @@ def push_rows(
         begin = end
 
 
+def send_rows(
+    parts: Sequence[Tensor],
+    order: Tensor | None,
+    divisors: Sequence[int],
+    ends: Tensor,
+    memory: Sequence[Tensor],
+    rank: int,
+    at: Sequence[int],
+    most: int,
+    flags: Sequence[Tensor],
+    flags_at: int,
+    value: int,
+) -> None:
+    """:func:`push_rows` for each part of rows that go to the same ranks, then :func:`set_flags`.
+
+    Args:
+        parts: each (n, w), contiguous.
+        order: as in :func:`push_rows`, for all parts.
+        divisors: of each part.
+        ends: (R,) int32, where the rows of each rank end.
+        memory: of each rank.
+        rank: this one.
+        at: of each part.
+        most: the number of rows that there is room for.
+        flags: memory of each rank that has the flags.
+        flags_at: the byte at which they begin.
+        value: the flag's new value.
+    """
+    if (library := native(*parts, ends)) is not None:
+        library.exchange_send(
+            parts, order, ends, divisors, memory, rank, at, most, flags, flags_at, value
+        )
+        return
+    for rows, divisor, begin in zip(parts, divisors, at, strict=True):
+        push_rows(rows, order, ends, divisor, memory, rank, begin, most)
+    set_flags(flags, rank, flags_at, value)
+
+
 def flags_of(memory: Tensor, at: int, ranks: int) -> Tensor:
     """(R,) int64: the flags at byte ``at`` of one rank's memory, a view."""
     lines = memory[at : at + ranks * FLAG_BYTES].view(torch.int64)
@@ -166,6 +204,7 @@ __all__ = [
     "fence",
     "flags_of",
     "push_rows",
+    "send_rows",
     "set_flags",
     "wait_for_flags",
 ]

@@ -16,48 +16,36 @@ from torch import Tensor
 from lightning_fastmoe.ops.native import native
 from lightning_fastmoe.ops.routing import order_by_expert
 
-_ID_BYTES = 4
-
 
 @dataclass(frozen=True)
 class PairPlan:
     """Which tokens go to which ranks.
 
     Attributes:
-        counts: (E + R,) int64, the tokens of each expert, then the pairs of each rank.
+        of_experts: (E,) int64, the tokens of each expert.
+        of_ranks: (R,) int64, the pairs of each rank.
         order: (T*R,) int64, pairs by rank; those that aren't sent come last.
-        ends: (R,) int32, where each rank's pairs end in ``order``.
+        inverse: (T*R,) int64, the place of each pair in ``order``.
+        offsets: (R + 1,) int32, where each rank's pairs end in ``order``; the last: all.
+        owner: (T, K) int32, the rank of each slot's expert; R for dropped slots.
     """
 
-    counts: Tensor
+    of_experts: Tensor
+    of_ranks: Tensor
     order: Tensor
-    ends: Tensor
-    _inverse: Tensor
-    _offsets: Tensor  # (R + 1,)
-    _owner: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    owner: Tensor
 
-    def places(self, most: int) -> tuple[Tensor, Tensor]:
-        """Where a rank finds what comes back for its pairs.
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return len(self.of_ranks)
 
-        Args:
-            most: the rows from each rank that there is room for.
-
-        Returns:
-            ``places (T*R,)`` int64, each pair's row; ``slot_places (T*K,)`` int64, each slot's
-            element among the K elements of each of the S pairs. -1 where nothing was sent.
-        """
-        inverse, offsets, owner = self._inverse, self._offsets, self._owner
-        if (library := native(inverse)) is not None:
-            return library.exchange_places(inverse, offsets, owner, most)  # type: ignore[no-any-return]
-        ranks, slots = len(offsets) - 1, owner.shape[1]
-        begins = torch.nn.functional.pad(offsets[: ranks - 1], (1, 0))
-        shifts = torch.arange(ranks, device=inverse.device) * most - begins
-        by_rank = inverse.view(-1, ranks)
-        places = torch.where(by_rank < offsets[ranks - 1], by_rank + shifts, -1)
-        padded = torch.nn.functional.pad(by_rank, (0, 1), value=-1)  # where dropped slots look
-        row = padded.gather(1, owner.long())
-        slot = row * slots + torch.arange(slots, device=row.device)
-        return places.view(-1), torch.where(row < 0, -1, slot).view(-1)
+    @property
+    def ends(self) -> Tensor:
+        """(R,) int32, where each rank's pairs end in ``order``."""
+        return self.offsets[: self.ranks]
 
 
 def plan_pairs(
@@ -78,15 +66,15 @@ def plan_pairs(
     """
     library = native(chosen, weights)
     if library is not None and weights.dtype == torch.float32:
-        keys, packed, owner, of_experts = library.exchange_pairs(
+        order, inverse, offsets, owner, packed, of_experts, of_ranks = library.exchange_plan(
             chosen.contiguous(), where, weights.contiguous(), ranks
         )
     else:
         keys, packed, owner, of_experts = _pairs(chosen, where, weights, ranks)
-    pairs = order_by_expert(keys, ranks + 1)
-    counts = torch.cat([of_experts, pairs.tokens_per_expert[:ranks]])
-    ends = pairs.offsets[:ranks]
-    return PairPlan(counts, pairs.order, ends, pairs.inverse, pairs.offsets, owner), packed
+        pairs = order_by_expert(keys, ranks + 1)
+        order, inverse, offsets = pairs.order, pairs.inverse, pairs.offsets
+        of_ranks = pairs.tokens_per_expert
+    return PairPlan(of_experts, of_ranks[:ranks], order, inverse, offsets, owner), packed
 
 
 def _pairs(
@@ -103,48 +91,3 @@ def _pairs(
     counts = order_by_expert(chosen, num_experts + 1).tokens_per_expert[:-1]
     keys = torch.where(needed, every, ranks).view(-1)
     return keys, torch.cat(bytes_of, dim=1), owner.to(torch.int32), counts
-
-
-def unpack_pairs(
-    memory: Tensor,
-    at: int,
-    block_bytes: int,
-    ends: Tensor,
-    counts: list[int],
-    slots: int,
-    num_local: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Reads what came with the pairs, as :func:`plan_pairs` packed it.
-
-    Args:
-        memory: (B,) uint8.
-        at: the byte at which the first rank's begin.
-        block_bytes: bytes from one rank's to the next one's.
-        ends: (R,) int32, where each rank's rows end, on the device of the memory.
-        counts: the same on the host: the rows of each rank, S' together.
-        slots: K.
-        num_local: e.
-        dtype: of the weights.
-
-    Returns:
-        ``weights (S', K)`` and ``keys (S', K)`` int64: the local expert of each slot, e for those
-        of other ranks.
-    """
-    rows = sum(counts)
-    library = native(memory)
-    if library is not None and dtype == torch.float32:
-        return library.exchange_unpack(  # type: ignore[no-any-return]
-            memory, at, block_bytes, ends, rows, slots, num_local
-        )
-    width = slots * (_ID_BYTES + dtype.itemsize)
-    blocks = [
-        memory[at + rank * block_bytes :][: count * width].view(count, width)
-        for rank, count in enumerate(counts)
-    ]
-    ids, weights = (
-        part.clone(memory_format=torch.contiguous_format)
-        for part in torch.cat(blocks).tensor_split([slots * _ID_BYTES], dim=1)
-    )
-    keys = ids.view(torch.int32).long()
-    return weights.view(dtype), torch.where(keys < 0, num_local, keys)

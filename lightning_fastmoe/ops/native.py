@@ -104,15 +104,17 @@ def register_fakes() -> None:
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
         "adam_step_": lambda *_: None,
         "exchange_push": lambda *_: None,
-        "exchange_pairs": _exchange_pairs,
-        "exchange_places": lambda inverse, offsets, owner, most: (
-            torch.empty_like(inverse),
-            inverse.new_empty(owner.numel()),
+        "exchange_send": lambda *_: None,
+        "exchange_plan": _exchange_plan,
+        "exchange_receive": _exchange_receive,
+        "exchange_sums": lambda rows, inverse, offsets, most: rows.new_empty(
+            inverse.shape[0] // (offsets.shape[0] - 1), rows.shape[1]
         ),
-        "exchange_unpack": lambda memory, at, block_bytes, ends, rows, slots, num_local: (
-            memory.new_empty(rows, slots, dtype=torch.float32),
-            memory.new_empty(rows, slots, dtype=torch.int64),
+        "exchange_slots": lambda memory, at, block_bytes, inverse, offsets, owner: owner.new_empty(
+            owner.shape, dtype=torch.float32
         ),
+        "exchange_announce": lambda *_: None,
+        "exchange_await": lambda *_: None,
         "exchange_set_flags": lambda *_: None,
         "exchange_wait": lambda *_: None,
         "expert_layer": _expert_layer,
@@ -139,21 +141,46 @@ def _route(
     return torch.empty_like(logits), weights, weights.new_empty(tokens, top_k, dtype=torch.int64)
 
 
-def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sort_by_expert(
+    ids: Tensor, num_experts: int, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = ids.new_empty(num_experts)
     offsets = ids.new_empty(num_experts, dtype=torch.int32)
     return torch.empty_like(ids), torch.empty_like(ids), counts, offsets
 
 
-def _exchange_pairs(
+def _exchange_plan(
     chosen: Tensor, where: Tensor, weights: Tensor, ranks: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     tokens, slots = chosen.shape
+    pairs = chosen.new_empty(tokens * ranks)
     return (
-        chosen.new_empty(tokens * ranks),
-        chosen.new_empty(tokens * ranks, 8 * slots, dtype=torch.uint8),
+        *(pairs, torch.empty_like(pairs)),
+        chosen.new_empty(ranks + 1, dtype=torch.int32),
         chosen.new_empty(tokens, slots, dtype=torch.int32),
+        chosen.new_empty(tokens * ranks, 8 * slots, dtype=torch.uint8),
         chosen.new_empty(where.shape[1] - 1),
+        chosen.new_empty(ranks + 1),
+    )
+
+
+def _exchange_receive(
+    memory: Tensor,
+    at: int,
+    block_bytes: int,
+    row_bytes: int,
+    counts: list[int],
+    packed_at: int,
+    packed_block_bytes: int,
+    slots: int,
+    num_local: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = sum(counts)
+    return (
+        memory.new_empty(rows, row_bytes),
+        memory.new_empty(rows, slots, dtype=torch.float32),
+        memory.new_empty(rows, slots, dtype=torch.int64),
+        memory.new_empty(len(counts), dtype=torch.int32),
     )
 
 

@@ -97,7 +97,7 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     flat = expert_ids.reshape(-1)
     library = native(flat)
     if library is not None and num_experts <= MAX_EXPERTS:
-        return ExpertOrder(*library.sort_by_expert(flat.contiguous(), num_experts))
+        return ExpertOrder(*library.sort_by_expert(flat.contiguous(), num_experts, num_experts))
     sorted_ids, order = torch.sort(flat, stable=True)
     # Every index occurs once, so this scatter writes each slot exactly once: deterministic.
     inverse = torch.empty_like(order)
@@ -106,6 +106,24 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
         sorted_ids, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype)
     )
     return ExpertOrder(order, inverse, edges[1:] - edges[:-1], edges[1:].to(torch.int32))
+
+
+def order_of_held(expert_ids: Tensor, num_held: int, rows: int) -> ExpertOrder:
+    """:func:`order_by_expert` of pairs of which some are other ranks'; these have no row.
+
+    Args:
+        expert_ids: (T, K) or (N,) int64, in ``[0, num_held]``; ``num_held`` for other ranks'.
+        num_held: e.
+        rows: how many pairs are this rank's.
+    """
+    flat = expert_ids.reshape(-1)
+    library = native(flat)
+    if library is None or num_held >= MAX_EXPERTS:
+        return order_by_expert(flat, num_held + 1).first(num_held, rows)
+    order, inverse, counts, offsets = library.sort_by_expert(
+        flat.contiguous(), num_held + 1, num_held
+    )
+    return ExpertOrder(order[:rows], inverse, counts[:num_held], offsets[:num_held])
 
 
 class _ScoreTopK(torch.autograd.Function):

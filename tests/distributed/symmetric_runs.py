@@ -25,6 +25,7 @@ from lightning_fastmoe.errors import ExchangeError, TopologyError
 from lightning_fastmoe.nn import LocalSchedule, Routing, StackedExperts
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.placement import equal_blocks
+from lightning_fastmoe.ops import exchange as ops
 from lightning_fastmoe.ops.stall import stall_report
 
 D, F, E, K = 16, 8, 8, 3
@@ -113,7 +114,12 @@ def numbers_of_tokens(device_type: str, calls: list[tuple[int, ...]]) -> dict[st
 def delays(layer: Layer, seconds: float) -> Iterator[None]:
     """Random pauses before and after each push and each wait, of the host and of the stream."""
     random_of_rank = random.Random(layer.group.rank)  # noqa: S311 - not for secrets
-    before = {name: getattr(Flags, name) for name in ("set", "wait", "wait_and_read")}
+    places: list[tuple[Any, str]] = [
+        *((SymmetricExchange, name) for name in ("send_counts", "read_counts", "send", "arrival")),
+        *((ops, name) for name in ("push_rows", "set_flags")),  # apart on the CPU
+        *((Flags, name) for name in ("wait", "wait_and_read")),
+    ]
+    before = [getattr(*place) for place in places]
 
     def pause() -> None:
         # Most pauses are none, so that ranks are far apart now and then.
@@ -122,22 +128,22 @@ def delays(layer: Layer, seconds: float) -> Iterator[None]:
             torch.cuda._sleep(int(length * 1e9))
         time.sleep(length)
 
-    def paused(name: str) -> Any:
+    def paused(function: Any) -> Any:
         def run(*args: Any) -> Any:
             pause()
-            result = before[name](*args)
+            result = function(*args)
             pause()
             return result
 
         return run
 
-    for name in before:
-        setattr(Flags, name, paused(name))
+    for place, function in zip(places, before, strict=True):
+        setattr(*place, paused(function))
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(Flags, name, function)
+        for place, function in zip(places, before, strict=True):
+            setattr(*place, function)
 
 
 def at_random_times(device_type: str, steps: int, seconds: float) -> list[int]:

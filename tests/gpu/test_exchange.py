@@ -10,7 +10,7 @@ import torch
 from ops import exchange_cases as cases
 from ops import plan_cases
 
-from lightning_fastmoe.ops import exchange, kernels
+from lightning_fastmoe.ops import exchange, exchange_counts, kernels
 from lightning_fastmoe.ops.native import load
 
 VALUE = 3 << exchange.TAG_BITS | 9
@@ -56,6 +56,78 @@ def test_rows_that_start_at_an_odd_byte() -> None:
     exchange.push_rows(rows, None, ends, 1, memory, 0, 0, 4)
     assert memory[0].tolist() == [*range(1, 33), *[0] * 32]
     assert memory[1].tolist() == list(range(33, 97))
+
+
+@pytest.mark.parametrize("needed", [None, 0, 12345])
+@pytest.mark.parametrize("sizes", [(0, 0), (5, 2), (600, 3)], ids=str)
+def test_announced_counts(sizes: tuple[int, int], needed: int | None) -> None:
+    """The bytes of the twin, on another stream, after what the current one does."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    of_experts, of_ranks = (torch.randint(1 << 40, (n,), generator=generator) for n in sizes)
+    slots, ranks, at = sum(sizes) + 4, 3, 3 * 3 * exchange.FLAG_BYTES
+    block = 8 * (exchange_counts.HEADER + slots + 1) // 16 * 16
+    header = (exchange_counts.MAGIC, 77, 1 << 40, 5)
+    right = [torch.full((at + ranks * block,), 3, dtype=torch.uint8) for _ in range(ranks)]
+    memory = [own.cuda() for own in right]
+    aside = torch.cuda.Stream()
+    given = of_experts.cuda(), of_ranks.cuda()
+    late = [torch.zeros_like(one) for one in given]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10_000_000)
+    for to, one in zip(late, given, strict=True):
+        to.copy_(one)
+    for on_gpu, (counts, to) in enumerate((((of_experts, of_ranks), right), (late, memory))):
+        for rank in range(ranks):
+            where = (rank, at + rank * block, ranks * exchange.FLAG_BYTES, VALUE)
+            stream = aside.cuda_stream if on_gpu else 0
+            exchange_counts.announce(*counts, needed, header, slots, to, *where, stream)
+    report = torch.zeros(4, dtype=torch.int64, pin_memory=True)
+    columns = exchange_counts.HEADER + slots
+    found = torch.zeros(ranks, columns, dtype=torch.int64, pin_memory=True)
+    where = (1, ranks * exchange.FLAG_BYTES, VALUE, at, block)
+    stream = aside.cuda_stream
+    exchange_counts.await_table(memory, *where, found, report, 20.0, stream)
+    aside.synchronize()
+    assert report.tolist() == [0, 0, 0, 0]
+    for a, b in zip(memory, right, strict=True):
+        assert torch.equal(a.cpu(), b)
+    assert torch.equal(found, exchange_counts.table(right[1], at, block, ranks, columns))
+    assert found[0, 2].item() == 1 << 40
+
+
+def test_a_table_of_which_a_part_never_comes() -> None:
+    group = Group()
+    group.set(1)
+    found = torch.full((3, 4), 7, dtype=torch.int64, pin_memory=True)
+    memory = [torch.cat([own, torch.zeros(3 * 32, device="cuda").byte()]) for own in group.memory]
+    where = (2, group.at, VALUE, 2 * group.at, 32)
+    stream = torch.cuda.current_stream().cuda_stream
+    exchange_counts.await_table(memory, *where, found, group.report, 0.3, stream)
+    torch.cuda.synchronize()
+    assert group.report.tolist() == [0b101, 0, 0, VALUE]
+    assert (found == 7).all()
+
+
+def test_parts_of_rows_and_a_flag() -> None:
+    """The bytes of the twin."""
+    generator = torch.Generator().manual_seed(3)
+    parts = [torch.randint(256, (6, w), generator=generator).byte() for w in (48, 24, 7)]
+    order = torch.tensor([3, 11, 0, 9, 4, 1, 2])
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    at, flags_at = [384, 384 + 4 * 48, 384 + 4 * 80], 3 * exchange.FLAG_BYTES
+    results = []
+    for device in ("cpu", "cuda"):
+        memory = [torch.zeros(1024, dtype=torch.uint8, device=device) for _ in range(3)]
+        flags = [torch.zeros(1024, dtype=torch.uint8, device=device) for _ in range(3)]
+        given = [part.to(device) for part in parts], order.to(device), [2, 2, 2], ends.to(device)
+        exchange.send_rows(*given, memory, 1, at, 4, flags, flags_at, VALUE)
+        exchange.send_rows(
+            *([given[0][0]], None, [1], ends.to(device), memory, 0, [16], 4, flags, 0, 5)
+        )
+        results.append([t.cpu() for t in (*memory, *flags)])
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+    assert exchange.flags_of(results[1][5], flags_at, 3).tolist() == [0, VALUE, 0]
 
 
 class Group:
@@ -178,6 +250,33 @@ def test_errors() -> None:
     report = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="report"):
         wait(memory, 0, 0, 1, report.int(), 1.0, False)
+    counts, stream = torch.zeros(3, dtype=torch.int64, device="cuda"), 0
+    with pytest.raises(RuntimeError, match="7 numbers don't fit into 6"):
+        library.exchange_announce(counts, counts, 1, [1] * 4, 6, memory, 0, 0, 0, 1, stream)
+    with pytest.raises(RuntimeError, match="are more than a rank sends"):
+        library.exchange_receive(memory[0], 0, 32, 16, [3, 1], 0, 32, 0, 1)
+    with pytest.raises(RuntimeError, match="are not in a rank's memory"):
+        library.exchange_receive(memory[0], 0, 256, 16, [3, 1], 0, 32, 0, 1)
+    with pytest.raises(RuntimeError, match="as many divisors"):
+        library.exchange_send([rows], None, ends, [], memory, 0, [0], 1, memory, 0, 1)
+
+
+def test_opcheck() -> None:
+    library = load()
+    assert library is not None
+    chosen = torch.tensor([[0, 3], [2, 1]], device="cuda")
+    where = torch.tensor([[0, 0, 1, 1, 2], [0, 1, 0, 1, -1]], device="cuda")
+    weights = torch.rand(2, 2, device="cuda")
+    order, inverse, offsets, owner, *_ = library.exchange_plan(chosen, where, weights, 2)
+    memory = torch.zeros(2048, dtype=torch.uint8, device="cuda")
+    calls = {
+        library.exchange_plan: (chosen, where, weights, 2),
+        library.exchange_receive: (memory, 0, 64, 16, [2, 1], 512, 64, 2, 2),
+        library.exchange_sums: (torch.rand(8, 16, device="cuda"), inverse, offsets, 4),
+        library.exchange_slots: (memory, 0, 64, inverse, offsets, owner),
+    }
+    for op, args in calls.items():
+        torch.library.opcheck(op.default, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

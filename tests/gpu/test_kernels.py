@@ -22,6 +22,7 @@ from lightning_fastmoe.ops import (
     kernels,
     native,
     order_by_expert,
+    order_of_held,
     softmax_top_k,
     top_k,
 )
@@ -225,7 +226,7 @@ def test_sort_equals_its_cpu_twin(library: Any, experts: int, pairs: int, skew: 
         ids.fill_(experts // 2)
     elif skew == "ends":
         ids = torch.where(ids % 2 == 0, 0, experts - 1)
-    got = same_bits(lambda: library.sort_by_expert(ids, experts))
+    got = same_bits(lambda: library.sort_by_expert(ids, experts, experts))
     order, inverse, counts, offsets = (t.cpu() for t in got)
     want = order_by_expert(ids.cpu(), experts)
     assert torch.equal(order, want.order)
@@ -235,11 +236,21 @@ def test_sort_equals_its_cpu_twin(library: Any, experts: int, pairs: int, skew: 
     assert offsets.dtype == torch.int32
 
 
+@pytest.mark.parametrize("pairs", [0, 1, 999, 300_001])
+@pytest.mark.parametrize("held", [1, 7, 1023])
+def test_an_order_of_held_experts_equals_its_cpu_twin(pairs: int, held: int) -> None:
+    ids = torch.randint(held + 1, (pairs,), generator=torch.Generator().manual_seed(pairs))
+    rows = int((ids < held).sum())
+    got, want = (order_of_held(one, held, rows) for one in (ids.cuda(), ids))
+    for name in ("order", "inverse", "tokens_per_expert", "offsets"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
+
+
 @pytest.mark.parametrize("experts", [64, 640])
 def test_sort_of_many_blocks(library: Any, experts: int) -> None:
     """More pairs than the blocks of one launch take at a time; few counts to add, and many."""
     ids = torch.randint(experts, (3_000_001,), device="cuda")
-    order, inverse, counts, _ = library.sort_by_expert(ids, experts)
+    order, inverse, counts, _ = library.sort_by_expert(ids, experts, experts)
     want = torch.sort(ids, stable=True).indices
     assert torch.equal(order, want)
     assert torch.equal(inverse[order], torch.arange(ids.numel(), device="cuda"))
@@ -386,7 +397,7 @@ def test_every_operator_passes_opcheck(library: Any) -> None:
     calls = {
         library.route: (logits, None, 2, True, True),
         library.route_backward: (logits, weights, chosen, None, weights, True, False),
-        library.sort_by_expert: (ids.flatten(), 5),
+        library.sort_by_expert: (ids.flatten(), 5, 5),
         library.permute_rows: (x, order.inverse, 2),
         library.sum_rows: (rows, order.inverse, weights, 2, None, None),
         library.unpermute_backward: (x, rows, weights, order.inverse),

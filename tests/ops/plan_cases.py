@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.distributed.schedule.dedup import owners
-from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs, unpack_pairs
+from lightning_fastmoe.ops.exchange_arrival import Blocks, of_slots, receive, sum_of_ranks
+from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs
 
 
 @dataclass(frozen=True)
@@ -90,50 +91,71 @@ def check(case: Case, device: str, dtype: torch.dtype) -> None:
     expected = sent(case)
     of_experts = torch.bincount(inputs(case)[0].flatten(), minlength=case.num_experts + 1)
     rows = [len(one) for one in expected]
-    assert plan.counts.tolist() == [*of_experts[: case.num_experts].tolist(), *rows]
+    assert plan.of_experts.tolist() == of_experts[: case.num_experts].tolist()
+    assert plan.of_ranks.tolist() == rows
     assert plan.ends.tolist() == torch.tensor(rows).cumsum(0).tolist()
     assert plan.ends.dtype == torch.int32
     order = plan.order[: sum(rows)].tolist()
     pairs = [(t, r) for r, one in enumerate(expected) for t, _, _ in one]
     assert [divmod(pair, case.ranks) for pair in order] == pairs
-    check_unpacking(case, plan, packed, dtype)
-    check_places(case, plan)
+    check_receiving(case, plan, packed, dtype)
+    check_what_comes_back(case, plan, dtype)
 
 
-def check_unpacking(case: Case, plan: PairPlan, packed: Tensor, dtype: torch.dtype) -> None:
+WIDTH = 24
+"""Bytes of the rows that travel with packed ones."""
+
+
+def check_receiving(case: Case, plan: PairPlan, packed: Tensor, dtype: torch.dtype) -> None:
+    """Reads rows among bytes of nobody, as if two ranks had sent the same."""
     most, at = 2 + case.tokens, 16
     begin = 0
     for expected, held in zip(sent(case), case.placement, strict=True):
         own = packed[plan.order[begin : begin + len(expected)]]
         begin += len(expected)
-        # As if two ranks had sent the same, with room for more.
-        block = -(-most * packed.shape[1] // 16) * 16
-        memory = torch.full((at + 2 * block,), 0x7F, dtype=torch.uint8, device=own.device)
-        for rank in range(2):
-            memory[at + rank * block :][: own.numel()] = own.flatten()
-        counts = [len(expected)] * 2
-        ends = torch.tensor(counts).cumsum(0).to(own.device, torch.int32)
-        weights, keys = unpack_pairs(memory, at, block, ends, counts, case.slots, len(held), dtype)
-        ids = [[len(held) if i < 0 else i for i in row] for _, row, _ in expected] * 2
-        assert keys.tolist() == ids
-        assert keys.dtype == torch.int64
-        assert weights.dtype == dtype
-        right = torch.tensor([row for _, _, row in expected] * 2).view(-1, case.slots)
-        assert torch.equal(weights.float().cpu(), right)
+        sizes = [-(-most * width // 16) * 16 for width in (WIDTH, packed.shape[1])]
+        memory = torch.full((at + 2 * sum(sizes),), 0x7F, dtype=torch.uint8, device=own.device)
+        places = Blocks(memory, at, sizes[0], WIDTH)
+        numbers = Blocks(memory, at + 2 * sizes[0], sizes[1], packed.shape[1])
+        counts = [len(expected), max(0, len(expected) - 1)]
+        rows = torch.arange(sum(counts) * WIDTH, device=own.device).view(-1, WIDTH).byte()
+        for rank, some in enumerate(rows.split(counts)):
+            places.of(rank, counts[rank]).copy_(some)
+            numbers.of(rank, counts[rank]).copy_(own[: counts[rank]])
+        found = receive(places, counts, numbers, len(held), dtype)
+        assert torch.equal(found.rows, rows)
+        assert torch.equal(receive(places, counts).rows, rows)
+        assert found.ends.tolist() == torch.tensor(counts).cumsum(0).tolist()
+        assert found.ends.dtype == torch.int32
+        both = [*expected, *expected[: counts[1]]]
+        ids = [[len(held) if i < 0 else i for i in row] for _, row, _ in both]
+        assert found.keys.tolist() == ids
+        assert found.keys.dtype == torch.int64
+        assert found.weights.dtype == dtype
+        right = torch.tensor([row for _, _, row in both]).view(-1, case.slots)
+        assert torch.equal(found.weights.float().cpu(), right)
 
 
-def check_places(case: Case, plan: PairPlan) -> None:
-    expected, most = sent(case), case.tokens + 3
-    places, slots = plan.places(most)
-    right = torch.full((case.tokens, case.ranks), -1)
-    of_slots = torch.full((case.tokens, case.slots), -1)
-    row = 0
+def check_what_comes_back(case: Case, plan: PairPlan, dtype: torch.dtype) -> None:
+    """Each rank returns a row that tells its number and the token, and K numbers of slots."""
+    expected, most, width = sent(case), case.tokens + 3, 8
+    device = plan.inverse.device
+    rows = torch.full((case.ranks * most, width), torch.nan, dtype=dtype, device=device)
+    block = -(-most * case.slots * dtype.itemsize // 16) * 16
+    memory = torch.full((32 + case.ranks * block,), 0x7F, dtype=torch.uint8, device=device)
+    slots = Blocks(memory, 32, block, case.slots * dtype.itemsize)
+    sums = torch.zeros(case.tokens, width, dtype=torch.float64)
+    of_slot = torch.zeros(case.tokens, case.slots, dtype=torch.float64)
     for rank, one in enumerate(expected):
         for n, (t, ids, _) in enumerate(one):
-            right[t, rank] = rank * most + n
+            rows[rank * most + n] = 1000 * rank + t
+            sums[t] += 1000 * rank + t
+            numbers = 10 * t + 10000 * rank + torch.arange(case.slots, dtype=torch.float64)
+            slots.of(rank, n + 1)[n] = numbers.to(dtype).view(torch.uint8).to(device)
             for k, i in enumerate(ids):
                 if i >= 0:
-                    of_slots[t, k] = row * case.slots + k
-            row += 1
-    assert places.tolist() == right.flatten().tolist()
-    assert slots.tolist() == of_slots.flatten().tolist()
+                    of_slot[t, k] = numbers[k]
+    assert torch.equal(sum_of_ranks(rows, plan, most).double().cpu(), sums)
+    got = of_slots(slots, plan, dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got.double().cpu(), of_slot)

@@ -19,9 +19,7 @@ from lightning_fastmoe.distributed.dispatch.pending import PendingExchange
 from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 from lightning_fastmoe.distributed.nodes import NodeGroups
 from lightning_fastmoe.errors import ExchangeError
-
-_MAGIC = 0x4D6F45  # "MoE"
-HEADER = 6  # magic, layer, sequence number, row width, total, checksum
+from lightning_fastmoe.ops.exchange_counts import HEADER, MAGIC, checksums, pack
 
 
 class ExpertGroup:
@@ -173,53 +171,48 @@ class ExpertGroup:
         self.exchange_counts(none, 0, "the end of the step")
 
 
+def header(layer: str, sequence: int, width: int) -> list[int]:
+    """What precedes a rank's counts."""
+    return [MAGIC, zlib.crc32(layer.encode()), sequence, width]
+
+
 def pack_counts(counts: Tensor, slots: int, sequence: int, width: int, layer: str) -> Tensor:
     """The vector that a rank sends: header, then counts padded to ``slots``; int64."""
-    body = torch.nn.functional.pad(counts, (0, slots - counts.numel()))
-    head = torch.tensor(
-        [_MAGIC, zlib.crc32(layer.encode()), sequence, width], dtype=torch.int64
-    ).to(counts.device, non_blocking=True)
-    return torch.cat([head, body.sum().reshape(1), _checksum(body), body])
+    return pack(counts, slots, header(layer, sequence, width))
 
 
 def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
     """Checks the gathered ``table (R, 6 + slots)`` and returns the counts ``(R, E)``."""
-    head, body = table[:, :HEADER], table[:, HEADER:]
-    for rank in range(table.shape[0]):
-        magic, layer_hash, sequence, width, total, checksum = head[rank].tolist()
-        counts = body[rank]
+    head, body = table[:, :HEADER].tolist(), table[:, HEADER:]
+    sums, smallest = body.sum(1).tolist(), body.amin(1).tolist() if body.shape[1] else []
+    codes, beyond = checksums(body).tolist(), body[:, num_experts:].any(1).tolist()
+    for rank, (magic, layer_hash, sequence, width, total, checksum) in enumerate(head):
         damaged = (
-            magic != _MAGIC
-            or bool((counts < 0).any())
-            or int(counts.sum()) != total
-            or int(_checksum(counts)) != checksum
-            or bool(counts[num_experts:].any())
+            magic != MAGIC
+            or (bool(smallest) and smallest[rank] < 0)
+            or sums[rank] != total
+            or codes[rank] != checksum
+            or beyond[rank]
         )
         ours = layer_hash == zlib.crc32(layer.encode())
         if damaged and ours:
             raise ExchangeError(
                 f"{layer}: the token counts of rank {rank} of the expert parallel group arrived"
-                f" damaged (sum {int(counts.sum())}, declared {total}, smallest"
-                f" {int(counts.min())}). No tokens were exchanged. This points to faulty memory or"
-                " network: restart from the last checkpoint, and check that node."
+                f" damaged (sum {sums[rank]}, declared {total}, smallest {smallest[rank]}). No"
+                " tokens were exchanged. This points to faulty memory or network: restart from the"
+                " last checkpoint, and check that node."
             )
-        if [layer_hash, sequence, width] != head[0, 1:4].tolist():
+        if [layer_hash, sequence, width] != head[0][1:4]:
             raise ExchangeError(
                 f"{layer}: the ranks of the expert parallel group are in different exchanges"
-                f" (rank 0 in number {int(head[0, 2])}, rank {rank} in number {sequence}, same"
-                f" layer: {layer_hash == int(head[0, 1])}). Every rank must run the same MoE layers"
+                f" (rank 0 in number {head[0][2]}, rank {rank} in number {sequence}, same"
+                f" layer: {layer_hash == head[0][1]}). Every rank must run the same MoE layers"
                 " in the same order in each step; make the forward pass independent of the data."
             )
-    if int(head[0, 1]) != zlib.crc32(layer.encode()):
+    if head[0][1] != zlib.crc32(layer.encode()):
         raise ExchangeError(
             f"{layer}: the whole expert parallel group, this rank's own entry included, arrived as"
             " being in another layer. This points to faulty memory or network: restart from the"
             " last checkpoint, and check that node."
         )
     return body[:, :num_experts]
-
-
-def _checksum(counts: Tensor) -> Tensor:
-    """A sum with pseudo-random weights per position, to detect moved counts; shape (1,)."""
-    position = torch.arange(1, counts.numel() + 1, device=counts.device, dtype=counts.dtype)
-    return (counts * (position * 2654435761 % 2147483647)).sum().reshape(1)

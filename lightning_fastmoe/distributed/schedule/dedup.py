@@ -150,7 +150,7 @@ def run_experts(
         (S', D).
     """
     # Slots that chose experts of other ranks come last, and get no row.
-    order = ops.order_by_expert(keys, num_local + 1).first(num_local, rows)
+    order = ops.order_of_held(keys, num_local, rows)
     sums: Tensor = experts(received, order.tokens_per_expert, weights, order)
     return sums
 

@@ -16,22 +16,25 @@ the header of the counts detect it if not.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
-from lightning_fastmoe.distributed.dispatch.counts import HEADER, pack_counts, unpack_counts
-from lightning_fastmoe.distributed.symmetric.flags import Flags
+from lightning_fastmoe.distributed.dispatch.counts import header, unpack_counts
+from lightning_fastmoe.distributed.symmetric.flags import Flags, Table
 from lightning_fastmoe.distributed.symmetric.memory import (
     SymmetricMemory,
     check_reachable,
     refuse_unless_all_can,
 )
+from lightning_fastmoe.distributed.symmetric.stream_order import StreamOrder
 from lightning_fastmoe.ops import exchange as ops
+from lightning_fastmoe.ops import exchange_counts as counts
+from lightning_fastmoe.ops.exchange_arrival import Blocks
+from lightning_fastmoe.ops.exchange_counts import HEADER
 
 MAX_SLOTS = 4096
 """Most numbers that the ranks' counts may have."""
@@ -41,82 +44,41 @@ _HALVES = 2
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows that are sent together with others.
-
-    Attributes:
-        rows: (n, w), contiguous.
-        order: (N,) int64, the rows to send by rank, each times ``divisor``; None sends ``rows``.
-        divisor: see ``order``.
-    """
-
-    rows: Tensor
-    order: Tensor | None = None
-    divisor: int = 1
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return self.rows.shape[1] * self.rows.element_size()
-
-
-@dataclass(frozen=True)
 class Arrival:
     """What has arrived in this rank's memory; others will write to it in exchanges to come.
 
     Attributes:
-        memory: this rank's.
+        parts: the blocks of each part, with room for :attr:`most` rows of each rank.
         ranks: R.
         most: rows of a rank that there is room for.
-        widths: bytes of a row of each part.
-        at: the byte at which each part begins: ``most`` rows of each rank.
     """
 
-    memory: Tensor
+    parts: Sequence[Blocks]
     ranks: int
     most: int
-    widths: Sequence[int]
-    at: Sequence[int]
 
-    def copy(self, part: int, counts: Sequence[int]) -> Tensor:
-        """(sum(counts), w) uint8, by rank: a copy.
+    def evenly_spaced(self, part: int, counts: Sequence[int]) -> tuple[Tensor, int]:
+        """The rows of a part, with room for equally many of each rank; and how many that is.
 
-        Args:
-            part: which part.
-            counts: rows from each rank.
-        """
-        width, begin = self.widths[part], self.at[part]
-        word = torch.int64 if width % 8 == 0 else torch.uint8
-        blocks = []
-        for count in counts:
-            blocks.append(self.memory[begin : begin + count * width].view(word))
-            begin += self.most * _aligned(width)
-        return torch.cat(blocks).view(torch.uint8).view(sum(counts), width)
-
-    def in_place(self, part: int) -> Tensor:
-        """(R * most, w) uint8, a view, of which only what ranks sent has values.
-
-        The ranks' rows must have a common distance: :meth:`SymmetricExchange.has_common_distance`.
-        """
-        width, begin, rows = self.widths[part], self.at[part], self.ranks * self.most
-        return self.memory[begin : begin + rows * width].view(rows, width)
-
-    def padded(self, part: int, counts: Sequence[int]) -> Tensor:
-        """(R * max(counts), w) uint8, a copy, of which only what ranks sent has values.
+        A view where the ranks' blocks are multiples of a row, else a copy. Only what ranks sent
+        has values.
 
         Args:
             part: which part.
             counts: rows from each rank.
-        """
-        rows = self.copy(part, counts)
-        blocks = rows.new_zeros(self.ranks, max(counts), rows.shape[1])
-        for block, own in zip(blocks, rows.split(list(counts)), strict=True):
-            block[: len(own)] = own
-        return blocks.flatten(0, 1)
 
-    def block_bytes(self, part: int) -> int:
-        """Bytes from one rank's rows of a part to the next one's."""
-        return self.most * _aligned(self.widths[part])
+        Returns:
+            (R * most, w) uint8; and ``most``.
+        """
+        blocks = self.parts[part]
+        if blocks.block_bytes == self.most * blocks.row_bytes:
+            rows = self.ranks * self.most
+            return Blocks(blocks.memory, blocks.at, 0, blocks.row_bytes).of(0, rows), self.most
+        most = max(counts)
+        copy = blocks.memory.new_zeros(self.ranks, most, blocks.row_bytes)
+        for rank, count in enumerate(counts):
+            copy[rank, :count] = blocks.of(rank, count)
+        return copy.flatten(0, 1), most
 
 
 @dataclass
@@ -127,13 +89,11 @@ class _Kind:
         first_line: where its flags are, a line for each half.
         number: how many exchanges there have been.
         tag: what the latest is about.
-        is_read: recorded when the latest has been read, on a GPU.
     """
 
     first_line: int
     number: int = 0
     tag: int = 0
-    is_read: torch.cuda.Event | None = None
 
     @property
     def half(self) -> int:
@@ -175,10 +135,9 @@ class SymmetricExchange:
         self._counts, self._rows = (_Kind(_HALVES * kind) for kind in range(kinds))
         self.rows: SymmetricMemory | None = None
         self.capacity = 0  # bytes of a half for the rows of one rank
-        # One row for each rank: the counts go to all.
         self._aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._to_all = torch.arange(group.size, device=device)
-        self._ends = torch.arange(1, group.size + 1, device=device, dtype=torch.int32)
+        self._nothing = torch.empty(0, dtype=torch.int64, device=device)
+        self._order = StreamOrder(device)
         group.other_way = self.exchange_counts
         group.on_giving_up.append(self._flags.give_up)
 
@@ -197,37 +156,39 @@ class SymmetricExchange:
         found: SymmetricExchange = group.shared[cls]
         return found
 
-    def exchange_counts(self, counts: Tensor, width: int, layer: str) -> Tensor | None:
+    def exchange_counts(self, own: Tensor, width: int, layer: str) -> Tensor | None:
         """:meth:`ExpertGroup.exchange_counts`; None if there is no room for the model's counts."""
         if self.group.slots > MAX_SLOTS:  # the same on all ranks
             return None
-        here = counts.to(self.device, non_blocking=True)
-        self.send_counts(here, width, layer)
+        here = own.to(self.device, non_blocking=True)
+        self.send_counts(here, self._nothing, None, width, layer)
         return self.read_counts(len(here), layer)
 
-    def send_counts(self, counts: Tensor, width: int, layer: str) -> int:
+    def send_counts(
+        self, of_experts: Tensor, of_ranks: Tensor, needed: int | None, width: int, layer: str
+    ) -> int:
         """Sends this rank's counts to all; :meth:`read_counts` must follow.
 
-        ``counts`` must live until then: they are sent by another stream than the current one.
+        The counts must live until then: they are sent by another stream than the current one, so
+        that they pass the rows.
 
         Args:
-            counts: (n,) int64.
+            of_experts: (n,) int64.
+            of_ranks: (m,) int64.
+            needed: one more number, or None.
             width: D, which must be the same on all ranks.
             layer: the layer's name.
 
         Returns:
             The number of this exchange, the same on all ranks.
         """
-        if self._aside is not None:
-            self._aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._aside):  # so that they pass the rows
-            kind = self._begin(self._counts, layer, "counts", tag=0)
-            vector = pack_counts(counts, self._slots, kind.number, width, layer)
-            ops.push_rows(
-                *(vector.unsqueeze(0), self._to_all, self._ends, self.group.size),
-                *(self._control.ranks, self.group.rank, self._counts_at(self.group.rank), 1),
-            )
-            self._flags.set(kind.line, kind.value)
+        kind = self._begin(self._counts, layer, "counts", tag=0)
+        counts.announce(
+            *(of_experts, of_ranks, needed, header(layer, kind.number, width), self._slots),
+            *(self._control.ranks, self.group.rank, self._counts_at(self.group.rank)),
+            *(self._flags.at(kind.line), kind.value),
+            0 if self._aside is None else self._aside.cuda_stream,
+        )
         return kind.number
 
     def read_counts(self, count: int, layer: str) -> Tensor:
@@ -243,34 +204,35 @@ class SymmetricExchange:
         Raises:
             ExchangeError: as :meth:`ExpertGroup.exchange_counts`.
         """
-        kind, ranks = self._counts, self.group.size
-        begin = self._counts_at(0)
-        table = self._control.own[begin : begin + ranks * _COUNTS_BYTES].view(torch.int64)
-        table = table.view(ranks, -1)[:, : HEADER + self._slots]
-        with self.group.pending(layer, "counts"), torch.cuda.stream(self._aside):
+        kind = self._counts
+        table = Table((self._counts_at(0), _COUNTS_BYTES), HEADER + self._slots, self._aside)
+        with self.group.pending(layer, "counts"):
             where = self.group.where(layer, "counts")
             found = self._flags.wait_and_read(kind.line, kind.value, table, where)
-            self._end(kind)
         return unpack_counts(found, count, layer)
 
     def needs(self, most: int, widths: Sequence[int]) -> int:
         """Bytes for ``most`` rows of each of these numbers of bytes."""
         return max(most, 1) * sum(map(_aligned, widths))
 
-    def most(self, widths: Sequence[int]) -> int:
-        """Rows of a rank that there is room for, if they have these numbers of bytes."""
-        return self._layout(widths)[0]
-
-    @staticmethod
-    def has_common_distance(width: int) -> bool:
-        """Whether rows of so many bytes, of all ranks, are at multiples of one distance."""
-        return width == _aligned(width)
-
-    def send(self, parts: Sequence[Part], ends: Tensor, layer: str, phase: str, call: int) -> None:
+    def send(
+        self,
+        parts: Sequence[Tensor],
+        order: Tensor | None,
+        divisors: Sequence[int],
+        ends: Tensor,
+        layer: str,
+        phase: str,
+        call: int,
+    ) -> None:
         """Pushes rows to their ranks; :meth:`arrival` must follow, unless a rank had to skip it.
 
         Args:
-            parts: all with the same numbers of rows, which must fit into :attr:`capacity`.
+            parts: each (n, w) uint8, contiguous; their rows go to the same ranks, and must fit into
+                :attr:`capacity`.
+            order: (N,) int64, the rows to send by rank, each times the part's divisor; None sends
+                the parts as they are.
+            divisors: of each part.
             ends: (R,) int32, where the rows for each rank end.
             layer: the layer's name.
             phase: what is exchanged.
@@ -278,20 +240,21 @@ class SymmetricExchange:
                 those with rows of different lengths.
         """
         assert self.rows is not None
-        widths = [part.row_bytes for part in parts]
+        widths = [part.shape[1] for part in parts]
         kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call, widths))
+        self._order.follow()
         most, at = self._layout(widths)
-        for part, begin in zip(parts, at, strict=True):
-            begin += self.group.rank * most * _aligned(part.row_bytes)
-            ops.push_rows(
-                *(part.rows, part.order, ends, part.divisor, self.rows.ranks),
-                *(self.group.rank, begin, most),
-            )
-        self._flags.set(kind.line, kind.value)
+        own = [
+            begin + self.group.rank * most * _aligned(width)
+            for begin, width in zip(at, widths, strict=True)
+        ]
+        ops.send_rows(
+            *(parts, order, divisors, ends, self.rows.ranks, self.group.rank, own, most),
+            *(self._control.ranks, self._flags.at(kind.line), kind.value),
+        )
 
-    @contextmanager
-    def arrival(self, widths: Sequence[int], layer: str, phase: str) -> Iterator[Arrival]:
-        """Waits for the rows of all ranks, which may be read until the end of the context.
+    def arrival(self, widths: Sequence[int], layer: str, phase: str) -> Arrival:
+        """Waits for the rows of all ranks, which may be read until the next exchange.
 
         Args:
             widths: bytes of a row of each part, as sent.
@@ -303,8 +266,11 @@ class SymmetricExchange:
         with self.group.pending(layer, phase):
             self._flags.wait(kind.line, kind.value, self.group.where(layer, phase))
         most, at = self._layout(widths)
-        yield Arrival(self.rows.own, self.group.size, most, widths, at)
-        self._end(kind)
+        blocks = [
+            Blocks(self.rows.own, begin, most * _aligned(width), width)
+            for begin, width in zip(at, widths, strict=True)
+        ]
+        return Arrival(blocks, self.group.size, most)
 
     def grow(self, needed: int) -> None:
         """Makes room for ``needed`` bytes from each rank; all ranks call this with one number.
@@ -334,17 +300,9 @@ class SymmetricExchange:
         with self.group.pending(layer, phase):
             self.group.wait.begin(self.group.where(layer, phase))
         self._flags.check()
-        if kind.is_read is not None:  # the user may have changed the stream
-            kind.is_read.wait()
         kind.number += 1
         kind.tag = tag
         return kind
-
-    def _end(self, kind: _Kind) -> None:
-        if self.device.type == "cuda":
-            if kind.is_read is None:
-                kind.is_read = torch.cuda.Event()
-            kind.is_read.record()
 
     def _counts_at(self, rank: int) -> int:
         block = self._counts.half * self.group.size + rank

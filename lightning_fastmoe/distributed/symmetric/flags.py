@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lightning_fastmoe.distributed.dispatch import ExpertGroup
 from lightning_fastmoe.distributed.symmetric.memory import SymmetricMemory
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import exchange as ops
+from lightning_fastmoe.ops import exchange_counts as counts
 
 _SOONER = 0.9
 """Part of the deadline after which a device gives up, so that its report, which names the missing
@@ -22,6 +24,21 @@ _MISMATCH = (
     "Every rank must run the same MoE layers in the same order in each step; make the forward pass"
     " independent of the data."
 )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where all ranks write vectors in a rank's memory.
+
+    Attributes:
+        place: the byte at which the first rank's begins, and bytes from one to the next.
+        columns: int64 of each that are read.
+        stream: waits for them on a GPU; None on the CPU.
+    """
+
+    place: tuple[int, int]
+    columns: int
+    stream: torch.cuda.Stream | None
 
 
 class Flags:
@@ -40,15 +57,18 @@ class Flags:
         self._names: OrderedDict[int, str] = OrderedDict()
         self.is_on_device = memory.own.is_cuda
         self._report = torch.zeros(4, dtype=torch.int64, pin_memory=self.is_on_device)
+        self._reported = self._report.numpy()  # quicker to look at
+        self._found: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
 
     @staticmethod
     def bytes_of(lines: int, ranks: int) -> int:
         """Bytes of memory that this many lines take."""
         return (1 + lines) * ranks * ops.FLAG_BYTES
 
-    def set(self, line: int, value: int) -> None:
-        """Sets this rank's flag of all ranks, after what was pushed before."""
-        ops.set_flags(self._memory.ranks, self._group.rank, self._at(line), value)
+    def at(self, line: int) -> int:
+        """The byte at which a line begins."""
+        return (1 + line) * self._group.size * ops.FLAG_BYTES
 
     def wait(self, line: int, value: int, where: str) -> None:
         """Waits for all ranks: the host on the CPU, the current stream on a GPU.
@@ -57,63 +77,71 @@ class Flags:
         """
         self.check()
         self._remember(value, where)
-        if self.is_on_device:
-            self._wait_on_device(line, value, fatal=True)
-        else:
+        if not self.is_on_device:
             self._wait_on_host(line, value, where)
+            return
+        memory, rank, limit = self._memory.ranks, self._group.rank, self._limit(1.0)
+        ops.wait_for_flags(memory, rank, self.at(line), value, self._report, limit, True)
 
-    def wait_and_read(self, line: int, value: int, table: Tensor, where: str) -> Tensor:
-        """Waits for all ranks, and returns a copy of ``table``, of this rank's memory, on the host.
+    def wait_and_read(self, line: int, value: int, table: Table, where: str) -> Tensor:
+        """Waits for all ranks, and returns what they have written to ``table``, on the host.
 
         Raises:
             ExchangeError: if the others don't come before the deadline, naming them.
         """
         self.check()
         self._remember(value, where)
-        if not self.is_on_device:
+        if table.stream is None:
             self._wait_on_host(line, value, where)
-            return table.clone()
-        self._wait_on_device(line, value, fatal=False)
-        copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-        copy.copy_(table.contiguous(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(table.device))
+            found = counts.table(self._memory.own, *table.place, self._group.size, table.columns)
+            return found.clone()
+        on_host = self._on_host(table.columns)
+        counts.await_table(
+            *(self._memory.ranks, self._group.rank, self.at(line), value, *table.place),
+            *(on_host, self._report, self._limit(_SOONER), table.stream.cuda_stream),
+        )
+        if self._event is None:
+            self._event = torch.cuda.Event()
+        self._event.record(table.stream)
         try:
-            self._group.wait.for_event(event, where)
+            self._group.wait.for_event(self._event, where)
         except BaseException as error:
+            self._found = None  # the kernel may still write to it
             self.give_up()
             if not isinstance(error, ExchangeError):
                 self.check()  # a wait in an earlier exchange may be why the device has stopped
             raise
         self.check()
-        return copy.clone()
+        return on_host.clone()
 
     def check(self) -> None:
         """Raises:
         ExchangeError: if an earlier wait has failed.
         """
-        missing, different, given_up, value = self._report.tolist()
+        missing, different, given_up, value = self._reported.tolist()
         if missing:
             where = self._names.get(value, "an exchange of tokens")
             raise ExchangeError(f"{where}: {_reason(missing, different, given_up)}")
-
-    def _at(self, line: int) -> int:
-        return (1 + line) * self._group.size * ops.FLAG_BYTES
 
     def _remember(self, value: int, where: str) -> None:
         self._names[value] = where
         if len(self._names) > _REMEMBERED:
             self._names.popitem(last=False)
 
-    def _wait_on_device(self, line: int, value: int, fatal: bool) -> None:
+    def _limit(self, part: float) -> float:
+        """Seconds of a wait: a part of the deadline; 0 for none."""
         seconds = self._group.wait.seconds
-        limit = 0.0 if seconds is None else max(1e-3, (1.0 if fatal else _SOONER) * seconds)
-        memory, rank = self._memory.ranks, self._group.rank
-        ops.wait_for_flags(memory, rank, self._at(line), value, self._report, limit, fatal)
+        return 0.0 if seconds is None else max(1e-3, part * seconds)
+
+    def _on_host(self, columns: int) -> Tensor:
+        """(R, columns) int64, pinned, which the next exchange overwrites."""
+        if self._found is None or self._found.shape[1] != columns:
+            self._found = torch.empty(self._group.size, columns, dtype=torch.int64, pin_memory=True)
+        return self._found
 
     def _wait_on_host(self, line: int, value: int, where: str) -> None:
         own, ranks = self._memory.own, self._group.size
-        flags = ops.flags_of(own, self._at(line), ranks)
+        flags = ops.flags_of(own, self.at(line), ranks)
         arrival = _Arrival(flags, ops.flags_of(own, ops.GIVEN_UP_AT, ranks), value, where)
         try:
             self._group.wait.for_event(arrival, where)

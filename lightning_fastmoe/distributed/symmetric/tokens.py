@@ -6,15 +6,16 @@ those of the sums in the places of the tokens, those of the tokens in the places
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fastmoe.distributed.symmetric.exchange import Part, SymmetricExchange
-from lightning_fastmoe.ops import kernels
-from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs, unpack_pairs
+from lightning_fastmoe.distributed.symmetric.exchange import SymmetricExchange
+from lightning_fastmoe.ops.exchange_arrival import Blocks, of_slots, receive, sum_of_ranks
+from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs
 
 _BACKWARD = " (backward)"
 
@@ -57,39 +58,29 @@ class Passage:
         exchange, layer, ranks = self._exchange, self._layer, self._ranks
         plan, packed = plan_pairs(self._chosen, self._where, weights, ranks)
         self._plan = plan
-        widths = [x.shape[1] * x.element_size(), packed.shape[1]]
+        parts, divisors = [_bytes(x), packed], [ranks, 1]
+        widths = [part.shape[1] for part in parts]
         needed = exchange.needs(len(x), widths)
-        asked = torch.full((1,), needed, dtype=torch.int64, device=x.device)
-        counts = torch.cat([plan.counts, asked])
-        self._call = exchange.send_counts(counts, x.shape[1], layer)
-        parts = [*self._of_tokens(x), Part(packed, plan.order)]
+        self._call = exchange.send_counts(plan.of_experts, plan.of_ranks, needed, x.shape[1], layer)
         if needed <= exchange.capacity:
-            self._push(parts, "dispatch")
+            self._push(parts, divisors, "dispatch")
         else:
             exchange.skip_rows()
-        table = exchange.read_counts(len(counts), layer)
-        most = int(table[:, -1].max())
+        columns = len(plan.of_experts) + ranks
+        table = exchange.read_counts(columns + 1, layer)
+        most = int(table[:, columns].max())
         if most > exchange.capacity:  # all ranks see it
             exchange.grow(most)
-            self._push(parts, "dispatch")
-        rank = exchange.group.rank
-        self.counts = table[:, :-1]
+            self._push(parts, divisors, "dispatch")
+        self.counts = table[:, :columns]
         of_ranks = self.counts[:, -ranks:]
+        rank = exchange.group.rank
         self._sent, self._received = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
-        ends = of_ranks[:, rank].cumsum(0).to(torch.int32)
-        self._ends = ends.to(x.device, non_blocking=True)
-        with exchange.arrival(widths, layer, "dispatch") as arrived:
-            rows = arrived.copy(0, self._received)
-            wide, keys = unpack_pairs(
-                arrived.memory,
-                arrived.at[1],
-                arrived.block_bytes(1),
-                self._ends,
-                self._received,
-                weights.shape[1],
-                self._num_local,
-                weights.dtype,
-            )
+        arrived = exchange.arrival(widths, layer, "dispatch")
+        of_rows, of_packed = arrived.parts
+        rows, wide, keys, self._ends = receive(
+            of_rows, self._received, of_packed, self._num_local, weights.dtype
+        )
         return rows.view(x.dtype), wide, keys
 
     def combine(self, sums: Tensor) -> Tensor:
@@ -98,47 +89,40 @@ class Passage:
 
     def combine_backward(self, grad: Tensor) -> Tensor:
         """``(T, D) -> (S', D)``, the gradient of each row's sums."""
-        parts = self._of_tokens(grad)
-        phase = "combine" + _BACKWARD
-        self._push(parts, phase)
-        widths = [part.row_bytes for part in parts]
-        with self._exchange.arrival(widths, self._layer, phase) as arrived:
-            return arrived.copy(0, self._received).view(grad.dtype)
+        parts, phase = [_bytes(grad)], "combine" + _BACKWARD
+        self._push(parts, [self._ranks], phase)
+        (rows,) = self._exchange.arrival([parts[0].shape[1]], self._layer, phase).parts
+        return receive(rows, self._received).rows.view(grad.dtype)
 
     def dispatch_backward(self, d_rows: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
         """``(S', D), (S', K) -> (T, D), (T, K)``, the gradients of tokens and weights."""
-        d_x, slot_places, (by_row,) = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
-        slots = kernels.rows_or_zeros(by_row.reshape(-1), slot_places)
-        return d_x, slots.view(self._chosen.shape)
+        d_x, (_, by_row) = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
+        return d_x, of_slots(by_row, self._plan, d_weights.dtype)
 
-    def _of_tokens(self, x: Tensor) -> list[Part]:
-        rows = x.contiguous().view(torch.uint8)
-        return [Part(rows, self._plan.order, self._ranks)]
+    def _push(self, parts: list[Tensor], divisors: list[int], phase: str) -> None:
+        plan = self._plan
+        self._exchange.send(parts, plan.order, divisors, plan.ends, self._layer, phase, self._call)
 
-    def _push(self, parts: list[Part], phase: str) -> None:
-        self._exchange.send(parts, self._plan.ends, self._layer, phase, self._call)
-
-    def _back(
-        self, phase: str, rows: Tensor, *others: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _back(self, phase: str, *tensors: Tensor) -> tuple[Tensor, Sequence[Blocks]]:
         """Sends a row of each tensor for each row that came here, and gets those for ours.
 
         Returns:
-            Each token's sum over ranks of ``rows``, in the order of ranks, in fp32;
-            :meth:`PairPlan.places` of slots; and the others by row.
+            Each token's sum over ranks of the first's, in the order of ranks, in fp32; and where
+            all of them are.
         """
-        tensors = (rows, *others)
-        parts = [Part(tensor.contiguous().view(torch.uint8)) for tensor in tensors]
-        widths = [part.row_bytes for part in parts]
-        self._exchange.send(parts, self._ends, self._layer, phase, self._call)
-        in_place = self._exchange.has_common_distance(widths[0])
-        most = self._exchange.most(widths)
-        places, slot_places = self._plan.places(most if in_place else max(self._sent))
-        with self._exchange.arrival(widths, self._layer, phase) as arrived:
-            found = [arrived.copy(i + 1, self._sent).view(t.dtype) for i, t in enumerate(others)]
-            here = arrived.in_place(0) if in_place else arrived.padded(0, self._sent)
-            sums = kernels.sum_placed_rows(here.view(rows.dtype), places, self._ranks)
-        return sums, slot_places, found
+        parts = [_bytes(tensor) for tensor in tensors]
+        widths = [part.shape[1] for part in parts]
+        self._exchange.send(
+            parts, None, [1] * len(parts), self._ends, self._layer, phase, self._call
+        )
+        arrived = self._exchange.arrival(widths, self._layer, phase)
+        rows, most = arrived.evenly_spaced(0, self._sent)
+        return sum_of_ranks(rows.view(tensors[0].dtype), self._plan, most), arrived.parts
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """(n, w) uint8."""
+    return rows.contiguous().view(torch.uint8)
 
 
 class _Tokens(torch.autograd.Function):
