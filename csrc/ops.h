@@ -21,6 +21,15 @@ Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor&
                       const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_weights,
                       bool normalize, bool sigmoid);
 
+// balancing.cu
+std::tuple<Tensor, Tensor> balancing_losses(const Tensor& scores, const Tensor& logits,
+                                            const Tensor& counts, double of_balancing,
+                                            double of_z);
+std::tuple<Tensor, Tensor> balancing_losses_backward(
+    const Tensor& logits, const Tensor& share, const std::optional<Tensor>& d_balancing,
+    const std::optional<Tensor>& d_z, const std::optional<Tensor>& d_total, double of_balancing,
+    double of_z);
+
 // sort.cu
 std::tuple<Tensor, Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert_ids,
                                                           int64_t num_experts, int64_t kept);
@@ -67,6 +76,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_receive(
     const Tensor& memory, int64_t at, int64_t block_bytes, int64_t row_bytes,
     std::vector<int64_t> counts, int64_t packed_at, int64_t packed_block_bytes, int64_t slots,
     int64_t num_local);
+std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_receive_ahead(
+    const Tensor& memory, int64_t at, int64_t block_bytes, int64_t row_bytes, int64_t rows,
+    int64_t packed_at, int64_t packed_block_bytes, int64_t slots, int64_t num_local,
+    const Tensor& control, const Tensor& where, int64_t rank, int64_t ranks,
+    std::vector<int64_t> flags, std::vector<int64_t> table, int64_t capacity, int64_t most,
+    int64_t pairs);
 Tensor exchange_sums(const Tensor& rows, const Tensor& inverse, const Tensor& offsets,
                      int64_t most);
 Tensor exchange_slots(const Tensor& memory, int64_t at, int64_t block_bytes, const Tensor& inverse,
@@ -91,6 +106,13 @@ std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Ten
                                         const std::optional<Tensor>& order,
                                         const std::optional<Tensor>& inverse, const Tensor& offsets,
                                         std::string name, bool keep_h, bool hopper);
+std::tuple<Tensor, Tensor, Tensor> expert_layer_backward_inputs_(
+    const Tensor& grad, const Tensor& h, const Tensor& weights, const Tensor& up,
+    const Tensor& down, const Tensor& order, const Tensor& inverse, const Tensor& offsets,
+    std::string name);
+std::tuple<Tensor, Tensor> expert_layer_backward_weights(
+    const Tensor& grad, const Tensor& x, const Tensor& d_h, const Tensor& weighted,
+    const Tensor& order, int64_t top_k, const Tensor& offsets, bool wants_up, bool wants_down);
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
     const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,

@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(kBlock, 1)
     route_backward_kernel(const float* __restrict__ logits, const float* __restrict__ weights,
                           const int64_t* __restrict__ expert_ids,
                           const float* __restrict__ d_scores, const float* __restrict__ d_weights,
-                          float* __restrict__ d_logits, int64_t tokens, int num_experts, int top_k,
-                          bool normalize, bool use_sigmoid) {
+                          float* __restrict__ d_logits, int64_t d_scores_stride, int64_t tokens,
+                          int num_experts, int top_k, bool normalize, bool use_sigmoid) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (token >= tokens) return;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   for (int v = 0; v < V; ++v) {
     const int expert = v * kWarpSize + lane;
     const bool given = expert < num_experts && d_scores != nullptr;
-    grad[v] = given ? d_scores[token * num_experts + expert] : 0.0f;
+    grad[v] = given ? d_scores[token * d_scores_stride + expert] : 0.0f;
   }
   // Gradient of a chosen expert's logit; of its score if a weight is a score of the distribution.
   const bool weights_are_scores = !normalize && !use_sigmoid;
@@ -293,10 +293,11 @@ Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor&
   check_size(weights, op, "weights", 1, top_k);
   check_sizes(op, num_experts, top_k);
   if (d_scores) {
-    check_tensor(*d_scores, op, "d_scores", 2, logits);
+    const bool is_common = d_scores->dim() == 1;
+    check_tensor(*d_scores, op, "d_scores", is_common ? 1 : 2, logits);
     check_dtype(*d_scores, op, "d_scores", ScalarType::Float);
-    check_size(*d_scores, op, "d_scores", 0, tokens);
-    check_size(*d_scores, op, "d_scores", 1, num_experts);
+    if (!is_common) check_size(*d_scores, op, "d_scores", 0, tokens);
+    check_size(*d_scores, op, "d_scores", is_common ? 0 : 1, num_experts);
   }
   if (d_weights) {
     check_tensor(*d_weights, op, "d_weights", 2, logits);
@@ -316,7 +317,8 @@ Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor&
         static_cast<const int64_t*>(expert_ids.data_ptr()),
         d_scores ? static_cast<const float*>(d_scores->data_ptr()) : nullptr,
         d_weights ? static_cast<const float*>(d_weights->data_ptr()) : nullptr,
-        static_cast<float*>(d_logits.data_ptr()), tokens, static_cast<int>(num_experts),
+        static_cast<float*>(d_logits.data_ptr()),
+        d_scores && d_scores->dim() == 1 ? 0 : num_experts, tokens, static_cast<int>(num_experts),
         static_cast<int>(top_k), normalize, sigmoid);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

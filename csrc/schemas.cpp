@@ -21,6 +21,17 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   library.def(
       "route_backward(Tensor logits, Tensor weights, Tensor expert_ids, Tensor? d_scores,"
       " Tensor? d_weights, bool normalize, bool sigmoid) -> Tensor");
+  // scores, logits (T, E) fp32, counts (E,) int64, of chosen pairs -> values (3,): the load-balancing
+  // loss, the z-loss, both zero where the coefficient is, and their sum with the coefficients;
+  // share (E,), the counts as shares.
+  library.def(
+      "balancing_losses(Tensor scores, Tensor logits, Tensor counts, float of_balancing,"
+      " float of_z) -> (Tensor values, Tensor share)");
+  // The gradients of the three values, scalars or none -> d_scores (E,), the same for all tokens,
+  // and d_logits (T, E), without rows if of_z is zero.
+  library.def(
+      "balancing_losses_backward(Tensor logits, Tensor share, Tensor? d_balancing, Tensor? d_z,"
+      " Tensor? d_total, float of_balancing, float of_z) -> (Tensor d_scores, Tensor d_logits)");
   // expert_ids (N,) int64 -> order (N,), inverse (N,), tokens_per_expert (E,), all int64, and their
   // inclusive cumulative sum, offsets (E,) int32. inverse is -1 for pairs of experts from `kept` on.
   library.def(
@@ -63,6 +74,17 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper, bool keep_h)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
+  // expert_layer_backward_ on hopper in two parts, for pairs of which some have no row: first what
+  // other ranks wait for, and then the weights' gradients. weighted and d_h, which is h, belong to
+  // the second.
+  library.def(
+      "expert_layer_backward_inputs_(Tensor grad, Tensor(a!) h, Tensor weights, Tensor up,"
+      " Tensor down, Tensor order, Tensor inverse, Tensor offsets, str name)"
+      " -> (Tensor d_x, Tensor d_weights, Tensor weighted)");
+  library.def(
+      "expert_layer_backward_weights(Tensor grad, Tensor x, Tensor d_h, Tensor weighted,"
+      " Tensor order, int top_k, Tensor offsets, bool wants_up, bool wants_down)"
+      " -> (Tensor d_up, Tensor d_down)");
 
   // The gradients of a flat partition (N,), in its order, are divided by scale and applied to the
   // fp32 master weights and moments by Adam; the weights become the master weights. step is this
@@ -104,6 +126,16 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "exchange_receive(Tensor memory, int at, int block_bytes, int row_bytes, int[] counts,"
       " int packed_at, int packed_block_bytes, int slots, int num_local)"
       " -> (Tensor rows, Tensor weights, Tensor keys, Tensor ends)");
+  // exchange_receive before the host has seen the counts: the first kernel finds them in a table
+  // of all ranks in control (this rank's flags and tables). rows, pairs: how many there are at
+  // most. flags: the place and value of those of counts, and of rows; table: its place, the bytes
+  // of a block and of its header, after which come E + R counts and the bytes that a rank needs,
+  // at most `capacity`. Where any of that doesn't hold, nobody sent anything.
+  library.def(
+      "exchange_receive_ahead(Tensor memory, int at, int block_bytes, int row_bytes, int rows,"
+      " int packed_at, int packed_block_bytes, int slots, int num_local, Tensor control,"
+      " Tensor where, int rank, int ranks, int[] flags, int[] table, int capacity, int most,"
+      " int pairs) -> (Tensor rows, Tensor weights, Tensor keys, Tensor ends)");
   // rows (R * most, D), what each rank has sent back for this rank's pairs; inverse, offsets of
   // exchange_plan -> (T, D), each token's sum in the order of ranks, accumulated in fp32.
   library.def(
@@ -170,6 +202,9 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
 STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("route", TORCH_BOX(&lightning_fastmoe::route));
   library.impl("route_backward", TORCH_BOX(&lightning_fastmoe::route_backward));
+  library.impl("balancing_losses", TORCH_BOX(&lightning_fastmoe::balancing_losses));
+  library.impl("balancing_losses_backward",
+               TORCH_BOX(&lightning_fastmoe::balancing_losses_backward));
   library.impl("sort_by_expert", TORCH_BOX(&lightning_fastmoe::sort_by_expert));
   library.impl("permute_rows", TORCH_BOX(&lightning_fastmoe::permute_rows));
   library.impl("sum_rows", TORCH_BOX(&lightning_fastmoe::sum_rows));
@@ -179,11 +214,16 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("zero_empty_experts_", TORCH_BOX(&lightning_fastmoe::zero_empty_experts_));
   library.impl("expert_layer", TORCH_BOX(&lightning_fastmoe::expert_layer));
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
+  library.impl("expert_layer_backward_inputs_",
+               TORCH_BOX(&lightning_fastmoe::expert_layer_backward_inputs_));
+  library.impl("expert_layer_backward_weights",
+               TORCH_BOX(&lightning_fastmoe::expert_layer_backward_weights));
   library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
   library.impl("exchange_push", TORCH_BOX(&lightning_fastmoe::exchange_push));
   library.impl("exchange_send", TORCH_BOX(&lightning_fastmoe::exchange_send));
   library.impl("exchange_plan", TORCH_BOX(&lightning_fastmoe::exchange_plan));
   library.impl("exchange_receive", TORCH_BOX(&lightning_fastmoe::exchange_receive));
+  library.impl("exchange_receive_ahead", TORCH_BOX(&lightning_fastmoe::exchange_receive_ahead));
   library.impl("exchange_sums", TORCH_BOX(&lightning_fastmoe::exchange_sums));
   library.impl("exchange_slots", TORCH_BOX(&lightning_fastmoe::exchange_slots));
   library.impl("exchange_announce", TORCH_BOX(&lightning_fastmoe::exchange_announce));

@@ -44,6 +44,10 @@ __device__ __forceinline__ bool wait_for_all(const Ranks& ranks, const Flags& fl
     const bool late = global_ticks() - start > deadline.ticks;
     if (__any_sync(kAllLanes, differs || given_up != 0 || late)) break;
   }
+  if (!reached) {  // who has given up has set its flag before: say so, if it was another one
+    const uint64_t flag = load_acquire(own + flags.at + lane * kFlagBytes);
+    differs = flag != flags.value && flag >> kTagBits >= flags.value >> kTagBits;
+  }
   const unsigned different = __ballot_sync(kAllLanes, differs);
   if (waits) store_release(ranks.memory[lane] + kGivenUpAt + ranks.own * kFlagBytes, 1);
   __syncwarp();

@@ -80,6 +80,14 @@ def compute(
     return ops.unfused_layer(x, weights, order, *unfused)
 
 
+def fused_stacks(experts: nn.Module, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
+    """See :meth:`~lightning_fastmoe.nn.experts.Experts.fused_stacks`."""
+    if trained_of(experts) or adapters_of(experts, dtype):
+        return None
+    name = fused_activation(experts)
+    return None if name is None else (_cast(stacked_weights(experts), dtype), name)
+
+
 def _sparse(
     experts: nn.Module,
     trained: TrainedExperts,

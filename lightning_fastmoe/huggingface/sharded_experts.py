@@ -24,6 +24,7 @@ from lightning_fastmoe.huggingface.experts_class import (
     check_inputs,
     compute,
     compute_dtype,
+    fused_stacks,
     only_in_range,
     parameter_names,
     stacked_weights,
@@ -47,9 +48,7 @@ _END = ".experts"
 
 
 class TransformersExperts(Experts):
-    """A view of transformers' module of experts, which holds the parameters.
-
-    It is no part of the model's tree of modules.
+    """A view of transformers' module, which holds the parameters; no part of the model's tree.
 
     Args:
         module: of a class with transformers' ``@use_experts_implementation``.
@@ -82,15 +81,16 @@ class TransformersExperts(Experts):
     def _keep(self, ids: tuple[int, ...]) -> None:
         keep_rows(self.module, self.stack_names, self.local_ids, ids)
 
-    @property
-    def holder(self) -> nn.Module:
-        """:attr:`module`."""
-        return self.module
+    holder = module
 
     @property
     def stack_names(self) -> list[str]:
         """The names in :attr:`module` of the parameters that are computed with."""
         return parameter_names(self.module)
+
+    def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
+        """See :class:`~lightning_fastmoe.nn.experts.Experts`."""
+        return fused_stacks(self.module, dtype)
 
     def forward(
         self,

@@ -73,17 +73,38 @@ class LossScale:
 class AttachedLoss:
     """The terms of one forward pass of one layer, alive as long as that pass's graph.
 
+    Args:
+        values: name -> loss, with its graph.
+        coefficients: name -> its coefficient.
+        total: the sum of the losses with their coefficients; None computes it.
+        scale: the factor by which the training loop multiplies the loss.
+
     Attributes:
-        terms: name -> coefficient * term, with its graph.
+        total: the same.
         taken: True once the user has taken the terms, which are then no longer added here.
         spent: True once a backward pass has used them.
     """
 
-    def __init__(self, terms: dict[str, Tensor], scale: LossScale) -> None:
-        self.terms = terms
+    def __init__(
+        self,
+        values: dict[str, Tensor],
+        coefficients: dict[str, float],
+        total: Tensor | None,
+        scale: LossScale,
+    ) -> None:
+        self._values, self._coefficients = values, coefficients
+        if total is None:
+            terms = list(self.terms.values())
+            total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        self.total = total
         self.scale = scale
         self.taken = False
         self.spent = False
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Name -> coefficient * loss, with its graph."""
+        return {name: self._coefficients[name] * value for name, value in self._values.items()}
 
 
 class _Attach(torch.autograd.Function):
@@ -108,9 +129,7 @@ class _Attach(torch.autograd.Function):
 
 def attach(y: Tensor, attached: AttachedLoss) -> Tensor:
     """Returns ``y``; its backward pass also starts the attached terms' backward pass."""
-    terms = list(attached.terms.values())
-    total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-    return _Attach.apply(y, total, attached)  # type: ignore[no-any-return]
+    return _Attach.apply(y, attached.total, attached)  # type: ignore[no-any-return]
 
 
 class AttachedLosses:

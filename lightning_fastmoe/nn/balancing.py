@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import AttachedLoss, AttachedLosses, LossScale, attach
 from lightning_fastmoe.nn.router import Routing, RoutingContext
-from lightning_fastmoe.nn.router.losses import LOSSES
+from lightning_fastmoe.nn.router.losses import LOSSES, loss_values
 from lightning_fastmoe.nn.router.traits import RouterTraits
 from lightning_fastmoe.nn.runtime_ops import attach_total
 
@@ -87,15 +87,14 @@ class BalancingLosses:
         # They may have been changed.
         check_coefficients(self.coefficients, traits.losses, traits.name)
         active = {name: c for name, c in self.coefficients.items() if c > 0}
-        values = {name: LOSSES[name].function(routing, context) for name in active}
+        values, total = loss_values(active, routing, context)
         if not replay:
             self.latest = {name: value.detach() for name, value in values.items()}
             without_graph = values and not torch.is_grad_enabled()
             self._out_of_reach = _REENTRANT if without_graph else ""
-        terms = {name: active[name] * value for name, value in values.items()}
-        if not any(term.requires_grad for term in terms.values()):
+        if not any(value.requires_grad for value in values.values()):
             return y
-        attached = AttachedLoss(terms, self.scale)
+        attached = AttachedLoss(values, active, total, self.scale)
         if not replay:
             self._attached.append(attached)
         if isinstance(y, Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import kernels
+from lightning_fastmoe.ops.exchange import flags_of
 from lightning_fastmoe.ops.exchange_plan import PairPlan
 from lightning_fastmoe.ops.native import native
 
@@ -99,6 +100,92 @@ def receive(
         weights.view(dtype).view(keys.shape),
         torch.where(keys < 0, num_local, keys).long(),
         ends,
+    )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What must be so for rows to be read before the host has seen the counts.
+
+    Attributes:
+        control: (B,) uint8, this rank's flags and its table of counts.
+        flags: the place and value of all ranks' flags for the counts, and for the rows.
+        table: the place of the table, the bytes of a rank's block and of its header, after which
+            come int64: the tokens of E experts, the rows for R ranks, the bytes that a rank needs.
+        where: (2, E + 1) int64, each expert's rank.
+        rank: this one.
+        ranks: R.
+        capacity: the bytes that a rank has room for.
+        most: the rows that a rank has room for.
+        rows: how many come at most, of all ranks.
+        pairs: how many (row, slot) pairs choose an expert of this rank at most.
+    """
+
+    control: Tensor
+    flags: Sequence[tuple[int, int]]
+    table: tuple[int, int, int]
+    where: Tensor
+    rank: int
+    ranks: int
+    capacity: int
+    most: int
+    rows: int
+    pairs: int
+
+    def counts(self) -> list[int]:
+        """The rows of each rank; zeros if something is not as expected. On the CPU."""
+        flags = [flags_of(self.control, at, self.ranks) == value for at, value in self.flags]
+        at, block, header = self.table
+        numbers = self.control[at : at + self.ranks * block].view(torch.int64)
+        numbers = numbers.view(self.ranks, -1)[:, header // 8 :]
+        experts = self.where.shape[1] - 1
+        counts = numbers[:, experts + self.rank]
+        pairs = numbers[:, :experts][:, self.where[0, :experts] == self.rank].sum()
+        holds = (
+            *(flag.all() for flag in flags),
+            *((counts >= 0).all(), (counts <= self.most).all()),
+            (numbers[:, experts + self.ranks] <= self.capacity).all(),
+            0 <= pairs <= self.pairs,
+            counts.sum() <= self.rows,
+        )
+        return counts.tolist() if all(map(bool, holds)) else [0] * self.ranks
+
+
+def receive_ahead(
+    rows: Blocks, packed: Blocks, num_local: int, dtype: torch.dtype, expected: Expected
+) -> Received:
+    """:func:`receive` before the host has seen the counts.
+
+    Args:
+        rows: of tokens.
+        packed: expert numbers and weights of K slots for each of them.
+        num_local: e.
+        dtype: of the weights.
+        expected: what the counts are compared with, on the device.
+
+    Returns:
+        ``expected.rows`` rows, of which only those that were sent have values; the others choose no
+        expert here. Where something is not as expected, it is as if nobody had sent anything.
+    """
+    slots = packed.row_bytes // (_ID_BYTES + dtype.itemsize)
+    library = native(rows.memory)
+    if library is not None and dtype == torch.float32:
+        return Received(
+            *library.exchange_receive_ahead(
+                *(rows.memory, rows.at, rows.block_bytes, rows.row_bytes, expected.rows),
+                *(packed.at, packed.block_bytes, slots, num_local, expected.control),
+                *(expected.where, expected.rank, expected.ranks),
+                *([number for flag in expected.flags for number in flag], expected.table),
+                *(expected.capacity, expected.most, expected.pairs),
+            )
+        )
+    found = receive(rows, expected.counts(), packed, num_local, dtype)
+    missing = expected.rows - len(found.rows)
+    return Received(
+        torch.cat([found.rows, found.rows.new_full((missing, rows.row_bytes), 0xFF)]),
+        torch.cat([found.weights, found.weights.new_zeros(missing, slots)]),
+        torch.cat([found.keys, found.keys.new_full((missing, slots), num_local)]),
+        found.ends,
     )
 
 

@@ -92,6 +92,14 @@ def register_fakes() -> None:
     fakes: dict[str, Callable[..., Any]] = {
         "route": _route,
         "route_backward": lambda logits, *_: torch.empty_like(logits),
+        "balancing_losses": lambda scores, logits, counts, of_balancing, of_z: (
+            logits.new_empty(3),
+            logits.new_empty(logits.shape[1]),
+        ),
+        "balancing_losses_backward": lambda logits, share, a, b, c, of_balancing, of_z: (
+            logits.new_empty(logits.shape[1]),
+            logits.new_empty(logits.shape[0] if of_z > 0 else 0, logits.shape[1]),
+        ),
         "sort_by_expert": _sort_by_expert,
         "permute_rows": lambda x, inverse, top_k: x.new_empty(x.shape[0] * top_k, x.shape[1]),
         "sum_rows": _sum_rows,
@@ -107,6 +115,7 @@ def register_fakes() -> None:
         "exchange_send": lambda *_: None,
         "exchange_plan": _exchange_plan,
         "exchange_receive": _exchange_receive,
+        "exchange_receive_ahead": _exchange_receive_ahead,
         "exchange_sums": lambda rows, inverse, offsets, most: rows.new_empty(
             inverse.shape[0] // (offsets.shape[0] - 1), rows.shape[1]
         ),
@@ -119,6 +128,12 @@ def register_fakes() -> None:
         "exchange_wait": lambda *_: None,
         "expert_layer": _expert_layer,
         "expert_layer_backward_": _expert_layer_backward,
+        "expert_layer_backward_inputs_": lambda grad, h, weights, up, down, *_: (
+            torch.empty_like(grad),
+            torch.empty_like(weights),
+            h.new_empty(h.shape[0], down.shape[2]),
+        ),
+        "expert_layer_backward_weights": _expert_layer_backward_weights,
         "hopper_up_forward": _up_forward,
         "hopper_backward_activation_": lambda grad, order, offsets, down, h, weights, name: (
             h.new_empty(h.shape[0], down.shape[2]),
@@ -181,6 +196,41 @@ def _exchange_receive(
         memory.new_empty(rows, slots, dtype=torch.float32),
         memory.new_empty(rows, slots, dtype=torch.int64),
         memory.new_empty(len(counts), dtype=torch.int32),
+    )
+
+
+def _exchange_receive_ahead(
+    memory: Tensor,
+    at: int,
+    block_bytes: int,
+    row_bytes: int,
+    rows: int,
+    packed_at: int,
+    packed_block_bytes: int,
+    slots: int,
+    num_local: int,
+    control: Tensor,
+    where: Tensor,
+    rank: int,
+    ranks: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        memory.new_empty(rows, row_bytes),
+        memory.new_empty(rows, slots, dtype=torch.float32),
+        memory.new_empty(rows, slots, dtype=torch.int64),
+        memory.new_empty(ranks, dtype=torch.int32),
+    )
+
+
+def _expert_layer_backward_weights(
+    grad: Tensor, x: Tensor, d_h: Tensor, weighted: Tensor, order: Tensor, top_k: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    offsets, wants_up, wants_down = rest
+    experts, d_model = offsets.shape[0], x.shape[1]
+    return (
+        x.new_empty(experts, d_h.shape[1], d_model) if wants_up else x.new_empty(0),
+        x.new_empty(experts, d_model, weighted.shape[1]) if wants_down else x.new_empty(0),
     )
 
 

@@ -114,15 +114,19 @@ def order_of_held(expert_ids: Tensor, num_held: int, rows: int) -> ExpertOrder:
     Args:
         expert_ids: (T, K) or (N,) int64, in ``[0, num_held]``; ``num_held`` for other ranks'.
         num_held: e.
-        rows: how many pairs are this rank's.
+        rows: how many pairs are this rank's, or more: the order then has that many, of which the
+            last mean nothing.
     """
     flat = expert_ids.reshape(-1)
     library = native(flat)
     if library is None or num_held >= MAX_EXPERTS:
-        return order_by_expert(flat, num_held + 1).first(num_held, rows)
-    order, inverse, counts, offsets = library.sort_by_expert(
-        flat.contiguous(), num_held + 1, num_held
-    )
+        every = order_by_expert(flat, num_held + 1)
+        inverse = every.inverse.masked_fill(flat == num_held, -1)
+        order, counts, offsets = every.order, every.tokens_per_expert, every.offsets
+    else:
+        order, inverse, counts, offsets = library.sort_by_expert(
+            flat.contiguous(), num_held + 1, num_held
+        )
     return ExpertOrder(order[:rows], inverse, counts[:num_held], offsets[:num_held])
 
 
@@ -185,6 +189,8 @@ def score_top_k_backward(
     if not given:
         return None
     if (library := native(logits, weights, *given)) is not None:
+        if d_scores is not None and d_scores.shape[0] and d_scores.stride(0) == 0:
+            d_scores = d_scores[0]  # the same for all tokens, as a balancing loss gives it
         d_scores, d_weights = (
             None if grad is None else grad.contiguous() for grad in (d_scores, d_weights)
         )

@@ -32,6 +32,18 @@ def test_rows_that_are_no_multiple_of_16_bytes(rank_pool):
                 )
 
 
+def test_experts_launched_before_the_host_knows_the_counts(rank_pool):
+    """The bits of a pass that waits, also where there were more tokens than expected."""
+    calls = [(300, 300), (300, 300), (280, 290), (5, 0), (0, 0), (350, 350), (2000, 3), (1900, 3)]
+    results = rank_pool.run(runs.reading_ahead, 2, "cpu", calls)
+    for rank, found in enumerate(results):
+        assert found["wrong"] == []
+        # Nothing was expected at first. The seventh call had no room on rank 0, which knew that.
+        short = "exactly" if rank == 0 else "ahead then exactly"
+        too_many = "ahead then exactly"
+        assert found["how"] == ["exactly", *["ahead"] * 4, too_many, short, "ahead"]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_far_apart_get_the_same_bits(rank_pool, world):
     assert rank_pool.run(runs.at_random_times, world, "cpu", 40, 4e-3) == [[]] * world

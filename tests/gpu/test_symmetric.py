@@ -72,6 +72,20 @@ def test_memory_grows_with_the_tokens_of_any_rank_and_nothing_unwritten_is_read(
         assert first < rest[2]
 
 
+def test_experts_launched_before_the_host_knows_the_counts(
+    rank_pool: RankPool,
+) -> None:
+    """The bits of a pass that waits, also where there were more tokens than expected."""
+    calls = [(300, 300), (300, 300), (280, 290), (5, 0), (0, 0), (350, 350), (2000, 3), (1900, 3)]
+    results = rank_pool.run(runs.reading_ahead, 2, "cuda", calls, timeout=LIMIT)
+    for rank, found in enumerate(results):
+        assert found["wrong"] == []
+        # Nothing was expected at first. The seventh call had no room on rank 0, which knew that.
+        short = "exactly" if rank == 0 else "ahead then exactly"
+        too_many = "ahead then exactly"
+        assert found["how"] == ["exactly", *["ahead"] * 4, too_many, short, "ahead"]
+
+
 def test_ranks_far_apart_get_the_same_bits(rank_pool: RankPool) -> None:
     arguments = ("cuda", 200, 4e-3)
     assert rank_pool.run(runs.at_random_times, 2, *arguments, timeout=LIMIT) == [[], []]

@@ -10,6 +10,7 @@ from lightning_fastmoe.distributed.dispatch import ExpertGroup
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule, run_experts
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange
 from lightning_fastmoe.distributed.symmetric.exchange import MAX_SLOTS
+from lightning_fastmoe.distributed.symmetric.layer import Expectation, run_layer
 from lightning_fastmoe.distributed.symmetric.tokens import Passage, return_sums, send_tokens
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts import Experts
@@ -42,6 +43,8 @@ class SymmetricSchedule(DedupSchedule):
                 " dispatcher='dedup'."
             )
         self.exchange = SymmetricExchange.of(group)
+        # On the CPU the host computes, so nothing stands still while it waits.
+        self.expectation = Expectation() if self.exchange.device.type == "cuda" else None
         group.slots = max(group.slots, slots)
 
     def run_per_rank(
@@ -53,7 +56,10 @@ class SymmetricSchedule(DedupSchedule):
         self.where = self.where.to(chosen.device)
         held = self.held[self.group.rank]
         passage = Passage(self.exchange, chosen, self.where, len(held), layer)
+        fused = experts.fused_stacks(x.dtype)
+        if fused is not None:
+            return run_layer(x, wide, *fused, passage, held, self.expectation)
         received, weights, keys = send_tokens(x, wide, passage)
-        rows = int(passage.counts[:, held].sum())
+        rows = passage.sizes(held).pairs
         sums = run_experts(experts, received, weights, keys, len(held), rows)
         return return_sums(sums, passage)

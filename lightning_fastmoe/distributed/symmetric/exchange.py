@@ -33,7 +33,7 @@ from lightning_fastmoe.distributed.symmetric.memory import (
 from lightning_fastmoe.distributed.symmetric.stream_order import StreamOrder
 from lightning_fastmoe.ops import exchange as ops
 from lightning_fastmoe.ops import exchange_counts as counts
-from lightning_fastmoe.ops.exchange_arrival import Blocks
+from lightning_fastmoe.ops.exchange_arrival import Blocks, Expected
 from lightning_fastmoe.ops.exchange_counts import HEADER
 
 MAX_SLOTS = 4096
@@ -79,6 +79,23 @@ class Arrival:
         for rank, count in enumerate(counts):
             copy[rank, :count] = blocks.of(rank, count)
         return copy.flatten(0, 1), most
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What comes to a rank in a pass.
+
+    Attributes:
+        rows: of tokens, S'.
+        pairs: (row, slot) pairs that chose an expert of this rank, N.
+    """
+
+    rows: int
+    pairs: int
+
+    def fit_into(self, most: Sizes) -> bool:
+        """Whether there are not more of either."""
+        return self.rows <= most.rows and self.pairs <= most.pairs
 
 
 @dataclass
@@ -162,12 +179,13 @@ class SymmetricExchange:
             return None
         here = own.to(self.device, non_blocking=True)
         self.send_counts(here, self._nothing, None, width, layer)
+        self.start_reading(layer)
         return self.read_counts(len(here), layer)
 
     def send_counts(
         self, of_experts: Tensor, of_ranks: Tensor, needed: int | None, width: int, layer: str
     ) -> int:
-        """Sends this rank's counts to all; :meth:`read_counts` must follow.
+        """Sends this rank's counts to all; :meth:`start_reading` must follow.
 
         The counts must live until then: they are sent by another stream than the current one, so
         that they pass the rows.
@@ -191,8 +209,14 @@ class SymmetricExchange:
         )
         return kind.number
 
+    def start_reading(self, layer: str) -> None:
+        """The device waits for the counts of all ranks; :meth:`read_counts` must follow."""
+        kind = self._counts
+        where = self.group.where(layer, "counts")
+        self._flags.start_reading(kind.line, kind.value, self._table, where)
+
     def read_counts(self, count: int, layer: str) -> Tensor:
-        """Waits for the counts of all ranks.
+        """The host waits for the counts of all ranks.
 
         Args:
             count: n.
@@ -205,11 +229,20 @@ class SymmetricExchange:
             ExchangeError: as :meth:`ExpertGroup.exchange_counts`.
         """
         kind = self._counts
-        table = Table((self._counts_at(0), _COUNTS_BYTES), HEADER + self._slots, self._aside)
         with self.group.pending(layer, "counts"):
             where = self.group.where(layer, "counts")
-            found = self._flags.wait_and_read(kind.line, kind.value, table, where)
-        return unpack_counts(found, count, layer)
+            found = self._flags.finish_reading(kind.line, kind.value, self._table, where)
+        try:
+            return unpack_counts(found, count, layer)
+        except BaseException:
+            if self._aside is not None:  # a rank that reads ahead waits for rows
+                self._flags.give_up()
+            raise
+
+    @property
+    def _table(self) -> Table:
+        place = (self._counts_at(0), _COUNTS_BYTES)
+        return Table(place, HEADER + self._slots, self._aside)
 
     def needs(self, most: int, widths: Sequence[int]) -> int:
         """Bytes for ``most`` rows of each of these numbers of bytes."""
@@ -241,8 +274,7 @@ class SymmetricExchange:
         """
         assert self.rows is not None
         widths = [part.shape[1] for part in parts]
-        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call, widths))
-        self._order.follow()
+        kind = self._begin_rows(widths, layer, phase, call)
         most, at = self._layout(widths)
         own = [
             begin + self.group.rank * most * _aligned(width)
@@ -253,6 +285,15 @@ class SymmetricExchange:
             *(self._control.ranks, self._flags.at(kind.line), kind.value),
         )
 
+    def send_nothing(self, widths: Sequence[int], layer: str, phase: str, call: int) -> None:
+        """In place of :meth:`send`, on a rank whose rows don't fit. None may receive then.
+
+        Sets the flags nonetheless: ranks that read ahead wait for them.
+        """
+        kind = self._begin_rows(widths, layer, phase, call)
+        line = self._flags.at(kind.line)
+        ops.set_flags(self._control.ranks, self.group.rank, line, kind.value)
+
     def arrival(self, widths: Sequence[int], layer: str, phase: str) -> Arrival:
         """Waits for the rows of all ranks, which may be read until the next exchange.
 
@@ -261,10 +302,37 @@ class SymmetricExchange:
             layer: the layer's name.
             phase: what is exchanged.
         """
+        return self._arrival(widths, layer, phase, fatal=True)
+
+    def arrival_ahead(
+        self, widths: Sequence[int], layer: str, phase: str, where: Tensor, sizes: Sizes
+    ) -> tuple[Arrival, Expected]:
+        """:meth:`arrival` of rows whose counts the host doesn't know yet.
+
+        Args:
+            widths: see :meth:`arrival`.
+            layer: the layer's name.
+            phase: what is exchanged.
+            where: (2, E + 1) int64, each expert's rank.
+            sizes: what to expect at most.
+        """
+        self._flags.follow_reading()
+        found = self._arrival(widths, layer, phase, fatal=False)
+        kinds = (self._counts, self._rows)
+        return found, Expected(
+            self._control.own,
+            [(self._flags.at(kind.line), kind.value) for kind in kinds],
+            (self._counts_at(0), _COUNTS_BYTES, 8 * HEADER),
+            *(where, self.group.rank, self.group.size, self.capacity, found.most),
+            *(sizes.rows, sizes.pairs),
+        )
+
+    def _arrival(self, widths: Sequence[int], layer: str, phase: str, *, fatal: bool) -> Arrival:
         assert self.rows is not None
         kind = self._rows
         with self.group.pending(layer, phase):
-            self._flags.wait(kind.line, kind.value, self.group.where(layer, phase))
+            where = self.group.where(layer, phase)
+            self._flags.wait(kind.line, kind.value, where, fatal=fatal)
         most, at = self._layout(widths)
         blocks = [
             Blocks(self.rows.own, begin, most * _aligned(width), width)
@@ -288,10 +356,6 @@ class SymmetricExchange:
         self.rows = SymmetricMemory(self.group.group, size, self.device)
         self.capacity = capacity
 
-    def skip_rows(self) -> None:
-        """In place of :meth:`send`, on a rank whose rows don't fit. None may receive then."""
-        self._rows.number += 1
-
     @property
     def _slots(self) -> int:
         return min(self.group.slots, MAX_SLOTS)
@@ -302,6 +366,11 @@ class SymmetricExchange:
         self._flags.check()
         kind.number += 1
         kind.tag = tag
+        return kind
+
+    def _begin_rows(self, widths: Sequence[int], layer: str, phase: str, call: int) -> _Kind:
+        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call, list(widths)))
+        self._order.follow()
         return kind
 
     def _counts_at(self, rank: int) -> int:

@@ -59,6 +59,7 @@ class Flags:
         self._report = torch.zeros(4, dtype=torch.int64, pin_memory=self.is_on_device)
         self._reported = self._report.numpy()  # quicker to look at
         self._found: Tensor | None = None
+        self._abandoned: Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
     @staticmethod
@@ -70,10 +71,15 @@ class Flags:
         """The byte at which a line begins."""
         return (1 + line) * self._group.size * ops.FLAG_BYTES
 
-    def wait(self, line: int, value: int, where: str) -> None:
+    def wait(self, line: int, value: int, where: str, *, fatal: bool = True) -> None:
         """Waits for all ranks: the host on the CPU, the current stream on a GPU.
 
-        What the stream runs after a wait that fails would read what never came: the device traps.
+        Args:
+            line: of the flags.
+            value: what to wait for.
+            where: for errors.
+            fatal: whether the device traps if they don't come, because what the stream runs then
+                would read what never came. On the CPU the host raises.
         """
         self.check()
         self._remember(value, where)
@@ -81,38 +87,49 @@ class Flags:
             self._wait_on_host(line, value, where)
             return
         memory, rank, limit = self._memory.ranks, self._group.rank, self._limit(1.0)
-        ops.wait_for_flags(memory, rank, self.at(line), value, self._report, limit, True)
+        ops.wait_for_flags(memory, rank, self.at(line), value, self._report, limit, fatal)
 
-    def wait_and_read(self, line: int, value: int, table: Table, where: str) -> Tensor:
-        """Waits for all ranks, and returns what they have written to ``table``, on the host.
-
-        Raises:
-            ExchangeError: if the others don't come before the deadline, naming them.
-        """
+    def start_reading(self, line: int, value: int, table: Table, where: str) -> None:
+        """On a GPU, waits on ``table.stream`` for all ranks, and copies the table to the host."""
         self.check()
         self._remember(value, where)
         if table.stream is None:
-            self._wait_on_host(line, value, where)
-            found = counts.table(self._memory.own, *table.place, self._group.size, table.columns)
-            return found.clone()
-        on_host = self._on_host(table.columns)
+            return
         counts.await_table(
             *(self._memory.ranks, self._group.rank, self.at(line), value, *table.place),
-            *(on_host, self._report, self._limit(_SOONER), table.stream.cuda_stream),
+            *(self._on_host(table.columns), self._report, self._limit(_SOONER)),
+            table.stream.cuda_stream,
         )
         if self._event is None:
             self._event = torch.cuda.Event()
         self._event.record(table.stream)
+
+    def follow_reading(self) -> None:
+        """Makes the current stream wait for what :meth:`start_reading` has started."""
+        if self._event is not None:
+            self._event.wait()
+
+    def finish_reading(self, line: int, value: int, table: Table, where: str) -> Tensor:
+        """What all ranks have written to ``table``, on the host.
+
+        Raises:
+            ExchangeError: if the others don't come before the deadline, naming them.
+        """
+        if table.stream is None:
+            self._wait_on_host(line, value, where)
+            found = counts.table(self._memory.own, *table.place, self._group.size, table.columns)
+            return found.clone()
         try:
             self._group.wait.for_event(self._event, where)
         except BaseException as error:
-            self._found = None  # the kernel may still write to it
+            on_host, self._found = self._found, None  # the kernel may still write to it
+            self._abandoned = on_host
             self.give_up()
             if not isinstance(error, ExchangeError):
                 self.check()  # a wait in an earlier exchange may be why the device has stopped
             raise
         self.check()
-        return on_host.clone()
+        return self._on_host(table.columns).clone()
 
     def check(self) -> None:
         """Raises:
@@ -190,11 +207,11 @@ class _Arrival:
 
 
 def _reason(missing: int, different: int, given_up: int) -> str:
-    if given_up:
-        return f"Given up: {_ranks(given_up)} of the expert parallel group."
     if different:
         ranks = _ranks(different)
         return f"In another exchange: {ranks} of the expert parallel group. {_MISMATCH}"
+    if given_up:
+        return f"Given up: {_ranks(given_up)} of the expert parallel group."
     return f"Missing: {_ranks(missing)} of the expert parallel group."
 
 

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fastmoe.distributed.symmetric.exchange import SymmetricExchange
-from lightning_fastmoe.ops.exchange_arrival import Blocks, of_slots, receive, sum_of_ranks
+from lightning_fastmoe.distributed.symmetric.exchange import Sizes, SymmetricExchange
+from lightning_fastmoe.ops.exchange_arrival import (
+    Blocks,
+    Received,
+    of_slots,
+    receive,
+    receive_ahead,
+    sum_of_ranks,
+)
 from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs
 
-_BACKWARD = " (backward)"
+_DISPATCH, _COMBINE, _BACKWARD = "dispatch", "combine", " (backward)"
 
 
 class Passage:
@@ -32,92 +39,151 @@ class Passage:
 
     Attributes:
         counts: (R, E + R) int64 on the CPU, of all ranks: the tokens of each expert, then the rows
-            to each rank; after :func:`send_tokens`.
+            to each rank; after :meth:`settle`.
+        plan: what this rank sends; after :meth:`start`.
     """
 
     counts: Tensor
-    _plan: PairPlan
+    plan: PairPlan
     _ends: Tensor
 
     def __init__(
         self, exchange: SymmetricExchange, chosen: Tensor, where: Tensor, num_local: int, layer: str
     ) -> None:
         self._exchange, self._chosen, self._where, self._layer = exchange, chosen, where, layer
-        self._num_local = num_local
+        self.num_local = num_local
         self._ranks = exchange.group.size
         self._call = 0
         self._sent: list[int] = []
         self._received: list[int] = []
+        self._parts: list[Tensor] = []
+        self._widths: list[int] = []
+        self._weights_dtype = torch.float32
 
-    def dispatch(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pushes tokens before any count is known; see :func:`send_tokens`.
+    def start(self, x: Tensor, weights: Tensor) -> bool:
+        """Pushes tokens before any count is known; :meth:`settle` must follow.
 
-        The device stands still from the end of the rows' way until the host, which waits for the
-        counts, has launched what follows: so whatever doesn't need them is launched before.
+        Returns:
+            Whether there was room for them.
         """
         exchange, layer, ranks = self._exchange, self._layer, self._ranks
         plan, packed = plan_pairs(self._chosen, self._where, weights, ranks)
-        self._plan = plan
-        parts, divisors = [_bytes(x), packed], [ranks, 1]
-        widths = [part.shape[1] for part in parts]
-        needed = exchange.needs(len(x), widths)
+        self.plan, self._parts, self._weights_dtype = plan, [_bytes(x), packed], weights.dtype
+        self._widths = [part.shape[1] for part in self._parts]
+        needed = exchange.needs(len(x), self._widths)
         self._call = exchange.send_counts(plan.of_experts, plan.of_ranks, needed, x.shape[1], layer)
-        if needed <= exchange.capacity:
-            self._push(parts, divisors, "dispatch")
+        fits = needed <= exchange.capacity
+        if fits:
+            self._push(self._parts, [ranks, 1], _DISPATCH)
         else:
-            exchange.skip_rows()
-        columns = len(plan.of_experts) + ranks
-        table = exchange.read_counts(columns + 1, layer)
+            exchange.send_nothing(self._widths, layer, _DISPATCH, self._call)
+        exchange.start_reading(layer)
+        return fits
+
+    def settle(self) -> bool:
+        """Waits until the host knows the counts. Sends tokens again if a rank had no room for them.
+
+        Returns:
+            Whether that was so.
+        """
+        exchange, ranks, rank = self._exchange, self._ranks, self._exchange.group.rank
+        columns = len(self.plan.of_experts) + ranks
+        table = exchange.read_counts(columns + 1, self._layer)
         most = int(table[:, columns].max())
-        if most > exchange.capacity:  # all ranks see it
+        is_short = most > exchange.capacity  # all ranks see it
+        if is_short:
             exchange.grow(most)
-            self._push(parts, divisors, "dispatch")
+            self._push(self._parts, [ranks, 1], _DISPATCH)
         self.counts = table[:, :columns]
         of_ranks = self.counts[:, -ranks:]
-        rank = exchange.group.rank
         self._sent, self._received = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
-        arrived = exchange.arrival(widths, layer, "dispatch")
-        of_rows, of_packed = arrived.parts
-        rows, wide, keys, self._ends = receive(
-            of_rows, self._received, of_packed, self._num_local, weights.dtype
+        return is_short
+
+    def sizes(self, held: Sequence[int]) -> Sizes:
+        """What has come to this rank, after :meth:`settle`.
+
+        Args:
+            held: global ids of its experts.
+        """
+        return Sizes(sum(self._received), int(self.counts[:, held].sum()))
+
+    def receive(self) -> Received:
+        """The tokens that came here, after :meth:`settle`."""
+        rows, packed = self._exchange.arrival(self._widths, self._layer, _DISPATCH).parts
+        found = receive(rows, self._received, packed, self.num_local, self._weights_dtype)
+        self._ends = found.ends
+        return found
+
+    def receive_ahead(self, sizes: Sizes) -> Received:
+        """The tokens that come here, before :meth:`settle`.
+
+        Args:
+            sizes: what to expect at most.
+        """
+        arrived, expected = self._exchange.arrival_ahead(
+            self._widths, self._layer, _DISPATCH, self._where, sizes
         )
-        return rows.view(x.dtype), wide, keys
+        rows, packed = arrived.parts
+        found = receive_ahead(rows, packed, self.num_local, self._weights_dtype, expected)
+        self._ends = found.ends
+        return found
+
+    def dispatch(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sends tokens and waits for those that come here; see :func:`send_tokens`."""
+        self.start(x, weights)
+        self.settle()
+        found = self.receive()
+        return found.rows.view(x.dtype), found.weights, found.keys
 
     def combine(self, sums: Tensor) -> Tensor:
         """``sums (S', D) -> (T, D)``, each token's sum over ranks."""
-        return self._back("combine", sums)[0]
+        self._send_back(_COMBINE, sums)
+        return self._sums(_COMBINE, [sums])[0]
 
     def combine_backward(self, grad: Tensor) -> Tensor:
         """``(T, D) -> (S', D)``, the gradient of each row's sums."""
-        parts, phase = [_bytes(grad)], "combine" + _BACKWARD
+        parts, phase = [_bytes(grad)], _COMBINE + _BACKWARD
         self._push(parts, [self._ranks], phase)
         (rows,) = self._exchange.arrival([parts[0].shape[1]], self._layer, phase).parts
         return receive(rows, self._received).rows.view(grad.dtype)
 
-    def dispatch_backward(self, d_rows: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """``(S', D), (S', K) -> (T, D), (T, K)``, the gradients of tokens and weights."""
-        d_x, (_, by_row) = self._back("dispatch" + _BACKWARD, d_rows, d_weights)
-        return d_x, of_slots(by_row, self._plan, d_weights.dtype)
+    def send_gradients(self, d_rows: Tensor, d_weights: Tensor) -> None:
+        """``(S', D)`` and ``(S', K)``, the gradients of rows and weights, to their tokens' ranks.
+
+        :meth:`receive_gradients` must follow.
+        """
+        self._send_back(_DISPATCH + _BACKWARD, d_rows, d_weights)
+        self._returned = d_rows, d_weights
+
+    def receive_gradients(self) -> tuple[Tensor, Tensor]:
+        """``(T, D), (T, K)``, the gradients of tokens and weights."""
+        d_rows, d_weights = self._returned
+        del self._returned
+        d_x, (_, by_row) = self._sums(_DISPATCH + _BACKWARD, [d_rows, d_weights])
+        return d_x, of_slots(by_row, self.plan, d_weights.dtype)
 
     def _push(self, parts: list[Tensor], divisors: list[int], phase: str) -> None:
-        plan = self._plan
+        plan = self.plan
         self._exchange.send(parts, plan.order, divisors, plan.ends, self._layer, phase, self._call)
 
-    def _back(self, phase: str, *tensors: Tensor) -> tuple[Tensor, Sequence[Blocks]]:
-        """Sends a row of each tensor for each row that came here, and gets those for ours.
+    def _send_back(self, phase: str, *tensors: Tensor) -> None:
+        """Sends a row of each tensor for each row that came here."""
+        parts = [_bytes(tensor) for tensor in tensors]
+        self._exchange.send(
+            parts, None, [1] * len(parts), self._ends, self._layer, phase, self._call
+        )
+
+    def _sums(self, phase: str, like: Sequence[Tensor]) -> tuple[Tensor, Sequence[Blocks]]:
+        """Receives what all ranks have sent back.
 
         Returns:
             Each token's sum over ranks of the first's, in the order of ranks, in fp32; and where
             all of them are.
         """
-        parts = [_bytes(tensor) for tensor in tensors]
-        widths = [part.shape[1] for part in parts]
-        self._exchange.send(
-            parts, None, [1] * len(parts), self._ends, self._layer, phase, self._call
-        )
+        widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
         arrived = self._exchange.arrival(widths, self._layer, phase)
         rows, most = arrived.evenly_spaced(0, self._sent)
-        return sum_of_ranks(rows.view(tensors[0].dtype), self._plan, most), arrived.parts
+        return sum_of_ranks(rows.view(like[0].dtype), self.plan, most), arrived.parts
 
 
 def _bytes(rows: Tensor) -> Tensor:
@@ -138,7 +204,8 @@ class _Tokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.passage.dispatch_backward(*grads[:2]), None
+        ctx.passage.send_gradients(*grads[:2])
+        return *ctx.passage.receive_gradients(), None
 
 
 class _Sums(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
+from lightning_fastmoe.ops import Stacks
 
 
 class Experts(nn.Module):
@@ -56,6 +57,20 @@ class Experts(nn.Module):
         """The dtype of the weights; None if none is floating-point."""
         raise NotImplementedError
 
+    def fused_stacks(self, dtype: torch.dtype) -> tuple[Stacks, str] | None:
+        """What :mod:`~lightning_fastmoe.ops.expert_layer` alone computes for these experts.
+
+        For a schedule that does something else in the middle of their passes. None if anything must
+        run around them: hooks, adapters, single experts that are trained.
+
+        Args:
+            dtype: of the tokens.
+
+        Returns:
+            The stacks in that dtype, and the name of the activation.
+        """
+        return None
+
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which ``x`` meets the weights: autocast's if it is on, else the weights'."""
         if torch.is_autocast_enabled(x.device.type):
@@ -98,6 +113,16 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
         return f"experts {describe_ids(self.local_ids)} of {self.num_experts}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def describe_ids(ids: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.nn.experts.base import Experts
+from lightning_fastmoe.nn.experts.base import Experts, has_hooks
 from lightning_fastmoe.nn.experts.init import init_experts_
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 
@@ -87,6 +87,12 @@ class StackedExperts(Experts):
     def stack_names(self) -> list[str]:
         """Names of the stacked parameters."""
         return [name for name, _ in self.named_parameters(recurse=False)]
+
+    def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
+        """See :class:`Experts`."""
+        if self.activation not in ops.ACTIVATIONS or trained_of(self) or has_hooks(self):
+            return None
+        return self._stacks(self._parameters.get, dtype), self.activation
 
     def forward(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext, count_experts
+from lightning_fastmoe.ops.balancing import balancing_losses
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -189,6 +190,32 @@ TOKEN_CHOICE_LOSSES = frozenset(name for name, loss in LOSSES.items() if loss.to
 def loss_value(name: str, routing: Routing, context: RoutingContext) -> Tensor:
     """The value of the loss ``name`` of :data:`LOSSES`."""
     return LOSSES[name].function(routing, context)
+
+
+_FUSED = frozenset({"load_balancing", "z_loss"})
+
+
+def loss_values(
+    coefficients: dict[str, float], routing: Routing, context: RoutingContext
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The values of losses, by kernels of this package where there are any.
+
+    Args:
+        coefficients: name -> coefficient, of those that are wanted.
+        routing: of a pass.
+        context: of the same.
+
+    Returns:
+        Name -> value, without the coefficient; and their sum with coefficients if it came with
+        them.
+    """
+    if coefficients and _FUSED.issuperset(coefficients):
+        pair = (coefficients.get("load_balancing", 0.0), coefficients.get("z_loss", 0.0))
+        found = balancing_losses(routing.scores, routing.logits, routing.balanced_counts(), *pair)
+        if found is not None:
+            by_name = {"load_balancing": found[0], "z_loss": found[1]}
+            return {name: by_name[name] for name in coefficients}, found[2]
+    return {name: LOSSES[name].function(routing, context) for name in coefficients}, None
 
 
 def _sum_runs(rows: Tensor, sizes: Tensor) -> Tensor:

@@ -1,0 +1,178 @@
+"""A layer whose tokens travel through symmetric memory, forward and backward as one autograd node.
+
+Two things can't be done by nodes that know nothing of each other. In the forward pass, the experts
+are launched before the host has seen any count, with memory for a few rows more than came in the
+passes before: otherwise the device stands still from the arrival of the rows until the host, which
+waits for the counts, has launched what follows. In the backward pass, the tokens' gradients leave
+before the weights' are computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.distributed.symmetric.exchange import Sizes
+from lightning_fastmoe.distributed.symmetric.tokens import Passage
+from lightning_fastmoe.ops import choice
+from lightning_fastmoe.ops.exchange_arrival import Received
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+
+_SLACK = 16
+_REMEMBERED = 8
+
+
+class Expectation:
+    """What comes to a rank in a pass of a layer, judged by the latest ones.
+
+    Whether it holds changes no bit: a pass that it doesn't hold for is computed again.
+    """
+
+    def __init__(self) -> None:
+        self._latest: deque[Sizes] = deque(maxlen=_REMEMBERED)
+
+    def add(self, sizes: Sizes) -> None:
+        """Remembers what came."""
+        self._latest.append(sizes)
+
+    def at_most(self, slots: int) -> Sizes | None:
+        """A sixteenth more than the most of the latest passes; None before the first.
+
+        Args:
+            slots: K. There will be a slot without an expert of this rank.
+        """
+        if not self._latest:
+            return None
+        rows = max(sizes.rows for sizes in self._latest)
+        pairs = max(sizes.pairs for sizes in self._latest)
+        rows += rows // _SLACK + 1
+        return Sizes(rows, min(pairs + pairs // _SLACK + 1, rows * slots - 1))
+
+
+class _Layer(torch.autograd.Function):
+    """The arguments are tokens, weights, the experts' stacks; a :class:`_Pass`; what to compute."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        passage: Passage,
+        held: list[int],
+        expectation: Expectation | None,
+        activation: str,
+        keep_h: bool,
+    ) -> Tensor:
+        def compute(came: Received, pairs: int) -> tuple[LayerCall, Tensor, PreActivation]:
+            order = ops.order_of_held(came.keys, passage.num_local, pairs)
+            call = LayerCall(
+                *(came.rows.view(x.dtype), came.weights, up, down, up_bias, down_bias),
+                *(order.order, order.inverse, order.tokens_per_expert, order.offsets, activation),
+            )
+            return call, *choice.choose(call).forward(call, keep_h)
+
+        expected = None
+        if passage.start(x, weights) and expectation is not None:
+            stacks = (up, down, up_bias, down_bias)
+            if choice.takes_more_rows(x, *(stack for stack in stacks if stack is not None)):
+                expected = expectation.at_most(weights.shape[1])
+        found = None
+        if expected is not None:
+            found = compute(passage.receive_ahead(expected), expected.pairs)
+        is_short = passage.settle()
+        sizes = passage.sizes(held)
+        if expectation is not None:
+            expectation.add(sizes)
+        if expected is None or is_short or not sizes.fit_into(expected):
+            found = None  # frees its memory
+            found = compute(passage.receive(), sizes.pairs)
+        assert found is not None
+        call, sums, h = found
+        _save(ctx, call, h, sizes, keep_h=keep_h)
+        ctx.passage = passage
+        return passage.combine(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        passage, needs = ctx.passage, ctx.needs_input_grad
+        d_sums = passage.combine_backward(grads[0])
+        call, h = _restore(ctx)
+        if h is None:
+            h = choice.choose(call).pre_activation(call)
+        ctx.h_is_spent = True
+        d_x = d_weights = None
+        if needs[0] or needs[1]:
+            wanted = Wanted(True, True, *needs[2:6])
+            found = choice.backward_in_parts_(call, d_sums, h, wanted, passage.send_gradients)
+            d_x, d_weights = passage.receive_gradients()
+        else:
+            wanted = Wanted(False, False, *needs[2:6])
+            found = choice.choose(call, h).backward_(call, d_sums, h, wanted)
+        return d_x, d_weights, *found[2:], *(None,) * 5
+
+
+def _save(ctx: Any, call: LayerCall, h: PreActivation, sizes: Sizes, *, keep_h: bool) -> None:
+    """Saves what belongs to rows that came, without those that might have."""
+    assert call.weights is not None
+    assert call.order is not None
+    assert call.inverse is not None
+    rows, pairs, slots = sizes.rows, sizes.pairs, call.weights.shape[1]
+    ctx.save_for_backward(
+        h.rows[:pairs] if keep_h else h.rows,
+        *(call.x[:rows], call.weights[:rows], call.up, call.down, call.up_bias, call.down_bias),
+        *(call.order[:pairs], call.inverse[: rows * slots]),
+        *(call.tokens_per_expert, call.offsets),
+    )
+    ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
+
+
+def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
+    """What :func:`_save` saved; None for an H that a backward has overwritten."""
+    rows, *tensors = ctx.saved_tensors
+    fields: list[Any] = [*tensors, ctx.activation]
+    call = LayerCall(*fields)
+    if ctx.h_is_spent:
+        return call, None
+    # Through .data, because autograd would reject the overwritten H of a retained graph.
+    return call, PreActivation(rows.data, ctx.h_has_bias)
+
+
+def run_layer(
+    x: Tensor,
+    weights: Tensor,
+    stacks: ops.Stacks,
+    activation: str,
+    passage: Passage,
+    held: list[int],
+    expectation: Expectation | None,
+) -> Tensor:
+    """Sends tokens to the ranks of their experts, computes, and sends the sums back.
+
+    Args:
+        x: (T, D).
+        weights: (T, K), in the accumulation dtype.
+        stacks: of this rank's experts, in the dtype of ``x``.
+        activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`.
+        passage: of this call alone.
+        held: global ids of this rank's experts.
+        expectation: of the layer; None waits for the counts.
+
+    Returns:
+        (T, D), each token's weighted sum.
+    """
+    needs_graph = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weights, *stacks)
+    )
+    return _Layer.apply(  # type: ignore[no-any-return]
+        x, weights, *stacks, passage, held, expectation, activation, needs_graph
+    )
