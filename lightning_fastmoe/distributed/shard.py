@@ -12,7 +12,7 @@ from lightning_fastmoe.distributed.dispatch import ExchangeWait, ExpertGroup, Pe
 from lightning_fastmoe.distributed.groups import lasting_group
 from lightning_fastmoe.distributed.mesh import ExpertMesh, check_expert_parallel_size
 from lightning_fastmoe.distributed.nodes import make_node_groups
-from lightning_fastmoe.distributed.schedule import schedule_across_ranks
+from lightning_fastmoe.distributed.schedule import Automatic, schedule_across_ranks
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer, expert_layers
@@ -52,6 +52,12 @@ class ExpertSharder:
                 own = mesh.edp_group if alone else lasting_group("global batch", timeout=timeout)
                 group = ExpertGroup(own)
             self.batch = WorldBatch(group, mesh, nodes)
+
+    @property
+    def automatic(self) -> str | None:
+        """What ``dispatcher="auto"`` stands for, and why, once GPUs have been asked."""
+        found = None if self.group is None else self.group.shared.get(Automatic)
+        return None if found is None else str(found)
 
     def placement(self, num_experts: int, name: str = "being built") -> Placement | None:
         """The placement of a layer with ``num_experts``; None if this rank keeps all of them.

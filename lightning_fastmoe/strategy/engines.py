@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.strategies.deepspeed import remove_module_hooks
+from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -85,6 +86,8 @@ class Engines:
         if sharder.mesh.ep_size > 1:
             check_not_tied(state.layers)
         sharder.shard(module)
+        if sharder.automatic:
+            rank_zero_info(sharder.automatic)
         if self._strategy.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), sharder.mesh)

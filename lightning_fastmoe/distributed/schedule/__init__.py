@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
 from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
 from lightning_fastmoe.distributed.schedule.two_level import TwoLevelDedupSchedule
+from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.dispatch import Dispatcher
 from lightning_fastmoe.nn.schedule import Schedule, SequentialSchedule
 
@@ -43,7 +45,42 @@ expert parallel group, E and the placement. :data:`~lightning_fastmoe.nn.dispatc
 the same names. The contract of schedules is tested for each."""
 
 AUTO = "dedup"
-"""The one that "auto" stands for."""
+"""What "auto" stands for on CPUs, and where GPUs can't write to each other's memory."""
+
+
+@dataclass
+class Automatic:
+    """What "auto" stands for in a group, decided by its first layer.
+
+    Attributes:
+        name: of :data:`ACROSS_RANKS`.
+        reason: why.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f'dispatcher="auto" is "{self.name}": {self.reason}'
+
+
+def automatic(group: ExpertGroup, num_experts: int, placement: Placement) -> Schedule:
+    """ "symmetric" on GPUs that reach each other's memory, else :data:`AUTO`.
+
+    All ranks of the group decide alike: setting the former up fails on all of them, or on none.
+    """
+    decided = group.shared.get(Automatic)
+    if decided is None and group.is_on_stream and group.nodes is None:
+        try:
+            schedule = SymmetricSchedule(group, num_experts, placement)
+        except TopologyError as error:
+            group.shared[Automatic] = Automatic(AUTO, str(error))
+        else:
+            reason = f"{group.size} GPUs of one host write to each other's memory"
+            group.shared[Automatic] = Automatic("symmetric", reason)
+            return schedule
+    name = AUTO if decided is None else decided.name
+    return ACROSS_RANKS[name](group, num_experts, placement)
 
 
 def schedule_across_ranks(
@@ -57,4 +94,5 @@ def schedule_across_ranks(
         num_experts: E of the layer.
         placement: global ids of the experts of each rank.
     """
-    return ACROSS_RANKS[AUTO if name == "auto" else name](group, num_experts, placement)
+    make = automatic if name == "auto" else ACROSS_RANKS[name]
+    return make(group, num_experts, placement)
