@@ -12,9 +12,9 @@ import torch
 
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.errors import ConfigError, FastMoEError
-from lightning_fastmoe.huggingface.experts_class import SCALE
 from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
 from lightning_fastmoe.huggingface.peft_modules import linear_adapters
+from lightning_fastmoe.nn.experts.lora import SCALE
 
 
 def save_pretrained(
