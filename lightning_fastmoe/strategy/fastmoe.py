@@ -312,15 +312,20 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
                 parameters by itself; on rank 0, if ``function`` trains.
             ExchangeError: on the other ranks, if ``function`` raised on rank 0, which raises the
                 original error.
-
-        Example:
-            >>> class Sample(pl.Callback):
-            ...     def on_train_epoch_end(self, trainer, pl_module):
-            ...         text = trainer.strategy.on_rank_zero(generate, pl_module, "Once")
-            ...         if trainer.is_global_zero:
-            ...             print(text)
         """
         return self._steps.on_rank_zero(function, *args)
+
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Runs ``function(*args)`` on every rank, for example to generate from prompts of its own.
+
+        As :meth:`on_rank_zero`, but ranks may run the model differently often, on inputs of any
+        shapes, also never. Returns on each what the function returned there.
+
+        Raises:
+            ConfigError: as :meth:`on_rank_zero`, if ``function`` trains on each rank that does.
+            ExchangeError: on the other ranks, if ``function`` raised on one.
+        """
+        return self._steps.on_each_rank(function, *args)
 
     # ------------------------------------------------------------------------------- checkpoints
 

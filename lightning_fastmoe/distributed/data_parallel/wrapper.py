@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,14 @@ from lightning_fastmoe.distributed.data_parallel.start import (
     choose_options,
 )
 from lightning_fastmoe.distributed.dispatch import ExchangeWait, PendingExchange
+from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.distributed.mesh import make_expert_mesh
 from lightning_fastmoe.distributed.shard import ExpertSharder
 from lightning_fastmoe.errors import ConfigError, FastMoEError, TopologyError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.expert_layers import expert_layers
+
+_Result = TypeVar("_Result")
 
 
 class ExpertDataParallel:
@@ -226,6 +229,15 @@ class ExpertDataParallel:
             )
         nn.utils.clip_grads_with_norm_([item.tensor for item in trained], max_norm, norm)
         return norm
+
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Runs ``function(*args)`` on every rank, for example to generate from prompts of its own.
+
+        See :func:`~lightning_fastmoe.distributed.each_rank.run_on_each_rank`.
+        """
+        return run_on_each_rank(
+            self.model, self._layers, lambda: None, self._device, function, *args
+        )
 
     def full_state_dict(self) -> dict[str, Any]:
         """The state dict of the whole model, on the CPU of rank 0; every rank calls this.
