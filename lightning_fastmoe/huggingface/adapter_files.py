@@ -42,6 +42,7 @@ from lightning_fastmoe.huggingface.saving import (
     on_rank_zero,
     save,
     the_model,
+    warn_of_others,
 )
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 from lightning_fastmoe.nn.experts.lora import LORA_A, LORA_B
@@ -87,6 +88,7 @@ def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> 
             " ...). Use save_pretrained, which saves the whole model."
         )
     path = agree_on_new(trainer, "save_adapters", path)
+    warn_of_others(trainer, "save_adapters", prefix, model)
     files = path.with_name(f".{path.name}.fastmoe-saved")
     save(trainer, files, exclude_frozen=True)
 

@@ -20,6 +20,7 @@ from huggingface.lora_runs import (
     reference,
     saves_adapters,
     saves_adapters_of_both,
+    saves_beside_heads,
 )
 from huggingface.sharding_runs import Run, assert_close, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -425,3 +426,13 @@ def test_files_are_checked_before_the_model_changes(
         load_adapters(model, tmp_path)
     assert not any("_lora_" in name for name, _ in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_trained_beside_the_model_is_named(rank_pool, tmp_path: Path) -> None:
+    first, second = rank_pool.run(saves_beside_heads, 2, Run(), tmp_path)
+    assert second == []
+    for said, what in zip(first, ("save_adapters", "save_pretrained"), strict=True):
+        assert said == (
+            f"{what} writes net alone: also trained, and not written, are value_head.weight,"
+            " value_head.bias. Checkpoints have them: trainer.save_checkpoint(path)."
+        )

@@ -28,6 +28,7 @@ from lightning_fastmoe.distributed.data_parallel.start import (
     check_same_model,
     choose_options,
 )
+from lightning_fastmoe.distributed.data_parallel.unreduced import UnreducedGradients
 from lightning_fastmoe.distributed.dispatch import ExchangeWait, PendingExchange
 from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.distributed.mesh import make_expert_mesh
@@ -128,6 +129,8 @@ class ExpertDataParallel:
             self._counts = check_same_model(self._contents, self._layers, self.mesh)
             broadcast_start(self._contents, self.mesh)
         self._reduced: list[weakref.ref[Tensor]] = []
+        alone = self.mesh is None or self.mesh.ep_size * self.mesh.edp_size == 1
+        self._unreduced = UnreducedGradients(model, [] if alone else self._contents.parameters)
 
     def backward(self, loss: Tensor, divisor: float = 1.0) -> None:
         """Differentiates ``loss / divisor``, and the balancing losses with the same divisor.
@@ -183,6 +186,7 @@ class ExpertDataParallel:
                     self._reduce_dtype,
                 )
         self._reduced = [weakref.ref(_grad(item)) for item in used]
+        self._unreduced.reduced()
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
