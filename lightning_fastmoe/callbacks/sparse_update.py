@@ -20,7 +20,7 @@ from lightning_fastmoe.callbacks.single_experts import apply_selection, check_se
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Router, moe_layers
 from lightning_fastmoe.nn.expert_layers import expert_layers
-from lightning_fastmoe.nn.experts.trained import trained_of
+from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
 from lightning_fastmoe.nn.placement import settle_placement
 
 
@@ -172,6 +172,7 @@ class SparseUpdate(pl.Callback):
                     f"SparseUpdate would freeze {name!r}, but it was created, or unfrozen, after"
                     " set-up: call the callback's apply(self) at the end of configure_model()."
                 )
+        _check_optimizers(trainer, pl_module)
         self._refuse_moving(trainer, pl_module, frozen)
         self._end_check()
         if first is not None:
@@ -339,6 +340,18 @@ class SparseUpdate(pl.Callback):
         if self._check is not None:
             self._check.remove()
             self._check = None
+
+
+def _check_optimizers(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Refuses optimizers that were made before single experts became parameters of their own."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        if f".{TRAINED}." in name and parameter.requires_grad and id(parameter) not in held:
+            raise ConfigError(
+                f"The optimizer doesn't have {name!r}, which SparseUpdate trains, so it would stay"
+                " as it is: make the optimizer in configure_optimizers(), of all parameters."
+            )
 
 
 def _check_no_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
 from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, target_dtype
-from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.huggingface.architecture import (
     CONFIG,
     Architecture,
@@ -136,8 +136,9 @@ def check_weights(
     found = {n: r for n, r in stored if n.startswith(start) and not repeats_rows(n)}
     short = len(weight_name(""))
     scales: dict[str, float] = {}
-    known = stored_scales(reader)
-    for name in [n for n in found if n.endswith(LORA_A) and n.removesuffix(LORA_A) in expected]:
+    adapted = [n for n in found if n.endswith(LORA_A) and n.removesuffix(LORA_A) in expected]
+    known = stored_scales(reader, lora_scale) if adapted else {}
+    for name in adapted:
         weight = name.removesuffix(LORA_A)
         if f"{weight}{LORA_B}" not in found:
             continue
@@ -170,9 +171,19 @@ def check_weights(
     return scales
 
 
-def stored_scales(reader: CheckpointReader) -> Mapping[str, float]:
-    """``alpha / rank`` of the adapters that a checkpoint says it of, by the name of A."""
-    found = reader.read_state()["lightning"].get(SCALES)
+def stored_scales(reader: CheckpointReader, given: float | None) -> Mapping[str, float]:
+    """``alpha / rank`` of the adapters that a checkpoint says it of, by the name of A.
+
+    Args:
+        reader: the checkpoint.
+        given: what the user says; then the rest of the checkpoint's state may be unreadable.
+    """
+    try:
+        found = reader.read_state()["lightning"].get(SCALES)
+    except CheckpointError:  # it has objects of a class that is not trusted
+        if given is None:
+            raise
+        return {}
     return found if isinstance(found, Mapping) else {}
 
 

@@ -77,7 +77,7 @@ def export_in_place(
     shapes = _written_shapes(model)
     stored = _Stored.of(reader)
     prefix = _find_prefix(stored, reader, shapes) if prefix is None else prefix
-    known = stored_scales(reader)
+    known = stored_scales(reader, lora_scale) if stored.adapters else {}
     source = _Source(reader, model, prefix, stored, lora_scale, linear_scales or {}, known)
     source.check(shapes)
     tensors = list(_streams(source, shapes, dtype))

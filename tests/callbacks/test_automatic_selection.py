@@ -256,6 +256,25 @@ def test_an_error_of_the_step_says_when_it_ran(tmp_path):
     assert any("before the optimizers exist" in note for note in said.value.__notes__)
 
 
+class Early(Seen):
+    """Makes its optimizer before experts are chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.parameters(), 0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+
+@pytest.mark.parametrize(("experts", "options"), [("by_load", {"share": 0.3}), ({0: [1]}, {})])
+def test_optimizers_that_would_not_train_the_experts_are_refused(tmp_path, experts, options):
+    with pytest.raises(
+        ConfigError, match=r"up_proj', which SparseUpdate trains.*make the"
+    ):
+        fit(tmp_path, Early(), experts, **options)
+
+
 def test_strategies_that_wrap_the_model_first_are_refused(tmp_path):
     update = SparseUpdate(experts="by_load", share=0.3)
     trainer = pl.Trainer(

@@ -84,6 +84,11 @@ def test_adapters_are_merged_by_export(rank_pool, model, imported, tmp_path, cap
     tokens = make_tokens()
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), logits_of(reloaded, tokens), atol=1e-4, rtol=1e-4)
+    load_weights(saved, ours)
+    other = MoECausalLM(str(imported), lora_rank=2, lora_alpha=4.0)
+    other.configure_model()
+    with pytest.raises(CheckpointError, match="= 2.5, and here by 2.0: give the same alpha"):
+        load_weights(saved, other)
 
 
 def test_what_was_learned_is_exported(rank_pool, model, imported, tmp_path):
