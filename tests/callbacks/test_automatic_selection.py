@@ -269,9 +269,7 @@ class Early(Seen):
 
 @pytest.mark.parametrize(("experts", "options"), [("by_load", {"share": 0.3}), ({0: [1]}, {})])
 def test_optimizers_that_would_not_train_the_experts_are_refused(tmp_path, experts, options):
-    with pytest.raises(
-        ConfigError, match=r"up_proj', which SparseUpdate trains.*make the"
-    ):
+    with pytest.raises(ConfigError, match=r"up_proj', which SparseUpdate trains.*make the"):
         fit(tmp_path, Early(), experts, **options)
 
 
