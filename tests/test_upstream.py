@@ -60,6 +60,12 @@ NAMES = [
     "_reassign_or_swap_out_partitioned_parameters",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue",
     # Lightning
+    "pytorch_lightning:Trainer._run",
+    "lightning_fabric.utilities.data:_set_sampler_epoch",
+    "pytorch_lightning.trainer.connectors.data_connector:_request_dataloader",
+    "pytorch_lightning.trainer.connectors.data_connector:_resolve_overfit_batches",
+    "pytorch_lightning.trainer.connectors.data_connector:_DataConnector._prepare_dataloader",
+    "pytorch_lightning.loops.training_epoch_loop:_TrainingEpochLoop._build_kwargs",
     "pytorch_lightning.core.saving:pl_load",
     "lightning_fabric.plugins.io.torch_io:pl_load",
     "pytorch_lightning.core.optimizer:_init_optimizers_and_lr_schedulers",
@@ -271,10 +277,15 @@ SOURCES = {
     "deepspeed.runtime.zero.stage3": ["self._grad_acc_hooks =", "self._offload_boundary_param_ids"],
     "pytorch_lightning.trainer.trainer:Trainer.__init__": [
         "self._accelerator_connector =",
+        "self._data_connector =",
         "self._logger_connector =",
         "self._signal_connector =",
     ],
-    "pytorch_lightning.loops.fit_loop:_FitLoop": ["self._combined_loader:", "self._data_fetcher:"],
+    "pytorch_lightning.loops.fit_loop:_FitLoop": [
+        "self._combined_loader:",
+        "self._data_fetcher:",
+        "self._data_source =",
+    ],
     "pytorch_lightning.trainer.trainer": ["def _active_loop("],
     "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop": [
         "self._combined_loader:",
@@ -284,7 +295,11 @@ SOURCES = {
         "self._batches_that_stepped",
         "self._results =",
     ],
-    "pytorch_lightning.core.module": ["self._compiler_ctx:", "self._device_mesh:"],
+    "pytorch_lightning.core.module": [
+        "self._compiler_ctx:",
+        "self._current_fx_name:",
+        "self._device_mesh:",
+    ],
     "pytorch_lightning.plugins.precision.deepspeed": ["self._desired_dtype ="],
     "pytorch_lightning.callbacks.model_checkpoint": ["self._enable_version_counter ="],
     "pytorch_lightning.callbacks.model_summary": ["self._max_depth:"],

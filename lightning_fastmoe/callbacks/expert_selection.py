@@ -54,10 +54,23 @@ def select_experts(
         ConfigError: if an argument is out of range, there are no layers or no tokens, experts are
             modules, the routing is soft, or the budget allows no expert.
     """
-    _check(by, share, budget)
+    check_options(by, share, budget)
     layers = dict(expert_layers(model))
     if not layers:
         raise ConfigError(f"select_experts({type(model).__name__}): there is no MoE layer.")
+    return select_among(model, layers, batches, by, share, budget, run)
+
+
+def select_among(
+    model: nn.Module,
+    layers: dict[str, ExpertLayer],
+    batches: Iterable[Any],
+    by: By,
+    share: float | None,
+    budget: int | float | None,
+    run: Callable[[Any], Any] | None,
+) -> dict[str, list[int]]:
+    """:func:`select_experts` from some of the model's layers."""
     for name, layer in layers.items():
         if not layer.experts.is_stacked:
             raise ConfigError(
@@ -79,7 +92,12 @@ def select_experts(
     return result
 
 
-def _check(by: Any, share: Any, budget: Any) -> None:
+def check_options(by: Any, share: Any, budget: Any) -> None:
+    """Checks the arguments of :func:`select_experts`.
+
+    Raises:
+        ConfigError: if one is out of range, or both ``share`` and ``budget`` are missing.
+    """
     if by not in get_args(By):
         raise ConfigError(f"by={by!r} is unknown: use one of {', '.join(get_args(By))}.")
     if share is None and budget is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -13,12 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_fastmoe.callbacks.automatic_selection import MEASURES, AutomaticSelection
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
 from lightning_fastmoe.callbacks.single_experts import apply_selection, check_selection, resolve
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.nn import Router, moe_layers
 from lightning_fastmoe.nn.expert_layers import expert_layers
-from lightning_fastmoe.nn.experts.trained import trained_of
+from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
 from lightning_fastmoe.nn.placement import settle_placement
 
 
@@ -39,32 +41,59 @@ class SparseUpdate(pl.Callback):
     ``configure_model`` call :meth:`apply` yourself. Freezing lasts: a later fit trains these
     parameters only after ``requires_grad_(True)``.
 
+    ``experts="by_load"`` and ``"by_gate"`` choose the experts when the fit begins: before the
+    optimizer is made, ``training_step`` runs on the first training batches in evaluation mode,
+    without gradients. Nothing is used up: the same batches come again, generators draw the same
+    numbers, and training equals that with the chosen experts named. All ranks' batches count
+    together. A run that resumes takes the selection of its checkpoint. Needs FastMoEStrategy or one
+    device, and no :meth:`apply` in ``configure_model``.
+
     Args:
         last_layers: number of trained blocks, from the end; None for all, and the embedding.
         experts: ``"all"`` trains the experts of trained blocks, ``"none"`` freezes them. A list of
             global ids trains these experts of each layer; a mapping from layers, by name or index
             of their block, to such lists trains those, and freezes the experts of other layers.
+            ``"by_load"`` and ``"by_gate"`` choose those that matter most for the training data, as
+            :func:`~lightning_fastmoe.select_experts` does by "load" and "gate".
         dense: whether everything else is trained: attention, norms, routers, shared experts, and
             what is registered after the blocks, such as the head.
         layers: name of the ``ModuleList`` of blocks; None for the one that holds the MoE layers.
+        batches: of each rank, from which experts are chosen; fewer if there are fewer.
+        share: see :func:`~lightning_fastmoe.select_experts`; to choose experts.
+        budget: see :func:`~lightning_fastmoe.select_experts`; to choose experts.
 
     Raises:
         ConfigError: for invalid arguments; at set-up, if blocks, layers or experts are not found,
             a parameter is tied across the border, a frozen module would change by itself, or
             experts have adapters or are modules and are to be trained in part.
         CheckpointError: if a run resumes with another selection than its checkpoint's.
+        DataError: if experts are to be chosen and there is no training data, or it could not start
+            again after it was looked at.
     """
 
     def __init__(
         self,
         last_layers: int | None = None,
-        experts: Literal["all", "none"] | dict[str | int, list[int]] | list[int] = "all",
+        experts: Literal["all", "none", "by_load", "by_gate"]
+        | dict[str | int, list[int]]
+        | list[int] = "all",
         dense: bool = True,
         layers: str | None = None,
+        batches: int = 8,
+        share: float | None = None,
+        budget: int | float | None = None,
     ) -> None:
         if last_layers is not None and (type(last_layers) is not int or last_layers < 1):
             raise ConfigError(f"last_layers={last_layers!r} is invalid: use None, or at least 1.")
-        if experts != "all" and experts != "none":
+        self._automatic: AutomaticSelection | None = None
+        if isinstance(experts, str) and experts in MEASURES:
+            self._automatic = AutomaticSelection(experts, batches, share, budget)
+        elif (batches, share, budget) != (8, None, None):
+            raise ConfigError(
+                f"batches={batches!r}, share={share!r} and budget={budget!r} choose experts, and"
+                f" experts={experts!r} names them: use 'by_load' or 'by_gate', or leave them out."
+            )
+        elif experts != "all" and experts != "none":
             experts = check_selection(experts)
         if experts == "none" and not dense:
             raise ConfigError("experts='none' with dense=False trains nothing: change one of them.")
@@ -89,6 +118,11 @@ class SparseUpdate(pl.Callback):
         Raises:
             ConfigError: see the class.
         """
+        if self._automatic is not None and self._automatic.chosen is None:
+            raise ConfigError(
+                f"SparseUpdate(experts={self.experts!r}) chooses experts when a fit begins and"
+                " applies itself then: don't call apply(), or name the experts."
+            )
         *_, selected = self._frozen(module)  # refuses before anything changes
         settle_placement()
         apply_selection(module, selected)
@@ -115,7 +149,18 @@ class SparseUpdate(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # A model of configure_model does not exist yet: on_fit_start sees whether it was frozen.
-        if stage == "fit" and any(True for _ in expert_layers(pl_module)):
+        if stage != "fit":
+            return
+        if self._automatic is not None:
+            self._selection = {}
+            self._automatic.begin(
+                trainer,
+                pl_module,
+                self.state_key,
+                lambda: self._prefix(pl_module)[0],
+                lambda: self._apply_chosen(pl_module),
+            )
+        elif any(True for _ in expert_layers(pl_module)):
             self.apply(pl_module)
 
     @override
@@ -127,6 +172,7 @@ class SparseUpdate(pl.Callback):
                     f"SparseUpdate would freeze {name!r}, but it was created, or unfrozen, after"
                     " set-up: call the callback's apply(self) at the end of configure_model()."
                 )
+        _check_optimizers(trainer, pl_module)
         self._refuse_moving(trainer, pl_module, frozen)
         self._end_check()
         if first is not None:
@@ -152,7 +198,18 @@ class SparseUpdate(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._automatic is not None and not self._selection:
+            self._automatic.restored = dict(state_dict)  # before set-up: not by FastMoEStrategy
+            return
         # DeepSpeed's engine exists by now, so that the selection can't change any more.
+        self._check_same(state_dict)
+
+    def _apply_chosen(self, module: nn.Module) -> None:
+        self.apply(module)
+        assert self._automatic is not None
+        self._check_same(self._automatic.restored or {})
+
+    def _check_same(self, state_dict: Mapping[str, Any]) -> None:
         if self._selection and state_dict and state_dict != self._selection:
             raise CheckpointError(
                 f"The checkpoint was trained with SparseUpdate's selection {state_dict}, and this"
@@ -170,32 +227,16 @@ class SparseUpdate(pl.Callback):
         experts = {id(p) for _, layer in expert_layers(module) for p in layer.experts.parameters()}
         if not experts:
             raise ConfigError("SparseUpdate found no MoE layer in the model: add one, or drop it.")
-        frozen: set[int] = set()
-        first, blocks, start = None, None, 0
-        if self.last_layers is not None:
-            blocks = self._blocks(module)
-            block_list = module.get_submodule(blocks)
-            assert isinstance(block_list, nn.ModuleList)
-            start = len(block_list) - self.last_layers
-            if start < 0:
-                raise ConfigError(
-                    f"last_layers={self.last_layers} is more than the {len(block_list)} blocks of"
-                    f" {blocks!r}: choose at most {len(block_list)}."
-                )
-            first = block_list[start]
-            border = self._border(named, f"{blocks}.", start)
-            frozen = {id(p) for _, p in named[:border]}
-            for name, parameter in named[border:]:
-                if id(parameter) in frozen:
-                    raise ConfigError(
-                        f"{name!r} is tied to a parameter of the frozen prefix, so it can be"
-                        " neither trained nor frozen alone: untie it, or use last_layers=None."
-                    )
-        kept = experts if self.experts == "all" else set()
+        frozen, blocks, start = self._prefix(module)
+        first: Any = None
+        if blocks is not None:
+            first = module.get_submodule(f"{blocks}.{start}")
+        wanted = self._wanted
+        kept = experts if wanted == "all" else set()
         selected: dict[str, list[int]] = {}
-        if not isinstance(self.experts, str):
+        if not isinstance(wanted, str):
             counted = self._blocks(module) if self._by_index else None
-            selected = resolve(module, self.experts, counted, frozen)
+            selected = resolve(module, wanted, counted, frozen)
         for name, layer in expert_layers(module):
             part = trained_of(layer.experts.holder)
             if part is not None and list(part.expert_ids) == selected.get(name):
@@ -204,10 +245,39 @@ class SparseUpdate(pl.Callback):
             if not (id(parameter) in kept if id(parameter) in experts else self.dense):
                 frozen.add(id(parameter))
         self._selection = {"blocks": blocks, "first_trained": start} | {
-            "experts": selected or self.experts,
+            "experts": selected or wanted,
             "dense": self.dense,
         }
         return frozen, first, selected
+
+    @property
+    def _wanted(self) -> Any:
+        """``experts``, or what was chosen."""
+        return self.experts if self._automatic is None else self._automatic.chosen
+
+    def _prefix(self, module: nn.Module) -> tuple[set[int], str | None, int]:
+        """Ids of the parameters before the first trained block, the blocks' name and its index."""
+        if self.last_layers is None:
+            return set(), None, 0
+        named = list(module.named_parameters(remove_duplicate=False))
+        blocks = self._blocks(module)
+        block_list = module.get_submodule(blocks)
+        assert isinstance(block_list, nn.ModuleList)
+        start = len(block_list) - self.last_layers
+        if start < 0:
+            raise ConfigError(
+                f"last_layers={self.last_layers} is more than the {len(block_list)} blocks of"
+                f" {blocks!r}: choose at most {len(block_list)}."
+            )
+        border = self._border(named, f"{blocks}.", start)
+        frozen = {id(p) for _, p in named[:border]}
+        for name, parameter in named[border:]:
+            if id(parameter) in frozen:
+                raise ConfigError(
+                    f"{name!r} is tied to a parameter of the frozen prefix, so it can be"
+                    " neither trained nor frozen alone: untie it, or use last_layers=None."
+                )
+        return frozen, blocks, start
 
     @staticmethod
     def _border(named: list[tuple[str, nn.Parameter]], prefix: str, start: int) -> int:
@@ -247,7 +317,7 @@ class SparseUpdate(pl.Callback):
                     " norm without statistics, or train its block."
                 )
         callbacks: Any = trainer
-        for callback in () if isinstance(self.experts, str) else callbacks.callbacks:
+        for callback in () if isinstance(self._wanted, str) else callbacks.callbacks:
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ConfigError(
                     f"{type(callback).__name__} would average the experts that SparseUpdate trains,"
@@ -265,9 +335,23 @@ class SparseUpdate(pl.Callback):
                     )
 
     def _end_check(self) -> None:
+        if self._automatic is not None:
+            self._automatic.end()
         if self._check is not None:
             self._check.remove()
             self._check = None
+
+
+def _check_optimizers(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Refuses optimizers that were made before single experts became parameters of their own."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        if f".{TRAINED}." in name and parameter.requires_grad and id(parameter) not in held:
+            raise ConfigError(
+                f"The optimizer doesn't have {name!r}, which SparseUpdate trains, so it would stay"
+                " as it is: make the optimizer in configure_optimizers(), of all parameters."
+            )
 
 
 def _check_no_graph(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from lightning_fastmoe.checkpoint.model_map import ModelMap, map_model
 from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.experts.lora import SCALES, adapter_scales, check_same_scales
 from lightning_fastmoe.nn.placement import settle_placement
 
 
@@ -80,6 +81,7 @@ def _load(
         check_experts(source, model)
         check_names(source, model, strict)
         check_shapes(source, model)
+        _check_scales(reader, model, prefix)
         if verifier is not None:
             source.check(*verifier, ("weights",))
         with torch.no_grad():
@@ -93,6 +95,15 @@ def _load(
                         source.read_into(weight_name(stack), start, part.within(flat))
             for name, buffer in model.buffers.items():
                 _fill(source, name, 0, buffer)
+
+
+def _check_scales(reader: CheckpointReader, model: ModelMap, prefix: str) -> None:
+    """Refuses adapters that the checkpoint's run multiplied by another number."""
+    scales = adapter_scales(model.module)
+    if any(weight_name(prefix + name) in reader.manifest.tensors for name in scales):
+        stored = reader.read_state()["lightning"].get(SCALES) or {}
+        inside = {n.removeprefix(prefix): s for n, s in stored.items() if n.startswith(prefix)}
+        check_same_scales(inside, model.module)
 
 
 def _fill(source: _Inside, name: str, start: int, target: Tensor) -> None:

@@ -23,7 +23,7 @@ from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B, projections
+from lightning_fastmoe.huggingface.experts_class import projections
 from lightning_fastmoe.huggingface.lora import add_lora
 from lightning_fastmoe.huggingface.model_directory import new_directory, write_json
 from lightning_fastmoe.huggingface.peft_modules import (
@@ -42,8 +42,10 @@ from lightning_fastmoe.huggingface.saving import (
     on_rank_zero,
     save,
     the_model,
+    warn_of_others,
 )
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
+from lightning_fastmoe.nn.experts.lora import LORA_A, LORA_B
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -86,6 +88,7 @@ def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> 
             " ...). Use save_pretrained, which saves the whole model."
         )
     path = agree_on_new(trainer, "save_adapters", path)
+    warn_of_others(trainer, "save_adapters", prefix, model)
     files = path.with_name(f".{path.name}.fastmoe-saved")
     save(trainer, files, exclude_frozen=True)
 

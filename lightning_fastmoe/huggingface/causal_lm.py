@@ -17,6 +17,8 @@ from lightning_fastmoe.huggingface.architecture import Architecture, read_config
 from lightning_fastmoe.huggingface.batch import IGNORED, TokenBatch, read_batch
 from lightning_fastmoe.huggingface.decoder import MoEDecoder
 from lightning_fastmoe.huggingface.exporting import kept_config
+from lightning_fastmoe.nn.experts.lora import check_options
+from lightning_fastmoe.nn.lora import add_lora
 
 Batch = Tensor | Mapping[str, Any]
 
@@ -53,6 +55,9 @@ class MoECausalLM(LightningModule):
         z_loss: coefficient of the router z-loss.
         compile: whether ``torch.compile`` compiles each block, which takes some ten seconds in the
             first step, and again when the shape of batches changes.
+        lora_rank: rank of adapters of the experts, which alone are trained; None trains the model.
+            ``checkpoint export`` merges them.
+        lora_alpha: adapters are multiplied by ``lora_alpha / lora_rank``; None is twice the rank.
 
     Raises:
         ConfigError: if the model's family is not supported, or ``weights`` and ``config`` are both
@@ -68,12 +73,20 @@ class MoECausalLM(LightningModule):
         load_balancing: float = 0.01,
         z_loss: float = 0.0,
         compile: bool = False,  # noqa: A002  named in config files
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
     ) -> None:
         super().__init__()
+        if lora_rank is not None:
+            check_options(lora_rank, lora_alpha, ())
+        elif lora_alpha is not None:
+            raise ConfigError(f"lora_alpha={lora_alpha!r} has no effect without lora_rank.")
         self._weights, self._compiles = weights, compile
+        self._lora = (lora_rank, lora_alpha)
         self.config = _content(config, weights)
         self.architecture = Architecture.from_config(self.config)
         self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss", "compile")
+        self.save_hyperparameters("lora_rank", "lora_alpha")
         # The content, not the path, because exporting needs it on any machine. The initial weights
         # are not a hyperparameter: a checkpoint has its own.
         self.save_hyperparameters({"config": self.config})
@@ -88,6 +101,9 @@ class MoECausalLM(LightningModule):
             self.network = MoEDecoder(self.architecture, **self._coefficients)
             if self._weights is not None:
                 load_weights(self._weights, self.network, prefix="network.")
+            rank, alpha = self._lora
+            if rank is not None:
+                add_lora(self.network, rank, alpha)
             if self._compiles:
                 for block in self.network.model.layers:
                     block.compile()

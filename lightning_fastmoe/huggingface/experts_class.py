@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, ShapeError
+from lightning_fastmoe.nn.experts import lora
+from lightning_fastmoe.nn.experts.lora import FLOATING, LORA_A, LORA_B, SCALE
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 from lightning_fastmoe.ops.activation import GATED
 
@@ -28,12 +30,6 @@ NAME = "fastmoe"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes by which a class describes itself."""
 
-LORA_A, LORA_B = "_lora_a", "_lora_b"
-"""Ends of the names of a weight's adapter: (e, r, inputs) and (e, outputs, r)."""
-SCALE = "fastmoe_lora_scale"
-"""The attribute of experts that have adapters."""
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that weights may have."""
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 GATED_OF = {plain: gated for gated, plain in GATED.items()}
 """Plain activations -> the gated ones that apply them to the gate."""
@@ -230,15 +226,7 @@ def parameter_names(experts: Any) -> list[str]:
 
 def adapters_of(experts: Any, dtype: torch.dtype) -> tuple[ops.LowRank, ...]:
     """What is added to both weights (:mod:`~lightning_fastmoe.huggingface.lora`), if anything."""
-    if SCALE not in vars(experts):
-        return ()
-    scale = vars(experts)[SCALE]
-
-    def adapter(name: str) -> ops.LowRank:
-        a, b = (getattr(experts, f"{name}{part}").to(dtype) for part in (LORA_A, LORA_B))
-        return ops.LowRank(a, b, scale)
-
-    return tuple(adapter(name) for name in projections(experts))
+    return lora.adapters_of(experts, projections(experts), dtype)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

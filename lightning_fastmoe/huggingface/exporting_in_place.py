@@ -7,6 +7,7 @@ is in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +24,14 @@ from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTenso
 from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, stored_tensor, target_dtype
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.huggingface.experts_class import LORA_A, LORA_B
-from lightning_fastmoe.huggingface.lora import merged_weight
+from lightning_fastmoe.huggingface.exporting import stored_scales
 from lightning_fastmoe.huggingface.model_directory import (
     main_dtype,
     refuse_existing,
     write_model_directory,
 )
 from lightning_fastmoe.huggingface.peft_modules import stored_names
+from lightning_fastmoe.nn.experts.lora import LORA_A, LORA_B, merged_weight
 
 _SHOWN = 3
 
@@ -76,7 +77,8 @@ def export_in_place(
     shapes = _written_shapes(model)
     stored = _Stored.of(reader)
     prefix = _find_prefix(stored, reader, shapes) if prefix is None else prefix
-    source = _Source(reader, model, prefix, stored, lora_scale, linear_scales or {})
+    known = stored_scales(reader, lora_scale) if stored.adapters else {}
+    source = _Source(reader, model, prefix, stored, lora_scale, linear_scales or {}, known)
     source.check(shapes)
     tensors = list(_streams(source, shapes, dtype))
     return write_model_directory(
@@ -174,6 +176,7 @@ class _Source:
     stored: _Stored
     scale: float | None
     linear_scales: Mapping[str, float]
+    stored_scales: Mapping[str, float]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuses a checkpoint of another model, and adapters of which nothing is known."""
@@ -221,22 +224,35 @@ class _Source:
                     " and so not written: merged, it would be lost. Train without it, or save the"
                     " adapters with lightning_fastmoe.huggingface.save_adapters(trainer, path)."
                 )
-        guessed = [n for n in adapted if self.is_without_own_scale(n.removeprefix(self.prefix))]
+        guessed = [n for n in adapted if self.own_scale(n.removeprefix(self.prefix)) is None]
         ranks = {self.rank_of(n): n for n in guessed}
-        if len(ranks) > 1:
+        kinds = {self.stored.adapters[n][0].endswith(LORA_A): n for n in guessed}
+        if len(ranks) > 1 or len(kinds) > 1:
+            what = f"of different ranks ({ranks})" if len(ranks) > 1 else f"of both kinds ({kinds})"
             raise ConfigError(
-                f"{self.reader.path} has adapters of different ranks ({ranks}), whose alpha / rank"
-                " --lora-scale can't all be. Use lightning_fastmoe.huggingface.save_pretrained("
+                f"{self.reader.path} has adapters {what}, whose alpha / rank --lora-scale may not"
+                " all be, and doesn't say it. Use lightning_fastmoe.huggingface.save_pretrained("
                 "trainer, path), which knows each."
             )
+        for name in adapted if self.scale is not None and not self.linear_scales else ():
+            trained = self.own_scale(name.removeprefix(self.prefix))
+            if trained is not None and not math.isclose(trained, self.scale or 0.0):
+                raise ConfigError(
+                    f"--lora-scale {self.scale} is not the {trained} with which {self.reader.path}"
+                    f" was trained, of {name}: leave it out."
+                )
 
     def scale_of(self, name: str) -> float | None:
         """``alpha / rank`` of a weight's adapter; None if it is not known."""
-        return self.linear_scales.get(name.removesuffix(".weight"), self.scale)
+        own = self.own_scale(name)
+        return self.scale if own is None else own
 
-    def is_without_own_scale(self, name: str) -> bool:
-        """Whether the common scale is taken for a weight's adapter."""
-        return name.removesuffix(".weight") not in self.linear_scales
+    def own_scale(self, name: str) -> float | None:
+        """The same, as the model or the checkpoint says it."""
+        given = self.linear_scales.get(name.removesuffix(".weight"))
+        if given is not None:
+            return given
+        return self.stored_scales.get(self.stored.adapters[self.prefix + name][0])
 
     def rank_of(self, stored: str) -> int:
         """The rank of the adapter of one of the checkpoint's weights."""

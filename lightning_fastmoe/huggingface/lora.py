@@ -1,31 +1,29 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on the stacked experts of transformers' models.
+"""Adapters (LoRA) on the stacked experts of transformers' models, and of MoE layers beside them.
 
-An expert's weight W is frozen, and ``alpha / rank * B A`` added to it, by two narrow grouped GEMMs
-on the expert's rows: the sum is never formed. Adapters are parameters of the module of experts with
-a row for each expert, so they are sharded, saved by global id and resharded with them.
+:mod:`~lightning_fastmoe.nn.experts.lora` has what is common to both.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.huggingface.experts_class import (
-    FLOATING,
-    LORA_A,
-    LORA_B,
-    NAME,
-    SCALE,
-    projections,
-)
+from lightning_fastmoe.huggingface.experts_class import NAME, projections
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
-from lightning_fastmoe.nn.experts.init import draw_layer_seed, init_experts_
-from lightning_fastmoe.nn.experts.trained import trained_of
+from lightning_fastmoe.nn.experts.lora import (
+    SCALE,
+    add_adapters,
+    check_holder,
+    check_options,
+    freeze,
+    merge_adapters,
+)
+from lightning_fastmoe.nn.lora import add_to, check_lora_layers
+from lightning_fastmoe.nn.lora import merge_lora as merge_ours
 
 _SAVING = ("save_pretrained", "push_to_hub")
 
@@ -39,7 +37,8 @@ def add_lora(
     starts random by global id, B at zero, so that the model computes what it did before.
 
     Args:
-        model: has experts of transformers, with ``experts_implementation="fastmoe"``.
+        model: has experts of transformers, with ``experts_implementation="fastmoe"``, or MoE
+            layers with stacked experts.
         rank: r, the rank of B A; multiples of 8 are fastest.
         alpha: B A is multiplied by ``alpha / rank``; None is ``2 * rank``.
         also_train: names of other parameters that stay trainable, or their last parts, such as
@@ -53,13 +52,7 @@ def add_lora(
             PEFT's included, are quantised or use another implementation, or a name of
             ``also_train`` fits nothing.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"rank={rank!r} must be a positive integer.")
-    alpha = 2 * rank if alpha is None else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ConfigError(f"alpha={alpha!r} must be a positive number.")
-    if isinstance(also_train, str):
-        raise ConfigError(f"also_train={also_train!r} must be a list of names.")
+    scale = check_options(rank, alpha, also_train)
     layers = list(kind.layers(model))
     if any(name.endswith(".experts.lora_A") for name, _ in model.named_modules()):
         raise ConfigError(
@@ -67,48 +60,31 @@ def add_lora(
             ' target_modules="all-linear", gate_proj, up_proj and down_proj to mean those of the'
             " experts: name other layers, such as q_proj."
         )
-    if not layers:
-        raise ConfigError(
-            f"add_lora({type(model).__name__}): the model has no stacked experts of transformers."
-        )
     for path, layer in layers:
         _check(path, layer)
-    _freeze(model, also_train)
+    ours = list(check_lora_layers(model))
+    if not layers and not ours:
+        raise ConfigError(
+            f"add_lora({type(model).__name__}): the model has no stacked experts of transformers,"
+            " and no MoE layer."
+        )
+    freeze(model, also_train, _trained_by_peft(model))
     _guard_saving(model)
-    return [
-        f"{path}.experts.{name}"
-        for path, layer in layers
-        for name in _add_to(layer, rank, alpha / rank)
+    added = [
+        f"{path}.experts.{name}" for path, layer in layers for name in _add_to(layer, rank, scale)
     ]
+    return added + [name for path, experts in ours for name in add_to(path, experts, rank, scale)]
 
 
 def _check(path: str, layer: TransformersLayer) -> None:
     experts: Any = layer.module
-    if SCALE in vars(experts):
-        raise ConfigError(f"add_lora: {path}.experts has adapters already.")
-    if trained_of(experts) is not None:
-        raise ConfigError(
-            f"add_lora: SparseUpdate trains single experts of {path}.experts. Train adapters or"
-            " single experts: call SparseUpdate.release(model) first."
-        )
     chosen = experts.config._experts_implementation
-    if chosen != NAME:
+    if SCALE not in vars(experts) and chosen != NAME:
         raise ConfigError(
             f"add_lora: {path}.experts uses experts_implementation={chosen!r}, which would ignore"
             f' adapters. Call model.set_experts_implementation("{NAME}") first.'
         )
-    for name in projections(experts):
-        weight = experts.get_parameter(name)
-        if weight.is_meta:
-            raise ConfigError(
-                f"add_lora: {path}.experts.{name} has no memory yet, so its adapter would never be"
-                " initialised. Load the weights first."
-            )
-        if weight.dtype not in FLOATING:
-            raise ConfigError(
-                f"add_lora: {path}.experts.{name} is quantised ({weight.dtype}), and adapters are"
-                " trained next to weights of 16 bits or more. Load the model dequantised."
-            )
+    check_holder(f"{path}.experts", experts, projections(experts))
 
 
 def _guard_saving(model: nn.Module) -> None:
@@ -132,47 +108,28 @@ def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _freeze(model: nn.Module, also_train: Iterable[str]) -> None:
-    named = dict(model.named_parameters())
-    kept = {
+def _trained_by_peft(model: nn.Module) -> set[str]:
+    """What a model of PEFT trains, which has frozen the rest of it."""
+    return {
         f"{path}.{name}" if path else name
         for path, part in model.named_modules()
-        if hasattr(part, "peft_config")  # PEFT has frozen what it doesn't train
+        if hasattr(part, "peft_config")
         for name, parameter in part.named_parameters()
         if parameter.requires_grad
     }
-    for wanted in also_train:
-        fitting = {n for n in named if n == wanted or n.endswith(f".{wanted}")}
-        if not fitting:
-            raise ConfigError(f"add_lora: also_train has {wanted!r}, which fits no parameter.")
-        kept |= fitting
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in kept)
 
 
-@torch.no_grad()
 def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
     """Adds the adapters of one layer; returns the names in its module."""
     experts: Any = layer.module
-    seed = draw_layer_seed()
-    names = []
-    vars(experts)[SCALE] = scale
-    for name in projections(experts):
-        weight = experts.get_parameter(name)
-        inputs, outputs = weight.shape[1:] if experts.is_transposed else weight.shape[:0:-1]
-        held = weight.shape[0]
-        a = weight.new_empty(held, rank, inputs)
-        init_experts_(
-            a,
-            name=f"{name}{LORA_A}",
-            layer_seed=seed,
-            expert_ids=layer.experts.local_ids,
-            fan_in=inputs,
-            std=None,
-        )
-        for part, value in ((LORA_A, a), (LORA_B, weight.new_zeros(held, outputs, rank))):
-            experts.register_parameter(f"{name}{part}", nn.Parameter(value))
-            names.append(f"{name}{part}")
+    names = add_adapters(
+        experts,
+        projections(experts),
+        rank,
+        scale,
+        expert_ids=layer.experts.local_ids,
+        transposed=experts.is_transposed,
+    )
     experts.register_forward_pre_hook(_refuse_other_implementations)
     return names
 
@@ -196,20 +153,12 @@ def merge_lora(model: nn.Module) -> int:
     Returns:
         The number of layers that had adapters.
     """
-    merged = 0
+    merged = merge_ours(model)
     for _, layer in kind.layers(model):
         experts: Any = layer.module
         if SCALE not in vars(experts):
             continue
-        for name in projections(experts):
-            weight = experts.get_parameter(name)
-            a, b = (experts.get_parameter(f"{name}{part}") for part in (LORA_A, LORA_B))
-            weight.copy_(
-                merged_weight(weight, a, b, vars(experts)[SCALE], transposed=experts.is_transposed)
-            )
-            for part in (LORA_A, LORA_B):
-                delattr(experts, f"{name}{part}")
-        del vars(experts)[SCALE]
+        merge_adapters(experts, projections(experts), transposed=experts.is_transposed)
         hooks = experts._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if hook is _refuse_other_implementations]:
             del hooks[key]
@@ -219,24 +168,3 @@ def merge_lora(model: nn.Module) -> int:
             if vars(guarded).get(method) is _refuse_to_save:
                 del vars(guarded)[method]
     return merged
-
-
-def merged_weight(
-    weight: Tensor, a: Tensor, b: Tensor, scale: float, *, transposed: bool
-) -> Tensor:
-    """``weight`` with ``scale * b @ a`` of each expert added, computed in fp32 at least.
-
-    Args:
-        weight: (E, outputs, inputs), or (E, inputs, outputs) if ``transposed``; as a and b, of a
-            linear layer without E.
-        a: (E, r, inputs).
-        b: (E, outputs, r).
-        scale: multiplies the product.
-        transposed: the layout of ``weight``.
-
-    Returns:
-        Like ``weight``.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    added = scale * (b.to(dtype) @ a.to(dtype))
-    return (weight.to(dtype) + (added.mT if transposed else added)).to(weight.dtype)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.errors import ConfigError, FastMoEError
-from lightning_fastmoe.huggingface.experts_class import SCALE
 from lightning_fastmoe.huggingface.exporting_in_place import export_in_place
 from lightning_fastmoe.huggingface.peft_modules import linear_adapters
+from lightning_fastmoe.nn.experts.lora import SCALE
+
+_SHOWN = 8
+"""Names in a warning."""
 
 
 def save_pretrained(
@@ -29,7 +34,8 @@ def save_pretrained(
     The ranks write a checkpoint next to ``path``, which rank 0 then converts one stack of experts
     at a time, and deletes. So no rank holds the model, and both need space on the disk, which all
     ranks must share. Adapters of experts, and PEFT's of linear layers, are merged into the weights.
-    Save the tokenizer yourself.
+    Save the tokenizer yourself, and what is trained beside the model, such as a value head: a
+    warning names it.
 
     Args:
         trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
@@ -44,6 +50,7 @@ def save_pretrained(
     """
     prefix, model = the_model(trainer)
     path = agree_on_new(trainer, "save_pretrained", path)
+    warn_of_others(trainer, "save_pretrained", prefix, model)
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))
     save(trainer, files, exclude_frozen=False)
 
@@ -142,3 +149,28 @@ def the_model(trainer: Any) -> tuple[str, Any]:
             " it, there must be one."
         )
     return next(iter(outermost.items()))
+
+
+def warn_of_others(trainer: Any, what: str, prefix: str, model: nn.Module) -> None:
+    """Warns, once and on rank 0, of trained parameters outside of the model that is written.
+
+    Args:
+        trainer: trains the module around the model.
+        what: the function that writes it.
+        prefix: the model's, in the module.
+        model: the model.
+    """
+    inside = {id(parameter) for parameter in model.parameters()}
+    others = [
+        name
+        for name, parameter in trainer.lightning_module.named_parameters()
+        if parameter.requires_grad and id(parameter) not in inside and not name.startswith(prefix)
+    ]
+    if others and trainer.is_global_zero:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        warnings.warn(
+            f"{what} writes {prefix.removesuffix('.') or 'the model'} alone: also trained, and not"
+            f" written, are {', '.join(others[:_SHOWN])}{more}. Checkpoints have them:"
+            " trainer.save_checkpoint(path).",
+            stacklevel=3,
+        )

@@ -4,6 +4,7 @@ from lightning_fastmoe.nn.collect import moe_layers, moe_losses
 from lightning_fastmoe.nn.conversion import convert
 from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher
 from lightning_fastmoe.nn.experts import Experts, ModuleExperts, StackedExperts
+from lightning_fastmoe.nn.lora import add_lora, merge_lora
 from lightning_fastmoe.nn.moe import MoE
 from lightning_fastmoe.nn.options import CausalityWarning
 from lightning_fastmoe.nn.router import Router, Routing, RoutingContext, SoftmaxTopKRouter
@@ -24,7 +25,9 @@ __all__ = [
     "SequentialSchedule",
     "SoftmaxTopKRouter",
     "StackedExperts",
+    "add_lora",
     "convert",
+    "merge_lora",
     "moe_layers",
     "moe_losses",
 ]

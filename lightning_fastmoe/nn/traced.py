@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
+from lightning_fastmoe.nn.experts.lora import SCALE
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.inputs import read_inputs
 from lightning_fastmoe.nn.router import ROUTERS, RoutingContext
@@ -106,6 +107,8 @@ def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
         return "its experts are sharded over ranks"
     if not experts.is_stacked or experts.activation not in ops.ACTIVATIONS:
         return "its experts are modules, or their activation has no fused backward"
+    if getattr(experts, SCALE, None) is not None:
+        return "its experts have adapters"
     if type(router) not in ROUTERS.values():
         return "its router comes from outside the package"
     if not router.traceable:

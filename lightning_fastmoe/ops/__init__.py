@@ -2,7 +2,8 @@
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
-from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_linear, grouped_mlp
+from lightning_fastmoe.ops.grouped_linear import grouped_linear, put_in_place
+from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.router_product import router_logits
@@ -14,7 +15,7 @@ from lightning_fastmoe.ops.routing import (
     softmax_top_k,
     top_k,
 )
-from lightning_fastmoe.ops.sparse_layer import Stacks, TrainedRows, put_in_place, sparse_layer
+from lightning_fastmoe.ops.sparse_layer import Stacks, TrainedRows, sparse_layer
 
 __all__ = [
     "ACTIVATIONS",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import choice, kernels, traced_layer
+from lightning_fastmoe.ops.grouped_linear import PartlyTrained
 from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
@@ -143,8 +144,8 @@ def unfused_layer(
     x: Tensor,
     weights: Tensor,
     order: ExpertOrder,
-    up: Tensor,
-    down: Tensor,
+    up: Tensor | PartlyTrained,
+    down: Tensor | PartlyTrained,
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,

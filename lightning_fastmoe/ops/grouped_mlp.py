@@ -6,49 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe.ops.activation import apply_activation
-from lightning_fastmoe.ops.products.torch import grouped_mm_applies, is_aligned
-
-
-class _Contiguous(torch.autograd.Function):
-    """Identity whose gradient is contiguous: grouped_mm refuses expanded (stride-0) gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0].contiguous()
-
-
-def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """``x[rows of e] @ weight[e].T`` for every expert e.
-
-    Args:
-        x: (N, D), rows grouped by expert; N is the sum of the counts.
-        weight: (E, M, D).
-        tokens_per_expert: (E,) int64, zeros allowed.
-
-    Returns:
-        (N, M). An expert without tokens gets a gradient of zeros.
-    """
-    if x.shape[0] and grouped_mm_applies(x, weight):
-        offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
-        weight = weight if is_aligned(weight) else weight.clone()
-        out = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets)
-        return _Contiguous.apply(out)  # type: ignore[no-any-return]
-    return grouped_linear_loop(x, weight, tokens_per_expert)
-
-
-def grouped_linear_loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """:func:`grouped_linear` as one GEMM per expert; reads the counts on the host."""
-    chunks = x.split(tokens_per_expert.tolist())
-    # unbind's gradient stacks one slice per expert, zeros for the empty ones.
-    return torch.cat([c @ w.T for c, w in zip(chunks, weight.unbind(0), strict=True)])
+from lightning_fastmoe.ops.grouped_linear import (
+    PartlyTrained,
+    grouped_linear,
+    partly_trained_linear,
+)
 
 
 class _RowBias(torch.autograd.Function):
@@ -89,10 +54,13 @@ class LowRank(NamedTuple):
 
 
 def _adapted(
-    x: Tensor, weight: Tensor, adapter: LowRank | None, tokens_per_expert: Tensor
+    x: Tensor, weight: Tensor | PartlyTrained, adapter: LowRank | None, tokens_per_expert: Tensor
 ) -> Tensor:
     """:func:`grouped_linear` with ``weight`` and what the adapter adds to it."""
-    out = grouped_linear(x, weight, tokens_per_expert)
+    if isinstance(weight, PartlyTrained):
+        out = partly_trained_linear(x, weight, tokens_per_expert)
+    else:
+        out = grouped_linear(x, weight, tokens_per_expert)
     if adapter is None:
         return out
     inner = grouped_linear(x, adapter.a, tokens_per_expert)
@@ -102,8 +70,8 @@ def _adapted(
 def grouped_mlp(
     x: Tensor,
     tokens_per_expert: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Tensor | PartlyTrained,
+    down: Tensor | PartlyTrained,
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -115,7 +83,8 @@ def grouped_mlp(
     Args:
         x: (N, D), rows grouped by expert.
         tokens_per_expert: (E,) int64 with sum N.
-        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D).
+        up: (E, 2F, D) for gated activations (gate rows first), else (E, F, D); where single experts
+            are trained, with their slices apart.
         down: (E, D, F).
         activation: a name of :data:`~lightning_fastmoe.ops.activation.ACTIVATIONS`, or a
             differentiable function of the pre-activation, (N, rows of ``up``) -> (N, F).

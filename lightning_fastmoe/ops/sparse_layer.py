@@ -8,7 +8,7 @@ a layer's backward pass is such GEMMs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from lightning_fastmoe.ops import choice
 from lightning_fastmoe.ops.activation import ACTIVATIONS
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
+from lightning_fastmoe.ops.grouped_linear import PartlyTrained, put_in_place
 from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
 from lightning_fastmoe.ops.kernels import accumulation_dtype
-from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted, index_of
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.routing import ExpertOrder
 
 Stacks = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -38,35 +39,13 @@ class TrainedRows(NamedTuple):
     stacks: Stacks
 
 
-def put_in_place(
-    stacks: Iterable[Tensor | None], rows: tuple[int, ...], own: Iterable[Tensor | None]
-) -> None:
-    """Overwrites rows of frozen stacks with the trained ones, unseen by autograd.
-
-    It changes nothing between two optimizer steps except where ZeRO 3 has gathered the frozen
-    stacks anew, so that what an earlier pass has saved stays right.
-
-    Args:
-        stacks: each (E, ...).
-        rows: their rows that are trained.
-        own: for each stack, what belongs there: (rows, ...).
-    """
-    for stack, part in zip(stacks, own, strict=True):
-        if stack is not None and part is not None and rows:
-            stack.data.index_copy_(0, index_of(rows, stack.device), part.data)
-
-
 def with_rows(stacks: Stacks, trained: TrainedRows) -> Stacks:
     """Copies of the stacks with the trained rows, differentiable in these."""
 
     def one(stack: Tensor | None, own: Tensor | None) -> Tensor | None:
         if stack is None or own is None:
             return None
-        if torch.compiler.is_dynamo_compiling():  # which warns of caches
-            rows = torch.tensor(trained.rows, dtype=torch.int64, device=stack.device)
-        else:
-            rows = index_of(trained.rows, stack.device)
-        return stack.index_copy(0, rows, own)
+        return PartlyTrained(stack, own, trained.rows).whole()
 
     up, down, *biases = (one(*pair) for pair in zip(stacks, trained.stacks, strict=True))
     assert up is not None
@@ -120,7 +99,9 @@ def _differentiable_backward(
     if call.order is not None and call.inverse is not None:
         order = ExpertOrder(call.order, call.inverse, call.tokens_per_expert, call.offsets)
     stacks = (call.up, call.down, call.up_bias, call.down_bias)
-    out = _unfused(call.x, call.tokens_per_expert, call.weights, order, stacks, trained, call)
+    out = _unfused(
+        call.x, call.tokens_per_expert, call.weights, order, stacks, trained, call.activation
+    )
     needed = wanted[:6]
     inputs = (call.x, call.weights, *trained.stacks)
     leaves = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed and t is not None]
@@ -135,12 +116,18 @@ def _unfused(
     order: ExpertOrder | None,
     stacks: Stacks,
     trained: TrainedRows,
-    activation: LayerCall | str | Callable[[Tensor], Tensor],
+    activation: str | Callable[[Tensor], Tensor],
 ) -> Tensor:
-    if isinstance(activation, LayerCall):
-        activation = activation.activation
-    up, down, up_bias, down_bias = with_rows(stacks, trained)
-    mlp = (up, down, activation, up_bias, down_bias)
+    """The layer around a function of its own: weights stay where they are, biases are copied."""
+    up, down = (
+        PartlyTrained(stack, own, trained.rows)
+        for stack, own in zip(stacks[:2], trained.stacks[:2], strict=True)
+    )
+    biases = [
+        stack if stack is None or own is None else PartlyTrained(stack, own, trained.rows).whole()
+        for stack, own in zip(stacks[2:], trained.stacks[2:], strict=True)
+    ]
+    mlp: Any = (up, down, activation, *biases)
     if weights is None or order is None:
         return grouped_mlp(x, tokens_per_expert, *mlp)
     return unfused_layer(x, weights, order, *mlp)
@@ -157,9 +144,9 @@ def sparse_layer(
 ) -> Tensor:
     """:func:`~lightning_fastmoe.ops.expert_layer` or ``expert_mlp``, training some experts.
 
-    Fused activations overwrite the trained experts' rows of ``stacks``, and compute gradients of
-    weights for those experts alone. Others, and ``torch.compile``, copy the stacks, and compute the
-    gradients of all experts.
+    The trained experts' rows of ``stacks`` are overwritten, and gradients of weights computed for
+    those experts alone. ``torch.compile`` copies the stacks, and computes the gradients of all
+    experts.
 
     Args:
         x: (T, D); without ``order`` (N, D), rows grouped by expert.

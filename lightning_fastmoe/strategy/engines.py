@@ -122,6 +122,8 @@ class Engines:
         """
         assert self._strategy.lightning_module is not None
         found, schedulers = _init_optimizers_and_lr_schedulers(self._strategy.lightning_module)
+        # Again: callbacks may have made parameters of single experts since.
+        tag_experts(self.state.layers.values(), self._groups.mesh)
         check_single(found, schedulers)
         release(found[0])
         check_has_no_closure(found[0])

@@ -296,9 +296,8 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     def on_rank_zero(self, function: Callable[..., _Result], *args: Any) -> _Result | None:
         """Runs ``function(*args)`` on rank 0 only, for example to sample text in a callback.
 
-        Every rank must call this at the same point: while rank 0 runs the model, the others take
-        part in its MoE layers without tokens of their own. The model is in evaluation mode,
-        without gradients and in the precision of the run.
+        Every rank calls this at the same point: while rank 0 runs the model, the others take part
+        in its MoE layers without tokens. The model is in evaluation mode, without gradients.
 
         Args:
             function: may run the LightningModule any number of times.
@@ -310,17 +309,20 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         Raises:
             ConfigError: on all ranks, at stage 3, where rank 0 can't gather a dense layer's
                 parameters by itself; on rank 0, if ``function`` trains.
-            ExchangeError: on the other ranks, if ``function`` raised on rank 0, which raises the
-                original error.
-
-        Example:
-            >>> class Sample(pl.Callback):
-            ...     def on_train_epoch_end(self, trainer, pl_module):
-            ...         text = trainer.strategy.on_rank_zero(generate, pl_module, "Once")
-            ...         if trainer.is_global_zero:
-            ...             print(text)
+            ExchangeError: on the other ranks, if ``function`` raised on rank 0.
         """
         return self._steps.on_rank_zero(function, *args)
+
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Runs ``function(*args)`` on every rank, for example to generate from prompts of its own.
+
+        As :meth:`on_rank_zero`, but ranks may run the model differently often, or never.
+
+        Raises:
+            ConfigError: on all ranks, at stage 3; where ``function`` trains.
+            ExchangeError: on the other ranks, if ``function`` raised on one.
+        """
+        return self._steps.on_each_rank(function, *args)
 
     # ------------------------------------------------------------------------------- checkpoints
 

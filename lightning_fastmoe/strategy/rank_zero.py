@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_fastmoe.distributed.each_rank import entry_of, evaluating, without_tokens
 from lightning_fastmoe.errors import ConfigError, ExchangeError
-from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 _Result = TypeVar("_Result")
@@ -47,7 +47,7 @@ def run_on_rank_zero(
         ConfigError: on rank 0, if ``function`` trains.
     """
     shared = {n: m for n, m in layers.items() if m.is_sharded or m.uses_global_batch}
-    with _evaluating(module):
+    with evaluating(module):
         if not shared:
             return function(*args) if dist.get_rank() == 0 else None
         if dist.get_rank():
@@ -72,19 +72,13 @@ def _serve(layers: Mapping[str, ExpertLayer], progress: Callable[[], None]) -> N
             if what:
                 raise ExchangeError(f"The function that on_rank_zero runs failed on rank 0: {what}")
             return
-        entry = _entry(layers[name])
+        entry = entry_of(layers[name])
         args, kwargs = _to(next(entry.parameters()).device, what)
         entry(*args, **kwargs)
 
 
 def _to(device: torch.device, values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
-
-
-def _entry(layer: ExpertLayer) -> nn.Module:
-    """The module whose forward pass exchanges the layer's tokens."""
-    entry: Any = layer
-    return getattr(entry, "module", entry)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -98,12 +92,12 @@ def _announcing(layers: Mapping[str, ExpertLayer], progress: Callable[[], None])
                     " evaluation mode without gradients, as the other ranks run no backward pass."
                 )
             progress()
-            _tell((name, _without_tokens(entry, args, kwargs)))
+            _tell((name, without_tokens(entry, args, kwargs)))
 
         return hook
 
     handles = [
-        _entry(layer).register_forward_pre_hook(announce(name), with_kwargs=True)
+        entry_of(layer).register_forward_pre_hook(announce(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
@@ -111,27 +105,6 @@ def _announcing(layers: Mapping[str, ExpertLayer], progress: Callable[[], None])
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _without_tokens(
-    entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the same structure and dtypes for a call with zero tokens."""
-    if not isinstance(entry, MoE):  # tensors (T, ...)
-        empty: Any = pytree.tree_map_only(Tensor, _no_rows, (args, kwargs))
-        return empty  # type: ignore[no-any-return]
-    x = args[0] if args else kwargs["x"]
-    token_ids = kwargs.get("token_ids")
-    if isinstance(x, Tensor):
-        x = x.new_empty((0, entry.d_model), device="cpu")
-    else:
-        x = pytree.tree_map(_no_rows, x)
-    no_ids = None if token_ids is None else token_ids.new_empty((0,), device="cpu")
-    return (x,), {"token_ids": no_ids}
-
-
-def _no_rows(leaf: Tensor) -> Tensor:
-    return leaf.new_empty((0, *leaf.shape[1:]), device="cpu")
 
 
 def _tell(message: tuple[Any, Any]) -> None:
@@ -143,14 +116,3 @@ def _hear() -> tuple[Any, Any]:
     dist.broadcast_object_list(box, src=0)
     message: tuple[Any, Any] = box[0]
     return message
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    before = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in before:
-            m.training = training

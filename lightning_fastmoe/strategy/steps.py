@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
@@ -127,4 +128,28 @@ class Steps:
         with strategy.precision_plugin.forward_context():
             return run_on_rank_zero(
                 strategy.lightning_module, self._state.layers, self._watch.beat, function, *args
+            )
+
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Runs ``function(*args)`` on every rank, each for itself, in the precision of the run.
+
+        Raises:
+            ConfigError: on all ranks, at stage 3.
+        """
+        strategy = self._strategy
+        assert strategy.lightning_module is not None
+        if strategy.zero_stage_3:
+            raise ConfigError(
+                "on_each_rank does not work at stage 3: each pass gathers the parameters of dense"
+                " layers from all ranks, which a rank that has finished would not join. Make the"
+                " same number of passes on every rank, or use stage 2."
+            )
+        with strategy.precision_plugin.forward_context():
+            return run_on_each_rank(
+                strategy.lightning_module,
+                self._state.layers,
+                self._watch.beat,
+                strategy.root_device,
+                function,
+                *args,
             )

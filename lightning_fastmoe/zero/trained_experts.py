@@ -38,7 +38,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     Writes to them are lost.
     """
-    partitioned: list[Any] = [p for p in parameters if _is_partitioned(p)]
+    partitioned: list[Any] = [p for p in parameters if is_partitioned(p)]
     for parameter in partitioned:
         parameter.all_gather()
     try:
@@ -48,7 +48,8 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.partition()
 
 
-def _is_partitioned(parameter: Any) -> bool:
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO 3 has left this rank a part of the parameter alone."""
     return hasattr(parameter, "ds_tensor") and parameter.ds_status.name != "AVAILABLE"
 
 

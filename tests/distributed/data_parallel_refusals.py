@@ -58,6 +58,45 @@ def not_set_to_none(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
         model.zero_grad(set_to_none=False)
 
 
+def stepped_first(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    """The second step without a reduction; weights stay as they were."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    for reduces in (True, False):
+        parallel.backward(loss_of(model))
+        if reduces:
+            parallel.reduce_gradients()
+        before = model["dense"].weight.detach().clone()
+        try:
+            optimizer.step()
+        finally:
+            assert torch.equal(model["dense"].weight, before) is not reduces
+        optimizer.zero_grad()
+
+
+def stepped_by_closure(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        parallel.backward(loss)
+        return loss
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.step(closure)
+
+
+def unfrozen_and_stepped(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    model["dense"].weight.requires_grad_(False)
+    parallel = ExpertDataParallel(model, 2)  # takes over from the first
+    model["dense"].weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([model["dense"].weight], 0.1)
+    for reduces in (True, False):
+        parallel.backward(loss_of(model))
+        if reduces:
+            parallel.reduce_gradients()
+        optimizer.step()
+        model.zero_grad()
+
+
 def clipped_first(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
     parallel.backward(loss_of(model))
     parallel.clip_grad_norm_(1.0)
@@ -128,6 +167,9 @@ DURING = (
     reduced_after_each_batch,
     backward_after_reduction,
     not_set_to_none,
+    stepped_first,
+    stepped_by_closure,
+    unfrozen_and_stepped,
     clipped_first,
     clipped_between,
     unknown_scale,

@@ -8,9 +8,12 @@ import pytest
 import torch
 from distributed import data_parallel_refusals as runs
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lightning_fastmoe import moe_losses
 from lightning_fastmoe.distributed import ExpertDataParallel
+from lightning_fastmoe.distributed.data_parallel.contents import Item
+from lightning_fastmoe.distributed.data_parallel.unreduced import UnreducedGradients
 from lightning_fastmoe.errors import ConfigError, TopologyError
 
 MESSAGES = {
@@ -19,6 +22,12 @@ MESSAGES = {
     "reduced_after_each_batch": ("ConfigError", "once for each step, after all"),
     "backward_after_reduction": ("ConfigError", "dense.weight has already been averaged"),
     "not_set_to_none": ("ConfigError", "set_to_none=True"),
+    "stepped_first": (
+        "ConfigError",
+        r"AdamW.step\(\): the gradient of dense.weight is this rank's",
+    ),
+    "stepped_by_closure": ("ConfigError", r"SGD.step\(\): .* Call reduce_gradients\(\)"),
+    "unfrozen_and_stepped": ("ConfigError", r"SGD.step\(\): the gradient of dense.weight is this"),
     "clipped_first": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "clipped_between": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "unknown_scale": ("ConfigError", r"parallel.backward\(loss, divisor=...\)"),
@@ -178,3 +187,36 @@ def test_balancing_losses_added_by_hand_need_no_scale():
         runs.loss_of(twin).backward()
         right = nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         torch.testing.assert_close(parallel.clip_grad_norm_(1.0), right)
+
+
+def test_a_single_rank_and_a_wrapper_that_is_gone_step_as_they_like():
+    model = nn.Linear(2, 2)
+    parallel = ExpertDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parallel.backward(model(torch.ones(1, 2)).sum())
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_hooks_end_with_the_wrapper():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    items = [Item(name, p, False) for name, p in model.named_parameters()]
+    hooks = len(_global_optimizer_pre_hooks)
+    watch = UnreducedGradients(model, items)
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], 0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ConfigError, match="the gradient of weight is this rank's own"):
+        optimizer.step()
+    watch.reduced()
+    optimizer.step()
+    optimizer.zero_grad()
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.zero_grad()  # dropped
+    optimizer.step()
+    model(torch.ones(1, 2)).sum().backward()
+    del watch
+    assert len(_global_optimizer_pre_hooks) == hooks
+    optimizer.step()

@@ -9,7 +9,13 @@ import torch
 from gpu.closeness import host_never_waits
 from torch import Tensor
 
-from lightning_fastmoe.ops import TrainedRows, expert_layer, order_by_expert, sparse_layer
+from lightning_fastmoe.ops import (
+    TrainedRows,
+    expert_layer,
+    order_by_expert,
+    sparse_layer,
+    unfused_layer,
+)
 
 T, D, F, E, K = 700, 64, 96, 12, 3
 ROWS = [(1, 3, 10), (0,), (), tuple(range(E))]
@@ -107,3 +113,46 @@ def test_the_host_never_waits(rows: tuple[int, ...]) -> None:
             "swiglu",
         )
         out.backward(tokens[2])
+
+
+def clamped(h: Tensor) -> Tensor:
+    """Gate and up interleaved, the gate clamped: an activation of a class of its own."""
+    gate, up = h[:, ::2].clamp(max=1.0), h[:, 1::2]
+    return gate * torch.sigmoid(1.7 * gate) * (up + 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_own_activations_are_close_to_fp64(
+    dtype: torch.dtype, rows: tuple[int, ...], transposed: bool
+) -> None:
+    """Trained rows alone against the gradients of all, both by separate grouped GEMMs."""
+    (x, weights, grad), stacks, ids = make(dtype, True)
+
+    def laid_out(stack: Any) -> Any:
+        return stack.mT.contiguous().mT if transposed and stack.dim() == 3 else stack
+
+    def whole(kind: torch.dtype) -> list[Tensor]:
+        given = [t.to(kind).requires_grad_() for t in (x, weights)]
+        own = [laid_out(s.to(kind)).requires_grad_() for s in stacks if s is not None]
+        out = unfused_layer(
+            *given, order_by_expert(ids, E), own[0], own[1], clamped, own[2], own[3]
+        )
+        d_x, d_weights, *found = torch.autograd.grad(out, [*given, *own], grad.to(kind))
+        return [out.detach(), d_x, d_weights, *(g[list(rows)] for g in found)]
+
+    given = [t.clone().requires_grad_() for t in (x, weights)]
+    own = [laid_out(s[list(rows)]).requires_grad_() for s in stacks if s is not None]
+    frozen: Any = tuple(laid_out(s.clone()) for s in stacks if s is not None)
+    for stack in frozen:
+        if rows:
+            stack[list(rows)] = torch.nan
+    order = order_by_expert(ids, E)
+    trained = TrainedRows(rows, tuple(own))  # type: ignore[arg-type]
+    counts = order.tokens_per_expert
+    out = sparse_layer(given[0], counts, given[1], order, frozen, trained, clamped)
+    found = [out.detach(), *torch.autograd.grad(out, [*given, *own], grad)]
+    for a, b, exact in zip(found, whole(dtype), whole(torch.float64), strict=True):
+        limit = 1.2 * error(b, exact) + torch.finfo(dtype).eps / 8
+        assert error(a, exact) <= limit

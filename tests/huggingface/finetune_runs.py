@@ -37,11 +37,11 @@ class Losses(pl.Callback):
 
 
 def finetune(
-    weights: str, saved: str, stage: int, lr: float, world: int
+    weights: str, saved: str, stage: int, lr: float, world: int, **options: Any
 ) -> tuple[list[float], int]:
     """Two steps on the same batch; returns (losses, experts of the first layer on this rank)."""
     torch.manual_seed(5)
-    module, losses = MoECausalLM(weights, lr=lr, load_balancing=0.0), Losses()
+    module, losses = MoECausalLM(weights, lr=lr, load_balancing=0.0, **options), Losses()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,

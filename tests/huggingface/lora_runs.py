@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,31 @@ def saves_by_configuration(
         except ConfigError as error:
             refused.append(f"{name}: {error}")
     return weights.weights[0], refused
+
+
+class WithHeads(Adapted):
+    """Trains heads beside the model, one of them frozen, one tied to a parameter of the model."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.net.lm_head.weight.requires_grad_(False)
+        self.value_head, self.frozen_head = nn.Linear(32, 1), nn.Linear(32, 1).requires_grad_(False)
+        self.net.model.norm.weight.requires_grad_(False)
+        self.tied = self.net.lm_head
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.value_head.weight.square().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self)
+
+
+def saves_beside_heads(run: Run, folder: Path) -> list[str]:
+    """The warnings of both ways to save."""
+    trainer = make_trainer(run, max_steps=1)
+    trainer.fit(WithHeads(run))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_adapters(trainer, folder / "adapters")
+        save_pretrained(trainer, folder / "whole")
+    return [str(one.message) for one in caught if "also trained" in str(one.message)]

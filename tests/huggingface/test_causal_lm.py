@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface.families import TOLERANCE, files_of, logits_of, make_model, mak
 from huggingface.finetune_runs import batch_of, finetune
 
 from lightning_fastmoe.checkpoint.weights import load_weights
+from lightning_fastmoe.checkpoint.whole import read_whole
 from lightning_fastmoe.cli import main
 from lightning_fastmoe.errors import CheckpointError, ConfigError
 from lightning_fastmoe.huggingface import MoECausalLM
@@ -47,6 +49,46 @@ def test_import_train_export(rank_pool, model, imported, tmp_path, world, stage)
     run("verify", saved)
     run("export", saved, tmp_path / "out", "--to", "qwen3_moe")
     assert same(files_of(tmp_path / "out"), files_of(imported.parent / "hf"))
+
+
+def test_adapters_are_merged_by_export(rank_pool, model, imported, tmp_path, capsys):
+    """By the scale in the checkpoint; the twin has B A added by hand."""
+    saved = tmp_path / "run.ckpt"
+    train = partial(finetune, lora_rank=2, lora_alpha=5.0)
+    rank_pool.run(train, 2, str(imported), str(saved), 3, 1e-2, 2)
+    export = ["checkpoint", "export", str(saved), str(tmp_path / "out"), "--to", "qwen3_moe"]
+    assert main([*export, "--lora-scale", "2"]) != 0
+    assert "--lora-scale 2.0 is not the 2.5 with which" in capsys.readouterr().err
+    assert main(export) == 0
+    state = read_whole(saved)["state_dict"]
+    found, start = files_of(tmp_path / "out"), files_of(imported.parent / "hf")
+    moved = set()
+    for key, value in start.items():
+        layer, is_expert, rest = key.partition(".experts.")
+        if not is_expert:
+            assert torch.equal(found[key], value), key
+            continue
+        i, name = int(rest.split(".")[0]), rest.split(".")[1]
+        width = value.shape[0]
+        rows = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}.get(name, slice(None))
+        stack = f"network.{layer}.experts.{'down' if name == 'down_proj' else 'up'}_proj"
+        a, b = (state[f"{stack}_lora_{part}"][i] for part in "ab")
+        torch.testing.assert_close(found[key], value + 2.5 * b[rows] @ a)
+        if not torch.equal(found[key], value):
+            moved.add(name)
+    assert moved == {"gate_proj", "up_proj", "down_proj"}
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = MoECausalLM(str(imported), lora_rank=2, lora_alpha=5.0)
+    ours.configure_model()
+    ours.load_state_dict(state)
+    tokens = make_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), logits_of(reloaded, tokens), atol=1e-4, rtol=1e-4)
+    load_weights(saved, ours)
+    other = MoECausalLM(str(imported), lora_rank=2, lora_alpha=4.0)
+    other.configure_model()
+    with pytest.raises(CheckpointError, match="= 2.5, and here by 2.0: give the same alpha"):
+        load_weights(saved, other)
 
 
 def test_what_was_learned_is_exported(rank_pool, model, imported, tmp_path):

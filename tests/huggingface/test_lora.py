@@ -20,6 +20,7 @@ from huggingface.lora_runs import (
     reference,
     saves_adapters,
     saves_adapters_of_both,
+    saves_beside_heads,
 )
 from huggingface.sharding_runs import Run, assert_close, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -244,9 +245,9 @@ def test_trained_sharded_resumed_and_merged(name: str, rank_pool, tmp_path: Path
     path = tmp_path / "first.ckpt"
     command = ["checkpoint", "export", str(path), str(tmp_path / "again")]
     command += ["--config", str(tmp_path / "first.model")]
-    assert main(command) != 0
-    assert "has adapters" in capsys.readouterr().err
-    assert main([*command, "--lora-scale", str(ALPHA / RANK)]) == 0
+    assert main([*command, "--lora-scale", "2"]) != 0
+    assert "--lora-scale 2.0 is not the 1.5" in capsys.readouterr().err
+    assert main(command) == 0  # the checkpoint says it
     for folder in ("first.model", "small.model", "again"):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / folder, experts_implementation="eager"
@@ -322,8 +323,11 @@ def test_peft_reads_adapters_of_experts_and_linear_layers(
 
     command = ["checkpoint", "export", str(tmp_path / "last.ckpt"), str(tmp_path / "again")]
     command += ["--config", str(tmp_path / "merged"), "--lora-scale", str(ALPHA / RANK)]
-    assert main(command) != 0
-    assert "adapters of different ranks" in capsys.readouterr().err
+    assert main(command) != 0  # the linear layers' are others
+    assert "--lora-scale 1.5 is not the 2.333" in capsys.readouterr().err
+    assert main(command[:-2]) == 0
+    for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict().items():
+        assert torch.equal(value, merged.get_parameter(key)), key
 
     again = make_model(run)
     targets = {"r": 3, "lora_alpha": 7, "target_modules": config["target_modules"]}
@@ -422,3 +426,13 @@ def test_files_are_checked_before_the_model_changes(
         load_adapters(model, tmp_path)
     assert not any("_lora_" in name for name, _ in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_trained_beside_the_model_is_named(rank_pool, tmp_path: Path) -> None:
+    first, second = rank_pool.run(saves_beside_heads, 2, Run(), tmp_path)
+    assert second == []
+    for said, what in zip(first, ("save_adapters", "save_pretrained"), strict=True):
+        assert said == (
+            f"{what} writes net alone: also trained, and not written, are value_head.weight,"
+            " value_head.bias. Checkpoints have them: trainer.save_checkpoint(path)."
+        )

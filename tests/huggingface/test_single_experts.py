@@ -8,6 +8,7 @@ import transformers
 from huggingface import single_experts_runs as runs
 from huggingface.sharding_runs import Run, make_model, reference
 from strategy.sparse_experts_runs import masked
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fastmoe import SparseUpdate, select_experts
 from lightning_fastmoe.errors import ConfigError
@@ -74,6 +75,24 @@ def test_gradients_are_full_training_s(name):
             assert parameter.grad is None, key
         else:
             assert torch.equal(parameter.grad, gradients[key]), key
+
+
+@pytest.mark.parametrize("trained", [[1], [0, 2, 3]])
+def test_frozen_experts_of_gpt_oss_cost_no_weight_gradients(trained):
+    """Biased, transposed, interleaved and clamped."""
+    model = make_model(Run("gpt_oss")).double()
+    experts = model.model.layers[0].mlp.experts
+    SparseUpdate(experts={0: trained}).apply(model)
+    ids = torch.tensor([[0, 1], [1, 2], [1, 3], [3, 2], [0, 1]])
+    x = torch.randn(5, experts.hidden_size, dtype=torch.float64, requires_grad=True)
+    out = experts(x, ids, torch.full(ids.shape, 0.5, dtype=torch.float64))
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    per_row = 2 * experts.gate_up_proj[0].numel() + 2 * experts.down_proj[0].numel()
+    rows = sum(int((ids == i).sum()) for i in trained)
+    width = experts.gate_up_proj_bias.shape[1] + experts.down_proj_bias.shape[1]
+    biases = 2 * ids.numel() * experts.num_experts * width
+    assert counter.get_total_flops() == (ids.numel() + rows) * per_row + biases
 
 
 def test_what_is_saved_loads_into_whole_models(tmp_path):

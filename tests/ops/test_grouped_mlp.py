@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_fastmoe.ops import ACTIVATIONS, grouped_linear, grouped_mlp, is_gated, reference
-from lightning_fastmoe.ops.grouped_mlp import grouped_linear_loop
+from lightning_fastmoe.ops.grouped_linear import grouped_linear_loop
 from lightning_fastmoe.ops.products.torch import grouped_mm_applies
 
 COUNTS = [(3, 0, 5, 1), (0, 0, 7), (7, 0, 0), (5,), (0, 0, 0), (2, 3, 1, 0, 11)]

@@ -15,6 +15,7 @@ from lightning_fastmoe.ops import (
     order_by_expert,
     reference,
     sparse_layer,
+    unfused_layer,
 )
 from lightning_fastmoe.ops.layer_call import LayerCall
 from lightning_fastmoe.ops.products.torch import TorchProducts, grouped_outer_product
@@ -154,3 +155,84 @@ def test_frozen_experts_cost_no_weight_gradients(rows, bias):
     rest = 0 if bias else T * K * per_row  # by F.grouped_mm, which is not counted
     assert counter.get_total_flops() == rest + trained * per_row
     assert own[0].grad.shape == (len(rows), 2 * F, D)
+
+
+def clamped(h: torch.Tensor) -> torch.Tensor:
+    """Gate and up interleaved, the gate clamped: no activation that a fused layer knows."""
+    gate, up = h[:, ::2].clamp(max=1.0), h[:, 1::2]
+    return gate * torch.sigmoid(1.7 * gate) * (up + 1)
+
+
+def as_transposed(stack):
+    """The view of a parameter that is stored (E, inputs, outputs)."""
+    return stack.mT.contiguous().mT if stack is not None and stack.dim() == 3 else stack
+
+
+def own_of(x, weights, stacks, rows, transposed):
+    """The output and gradients of the class's own activation, in its own layout of weights."""
+
+    def turned(stack):
+        return as_transposed(stack) if transposed else stack
+
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    own = [None if s is None else turned(s[list(rows)]).requires_grad_() for s in stacks]
+    frozen = tuple(None if s is None else turned(s.clone()) for s in stacks)
+    for stack in frozen:
+        if stack is not None:
+            stack[list(rows)] = torch.nan
+    order = order_by_expert(IDS, E)
+    trained = TrainedRows(rows, tuple(own))
+    out = sparse_layer(x, order.tokens_per_expert, weights, order, frozen, trained, clamped)
+    for stack in frozen:  # as where ZeRO 3 gathers them again for the backward
+        if stack is not None:
+            stack.data[list(rows)] = torch.nan
+    return out, [x, weights, *(t for t in own if t is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_own_activations_keep_full_training_s_bits(bias, rows, transposed, dtype):
+    given = make("swiglu", bias, dtype)
+    stacks = [as_transposed(s) if transposed else s for s in given[2]]
+    x, weights, up, down, *biases = [
+        None if t is None else t.clone().requires_grad_() for t in (*given[:2], *stacks)
+    ]
+    whole = unfused_layer(x, weights, order_by_expert(IDS, E), up, down, clamped, *biases)
+    leaves = [t for t in (x, weights, up, down, *biases) if t is not None]
+    want = torch.autograd.grad(whole, leaves, torch.ones_like(whole))
+    want = [g if len(g) == T else g[list(rows)] for g in want]
+    out, leaves = own_of(*given, rows, transposed)
+    assert torch.equal(out, whole)
+    for a, b in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", ROWS[:3], ids=str)
+def test_own_activations_cost_no_weight_gradients_of_frozen_experts(rows, bias, transposed):
+    out, leaves = own_of(*make("swiglu", bias), rows, transposed)  # fp64: each GEMM is counted
+    with FlopCounterMode(display=False) as counter:
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    order = order_by_expert(IDS, E)
+    trained = int(order.tokens_per_expert[list(rows)].sum())
+    per_row = 2 * (2 * F * D) + 2 * F * D
+    biases = 2 * T * K * E * (2 * F + D) if bias else 0  # by a 0/1 matrix, of all experts
+    assert counter.get_total_flops() == (T * K + trained) * per_row + biases
+    assert found[2].shape == (len(rows), 2 * F, D)
+
+
+def test_own_activations_have_second_derivatives():
+    given, rows = make("swiglu", True), (1, 3)
+    out, leaves = own_of(*given, rows, False)
+    (first,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    found = torch.autograd.grad(first.square().sum(), leaves)
+    x, weights, *stacks = [t.clone().requires_grad_() for t in (*given[:2], *given[2])]
+    whole = unfused_layer(x, weights, order_by_expert(IDS, E), *stacks[:2], clamped, *stacks[2:])
+    (first,) = torch.autograd.grad(whole.square().sum(), x, create_graph=True)
+    want = torch.autograd.grad(first.square().sum(), [x, weights, *stacks], allow_unused=True)
+    for a, b in zip(found, want, strict=True):
+        b = b if len(b) == T else b[list(rows)]
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

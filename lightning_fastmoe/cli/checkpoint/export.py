@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-scale",
         type=float,
         metavar="SCALE",
-        help="alpha / rank of all adapters, to merge them (without --to)",
+        help="alpha / rank of all adapters, to merge them, where the checkpoint doesn't say it",
     )
     add_dtype(parser)
     parser.add_argument(
@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
                 "on_total": bar.total,
                 "on_bytes": bar.advance,
             }
+            options["lora_scale"] = arguments.lora_scale
             if arguments.to is None:
-                options["lora_scale"] = arguments.lora_scale
                 written = export_in_place(reader, arguments.output, arguments.config, **options)
             else:
                 options["config"] = arguments.config

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,16 @@ from lightning_fastmoe.distributed.data_parallel.start import (
     check_same_model,
     choose_options,
 )
+from lightning_fastmoe.distributed.data_parallel.unreduced import UnreducedGradients
 from lightning_fastmoe.distributed.dispatch import ExchangeWait, PendingExchange
+from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.distributed.mesh import make_expert_mesh
 from lightning_fastmoe.distributed.shard import ExpertSharder
 from lightning_fastmoe.errors import ConfigError, FastMoEError, TopologyError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.expert_layers import expert_layers
+
+_Result = TypeVar("_Result")
 
 
 class ExpertDataParallel:
@@ -125,6 +129,8 @@ class ExpertDataParallel:
             self._counts = check_same_model(self._contents, self._layers, self.mesh)
             broadcast_start(self._contents, self.mesh)
         self._reduced: list[weakref.ref[Tensor]] = []
+        alone = self.mesh is None or self.mesh.ep_size * self.mesh.edp_size == 1
+        self._unreduced = UnreducedGradients(model, [] if alone else self._contents.parameters)
 
     def backward(self, loss: Tensor, divisor: float = 1.0) -> None:
         """Differentiates ``loss / divisor``, and the balancing losses with the same divisor.
@@ -180,6 +186,7 @@ class ExpertDataParallel:
                     self._reduce_dtype,
                 )
         self._reduced = [weakref.ref(_grad(item)) for item in used]
+        self._unreduced.reduced()
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -226,6 +233,15 @@ class ExpertDataParallel:
             )
         nn.utils.clip_grads_with_norm_([item.tensor for item in trained], max_norm, norm)
         return norm
+
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Runs ``function(*args)`` on every rank, for example to generate from prompts of its own.
+
+        See :func:`~lightning_fastmoe.distributed.each_rank.run_on_each_rank`.
+        """
+        return run_on_each_rank(
+            self.model, self._layers, lambda: None, self._device, function, *args
+        )
 
     def full_state_dict(self) -> dict[str, Any]:
         """The state dict of the whole model, on the CPU of rank 0; every rank calls this.

@@ -16,7 +16,8 @@ _LOOK = 1.0
 
 ADVICE = (
     "Every rank must run the same MoE layers in the same order. To run the model only for rank 0,"
-    " for example in a callback, use strategy.on_rank_zero(...). A rank that skips a layer must"
+    " for example in a callback, use strategy.on_rank_zero(...); to generate on each rank,"
+    " on_each_rank(...). A rank that skips a layer must"
     " take part without tokens, in the backward pass too: x = x + layer(x[:0]).sum(). If a rank is"
     " only late, raise FastMoEStrategy(exchange_timeout=...) or ExpertDataParallel(timeout=...)."
 )

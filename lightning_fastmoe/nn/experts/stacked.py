@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.base import Experts, has_hooks
 from lightning_fastmoe.nn.experts.init import init_experts_
+from lightning_fastmoe.nn.experts.lora import adapters_of
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
+
+WEIGHTS = ("up_proj", "down_proj")
+"""The names of the weights of :class:`StackedExperts`."""
 
 
 class StackedExperts(Experts):
@@ -126,8 +130,10 @@ class StackedExperts(Experts):
             return ops.sparse_layer(
                 x, tokens_per_expert, weights, order, stacks, rows, self.activation
             )
-        mlp = (up, down, self.activation, up_bias, down_bias)
+        mlp: Any = (up, down, self.activation, up_bias, down_bias)
         planned = self.activation in ops.ACTIVATIONS
+        if adapters := adapters_of(self, WEIGHTS, x.dtype):
+            mlp, planned = (*mlp, *adapters), False
         if weights is None or order is None:
             return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
         return (ops.expert_layer if planned else ops.unfused_layer)(x, weights, order, *mlp)

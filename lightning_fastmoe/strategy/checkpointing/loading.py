@@ -23,6 +23,7 @@ from lightning_fastmoe.checkpoint.sources.deepspeed import find_deepspeed, open_
 from lightning_fastmoe.checkpoint.sources.directory import DirectorySource
 from lightning_fastmoe.checkpoint.sources.single_file import open_file
 from lightning_fastmoe.errors import CheckpointError
+from lightning_fastmoe.nn.experts.lora import SCALES, check_same_scales
 from lightning_fastmoe.strategy.averaging import Averaging
 from lightning_fastmoe.strategy.checkpointing.hook_edits import WeightNames
 from lightning_fastmoe.strategy.checks import attached_module, check_order_is_known
@@ -84,6 +85,7 @@ class Loading:
         if edits is not None:
             edits.settle()  # first, so that loading writes to the memory that ZeRO trains
         loaded = self._load(path, training=bool(trainer.training), verify=verify, trusted=trusted)
+        check_same_scales(loaded.lightning.get(SCALES), trainer.lightning_module)
         user = self._state.user_groups
         if trainer.training and user is not None:
             user.load_named(loaded.user_groups, path)

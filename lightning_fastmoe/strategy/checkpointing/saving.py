@@ -21,6 +21,7 @@ from lightning_fastmoe.checkpoint.lockstep import Together, meet_after_error
 from lightning_fastmoe.checkpoint.model_map import map_model
 from lightning_fastmoe.checkpoint.save import local_path
 from lightning_fastmoe.errors import CheckpointError, ConfigError
+from lightning_fastmoe.nn.experts.lora import SCALES, adapter_scales
 from lightning_fastmoe.strategy.averaging import Averaging
 from lightning_fastmoe.strategy.checkpointing.hook_edits import WeightNames
 from lightning_fastmoe.strategy.checkpointing.pending_names import count_pending_names
@@ -135,6 +136,8 @@ class Saving:
         with together.stage():
             # Pending edits of weights and of optimizer options are part of the state.
             strategy.deepspeed_engine.take_over_edits()
+        if scales := adapter_scales(module):
+            checkpoint[SCALES] = scales
         snapshot = take_snapshot(
             together,
             engine=strategy.deepspeed_engine,

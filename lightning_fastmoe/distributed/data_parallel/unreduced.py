@@ -1,0 +1,108 @@
+"""Notices an optimizer step by gradients that are still each rank's own.
+
+Such a step moves the replicas of a weight apart, without any error ever after: losses only get a
+little worse. So parameters note when a backward pass adds to their gradient, one call for each, and
+optimizers ask before and after each step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from lightning_fastmoe.distributed.data_parallel.contents import Item
+from lightning_fastmoe.errors import ConfigError
+
+_watches: weakref.WeakKeyDictionary[nn.Module, weakref.ref[UnreducedGradients]]
+_watches = weakref.WeakKeyDictionary()
+"""The watch over each model, which its wrapper keeps: of several wrappers, the last one's."""
+
+
+class UnreducedGradients:
+    """Which gradients of a model have not been averaged over ranks since something was added.
+
+    It refuses steps of any ``torch.optim.Optimizer``; an update by hand goes unnoticed.
+
+    Args:
+        model: whose parameters they are.
+        items: those to watch; without any, every step is allowed.
+    """
+
+    def __init__(self, model: nn.Module, items: Sequence[Item]) -> None:
+        earlier = _watches.pop(model, None)
+        if earlier is not None and (watch := earlier()) is not None:
+            watch.end()
+        self._items = {id(item.tensor): item for item in items}
+        self._noting: set[int] = set()
+        self._pending: set[int] = set()
+        self._handles: list[Any] = []
+        self._end = weakref.finalize(self, _remove, self._handles)
+        if not items:
+            return
+        self._note_trained()
+        # These hooks live as long as the process: they must not keep the model.
+        this = weakref.ref(self)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def ask(optimizer: Optimizer, *_: Any) -> None:
+            if (watch := this()) is not None:
+                watch.check(optimizer)
+
+        self._handles += [
+            register_optimizer_step_pre_hook(ask),
+            register_optimizer_step_post_hook(ask),  # a closure may have run backward passes
+        ]
+        _watches[model] = this
+
+    def _note_trained(self) -> None:
+        """Looks at parameters that were frozen before, too."""
+        pending = self._pending
+
+        def note(parameter: Tensor) -> None:
+            pending.add(id(parameter))
+
+        for key, item in self._items.items():
+            if item.tensor.requires_grad and key not in self._noting:
+                self._noting.add(key)
+                self._handles.append(item.tensor.register_post_accumulate_grad_hook(note))
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuses a step by gradients that are this rank's own.
+
+        Raises:
+            ConfigError: naming the parameter.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                key = id(parameter)
+                own = key in self._pending or (key in self._items and key not in self._noting)
+                if own and parameter.grad is not None:
+                    raise ConfigError(
+                        f"{type(optimizer).__name__}.step(): the gradient of"
+                        f" {self._items[key].name} is this rank's own, so the ranks' weights"
+                        " would drift apart. Call reduce_gradients() of ExpertDataParallel first,"
+                        " once for each step, after all of its backward passes."
+                    )
+
+    def reduced(self) -> None:
+        """All gradients are those of all ranks now."""
+        self._note_trained()
+        self._pending.clear()
+
+    def end(self) -> None:
+        """Stops watching."""
+        self._end()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
