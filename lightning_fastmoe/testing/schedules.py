@@ -119,7 +119,10 @@ def compare_with_local(
         inputs, routing, leaves = _inputs(case, rank, call, device, dtype)
         sides = []
         for run, experts in ((schedule, part), (local, whole)):
-            y, _ = run.run(inputs, routing, experts, shared, "a layer")
+            y, after = run.run(inputs, routing, experts, shared, "a layer")
+            if after.tokens_per_expert is not None:  # counted by the schedule
+                counts = (after.tokens_per_expert.double(), routing.routed_counts().double())
+                found[f"{call}: tokens per expert of {len(sides)}"] = counts
             outputs = pytree.tree_leaves(y)
             upstream = [torch.linspace(-1, 1, o.numel()).to(o).view_as(o) for o in outputs]
             wanted = [*leaves, *experts.parameters()]

@@ -75,11 +75,14 @@ class DedupSchedule(SequentialSchedule):
         if routing.dispatched is not None:
             chosen = chosen.masked_fill(~routing.dispatched, self.num_experts)
         wide = routing.weights.to(kernels.accumulation_dtype(inputs.tokens.dtype))
-        return self.run_per_rank(inputs.tokens, chosen, wide, experts, layer), routing
+        y, counts = self.run_per_rank(inputs.tokens, chosen, wide, experts, layer)
+        if routing.dispatched is None:  # else they are those of what wasn't dropped
+            routing = routing._replace(tokens_per_expert=counts)
+        return y, routing
 
     def run_per_rank(
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Sends a row per (token, rank), computes, and returns the sums.
 
         Args:
@@ -90,7 +93,7 @@ class DedupSchedule(SequentialSchedule):
             layer: the layer's name.
 
         Returns:
-            (T, D).
+            (T, D); and (E,) int64, this rank's tokens of each expert.
         """
         rank = self.group.rank
         sizes = _split(x.shape[0], self.parts)
@@ -117,7 +120,10 @@ class DedupSchedule(SequentialSchedule):
             sums = run_experts(experts, received, weights, keys, local, rows)
             returns.append(return_sums(sums, plan, back))
         outputs = [arrive_sums() for arrive_sums in returns]
-        return outputs[0] if self.parts == 1 else torch.cat(outputs)
+        of_experts = [one.counts[: self.num_experts] for one in drafts]
+        if self.parts == 1:
+            return outputs[0], of_experts[0]
+        return torch.cat(outputs), torch.stack(of_experts).sum(0)
 
     def draft(self, chosen: Tensor) -> RankDraft:
         """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""

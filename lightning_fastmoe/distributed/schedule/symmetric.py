@@ -49,7 +49,7 @@ class SymmetricSchedule(DedupSchedule):
 
     def run_per_rank(
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`DedupSchedule`."""
         if x.device.type != self.exchange.device.type:  # a group of gloo, and tokens on a GPU
             return super().run_per_rank(x, chosen, wide, experts, layer)
@@ -58,8 +58,9 @@ class SymmetricSchedule(DedupSchedule):
         passage = Passage(self.exchange, chosen, self.where, len(held), layer)
         fused = experts.fused_stacks(x.dtype)
         if fused is not None:
-            return run_layer(x, wide, *fused, passage, held, self.expectation)
+            y = run_layer(x, wide, *fused, passage, held, self.expectation)
+            return y, passage.plan.of_experts
         received, weights, keys = send_tokens(x, wide, passage)
         rows = passage.sizes(held).pairs
         sums = run_experts(experts, received, weights, keys, len(held), rows)
-        return return_sums(sums, passage)
+        return return_sums(sums, passage), passage.plan.of_experts

@@ -79,7 +79,7 @@ class TwoLevelDedupSchedule(DedupSchedule):
 
     def run_per_rank(
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`DedupSchedule`."""
         rank, inside = self.group.rank, self._inside
         node, index = divmod(rank, inside)
@@ -104,7 +104,7 @@ class TwoLevelDedupSchedule(DedupSchedule):
         keys = torch.where(ids < 0, len(held), ids).long()
         sums = run_experts(experts, received, weights, keys, len(held), computed)
         sums = return_sums(sums, inner, join)()
-        return return_sums(sums, plan, back)()
+        return return_sums(sums, plan, back)(), outer.counts[: self.num_experts]
 
     def _routes(self, between: bool, counts: Tensor, own: int, layer: str) -> tuple[Route, Route]:
         """There and back, between nodes or within this one.
