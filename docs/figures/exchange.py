@@ -15,8 +15,8 @@ def draw() -> Canvas:
     canvas = Canvas(
         WIDTH,
         HEIGHT,
-        "One rank's forward pass of a layer: rows and counts leave at once; the host waits for the"
-        " counts while rows travel, launches the experts, and the sums travel back.",
+        "One rank's forward pass of a layer: rows and counts leave at once; the host launches the"
+        " experts before it reads the counts, while rows travel, and the sums travel back.",
     )
     for name, y in LANES.items():
         canvas.text(LEFT - 14, y + 22, name, "end title")
@@ -34,9 +34,10 @@ def draw() -> Canvas:
         "small quiet",
     )
     bar("host", 0, 150, "router, plan, push", "box")
-    bar("host", 156, 122, "waits for counts", "c")
-    bar("host", 284, 160, "experts, push", "box")
-    bar("host", 450, 192, "goes on to the next layer", "box")
+    bar("host", 156, 104, "experts", "box")
+    bar("host", 266, 112, "reads counts", "c")
+    bar("host", 384, 96, "push sums", "box")
+    bar("host", 486, 192, "goes on to the next layer", "box")
     bar("GPU", 30, 84, "router", "a")
     bar("GPU", 118, 76, "plan", "a")
     bar("GPU", 198, 134, "push rows", "b")
@@ -51,7 +52,7 @@ def draw() -> Canvas:
     bar("link in", 274, 72, "rows", "b")
     bar("link in", 568, 92, "sums", "b")
     # The host goes on when everybody's counts are there; the experts when everybody's rows are.
-    x = LEFT + 270
+    x = LEFT + 272
     canvas.line([(x, LANES["link in"]), (x, LANES["host"] + BAR)])
     canvas.tip(x, LANES["host"] + BAR, "up")
     x = LEFT + 346

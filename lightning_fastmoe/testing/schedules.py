@@ -117,7 +117,7 @@ def compare_with_local(
         if case.delays:
             time.sleep(sleeper.uniform(0.0, 0.02))
         inputs, routing, leaves = _inputs(case, rank, call, device, dtype)
-        sides = []
+        sides: list[Any] = []
         for run, experts in ((schedule, part), (local, whole)):
             y, after = run.run(inputs, routing, experts, shared, "a layer")
             if after.tokens_per_expert is not None:  # counted by the schedule

@@ -22,10 +22,7 @@ class StreamOrder:
         """What the current stream does from here on comes after what the last one has so far."""
         if self._device.type != "cuda":
             return
-        current = torch._C._cuda_getCurrentRawStream(self._device.index)
-        if self._last is not None and self._last.cuda_stream == current:
-            return
         stream = torch.cuda.current_stream(self._device)
-        if self._last is not None:
+        if self._last is not None and self._last != stream:
             stream.wait_stream(self._last)
         self._last = stream
