@@ -11,6 +11,7 @@ import torch
 from lightning_fastmoe.ops import (
     ACTIVATIONS,
     exchange,
+    exchange_counts,
     expert_layer,
     is_gated,
     kernels,
@@ -19,10 +20,11 @@ from lightning_fastmoe.ops import (
     sigmoid_top_k,
     softmax_top_k,
 )
+from lightning_fastmoe.ops.balancing import balancing_losses
 from lightning_fastmoe.ops.products import hopper
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ops import plan_cases  # noqa: E402  a helper of the tests
+from ops import ahead_cases, plan_cases  # noqa: E402  helpers of the tests
 
 SIZES = [(1, 1, 1, 1, 1), (67, 72, 40, 33, 3), (37, 17, 7, 70, 5), (0, 8, 8, 4, 2)]
 """(T, D, F, E, K)."""
@@ -99,9 +101,38 @@ def rows_for_ranks() -> None:
 
 
 def plans() -> None:
-    """What is sent where, and what came."""
+    """What is sent where, and what came, also where the host doesn't know yet."""
     for case in plan_cases.CASES:
         plan_cases.check(case, "cuda", torch.float32)
+    for wrong in ahead_cases.WRONG:
+        ahead_cases.check(wrong, "cuda")
+
+
+def counts_for_ranks() -> None:
+    """Counts announced to "ranks" of which all memory is here, and read on the host."""
+    ranks, slots, at = 3, 700, 2 * 3 * exchange.FLAG_BYTES
+    block = 8 * (exchange_counts.HEADER + slots)
+    memory = [torch.zeros(at + ranks * block, device="cuda").byte() for _ in range(ranks)]
+    numbers = torch.arange(690, device="cuda")
+    stream, flags = torch.cuda.Stream().cuda_stream, at // 2
+    for rank in range(ranks):
+        place = (rank, at + rank * block, flags, 5, stream)
+        exchange_counts.announce(numbers, numbers[:3], 9, (1, 2, 3, 4), slots, memory, *place)
+    report = torch.zeros(4, dtype=torch.int64, pin_memory=True)
+    found = torch.zeros(ranks, block // 8, dtype=torch.int64, pin_memory=True)
+    for value, seconds in ((5, 60.0), (6, 0.01)):
+        where = (1, flags, value, at, block)
+        exchange_counts.await_table(memory, *where, found, report, seconds, stream)
+
+
+def losses() -> None:
+    """The balancing losses of few and many experts."""
+    for tokens, experts in ((7, 3), (3000, 130), (0, 5)):
+        logits = torch.randn(tokens, experts, device="cuda", requires_grad=True)
+        counts = torch.arange(experts, device="cuda")
+        found = balancing_losses(logits.softmax(1), logits, counts, 0.1, 0.01)
+        assert found is not None
+        found[2].backward()
 
 
 def main() -> None:
@@ -119,6 +150,8 @@ def main() -> None:
         split_gradients()
         rows_for_ranks()
         plans()
+        counts_for_ranks()
+        losses()
     torch.cuda.synchronize()
     print("all cases ran")
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
+from ops import ahead_cases, plan_cases
 from ops import exchange_cases as cases
-from ops import plan_cases
 
 from lightning_fastmoe.ops import exchange, exchange_counts, kernels
 from lightning_fastmoe.ops.native import load
@@ -46,6 +46,11 @@ def test_bulk_copies(case: cases.Case, blocks: int) -> None:
 @pytest.mark.parametrize("case", plan_cases.CASES, ids=str)
 def test_plans(case: plan_cases.Case, dtype: torch.dtype) -> None:
     plan_cases.check(case, "cuda", dtype)
+
+
+@pytest.mark.parametrize("wrong", ahead_cases.WRONG)
+def test_rows_read_before_the_host_knows_their_counts(wrong: str) -> None:
+    ahead_cases.check(wrong, "cuda")
 
 
 def test_rows_that_start_at_an_odd_byte() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops import ahead_cases
 from ops import plan_cases as cases
 
 
@@ -11,3 +12,8 @@ from ops import plan_cases as cases
 @pytest.mark.parametrize("case", cases.CASES, ids=str)
 def test_what_is_sent_and_where_it_is_found(case: cases.Case, dtype: torch.dtype) -> None:
     cases.check(case, "cpu", dtype)
+
+
+@pytest.mark.parametrize("wrong", ahead_cases.WRONG)
+def test_rows_read_before_the_host_knows_their_counts(wrong: str) -> None:
+    ahead_cases.check(wrong, "cpu")
