@@ -30,6 +30,7 @@ from lightning_fastmoe.huggingface.model_directory import (
     refuse_existing,
     write_model_directory,
 )
+from lightning_fastmoe.huggingface.nf4 import dequantise, packed_bytes, stored_stacks
 from lightning_fastmoe.huggingface.peft_modules import stored_names
 
 _SHOWN = 3
@@ -127,11 +128,14 @@ class _Stored:
         names: name of a weight -> its name in the checkpoint.
         shapes: name of a weight -> its shape.
         adapters: name of a weight -> the names of A and B in the checkpoint.
+        packed: name of a weight in 4 bits -> the names of its tensors in the checkpoint. In
+            ``names`` and ``shapes`` it is the first of them.
     """
 
     names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     adapters: Mapping[str, tuple[str, str]]
+    packed: Mapping[str, Sequence[str]]
 
     @classmethod
     def of(cls, reader: CheckpointReader) -> _Stored:
@@ -142,10 +146,14 @@ class _Stored:
             if name.startswith(start) and not repeats_rows(name)
         }
         experts = {name for name in found if name.endswith((LORA_A, LORA_B))}
-        names, adapters = stored_names(found.keys() - experts)
+        packed = stored_stacks(found)
+        parts = {part for tensors in packed.values() for part in tensors}
+        names, adapters = stored_names(found.keys() - experts - parts)
+        names |= {name: tensors[0] for name, tensors in packed.items()}
         for name in sorted(one.removesuffix(LORA_A) for one in experts if one.endswith(LORA_A)):
             adapters[name] = f"{name}{LORA_A}", f"{name}{LORA_B}"
-        return cls(names, {name: found[there] for name, there in names.items()}, adapters)
+        shapes = {name: found[there] for name, there in names.items()}
+        return cls(names, shapes, adapters, packed)
 
 
 def _find_prefix(stored: _Stored, reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
@@ -194,7 +202,7 @@ class _Source:
             if name in own
             else f"{self.prefix}{name} is missing"
             for name, shape in shapes.items()
-            if own.get(name) != shape
+            if own.get(name) != self.stored_shape(name, shape)
         ]
         known = {*shapes, *self.model.state_dict()}
         adapted = [n for n in self.stored.adapters if n.startswith(self.prefix)]
@@ -230,6 +238,18 @@ class _Source:
                 "trainer, path), which knows each."
             )
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight of the model is in 4 bits."""
+        return self.prefix + name in self.stored.packed
+
+    def stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the checkpoint should have of a weight with that shape."""
+        return (shape[0], packed_bytes(shape[1:])) if self.is_packed(name) else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a weight of the model; those in 4 bits are written in bf16."""
+        return torch.bfloat16 if self.is_packed(name) else DTYPES[self.record(name).dtype]
+
     def scale_of(self, name: str) -> float | None:
         """``alpha / rank`` of a weight's adapter; None if it is not known."""
         return self.linear_scales.get(name.removesuffix(".weight"), self.scale)
@@ -255,17 +275,24 @@ class _Source:
         """Of a weight of the model."""
         return self.reader.record(self.stored_name(name))
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+    def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A weight of the model, with its adapter merged into it."""
         if not self.is_adapted(name):
-            return self._read(self.stored_name(name), dtype)
+            return self._base(name, shape).to(dtype)
         scale = self.scale_of(name)
         assert scale is not None
         a, b = (self._read(weight_name(n)) for n in self.stored.adapters[self.prefix + name])
         holder = self.model.get_submodule(name.rpartition(".")[0])
-        weight = self._read(self.stored_name(name))
+        weight = self._base(name, shape)
         transposed = getattr(holder, "is_transposed", False)
         return merged_weight(weight, a, b, scale, transposed=transposed).to(dtype)
+
+    def _base(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A weight of the model without its adapter; in fp32 if it is in 4 bits."""
+        if not self.is_packed(name):
+            return self._read(self.stored_name(name))
+        tensors = [self._read(weight_name(n)) for n in self.stored.packed[self.prefix + name]]
+        return dequantise(tensors, shape[1:], torch.float32)
 
     def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A whole tensor of the checkpoint."""
@@ -285,16 +312,17 @@ def _streams(
     from transformers.core_model_loading import revert_weight_conversion
 
     for names, is_converted in _groups(source.model, shapes):
-        records = {name: source.record(name) for name in names}
         like = {
             name: torch.empty(
-                shapes[name], dtype=target_dtype(DTYPES[record.dtype], dtype), device="meta"
+                shapes[name], dtype=target_dtype(source.dtype(name), dtype), device="meta"
             )
-            for name, record in records.items()
+            for name in names
         }
         becomes = revert_weight_conversion(source.model, like)
-        if not is_converted and not any(source.is_adapted(name) for name in names):
-            ((name, record),), (key,) = records.items(), becomes
+        made = any(source.is_adapted(name) or source.is_packed(name) for name in names)
+        if not is_converted and not made:
+            (name,), (key,) = names, becomes
+            record = source.record(name)
             yield stored_tensor(source.reader, source.stored_name(name), record, key, dtype)
             continue
         group = _Converted(partial(_convert, source, like), len(becomes))
@@ -329,7 +357,7 @@ def _convert(source: _Source, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reads a group's weights and converts them."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = {name: source.weight(name, meta.dtype) for name, meta in like.items()}
+    whole = {name: source.weight(name, meta.shape, meta.dtype) for name, meta in like.items()}
     converted: dict[str, Tensor] = revert_weight_conversion(source.model, whole)
     return converted
 

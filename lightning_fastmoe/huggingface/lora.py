@@ -23,11 +23,19 @@ from lightning_fastmoe.huggingface.experts_class import (
     SCALE,
     projections,
 )
+from lightning_fastmoe.huggingface.freezing import freeze, guard_saving, unguard_saving
+from lightning_fastmoe.huggingface.packed_experts import (
+    dequantised,
+    names_in_module,
+    packed_of,
+    stack_dtype,
+    stack_shape,
+    unpack,
+)
+from lightning_fastmoe.huggingface.quantizing import forget
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 from lightning_fastmoe.nn.experts.init import draw_layer_seed, init_experts_
 from lightning_fastmoe.nn.experts.trained import trained_of
-
-_SAVING = ("save_pretrained", "push_to_hub")
 
 
 def add_lora(
@@ -73,8 +81,8 @@ def add_lora(
         )
     for path, layer in layers:
         _check(path, layer)
-    _freeze(model, also_train)
-    _guard_saving(model)
+    freeze(model, also_train, "add_lora")
+    guard_saving(model, _refuse_to_save)
     return [
         f"{path}.experts.{name}"
         for path, layer in layers
@@ -97,7 +105,7 @@ def _check(path: str, layer: TransformersLayer) -> None:
             f"add_lora: {path}.experts uses experts_implementation={chosen!r}, which would ignore"
             f' adapters. Call model.set_experts_implementation("{NAME}") first.'
         )
-    for name in projections(experts):
+    for name in projections(experts) if packed_of(experts) is None else ():
         weight = experts.get_parameter(name)
         if weight.is_meta:
             raise ConfigError(
@@ -107,21 +115,9 @@ def _check(path: str, layer: TransformersLayer) -> None:
         if weight.dtype not in FLOATING:
             raise ConfigError(
                 f"add_lora: {path}.experts.{name} is quantised ({weight.dtype}), and adapters are"
-                " trained next to weights of 16 bits or more. Load the model dequantised."
+                " trained next to weights of 16 bits or more, or those of quantize_experts. Load"
+                " the model dequantised."
             )
-
-
-def _guard_saving(model: nn.Module) -> None:
-    """transformers would write adapters by names that it ignores when it loads them.
-
-    PEFT's models keep their method, which writes PEFT's own adapters only.
-    """
-    from transformers import PreTrainedModel
-
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(True for _ in kind.layers(part)):
-            for name in _SAVING:
-                vars(part)[name] = _refuse_to_save
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
@@ -132,24 +128,6 @@ def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _freeze(model: nn.Module, also_train: Iterable[str]) -> None:
-    named = dict(model.named_parameters())
-    kept = {
-        f"{path}.{name}" if path else name
-        for path, part in model.named_modules()
-        if hasattr(part, "peft_config")  # PEFT has frozen what it doesn't train
-        for name, parameter in part.named_parameters()
-        if parameter.requires_grad
-    }
-    for wanted in also_train:
-        fitting = {n for n in named if n == wanted or n.endswith(f".{wanted}")}
-        if not fitting:
-            raise ConfigError(f"add_lora: also_train has {wanted!r}, which fits no parameter.")
-        kept |= fitting
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in kept)
-
-
 @torch.no_grad()
 def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
     """Adds the adapters of one layer; returns the names in its module."""
@@ -158,10 +136,11 @@ def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
     names = []
     vars(experts)[SCALE] = scale
     for name in projections(experts):
-        weight = experts.get_parameter(name)
-        inputs, outputs = weight.shape[1:] if experts.is_transposed else weight.shape[:0:-1]
-        held = weight.shape[0]
-        a = weight.new_empty(held, rank, inputs)
+        held, *shape = stack_shape(experts, name)
+        inputs, outputs = shape if experts.is_transposed else reversed(shape)
+        like = experts.get_parameter(names_in_module(experts, name)[0])
+        options: Any = {"dtype": stack_dtype(experts, name), "device": like.device}
+        a = torch.empty(held, rank, inputs, **options)
         init_experts_(
             a,
             name=f"{name}{LORA_A}",
@@ -170,7 +149,8 @@ def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
             fan_in=inputs,
             std=None,
         )
-        for part, value in ((LORA_A, a), (LORA_B, weight.new_zeros(held, outputs, rank))):
+        b = torch.zeros(held, outputs, rank, **options)
+        for part, value in ((LORA_A, a), (LORA_B, b)):
             experts.register_parameter(f"{name}{part}", nn.Parameter(value))
             names.append(f"{name}{part}")
     experts.register_forward_pre_hook(_refuse_other_implementations)
@@ -190,35 +170,40 @@ def _refuse_other_implementations(experts: Any, args: Any) -> None:
 def merge_lora(model: nn.Module) -> int:
     """Adds the adapters to the weights, in fp32, and removes them.
 
+    Weights in 4 bits become ordinary parameters: what they are computed with and the adapters.
+
     Args:
         model: holds all its experts, or this rank's.
 
     Returns:
         The number of layers that had adapters.
     """
-    merged = 0
+    merged_layers = 0
     for _, layer in kind.layers(model):
         experts: Any = layer.module
         if SCALE not in vars(experts):
             continue
         for name in projections(experts):
-            weight = experts.get_parameter(name)
             a, b = (experts.get_parameter(f"{name}{part}") for part in (LORA_A, LORA_B))
-            weight.copy_(
-                merged_weight(weight, a, b, vars(experts)[SCALE], transposed=experts.is_transposed)
-            )
+            add = (a, b, vars(experts)[SCALE])
+            if (packed := packed_of(experts)) is not None:
+                dtype = torch.promote_types(packed.dtype, torch.float32)
+                weight = dequantised(experts, name, dtype)
+                merged = merged_weight(weight, *add, transposed=experts.is_transposed)
+                unpack(experts, name, merged.to(packed.dtype))
+            else:
+                weight = experts.get_parameter(name)
+                weight.copy_(merged_weight(weight, *add, transposed=experts.is_transposed))
             for part in (LORA_A, LORA_B):
                 delattr(experts, f"{name}{part}")
         del vars(experts)[SCALE]
         hooks = experts._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if hook is _refuse_other_implementations]:
             del hooks[key]
-        merged += 1
-    for guarded in model.modules():
-        for method in _SAVING:
-            if vars(guarded).get(method) is _refuse_to_save:
-                del vars(guarded)[method]
-    return merged
+        merged_layers += 1
+    unguard_saving(model, _refuse_to_save)
+    forget(model)
+    return merged_layers
 
 
 def merged_weight(

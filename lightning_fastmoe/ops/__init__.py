@@ -2,6 +2,7 @@
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
+from lightning_fastmoe.ops.frozen_weight import FrozenWeight
 from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_linear, grouped_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
@@ -18,6 +19,7 @@ from lightning_fastmoe.ops.sparse_layer import Stacks, TrainedRows, put_in_place
 __all__ = [
     "ACTIVATIONS",
     "ExpertOrder",
+    "FrozenWeight",
     "LowRank",
     "PairOrder",
     "Stacks",

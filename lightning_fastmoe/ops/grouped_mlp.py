@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe.ops.activation import apply_activation
+from lightning_fastmoe.ops.frozen_weight import FrozenWeight, frozen_linear
 from lightning_fastmoe.ops.products.torch import grouped_mm_applies, is_aligned
 
 
@@ -25,17 +26,20 @@ class _Contiguous(torch.autograd.Function):
         return grads[0].contiguous()
 
 
-def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | FrozenWeight, tokens_per_expert: Tensor) -> Tensor:
     """``x[rows of e] @ weight[e].T`` for every expert e.
 
     Args:
         x: (N, D), rows grouped by expert; N is the sum of the counts.
-        weight: (E, M, D).
+        weight: (E, M, D); one that isn't kept is made in the dtype of ``x``, once here and once in
+            the backward pass.
         tokens_per_expert: (E,) int64, zeros allowed.
 
     Returns:
         (N, M). An expert without tokens gets a gradient of zeros.
     """
+    if isinstance(weight, FrozenWeight):
+        return frozen_linear(x, weight, tokens_per_expert, grouped_linear)
     if x.shape[0] and grouped_mm_applies(x, weight):
         offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
         weight = weight if is_aligned(weight) else weight.clone()
@@ -89,7 +93,10 @@ class LowRank(NamedTuple):
 
 
 def _adapted(
-    x: Tensor, weight: Tensor, adapter: LowRank | None, tokens_per_expert: Tensor
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    adapter: LowRank | None,
+    tokens_per_expert: Tensor,
 ) -> Tensor:
     """:func:`grouped_linear` with ``weight`` and what the adapter adds to it."""
     out = grouped_linear(x, weight, tokens_per_expert)
@@ -102,8 +109,8 @@ def _adapted(
 def grouped_mlp(
     x: Tensor,
     tokens_per_expert: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Tensor | FrozenWeight,
+    down: Tensor | FrozenWeight,
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
