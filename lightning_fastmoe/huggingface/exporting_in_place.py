@@ -278,7 +278,7 @@ class _Source:
     def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A weight of the model, with its adapter merged into it."""
         if not self.is_adapted(name):
-            return self._base(name, shape).to(dtype)
+            return self._base(name, shape, dtype)
         scale = self.scale_of(name)
         assert scale is not None
         a, b = (self._read(weight_name(n)) for n in self.stored.adapters[self.prefix + name])
@@ -287,12 +287,12 @@ class _Source:
         transposed = getattr(holder, "is_transposed", False)
         return merged_weight(weight, a, b, scale, transposed=transposed).to(dtype)
 
-    def _base(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A weight of the model without its adapter; in fp32 if it is in 4 bits."""
+    def _base(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """A weight without its adapter; ``dtype`` None is its own, or fp32 if it is in 4 bits."""
         if not self.is_packed(name):
-            return self._read(self.stored_name(name))
+            return self._read(self.stored_name(name), dtype)
         tensors = [self._read(weight_name(n)) for n in self.stored.packed[self.prefix + name]]
-        return dequantise(tensors, shape[1:], torch.float32)
+        return dequantise(tensors, shape[1:], dtype or torch.float32)
 
     def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A whole tensor of the checkpoint."""

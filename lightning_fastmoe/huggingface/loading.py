@@ -80,7 +80,7 @@ def from_pretrained(
         check_scheme(quantize_experts)
         quantising_functions()
     if is_placing() or quantize_experts is not None:
-        _check_quantised(path, options)
+        _check_quantised(path, options, quantize_experts)
     with _own_loading(quantize_experts):
         model, info = auto_class.from_pretrained(path, *args, output_loading_info=True, **options)
     _check_loaded(path, model, info)
@@ -89,9 +89,9 @@ def from_pretrained(
     return (model, info) if wants_info else model
 
 
-def _check_quantised(path: Any, options: Mapping[str, Any]) -> None:
+def _check_quantised(path: Any, options: Mapping[str, Any], scheme: str | None) -> None:
     """Refuses quantised weights before transformers asks for the packages that they need."""
-    from transformers import PreTrainedConfig
+    from transformers import BitsAndBytesConfig, PreTrainedConfig
 
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
@@ -99,7 +99,22 @@ def _check_quantised(path: Any, options: Mapping[str, Any]) -> None:
         config, _ = PreTrainedConfig.get_config_dict(path if config is None else config, **told)
     else:
         config = config.to_dict()
-    if config.get("quantization_config") or options.get("quantization_config"):
+    if scheme is not None and config.get("quantization_config"):
+        raise ConfigError(
+            f"from_pretrained(quantize_experts={scheme!r}): the weights of {path} are quantised"
+            " already (quantization_config). Load a version with weights of 16 bits or more, or"
+            " leave the option out."
+        )
+    wanted = options.get("quantization_config")
+    if wanted is not None and scheme is not None and not is_placing():
+        if isinstance(wanted, BitsAndBytesConfig):  # of linear layers alone
+            return
+        raise ConfigError(
+            f"from_pretrained(quantize_experts={scheme!r}, quantization_config="
+            f"{type(wanted).__name__}): it might quantise the experts, too. Use BitsAndBytesConfig,"
+            " which quantises linear layers alone."
+        )
+    if config.get("quantization_config") or wanted:
         raise ConfigError(
             f"The weights of {path} are quantised, or would be (quantization_config): they can't"
             " be trained, nor read expert by expert. Load an unquantised version."

@@ -167,6 +167,8 @@ class _Packing:
 
     def __call__(self, name: str, parameter: nn.Parameter | None) -> None:
         experts = self._experts
+        if (before := experts._parameters.get(name)) is not None and parameter is not None:
+            _check_shape(f"{self._path}.experts.{name}", before.shape, parameter.shape)
         nn.Module.register_parameter(experts, name, parameter)
         if name in projections(experts) and parameter is not None and not parameter.is_meta:
             if parameter.dtype not in FLOATING:
@@ -174,6 +176,15 @@ class _Packing:
             _pack(f"{self._path}.experts.{name}", experts, name, self._scheme)
             # Else transformers initialises the parameters that it knows, which are gone.
             experts._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _check_shape(name: str, shape: torch.Size, found: torch.Size) -> None:
+    """What transformers doesn't compare where it quantises other weights."""
+    if found != shape:
+        raise ConfigError(
+            f"{name} has shape {tuple(found)} in the files, not {tuple(shape)} as the config.json"
+            " says. Check the config.json."
+        )
 
 
 def _pack(whole_name: str, experts: nn.Module, name: str, scheme: str) -> None:
