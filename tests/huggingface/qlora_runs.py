@@ -44,6 +44,10 @@ class Packed(Adapted):
         EpochPerStep.__init__(self, run)
         self.net = packed(run)
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Of all parameters, integers too, as users write it."""
+        return torch.optim.AdamW(self.net.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1)
+
 
 class PackedFromFiles(Adapted):
     """Fine-tunes nothing but adapters of experts that each rank reads and quantises for itself."""
