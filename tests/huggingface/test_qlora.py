@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import weakref
 from dataclasses import replace
@@ -179,11 +180,13 @@ def test_quantised_while_it_is_read(
         stacks.append(weakref.ref(stack.untyped_storage()))
         assert sum(one() is not None for one in stacks) == 1
         assert stack.dtype == torch.bfloat16
+        assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "1"  # else threads would read ahead
         return real(stack, *arguments)
 
     monkeypatch.setattr(nf4, "quantise", quantise)
     model = from_pretrained(tmp_path, dtype=torch.bfloat16, quantize_experts=SCHEME)
     assert len(stacks) == 4
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in whole.named_parameters()]
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(key)), key
@@ -364,6 +367,7 @@ def test_what_experts_in_4_bits_refuse(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="call requires_grad_"):
         SparseUpdate(experts=[0], dense=False).apply(model)
     add_lora(model, RANK)
+    random_b(model)
     with pytest.raises(ConfigError, match="has adapters. Call merge_lora"):
         dequantize_experts(model)
     experts = model.model.layers[0].mlp.experts
