@@ -164,7 +164,8 @@ def _scales(bits: Any, small: Tensor, nested: Tensor) -> Tensor:
         code=_map_of_scales(small.device),
         blocksize=_SCALES_PER_BLOCK,
     )
-    return scales.view(small.shape).add_(mean)
+    # Rounding may make a very small scale negative, which would turn its block's signs.
+    return scales.view(small.shape).add_(mean).clamp_min_(0)
 
 
 @functools.cache
