@@ -12,6 +12,7 @@ from strategy.tracing import make_trainer
 from torch import Tensor
 
 from lightning_fastmoe.huggingface import (
+    choose_dispatcher,
     dequantize_experts,
     from_pretrained,
     quantize_experts,
@@ -43,6 +44,8 @@ class Packed(Adapted):
     def __init__(self, run: Run) -> None:
         EpochPerStep.__init__(self, run)
         self.net = packed(run)
+        if run.ep > 1:  # it computes with the experts' stacks itself if it can
+            choose_dispatcher(self.net, "symmetric")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Of all parameters, integers too, as users write it."""
