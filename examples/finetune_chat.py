@@ -29,9 +29,12 @@ class Tuned(pl.LightningModule):
         lr: the peak learning rate.
         warmup_steps: steps over which it rises.
         lora_rank: of adapters that are trained in the place of the experts' weights; 0 trains all.
+        base: "nf4" or "nf4-double" to keep the weights beside adapters in 4 bits (QLoRA).
     """
 
-    def __init__(self, path: str, lr: float, warmup_steps: int, lora_rank: int = 0) -> None:
+    def __init__(
+        self, path: str, lr: float, warmup_steps: int, lora_rank: int = 0, base: str | None = None
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = None
@@ -39,7 +42,9 @@ class Tuned(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             # fp32: the optimizer's weights. What is multiplied is what precision= says.
-            self.model = from_pretrained(self.hparams.path, dtype=torch.float32)
+            self.model = from_pretrained(
+                self.hparams.path, dtype=torch.float32, quantize_experts=self.hparams.base
+            )
             self.model.config.use_cache = False
             self.model.train()
             if self.hparams.lora_rank:
@@ -79,12 +84,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank")
+    parser.add_argument("--base", choices=["nf4", "nf4-double"], help="experts beside adapters")
     parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--devices", default="auto", help="GPUs; without any, processes")
     parser.add_argument("--expert-parallel-size", default="auto")
     parser.add_argument("--stage", type=int, default=2, help="ZeRO's stage")
     parser.add_argument("--one-chat-per-row", action="store_true", help="don't pack chats")
     args = parser.parse_args()
+    if args.base and not args.lora_rank:
+        parser.error(f"--base {args.base} can't be trained itself: choose a --lora-rank")
     if Path(args.output).exists():
         parser.error(f"{args.output} exists already; move it away, or choose another --output")
 
@@ -123,7 +131,7 @@ def main() -> None:
             ModelCheckpoint(runs / "checkpoints", save_last=True, enable_version_counter=False),
         ],
     )
-    module = Tuned(args.model, args.lr, args.warmup_steps, args.lora_rank)
+    module = Tuned(args.model, args.lr, args.warmup_steps, args.lora_rank, args.base)
     trainer.fit(module, data, ckpt_path="last" if args.resume else None)
     save_pretrained(trainer, args.output, dtype=torch.bfloat16)
     if trainer.is_global_zero:

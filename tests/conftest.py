@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "poisoned(wanted=True): torch.empty and its kin give NaN instead of old memory"
     )
     torch.set_num_threads(1)
+    with torch.device("cpu"):  # which remembers torch.empty and its kin as they are at first use
+        torch.empty(0)
 
 
 def _poison(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

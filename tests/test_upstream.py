@@ -337,6 +337,14 @@ SOURCES = {
         'getattr(model, "_weight_conversions", None)',
         "rename_source_key(original_key, renamings, converters, reverse=True)",
     ],
+    # How weights are assigned, and what is then left alone.
+    "transformers.core_model_loading:set_param_for_module": ["setattr(module_obj, param_name,"],
+    "transformers.core_model_loading:convert_and_load_state_dict_in_model": [
+        'is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD")'
+    ],
+    "transformers.modeling_utils:PreTrainedModel._initialize_weights": [
+        'if getattr(module, "_is_hf_initialized", False):'
+    ],
     "transformers.activations:SiLUActivation": ["return nn.functional.silu(input)"],
     "transformers.activations:GELUActivation": [
         "self.act = nn.functional.gelu",
@@ -353,6 +361,7 @@ SOURCES = {
         '"_non_persistent_buffers_set"',
     ],
     "torch._dynamo.eval_frame": ["self._orig_mod ="],
+    "torch._dynamo.device_interface": ["_cuda_getCurrentRawStream"],  # not in torch for the CPU
     "torch._dynamo.symbolic_convert": ["self.one_graph", "self.error_on_graph_break"],
 }
 

@@ -91,6 +91,19 @@ def in_place_lora(shape: Shape) -> nn.Module:
     return model
 
 
+def in_place_qlora(shape: Shape) -> nn.Module:
+    """The same adapters on experts in 4 bits."""
+    from lightning_fastmoe.huggingface import add_lora, quantize_experts
+
+    model = in_place(shape).bfloat16()
+    quantize_experts(model, "nf4-double")
+    add_lora(model, LORA_RANK, LORA_ALPHA)
+    if torch.cuda.is_available():  # the weights that are drawn above would not be in memory
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return model
+
+
 def peft_lora(shape: Shape) -> nn.Module:
     """The model of transformers with PEFT's adapters on its stacked experts."""
     from peft import LoraConfig, get_peft_model
@@ -233,6 +246,7 @@ ROWS = {
     "in-place-compiled": Row(in_place, in_a_loop, bf16=True, compiled=True),
     "in-place-strategy": Row(in_place, by_trainer),
     "in-place-lora": Row(in_place_lora, in_a_loop, bf16=True),
+    "in-place-qlora": Row(in_place_qlora, in_a_loop, bf16=True),
     "peft-lora": Row(peft_lora, in_a_loop, bf16=True),
     "transformers": Row(transformers_model, in_a_loop, bf16=True),
     "transformers-compiled": Row(transformers_model, in_a_loop, bf16=True, compiled=True),

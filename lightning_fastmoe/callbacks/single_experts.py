@@ -113,6 +113,13 @@ def _check_layer(name: str, layer: ExpertLayer, ids: list[int]) -> None:
             f" are 0 to {layer.num_experts - 1}."
         )
     experts = layer.experts
+    own = experts.holder.parameters(recurse=False)
+    if stored := {str(p.dtype) for p in own if not p.is_floating_point()}:
+        raise ConfigError(
+            f"The experts of layer {name!r} are quantised ({', '.join(sorted(stored))}), so single"
+            " ones can't be trained. Train adapters with add_lora(model, rank), or load the model"
+            " without quantize_experts."
+        )
     if not any(p.requires_grad for p in experts.parameters()):
         raise ConfigError(
             f"experts selects some of layer {name!r}, but all of them are frozen, perhaps by an"

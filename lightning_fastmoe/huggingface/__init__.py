@@ -18,6 +18,7 @@ from lightning_fastmoe.huggingface.families import FAMILIES
 from lightning_fastmoe.huggingface.importing import import_model
 from lightning_fastmoe.huggingface.loading import from_pretrained
 from lightning_fastmoe.huggingface.lora import add_lora, merge_lora
+from lightning_fastmoe.huggingface.quantizing import dequantize_experts, quantize_experts
 from lightning_fastmoe.huggingface.saving import save_pretrained
 from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 from lightning_fastmoe.huggingface.upcycling import upcycle
@@ -31,6 +32,7 @@ __all__ = [
     "MoECausalLM",
     "add_lora",
     "choose_dispatcher",
+    "dequantize_experts",
     "export",
     "export_in_place",
     "from_pretrained",
@@ -39,6 +41,7 @@ __all__ = [
     "kept_config",
     "load_adapters",
     "merge_lora",
+    "quantize_experts",
     "read_config",
     "register_experts",
     "save_adapters",

@@ -26,6 +26,7 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import projections
 from lightning_fastmoe.huggingface.lora import add_lora
 from lightning_fastmoe.huggingface.model_directory import new_directory, write_json
+from lightning_fastmoe.huggingface.packed_experts import stack_shape
 from lightning_fastmoe.huggingface.peft_modules import (
     LinearAdapter,
     check_base_weights,
@@ -269,8 +270,7 @@ def _check_shapes(
                 for module in (f"{layer}.experts", f"{layer}.experts.{name}"):
                     if (pattern := matches(module, config.get(option) or {})) is not None:
                         raise ConfigError(f"{path}: {option} of {pattern!r} is not supported.")
-            weight = experts.get_parameter(name)
-            shape = tuple(getattr(weight, "ds_shape", weight.shape))
+            shape = stack_shape(experts, name)
             inputs, outputs = shape[1:] if experts.is_transposed else shape[:0:-1]
             total = rank * adapted.num_experts
             start = _PREFIX + f"{layer}.experts." + ("base_layer." if index == 0 else "")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, ShapeError
+from lightning_fastmoe.huggingface.packed_experts import names_in_module, packed_of, weight_of
 from lightning_fastmoe.nn.experts import lora
 from lightning_fastmoe.nn.experts.lora import FLOATING, LORA_A, LORA_B, SCALE
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
@@ -62,10 +63,35 @@ def compute(
             functools.partial(_sparse, experts), x, tokens_per_expert, weights, order
         )
         return out
-    up, down, up_bias, down_bias = _cast(stacked_weights(experts), x.dtype)
+    if packed_of(experts) is not None:
+        packed: Tensor = _packed(experts, x, tokens_per_expert, weights, order)
+        return packed
+    return _compute(experts, stacked_weights(experts), x, tokens_per_expert, weights, order)
+
+
+# Opaque to torch.compile, which would keep the weights that are made here until the backward pass.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _packed(experts: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+    """:func:`compute` where weights are stored in 4 bits."""
+    stacks = stacked_weights(experts)
+    if not torch.is_grad_enabled() and not adapters_of(experts, x.dtype):
+        stacks = tuple(w.make(x.dtype) if isinstance(w, ops.FrozenWeight) else w for w in stacks)
+    return _compute(experts, stacks, x, *rest)
+
+
+def _compute(
+    experts: nn.Module,
+    stacks: Any,
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    weights: Tensor | None,
+    order: ops.ExpertOrder | None,
+) -> Tensor:
+    up, down, up_bias, down_bias = _cast(stacks, x.dtype)
     name = fused_activation(experts)
     adapters = adapters_of(experts, x.dtype)
-    if name is not None and not adapters:
+    kept = not isinstance(up, ops.FrozenWeight)
+    if name is not None and not adapters and kept:
         fused = (up, down, name, up_bias, down_bias)
         if weights is None or order is None:
             return ops.expert_mlp(x, tokens_per_expert, *fused)
@@ -78,8 +104,8 @@ def compute(
 
 def fused_stacks(experts: nn.Module, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
     """See :meth:`~lightning_fastmoe.nn.experts.Experts.fused_stacks`."""
-    if trained_of(experts) or adapters_of(experts, dtype):
-        return None
+    if trained_of(experts) or adapters_of(experts, dtype) or packed_of(experts):
+        return None  # and weights in 4 bits, which must not be whole until the backward pass
     name = fused_activation(experts)
     return None if name is None else (_cast(stacked_weights(experts), dtype), name)
 
@@ -102,8 +128,9 @@ def _sparse(
     return ops.sparse_layer(x, tokens_per_expert, weights, order, stacks, rows, activation)
 
 
-def _cast(stacks: ops.Stacks, dtype: torch.dtype) -> ops.Stacks:
-    up, down, *biases = (None if t is None else t.to(dtype) for t in stacks)
+def _cast(stacks: Any, dtype: torch.dtype) -> Any:
+    """The stacks in ``dtype``, in which packed ones are made anyway."""
+    up, down, *biases = (t.to(dtype) if isinstance(t, Tensor) else t for t in stacks)
     assert up is not None
     assert down is not None
     return up, down, biases[0], biases[1]
@@ -168,8 +195,10 @@ def _own_activation(experts: Any) -> Callable[[Tensor], Tensor]:
     return experts._apply_gate  # type: ignore[no-any-return]
 
 
-def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def stacked_weights(experts: Any) -> Any:
     """Views ``up (E, 2F or F, D)``, ``down (E, D, F)`` and the biases, if any.
+
+    Packed weights are :class:`~lightning_fastmoe.ops.FrozenWeight`, of the same shapes.
 
     Raises:
         ConfigError: if there are others, or of a kind that this package can't compute with.
@@ -184,6 +213,7 @@ def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor
             " _apply_gate, which takes the gate's rows to come first",
         )
     names = parameter_names(experts)
+    packed = {n for w in projections(experts) for n in names_in_module(experts, w) if n != w}
     others = {name for name, _ in experts.named_parameters(recurse=False)} - {*names}
     if others:
         raise refused(experts, f"{', '.join(sorted(others))} would be ignored")
@@ -191,16 +221,16 @@ def stacked_weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor
         tensor = getattr(experts, name, None)
         if not isinstance(tensor, Tensor):
             raise refused(experts, f"it has no {name}")
-        if tensor.dtype not in FLOATING:
+        if tensor.dtype not in FLOATING and name not in packed:
             raise refused(experts, f"{name} is {tensor.dtype}")
         if hasattr(tensor, "device_mesh"):
             raise refused(experts, f"{name} is sharded by transformers (a DTensor)")
-    return _views(experts, functools.partial(getattr, experts))
+    return _views(experts, functools.partial(weight_of, experts))
 
 
-def _views(experts: Any, get: Callable[[str], Any]) -> ops.Stacks:
+def _views(experts: Any, get: Callable[[str], Any]) -> Any:
     """The weights and biases, by name, in the layout of :func:`stacked_weights`."""
-    names = parameter_names(experts)
+    names = stack_names(experts)
     up, down = get(names[0]), get(names[1])
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
@@ -214,11 +244,15 @@ def projections(experts: Any) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
+def stack_names(experts: Any) -> list[str]:
+    """The names of the weights and biases, of which weights may be packed."""
+    names = [*projections(experts)]
+    return [*names, *(f"{name}_bias" for name in names)] if experts.has_bias else names
+
+
 def parameter_names(experts: Any) -> list[str]:
     """The names of the parameters that are computed with, each (experts, ...)."""
-    names = [*projections(experts)]
-    if experts.has_bias:
-        names += [f"{name}_bias" for name in names]
+    names = [own for name in stack_names(experts) for own in names_in_module(experts, name)]
     if SCALE in vars(experts):
         names += [f"{name}{part}" for name in projections(experts) for part in (LORA_A, LORA_B)]
     return names
@@ -229,16 +263,20 @@ def adapters_of(experts: Any, dtype: torch.dtype) -> tuple[ops.LowRank, ...]:
     return lora.adapters_of(experts, projections(experts), dtype)
 
 
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the GEMMs: autocast's, which leaves fp64 alone, else the weights'."""
+def compute_dtype(x: Tensor, weight: Tensor | ops.FrozenWeight) -> torch.dtype:
+    """The dtype of the GEMMs: autocast's, which leaves fp64 alone, else the weights'.
+
+    Packed weights have none: they are made in that of ``x``.
+    """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+    own = weight.dtype if isinstance(weight, Tensor) else x.dtype
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, own):
         return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return own
 
 
 def check_inputs(
-    experts: Any, up: Tensor, hidden_states: Tensor, ids: Tensor, weights: Tensor
+    experts: Any, up: Any, hidden_states: Tensor, ids: Tensor, weights: Tensor
 ) -> None:
     """Checks what transformers passed to experts with the weight ``up (e, 2F or F, D)``.
 

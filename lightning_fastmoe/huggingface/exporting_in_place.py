@@ -21,7 +21,7 @@ from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
 from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTensor
-from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, weight_name
+from lightning_fastmoe.checkpoint.format.tensor_names import weight_name
 from lightning_fastmoe.checkpoint.tools.copying import read_parts, stored_tensor, target_dtype
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.exporting import stored_scales
@@ -30,8 +30,9 @@ from lightning_fastmoe.huggingface.model_directory import (
     refuse_existing,
     write_model_directory,
 )
-from lightning_fastmoe.huggingface.peft_modules import stored_names
-from lightning_fastmoe.nn.experts.lora import LORA_A, LORA_B, merged_weight
+from lightning_fastmoe.huggingface.nf4 import dequantise, packed_bytes
+from lightning_fastmoe.huggingface.stored_weights import StoredWeights
+from lightning_fastmoe.nn.experts.lora import LORA_A, merged_weight
 
 _SHOWN = 3
 
@@ -75,7 +76,7 @@ def export_in_place(
     refuse_existing(path)
     model = _skeleton(config)
     shapes = _written_shapes(model)
-    stored = _Stored.of(reader)
+    stored = StoredWeights.of(reader)
     prefix = _find_prefix(stored, reader, shapes) if prefix is None else prefix
     known = stored_scales(reader, lora_scale) if stored.adapters else {}
     source = _Source(reader, model, prefix, stored, lora_scale, linear_scales or {}, known)
@@ -121,36 +122,7 @@ def _written_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in state.items() if n not in tied and n not in ignored}
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """The weights of a checkpoint, as if PEFT had not renamed any.
-
-    Args:
-        names: name of a weight -> its name in the checkpoint.
-        shapes: name of a weight -> its shape.
-        adapters: name of a weight -> the names of A and B in the checkpoint.
-    """
-
-    names: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    adapters: Mapping[str, tuple[str, str]]
-
-    @classmethod
-    def of(cls, reader: CheckpointReader) -> _Stored:
-        start = weight_name("")
-        found = {
-            name.removeprefix(start): tuple(record.shape)
-            for name, record in reader.manifest.tensors.items()
-            if name.startswith(start) and not repeats_rows(name)
-        }
-        experts = {name for name in found if name.endswith((LORA_A, LORA_B))}
-        names, adapters = stored_names(found.keys() - experts)
-        for name in sorted(one.removesuffix(LORA_A) for one in experts if one.endswith(LORA_A)):
-            adapters[name] = f"{name}{LORA_A}", f"{name}{LORA_B}"
-        return cls(names, {name: found[there] for name, there in names.items()}, adapters)
-
-
-def _find_prefix(stored: _Stored, reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
+def _find_prefix(stored: StoredWeights, reader: CheckpointReader, shapes: Mapping[str, Any]) -> str:
     """The only prefix with which all of the names are there."""
     first = next(iter(shapes))
     fitting = [
@@ -173,7 +145,7 @@ class _Source:
     reader: CheckpointReader
     model: Any
     prefix: str
-    stored: _Stored
+    stored: StoredWeights
     scale: float | None
     linear_scales: Mapping[str, float]
     stored_scales: Mapping[str, float]
@@ -197,7 +169,7 @@ class _Source:
             if name in own
             else f"{self.prefix}{name} is missing"
             for name, shape in shapes.items()
-            if own.get(name) != shape
+            if own.get(name) != self.stored_shape(name, shape)
         ]
         known = {*shapes, *self.model.state_dict()}
         adapted = [n for n in self.stored.adapters if n.startswith(self.prefix)]
@@ -242,6 +214,18 @@ class _Source:
                     f" was trained, of {name}: leave it out."
                 )
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight of the model is in 4 bits."""
+        return self.prefix + name in self.stored.packed
+
+    def stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the checkpoint should have of a weight with that shape."""
+        return (shape[0], packed_bytes(shape[1:])) if self.is_packed(name) else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a weight of the model; those in 4 bits are written in bf16."""
+        return torch.bfloat16 if self.is_packed(name) else DTYPES[self.record(name).dtype]
+
     def scale_of(self, name: str) -> float | None:
         """``alpha / rank`` of a weight's adapter; None if it is not known."""
         own = self.own_scale(name)
@@ -271,17 +255,24 @@ class _Source:
         """Of a weight of the model."""
         return self.reader.record(self.stored_name(name))
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+    def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A weight of the model, with its adapter merged into it."""
         if not self.is_adapted(name):
-            return self._read(self.stored_name(name), dtype)
+            return self._base(name, shape, dtype)
         scale = self.scale_of(name)
         assert scale is not None
         a, b = (self._read(weight_name(n)) for n in self.stored.adapters[self.prefix + name])
         holder = self.model.get_submodule(name.rpartition(".")[0])
-        weight = self._read(self.stored_name(name))
+        weight = self._base(name, shape)
         transposed = getattr(holder, "is_transposed", False)
         return merged_weight(weight, a, b, scale, transposed=transposed).to(dtype)
+
+    def _base(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """A weight without its adapter; ``dtype`` None is its own, or fp32 if it is in 4 bits."""
+        if not self.is_packed(name):
+            return self._read(self.stored_name(name), dtype)
+        tensors = [self._read(weight_name(n)) for n in self.stored.packed[self.prefix + name]]
+        return dequantise(tensors, shape[1:], dtype or torch.float32)
 
     def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A whole tensor of the checkpoint."""
@@ -301,16 +292,17 @@ def _streams(
     from transformers.core_model_loading import revert_weight_conversion
 
     for names, is_converted in _groups(source.model, shapes):
-        records = {name: source.record(name) for name in names}
         like = {
             name: torch.empty(
-                shapes[name], dtype=target_dtype(DTYPES[record.dtype], dtype), device="meta"
+                shapes[name], dtype=target_dtype(source.dtype(name), dtype), device="meta"
             )
-            for name, record in records.items()
+            for name in names
         }
         becomes = revert_weight_conversion(source.model, like)
-        if not is_converted and not any(source.is_adapted(name) for name in names):
-            ((name, record),), (key,) = records.items(), becomes
+        made = any(source.is_adapted(name) or source.is_packed(name) for name in names)
+        if not is_converted and not made:
+            (name,), (key,) = names, becomes
+            record = source.record(name)
             yield stored_tensor(source.reader, source.stored_name(name), record, key, dtype)
             continue
         group = _Converted(partial(_convert, source, like), len(becomes))
@@ -345,7 +337,7 @@ def _convert(source: _Source, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reads a group's weights and converts them."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = {name: source.weight(name, meta.dtype) for name, meta in like.items()}
+    whole = {name: source.weight(name, meta.shape, meta.dtype) for name, meta in like.items()}
     converted: dict[str, Tensor] = revert_weight_conversion(source.model, whole)
     return converted
 

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import NAME, parameter_names
 from lightning_fastmoe.huggingface.experts_interface import register_experts
+from lightning_fastmoe.huggingface.nf4 import check_scheme
+from lightning_fastmoe.huggingface.nf4 import functions as quantising_functions
+from lightning_fastmoe.huggingface.quantizing import finish as finish_quantising
+from lightning_fastmoe.huggingface.quantizing import quantised_as_assigned
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 from lightning_fastmoe.nn.placement import current_placement, is_placing
 
@@ -30,7 +34,13 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfol
 """Options of transformers that say where a ``config.json`` is."""
 
 
-def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: Any) -> Any:
+def from_pretrained(
+    path: Any,
+    *args: Any,
+    auto_class: Any = None,
+    quantize_experts: str | None = None,
+    **options: Any,
+) -> Any:
     """``from_pretrained`` of transformers with this package's experts.
 
     Called in ``configure_model``, while FastMoEStrategy shards experts, a rank reads and holds its
@@ -40,12 +50,16 @@ def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: An
         path: a directory with safetensors files, or a name on the Hub.
         args: transformers' own.
         auto_class: the class whose ``from_pretrained`` is called; None is ``AutoModelForCausalLM``.
+        quantize_experts: a scheme of :func:`~lightning_fastmoe.huggingface.quantize_experts`, such
+            as "nf4". Experts are then in memory in 4 bits, but for one layer at a time, and the
+            model is frozen.
         options: transformers' own, such as ``dtype``.
 
     Raises:
         ConfigError: if experts of the model can't be sharded or read one by one, weights are
             missing or of another shape, the files have weights that the model has no parameter
-            for, or they are quantised and experts are being sharded. Every rank raises it.
+            for, or they are quantised and experts are being sharded or quantised. Every rank
+            raises it.
         MissingPackageError: if transformers is missing or too old.
     """
     register_experts()
@@ -62,17 +76,22 @@ def from_pretrained(path: Any, *args: Any, auto_class: Any = None, **options: An
     wants_info = options.pop("output_loading_info", False)
     # Shapes are reported below, by name; transformers' own error refers to its log.
     options["ignore_mismatched_sizes"] = True
-    if is_placing():
-        _check_quantised(path, options)
-    with _narrowed_to_own_experts():
+    if quantize_experts is not None:
+        check_scheme(quantize_experts)
+        quantising_functions()
+    if is_placing() or quantize_experts is not None:
+        _check_quantised(path, options, quantize_experts)
+    with _own_loading(quantize_experts):
         model, info = auto_class.from_pretrained(path, *args, output_loading_info=True, **options)
     _check_loaded(path, model, info)
+    if quantize_experts is not None:
+        finish_quantising(model)
     return (model, info) if wants_info else model
 
 
-def _check_quantised(path: Any, options: Mapping[str, Any]) -> None:
+def _check_quantised(path: Any, options: Mapping[str, Any], scheme: str | None) -> None:
     """Refuses quantised weights before transformers asks for the packages that they need."""
-    from transformers import PreTrainedConfig
+    from transformers import BitsAndBytesConfig, PreTrainedConfig
 
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
@@ -80,7 +99,22 @@ def _check_quantised(path: Any, options: Mapping[str, Any]) -> None:
         config, _ = PreTrainedConfig.get_config_dict(path if config is None else config, **told)
     else:
         config = config.to_dict()
-    if config.get("quantization_config") or options.get("quantization_config"):
+    if scheme is not None and config.get("quantization_config"):
+        raise ConfigError(
+            f"from_pretrained(quantize_experts={scheme!r}): the weights of {path} are quantised"
+            " already (quantization_config). Load a version with weights of 16 bits or more, or"
+            " leave the option out."
+        )
+    wanted = options.get("quantization_config")
+    if wanted is not None and scheme is not None and not is_placing():
+        if isinstance(wanted, BitsAndBytesConfig):  # of linear layers alone
+            return
+        raise ConfigError(
+            f"from_pretrained(quantize_experts={scheme!r}, quantization_config="
+            f"{type(wanted).__name__}): it might quantise the experts, too. Use BitsAndBytesConfig,"
+            " which quantises linear layers alone."
+        )
+    if config.get("quantization_config") or wanted:
         raise ConfigError(
             f"The weights of {path} are quantised, or would be (quantization_config): they can't"
             " be trained, nor read expert by expert. Load an unquantised version."
@@ -118,8 +152,12 @@ def _some(names: list[str]) -> str:
 
 
 @contextmanager
-def _narrowed_to_own_experts() -> Iterator[None]:
-    """Within it, transformers loads a model's experts as the placement of the moment says."""
+def _own_loading(scheme: str | None) -> Iterator[None]:
+    """Within it, transformers loads a model's experts as the placement of the moment says.
+
+    Args:
+        scheme: in which they are quantised as soon as they are read; None if they are not.
+    """
     from transformers import PreTrainedModel
 
     owner: Any = PreTrainedModel
@@ -129,10 +167,12 @@ def _narrowed_to_own_experts() -> Iterator[None]:
         model: Any, state_dict: Any, files: Any, config: Any, expected_keys: Any = None
     ) -> Any:
         narrowed = _narrow(model)
-        if not narrowed:
-            return original(model, state_dict, files, config, expected_keys)
-        _check(state_dict, files, config)
         with ExitStack() as opened:
+            if scheme is not None:
+                opened.enter_context(quantised_as_assigned(model, scheme))
+            if not narrowed:
+                return original(model, state_dict, files, config, expected_keys)
+            _check(state_dict, files, config)
             tensors = _own_rows(_lazy_tensors(files, opened), model, config, narrowed)
             return original(model, tensors, files, config, expected_keys)
 

@@ -13,6 +13,15 @@ from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import NAME, projections
+from lightning_fastmoe.huggingface.packed_experts import (
+    dequantised,
+    packed_of,
+    stack_like,
+    unpack,
+)
+from lightning_fastmoe.huggingface.peft_modules import trained_by_peft
+from lightning_fastmoe.huggingface.quantizing import forget
+from lightning_fastmoe.huggingface.saving_guard import guard_saving, unguard_saving
 from lightning_fastmoe.huggingface.sharded_experts import TransformersLayer, kind
 from lightning_fastmoe.nn.experts.lora import (
     SCALE,
@@ -21,11 +30,10 @@ from lightning_fastmoe.nn.experts.lora import (
     check_options,
     freeze,
     merge_adapters,
+    take_adapter,
 )
 from lightning_fastmoe.nn.lora import add_to, check_lora_layers
 from lightning_fastmoe.nn.lora import merge_lora as merge_ours
-
-_SAVING = ("save_pretrained", "push_to_hub")
 
 
 def add_lora(
@@ -68,8 +76,8 @@ def add_lora(
             f"add_lora({type(model).__name__}): the model has no stacked experts of transformers,"
             " and no MoE layer."
         )
-    freeze(model, also_train, _trained_by_peft(model))
-    _guard_saving(model)
+    freeze(model, also_train, trained_by_peft(model))
+    guard_saving(model, _refuse_to_save)
     added = [
         f"{path}.experts.{name}" for path, layer in layers for name in _add_to(layer, rank, scale)
     ]
@@ -84,20 +92,7 @@ def _check(path: str, layer: TransformersLayer) -> None:
             f"add_lora: {path}.experts uses experts_implementation={chosen!r}, which would ignore"
             f' adapters. Call model.set_experts_implementation("{NAME}") first.'
         )
-    check_holder(f"{path}.experts", experts, projections(experts))
-
-
-def _guard_saving(model: nn.Module) -> None:
-    """transformers would write adapters by names that it ignores when it loads them.
-
-    PEFT's models keep their method, which writes PEFT's own adapters only.
-    """
-    from transformers import PreTrainedModel
-
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(True for _ in kind.layers(part)):
-            for name in _SAVING:
-                vars(part)[name] = _refuse_to_save
+    check_holder(f"{path}.experts", experts, _ordinary(experts))
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
@@ -108,15 +103,9 @@ def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _trained_by_peft(model: nn.Module) -> set[str]:
-    """What a model of PEFT trains, which has frozen the rest of it."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, part in model.named_modules()
-        if hasattr(part, "peft_config")
-        for name, parameter in part.named_parameters()
-        if parameter.requires_grad
-    }
+def _ordinary(experts: Any) -> tuple[str, ...]:
+    """The weights that are parameters, not packed."""
+    return projections(experts) if packed_of(experts) is None else ()
 
 
 def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
@@ -124,7 +113,7 @@ def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
     experts: Any = layer.module
     names = add_adapters(
         experts,
-        projections(experts),
+        {name: stack_like(experts, name) for name in projections(experts)},
         rank,
         scale,
         expert_ids=layer.experts.local_ids,
@@ -147,6 +136,8 @@ def _refuse_other_implementations(experts: Any, args: Any) -> None:
 def merge_lora(model: nn.Module) -> int:
     """Adds the adapters to the weights, in fp32, and removes them.
 
+    Weights in 4 bits become ordinary parameters: what they are computed with and the adapters.
+
     Args:
         model: holds all its experts, or this rank's.
 
@@ -158,13 +149,24 @@ def merge_lora(model: nn.Module) -> int:
         experts: Any = layer.module
         if SCALE not in vars(experts):
             continue
-        merge_adapters(experts, projections(experts), transposed=experts.is_transposed)
+        _merge(experts)
         hooks = experts._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if hook is _refuse_other_implementations]:
             del hooks[key]
         merged += 1
-    for guarded in model.modules():
-        for method in _SAVING:
-            if vars(guarded).get(method) is _refuse_to_save:
-                del vars(guarded)[method]
+    unguard_saving(model, _refuse_to_save)
+    forget(model)
     return merged
+
+
+def _merge(experts: Any) -> None:
+    """Merges one layer's, a stack at a time: one in 4 bits is in fp32 until its adapter is in."""
+    packed, options = packed_of(experts), {"transposed": experts.is_transposed}
+    if packed is None:
+        merge_adapters(experts, projections(experts), **options)
+        return
+    dtype = torch.promote_types(packed.dtype, torch.float32)
+    for name in projections(experts):
+        weight = take_adapter(experts, name, dequantised(experts, name, dtype), **options)
+        unpack(experts, name, weight.to(packed.dtype))
+    del vars(experts)[SCALE]

@@ -47,6 +47,17 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     return wrapped.get_base_model() if is_wrapper else model
 
 
+def trained_by_peft(model: nn.Module) -> set[str]:
+    """The names of what models of PEFT train; they have frozen the rest of themselves."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in model.named_modules()
+        if hasattr(part, "peft_config")
+        for name, parameter in part.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def linear_adapters(model: nn.Module) -> dict[str, LinearAdapter]:
     """The adapters by the name of their linear layer.
 

@@ -33,9 +33,9 @@ def save_pretrained(
 
     The ranks write a checkpoint next to ``path``, which rank 0 then converts one stack of experts
     at a time, and deletes. So no rank holds the model, and both need space on the disk, which all
-    ranks must share. Adapters of experts, and PEFT's of linear layers, are merged into the weights.
-    Save the tokenizer yourself, and what is trained beside the model, such as a value head: a
-    warning names it.
+    ranks must share. Adapters of experts, and PEFT's of linear layers, are merged into the weights;
+    experts in 4 bits are written in bf16, or ``dtype``. Save the tokenizer yourself, and what is
+    trained beside the model, such as a value head: a warning names it.
 
     Args:
         trainer: a Trainer with FastMoEStrategy, during or after ``fit``.
@@ -46,9 +46,15 @@ def save_pretrained(
 
     Raises:
         ConfigError: on all ranks, if the Trainer has another strategy, its module has no model of
-            transformers or more than one, or ``path`` exists.
+            transformers or more than one, linear layers are quantised, or ``path`` exists.
     """
     prefix, model = the_model(trainer)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"save_pretrained: linear layers of {type(model).__name__} are quantised"
+            " (quantization_config), so their weights aren't known in full. Save the adapters"
+            " with lightning_fastmoe.huggingface.save_adapters(trainer, path)."
+        )
     path = agree_on_new(trainer, "save_pretrained", path)
     warn_of_others(trainer, "save_pretrained", prefix, model)
     files, config = (path.with_name(f".{path.name}.fastmoe-{part}") for part in ("saved", "config"))

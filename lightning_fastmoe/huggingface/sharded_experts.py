@@ -29,6 +29,7 @@ from lightning_fastmoe.huggingface.experts_class import (
     parameter_names,
     stacked_weights,
 )
+from lightning_fastmoe.huggingface.packed_experts import stack_dtype, weight_of
 from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.dispatch import ONE_RANK, check_dispatcher
 from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer
@@ -71,12 +72,12 @@ class TransformersExperts(Experts):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.module.down_proj.dtype  # type: ignore[return-value]
+        """The dtype of the weights, or the one that they had before they were packed."""
+        return stack_dtype(self.module, "down_proj")
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which ``x`` meets the weights: autocast's, which leaves fp64 alone."""
-        return compute_dtype(x, self.module.down_proj)  # type: ignore[arg-type]
+        return compute_dtype(x, weight_of(self.module, "down_proj"))
 
     def _keep(self, ids: tuple[int, ...]) -> None:
         keep_rows(self.module, self.stack_names, self.local_ids, ids)

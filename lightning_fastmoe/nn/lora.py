@@ -71,7 +71,8 @@ def check_lora_layers(model: nn.Module) -> Iterator[tuple[str, StackedExperts]]:
 
 def add_to(path: str, experts: StackedExperts, rank: int, scale: float) -> list[str]:
     """Adds the adapters of one layer; returns their names in the model."""
-    added = add_adapters(experts, WEIGHTS, rank, scale, expert_ids=experts.local_ids)
+    stacks = {name: experts.get_parameter(name) for name in WEIGHTS}
+    added = add_adapters(experts, stacks, rank, scale, expert_ids=experts.local_ids)
     return [f"{path}.{name}" for name in added]
 
 

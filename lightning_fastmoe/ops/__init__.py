@@ -2,6 +2,7 @@
 
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
+from lightning_fastmoe.ops.frozen_weight import FrozenWeight
 from lightning_fastmoe.ops.grouped_linear import grouped_linear, put_in_place
 from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_mlp
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
@@ -20,6 +21,7 @@ from lightning_fastmoe.ops.sparse_layer import Stacks, TrainedRows, sparse_layer
 __all__ = [
     "ACTIVATIONS",
     "ExpertOrder",
+    "FrozenWeight",
     "LowRank",
     "PairOrder",
     "Stacks",

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import choice, kernels, traced_layer
-from lightning_fastmoe.ops.grouped_linear import PartlyTrained
-from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_mlp
+from lightning_fastmoe.ops.grouped_mlp import LowRank, StackedWeight, grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
@@ -144,8 +143,8 @@ def unfused_layer(
     x: Tensor,
     weights: Tensor,
     order: ExpertOrder,
-    up: Tensor | PartlyTrained,
-    down: Tensor | PartlyTrained,
+    up: StackedWeight,
+    down: StackedWeight,
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -154,8 +153,8 @@ def unfused_layer(
 ) -> Tensor:
     """:func:`expert_layer` by separate operations, for any activation and for double backward.
 
-    ``activation`` may also be a function, and there may be adapters, as in
-    :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp`.
+    ``activation`` may also be a function, weights may be made when needed, and there may be
+    adapters, as in :func:`~lightning_fastmoe.ops.grouped_mlp.grouped_mlp`.
     """
     mlp = (
         *(order.tokens_per_expert, up, down, activation, up_bias, down_bias),

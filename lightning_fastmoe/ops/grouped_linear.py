@@ -1,4 +1,7 @@
-"""One grouped GEMM with stacked weights, differentiable: all of them trained, or some experts'."""
+"""One grouped GEMM with stacked weights, differentiable: all of them trained, or some experts'.
+
+Or none, of a :class:`~lightning_fastmoe.ops.frozen_weight.FrozenWeight`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fastmoe.ops.frozen_weight import FrozenWeight, frozen_linear
 from lightning_fastmoe.ops.layer_call import LayerCall, index_of
 from lightning_fastmoe.ops.products.torch import (
     TorchProducts,
@@ -30,17 +34,20 @@ class _Contiguous(torch.autograd.Function):
         return grads[0].contiguous()
 
 
-def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | FrozenWeight, tokens_per_expert: Tensor) -> Tensor:
     """``x[rows of e] @ weight[e].T`` for every expert e.
 
     Args:
         x: (N, D), rows grouped by expert; N is the sum of the counts.
-        weight: (E, M, D).
+        weight: (E, M, D); one that isn't kept is made in the dtype of ``x``, once here and once in
+            the backward pass.
         tokens_per_expert: (E,) int64, zeros allowed.
 
     Returns:
         (N, M). An expert without tokens gets a gradient of zeros.
     """
+    if isinstance(weight, FrozenWeight):
+        return frozen_linear(x, weight, tokens_per_expert, grouped_linear)
     if x.shape[0] and grouped_mm_applies(x, weight):
         offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
         weight = weight if is_aligned(weight) else weight.clone()

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops.activation import apply_activation
+from lightning_fastmoe.ops.frozen_weight import FrozenWeight
 from lightning_fastmoe.ops.grouped_linear import (
     PartlyTrained,
     grouped_linear,
     partly_trained_linear,
 )
+
+StackedWeight = Tensor | PartlyTrained | FrozenWeight
+"""A stack of experts' weights: trained or frozen as a whole, trained in part, or made when used."""
 
 
 class _RowBias(torch.autograd.Function):
@@ -54,7 +58,7 @@ class LowRank(NamedTuple):
 
 
 def _adapted(
-    x: Tensor, weight: Tensor | PartlyTrained, adapter: LowRank | None, tokens_per_expert: Tensor
+    x: Tensor, weight: StackedWeight, adapter: LowRank | None, tokens_per_expert: Tensor
 ) -> Tensor:
     """:func:`grouped_linear` with ``weight`` and what the adapter adds to it."""
     if isinstance(weight, PartlyTrained):
@@ -70,8 +74,8 @@ def _adapted(
 def grouped_mlp(
     x: Tensor,
     tokens_per_expert: Tensor,
-    up: Tensor | PartlyTrained,
-    down: Tensor | PartlyTrained,
+    up: StackedWeight,
+    down: StackedWeight,
     activation: str | Callable[[Tensor], Tensor],
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,

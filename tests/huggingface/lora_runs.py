@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from huggingface.sharding_runs import (
     EpochPerStep,
@@ -26,7 +28,11 @@ RANK, ALPHA = 4, 6.0
 
 def adapted(run: Run) -> Any:
     """The model with its adapters, of which B isn't zero, so that all gradients matter."""
-    model = make_model(run)
+    return adapt(make_model(run))
+
+
+def adapt(model: Any) -> Any:
+    """Adds the same adapters, whatever the model's base."""
     torch.manual_seed(11)
     add_lora(model, RANK, ALPHA, also_train=["lm_head.weight"])
     torch.manual_seed(12)
@@ -74,9 +80,9 @@ class Adapted(EpochPerStep):
         return make_optimizer(self.net)
 
 
-def reference(run: Run) -> list[dict[str, Tensor]]:
+def reference(run: Run, model: Any = None) -> list[dict[str, Tensor]]:
     """The weights after each step of one plain process."""
-    model = adapted(run).train()
+    model = (model or adapted(run)).train()
     optimizer = make_optimizer(model)
     weights = []
     for step in make_batches(run):
@@ -90,10 +96,15 @@ def reference(run: Run) -> list[dict[str, Tensor]]:
 
 
 def fits(
-    run: Run, epochs: int, save_to: Path, resume_from: Path | None = None, export: bool = False
+    run: Run,
+    epochs: int,
+    save_to: Path,
+    resume_from: Path | None = None,
+    export: bool = False,
+    make: Callable[[Run], pl.LightningModule] = Adapted,
 ) -> list[dict[str, Tensor]]:
     """Trains up to so many steps, and saves a checkpoint, or files for transformers as well."""
-    module, weights = Adapted(run), WeightsByEpoch()
+    module, weights = make(run), WeightsByEpoch()
     trainer = make_trainer(
         run,
         callbacks=[weights],

@@ -44,22 +44,28 @@ def adapted(case: Case) -> nn.ModuleDict:
 class Adapted(Net):
     """Trains adapters."""
 
-    alpha = ALPHA
+    alpha, dispatcher = ALPHA, "auto"
 
     def configure_model(self) -> None:
         is_new = self.net is None
         super().configure_model()
         if is_new:
             adapt(self.net, self.alpha)
+        for layer in self.net["moes"]:
+            layer.dispatcher_name = self.dispatcher
 
 
 def train(
-    case: Case, load: str | None = None, save: str | None = None, alpha: float = ALPHA
+    case: Case,
+    load: str | None = None,
+    save: str | None = None,
+    alpha: float = ALPHA,
+    dispatcher: str = "auto",
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
     """Norms and weights of each step."""
     pl.seed_everything(7, verbose=False)
     module, notes = Adapted(case), Notes()
-    module.alpha = alpha
+    module.alpha, module.dispatcher = alpha, dispatcher
     if not case.in_configure_model:
         adapt(module.net, alpha)
     trainer = make_trainer(case, callbacks=[notes])

@@ -14,14 +14,23 @@ from lightning_fastmoe.nn import merge_lora
 
 
 @pytest.mark.parametrize(
-    ("world", "ep", "stage", "late"), [(2, 2, 1, True), (4, 2, 2, False), (4, 4, 3, True)]
+    ("world", "ep", "stage", "late", "dispatcher"),
+    [
+        (2, 2, 1, True, "symmetric"),  # which computes with the experts' stacks itself if it can
+        (4, 2, 2, False, "auto"),
+        (4, 4, 3, True, "auto"),
+    ],
 )
-def test_trains_to_the_numbers_of_one_process(world, ep, stage, late, rank_pool) -> None:
+def test_trains_to_the_numbers_of_one_process(
+    world, ep, stage, late, dispatcher, rank_pool
+) -> None:
     case = Case(world, ep, stage, accumulate=2, in_configure_model=late)
     net = runs.adapted(case)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     expected = reference(case, net)
-    for norms, weights in rank_pool.run(runs.train, world, case):
+    for norms, weights in rank_pool.run(
+        runs.train, world, case, None, None, runs.ALPHA, dispatcher
+    ):
         assert norms == pytest.approx(expected.norms, rel=1e-5)
         for found, wanted in zip(weights, expected.weights, strict=True):
             assert found.keys() == wanted.keys()

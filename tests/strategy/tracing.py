@@ -133,7 +133,7 @@ def whole_weights(net: torch.nn.Module) -> dict[str, Tensor]:
 
     own = {}
     for name, parameter in net.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             own[name] = safe_get_full_fp32_param(parameter).detach().clone()
         elif hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter]):

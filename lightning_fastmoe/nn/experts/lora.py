@@ -72,7 +72,8 @@ def check_holder(path: str, holder: nn.Module, weights: Iterable[str]) -> None:
         if weight.dtype not in FLOATING:
             raise ConfigError(
                 f"add_lora: {path}.{name} is quantised ({weight.dtype}), and adapters are"
-                " trained next to weights of 16 bits or more. Load the model dequantised."
+                " trained next to weights of 16 bits or more, or those of"
+                " huggingface.quantize_experts. Load the model dequantised."
             )
 
 
@@ -95,7 +96,7 @@ def freeze(model: nn.Module, also_train: Iterable[str], kept: Iterable[str] = ()
 @torch.no_grad()
 def add_adapters(
     holder: nn.Module,
-    weights: Sequence[str],
+    stacks: Mapping[str, Tensor],
     rank: int,
     scale: float,
     *,
@@ -105,8 +106,9 @@ def add_adapters(
     """Adds adapters to the stacks of a layer; A random by global id, B zero.
 
     Args:
-        holder: has the stacks.
-        weights: their names, each (e, outputs, inputs), or (e, inputs, outputs) if ``transposed``.
+        holder: gets them.
+        stacks: name -> (e, outputs, inputs), or (e, inputs, outputs) if ``transposed``. Adapters
+            get its dtype and device; its values don't matter.
         rank: r.
         scale: ``alpha / rank``.
         expert_ids: global ids of the e experts.
@@ -118,8 +120,7 @@ def add_adapters(
     seed = draw_layer_seed()
     names = []
     vars(holder)[SCALE] = scale
-    for name in weights:
-        weight = holder.get_parameter(name)
+    for name, weight in stacks.items():
         inputs, outputs = weight.shape[1:] if transposed else weight.shape[:0:-1]
         held = weight.shape[0]
         a = weight.new_empty(held, rank, inputs)
@@ -142,12 +143,23 @@ def merge_adapters(holder: nn.Module, weights: Iterable[str], *, transposed: boo
     """Adds the adapters of a layer to its stacks, in fp32 at least, and removes them."""
     for name in weights:
         weight = holder.get_parameter(name)
-        a, b = (holder.get_parameter(f"{name}{part}") for part in (LORA_A, LORA_B))
-        merged = merged_weight(weight, a, b, vars(holder)[SCALE], transposed=transposed)
-        weight.copy_(merged)
-        for part in (LORA_A, LORA_B):
-            delattr(holder, f"{name}{part}")
+        weight.copy_(take_adapter(holder, name, weight, transposed=transposed))
     del vars(holder)[SCALE]
+
+
+@torch.no_grad()
+def take_adapter(
+    holder: nn.Module, name: str, weight: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """Removes the adapter of one stack, and returns ``weight`` with it, see :func:`merged_weight`.
+
+    Who takes the last one of a module deletes its :data:`SCALE`.
+    """
+    a, b = (holder.get_parameter(f"{name}{part}") for part in (LORA_A, LORA_B))
+    merged = merged_weight(weight, a, b, vars(holder)[SCALE], transposed=transposed)
+    for part in (LORA_A, LORA_B):
+        delattr(holder, f"{name}{part}")
+    return merged
 
 
 def merged_weight(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.base import Experts, has_hooks
 from lightning_fastmoe.nn.experts.init import init_experts_
-from lightning_fastmoe.nn.experts.lora import adapters_of
+from lightning_fastmoe.nn.experts.lora import SCALE, adapters_of
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 
 WEIGHTS = ("up_proj", "down_proj")
@@ -94,7 +94,8 @@ class StackedExperts(Experts):
 
     def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
         """See :class:`Experts`."""
-        if self.activation not in ops.ACTIVATIONS or trained_of(self) or has_hooks(self):
+        is_plain = self.activation in ops.ACTIVATIONS and SCALE not in vars(self)
+        if not is_plain or trained_of(self) or has_hooks(self):
             return None
         return self._stacks(self._parameters.get, dtype), self.activation
 
