@@ -361,7 +361,6 @@ SOURCES = {
         '"_non_persistent_buffers_set"',
     ],
     "torch._dynamo.eval_frame": ["self._orig_mod ="],
-    "torch._dynamo.device_interface": ["_cuda_getCurrentRawStream"],  # not in torch for the CPU
     "torch._dynamo.symbolic_convert": ["self.one_graph", "self.error_on_graph_break"],
 }
 
