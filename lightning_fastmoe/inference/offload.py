@@ -15,6 +15,9 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
+from lightning_fastmoe.planning.offload import parse_bytes
 
 _OFFLOADED: WeakSet[nn.Module] = WeakSet()
 """The modules whose parameters are offloaded."""
@@ -26,12 +29,20 @@ class _Layer:
     Args:
         module: computes with the parameters.
         parameters: on the CPU.
+        experts: tell what a call of the module reads, if each parameter is a stack of them.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self.module, self.parameters = module, parameters
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        experts: Experts | None = None,
+    ) -> None:
+        self.module, self.parameters, self.experts = module, parameters, experts
         self.host = [parameter.data for parameter in parameters]
         self._placed: Sequence[torch.Tensor] = self.host
+        self.hook: RemovableHandle | None = None  # that runs before the module
+        self._holds_all = True
         self._placed_at = self.version()
 
     @property
@@ -43,27 +54,53 @@ class _Layer:
         """Changes when a parameter is changed in place."""
         return tuple(0 if p.is_inference() else p._version for p in self.parameters)
 
-    def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The parameters are these tensors, until :meth:`take_back`."""
+    def stack(self) -> Stack:
+        """What a ring copies."""
+        number = 0 if self.experts is None else self.experts.num_experts
+        return Stack(self.host, self.version, number)
+
+    def call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
+        """What a call of the module reads; None if that may be everything.
+
+        It may if hooks of others come after ours, which may choose other experts.
+        """
+        last = next(reversed(self.module._forward_pre_hooks), None)
+        if self.experts is None or self.hook is None or last != self.hook.id:
+            return None
+        return self.experts.routed_call(arguments)
+
+    def put(self, tensors: Sequence[torch.Tensor], holds_all: bool = True) -> None:
+        """The parameters are these tensors, until :meth:`take_back`.
+
+        Args:
+            tensors: in the order of the parameters.
+            holds_all: whether every expert is in them.
+        """
         if not all(map(_is, self.parameters, self.host)):
             raise ConfigError(
                 f"The parameters of {type(self.module).__name__} have been moved, converted or"
                 " replaced since they were offloaded: do that before, or close what"
                 " offload_experts returned, and offload them again."
             )
-        self._placed, self._placed_at = tensors, self.version()
+        self._placed, self._placed_at, self._holds_all = tensors, self.version(), holds_all
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             parameter.data = tensor
 
-    def take_back(self) -> None:
-        """The parameters are in host memory, also what has changed them in place meanwhile."""
+    def take_back(self) -> bool:
+        """The parameters are in host memory, also what has changed them in place meanwhile.
+
+        Returns:
+            False if such a change is lost, because only some of the experts were there.
+        """
         placed, self._placed = self._placed, self.host
         for parameter, tensor, host in zip(self.parameters, placed, self.host, strict=True):
             if _is(parameter, tensor):  # else it has been given other memory, and keeps it
                 parameter.data = host
-        if placed is not self.host and self.version() != self._placed_at:
+        changed = placed is not self.host and self.version() != self._placed_at
+        if changed and self._holds_all:
             for tensor, host in zip(placed, self.host, strict=True):
                 host.copy_(tensor)
+        return self._holds_all or not changed
 
 
 class OffloadedExperts:
@@ -73,35 +110,41 @@ class OffloadedExperts:
         slot_bytes: GPU memory of the slots.
         host_bytes: the experts' bytes in host memory.
         resident_bytes: the experts' bytes that stay on the GPU.
+        cache_bytes: GPU memory in which single experts are kept.
     """
 
     def __init__(
-        self, layers: Sequence[_Layer], resident: Sequence[_Layer], device: torch.device, slots: int
+        self,
+        layers: Sequence[_Layer],
+        resident: Sequence[_Layer],
+        device: torch.device,
+        slots: int,
+        expert_cache: int = 0,
     ) -> None:
         self._layers, self._resident = layers, resident
         self.host_bytes = sum(layer.bytes for layer in layers)
         self.resident_bytes = sum(layer.bytes for layer in resident)
-        self.slot_bytes = 0
+        self.slot_bytes = self.cache_bytes = 0
         self._pinned: PinnedMemory | None = None
         self._ring: ExpertRing | None = None
         self._hooks: list[RemovableHandle] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         try:
-            self._set_up(device, slots)
+            self._set_up(device, slots, expert_cache)
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, device: torch.device, slots: int) -> None:
+    def _set_up(self, device: torch.device, slots: int, expert_cache: int) -> None:
         _OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
         if device.type == "cuda":
             self._pinned = PinnedMemory(t for layer in self._layers for t in layer.host)
         for layer in self._resident:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
-            stacks = [Stack(layer.host, layer.version) for layer in self._layers]
-            self._ring = ExpertRing(stacks, device, slots)
-            self.slot_bytes = self._ring.slot_bytes
+            stacks = [layer.stack() for layer in self._layers]
+            self._ring = ExpertRing(stacks, device, slots, expert_cache)
+            self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
 
@@ -140,8 +183,15 @@ class OffloadedExperts:
         assert self._ring is not None
         number = self._running[1]
         self._running = None
-        self._layers[number].take_back()
+        layer = self._layers[number]
+        is_kept = layer.take_back()
         self._ring.release(number)
+        if not is_kept:
+            raise ConfigError(
+                f"A pass of few tokens has changed the parameters of {type(layer.module).__name__}"
+                " in place, while only the experts that they chose were on the device: change them"
+                " between passes."
+            )
 
     def _hook(self, number: int, layer: _Layer) -> list[RemovableHandle]:
         ring = self._ring
@@ -158,15 +208,17 @@ class OffloadedExperts:
                 )
             self._forget_interrupted()
             self._running = (threading.get_ident(), number)
-            layer.put(ring.acquire(number))
+            tensors = ring.acquire(number, layer.call(args))
+            layer.put(tensors, ring.holds_all(number))
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if module is layer.module and self._running == (threading.get_ident(), number):
                 self._finish()
 
+        layer.hook = layer.module.register_forward_pre_hook(before)
         return [
-            layer.module.register_forward_pre_hook(before),
+            layer.hook,
             layer.module.register_forward_hook(after, always_call=True),
         ]
 
@@ -174,7 +226,12 @@ class OffloadedExperts:
 @torch.inference_mode(False)
 @torch.no_grad()
 def offload_experts(
-    model: nn.Module, device: torch.device | str, *, slots: int = 2, resident_layers: int = 0
+    model: nn.Module,
+    device: torch.device | str,
+    *,
+    slots: int = 2,
+    resident_layers: int = 0,
+    expert_cache: str | int | None = None,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -184,12 +241,18 @@ def offload_experts(
     forward passes the parameters are those in host memory, so ``state_dict`` and
     ``load_state_dict`` work as usual; only changes made through ``parameter.data`` go unnoticed.
 
+    If a pass has so few tokens that they choose few of a layer's experts, as in generation, only
+    those are copied, once the router has chosen them. Inside of such a pass the parameters of the
+    others hold anything, which nothing computes with.
+
     Args:
         model: on the CPU, with layers of this package or stacked experts of transformers with
             ``experts_implementation="fastmoe"``.
         device: computes.
         slots: GPU memory for the experts of so many layers.
         resident_layers: so many layers, the last ones, keep their experts on the device.
+        expert_cache: bytes of GPU memory, such as ``"4GB"``, for experts that passes of few tokens
+            have used last; divided between the layers. None keeps none but what is in the slots.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
@@ -204,7 +267,10 @@ def offload_experts(
     layers = _layers(model)
     check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
+    cache = 0 if expert_cache is None else parse_bytes(expert_cache)
+    if cache and not cut:
+        raise ConfigError(f"expert_cache={cache}: every layer is resident. Leave one of both out.")
+    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, cache)
     try:
         _move_rest(model, device, layers)
     except BaseException:
@@ -249,13 +315,22 @@ def _layers(model: nn.Module) -> list[_Layer]:
             if id(parameter) in seen:
                 raise ConfigError(f"The experts of {name} are those of another layer, too.")
             seen.add(id(parameter))
-        layers.append(_Layer(holder, parameters))
+        layers.append(_Layer(holder, parameters, _stacks(layer.experts, parameters)))
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
             ' stacked experts of transformers with experts_implementation="fastmoe".'
         )
     return layers
+
+
+def _stacks(experts: Experts, parameters: Sequence[nn.Parameter]) -> Experts | None:
+    """The experts, if each of the parameters is one of their stacks."""
+    stacks = {id(getattr(experts.holder, name, None)) for name in experts.stack_names}
+    if {id(parameter) for parameter in parameters} != stacks:
+        return None
+    whole = all(parameter.shape[:1] == (experts.num_experts,) for parameter in parameters)
+    return experts if whole else None
 
 
 def _is(parameter: nn.Parameter, tensor: torch.Tensor) -> bool:

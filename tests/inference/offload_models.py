@@ -56,6 +56,26 @@ class Blocks(nn.Module):
         return x
 
 
+def poisoned(ring: Any) -> None:
+    """Fills each slot with NaN before others' experts are copied there, and the cache now."""
+    filling = ring._fill, ring._copy
+
+    def fill(layer: int, slot: Any, some: bool) -> None:
+        slot.memory.fill_(0xFF)
+        filling[0](layer, slot, some)
+
+    def copy_over(layer: int, slot: Any) -> None:
+        slot.memory.fill_(0xFF)
+        filling[1](layer, slot)
+
+    ring._fill, ring._copy = fill, copy_over
+    for slot in ring._slots:
+        copy_over(slot.layer, slot)
+    for rows in [] if ring._cache is None else ring._cache._layers:
+        for memory in rows.memory:
+            memory.fill_(torch.nan)
+
+
 class Scorer(pl.LightningModule):
     """Predicts, validates and tests with :class:`Blocks`."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.base import Experts
 from lightning_fastmoe.nn.experts.init import init_experts_
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 
 
@@ -125,6 +126,16 @@ class StackedExperts(Experts):
         if weights is None or order is None:
             return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
         return (ops.expert_layer if planned else ops.unfused_layer)(x, weights, order, *mlp)
+
+    def routed_call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
+        """See :class:`Experts`: experts with rows are read, also if their weights are zero."""
+        if len(arguments) < 2 or "forward" in vars(self) or trained_of(self) is not None:
+            return None
+        x, tokens_per_expert, weights, order = (*arguments, None, None)[:4]
+        if weights is None or order is None:
+            return RoutedCall(x.shape[0], 1, lambda: tokens_per_expert > 0)
+        tokens, top_k = weights.shape
+        return RoutedCall(tokens, top_k, lambda: order.tokens_per_expert > 0)
 
     @staticmethod
     def _stacks(get: Callable[[str], Tensor | None], dtype: torch.dtype) -> ops.Stacks:
