@@ -167,18 +167,22 @@ def one_pass(ring: Any, host: list[Tensor], layer: int, experts: list[int]) -> i
     return int(copied)
 
 
-def test_whole_layers_after_single_experts() -> None:
-    """Also where the layer's slot holds some of them."""
-    ring, host = ring_of(3, 6, 2)
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_whole_layers_after_single_experts(slots: int) -> None:
+    """Also where slots hold some experts of the layers to come."""
+    ring, host = ring_of(3, 6, slots)
     for _ in range(2):
         for layer in range(3):
             host[layer].mul_(2.0)  # so that no slot holds a whole layer
             one_pass(ring, host, layer, [layer])
-    for layer in (2, 0, 1, 2, 0, 1):
-        (found,) = ring.acquire(layer)
+    many = RoutedCall(100, 1, lambda: torch.ones(6, dtype=torch.bool))
+    for layer in (0, 1, 2, 0, 1, 2):
+        (found,) = ring.acquire(layer, many)
         assert torch.equal(found, host[layer])
         assert ring.holds_all(layer)
         ring.release(layer)
+        assert len({slot.layer for slot in ring._slots}) == slots
+    assert ring.statistics.misses == 0
 
 
 def test_a_step_that_chooses_all_experts() -> None:
