@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", help="default: what is available here")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--resident-layers", type=int, default=0)
+    parser.add_argument("--expert-cache", help="for experts that few tokens have used last")
     parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
 
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         slots=arguments.slots,
         resident=arguments.resident_layers,
         generated=arguments.generate,
+        expert_cache=parse_bytes(arguments.expert_cache) if arguments.expert_cache else 0,
     )
     sys.stdout.write(plan.text())
     plan.check(

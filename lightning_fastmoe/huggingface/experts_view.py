@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.huggingface.experts_class import (
     NAME,
-    check_ids,
     compute,
     compute_dtype,
-    only_in_range,
     parameter_names,
 )
 from lightning_fastmoe.nn.experts import Experts
@@ -92,9 +90,12 @@ class TransformersExperts(Experts):
             return None
         ids, number = arguments[1], self.num_experts
 
-        def used() -> Tensor:
-            # Dropped pairs are computed, too, where leaving them out would need a wait.
-            read = only_in_range(check_ids(ids, number), ids, number)[0].flatten()
-            return torch.zeros(number, dtype=torch.bool, device=ids.device).index_fill(0, read, 1)
+        def experts() -> list[int]:
+            read: set[int] = set()
+            for row in ids.tolist():
+                # Dropped slots are computed with another expert of their token, see only_in_range.
+                another = min([*row, number - 1])
+                read.update(another if e == number else e for e in row)
+            return sorted(e for e in read if 0 <= e < number)  # the layer refuses others
 
-        return RoutedCall(ids.shape[0], ids.shape[1], used)
+        return RoutedCall(ids.shape[0], ids.shape[1], experts)

@@ -249,22 +249,31 @@ class ExpertRing:
     def _copy_experts(self, layer: int, slot: _Slot, experts: Sequence[int]) -> None:
         """Starts to copy those of some experts, ascending, that are not in their places."""
         assert slot.experts is not None
-        missing = [expert for expert in experts if expert not in slot.experts]
+        missing: Sequence[int] = [e for e in experts if e not in slot.experts]
         stack = self._stacks[layer]
         views = stack.views(slot.memory)
-        with self._copying(slot):
-            if self._cache is not None:
-                missing = self._cache.load(layer, slot.version, missing, views)
-            for run in runs(missing):
-                for own, host in zip(views, stack.tensors, strict=True):
-                    own[run].copy_(host[run], non_blocking=True)
-                    self.statistics.copied += _bytes(host[run])
+        if missing:
+            with self._copying(slot):
+                missing = self._copy_missing(layer, missing, views)
         if self._cache is not None:
             with torch.cuda.stream(self._stream):  # beside the computation, which only reads
                 self._cache.keep(layer, experts, views)
         slot.experts.update(experts)
         self.statistics.expert_hits += len(experts) - len(missing)
         self.statistics.expert_misses += len(missing)
+
+    def _copy_missing(
+        self, layer: int, experts: Sequence[int], into: Sequence[Tensor]
+    ) -> Sequence[int]:
+        """Copies experts from the cache, and those that it returns from the host."""
+        stack = self._stacks[layer]
+        if self._cache is not None:
+            experts = self._cache.load(layer, stack.version(), experts, into)
+        for run in runs(experts):
+            for own, host in zip(into, stack.tensors, strict=True):
+                own[run].copy_(host[run], non_blocking=True)
+                self.statistics.copied += _bytes(host[run])
+        return experts
 
     @contextmanager
     def _copying(self, slot: _Slot) -> Generator[None, None, None]:

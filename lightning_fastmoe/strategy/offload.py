@@ -38,6 +38,8 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: GPU memory for the experts of so many layers, through which all pass.
         resident_layers: so many layers, the last ones, keep their experts on the GPU.
         device: the device; None is the first of the Trainer's ``devices``.
+        expert_cache: bytes of GPU memory, such as ``"4GB"``, for single experts that passes of few
+            tokens have used last, as steps of generation are; None keeps none.
     """
 
     strategy_name = "fastmoe_offload"
@@ -48,6 +50,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: int = 2,
         resident_layers: int = 0,
         device: str | torch.device | None = None,
+        expert_cache: str | int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(device="cpu", **kwargs)
@@ -55,6 +58,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         self._devices = [torch.device("cpu")]
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
+        self.expert_cache = None if expert_cache is None else parse_bytes(expert_cache)
         self.offloaded: OffloadedExperts | None = None
 
     @property
@@ -106,7 +110,11 @@ class OffloadStrategy(SingleDeviceStrategy):
         if device.type == "cuda":
             self._limit_memory(self.model, device)
         self.offloaded = offload_experts(
-            self.model, device, slots=self.slots, resident_layers=self.resident_layers
+            self.model,
+            device,
+            slots=self.slots,
+            resident_layers=self.resident_layers,
+            expert_cache=self.expert_cache,
         )
         rank_zero_info(
             f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"
@@ -133,13 +141,13 @@ class OffloadStrategy(SingleDeviceStrategy):
         limit = total if self.gpu_memory is None else min(total, self.gpu_memory)
         sizes = OffloadSizes.of(model)
         check_slots(len(sizes.experts), self.slots, self.resident_layers)
-        needed = sizes.weights_on_gpu(self.slots, self.resident_layers)
+        needed = sizes.weights_on_gpu(self.slots, self.resident_layers) + (self.expert_cache or 0)
         if needed > limit:
             raise ConfigError(
                 f"The model needs {needed / 1e9:.1f} GB of GPU memory before any activation"
                 f" (slots={self.slots}, resident_layers={self.resident_layers}), and there are"
                 f" {limit / 1e9:.1f} GB: {(needed - limit) / 1e9:.1f} GB are missing. Use fewer"
-                " slots or resident layers."
+                " slots or resident layers, or a smaller expert_cache."
             )
         if self.gpu_memory is not None:
             torch.cuda.set_per_process_memory_fraction(limit / total, device)

@@ -42,7 +42,14 @@ def test_a_plan(config: str, capsys) -> None:
     assert "assumed; --measure measures them" in out
     assert "8 GB more: 6 resident layers" in out
     assert main([*command, "--generate", "64", "--gpu-memory", "40GB"]) == 0
-    assert "64 tokens for each of 256 sequences" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "64 tokens for each of 256 sequences" in out
+    assert "a step copies 58.0 GB: all experts" in out
+    command[4] = "4x512"
+    assert main([*command, "--generate", "64", "--expert-cache", "6GB"]) == 0
+    out = capsys.readouterr().out
+    assert "6.0 GB cached experts" in out
+    assert "about 29 of 128 experts if they choose evenly, less those cached" in out
 
 
 @pytest.mark.parametrize(

@@ -155,10 +155,8 @@ def ring_of(layers: int, experts: int, slots: int, cache: int = 0) -> tuple[Any,
 
 def one_pass(ring: Any, host: list[Tensor], layer: int, experts: list[int]) -> int:
     """Acquires experts of a layer for one token, and counts those that were copied."""
-    used = torch.zeros(len(host[layer]), dtype=torch.bool)
-    used[experts] = True
     before = ring.statistics.copied
-    (found,) = ring.acquire(layer, RoutedCall(1, 1, lambda: used))
+    (found,) = ring.acquire(layer, RoutedCall(1, 1, lambda: experts))
     assert torch.equal(found[experts], host[layer][experts])
     assert not ring.holds_all(layer)
     ring.release(layer)
@@ -175,7 +173,7 @@ def test_whole_layers_after_single_experts(slots: int) -> None:
         for layer in range(3):
             host[layer].mul_(2.0)  # so that no slot holds a whole layer
             one_pass(ring, host, layer, [layer])
-    many = RoutedCall(100, 1, lambda: torch.ones(6, dtype=torch.bool))
+    many = RoutedCall(100, 1, lambda: list(range(6)))
     for layer in (0, 1, 2, 0, 1, 2):
         (found,) = ring.acquire(layer, many)
         assert torch.equal(found, host[layer])

@@ -131,11 +131,15 @@ class StackedExperts(Experts):
         """See :class:`Experts`: experts with rows are read, also if their weights are zero."""
         if len(arguments) < 2 or "forward" in vars(self) or trained_of(self) is not None:
             return None
-        x, tokens_per_expert, weights, order = (*arguments, None, None)[:4]
-        if weights is None or order is None:
-            return RoutedCall(x.shape[0], 1, lambda: tokens_per_expert > 0)
-        tokens, top_k = weights.shape
-        return RoutedCall(tokens, top_k, lambda: order.tokens_per_expert > 0)
+        x, counts, weights, order = (*arguments, None, None)[:4]
+        tokens, top_k = x.shape[0], 1
+        if weights is not None and order is not None:
+            counts, (tokens, top_k) = order.tokens_per_expert, weights.shape
+
+        def experts() -> list[int]:
+            return [e for e, count in enumerate(counts.tolist()) if count]
+
+        return RoutedCall(tokens, top_k, experts)
 
     @staticmethod
     def _stacks(get: Callable[[str], Tensor | None], dtype: torch.dtype) -> ops.Stacks:
