@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -12,95 +14,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.pinned import PinnedMemory
-from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
+from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics
 from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.experts.grouped import ExpertGroups
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.planning.offload import parse_bytes
 
 _OFFLOADED: WeakSet[nn.Module] = WeakSet()
 """The modules whose parameters are offloaded."""
-
-
-class _Layer:
-    """The experts of one layer: parameters in host memory, swapped for a slot's while they compute.
-
-    Args:
-        module: computes with the parameters.
-        parameters: on the CPU.
-        experts: tell what a call of the module reads, if each parameter is a stack of them.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        experts: Experts | None = None,
-    ) -> None:
-        self.module, self.parameters, self.experts = module, parameters, experts
-        self.host = [parameter.data for parameter in parameters]
-        self._placed: Sequence[torch.Tensor] = self.host
-        self.hook: RemovableHandle | None = None  # that runs before the module
-        self._holds_all = True
-        self._placed_at = self.version()
-
-    @property
-    def bytes(self) -> int:
-        """Of the parameters."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.host)
-
-    def version(self) -> tuple[int, ...]:
-        """Changes when a parameter is changed in place."""
-        return tuple(0 if p.is_inference() else p._version for p in self.parameters)
-
-    def stack(self) -> Stack:
-        """What a ring copies."""
-        number = 0 if self.experts is None else self.experts.num_experts
-        return Stack(self.host, self.version, number)
-
-    def call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
-        """What a call of the module reads; None if that may be everything.
-
-        It may if hooks of others come after ours, which may choose other experts.
-        """
-        last = next(reversed(self.module._forward_pre_hooks), None)
-        if self.experts is None or self.hook is None or last != self.hook.id:
-            return None
-        return self.experts.routed_call(arguments)
-
-    def put(self, tensors: Sequence[torch.Tensor], holds_all: bool = True) -> None:
-        """The parameters are these tensors, until :meth:`take_back`.
-
-        Args:
-            tensors: in the order of the parameters.
-            holds_all: whether every expert is in them.
-        """
-        if not all(map(_is, self.parameters, self.host)):
-            raise ConfigError(
-                f"The parameters of {type(self.module).__name__} have been moved, converted or"
-                " replaced since they were offloaded: do that before, or close what"
-                " offload_experts returned, and offload them again."
-            )
-        self._placed, self._placed_at, self._holds_all = tensors, self.version(), holds_all
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
-            parameter.data = tensor
-
-    def take_back(self) -> bool:
-        """The parameters are in host memory, also what has changed them in place meanwhile.
-
-        Returns:
-            False if such a change is lost, because only some of the experts were there.
-        """
-        placed, self._placed = self._placed, self.host
-        for parameter, tensor, host in zip(self.parameters, placed, self.host, strict=True):
-            if _is(parameter, tensor):  # else it has been given other memory, and keeps it
-                parameter.data = host
-        changed = placed is not self.host and self.version() != self._placed_at
-        if changed and self._holds_all:
-            for tensor, host in zip(placed, self.host, strict=True):
-                host.copy_(tensor)
-        return self._holds_all or not changed
 
 
 class OffloadedExperts:
@@ -115,19 +39,20 @@ class OffloadedExperts:
 
     def __init__(
         self,
-        layers: Sequence[_Layer],
-        resident: Sequence[_Layer],
+        layers: Sequence[OffloadedLayer],
+        resident: Sequence[OffloadedLayer],
         device: torch.device,
         slots: int,
         expert_cache: int = 0,
+        groups: int = 1,
     ) -> None:
-        self._layers, self._resident = layers, resident
+        self._layers, self._resident, self._groups = layers, resident, groups
         self.host_bytes = sum(layer.bytes for layer in layers)
         self.resident_bytes = sum(layer.bytes for layer in resident)
         self.slot_bytes = self.cache_bytes = 0
         self._pinned: PinnedMemory | None = None
         self._ring: ExpertRing | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle | ExpertGroups] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         try:
             self._set_up(device, slots, expert_cache)
@@ -142,11 +67,17 @@ class OffloadedExperts:
         for layer in self._resident:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
-            stacks = [layer.stack() for layer in self._layers]
+            stacks = [part for layer in self._layers for part in layer.stacks(self._groups)]
             self._ring = ExpertRing(stacks, device, slots, expert_cache)
             self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
+            if self._groups > 1:
+                groups = ExpertGroups(
+                    layer.module, layer.ends(self._groups), partial(self._placed, number)
+                )
+                groups.install()
+                self._hooks.append(groups)
 
     @property
     def statistics(self) -> RingStatistics:
@@ -183,7 +114,7 @@ class OffloadedExperts:
         assert self._ring is not None
         number = self._running[1]
         self._running = None
-        layer = self._layers[number]
+        layer = self._layers[number // self._groups]
         is_kept = layer.take_back()
         self._ring.release(number)
         if not is_kept:
@@ -193,10 +124,27 @@ class OffloadedExperts:
                 " between passes."
             )
 
-    def _hook(self, number: int, layer: _Layer) -> list[RemovableHandle]:
-        ring = self._ring
-        assert ring is not None
+    def _place(self, number: int, call: RoutedCall | None) -> None:
+        """The parameters of a layer are those of a stack on the device, until :meth:`_finish`."""
+        assert self._ring is not None
+        self._forget_interrupted()
+        self._running = (threading.get_ident(), number)
+        tensors = self._ring.acquire(number, call)
+        holds_all = self._groups == 1 and self._ring.holds_all(number)
+        self._layers[number // self._groups].put(tensors, holds_all)
 
+    @contextmanager
+    def _placed(self, layer: int, group: int, call: RoutedCall) -> Generator[None, None, None]:
+        """The parameters of a layer are those of a group of its experts."""
+        number = layer * self._groups + group
+        self._place(number, call)
+        try:
+            yield
+        finally:
+            if self._running == (threading.get_ident(), number):
+                self._finish()
+
+    def _hook(self, number: int, layer: OffloadedLayer) -> list[RemovableHandle]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(module: nn.Module, args: Any) -> None:
             if module is not layer.module:
@@ -206,10 +154,14 @@ class OffloadedExperts:
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
                     " trained: run it under torch.no_grad() or torch.inference_mode()."
                 )
-            self._forget_interrupted()
-            self._running = (threading.get_ident(), number)
-            tensors = ring.acquire(number, layer.call(args))
-            layer.put(tensors, ring.holds_all(number))
+            if self._groups == 1:
+                self._place(number, layer.call(args))
+            elif layer.experts is None or layer.experts.routed_call(args) is None:
+                raise ConfigError(
+                    f"{type(module).__name__} is not computed in groups of experts: use"
+                    ' experts_implementation="fastmoe", train no single experts, and do not replace'
+                    " its forward; or drop groups."
+                )
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -232,6 +184,7 @@ def offload_experts(
     slots: int = 2,
     resident_layers: int = 0,
     expert_cache: str | int | None = None,
+    groups: int = 1,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -253,6 +206,9 @@ def offload_experts(
         resident_layers: so many layers, the last ones, keep their experts on the device.
         expert_cache: bytes of GPU memory, such as ``"4GB"``, for experts that passes of few tokens
             have used last; divided between the layers. None keeps none but what is in the slots.
+        groups: divides each layer's experts, where those of a whole one are too large for a slot. A
+            slot then holds one group, which is copied while another computes. The results may
+            differ from those of whole layers by the rounding of sums.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
@@ -270,7 +226,8 @@ def offload_experts(
     cache = 0 if expert_cache is None else parse_bytes(expert_cache)
     if cache and not cut:
         raise ConfigError(f"expert_cache={cache}: every layer is resident. Leave one of both out.")
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, cache)
+    _check_groups(groups, layers[:cut])
+    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, cache, groups)
     try:
         _move_rest(model, device, layers)
     except BaseException:
@@ -292,8 +249,26 @@ def check_slots(layers: int, slots: int, resident_layers: int) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[_Layer]:
-    layers: list[_Layer] = []
+def _check_groups(groups: int, layers: Sequence[OffloadedLayer]) -> None:
+    if groups == 1:
+        return
+    if groups < 1:
+        raise ConfigError(f"groups={groups} must be at least 1.")
+    for layer in layers:
+        if layer.experts is None:
+            raise ConfigError(
+                f"groups={groups} divides stacks of experts, but those of"
+                f" {type(layer.module).__name__} are modules. Leave it out."
+            )
+        if groups > layer.experts.num_experts:
+            raise ConfigError(
+                f"groups={groups}: a layer has {layer.experts.num_experts} experts. Use at most so"
+                " many groups."
+            )
+
+
+def _layers(model: nn.Module) -> list[OffloadedLayer]:
+    layers: list[OffloadedLayer] = []
     seen: set[int] = set()
     for name, layer in expert_layers(model):
         if layer.is_sharded:
@@ -315,7 +290,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
             if id(parameter) in seen:
                 raise ConfigError(f"The experts of {name} are those of another layer, too.")
             seen.add(id(parameter))
-        layers.append(_Layer(holder, parameters, _stacks(layer.experts, parameters)))
+        layers.append(OffloadedLayer(holder, parameters, _stacks(layer.experts, parameters)))
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
@@ -333,17 +308,7 @@ def _stacks(experts: Experts, parameters: Sequence[nn.Parameter]) -> Experts | N
     return experts if whole else None
 
 
-def _is(parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
-    """Whether a parameter is in the memory of a tensor."""
-    return (
-        parameter.data_ptr() == tensor.data_ptr()
-        and parameter.device == tensor.device
-        and parameter.dtype == tensor.dtype
-        and parameter.shape == tensor.shape
-    )
-
-
-def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[_Layer]) -> None:
+def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[OffloadedLayer]) -> None:
     """Moves the model by its own ``to``, which metrics and Lightning's modules extend."""
     parts = [part for layer in layers for part in layer.module.modules()]
     kept = [part._parameters for part in parts]

@@ -7,7 +7,7 @@ _SHARE = 0.7
 router."""
 
 
-def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
+def expected_experts(num_experts: int, top_k: float, tokens: int) -> float:
     """Distinct experts that tokens choose if each chooses evenly: ``E (1 - (1 - K/E)^T)``.
 
     Args:
@@ -18,7 +18,7 @@ def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
     return float(num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens))
 
 
-def are_few(num_experts: int, top_k: int, tokens: int) -> bool:
+def are_few(num_experts: int, top_k: float, tokens: int) -> bool:
     """Whether so few experts are expected that only those are copied that were chosen.
 
     Args:

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
-from lightning_fastmoe.inference.offload import _Layer
+from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, Stack
 
@@ -137,7 +137,7 @@ def test_weights_that_are_loaded_while_offloaded_are_used_and_kept(resident: int
 def test_what_changes_resident_experts_in_place_is_kept() -> None:
     """As on a GPU, where their parameters are not those on the host."""
     parameter = nn.Parameter(torch.zeros(2))
-    layer = _Layer(nn.Module(), [parameter])
+    layer = OffloadedLayer(nn.Module(), [parameter])
     layer.put([torch.ones(2)])
     with torch.no_grad():
         parameter += 1

@@ -12,11 +12,11 @@ class RoutedCall:
 
     Attributes:
         tokens: T; rows where it isn't known which of them belong to a token.
-        top_k: experts per token, K; 1 for rows.
+        top_k: experts per token, K; 1 for rows. The mean where it isn't a whole number.
         experts: gives the distinct experts whose parameters it reads, ascending. The host waits for
             the router.
     """
 
     tokens: int
-    top_k: int
+    top_k: float
     experts: Callable[[], list[int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.base import Experts
+from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.init import init_experts_
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
@@ -102,6 +104,10 @@ class StackedExperts(Experts):
         order -> (T, D), each token's weighted sum.
         """
         rest = (x, tokens_per_expert, weights, order)
+        groups = groups_of(self)
+        if groups is not None:
+            grouped: Tensor = groups(functools.partial(self._compute, None), *rest)
+            return grouped
         trained = trained_of(self)
         return self._compute(None, *rest) if trained is None else trained(self._compute, *rest)
 
