@@ -226,7 +226,8 @@ def offload_experts(
     cache = 0 if expert_cache is None else parse_bytes(expert_cache)
     if cache and not cut:
         raise ConfigError(f"expert_cache={cache}: every layer is resident. Leave one of both out.")
-    _check_groups(groups, layers[:cut])
+    if groups != 1:
+        _check_stacked(groups, layers[:cut])
     offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, cache, groups)
     try:
         _move_rest(model, device, layers)
@@ -249,22 +250,26 @@ def check_slots(layers: int, slots: int, resident_layers: int) -> None:
         )
 
 
-def _check_groups(groups: int, layers: Sequence[OffloadedLayer]) -> None:
-    if groups == 1:
-        return
-    if groups < 1:
-        raise ConfigError(f"groups={groups} must be at least 1.")
+def check_groups(groups: int, num_experts: int) -> None:
+    """Checks the number of groups against a layer's number of experts.
+
+    Raises:
+        ConfigError: if it is out of range.
+    """
+    if not 1 <= groups <= num_experts:
+        raise ConfigError(
+            f"groups={groups} must be between 1 and the {num_experts} experts of a layer."
+        )
+
+
+def _check_stacked(groups: int, layers: Sequence[OffloadedLayer]) -> None:
     for layer in layers:
         if layer.experts is None:
             raise ConfigError(
                 f"groups={groups} divides stacks of experts, but those of"
                 f" {type(layer.module).__name__} are modules. Leave it out."
             )
-        if groups > layer.experts.num_experts:
-            raise ConfigError(
-                f"groups={groups}: a layer has {layer.experts.num_experts} experts. Use at most so"
-                " many groups."
-            )
+        check_groups(groups, layer.experts.num_experts)
 
 
 def _layers(model: nn.Module) -> list[OffloadedLayer]:

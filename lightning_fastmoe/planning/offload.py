@@ -39,12 +39,19 @@ class OffloadSizes:
     cache_per_token: int = 0
     choices: tuple[tuple[int, int], ...] = ()
 
-    def weights_on_gpu(self, slots: int, resident: int) -> int:
+    def weights_on_gpu(self, slots: int, resident: int, groups: int = 1) -> int:
         """Bytes of everything else, of resident experts and of slots."""
+        resident_bytes = sum(self.experts[len(self.experts) - resident :])
+        return self.rest + resident_bytes + self.slot_bytes(slots, resident, groups)
+
+    def slot_bytes(self, slots: int, resident: int, groups: int = 1) -> int:
+        """Bytes of slots, each for a group of a layer's experts: all of them, or fewer."""
         cut = len(self.experts) - resident
-        moving = self.experts[:cut]
-        ring = min(slots, cut) * max(moving, default=0)
-        return self.rest + sum(self.experts[cut:]) + ring
+        largest = 0
+        for layer, size in enumerate(self.experts[:cut]):
+            number = self.choices[layer][0] if self.choices else groups
+            largest = max(largest, size * -(-number // groups) // number)
+        return min(slots, cut * groups) * largest
 
     @classmethod
     def of(cls, model: nn.Module, cache_per_token: int = 0) -> OffloadSizes:
@@ -103,6 +110,7 @@ class OffloadPlan:
         resident: layers whose experts stay there.
         generated: tokens that are generated for each sequence after the pass.
         expert_cache: bytes for experts that were used last.
+        groups: of a layer's experts, of which a slot holds one.
     """
 
     sizes: OffloadSizes
@@ -114,6 +122,7 @@ class OffloadPlan:
     resident: int = 0
     generated: int = 0
     expert_cache: int = 0
+    groups: int = 1
 
     @property
     def copied(self) -> int:
@@ -123,8 +132,7 @@ class OffloadPlan:
     @property
     def slot_bytes(self) -> int:
         """GPU memory of all slots."""
-        moving = self.sizes.experts[: self._cut]
-        return min(self.slots, len(moving)) * max(moving, default=0)
+        return self.sizes.slot_bytes(self.slots, self.resident, self.groups)
 
     @property
     def resident_bytes(self) -> int:
@@ -141,7 +149,7 @@ class OffloadPlan:
     @property
     def on_gpu(self) -> int:
         """GPU memory of everything."""
-        weights = self.sizes.weights_on_gpu(self.slots, self.resident)
+        weights = self.sizes.weights_on_gpu(self.slots, self.resident, self.groups)
         return weights + self.expert_cache + self.cache_bytes + self.costs.activations
 
     @property
@@ -225,7 +233,7 @@ class OffloadPlan:
             raise ConfigError(
                 f"The GPU lacks {_gb(missing)}: a pass of {self.tokens:,} tokens needs"
                 f" {_gb(self.on_gpu)}, and there are {_gb(self.gpu_memory)}. Use fewer tokens per"
-                " pass, slots or resident layers."
+                " pass, slots or resident layers, or more groups of experts."
             )
         held = sum(self.sizes.experts)
         if held > host_memory:
@@ -243,7 +251,9 @@ class OffloadPlan:
             f" {_gb(sizes.rest)} of everything else",
             f"host   {_gb(sum(sizes.experts)):>9}  experts",
             f"GPU    {_gb(self.on_gpu):>9}  of {_gb(self.gpu_memory)}: {_gb(sizes.rest)} model,"
-            f" {_gb(self.slot_bytes)} in {self.slots} slots, {_gb(self.resident_bytes)} resident,"
+            f" {_gb(self.slot_bytes)} in {self.slots} slots"
+            + (f" of 1/{self.groups} layer" if self.groups > 1 else "")
+            + f", {_gb(self.resident_bytes)} resident,"
             f" {_gb(costs.activations)} activations"
             + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else "")
             + (f", {_gb(self.expert_cache)} cached experts" if self.expert_cache else ""),

@@ -59,6 +59,7 @@ def test_a_plan(config: str, capsys) -> None:
         (["--tokens", "8x512", "--gpu-memory", "4GB"], "The GPU lacks"),
         (["--tokens", "8x512", "--host-memory", "50GB"], "The host lacks 8.0 GB"),
         (["--tokens", "8x512", "--gpu-memory", "many"], "'many' is not a number of bytes"),
+        (["--tokens", "8x512", "--groups", "129"], "groups=129 must be between 1 and the 128"),
         (["--tokens", "8x512", "--slots", "0"], "slots=0 must be at least 1"),
         (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and the model's 48 layers"),
     ],

@@ -59,6 +59,15 @@ def test_a_cache_of_single_experts() -> None:
     assert seen[1].expert_misses > 0
 
 
+def test_groups_of_experts() -> None:
+    module = Scorer({"num_experts": 8})
+    whole = trainer("auto").predict(module, loader())
+    own = trainer(OffloadStrategy(groups=4))
+    for a, b in zip(own.predict(module, loader()), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert own.strategy.offloaded is None
+
+
 def test_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"OffloadStrategy can't train"):
         trainer(OffloadStrategy(), max_steps=1).fit(Scorer({}), loader())

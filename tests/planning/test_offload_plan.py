@@ -71,6 +71,16 @@ def test_steps_of_few_sequences() -> None:
     assert replace(plan, resident=10).copied_by_step == 0
 
 
+def test_groups_of_experts() -> None:
+    """The largest of 3 groups of 8 experts has 3 of them."""
+    sizes = replace(SIZES, choices=((8, 2),) * 10)
+    plan = replace(PLAN, sizes=sizes, groups=3)
+    assert plan.slot_bytes == 2 * 2 * GIGABYTE * 3 // 8
+    assert replace(plan, resident=10).slot_bytes == 0
+    assert replace(plan, slots=9, resident=9).slot_bytes == 3 * 2 * GIGABYTE * 3 // 8
+    assert "in 2 slots of 1/3 layer, 0.0 GB resident" in plan.text()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     PLAN.check(20 * GIGABYTE)
     with pytest.raises(ConfigError, match=r"The GPU lacks 2.0 GB: a pass of 32,000 .* 8.0 GB"):
