@@ -8,12 +8,12 @@ A model of the sizes of --model, bf16, with random weights, scores sequences of 
 pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
 The offloaded rows may use --gpu-memory, enforced by torch; the resident one all of it. Times are by
 CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
-must have the same bits; with --groups they must be within 1e-4. --generate adds steps of greedy generation for each number of --sequences,
-by transformers' generate, with the bytes that a step copies, and once more with --expert-cache;
-texts are not compared: torch's attention with a cache gives other bits each time, also with the
-resident model. With random weights, how often a step chooses the experts of the one before says
-little of a trained model. --peers adds Accelerate's cpu_offload around
-transformers' own experts.
+must have the same bits; with --groups they must be within 1e-4. --generate adds steps of greedy
+generation for each number of --sequences, by transformers' generate, with the bytes that a step
+copies, and once more with --expert-cache; texts are not compared: torch's attention with a cache
+gives other bits each time, also with the resident model. With random weights, how often a step
+chooses the experts of the one before says little of a trained model. --peers adds Accelerate's
+cpu_offload around transformers' own experts.
 
 Prints a line of JSON for each measurement, then a table.
 """

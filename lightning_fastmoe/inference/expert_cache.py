@@ -7,6 +7,7 @@ uses all layers in turn, so in rows for all of them each would evict what the ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,12 +33,29 @@ class ExpertCache:
 
     def __init__(self, layers: Sequence[Sequence[Tensor]], device: torch.device, size: int) -> None:
         rows = _rows_of(layers, size)
-        self._layers = [_Rows(tensors, n, device) for tensors, n in zip(layers, rows, strict=True)]
+        shapes = [
+            [(tensor.dtype, (n, *tensor.shape[1:])) for tensor in tensors]
+            for tensors, n in zip(layers, rows, strict=True)
+        ]
+        # One piece: an allocation of its own for each tensor would take up to 2 MiB more.
+        self._memory = torch.empty(
+            sum(_aligned(*each) for layer in shapes for each in layer),
+            dtype=torch.uint8,
+            device=device,
+        )
+        self._layers, at = [], 0
+        for layer, n in zip(shapes, rows, strict=True):
+            views = []
+            for dtype, shape in layer:
+                size = math.prod(shape) * dtype.itemsize
+                views.append(self._memory[at : at + size].view(dtype).view(shape))
+                at += _aligned(dtype, shape)
+            self._layers.append(_Rows(views, n))
 
     @property
     def bytes(self) -> int:
-        """GPU memory that it takes."""
-        return sum(row.nbytes for layer in self._layers for row in layer.memory)
+        """GPU memory that it takes: what was asked for, or less, but for alignment."""
+        return self._memory.numel()
 
     def load(
         self, layer: int, version: object, experts: Sequence[int], into: Sequence[Tensor]
@@ -99,12 +117,8 @@ class _Rows:
         version: of the weights that they are copies of.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], rows: int, device: torch.device) -> None:
-        self.memory = [
-            torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device=device)
-            for tensor in tensors
-        ]
-        self.rows = rows
+    def __init__(self, memory: Sequence[Tensor], rows: int) -> None:
+        self.memory, self.rows = memory, rows
         self.of: dict[int, int] = {}
         self.version: object = None
 
@@ -152,6 +166,11 @@ def _rows_of(layers: Sequence[Sequence[Tensor]], size: int) -> list[int]:
             f" least {smallest * len(taking_part)}, one for each layer."
         )
     return rows
+
+
+def _aligned(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor, so that the next one begins at a multiple of 256."""
+    return -(-math.prod(shape) * dtype.itemsize // 256) * 256
 
 
 def _bytes_of_one(tensors: Sequence[Tensor]) -> int:

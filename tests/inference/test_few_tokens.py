@@ -193,7 +193,7 @@ def test_a_step_that_chooses_all_experts() -> None:
 
 def test_an_expert_that_was_evicted_returns() -> None:
     ring, host = ring_of(2, 6, 1, cache=2 * 3 * 12)
-    assert ring.cache_bytes == 2 * 3 * 12
+    assert [layer.rows for layer in ring._cache._layers] == [3, 3]
     one_pass(ring, host, 1, [0])
     assert one_pass(ring, host, 0, [1, 2, 3]) == 3
     one_pass(ring, host, 1, [0])
@@ -240,8 +240,10 @@ def test_the_least_recently_used_go_first() -> None:
 def test_room_is_divided_between_layers() -> None:
     layers = [[torch.zeros(4, 8), torch.zeros(4, 2)], [], [torch.zeros(2, 5)]]
     cache = ExpertCache(layers, CPU, 130)  # 40 and 20 bytes: 1 and 2 (all there are), and one more
-    assert cache.bytes == 2 * 40 + 2 * 20
-    assert ExpertCache(layers, CPU, 10_000).bytes == 4 * 40 + 2 * 20
+    assert [layer.rows for layer in cache._layers] == [2, 0, 2]
+    assert cache.bytes == 3 * 256
+    assert [layer.rows for layer in ExpertCache(layers, CPU, 10_000)._layers] == [4, 0, 2]
+    assert [layer.rows for layer in ExpertCache(layers, CPU, 79)._layers] == [1, 0, 1]
     with pytest.raises(ConfigError, match="no room for one expert, which takes 20: use .* 40"):
         ExpertCache(layers, CPU, 19)
     with pytest.raises(ConfigError, match="no layer copies single experts"):
