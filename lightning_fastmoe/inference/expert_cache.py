@@ -149,8 +149,8 @@ def _rows_of(layers: Sequence[Sequence[Tensor]], size: int) -> list[int]:
     taking_part = [tensors for tensors in layers if tensors]
     if not taking_part:
         raise ConfigError(
-            f"expert_cache={size}: no layer copies single experts, because theirs are modules or"
-            " resident. Leave it out."
+            f"expert_cache={size}: no layer copies single experts, because theirs are modules, or"
+            " all of them are used by any token. Leave it out."
         )
     each = size // len(taking_part)
     rows = [min(len(t[0]), each // _bytes_of_one(t)) if t else 0 for t in layers]

@@ -22,6 +22,7 @@ class OffloadedLayer:
         module: computes with the parameters.
         parameters: on the CPU.
         experts: tell what a call of the module reads, if each parameter is a stack of them.
+        reads_all: whether any call does, as those of soft routing and expert choice do.
     """
 
     def __init__(
@@ -29,7 +30,9 @@ class OffloadedLayer:
         module: nn.Module,
         parameters: Sequence[nn.Parameter],
         experts: Experts | None = None,
+        reads_all: bool = False,
     ) -> None:
+        self._reads_all = reads_all
         self.module, self.parameters, self.experts = module, parameters, experts
         self.host = [parameter.data for parameter in parameters]
         self._placed: Sequence[torch.Tensor] = self.host
@@ -52,7 +55,14 @@ class OffloadedLayer:
             return [Stack(self.host, self.version)]
         ends = self.ends(groups)
         parts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-        return [Stack([t[p] for t in self.host], self.version, p.stop - p.start) for p in parts]
+        return [
+            Stack(
+                [tensor[part] for tensor in self.host],
+                self.version,
+                0 if self._reads_all else part.stop - part.start,
+            )
+            for part in parts
+        ]
 
     def ends(self, groups: int) -> list[int]:
         """Where groups of experts end."""

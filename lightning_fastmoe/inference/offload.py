@@ -21,6 +21,7 @@ from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.experts.grouped import ExpertGroups
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
+from lightning_fastmoe.nn.moe import MoE
 from lightning_fastmoe.planning.offload import parse_bytes
 
 _OFFLOADED: WeakSet[nn.Module] = WeakSet()
@@ -295,7 +296,9 @@ def _layers(model: nn.Module) -> list[OffloadedLayer]:
             if id(parameter) in seen:
                 raise ConfigError(f"The experts of {name} are those of another layer, too.")
             seen.add(id(parameter))
-        layers.append(OffloadedLayer(holder, parameters, _stacks(layer.experts, parameters)))
+        stacked = _stacks(layer.experts, parameters)
+        reads_all = isinstance(layer, MoE) and layer.top_k is None
+        layers.append(OffloadedLayer(holder, parameters, stacked, reads_all))
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
