@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
+from lightning_fastmoe.ops import kernels
 
 _GROUPS = "_fastmoe_groups"
 
@@ -87,10 +88,7 @@ class ExpertGroups:
             row, first = mine.stop, end
         if weights is None or order is None or source is None:
             return y
-        if order.has_all_pairs:
-            return ops.unpermute(y, weights, order.order, order.inverse)
-        by_row = torch.gather(weights.reshape(-1), 0, order.order)
-        return ops.combine_rows(y, by_row, ops.order_pairs(source, tokens))
+        return kernels.sum_rows(y, order.inverse, weights, weights.shape[1])
 
 
 def groups_of(module: nn.Module) -> ExpertGroups | None:
