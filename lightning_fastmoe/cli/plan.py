@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", help="default: what is available here")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--resident-layers", type=int, default=0)
+    parser.add_argument("--groups", type=int, default=1, help="of a layer's experts, one a slot")
+    parser.add_argument("--expert-cache", help="for experts that few tokens have used last")
     parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
 
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from lightning_fastmoe.huggingface.trial import assumed_costs, measured_costs, sizes_of
-    from lightning_fastmoe.inference.offload import check_slots
+    from lightning_fastmoe.inference.offload import check_groups, check_slots
     from lightning_fastmoe.planning.offload import OffloadPlan, parse_bytes
 
     sequences, length = int(shape[1]), int(shape[2])
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = config.get_text_config(decoder=True)  # of a model of images and text, too
     sizes = sizes_of(config)
     check_slots(len(sizes.experts), arguments.slots, arguments.resident_layers)
+    check_groups(arguments.groups, min(number for number, _ in sizes.choices))
     costs = (
         measured_costs(config, sequences, length, arguments.generate > 0)
         if arguments.measure
@@ -65,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         slots=arguments.slots,
         resident=arguments.resident_layers,
         generated=arguments.generate,
+        groups=arguments.groups,
+        expert_cache=parse_bytes(arguments.expert_cache) if arguments.expert_cache else 0,
     )
     sys.stdout.write(plan.text())
     plan.check(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, ShapeError
 from lightning_fastmoe.nn.experts import lora
+from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.lora import FLOATING, LORA_A, LORA_B, SCALE
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 from lightning_fastmoe.ops.activation import GATED
@@ -56,12 +57,26 @@ def compute(
     Returns:
         (N, D); with ``order`` (T, D), each token's weighted sum.
     """
+    rest = (x, tokens_per_expert, weights, order)
+    groups = groups_of(experts)
+    if groups is not None:
+        grouped: Tensor = groups(functools.partial(_compute, experts), *rest)
+        return grouped
     trained = trained_of(experts)
     if trained is not None:
-        out: Tensor = trained(
-            functools.partial(_sparse, experts), x, tokens_per_expert, weights, order
-        )
+        out: Tensor = trained(functools.partial(_sparse, experts), *rest)
         return out
+    return _compute(experts, *rest)
+
+
+def _compute(
+    experts: nn.Module,
+    x: Tensor,
+    tokens_per_expert: Tensor,
+    weights: Tensor | None,
+    order: ops.ExpertOrder | None,
+) -> Tensor:
+    """:func:`compute` with the stacks that the module has now."""
     up, down, up_bias, down_bias = _cast(stacked_weights(experts), x.dtype)
     name = fused_activation(experts)
     adapters = adapters_of(experts, x.dtype)

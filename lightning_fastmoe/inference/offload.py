@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -12,58 +14,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.pinned import PinnedMemory
-from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
+from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.experts.grouped import ExpertGroups
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
+from lightning_fastmoe.nn.moe import MoE
+from lightning_fastmoe.planning.offload import parse_bytes
 
 _OFFLOADED: WeakSet[nn.Module] = WeakSet()
 """The modules whose parameters are offloaded."""
-
-
-class _Layer:
-    """The experts of one layer: parameters in host memory, swapped for a slot's while they compute.
-
-    Args:
-        module: computes with the parameters.
-        parameters: on the CPU.
-    """
-
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self.module, self.parameters = module, parameters
-        self.host = [parameter.data for parameter in parameters]
-        self._placed: Sequence[torch.Tensor] = self.host
-        self._placed_at = self.version()
-
-    @property
-    def bytes(self) -> int:
-        """Of the parameters."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.host)
-
-    def version(self) -> tuple[int, ...]:
-        """Changes when a parameter is changed in place."""
-        return tuple(0 if p.is_inference() else p._version for p in self.parameters)
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The parameters are these tensors, until :meth:`take_back`."""
-        if not all(map(_is, self.parameters, self.host)):
-            raise ConfigError(
-                f"The parameters of {type(self.module).__name__} have been moved, converted or"
-                " replaced since they were offloaded: do that before, or close what"
-                " offload_experts returned, and offload them again."
-            )
-        self._placed, self._placed_at = tensors, self.version()
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
-            parameter.data = tensor
-
-    def take_back(self) -> None:
-        """The parameters are in host memory, also what has changed them in place meanwhile."""
-        placed, self._placed = self._placed, self.host
-        for parameter, tensor, host in zip(self.parameters, placed, self.host, strict=True):
-            if _is(parameter, tensor):  # else it has been given other memory, and keeps it
-                parameter.data = host
-        if placed is not self.host and self.version() != self._placed_at:
-            for tensor, host in zip(placed, self.host, strict=True):
-                host.copy_(tensor)
 
 
 class OffloadedExperts:
@@ -73,37 +35,50 @@ class OffloadedExperts:
         slot_bytes: GPU memory of the slots.
         host_bytes: the experts' bytes in host memory.
         resident_bytes: the experts' bytes that stay on the GPU.
+        cache_bytes: GPU memory in which single experts are kept.
     """
 
     def __init__(
-        self, layers: Sequence[_Layer], resident: Sequence[_Layer], device: torch.device, slots: int
+        self,
+        layers: Sequence[OffloadedLayer],
+        resident: Sequence[OffloadedLayer],
+        device: torch.device,
+        slots: int,
+        expert_cache: int = 0,
+        groups: int = 1,
     ) -> None:
-        self._layers, self._resident = layers, resident
+        self._layers, self._resident, self._groups = layers, resident, groups
         self.host_bytes = sum(layer.bytes for layer in layers)
         self.resident_bytes = sum(layer.bytes for layer in resident)
-        self.slot_bytes = 0
+        self.slot_bytes = self.cache_bytes = 0
         self._pinned: PinnedMemory | None = None
         self._ring: ExpertRing | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle | ExpertGroups] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         try:
-            self._set_up(device, slots)
+            self._set_up(device, slots, expert_cache)
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, device: torch.device, slots: int) -> None:
+    def _set_up(self, device: torch.device, slots: int, expert_cache: int) -> None:
         _OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
         if device.type == "cuda":
             self._pinned = PinnedMemory(t for layer in self._layers for t in layer.host)
         for layer in self._resident:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
-            stacks = [Stack(layer.host, layer.version) for layer in self._layers]
-            self._ring = ExpertRing(stacks, device, slots)
-            self.slot_bytes = self._ring.slot_bytes
+            stacks = [part for layer in self._layers for part in layer.stacks(self._groups)]
+            self._ring = ExpertRing(stacks, device, slots, expert_cache)
+            self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
+            if self._groups > 1:
+                groups = ExpertGroups(
+                    layer.module, layer.ends(self._groups), partial(self._placed, number)
+                )
+                groups.install()
+                self._hooks.append(groups)
 
     @property
     def statistics(self) -> RingStatistics:
@@ -140,13 +115,37 @@ class OffloadedExperts:
         assert self._ring is not None
         number = self._running[1]
         self._running = None
-        self._layers[number].take_back()
+        layer = self._layers[number // self._groups]
+        is_kept = layer.take_back()
         self._ring.release(number)
+        if not is_kept:
+            raise ConfigError(
+                f"A pass of few tokens has changed the parameters of {type(layer.module).__name__}"
+                " in place, while only the experts that they chose were on the device: change them"
+                " between passes."
+            )
 
-    def _hook(self, number: int, layer: _Layer) -> list[RemovableHandle]:
-        ring = self._ring
-        assert ring is not None
+    def _place(self, number: int, call: RoutedCall | None) -> None:
+        """The parameters of a layer are those of a stack on the device, until :meth:`_finish`."""
+        assert self._ring is not None
+        self._forget_interrupted()
+        self._running = (threading.get_ident(), number)
+        tensors = self._ring.acquire(number, call)
+        holds_all = self._groups == 1 and self._ring.holds_all(number)
+        self._layers[number // self._groups].put(tensors, holds_all)
 
+    @contextmanager
+    def _placed(self, layer: int, group: int, call: RoutedCall) -> Generator[None, None, None]:
+        """The parameters of a layer are those of a group of its experts."""
+        number = layer * self._groups + group
+        self._place(number, call)
+        try:
+            yield
+        finally:
+            if self._running == (threading.get_ident(), number):
+                self._finish()
+
+    def _hook(self, number: int, layer: OffloadedLayer) -> list[RemovableHandle]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(module: nn.Module, args: Any) -> None:
             if module is not layer.module:
@@ -156,17 +155,23 @@ class OffloadedExperts:
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
                     " trained: run it under torch.no_grad() or torch.inference_mode()."
                 )
-            self._forget_interrupted()
-            self._running = (threading.get_ident(), number)
-            layer.put(ring.acquire(number))
+            if self._groups == 1:
+                self._place(number, layer.call(args))
+            elif layer.experts is None or layer.experts.routed_call(args) is None:
+                raise ConfigError(
+                    f"{type(module).__name__} is not computed in groups of experts: use"
+                    ' experts_implementation="fastmoe", train no single experts, and do not replace'
+                    " its forward; or drop groups."
+                )
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if module is layer.module and self._running == (threading.get_ident(), number):
                 self._finish()
 
+        layer.hook = layer.module.register_forward_pre_hook(before)
         return [
-            layer.module.register_forward_pre_hook(before),
+            layer.hook,
             layer.module.register_forward_hook(after, always_call=True),
         ]
 
@@ -174,7 +179,13 @@ class OffloadedExperts:
 @torch.inference_mode(False)
 @torch.no_grad()
 def offload_experts(
-    model: nn.Module, device: torch.device | str, *, slots: int = 2, resident_layers: int = 0
+    model: nn.Module,
+    device: torch.device | str,
+    *,
+    slots: int = 2,
+    resident_layers: int = 0,
+    expert_cache: str | int | None = None,
+    groups: int = 1,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -184,12 +195,21 @@ def offload_experts(
     forward passes the parameters are those in host memory, so ``state_dict`` and
     ``load_state_dict`` work as usual; only changes made through ``parameter.data`` go unnoticed.
 
+    If a pass has so few tokens that they choose few of a layer's experts, as in generation, only
+    those are copied, once the router has chosen them. Inside of such a pass the parameters of the
+    others hold anything, which nothing computes with.
+
     Args:
         model: on the CPU, with layers of this package or stacked experts of transformers with
             ``experts_implementation="fastmoe"``.
         device: computes.
         slots: GPU memory for the experts of so many layers.
         resident_layers: so many layers, the last ones, keep their experts on the device.
+        expert_cache: bytes of GPU memory, such as ``"4GB"``, for experts that passes of few tokens
+            have used last; divided between the layers. None keeps none but what is in the slots.
+        groups: divides each layer's experts, where those of a whole one are too large for a slot. A
+            slot then holds one group, which is copied while another computes. The results may
+            differ from those of whole layers by the rounding of sums.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
@@ -204,7 +224,12 @@ def offload_experts(
     layers = _layers(model)
     check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
+    cache = 0 if expert_cache is None else parse_bytes(expert_cache)
+    if cache and not cut:
+        raise ConfigError(f"expert_cache={cache}: every layer is resident. Leave one of both out.")
+    if groups != 1:
+        _check_stacked(groups, layers[:cut])
+    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, cache, groups)
     try:
         _move_rest(model, device, layers)
     except BaseException:
@@ -226,8 +251,30 @@ def check_slots(layers: int, slots: int, resident_layers: int) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[_Layer]:
-    layers: list[_Layer] = []
+def check_groups(groups: int, num_experts: int) -> None:
+    """Checks the number of groups against a layer's number of experts.
+
+    Raises:
+        ConfigError: if it is out of range.
+    """
+    if not 1 <= groups <= num_experts:
+        raise ConfigError(
+            f"groups={groups} must be between 1 and the {num_experts} experts of a layer."
+        )
+
+
+def _check_stacked(groups: int, layers: Sequence[OffloadedLayer]) -> None:
+    for layer in layers:
+        if layer.experts is None:
+            raise ConfigError(
+                f"groups={groups} divides stacks of experts, but those of"
+                f" {type(layer.module).__name__} are modules. Leave it out."
+            )
+        check_groups(groups, layer.experts.num_experts)
+
+
+def _layers(model: nn.Module) -> list[OffloadedLayer]:
+    layers: list[OffloadedLayer] = []
     seen: set[int] = set()
     for name, layer in expert_layers(model):
         if layer.is_sharded:
@@ -249,7 +296,9 @@ def _layers(model: nn.Module) -> list[_Layer]:
             if id(parameter) in seen:
                 raise ConfigError(f"The experts of {name} are those of another layer, too.")
             seen.add(id(parameter))
-        layers.append(_Layer(holder, parameters))
+        stacked = _stacks(layer.experts, parameters)
+        reads_all = isinstance(layer, MoE) and layer.top_k is None
+        layers.append(OffloadedLayer(holder, parameters, stacked, reads_all))
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
@@ -258,17 +307,16 @@ def _layers(model: nn.Module) -> list[_Layer]:
     return layers
 
 
-def _is(parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
-    """Whether a parameter is in the memory of a tensor."""
-    return (
-        parameter.data_ptr() == tensor.data_ptr()
-        and parameter.device == tensor.device
-        and parameter.dtype == tensor.dtype
-        and parameter.shape == tensor.shape
-    )
+def _stacks(experts: Experts, parameters: Sequence[nn.Parameter]) -> Experts | None:
+    """The experts, if each of the parameters is one of their stacks."""
+    stacks = {id(getattr(experts.holder, name, None)) for name in experts.stack_names}
+    if {id(parameter) for parameter in parameters} != stacks:
+        return None
+    whole = all(parameter.shape[:1] == (experts.num_experts,) for parameter in parameters)
+    return experts if whole else None
 
 
-def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[_Layer]) -> None:
+def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[OffloadedLayer]) -> None:
     """Moves the model by its own ``to``, which metrics and Lightning's modules extend."""
     parts = [part for layer in layers for part in layer.module.modules()]
     kept = [part._parameters for part in parts]

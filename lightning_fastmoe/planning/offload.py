@@ -1,7 +1,9 @@
 """Predicts how long a pass takes whose experts are copied from host memory, and what limits it.
 
 Copies run beside computation, from one pass into the next. So a pass takes the longer of the two:
-copying all experts that don't stay on the GPU, or computing all layers and what surrounds them.
+copying all experts that don't stay on the GPU, or computing all layers and what surrounds them. A
+step of generation for few sequences copies the experts that its tokens are expected to choose, once
+their router has run: then it computes after it copies.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.planning.few_tokens import are_few, expected_experts
 
 GIGABYTE = 10**9
 _MORE = 8 * GIGABYTE
@@ -27,18 +30,28 @@ class OffloadSizes:
         experts: of each layer with experts.
         rest: of everything else.
         cache_per_token: of keys and values, over all layers.
+        choices: experts of each layer and how many of them a token has, E and K; empty, and K is 0,
+            where single experts are not copied.
     """
 
     experts: tuple[int, ...]
     rest: int
     cache_per_token: int = 0
+    choices: tuple[tuple[int, int], ...] = ()
 
-    def weights_on_gpu(self, slots: int, resident: int) -> int:
+    def weights_on_gpu(self, slots: int, resident: int, groups: int = 1) -> int:
         """Bytes of everything else, of resident experts and of slots."""
+        resident_bytes = sum(self.experts[len(self.experts) - resident :])
+        return self.rest + resident_bytes + self.slot_bytes(slots, resident, groups)
+
+    def slot_bytes(self, slots: int, resident: int, groups: int = 1) -> int:
+        """Bytes of slots, each for a group of a layer's experts: all of them, or fewer."""
         cut = len(self.experts) - resident
-        moving = self.experts[:cut]
-        ring = min(slots, cut) * max(moving, default=0)
-        return self.rest + sum(self.experts[cut:]) + ring
+        largest = 0
+        for layer, size in enumerate(self.experts[:cut]):
+            number = self.choices[layer][0] if self.choices else groups
+            largest = max(largest, size * -(-number // groups) // number)
+        return min(slots, cut * groups) * largest
 
     @classmethod
     def of(cls, model: nn.Module, cache_per_token: int = 0) -> OffloadSizes:
@@ -47,14 +60,19 @@ class OffloadSizes:
         Raises:
             ConfigError: if it has no layers with experts.
         """
+        layers = [layer for _, layer in expert_layers(model)]
         experts = tuple(
             sum(p.numel() * p.element_size() for p in layer.experts.holder.parameters())
-            for _, layer in expert_layers(model)
+            for layer in layers
+        )
+        choices = tuple(
+            (layer.num_experts, (layer.top_k or 0) if layer.experts.is_stacked else 0)
+            for layer in layers
         )
         if not experts:
             raise ConfigError(f"{type(model).__name__} has no experts that could be offloaded.")
         every = sum(p.numel() * p.element_size() for p in model.parameters())
-        return cls(experts, every - sum(experts), cache_per_token)
+        return cls(experts, every - sum(experts), cache_per_token, choices)
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ class OffloadPlan:
         slots: layers whose experts have room on the GPU at a time.
         resident: layers whose experts stay there.
         generated: tokens that are generated for each sequence after the pass.
+        expert_cache: bytes for experts that were used last.
+        groups: of a layer's experts, of which a slot holds one.
     """
 
     sizes: OffloadSizes
@@ -101,6 +121,8 @@ class OffloadPlan:
     slots: int = 2
     resident: int = 0
     generated: int = 0
+    expert_cache: int = 0
+    groups: int = 1
 
     @property
     def copied(self) -> int:
@@ -110,8 +132,7 @@ class OffloadPlan:
     @property
     def slot_bytes(self) -> int:
         """GPU memory of all slots."""
-        moving = self.sizes.experts[: self._cut]
-        return min(self.slots, len(moving)) * max(moving, default=0)
+        return self.sizes.slot_bytes(self.slots, self.resident, self.groups)
 
     @property
     def resident_bytes(self) -> int:
@@ -128,8 +149,8 @@ class OffloadPlan:
     @property
     def on_gpu(self) -> int:
         """GPU memory of everything."""
-        weights = self.sizes.weights_on_gpu(self.slots, self.resident)
-        return weights + self.cache_bytes + self.costs.activations
+        weights = self.sizes.weights_on_gpu(self.slots, self.resident, self.groups)
+        return weights + self.expert_cache + self.cache_bytes + self.costs.activations
 
     @property
     def copying(self) -> float:
@@ -159,7 +180,34 @@ class OffloadPlan:
     @property
     def generating(self) -> float:
         """Seconds of all steps of generation."""
-        return self.generated * max(self.copying, self.costs.step)
+        copying, computing = self.copied_by_step / self.costs.link, self.costs.step
+        after = any(self._chosen(layer) for layer in range(self._cut))
+        return self.generated * (copying + computing if after else max(copying, computing))
+
+    @property
+    def copied_by_step(self) -> float:
+        """Bytes that a step of generation copies.
+
+        With a cache, those that even choices don't find there; real ones repeat more often.
+        """
+        total = 0.0
+        cached = min(1.0, self.expert_cache / self.copied) if self.copied else 0.0
+        for layer in range(self._cut):
+            chosen = self._chosen(layer)
+            size = self.sizes.experts[layer]
+            total += size if chosen is None else size * chosen[0] / chosen[1] * (1 - cached)
+        return total
+
+    def _chosen(self, layer: int) -> tuple[float, int] | None:
+        """The experts that a step is expected to choose of a layer, of E; None if all are copied.
+
+        Args:
+            layer: its number.
+        """
+        experts, top_k = self.sizes.choices[layer] if self.sizes.choices else (0, 0)
+        if not top_k or not are_few(experts, top_k, self.sequences):
+            return None
+        return expected_experts(experts, top_k, self.sequences), experts
 
     def with_more_memory(self) -> OffloadPlan:
         """With as many more resident layers as fit into 8 GB."""
@@ -185,7 +233,7 @@ class OffloadPlan:
             raise ConfigError(
                 f"The GPU lacks {_gb(missing)}: a pass of {self.tokens:,} tokens needs"
                 f" {_gb(self.on_gpu)}, and there are {_gb(self.gpu_memory)}. Use fewer tokens per"
-                " pass, slots or resident layers."
+                " pass, slots or resident layers, or more groups of experts."
             )
         held = sum(self.sizes.experts)
         if held > host_memory:
@@ -203,9 +251,12 @@ class OffloadPlan:
             f" {_gb(sizes.rest)} of everything else",
             f"host   {_gb(sum(sizes.experts)):>9}  experts",
             f"GPU    {_gb(self.on_gpu):>9}  of {_gb(self.gpu_memory)}: {_gb(sizes.rest)} model,"
-            f" {_gb(self.slot_bytes)} in {self.slots} slots, {_gb(self.resident_bytes)} resident,"
+            f" {_gb(self.slot_bytes)} in {self.slots} slots"
+            + (f" of 1/{self.groups} layer" if self.groups > 1 else "")
+            + f", {_gb(self.resident_bytes)} resident,"
             f" {_gb(costs.activations)} activations"
-            + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else ""),
+            + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else "")
+            + (f", {_gb(self.expert_cache)} cached experts" if self.expert_cache else ""),
             f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens,"
             f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
             f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
@@ -217,6 +268,16 @@ class OffloadPlan:
             lines.append(
                 f"then   {self.generating:8.2f} s  {self.generated} tokens for each of"
                 f" {self.sequences:,} sequences, {total / self.generating:,.0f} tokens/s"
+            )
+            chosen = next(filter(None, map(self._chosen, range(self._cut))), None)
+            lines.append(
+                f"       a step copies {_gb(self.copied_by_step)}: "
+                + (
+                    "all experts"
+                    if chosen is None
+                    else f"a layer's tokens choose about {chosen[0]:.0f} of {chosen[1]} experts"
+                    " if they choose evenly" + (", less those cached" if self.expert_cache else "")
+                )
             )
         more = self.with_more_memory()
         lines.append(

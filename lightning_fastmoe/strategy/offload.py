@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
-from lightning_fastmoe.inference.offload import check_slots
+from lightning_fastmoe.inference.offload import check_groups, check_slots
 from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
 
@@ -38,6 +38,10 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: GPU memory for the experts of so many layers, through which all pass.
         resident_layers: so many layers, the last ones, keep their experts on the GPU.
         device: the device; None is the first of the Trainer's ``devices``.
+        expert_cache: bytes of GPU memory, such as ``"4GB"``, for single experts that passes of few
+            tokens have used last, as steps of generation are; None keeps none.
+        groups: divides each layer's experts, of which a slot then holds one group, where a whole
+            layer is too large. Results may then differ by the rounding of sums.
     """
 
     strategy_name = "fastmoe_offload"
@@ -48,6 +52,8 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: int = 2,
         resident_layers: int = 0,
         device: str | torch.device | None = None,
+        expert_cache: str | int | None = None,
+        groups: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(device="cpu", **kwargs)
@@ -55,6 +61,8 @@ class OffloadStrategy(SingleDeviceStrategy):
         self._devices = [torch.device("cpu")]
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
+        self.groups = groups
+        self.expert_cache = None if expert_cache is None else parse_bytes(expert_cache)
         self.offloaded: OffloadedExperts | None = None
 
     @property
@@ -106,7 +114,12 @@ class OffloadStrategy(SingleDeviceStrategy):
         if device.type == "cuda":
             self._limit_memory(self.model, device)
         self.offloaded = offload_experts(
-            self.model, device, slots=self.slots, resident_layers=self.resident_layers
+            self.model,
+            device,
+            slots=self.slots,
+            resident_layers=self.resident_layers,
+            expert_cache=self.expert_cache,
+            groups=self.groups,
         )
         rank_zero_info(
             f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"
@@ -133,13 +146,15 @@ class OffloadStrategy(SingleDeviceStrategy):
         limit = total if self.gpu_memory is None else min(total, self.gpu_memory)
         sizes = OffloadSizes.of(model)
         check_slots(len(sizes.experts), self.slots, self.resident_layers)
-        needed = sizes.weights_on_gpu(self.slots, self.resident_layers)
+        check_groups(self.groups, min(number for number, _ in sizes.choices))
+        needed = sizes.weights_on_gpu(self.slots, self.resident_layers, self.groups)
+        needed += self.expert_cache or 0
         if needed > limit:
             raise ConfigError(
                 f"The model needs {needed / 1e9:.1f} GB of GPU memory before any activation"
                 f" (slots={self.slots}, resident_layers={self.resident_layers}), and there are"
                 f" {limit / 1e9:.1f} GB: {(needed - limit) / 1e9:.1f} GB are missing. Use fewer"
-                " slots or resident layers."
+                " slots or resident layers, a smaller expert_cache, or more groups."
             )
         if self.gpu_memory is not None:
             torch.cuda.set_per_process_memory_fraction(limit / total, device)

@@ -42,7 +42,14 @@ def test_a_plan(config: str, capsys) -> None:
     assert "assumed; --measure measures them" in out
     assert "8 GB more: 6 resident layers" in out
     assert main([*command, "--generate", "64", "--gpu-memory", "40GB"]) == 0
-    assert "64 tokens for each of 256 sequences" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "64 tokens for each of 256 sequences" in out
+    assert "a step copies 58.0 GB: all experts" in out
+    command[4] = "4x512"
+    assert main([*command, "--generate", "64", "--expert-cache", "6GB"]) == 0
+    out = capsys.readouterr().out
+    assert "6.0 GB cached experts" in out
+    assert "about 29 of 128 experts if they choose evenly, less those cached" in out
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,7 @@ def test_a_plan(config: str, capsys) -> None:
         (["--tokens", "8x512", "--gpu-memory", "4GB"], "The GPU lacks"),
         (["--tokens", "8x512", "--host-memory", "50GB"], "The host lacks 8.0 GB"),
         (["--tokens", "8x512", "--gpu-memory", "many"], "'many' is not a number of bytes"),
+        (["--tokens", "8x512", "--groups", "129"], "groups=129 must be between 1 and the 128"),
         (["--tokens", "8x512", "--slots", "0"], "slots=0 must be at least 1"),
         (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and the model's 48 layers"),
     ],

@@ -6,27 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from inference.offload_models import D_MODEL, KINDS, Blocks, Scorer, loader, trainer
+from inference.offload_models import D_MODEL, KINDS, Blocks, Scorer, disturbed, loader, trainer
 from torch import nn
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
 from lightning_fastmoe.inference.pinned import PinnedMemory
-
-
-def disturbed(offloaded: Any, cycles: int) -> None:
-    """Slots are poisoned when they are released, and each copy begins late."""
-    ring = offloaded._ring
-    copying = ring._copy
-
-    def late(layer: int, slot: Any) -> None:
-        slot.memory.fill_(0xFF)
-        with torch.cuda.stream(ring._stream):
-            torch.cuda._sleep(cycles)
-        copying(layer, slot)
-
-    ring._copy = late
 
 
 def on_gpu(kind: str) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:

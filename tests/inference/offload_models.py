@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -38,22 +40,70 @@ class Blocks(nn.Module):
         options: of the layers.
         order: the layers' numbers.
         count: layers.
+        d_model: their width.
     """
 
     def __init__(
-        self, options: dict[str, Any], order: tuple[int, ...] = (0, 1, 2, 3), count: int = 4
+        self,
+        options: dict[str, Any],
+        order: tuple[int, ...] = (0, 1, 2, 3),
+        count: int = 4,
+        d_model: int = D_MODEL,
     ) -> None:
         super().__init__()
         torch.manual_seed(3)
-        sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, **options}
-        self.layers = nn.ModuleList([MoE(D_MODEL, 8, **sizes) for _ in range(count)])
-        self.norm = nn.LayerNorm(D_MODEL)
+        sizes: dict[str, Any] = {"d_ffn": 8, "num_experts": 4, "top_k": 2, **options}
+        self.layers = nn.ModuleList([MoE(d_model, **sizes) for _ in range(count)])
+        self.norm = nn.LayerNorm(d_model)
         self.order = order
 
     def forward(self, x: Tensor) -> Tensor:
         for number in self.order:
             x = x + self.layers[number](self.norm(x))
         return x
+
+
+def poisoned(ring: Any) -> None:
+    """Fills each slot with NaN before others' experts are copied there, and the cache now."""
+    filling, copying = ring._fill, ring._copy
+
+    def poison(*memory: Tensor) -> None:
+        """On the stream of copies, whose earlier ones may still be reading it."""
+        if ring._stream is not None:
+            ring._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(ring._stream):
+            for part in memory:
+                part.view(torch.uint8).fill_(0xFF)
+
+    def fill(layer: int, slot: Any, some: bool) -> None:
+        poison(slot.memory)
+        filling(layer, slot, some)
+
+    def copy_over(layer: int, slot: Any) -> None:
+        poison(slot.memory)
+        copying(layer, slot)
+
+    ring._fill, ring._copy = fill, copy_over
+    for slot in ring._slots:
+        copy_over(slot.layer, slot)
+    for rows in [] if ring._cache is None else ring._cache._layers:
+        poison(*rows.memory)
+
+
+def disturbed(offloaded: Any, cycles: int) -> None:
+    """As :func:`poisoned`, on a GPU, where each copy begins late, too."""
+    ring = offloaded._ring
+    poisoned(ring)
+    copying = ring._copying
+
+    @contextmanager
+    def late(slot: Any) -> Generator[None, None, None]:
+        with torch.cuda.stream(ring._stream):
+            torch.cuda._sleep(cycles)
+        with copying(slot):
+            yield
+
+    ring._copying = late
 
 
 class Scorer(pl.LightningModule):

@@ -40,6 +40,34 @@ def test_by_name() -> None:
     assert torch.equal(own.predict(Scorer({}), loader())[0], whole)
 
 
+def test_a_cache_of_single_experts() -> None:
+    module = Scorer({"num_experts": 8})
+    batches = torch.utils.data.DataLoader(torch.randn(3, 16), batch_size=1)  # type: ignore[arg-type, var-annotated]
+    whole = trainer("auto").predict(module, batches)
+    strategy = OffloadStrategy(slots=1, expert_cache="20KB")
+    own = trainer(strategy)
+    seen: list[Any] = []
+
+    def look() -> None:  # before it is closed
+        assert strategy.offloaded is not None
+        seen.extend([strategy.offloaded.cache_bytes, strategy.offloaded.statistics])
+
+    module.on_predict_end = look  # type: ignore[method-assign]
+    for a, b in zip(own.predict(module, batches), whole, strict=True):
+        assert torch.equal(a, b)
+    assert 15_000 < seen[0] <= 20_000
+    assert seen[1].expert_misses > 0
+
+
+def test_groups_of_experts() -> None:
+    module = Scorer({"num_experts": 8})
+    whole = trainer("auto").predict(module, loader())
+    own = trainer(OffloadStrategy(groups=4))
+    for a, b in zip(own.predict(module, loader()), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert own.strategy.offloaded is None
+
+
 def test_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"OffloadStrategy can't train"):
         trainer(OffloadStrategy(), max_steps=1).fit(Scorer({}), loader())

@@ -53,6 +53,34 @@ def test_generation() -> None:
     assert PLAN.cache_bytes == 0
 
 
+def test_steps_of_few_sequences() -> None:
+    """4 tokens that choose 8 of 128 evenly leave each expert alone with (15/16)^4."""
+    few = replace(SIZES, choices=((128, 8),) * 10)
+    plan = replace(PLAN, sizes=few, sequences=4, generated=10)
+    share = 1 - (15 / 16) ** 4
+    assert plan.copied_by_step == pytest.approx(20 * GIGABYTE * share)
+    assert plan.generating == pytest.approx(10 * (20 / 50 * share + 0.02))
+    assert "a layer's tokens choose about 29 of 128 experts if they choose evenly" in plan.text()
+    cached = replace(plan, expert_cache=5 * GIGABYTE)
+    assert cached.copied_by_step == pytest.approx(20 * GIGABYTE * share * 0.75)
+    assert cached.on_gpu == plan.on_gpu + 5 * GIGABYTE
+    many = replace(plan, sequences=64, expert_cache=5 * GIGABYTE)
+    assert many.copied_by_step == 20 * GIGABYTE
+    assert many.generating == pytest.approx(10 * 0.4)
+    assert "a step copies 20.0 GB: all experts" in many.text()
+    assert replace(plan, resident=10).copied_by_step == 0
+
+
+def test_groups_of_experts() -> None:
+    """The largest of 3 groups of 8 experts has 3 of them."""
+    sizes = replace(SIZES, choices=((8, 2),) * 10)
+    plan = replace(PLAN, sizes=sizes, groups=3)
+    assert plan.slot_bytes == 2 * 2 * GIGABYTE * 3 // 8
+    assert replace(plan, resident=10).slot_bytes == 0
+    assert replace(plan, slots=9, resident=9).slot_bytes == 3 * 2 * GIGABYTE * 3 // 8
+    assert "in 2 slots of 1/3 layer, 0.0 GB resident" in plan.text()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     PLAN.check(20 * GIGABYTE)
     with pytest.raises(ConfigError, match=r"The GPU lacks 2.0 GB: a pass of 32,000 .* 8.0 GB"):
@@ -65,6 +93,9 @@ def test_sizes_of_a_model() -> None:
     model = nn.ModuleList([nn.Linear(3, 5), MoE(8, 4, 6), MoE(8, 4, 2, shared_expert=4)])
     sizes = OffloadSizes.of(model)
     assert sizes.experts == (6 * 3 * 4 * 8 * 4, 2 * 3 * 4 * 8 * 4)
+    assert sizes.choices == ((6, 2), (2, 2))
+    modules = MoE(8, num_experts=2, expert=lambda d: nn.Linear(d, d))
+    assert OffloadSizes.of(modules).choices == ((2, 0),)
     assert sizes.rest == 4 * (3 * 5 + 5 + 6 * 8 + 2 * 8 + 3 * 4 * 8)
     with pytest.raises(ConfigError, match="Linear has no experts"):
         OffloadSizes.of(nn.Linear(2, 2))
