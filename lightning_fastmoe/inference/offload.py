@@ -12,9 +12,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.compressed_layers import CompressedLayers
+from lightning_fastmoe.inference.compression import CompressedExperts
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
-from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
+from lightning_fastmoe.ops.group_quantization import bits_of
 
 _OFFLOADED: WeakSet[nn.Module] = WeakSet()
 """The modules whose parameters are offloaded."""
@@ -26,18 +29,37 @@ class _Layer:
     Args:
         module: computes with the parameters.
         parameters: on the CPU.
+        name: the layer's, for errors.
+        layer: as the model sees it; needed to compress.
+
+    Attributes:
+        host: the parameters' tensors on the CPU.
+        compressed: what holds those that are placeholders in ``host``.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        name: str = "",
+        layer: ExpertLayer | None = None,
+    ) -> None:
         self.module, self.parameters = module, parameters
         self.host = [parameter.data for parameter in parameters]
+        self.name, self.layer = name, layer
+        self.compressed: CompressedExperts | None = None
         self._placed: Sequence[torch.Tensor] = self.host
         self._placed_at = self.version()
 
     @property
+    def stored(self) -> list[torch.Tensor]:
+        """What is in host memory."""
+        return self.host if self.compressed is None else self.compressed.parts
+
+    @property
     def bytes(self) -> int:
-        """Of the parameters."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.host)
+        """Of what is in host memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
 
     def version(self) -> tuple[int, ...]:
         """Changes when a parameter is changed in place."""
@@ -51,6 +73,8 @@ class _Layer:
                 " replaced since they were offloaded: do that before, or close what"
                 " offload_experts returned, and offload them again."
             )
+        if self.compressed is not None:
+            self.compressed.check_unchanged()
         self._placed, self._placed_at = tensors, self.version()
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             parameter.data = tensor
@@ -62,6 +86,8 @@ class _Layer:
             if _is(parameter, tensor):  # else it has been given other memory, and keeps it
                 parameter.data = host
         if placed is not self.host and self.version() != self._placed_at:
+            if self.compressed is not None:
+                self.compressed.refuse("changed in place")
             for tensor, host in zip(placed, self.host, strict=True):
                 host.copy_(tensor)
 
@@ -70,16 +96,21 @@ class OffloadedExperts:
     """What :func:`offload_experts` has set up; closing it undoes that.
 
     Attributes:
-        slot_bytes: GPU memory of the slots.
-        host_bytes: the experts' bytes in host memory.
+        slot_bytes: GPU memory of the slots, and of the workspace that compressed experts need.
+        host_bytes: the experts' bytes in host memory, without those that are resident.
         resident_bytes: the experts' bytes that stay on the GPU.
     """
 
     def __init__(
-        self, layers: Sequence[_Layer], resident: Sequence[_Layer], device: torch.device, slots: int
+        self,
+        layers: Sequence[_Layer],
+        resident: Sequence[_Layer],
+        device: torch.device,
+        slots: int,
+        compression: str | None = None,
     ) -> None:
         self._layers, self._resident = layers, resident
-        self.host_bytes = sum(layer.bytes for layer in layers)
+        self._compressed: CompressedLayers | None = None
         self.resident_bytes = sum(layer.bytes for layer in resident)
         self.slot_bytes = 0
         self._pinned: PinnedMemory | None = None
@@ -87,6 +118,9 @@ class OffloadedExperts:
         self._hooks: list[RemovableHandle] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         try:
+            if compression is not None and layers:
+                self._compressed = CompressedLayers(layers, compression)
+                self._compressed.compress(device)
             self._set_up(device, slots)
         except BaseException:
             self.close()
@@ -94,14 +128,17 @@ class OffloadedExperts:
 
     def _set_up(self, device: torch.device, slots: int) -> None:
         _OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
+        self.host_bytes = sum(layer.bytes for layer in self._layers)
         if device.type == "cuda":
-            self._pinned = PinnedMemory(t for layer in self._layers for t in layer.host)
+            self._pinned = PinnedMemory(t for layer in self._layers for t in layer.stored)
         for layer in self._resident:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
-            stacks = [Stack(layer.host, layer.version) for layer in self._layers]
+            stacks = [Stack(layer.stored, layer.version) for layer in self._layers]
             self._ring = ExpertRing(stacks, device, slots)
             self.slot_bytes = self._ring.slot_bytes
+            if self._compressed is not None:
+                self.slot_bytes += self._compressed.workspace_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
 
@@ -111,7 +148,11 @@ class OffloadedExperts:
         return RingStatistics() if self._ring is None else self._ring.statistics
 
     def close(self) -> None:
-        """The experts are ordinary parameters on the CPU again, and no host memory is pinned."""
+        """The experts are ordinary parameters on the CPU again, and no host memory is pinned.
+
+        Experts that were compressed take their memory of before, with the rounded weights; a
+        warning says so.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -126,6 +167,9 @@ class OffloadedExperts:
             if self._pinned is not None:
                 self._pinned.close()
                 self._pinned = None
+            if self._compressed is not None:
+                self._compressed.close()
+                self._compressed = None
 
     def _forget_interrupted(self) -> None:
         """Ctrl-C ends a forward pass without its hooks; the next one tidies up."""
@@ -140,6 +184,8 @@ class OffloadedExperts:
         assert self._ring is not None
         number = self._running[1]
         self._running = None
+        if self._compressed is not None:
+            self._compressed.release()
         self._layers[number].take_back()
         self._ring.release(number)
 
@@ -149,8 +195,10 @@ class OffloadedExperts:
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(module: nn.Module, args: Any) -> None:
-            if module is not layer.module:
-                return  # a copy of the model, which has parameters of its own
+            if module is not layer.module:  # a copy of the model, which has its own parameters
+                if layer.compressed is not None:
+                    layer.compressed.refuse("copied")
+                return
             if torch.is_grad_enabled():
                 raise ConfigError(
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
@@ -158,7 +206,11 @@ class OffloadedExperts:
                 )
             self._forget_interrupted()
             self._running = (threading.get_ident(), number)
-            layer.put(ring.acquire(number))
+            tensors = ring.acquire(number)
+            if self._compressed is not None:
+                tensors = self._compressed.decompress(number, tensors)
+                ring.release(number)  # the next copy begins while this layer computes
+            layer.put(tensors)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -174,7 +226,12 @@ class OffloadedExperts:
 @torch.inference_mode(False)
 @torch.no_grad()
 def offload_experts(
-    model: nn.Module, device: torch.device | str, *, slots: int = 2, resident_layers: int = 0
+    model: nn.Module,
+    device: torch.device | str,
+    *,
+    slots: int = 2,
+    resident_layers: int = 0,
+    compression: str | None = None,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -184,27 +241,39 @@ def offload_experts(
     forward passes the parameters are those in host memory, so ``state_dict`` and
     ``load_state_dict`` work as usual; only changes made through ``parameter.data`` go unnoticed.
 
+    With ``compression`` they are rounded to integers with a scale for each 64 values
+    (:mod:`~lightning_fastmoe.ops.group_quantization`), once, and decompressed on the device. That
+    halves or quarters copies and host memory, and results are those of the rounded weights;
+    :func:`~lightning_fastmoe.inference.compression_error.compression_error` measures by how much
+    they differ. The original weights are freed: while compressed, experts can't be saved, loaded
+    or copied, which is refused, and closing leaves the rounded ones. Resident layers, biases and
+    adapters are not compressed.
+
     Args:
         model: on the CPU, with layers of this package or stacked experts of transformers with
             ``experts_implementation="fastmoe"``.
         device: computes.
         slots: GPU memory for the experts of so many layers.
         resident_layers: so many layers, the last ones, keep their experts on the device.
+        compression: ``"int8"`` or ``"int4"``; None keeps all bits.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
 
     Raises:
         ConfigError: if an argument is out of range, the model has no such experts, or they are
-            somewhere else than on the CPU, sharded, used by several layers, or offloaded already.
+            somewhere else than on the CPU, sharded, used by several layers, offloaded already, or
+            to be compressed and not finite.
     """
+    if compression is not None:
+        bits_of(compression)
     device = torch.device(device)
     if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
     layers = _layers(model)
     check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
+    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, compression)
     try:
         _move_rest(model, device, layers)
     except BaseException:
@@ -249,7 +318,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
             if id(parameter) in seen:
                 raise ConfigError(f"The experts of {name} are those of another layer, too.")
             seen.add(id(parameter))
-        layers.append(_Layer(holder, parameters))
+        layers.append(_Layer(holder, parameters, name, layer))
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
