@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", help="default: what is available here")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--resident-layers", type=int, default=0)
+    parser.add_argument("--compression", help="of experts: int8 or int4 (default: none)")
     parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
 
@@ -49,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{arguments.config} has no config.json: {error}") from error
     config = config.get_text_config(decoder=True)  # of a model of images and text, too
-    sizes = sizes_of(config)
+    sizes = sizes_of(config, arguments.compression)
     check_slots(len(sizes.experts), arguments.slots, arguments.resident_layers)
     costs = (
-        measured_costs(config, sequences, length, arguments.generate > 0)
+        measured_costs(config, sequences, length, arguments.generate > 0, arguments.compression)
         if arguments.measure
         else assumed_costs(config, sequences * length, sequences)
     )

@@ -20,6 +20,7 @@ from lightning_fastmoe.inference.compression import (
     CompressedExperts,
     check_finite,
     compressed_parameters,
+    compression_scratch,
 )
 from lightning_fastmoe.inference.ring import Stack
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
@@ -86,7 +87,7 @@ class CompressedLayers:
             # Known to the layer first, so that closing restores what an error has interrupted.
             one.compressed = CompressedExperts(one.name, one.module, one.parameters, one.host, bits)
             one.compressed.compress(chosen, device if device.type == "cuda" else CPU)
-            scratch = max(scratch, one.compressed.scratch)
+            scratch = max(scratch, compression_scratch(one.layer, bits))
         size = max(Stack(one.host).slot_bytes for one in self._layers)
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(scratch, dtype=torch.int8, device=device)

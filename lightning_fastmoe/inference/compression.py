@@ -17,7 +17,6 @@ from lightning_fastmoe.ops.group_quantization import (
     dequantize_groups,
     quantize_groups,
     quantized_bytes,
-    quantized_shapes,
     scratch_bytes,
 )
 
@@ -51,6 +50,22 @@ def compressed_parameters(layer: ExpertLayer, bits: int) -> list[bool]:
     ]
 
 
+def compressed_bytes(layer: ExpertLayer, bits: int) -> int:
+    """Bytes of a layer's experts once they are compressed; it may be on the meta device."""
+    parameters = layer.experts.holder.parameters()
+    return sum(
+        quantized_bytes(parameter.shape, parameter.dtype, bits) if chosen else parameter.nbytes
+        for parameter, chosen in zip(parameters, compressed_parameters(layer, bits), strict=True)
+    )
+
+
+def compression_scratch(layer: ExpertLayer, bits: int) -> int:
+    """Bytes that decompressing a layer takes beside its weights and what they come from."""
+    parameters = layer.experts.holder.parameters()
+    chosen = zip(parameters, compressed_parameters(layer, bits), strict=True)
+    return max((scratch_bytes(p.shape, bits) for p, is_chosen in chosen if is_chosen), default=0)
+
+
 def check_finite(name: str, layer: ExpertLayer, bits: int) -> None:
     """Checks the weights that are to be compressed, before any is.
 
@@ -77,13 +92,18 @@ def check_finite(name: str, layer: ExpertLayer, bits: int) -> None:
                 )
 
 
+def is_compressed(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a placeholder, whose weights are elsewhere."""
+    return parameter.untyped_storage().nbytes() < parameter.nbytes
+
+
 class CompressedWeight:
     """The weights of a parameter as integers and scales.
 
     Args:
-        weight: (e, ...) on the CPU.
+        weight: on the CPU.
         bits: of a value, 8 or 4.
-        device: computes, expert by expert.
+        device: computes.
 
     Attributes:
         codes: int8, as :func:`~lightning_fastmoe.ops.group_quantization.quantize_groups` gives it.
@@ -93,13 +113,7 @@ class CompressedWeight:
 
     def __init__(self, weight: Tensor, bits: int, device: torch.device) -> None:
         self._bits = bits
-        codes, scales = quantized_shapes(tuple(weight.shape), bits)
-        self.codes = torch.empty(codes, dtype=torch.int8)
-        self.scales = torch.empty(scales, dtype=SCALE_DTYPES[weight.dtype])
-        for own_codes, own_scales, expert in zip(self.codes, self.scales, weight, strict=True):
-            values, steps = quantize_groups(expert.to(device), bits)
-            own_codes.copy_(values)
-            own_scales.copy_(steps)
+        self.codes, self.scales = quantize_groups(weight, bits, device)
         self.placeholder = torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape)
 
     def decompressed(self) -> Tensor:
@@ -160,19 +174,13 @@ class CompressedExperts:
             parts += [tensor] if weight is None else [weight.codes, weight.scales]
         return parts
 
-    @property
-    def scratch(self) -> int:
-        """Bytes that :meth:`decompress` needs beside its output."""
-        shapes = (weight.placeholder.shape for weight in self._weights.values())
-        return max((scratch_bytes(shape, self._bits) for shape in shapes), default=0)
-
     def decompress(self, parts: Sequence[Tensor], out: Sequence[Tensor], scratch: Tensor) -> None:
         """Writes the experts' tensors.
 
         Args:
             parts: copies of :attr:`parts` on the device.
             out: one for each parameter, there.
-            scratch: int8 (:attr:`scratch`,) or more, there.
+            scratch: int8, as long as :func:`compression_scratch` says, there.
         """
         coming = iter(parts)
         for number, own in enumerate(out):

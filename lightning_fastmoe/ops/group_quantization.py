@@ -34,8 +34,8 @@ SCALE_DTYPES = {
 }
 """The dtype of scales by that of weights, which are those that can be quantized."""
 
-_CHUNK = 1 << 26
-"""Values that are dequantized at a time, which bounds temporary memory."""
+_QUANTIZED_AT_A_TIME, _CHUNK = 1 << 22, 1 << 26
+"""Values that are quantized and dequantized at a time, which bounds temporary memory."""
 
 
 def bits_of(name: str) -> int:
@@ -95,29 +95,33 @@ def can_quantize(weight: Tensor, bits: int) -> bool:
     return bool((scale * (2 ** (bits - 1) - 1)).to(weight.dtype).isfinite())
 
 
-def quantize_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_groups(
+    weight: Tensor, bits: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Rounds weights to integers of [-127, 127] or [-7, 7] times the scale of their group.
 
     Args:
-        weight: (..., D), at least one dimension, finite, of a dtype in :data:`SCALE_DTYPES`.
+        weight: (..., D), not empty, finite, of a dtype in :data:`SCALE_DTYPES`.
         bits: 8 or 4.
+        device: computes, some rows at a time; None is that of ``weight``.
 
     Returns:
-        Values int8 (..., D), or (..., ceil(D / 2)) with 4 bits: of a group of n values, byte j has
-        value j in its lower half and value j + ceil(n / 2) in the upper one. Scales
-        (..., ceil(D / 64)). A value times its scale is within half a scale of the weight.
+        On the device of ``weight``: values int8 (..., D), or (..., ceil(D / 2)) with 4 bits: of a
+        group of n values, byte j has value j in its lower half and value j + ceil(n / 2) in the
+        upper one. Scales (..., ceil(D / 64)). A value times its scale is within half a scale of the
+        weight.
     """
-    *rows, width = weight.shape
-    wide = weight.reshape(-1, width).to(_wide(weight.dtype))
-    groups = F.pad(wide, (0, -width % GROUP)).view(wide.shape[0], -1, GROUP)
-    least, most = torch.aminmax(groups, dim=-1)
-    scales = group_scales(torch.maximum(-least, most), bits, weight.dtype)
-    quotients = groups / scales.to(groups.dtype).unsqueeze(-1)
-    codes = quotients.round_().to(torch.int8).flatten(1)[:, :width]
-    if bits == 4:
-        spans = _spans(width)
-        codes = torch.cat([_packed(codes[:, a:b], n) for a, b, n in spans], dim=1)
-    return codes.reshape(*rows, -1), scales.view(*rows, -1)
+    shapes = quantized_shapes(tuple(weight.shape), bits)
+    codes = weight.new_empty(shapes[0], dtype=torch.int8)
+    scales = weight.new_empty(shapes[1], dtype=SCALE_DTYPES[weight.dtype])
+    step = max(1, _QUANTIZED_AT_A_TIME // weight.shape[-1])
+    parts = (tensor.view(-1, tensor.shape[-1]).split(step) for tensor in (codes, scales))
+    rows = weight.reshape(-1, weight.shape[-1]).split(step)
+    for own_codes, own_scales, part in zip(*parts, rows, strict=True):
+        values, steps = _quantized_rows(part.to(device), bits)
+        own_codes.copy_(values)
+        own_scales.copy_(steps)
+    return codes, scales
 
 
 def dequantize_groups(
@@ -149,6 +153,19 @@ def scratch_bytes(shape: torch.Size | tuple[int, ...], bits: int) -> int:
         return 0
     *rows, width = shape
     return min(torch.Size(rows).numel(), _rows_at_a_time(width)) * ((width + 1) // 2)
+
+
+def _quantized_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, width = weight.shape
+    groups = F.pad(weight.to(_wide(weight.dtype)), (0, -width % GROUP)).view(rows, -1, GROUP)
+    least, most = torch.aminmax(groups, dim=-1)
+    scales = group_scales(torch.maximum(-least, most), bits, weight.dtype)
+    quotients = groups / scales.to(groups.dtype).unsqueeze(-1)
+    codes = quotients.round_().to(torch.int8).flatten(1)[:, :width]
+    if bits == 4:
+        spans = _spans(width)
+        codes = torch.cat([_packed(codes[:, a:b], n) for a, b, n in spans], dim=1)
+    return codes, scales
 
 
 def _dequantize_rows(

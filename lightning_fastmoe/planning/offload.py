@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.compression import compressed_bytes, compression_scratch
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.ops.group_quantization import bits_of
 
 GIGABYTE = 10**9
 _MORE = 8 * GIGABYTE
@@ -27,25 +29,41 @@ class OffloadSizes:
         experts: of each layer with experts.
         rest: of everything else.
         cache_per_token: of keys and values, over all layers.
+        compressed: of each layer with experts, if these are compressed; else empty.
+        scratch: GPU memory that decompressing takes beside the weights.
     """
 
     experts: tuple[int, ...]
     rest: int
     cache_per_token: int = 0
+    compressed: tuple[int, ...] = ()
+    scratch: int = 0
+
+    def moving(self, resident: int) -> tuple[int, ...]:
+        """What is in host memory and copied of each layer whose experts don't stay on the GPU."""
+        return (self.compressed or self.experts)[: len(self.experts) - resident]
+
+    def in_slots(self, slots: int, resident: int) -> int:
+        """Bytes of slots, and of the workspace of one layer's decompressed experts."""
+        moving = self.moving(resident)
+        ring = min(slots, len(moving)) * max(moving, default=0)
+        if self.compressed and moving:
+            ring += max(self.experts[: len(moving)]) + self.scratch
+        return ring
 
     def weights_on_gpu(self, slots: int, resident: int) -> int:
         """Bytes of everything else, of resident experts and of slots."""
-        cut = len(self.experts) - resident
-        moving = self.experts[:cut]
-        ring = min(slots, cut) * max(moving, default=0)
-        return self.rest + sum(self.experts[cut:]) + ring
+        stay = sum(self.experts[len(self.experts) - resident :])
+        return self.rest + stay + self.in_slots(slots, resident)
 
     @classmethod
-    def of(cls, model: nn.Module, cache_per_token: int = 0) -> OffloadSizes:
+    def of(
+        cls, model: nn.Module, cache_per_token: int = 0, compression: str | None = None
+    ) -> OffloadSizes:
         """Those of a model, which may be on the meta device.
 
         Raises:
-            ConfigError: if it has no layers with experts.
+            ConfigError: if it has no layers with experts, or there is no such compression.
         """
         experts = tuple(
             sum(p.numel() * p.element_size() for p in layer.experts.holder.parameters())
@@ -54,7 +72,13 @@ class OffloadSizes:
         if not experts:
             raise ConfigError(f"{type(model).__name__} has no experts that could be offloaded.")
         every = sum(p.numel() * p.element_size() for p in model.parameters())
-        return cls(experts, every - sum(experts), cache_per_token)
+        if compression is None:
+            return cls(experts, every - sum(experts), cache_per_token)
+        bits = bits_of(compression)
+        layers = [layer for _, layer in expert_layers(model)]
+        compressed = tuple(compressed_bytes(layer, bits) for layer in layers)
+        scratch = max(compression_scratch(layer, bits) for layer in layers)
+        return cls(experts, every - sum(experts), cache_per_token, compressed, scratch)
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,7 @@ class OffloadCosts:
         rest: seconds of what surrounds them.
         activations: bytes of GPU memory that a pass needs beside weights.
         step: seconds that one step of generation computes.
+        decompression: bytes per second of decompressed experts.
         is_measured: whether they were measured on this machine.
     """
 
@@ -75,6 +100,7 @@ class OffloadCosts:
     rest: float
     activations: int
     step: float = 0.0
+    decompression: float = 1e12
     is_measured: bool = False
 
 
@@ -105,13 +131,12 @@ class OffloadPlan:
     @property
     def copied(self) -> int:
         """Bytes that a pass copies."""
-        return sum(self.sizes.experts[: self._cut])
+        return sum(self.sizes.moving(self.resident))
 
     @property
     def slot_bytes(self) -> int:
         """GPU memory of all slots."""
-        moving = self.sizes.experts[: self._cut]
-        return min(self.slots, len(moving)) * max(moving, default=0)
+        return self.sizes.in_slots(self.slots, self.resident)
 
     @property
     def resident_bytes(self) -> int:
@@ -139,7 +164,19 @@ class OffloadPlan:
     @property
     def computing(self) -> float:
         """Seconds of a pass's computation."""
-        return self.costs.layers + self.costs.rest
+        return self.costs.layers + self.costs.rest + self.decompressing
+
+    @property
+    def decompressing(self) -> float:
+        """Seconds of a pass in which the GPU decompresses experts."""
+        if not self.sizes.compressed:
+            return 0.0
+        return sum(self.sizes.experts[: self._cut]) / self.costs.decompression
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of experts."""
+        return self.copied + self.resident_bytes
 
     @property
     def seconds(self) -> float:
@@ -154,12 +191,13 @@ class OffloadPlan:
     @property
     def hiding_tokens(self) -> int:
         """Tokens of a pass from which copies cost nothing."""
-        return round(self.tokens * self.copying / self.computing)
+        computing = self.computing - self.decompressing  # which doesn't grow with tokens
+        return round(self.tokens * max(0.0, self.copying - self.decompressing) / computing)
 
     @property
     def generating(self) -> float:
         """Seconds of all steps of generation."""
-        return self.generated * max(self.copying, self.costs.step)
+        return self.generated * max(self.copying, self.costs.step + self.decompressing)
 
     def with_more_memory(self) -> OffloadPlan:
         """With as many more resident layers as fit into 8 GB."""
@@ -190,7 +228,8 @@ class OffloadPlan:
         held = sum(self.sizes.experts)
         if held > host_memory:
             raise ConfigError(
-                f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}, and there"
+                f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}"
+                f"{' until they are compressed' if self.sizes.compressed else ''}, and there"
                 f" are {_gb(host_memory)} (--host-memory)."
             )
 
@@ -201,15 +240,18 @@ class OffloadPlan:
         lines = [
             f"{len(sizes.experts)} layers with {_gb(sum(sizes.experts))} of experts;"
             f" {_gb(sizes.rest)} of everything else",
-            f"host   {_gb(sum(sizes.experts)):>9}  experts",
+            f"host   {_gb(self.host_bytes):>9}  experts"
+            + (f", {_gb(sum(sizes.experts))} until compressed" if sizes.compressed else ""),
             f"GPU    {_gb(self.on_gpu):>9}  of {_gb(self.gpu_memory)}: {_gb(sizes.rest)} model,"
-            f" {_gb(self.slot_bytes)} in {self.slots} slots, {_gb(self.resident_bytes)} resident,"
-            f" {_gb(costs.activations)} activations"
+            f" {_gb(self.slot_bytes)} in {self.slots} slots"
+            f"{' and a workspace' if sizes.compressed else ''},"
+            f" {_gb(self.resident_bytes)} resident, {_gb(costs.activations)} activations"
             + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else ""),
             f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens,"
             f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
             f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
-            f" {self.computing:.2f} s ({known})",
+            f" {self.computing:.2f} s ({known})"
+            + (f", {self.decompressing:.2f} s of it decompresses" if sizes.compressed else ""),
             f"       copies cost nothing from {self.hiding_tokens:,} tokens per pass",
         ]
         if self.generated:

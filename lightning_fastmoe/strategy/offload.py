@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
 from lightning_fastmoe.inference.offload import check_slots
+from lightning_fastmoe.ops.group_quantization import bits_of
 from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
 
@@ -38,6 +39,12 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: GPU memory for the experts of so many layers, through which all pass.
         resident_layers: so many layers, the last ones, keep their experts on the GPU.
         device: the device; None is the first of the Trainer's ``devices``.
+        compression: ``"int8"`` or ``"int4"`` rounds experts, which halves or quarters what is
+            copied; afterwards the model has the rounded weights. Measure on your data what that
+            changes: :class:`~lightning_fastmoe.callbacks.CompressionErrorMonitor`. None is exact.
+
+    Raises:
+        ConfigError: if ``gpu_memory`` or ``compression`` is invalid.
     """
 
     strategy_name = "fastmoe_offload"
@@ -48,6 +55,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: int = 2,
         resident_layers: int = 0,
         device: str | torch.device | None = None,
+        compression: Literal["int8", "int4"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(device="cpu", **kwargs)
@@ -55,6 +63,9 @@ class OffloadStrategy(SingleDeviceStrategy):
         self._devices = [torch.device("cpu")]
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
+        if compression is not None:
+            bits_of(compression)
+        self.compression = compression
         self.offloaded: OffloadedExperts | None = None
 
     @property
@@ -106,10 +117,15 @@ class OffloadStrategy(SingleDeviceStrategy):
         if device.type == "cuda":
             self._limit_memory(self.model, device)
         self.offloaded = offload_experts(
-            self.model, device, slots=self.slots, resident_layers=self.resident_layers
+            self.model,
+            device,
+            slots=self.slots,
+            resident_layers=self.resident_layers,
+            compression=self.compression,
         )
         rank_zero_info(
-            f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"
+            f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory"
+            f"{'' if self.compression is None else f' as {self.compression}'};"
             f" {self.offloaded.slot_bytes / 1e9:.1f} GB of slots and"
             f" {self.offloaded.resident_bytes / 1e9:.1f} GB of resident experts on {device}."
         )
@@ -131,7 +147,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         """
         total = torch.cuda.get_device_properties(device).total_memory
         limit = total if self.gpu_memory is None else min(total, self.gpu_memory)
-        sizes = OffloadSizes.of(model)
+        sizes = OffloadSizes.of(model, compression=self.compression)
         check_slots(len(sizes.experts), self.slots, self.resident_layers)
         needed = sizes.weights_on_gpu(self.slots, self.resident_layers)
         if needed > limit:

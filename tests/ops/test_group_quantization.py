@@ -100,6 +100,9 @@ def test_chunks_of_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(200, torch.float32)
     codes, scales, right = round_trip(weight, bits)
     monkeypatch.setattr(group_quantization, "_CHUNK", 4 * 200 + 3)
+    monkeypatch.setattr(group_quantization, "_QUANTIZED_AT_A_TIME", 2 * 200)
+    for again, before in zip(quantize_groups(weight, bits), (codes, scales), strict=True):
+        assert torch.equal(again, before)
     needed = scratch_bytes(weight.shape, bits)
     assert needed == (0 if bits == 8 else 4 * 100)
     out = torch.full_like(weight, torch.nan)
