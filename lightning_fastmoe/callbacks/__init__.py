@@ -1,4 +1,4 @@
-"""Lightning callbacks: schedules, router bias updates, partial training, monitoring, compression."""
+"""Lightning callbacks: schedules, router biases, partial training, monitoring and compression."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
 from lightning_fastmoe.callbacks.compression_error import CompressionErrorMonitor
