@@ -11,7 +11,8 @@ CUDA events from the end of one pass to the end of the next, medians of --passes
 must have the same bits. --generate adds steps of greedy generation for --sequences sequences, by
 transformers' generate, whose texts are not compared: torch's attention with a cache gives other
 bits each time, also with the resident model. --peers adds Accelerate's cpu_offload around
-transformers' own experts.
+transformers' own experts. --compression adds a row for experts in int8 or int4, whose losses differ
+by what is printed; with random weights that says nothing about a trained model.
 
 Prints a line of JSON for each measurement, then a table.
 """
@@ -131,6 +132,21 @@ def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
 
 
+def compressed(compression: str, model: Any, args: Any, copied: dict[str, int]) -> list[Any]:
+    """Rows of experts in int8 or int4, which rounds the model's; adds what a pass copies."""
+    start = time.monotonic()
+    offloaded = offload_experts(model, "cuda", slots=args.slots, compression=compression)
+    held = offloaded.host_bytes / 1e9
+    print(
+        f"{compression} in {time.monotonic() - start:.1f} s, {held:.1f} GB on the host", flush=True
+    )
+    copied[compression] = offloaded.host_bytes
+    rows = measure(compression, model, args, max(args.tokens))
+    if args.generate:
+        generate(compression, model, args)
+    return rows  # without restoring the weights, which would take their memory of before
+
+
 def generate(name: str, model: Any, args: argparse.Namespace) -> None:
     """Prints milliseconds of a greedy step, the mean of --generate."""
     generator = torch.Generator().manual_seed(1)
@@ -175,9 +191,12 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--generate", type=int, default=0, help="steps of generation to time")
     parser.add_argument("--sequences", type=int, default=64, help="that are generated")
+    parser.add_argument("--compression", choices=["int8", "int4"], help="a row of it, too")
     parser.add_argument("--peers", action="store_true", help="Accelerate, too")
     parser.add_argument("--peer-tokens", type=int, default=32768, help="its largest pass")
     args = parser.parse_args()
+    if args.compression and args.peers:
+        parser.error("--compression leaves rounded weights: measure --peers in a run of its own")
     torch.set_grad_enabled(False)
     rate = link_rate()
     start = time.monotonic()
@@ -201,8 +220,11 @@ def main() -> int:
     rows += measure("offloaded", model, args, max(args.tokens))
     if args.generate:
         generate("offloaded", model, args)
-    copied = offloaded.host_bytes
+    copied = {"offloaded": offloaded.host_bytes}
     offloaded.close()
+    if args.compression:
+        host.clear()  # the exact weights must not stay beside the compressed ones
+        rows += compressed(args.compression, model, args, copied)
 
     if args.peers:
         from accelerate import cpu_offload
@@ -219,13 +241,17 @@ def main() -> int:
     same = True
     for row in rows:
         share = right[row["tokens"]]["ms"] / row["ms"] if row["tokens"] in right else 0.0
-        link = copied / row["ms"] / 1e6 / rate if row["row"] == "offloaded" else 0.0
+        link = copied.get(row["row"], 0) / row["ms"] / 1e6 / rate
         print(
             f"| {row['row']} | {row['tokens']} | {row['ms']} | {row['tokens_per_s']:,} |"
             f" {share:.2f} | {link:.2f} | {row['peak_GB']} |"
         )
         if row["row"] == "offloaded" and row["tokens"] in right:
             same &= row["loss"] == right[row["tokens"]]["loss"]
+    for row in rows:
+        if row["row"] == args.compression and row["tokens"] in right:
+            loss = right[row["tokens"]]["loss"]
+            print(f"{row['row']}, {row['tokens']} tokens: loss {row['loss']:.6f}, exact {loss:.6f}")
     if not same:
         print("Losses differ from the resident model's: no comparison.", file=sys.stderr)
     return 0 if same else 1

@@ -205,9 +205,7 @@ class CompressedExperts:
         for number, weight in list(self._weights.items()):
             parameter = self._parameters[number]
             if _is_placeholder(parameter, weight.placeholder):
-                restored = weight.decompressed()
-                self._host[number] = restored
-                parameter.data = restored.to(parameter.device, parameter.dtype)
+                parameter.data = weight.decompressed().to(parameter.device, parameter.dtype)
             del self._weights[number]
 
     def refuse(self, what: str) -> NoReturn:

@@ -92,7 +92,7 @@ def can_quantize(weight: Tensor, bits: int) -> bool:
     least, most = torch.aminmax(weight)  # NaN if any value is
     largest = torch.maximum(-least, most).to(_wide(weight.dtype))
     scale = group_scales(largest, bits, weight.dtype)
-    return bool((scale * (2 ** (bits - 1) - 1)).to(weight.dtype).isfinite())
+    return bool((scale * (2 ** (bits - 1) - 1)).isfinite())
 
 
 def quantize_groups(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lightning_fastmoe import MoE
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference.compression import compressed_parameters
+from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.ops.group_quantization import BITS
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
@@ -154,6 +156,36 @@ def test_memory_is_freed_parameter_by_parameter(monkeypatch: pytest.MonkeyPatch)
     left = [4 * (up + down) - n * (up + down) - k * up for n in range(4) for k in (0, 1)]
     small = [4 * (2 * n + k) for n in range(4) for k in (0, 1)]  # the placeholders
     assert alive == [a + b for a, b in zip(left, small, strict=True)]
+
+
+def test_small_parameters_keep_their_bits() -> None:
+    """Biases, adapters, what is not of a floating dtype, and what would not get smaller."""
+    model = MoE(128, 64, 4, top_k=2, bias=True, activation="gelu")
+    experts = model.experts
+    experts.register_parameter("adapter", nn.Parameter(torch.zeros(4, 4, 128)))
+    codes = torch.zeros(4, 64, 128, dtype=torch.int8)
+    experts.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
+    narrow = torch.zeros(4, 8192, 2, dtype=torch.bfloat16)
+    experts.register_parameter("narrow", nn.Parameter(narrow))
+    ((_, layer),) = expert_layers(model)
+    for bits, chosen in ((8, ["up_proj", "down_proj"]), (4, ["up_proj", "down_proj", "narrow"])):
+        named = zip(experts.named_parameters(), compressed_parameters(layer, bits), strict=True)
+        assert [name for (name, _), is_chosen in named if is_chosen] == chosen
+
+
+def test_the_next_copy_begins_while_a_layer_computes() -> None:
+    """Also with one slot, which holds what is compressed."""
+    model = Blocks({}).eval()
+    offloaded: Any = offload_experts(model, "cpu", slots=1, compression="int8")
+    coming: list[int] = []
+    for layer in model.layers:
+        layer.experts.register_forward_pre_hook(
+            lambda *_: coming.append(offloaded._ring._slots[0].layer)
+        )
+    with torch.inference_mode():
+        model(torch.randn(3, D_MODEL))
+    assert coming == [1, 2, 3, 0]
+    offloaded.close()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])

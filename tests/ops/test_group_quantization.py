@@ -73,6 +73,9 @@ def test_against_the_loop(width: int, dtype: torch.dtype, bits: int) -> None:
     assert found.abs().max() == 2 ** (bits - 1) - 1
     error = (found * steps - weight.double()).abs()
     assert (error <= steps * (0.5 + 1e-6)).all()
+    for group, step in zip(weight.double().split(GROUP, -1), steps.split(GROUP, -1), strict=True):
+        largest = group.abs().amax(-1) / (2 ** (bits - 1) - 1)
+        assert (step[..., 0] <= largest * (1 + 2**-8) + 1e-37).all()
     if dtype in (torch.bfloat16, torch.float64):  # quotients have no ties that fp64 hasn't
         assert torch.equal(found, right)
         assert torch.equal(out, (found * steps).to(dtype))
