@@ -131,6 +131,10 @@ class CompressionMeter:
             return None  # a copy of the model
         parameters = list(module.parameters())
         exact = [parameter.data for parameter in parameters]
+        # Those of transformers' experts are called by this forward; they have seen these tokens.
+        observers = getattr(layer, "_observers", {})
+        seen = dict(observers)
+        observers.clear()
         try:
             with torch.inference_mode(False):  # parameters can't be inference tensors
                 tensors = self._rounded(layer, exact)
@@ -138,6 +142,7 @@ class CompressionMeter:
                 parameter.data = tensor
             other = module.forward(*args, **kwargs)
         finally:
+            observers.update(seen)
             for parameter, tensor in zip(parameters, exact, strict=True):
                 parameter.data = tensor
         if self.replaces:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.ops.native import native
 
 GROUP = 64
 """Values that share a scale. The last group of a row may have fewer."""
@@ -129,6 +130,8 @@ def dequantize_groups(
 ) -> None:
     """Writes values times scales, rounded once to the dtype of ``scales``, then to that of ``out``.
 
+    On CUDA one kernel, where rows are whole groups; its twin is several of torch's.
+
     Args:
         codes: of :func:`quantize_groups`, contiguous.
         scales: the same.
@@ -137,6 +140,10 @@ def dequantize_groups(
         scratch: int8 of at least :func:`scratch_bytes` elements, to allocate nothing.
     """
     width = out.shape[-1]
+    aligned = width % GROUP == 0 and out.data_ptr() % 16 == codes.data_ptr() % 16 == 0
+    if aligned and (library := native(codes, scales, out)) is not None:
+        library.dequantize_groups_(codes, scales, out, bits)
+        return
     codes, scales = codes.view(-1, codes.shape[-1]), scales.view(-1, scales.shape[-1])
     out = out.view(-1, width)
     if scratch is None:

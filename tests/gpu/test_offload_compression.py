@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_fastmoe import MoE
 from lightning_fastmoe.inference import compression_error, offload_experts
+from lightning_fastmoe.ops import group_quantization
 from lightning_fastmoe.ops.group_quantization import (
     BITS,
     SCALE_DTYPES,
@@ -20,8 +21,13 @@ from lightning_fastmoe.ops.group_quantization import (
     quantize_groups,
     scratch_bytes,
 )
+from lightning_fastmoe.ops.native import load
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
+
+
+WHOLE = [(64, True), (640, True), (2048, True), (2048, False)]
+"""Widths of whole groups, which the kernel takes, and its twin on the GPU."""
 
 
 def disturbed(offloaded: Any, cycles: int) -> None:
@@ -46,10 +52,12 @@ def disturbed(offloaded: Any, cycles: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS.values())
 @pytest.mark.parametrize("dtype", SCALE_DTYPES, ids=str)
-@pytest.mark.parametrize("width", [8, 65, 200, 2048])
+@pytest.mark.parametrize(("width", "has_kernel"), [(8, True), (65, True), (200, True)] + WHOLE)
 def test_the_cpu_and_the_gpu_round_to_the_same_bits(
-    width: int, dtype: torch.dtype, bits: int
+    width: int, has_kernel: bool, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not has_kernel:
+        monkeypatch.setattr(group_quantization, "native", lambda *_: None)
     weight = torch.randn(3, 50, width, dtype=dtype)
     weight[0, 1] = 0
     weight[1, :, ::9] *= 100
@@ -69,6 +77,34 @@ def test_the_cpu_and_the_gpu_round_to_the_same_bits(
     dequantize_groups(*there, out, bits, scratch)
     assert torch.cuda.max_memory_allocated() == before  # all it needs is planned for
     assert torch.equal(out.cpu(), here)
+
+
+@pytest.fixture
+def library() -> Any:
+    kernels = load()
+    assert kernels is not None, "the kernels must build and load on a machine with a CUDA device"
+    return kernels
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+def test_the_operator_passes_opcheck_and_names_the_rule(library: Any, bits: int) -> None:
+    weight = torch.randn(3, 5, 128, device="cuda").bfloat16()
+    codes, scales = quantize_groups(weight, bits)
+    op, out = library.dequantize_groups_, torch.empty_like(weight)
+    torch.library.opcheck(op.default, (codes, scales, out, bits))
+    op(codes[:0], scales[:0], out[:0], bits)
+    for arguments, rule in (
+        ((codes, scales, out, 5), "bits must be 8 or 4, not 5"),
+        ((codes, scales.float(), out, bits), "scales must be BFloat16, not Float"),
+        ((codes.int(), scales, out, bits), "codes must be Char, not Int"),
+        ((codes[:2], scales, out, bits), "codes must have"),
+        ((codes, scales[:2], out, bits), "scales must have 30 elements, not 20"),
+        ((codes, scales, out[..., :100].contiguous(), bits), "must be a multiple of 64"),
+        ((codes, scales, out.transpose(0, 1), bits), "out must be contiguous"),
+        ((codes.cpu(), scales, out, bits), "codes must be on the CUDA device"),
+    ):
+        with pytest.raises(RuntimeError, match=rule):
+            op(*arguments)
 
 
 @pytest.mark.parametrize("cycles", [0, 3_000_000])

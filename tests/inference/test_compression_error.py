@@ -7,12 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface.sharding_runs import Run, make_model
 from inference.compressed_models import ROUNDED, rounded
 from inference.offload_models import D_MODEL, KINDS, Blocks
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import compression_error, offload_experts
+from lightning_fastmoe.inference.compression_error import CompressionMeter
+from lightning_fastmoe.nn.expert_layers import expert_layers
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
 
@@ -83,6 +86,25 @@ def test_what_is_compared() -> None:
     with torch.no_grad():
         a, b = (m(x).square().mean() for m in (model, rounded(model, "int4")))
     assert loss.output == pytest.approx(float((a - b).abs() / a), rel=1e-3)
+
+
+def test_observers_of_transformers_layers_see_each_token_once() -> None:
+    model = make_model(Run("qwen3_moe")).eval()
+    seen: list[int] = []
+    for _, layer in expert_layers(model):
+        layer.register_routing_observer(lambda _, routing: seen.append(len(routing.expert_ids)))
+    ids = torch.arange(3, 20).repeat(2, 1)
+    with torch.no_grad():
+        model(ids)
+    once = list(seen)
+    meter = CompressionMeter(model, "int8")
+    with torch.no_grad():
+        model(ids)
+        assert seen == 2 * once
+        meter.close()
+        model(ids)
+    assert seen == 3 * once
+    assert all(1e-4 < error < 0.1 for error in meter.errors().layers.values())
 
 
 def test_a_layer_without_tokens_has_no_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,24 @@ def test_compressed_experts() -> None:
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     with pytest.raises(ConfigError, match="compression='int3' is unknown: use int8 or int4"):
         OffloadStrategy(compression="int3")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
+def test_a_checkpoint_is_loaded_before_experts_are_compressed(tmp_path: Path) -> None:
+    trained, module = Scorer({}), Scorer({})
+    for one in (trained, module):
+        one.configure_model()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.5)
+    whole = trainer("auto")
+    whole.predict(trained, loader())
+    whole.save_checkpoint(tmp_path / "trained.ckpt", weights_only=True)
+    right = trainer("auto").predict(rounded(trained, "int4"), loader())
+    own = trainer(OffloadStrategy(compression="int4"))
+    found = own.predict(module, loader(), ckpt_path=tmp_path / "trained.ckpt")
+    for a, b in zip(found, right, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("batches", [1, None])
