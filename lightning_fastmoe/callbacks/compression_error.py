@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.inference.compression_error import CompressionErrors, CompressionMeter
+from lightning_fastmoe.inference.compression_meter import CompressionErrors, CompressionMeter
 from lightning_fastmoe.ops.group_quantization import bits_of
 
 
@@ -22,7 +22,7 @@ class CompressionErrorMonitor(pl.Callback):
     results of the run stay exact. At its end, a table is printed, and the loggers get a
     ``compression_error/LAYER`` for each layer. What all layers together change in a loss, a second
     run with ``OffloadStrategy(compression=...)`` shows, or
-    :func:`~lightning_fastmoe.inference.compression_error.compression_error`.
+    :func:`~lightning_fastmoe.inference.compression_meter.compression_error`.
 
     Args:
         compression: what is to be measured.

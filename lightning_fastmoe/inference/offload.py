@@ -244,7 +244,7 @@ def offload_experts(
     With ``compression`` they are rounded to integers with a scale for each 64 values
     (:mod:`~lightning_fastmoe.ops.group_quantization`), once, and decompressed on the device. That
     halves or quarters copies and host memory, and results are those of the rounded weights;
-    :func:`~lightning_fastmoe.inference.compression_error.compression_error` measures by how much
+    :func:`~lightning_fastmoe.inference.compression_meter.compression_error` measures by how much
     they differ. The original weights are freed: while compressed, experts can't be saved, loaded
     or copied, which is refused, and closing leaves the rounded ones. Resident layers, biases and
     adapters are not compressed.

@@ -100,7 +100,7 @@ class OffloadCosts:
     rest: float
     activations: int
     step: float = 0.0
-    decompression: float = 1e12
+    decompression: float = 1.5e12
     is_measured: bool = False
 
 

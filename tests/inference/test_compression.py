@@ -43,9 +43,11 @@ def poisoned(offloaded: Any) -> None:
         copy_over(slot.layer, slot)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 9])
 @pytest.mark.parametrize("compression", BITS)
-@pytest.mark.parametrize("kind", ["softmax", "shared", "bias", "modules"])
+@pytest.mark.parametrize(
+    ("kind", "slots"),
+    [("softmax", 1), ("softmax", 2), ("softmax", 9), ("shared", 2), ("bias", 1), ("modules", 9)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_bits_of_the_rounded_model(
     kind: str, compression: str, slots: int, dtype: torch.dtype
@@ -116,12 +118,12 @@ def test_models_of_transformers(name: str) -> None:
 @pytest.mark.parametrize(("compression", "share"), [("int8", 66 / 128), ("int4", 34 / 128)])
 def test_bytes_that_are_kept_and_copied(compression: str, share: float) -> None:
     """Also that what was there before is let go, layer by layer."""
-    model = nn.Sequential(*[MoE(128, 64, 4, top_k=2) for _ in range(3)]).eval().bfloat16()
-    whole = 4 * 3 * 64 * 128 * 2
+    model = nn.Sequential(*[MoE(64, 64, 2, top_k=2) for _ in range(3)]).eval().bfloat16()
+    whole = 2 * 3 * 64 * 64 * 2
     originals = [p.untyped_storage().data_ptr() for p in model[0].experts.parameters()]
     offloaded = offload_experts(model, "cpu", compression=compression)
     assert offloaded.host_bytes == 3 * whole * share
-    scratch = 4 * 2 * 64 * 128 // 2 if compression == "int4" else 0
+    scratch = 2 * 2 * 64 * 64 // 2 if compression == "int4" else 0
     assert offloaded.slot_bytes == 2 * whole * share + whole + scratch
     gc.collect()
     for parameter in model[0].experts.parameters():
@@ -129,7 +131,7 @@ def test_bytes_that_are_kept_and_copied(compression: str, share: float) -> None:
         assert parameter.untyped_storage().data_ptr() not in originals
         assert parameter.isnan().all()
     with torch.inference_mode():
-        model(torch.randn(5, 128).bfloat16())
+        model(torch.randn(5, 64).bfloat16())
     assert offloaded.statistics.copied == (2 + 3) * whole * share
     offloaded.close()
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from inference.compressed_models import ROUNDED, rounded
 from inference.offload_models import KINDS, Scorer, loader, trainer
+from pytorch_lightning.loggers import CSVLogger
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.callbacks import CompressionErrorMonitor
@@ -75,11 +76,14 @@ def test_a_checkpoint_is_loaded_before_experts_are_compressed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("batches", [1, None])
-def test_errors_that_compression_would_make(batches: int | None, caplog: Any) -> None:
+def test_errors_that_compression_would_make(
+    batches: int | None, caplog: Any, tmp_path: Path
+) -> None:
     module = Scorer({})
     (right,) = trainer("auto").validate(module, loader(), verbose=False)
     monitor = CompressionErrorMonitor("int4", batches)
     own = trainer(OffloadStrategy(), callbacks=[monitor])
+    own.logger = CSVLogger(tmp_path, version=0)
     with caplog.at_level("INFO"):
         assert own.validate(module, loader(), verbose=False) == [right]
     assert module.network is not None
@@ -88,6 +92,10 @@ def test_errors_that_compression_would_make(batches: int | None, caplog: Any) ->
     for name, error in wanted.layers.items():
         assert monitor.errors.layers[f"network.{name}"] == pytest.approx(error, rel=1e-5)
     assert monitor.errors.text() in caplog.text
+    own.logger.save()
+    logged = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert f"compression_error/network.{name}" in logged
+    assert str(monitor.errors.layers[f"network.{name}"]) in logged
     assert not any(part._forward_hooks for part in module.modules())
     with pytest.raises(ConfigError, match=r"batches=0 is invalid"):
         CompressionErrorMonitor(batches=0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import compression_error, offload_experts
-from lightning_fastmoe.inference.compression_error import CompressionMeter
+from lightning_fastmoe.inference.compression_meter import CompressionMeter
 from lightning_fastmoe.nn.expert_layers import expert_layers
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
