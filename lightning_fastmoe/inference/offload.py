@@ -170,6 +170,7 @@ class OffloadedExperts:
             if self._compressed is not None:
                 self._compressed.close()
                 self._compressed = None
+            self._layers = self._resident = ()  # with their weights, which may be replaced now
 
     def _forget_interrupted(self) -> None:
         """Ctrl-C ends a forward pass without its hooks; the next one tidies up."""

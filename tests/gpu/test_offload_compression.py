@@ -134,7 +134,8 @@ def test_the_bits_of_the_rounded_model(
 
 def test_passes_on_two_streams_share_the_workspace() -> None:
     """A pass that begins on another stream waits for the layer that still computes."""
-    model = torch.nn.Sequential(MoE(256, 512, 8, top_k=2)).eval().requires_grad_(False)
+    layers = [MoE(256, 512, 8, top_k=2) for _ in range(3)]
+    model = torch.nn.Sequential(*layers).eval().requires_grad_(False)
     right = rounded(model, "int8").cuda()
     x = torch.randn(4096, 256, device="cuda")
     with torch.inference_mode():
@@ -142,14 +143,12 @@ def test_passes_on_two_streams_share_the_workspace() -> None:
         offloaded = offload_experts(model, "cuda", slots=2, compression="int8")
         streams = [torch.cuda.Stream() for _ in range(2)]
         torch.cuda.synchronize()
+        for layer in layers:  # runs between decompressing and computing
+            layer.experts.register_forward_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
         found = []
         for number in range(6):
             with torch.cuda.stream(streams[number % 2]):
-                handle = model[0].experts.register_forward_pre_hook(
-                    lambda *_: torch.cuda._sleep(1_000_000)
-                )
                 found.append(model(x))
-                handle.remove()
         torch.cuda.synchronize()
     for output in found:
         assert torch.equal(output, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -88,6 +89,18 @@ def test_a_second_time_changes_nothing() -> None:
     offload_experts(model, "cpu", compression="int4").close()
     for name, value in model.state_dict().items():
         assert torch.equal(value, once[name]), name
+
+
+def test_what_was_closed_keeps_no_weights() -> None:
+    """They would stay beside those that are compressed the next time."""
+    model = Blocks({}).eval()
+    closed: Any = offload_experts(model, "cpu", resident_layers=2)
+    layers = [weakref.ref(layer) for layer in (*closed._layers, *closed._resident)]
+    closed.close()
+    gc.collect()
+    assert [layer() for layer in layers] == [None] * 4
+    closed.close()
+    assert closed.host_bytes == closed.resident_bytes > 0
 
 
 @pytest.mark.parametrize("resident", [1, 4])
