@@ -20,8 +20,8 @@ from lightning_fastmoe.ops.group_quantization import (
     scratch_bytes,
 )
 
-_SMALL = 16
-"""A tensor with fewer elements than a sixteenth of the layer's largest is not compressed."""
+_SMALL = 4
+"""A tensor with fewer elements than a quarter of the layer's largest is not compressed."""
 
 
 def compressed_parameters(layer: ExpertLayer, bits: int) -> list[bool]:
