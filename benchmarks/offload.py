@@ -12,8 +12,10 @@ must have the same bits; with --groups they must be within 1e-4. --generate adds
 generation for each number of --sequences, by transformers' generate, with the bytes that a step
 copies, and once more with --expert-cache; texts are not compared: torch's attention with a cache
 gives other bits each time, also with the resident model. With random weights, how often a step
-chooses the experts of the one before says little of a trained model. --peers adds Accelerate's
-cpu_offload around transformers' own experts.
+chooses the experts of the one before says little of a trained model. --compression adds a row for
+experts in int8 or int4, whose losses differ by what is printed; with random weights that says
+nothing about a trained model. --peers adds Accelerate's cpu_offload around transformers' own
+experts.
 
 Prints a line of JSON for each measurement, then a table.
 """
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
 from lightning_fastmoe.huggingface.trial import chunked_loss
 from lightning_fastmoe.inference import offload_experts
-from lightning_fastmoe.planning.offload import parse_bytes
+from lightning_fastmoe.planning.offload_sizes import parse_bytes
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-30b-a3b": (
@@ -133,6 +135,21 @@ def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
 
 
+def compressed(compression: str, model: Any, args: Any, copied: dict[str, int]) -> list[Any]:
+    """Rows of experts in int8 or int4, which rounds the model's; adds what a pass copies."""
+    start = time.monotonic()
+    offloaded = offload_experts(model, "cuda", slots=args.slots, compression=compression)
+    held = offloaded.host_bytes / 1e9
+    print(
+        f"{compression} in {time.monotonic() - start:.1f} s, {held:.1f} GB on the host", flush=True
+    )
+    copied[compression] = offloaded.host_bytes
+    rows = measure(compression, model, args, max(args.tokens))
+    if args.generate:
+        generate(compression, model, args, offloaded)
+    return rows  # without restoring the weights, which would take their memory of before
+
+
 def generate(name: str, model: Any, args: argparse.Namespace, offloaded: Any = None) -> None:
     """Prints milliseconds of a greedy step, the mean of --generate, and what it copies."""
     for sequences in args.sequences:
@@ -188,9 +205,12 @@ def main() -> int:
     parser.add_argument("--generate", type=int, default=0, help="steps of generation to time")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 64])
     parser.add_argument("--expert-cache", default="4GB", help="of a second run of --generate")
+    parser.add_argument("--compression", choices=["int8", "int4"], help="a row of it, too")
     parser.add_argument("--peers", action="store_true", help="Accelerate, too")
     parser.add_argument("--peer-tokens", type=int, default=32768, help="its largest pass")
     args = parser.parse_args()
+    if args.compression and args.peers:
+        parser.error("--compression leaves rounded weights: measure --peers in a run of its own")
     torch.set_grad_enabled(False)
     rate = link_rate()
     start = time.monotonic()
@@ -214,7 +234,7 @@ def main() -> int:
     rows += measure("offloaded", model, args, max(args.tokens))
     if args.generate:
         generate("offloaded", model, args, offloaded)
-    copied = offloaded.host_bytes
+    copied = {"offloaded": offloaded.host_bytes}
     offloaded.close()
     if args.generate:
         cache = args.expert_cache
@@ -222,6 +242,9 @@ def main() -> int:
         offloaded = offload_experts(model, "cuda", **options)
         generate(f"offloaded, {cache} of cache", model, args, offloaded)
         offloaded.close()
+    if args.compression:
+        host.clear()  # the exact weights must not stay beside the compressed ones
+        rows += compressed(args.compression, model, args, copied)
 
     if args.peers:
         from accelerate import cpu_offload
@@ -238,7 +261,7 @@ def main() -> int:
     same = True
     for row in rows:
         share = right[row["tokens"]]["ms"] / row["ms"] if row["tokens"] in right else 0.0
-        link = copied / row["ms"] / 1e6 / rate if row["row"] == "offloaded" else 0.0
+        link = copied.get(row["row"], 0) / row["ms"] / 1e6 / rate
         print(
             f"| {row['row']} | {row['tokens']} | {row['ms']} | {row['tokens_per_s']:,} |"
             f" {share:.2f} | {link:.2f} | {row['peak_GB']} |"
@@ -246,6 +269,10 @@ def main() -> int:
         if row["row"] == "offloaded" and row["tokens"] in right:
             difference = abs(row["loss"] - right[row["tokens"]]["loss"])
             same &= difference <= (0.0 if args.groups == 1 else 1e-4)
+    for row in rows:
+        if row["row"] == args.compression and row["tokens"] in right:
+            loss = right[row["tokens"]]["loss"]
+            print(f"{row['row']}, {row['tokens']} tokens: loss {row['loss']:.6f}, exact {loss:.6f}")
     if not same:
         print("Losses differ from the resident model's: no comparison.", file=sys.stderr)
     return 0 if same else 1

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident-layers", type=int, default=0)
     parser.add_argument("--groups", type=int, default=1, help="of a layer's experts, one a slot")
     parser.add_argument("--expert-cache", help="for experts that few tokens have used last")
+    parser.add_argument("--compression", help="of experts: int8 or int4 (default: none)")
     parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
 
@@ -42,8 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from lightning_fastmoe.huggingface.trial import assumed_costs, measured_costs, sizes_of
-    from lightning_fastmoe.inference.offload import check_groups, check_slots
-    from lightning_fastmoe.planning.offload import OffloadPlan, parse_bytes
+    from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
+    from lightning_fastmoe.planning.offload import OffloadPlan
+    from lightning_fastmoe.planning.offload_sizes import parse_bytes
 
     sequences, length = int(shape[1]), int(shape[2])
     try:
@@ -51,11 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{arguments.config} has no config.json: {error}") from error
     config = config.get_text_config(decoder=True)  # of a model of images and text, too
-    sizes = sizes_of(config)
+    check_together(arguments.compression, arguments.expert_cache, arguments.groups)
+    sizes = sizes_of(config, arguments.compression)
     check_slots(len(sizes.experts), arguments.slots, arguments.resident_layers)
     check_groups(arguments.groups, min(number for number, _ in sizes.choices))
     costs = (
-        measured_costs(config, sequences, length, arguments.generate > 0)
+        measured_costs(config, sequences, length, arguments.generate > 0, arguments.compression)
         if arguments.measure
         else assumed_costs(config, sequences * length, sequences)
     )

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.sharded_experts import kind
-from lightning_fastmoe.planning.offload import OffloadCosts, OffloadSizes
+from lightning_fastmoe.ops.group_quantization import bits_of, dequantize_groups, quantize_groups
+from lightning_fastmoe.planning.offload import OffloadCosts
+from lightning_fastmoe.planning.offload_sizes import OffloadSizes
 
 _LOGIT_ROWS = 4096
 _ASSUMED_LINK, _ASSUMED_FLOPS = 53e9, 300e12
@@ -53,11 +55,15 @@ def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn
     return model.eval()
 
 
-def sizes_of(config: Any) -> OffloadSizes:
+def sizes_of(config: Any, compression: str | None = None) -> OffloadSizes:
     """Bytes of the model of a config.
 
+    Args:
+        config: of transformers.
+        compression: of the experts, ``"int8"`` or ``"int4"``.
+
     Raises:
-        ConfigError: if it has no stacked experts.
+        ConfigError: if it has no stacked experts, or there is no such compression.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -65,7 +71,7 @@ def sizes_of(config: Any) -> OffloadSizes:
     if getattr(config, "kv_lora_rank", None):  # latents and one key's positions for all heads
         numbers = config.kv_lora_rank + config.qk_rope_head_dim
     cache = 2 * config.num_hidden_layers * numbers
-    return OffloadSizes.of(skeleton(config), cache)
+    return OffloadSizes.of(skeleton(config), cache, compression)
 
 
 def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
@@ -83,7 +89,9 @@ def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
 
 
 @torch.no_grad()
-def measured_costs(config: Any, sequences: int, length: int, generates: bool) -> OffloadCosts:
+def measured_costs(
+    config: Any, sequences: int, length: int, generates: bool, compression: str | None = None
+) -> OffloadCosts:
     """Measures passes of models with one and two layers with experts, and the link.
 
     A pass is hidden states and the loss of the next token, whose logits are computed in chunks.
@@ -93,6 +101,7 @@ def measured_costs(config: Any, sequences: int, length: int, generates: bool) ->
         sequences: of a pass.
         length: tokens of each.
         generates: whether steps of generation are measured, too.
+        compression: of the experts, which is measured, too.
 
     Raises:
         ConfigError: without a GPU, or if the model has fewer than two layers with experts.
@@ -126,7 +135,8 @@ def measured_costs(config: Any, sequences: int, length: int, generates: bool) ->
     step = 0.0
     if generates:
         step = steps[0] + (total - first) * max(0.0, steps[1] - steps[0]) / (second - first)
-    return OffloadCosts(_link(), total * layer, outside, activations, step, is_measured=True)
+    rate = OffloadCosts.decompression if compression is None else _decompression(compression)
+    return OffloadCosts(_link(), total * layer, outside, activations, step, rate, is_measured=True)
 
 
 def _layers_to_compare(config: Any) -> tuple[int, int, int]:
@@ -161,6 +171,14 @@ def chunked_loss(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
     for part, targets in zip(rows.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
         total += F.cross_entropy(head(part).float(), targets, reduction="sum")
     return total / len(rows)
+
+
+def _decompression(compression: str) -> float:
+    """Bytes per second of decompressed bf16 weights."""
+    bits = bits_of(compression)
+    weights = torch.randn(1 << 18, 2048, device="cuda", dtype=torch.bfloat16)
+    codes, scales = quantize_groups(weights, bits)
+    return weights.nbytes / _seconds(lambda: dequantize_groups(codes, scales, weights, bits))
 
 
 def _link() -> float:

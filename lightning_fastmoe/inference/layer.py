@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.compression import CompressedExperts
 from lightning_fastmoe.inference.ring import Stack
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 
@@ -23,6 +25,12 @@ class OffloadedLayer:
         parameters: on the CPU.
         experts: tell what a call of the module reads, if each parameter is a stack of them.
         reads_all: whether any call does, as those of soft routing and expert choice do.
+        name: the layer's, for errors.
+        layer: as the model sees it; needed to compress.
+
+    Attributes:
+        host: the parameters' tensors on the CPU.
+        compressed: what holds those that are placeholders in ``host``.
     """
 
     def __init__(
@@ -31,9 +39,13 @@ class OffloadedLayer:
         parameters: Sequence[nn.Parameter],
         experts: Experts | None = None,
         reads_all: bool = False,
+        name: str = "",
+        layer: ExpertLayer | None = None,
     ) -> None:
         self._reads_all = reads_all
         self.module, self.parameters, self.experts = module, parameters, experts
+        self.name, self.layer = name, layer
+        self.compressed: CompressedExperts | None = None
         self.host = [parameter.data for parameter in parameters]
         self._placed: Sequence[torch.Tensor] = self.host
         self.hook: RemovableHandle | None = None  # that runs before the module
@@ -41,9 +53,14 @@ class OffloadedLayer:
         self._placed_at = self.version()
 
     @property
+    def stored(self) -> list[torch.Tensor]:
+        """What is in host memory."""
+        return self.host if self.compressed is None else self.compressed.parts
+
+    @property
     def bytes(self) -> int:
-        """Of the parameters."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.host)
+        """Of what is in host memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
 
     def version(self) -> tuple[int, ...]:
         """Changes when a parameter is changed in place."""
@@ -51,8 +68,8 @@ class OffloadedLayer:
 
     def stacks(self, groups: int) -> list[Stack]:
         """What a ring copies: all experts, or groups of them."""
-        if self.experts is None:
-            return [Stack(self.host, self.version)]
+        if self.experts is None or self.compressed is not None:  # then experts are decompressed
+            return [Stack(self.stored, self.version)]
         ends = self.ends(groups)
         parts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         return [
@@ -92,6 +109,8 @@ class OffloadedLayer:
                 " replaced since they were offloaded: do that before, or close what"
                 " offload_experts returned, and offload them again."
             )
+        if self.compressed is not None:
+            self.compressed.check_unchanged()
         self._placed, self._placed_at, self._holds_all = tensors, self.version(), holds_all
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             parameter.data = tensor
@@ -107,6 +126,8 @@ class OffloadedLayer:
             if _is(parameter, tensor):  # else it has been given other memory, and keeps it
                 parameter.data = host
         changed = placed is not self.host and self.version() != self._placed_at
+        if changed and self.compressed is not None:
+            self.compressed.refuse("changed in place")
         if changed and self._holds_all:
             for tensor, host in zip(placed, self.host, strict=True):
                 host.copy_(tensor)

@@ -7,33 +7,29 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.compressed_layers import CompressedLayers
 from lightning_fastmoe.inference.layer import OffloadedLayer
+from lightning_fastmoe.inference.offloadable import OFFLOADED, offloadable_layers
+from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics
-from lightning_fastmoe.nn.expert_layers import expert_layers
-from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.experts.grouped import ExpertGroups
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
-from lightning_fastmoe.nn.moe import MoE
-from lightning_fastmoe.planning.offload import parse_bytes
-
-_OFFLOADED: WeakSet[nn.Module] = WeakSet()
-"""The modules whose parameters are offloaded."""
+from lightning_fastmoe.planning.offload_sizes import parse_bytes
 
 
 class OffloadedExperts:
     """What :func:`offload_experts` has set up; closing it undoes that.
 
     Attributes:
-        slot_bytes: GPU memory of the slots.
-        host_bytes: the experts' bytes in host memory.
+        slot_bytes: GPU memory of the slots, and of the workspace that compressed experts need.
+        host_bytes: the experts' bytes in host memory, without those that are resident.
         resident_bytes: the experts' bytes that stay on the GPU.
         cache_bytes: GPU memory in which single experts are kept.
     """
@@ -46,9 +42,10 @@ class OffloadedExperts:
         slots: int,
         expert_cache: int = 0,
         groups: int = 1,
+        compression: str | None = None,
     ) -> None:
         self._layers, self._resident, self._groups = layers, resident, groups
-        self.host_bytes = sum(layer.bytes for layer in layers)
+        self._compressed: CompressedLayers | None = None
         self.resident_bytes = sum(layer.bytes for layer in resident)
         self.slot_bytes = self.cache_bytes = 0
         self._pinned: PinnedMemory | None = None
@@ -56,21 +53,27 @@ class OffloadedExperts:
         self._hooks: list[RemovableHandle | ExpertGroups] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         try:
+            if compression is not None and layers:
+                self._compressed = CompressedLayers(layers, compression)
+                self._compressed.compress(device)
             self._set_up(device, slots, expert_cache)
         except BaseException:
             self.close()
             raise
 
     def _set_up(self, device: torch.device, slots: int, expert_cache: int) -> None:
-        _OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
+        OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
+        self.host_bytes = sum(layer.bytes for layer in self._layers)
         if device.type == "cuda":
-            self._pinned = PinnedMemory(t for layer in self._layers for t in layer.host)
+            self._pinned = PinnedMemory(t for layer in self._layers for t in layer.stored)
         for layer in self._resident:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
             stacks = [part for layer in self._layers for part in layer.stacks(self._groups)]
             self._ring = ExpertRing(stacks, device, slots, expert_cache)
             self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
+            if self._compressed is not None:
+                self.slot_bytes += self._compressed.workspace_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
             if self._groups > 1:
@@ -86,7 +89,11 @@ class OffloadedExperts:
         return RingStatistics() if self._ring is None else self._ring.statistics
 
     def close(self) -> None:
-        """The experts are ordinary parameters on the CPU again, and no host memory is pinned."""
+        """The experts are ordinary parameters on the CPU again, and no host memory is pinned.
+
+        Experts that were compressed take their memory of before, with the rounded weights; a
+        warning says so.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -97,10 +104,14 @@ class OffloadedExperts:
             self._ring = self._running = None
             for layer in (*self._layers, *self._resident):
                 layer.take_back()
-                _OFFLOADED.discard(layer.module)
+                OFFLOADED.discard(layer.module)
             if self._pinned is not None:
                 self._pinned.close()
                 self._pinned = None
+            if self._compressed is not None:
+                self._compressed.close()
+                self._compressed = None
+            self._layers = self._resident = ()  # with their weights, which may be replaced now
 
     def _forget_interrupted(self) -> None:
         """Ctrl-C ends a forward pass without its hooks; the next one tidies up."""
@@ -115,6 +126,8 @@ class OffloadedExperts:
         assert self._ring is not None
         number = self._running[1]
         self._running = None
+        if self._compressed is not None:
+            self._compressed.release()
         layer = self._layers[number // self._groups]
         is_kept = layer.take_back()
         self._ring.release(number)
@@ -132,6 +145,9 @@ class OffloadedExperts:
         self._running = (threading.get_ident(), number)
         tensors = self._ring.acquire(number, call)
         holds_all = self._groups == 1 and self._ring.holds_all(number)
+        if self._compressed is not None:
+            tensors = self._compressed.decompress(number, tensors)
+            self._ring.release(number)  # the next copy begins while this layer computes
         self._layers[number // self._groups].put(tensors, holds_all)
 
     @contextmanager
@@ -148,8 +164,10 @@ class OffloadedExperts:
     def _hook(self, number: int, layer: OffloadedLayer) -> list[RemovableHandle]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(module: nn.Module, args: Any) -> None:
-            if module is not layer.module:
-                return  # a copy of the model, which has parameters of its own
+            if module is not layer.module:  # a copy of the model, which has its own parameters
+                if layer.compressed is not None:
+                    layer.compressed.refuse("copied")
+                return
             if torch.is_grad_enabled():
                 raise ConfigError(
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
@@ -186,6 +204,7 @@ def offload_experts(
     resident_layers: int = 0,
     expert_cache: str | int | None = None,
     groups: int = 1,
+    compression: str | None = None,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -199,6 +218,14 @@ def offload_experts(
     those are copied, once the router has chosen them. Inside of such a pass the parameters of the
     others hold anything, which nothing computes with.
 
+    With ``compression`` they are rounded to integers with a scale for each 64 values
+    (:mod:`~lightning_fastmoe.ops.group_quantization`), once, and decompressed on the device. That
+    halves or quarters copies and host memory, and results are those of the rounded weights;
+    :func:`~lightning_fastmoe.inference.compression_meter.compression_error` measures by how much
+    they differ. The original weights are freed: while compressed, experts can't be saved, loaded
+    or copied, which is refused, and closing leaves the rounded ones. Resident layers, biases and
+    adapters are not compressed.
+
     Args:
         model: on the CPU, with layers of this package or stacked experts of transformers with
             ``experts_implementation="fastmoe"``.
@@ -210,18 +237,22 @@ def offload_experts(
         groups: divides each layer's experts, where those of a whole one are too large for a slot. A
             slot then holds one group, which is copied while another computes. The results may
             differ from those of whole layers by the rounding of sums.
+        compression: ``"int8"`` or ``"int4"``; None keeps all bits. Whole layers are decompressed,
+            so it goes with neither ``expert_cache`` nor ``groups``.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
 
     Raises:
         ConfigError: if an argument is out of range, the model has no such experts, or they are
-            somewhere else than on the CPU, sharded, used by several layers, or offloaded already.
+            somewhere else than on the CPU, sharded, used by several layers, offloaded already, or
+            to be compressed and not finite; or if options exclude each other.
     """
+    check_together(compression, expert_cache, groups)
     device = torch.device(device)
     if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
-    layers = _layers(model)
+    layers = offloadable_layers(model)
     check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
     cache = 0 if expert_cache is None else parse_bytes(expert_cache)
@@ -229,38 +260,15 @@ def offload_experts(
         raise ConfigError(f"expert_cache={cache}: every layer is resident. Leave one of both out.")
     if groups != 1:
         _check_stacked(groups, layers[:cut])
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, cache, groups)
+    offloaded = OffloadedExperts(
+        layers[:cut], layers[cut:], device, slots, cache, groups, compression
+    )
     try:
         _move_rest(model, device, layers)
     except BaseException:
         offloaded.close()
         raise
     return offloaded
-
-
-def check_slots(layers: int, slots: int, resident_layers: int) -> None:
-    """Checks both numbers against a model's number of layers with experts.
-
-    Raises:
-        ConfigError: if one is out of range.
-    """
-    if slots < 1 or not 0 <= resident_layers <= layers:
-        raise ConfigError(
-            f"slots={slots} must be at least 1, and resident_layers={resident_layers} between 0"
-            f" and the model's {layers} layers."
-        )
-
-
-def check_groups(groups: int, num_experts: int) -> None:
-    """Checks the number of groups against a layer's number of experts.
-
-    Raises:
-        ConfigError: if it is out of range.
-    """
-    if not 1 <= groups <= num_experts:
-        raise ConfigError(
-            f"groups={groups} must be between 1 and the {num_experts} experts of a layer."
-        )
 
 
 def _check_stacked(groups: int, layers: Sequence[OffloadedLayer]) -> None:
@@ -271,49 +279,6 @@ def _check_stacked(groups: int, layers: Sequence[OffloadedLayer]) -> None:
                 f" {type(layer.module).__name__} are modules. Leave it out."
             )
         check_groups(groups, layer.experts.num_experts)
-
-
-def _layers(model: nn.Module) -> list[OffloadedLayer]:
-    layers: list[OffloadedLayer] = []
-    seen: set[int] = set()
-    for name, layer in expert_layers(model):
-        if layer.is_sharded:
-            raise ConfigError(f"{name} holds only some of its experts: offload the whole model.")
-        holder = layer.experts.holder
-        if holder in _OFFLOADED:
-            raise ConfigError(
-                f"The experts of {name} are offloaded already: close what offload_experts returned."
-            )
-        parameters = list(holder.parameters())
-        for parameter in parameters:
-            if parameter.device.type != "cpu":
-                raise ConfigError(
-                    f"The experts of {name} are on {parameter.device}, and not on the CPU, where"
-                    " they are to stay: build or load the model there."
-                )
-            if not parameter.is_contiguous():
-                raise ConfigError(f"The experts of {name} are not contiguous.")
-            if id(parameter) in seen:
-                raise ConfigError(f"The experts of {name} are those of another layer, too.")
-            seen.add(id(parameter))
-        stacked = _stacks(layer.experts, parameters)
-        reads_all = isinstance(layer, MoE) and layer.top_k is None
-        layers.append(OffloadedLayer(holder, parameters, stacked, reads_all))
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
-            ' stacked experts of transformers with experts_implementation="fastmoe".'
-        )
-    return layers
-
-
-def _stacks(experts: Experts, parameters: Sequence[nn.Parameter]) -> Experts | None:
-    """The experts, if each of the parameters is one of their stacks."""
-    stacks = {id(getattr(experts.holder, name, None)) for name in experts.stack_names}
-    if {id(parameter) for parameter in parameters} != stacks:
-        return None
-    whole = all(parameter.shape[:1] == (experts.num_experts,) for parameter in parameters)
-    return experts if whole else None
 
 
 def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[OffloadedLayer]) -> None:

@@ -8,71 +8,14 @@ their router has run: then it computes after it copies.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.planning.few_tokens import are_few, expected_experts
+from lightning_fastmoe.planning.offload_sizes import GIGABYTE, OffloadSizes
+from lightning_fastmoe.planning.offload_sizes import gigabytes as _gb
 
-GIGABYTE = 10**9
 _MORE = 8 * GIGABYTE
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class OffloadSizes:
-    """Bytes of a model.
-
-    Attributes:
-        experts: of each layer with experts.
-        rest: of everything else.
-        cache_per_token: of keys and values, over all layers.
-        choices: experts of each layer and how many of them a token has, E and K; empty, and K is 0,
-            where single experts are not copied.
-    """
-
-    experts: tuple[int, ...]
-    rest: int
-    cache_per_token: int = 0
-    choices: tuple[tuple[int, int], ...] = ()
-
-    def weights_on_gpu(self, slots: int, resident: int, groups: int = 1) -> int:
-        """Bytes of everything else, of resident experts and of slots."""
-        resident_bytes = sum(self.experts[len(self.experts) - resident :])
-        return self.rest + resident_bytes + self.slot_bytes(slots, resident, groups)
-
-    def slot_bytes(self, slots: int, resident: int, groups: int = 1) -> int:
-        """Bytes of slots, each for a group of a layer's experts: all of them, or fewer."""
-        cut = len(self.experts) - resident
-        largest = 0
-        for layer, size in enumerate(self.experts[:cut]):
-            number = self.choices[layer][0] if self.choices else groups
-            largest = max(largest, size * -(-number // groups) // number)
-        return min(slots, cut * groups) * largest
-
-    @classmethod
-    def of(cls, model: nn.Module, cache_per_token: int = 0) -> OffloadSizes:
-        """Those of a model, which may be on the meta device.
-
-        Raises:
-            ConfigError: if it has no layers with experts.
-        """
-        layers = [layer for _, layer in expert_layers(model)]
-        experts = tuple(
-            sum(p.numel() * p.element_size() for p in layer.experts.holder.parameters())
-            for layer in layers
-        )
-        choices = tuple(
-            (layer.num_experts, (layer.top_k or 0) if layer.experts.is_stacked else 0)
-            for layer in layers
-        )
-        if not experts:
-            raise ConfigError(f"{type(model).__name__} has no experts that could be offloaded.")
-        every = sum(p.numel() * p.element_size() for p in model.parameters())
-        return cls(experts, every - sum(experts), cache_per_token, choices)
 
 
 @dataclass(frozen=True)
@@ -85,6 +28,7 @@ class OffloadCosts:
         rest: seconds of what surrounds them.
         activations: bytes of GPU memory that a pass needs beside weights.
         step: seconds that one step of generation computes.
+        decompression: bytes per second of decompressed experts.
         is_measured: whether they were measured on this machine.
     """
 
@@ -93,6 +37,7 @@ class OffloadCosts:
     rest: float
     activations: int
     step: float = 0.0
+    decompression: float = 1.5e12
     is_measured: bool = False
 
 
@@ -127,7 +72,7 @@ class OffloadPlan:
     @property
     def copied(self) -> int:
         """Bytes that a pass copies."""
-        return sum(self.sizes.experts[: self._cut])
+        return sum(self.sizes.moving(self.resident))
 
     @property
     def slot_bytes(self) -> int:
@@ -160,7 +105,19 @@ class OffloadPlan:
     @property
     def computing(self) -> float:
         """Seconds of a pass's computation."""
-        return self.costs.layers + self.costs.rest
+        return self.costs.layers + self.costs.rest + self.decompressing
+
+    @property
+    def decompressing(self) -> float:
+        """Seconds of a pass in which the GPU decompresses experts."""
+        if not self.sizes.compressed:
+            return 0.0
+        return sum(self.sizes.experts[: self._cut]) / self.costs.decompression
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of experts."""
+        return sum(self.sizes.moving(self.resident)) + self.resident_bytes
 
     @property
     def seconds(self) -> float:
@@ -175,12 +132,14 @@ class OffloadPlan:
     @property
     def hiding_tokens(self) -> int:
         """Tokens of a pass from which copies cost nothing."""
-        return round(self.tokens * self.copying / self.computing)
+        computing = self.computing - self.decompressing  # which doesn't grow with tokens
+        return round(self.tokens * max(0.0, self.copying - self.decompressing) / computing)
 
     @property
     def generating(self) -> float:
         """Seconds of all steps of generation."""
-        copying, computing = self.copied_by_step / self.costs.link, self.costs.step
+        copying = self.copied_by_step / self.costs.link
+        computing = self.costs.step + self.decompressing
         after = any(self._chosen(layer) for layer in range(self._cut))
         return self.generated * (copying + computing if after else max(copying, computing))
 
@@ -192,9 +151,8 @@ class OffloadPlan:
         """
         total = 0.0
         cached = min(1.0, self.expert_cache / self.copied) if self.copied else 0.0
-        for layer in range(self._cut):
+        for layer, size in enumerate(self.sizes.moving(self.resident)):
             chosen = self._chosen(layer)
-            size = self.sizes.experts[layer]
             total += size if chosen is None else size * chosen[0] / chosen[1] * (1 - cached)
         return total
 
@@ -238,7 +196,8 @@ class OffloadPlan:
         held = sum(self.sizes.experts)
         if held > host_memory:
             raise ConfigError(
-                f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}, and there"
+                f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}"
+                f"{' until they are compressed' if self.sizes.compressed else ''}, and there"
                 f" are {_gb(host_memory)} (--host-memory)."
             )
 
@@ -249,10 +208,12 @@ class OffloadPlan:
         lines = [
             f"{len(sizes.experts)} layers with {_gb(sum(sizes.experts))} of experts;"
             f" {_gb(sizes.rest)} of everything else",
-            f"host   {_gb(sum(sizes.experts)):>9}  experts",
+            f"host   {_gb(self.host_bytes):>9}  experts"
+            + (f", {_gb(sum(sizes.experts))} until compressed" if sizes.compressed else ""),
             f"GPU    {_gb(self.on_gpu):>9}  of {_gb(self.gpu_memory)}: {_gb(sizes.rest)} model,"
             f" {_gb(self.slot_bytes)} in {self.slots} slots"
             + (f" of 1/{self.groups} layer" if self.groups > 1 else "")
+            + (" and a workspace" if sizes.compressed else "")
             + f", {_gb(self.resident_bytes)} resident,"
             f" {_gb(costs.activations)} activations"
             + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else "")
@@ -260,7 +221,8 @@ class OffloadPlan:
             f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens,"
             f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
             f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
-            f" {self.computing:.2f} s ({known})",
+            f" {self.computing:.2f} s ({known})"
+            + (f", {self.decompressing:.2f} s of it decompresses" if sizes.compressed else ""),
             f"       copies cost nothing from {self.hiding_tokens:,} tokens per pass",
         ]
         if self.generated:
@@ -289,20 +251,3 @@ class OffloadPlan:
     @property
     def _cut(self) -> int:
         return len(self.sizes.experts) - self.resident
-
-
-def parse_bytes(size: str | int) -> int:
-    """``"24GB"`` -> 24,000,000,000; a number is itself.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
-    unit = None if found is None else _UNITS.get(found[2].upper())
-    if found is None or unit is None or float(found[1]) <= 0:
-        raise ConfigError(f"{size!r} is not a number of bytes: use one such as '24GB' or '24GiB'.")
-    return int(float(found[1]) * unit)
-
-
-def _gb(size: float) -> str:
-    return f"{size / GIGABYTE:.1f} GB"

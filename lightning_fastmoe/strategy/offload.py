@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
-from lightning_fastmoe.inference.offload import check_groups, check_slots
-from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
+from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
+from lightning_fastmoe.planning.offload_sizes import OffloadSizes, parse_bytes
 
 
 class OffloadStrategy(SingleDeviceStrategy):
@@ -42,6 +42,13 @@ class OffloadStrategy(SingleDeviceStrategy):
             tokens have used last, as steps of generation are; None keeps none.
         groups: divides each layer's experts, of which a slot then holds one group, where a whole
             layer is too large. Results may then differ by the rounding of sums.
+        compression: ``"int8"`` or ``"int4"`` rounds experts, which halves or quarters what is
+            copied; afterwards the model has the rounded weights. Measure on your data what that
+            changes: :class:`~lightning_fastmoe.callbacks.CompressionErrorMonitor`. None is exact.
+            It goes with neither ``expert_cache`` nor ``groups``.
+
+    Raises:
+        ConfigError: if an argument is invalid, or two exclude each other.
     """
 
     strategy_name = "fastmoe_offload"
@@ -54,6 +61,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         device: str | torch.device | None = None,
         expert_cache: str | int | None = None,
         groups: int = 1,
+        compression: Literal["int8", "int4"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(device="cpu", **kwargs)
@@ -63,6 +71,8 @@ class OffloadStrategy(SingleDeviceStrategy):
         self.slots, self.resident_layers = slots, resident_layers
         self.groups = groups
         self.expert_cache = None if expert_cache is None else parse_bytes(expert_cache)
+        check_together(compression, expert_cache, groups)
+        self.compression = compression
         self.offloaded: OffloadedExperts | None = None
 
     @property
@@ -120,9 +130,11 @@ class OffloadStrategy(SingleDeviceStrategy):
             resident_layers=self.resident_layers,
             expert_cache=self.expert_cache,
             groups=self.groups,
+            compression=self.compression,
         )
         rank_zero_info(
-            f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"
+            f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory"
+            f"{'' if self.compression is None else f' as {self.compression}'};"
             f" {self.offloaded.slot_bytes / 1e9:.1f} GB of slots and"
             f" {self.offloaded.resident_bytes / 1e9:.1f} GB of resident experts on {device}."
         )
@@ -144,7 +156,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         """
         total = torch.cuda.get_device_properties(device).total_memory
         limit = total if self.gpu_memory is None else min(total, self.gpu_memory)
-        sizes = OffloadSizes.of(model)
+        sizes = OffloadSizes.of(model, compression=self.compression)
         check_slots(len(sizes.experts), self.slots, self.resident_layers)
         check_groups(self.groups, min(number for number, _ in sizes.choices))
         needed = sizes.weights_on_gpu(self.slots, self.resident_layers, self.groups)

@@ -53,6 +53,22 @@ def test_a_plan(config: str, capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    ("compression", "host", "gpu", "copies"),
+    [("int8", "29.9", "2.5", "0.56"), ("int4", "15.4", "1.9", "0.29")],
+)
+def test_compressed_experts(
+    config: str, compression: str, host: str, gpu: str, copies: str, capsys
+) -> None:
+    """Bytes per value: 1 or a half, and 2 for 64 of them."""
+    command = ["plan", "--config", config, "--tokens", "8x512", "--host-memory", "100GB"]
+    assert main([*command, "--compression", compression]) == 0
+    out = capsys.readouterr().out
+    assert f"host     {host} GB  experts, 58.0 GB until compressed" in out
+    assert f"{gpu} GB in 2 slots and a workspace" in out
+    assert f"copies {copies} s at 53.0 GB/s" in out
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--tokens", "512"], "use SEQUENCESxLENGTH"),
@@ -60,6 +76,11 @@ def test_a_plan(config: str, capsys) -> None:
         (["--tokens", "8x512", "--host-memory", "50GB"], "The host lacks 8.0 GB"),
         (["--tokens", "8x512", "--gpu-memory", "many"], "'many' is not a number of bytes"),
         (["--tokens", "8x512", "--groups", "129"], "groups=129 must be between 1 and the 128"),
+        (["--tokens", "8x512", "--compression", "fp8"], "compression='fp8' is unknown"),
+        (
+            ["--tokens", "8x512", "--compression", "int8", "--groups", "2"],
+            "compression='int8' decompresses whole layers",
+        ),
         (["--tokens", "8x512", "--slots", "0"], "slots=0 must be at least 1"),
         (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and the model's 48 layers"),
     ],

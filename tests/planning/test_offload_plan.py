@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_fastmoe import MoE
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.planning.offload import GIGABYTE, OffloadCosts, OffloadPlan, OffloadSizes
+from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.planning.offload import OffloadCosts, OffloadPlan
+from lightning_fastmoe.planning.offload_sizes import GIGABYTE, OffloadSizes
 
 SIZES = OffloadSizes((2 * GIGABYTE,) * 10, 3 * GIGABYTE, cache_per_token=100_000)
 COSTS = OffloadCosts(50e9, layers=0.3, rest=0.1, activations=GIGABYTE, step=0.02)
@@ -43,6 +47,57 @@ def test_resident_layers() -> None:
     assert replace(PLAN, resident=9).with_more_memory().resident == 10
     whole = replace(PLAN, resident=10)
     assert (whole.copied, whole.slot_bytes, whole.limit) == (0, 0, "the GPU")
+
+
+COMPRESSED = replace(SIZES, compressed=(GIGABYTE // 2,) * 10, scratch=GIGABYTE // 10)
+
+
+def test_compressed_experts() -> None:
+    """A quarter is copied; each pass decompresses all, whatever its tokens."""
+    plan = replace(PLAN, sizes=COMPRESSED, costs=replace(COSTS, decompression=1e12))
+    assert (plan.copied, plan.host_bytes) == (5 * GIGABYTE, 5 * GIGABYTE)
+    assert plan.slot_bytes == (2 * 0.5 + 2 + 0.1) * GIGABYTE
+    assert plan.on_gpu == 3 * GIGABYTE + plan.slot_bytes + GIGABYTE
+    assert plan.copying == pytest.approx(0.1)
+    assert plan.decompressing == pytest.approx(0.02)
+    assert plan.computing == pytest.approx(0.42)
+    assert plan.hiding_tokens == 32_000 * 0.08 / 0.4
+    assert replace(plan, generated=10).generating == pytest.approx(10 * 0.1)
+    assert "host      5.0 GB  experts, 20.0 GB until compressed" in plan.text()
+    assert "3.1 GB in 2 slots and a workspace" in plan.text()
+    assert "computation 0.42 s (assumed; --measure measures them), 0.02 s of it" in plan.text()
+    part = replace(plan, resident=4)
+    assert part.copied == 3 * GIGABYTE
+    assert part.host_bytes == (3 + 8) * GIGABYTE
+    assert part.on_gpu == (3 + 8 + 3.1 + 1) * GIGABYTE
+    whole = replace(plan, resident=10)
+    assert (whole.copied, whole.slot_bytes, whole.decompressing) == (0, 0, 0)
+    with pytest.raises(ConfigError, match="experts take 20.0 GB until they are compressed, and"):
+        plan.check(15 * GIGABYTE)
+
+
+@pytest.mark.parametrize("compression", ["int8", "int4"])
+@pytest.mark.parametrize("resident", [0, 1, 3])
+def test_sizes_of_compressed_experts_are_what_offloading_takes(
+    compression: str, resident: int
+) -> None:
+    """Layers of two sizes, with biases."""
+    many: dict[str, Any] = {"top_k": 2, "bias": True, "activation": "gelu"}
+    model = nn.Sequential(
+        MoE(128, 64, 8, **many), MoE(128, 128, 4, **many), MoE(128, 64, 8, **many)
+    )
+    sizes = OffloadSizes.of(model.eval(), compression=compression)
+    plan = replace(PLAN, sizes=sizes, slots=1, resident=resident)
+    offloaded = offload_experts(
+        model, "cpu", slots=1, resident_layers=resident, compression=compression
+    )
+    assert offloaded.slot_bytes == plan.slot_bytes
+    assert offloaded.host_bytes == plan.copied
+    assert offloaded.resident_bytes == plan.resident_bytes
+    before = offloaded.statistics.copied
+    with torch.inference_mode():
+        model(torch.randn(3, 128))
+    assert offloaded.statistics.copied - before == plan.copied
 
 
 def test_generation() -> None:
