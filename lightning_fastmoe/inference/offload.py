@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.chunks import ChunkedBlocks, ChunkSize, check_chunk
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
 from lightning_fastmoe.nn.expert_layers import expert_layers
@@ -86,6 +88,8 @@ class OffloadedExperts:
         self._ring: ExpertRing | None = None
         self._hooks: list[RemovableHandle] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
+        self._is_held = False
+        self._chunks: ChunkedBlocks | None = None
         try:
             self._set_up(device, slots)
         except BaseException:
@@ -110,8 +114,26 @@ class OffloadedExperts:
         """What has been copied so far."""
         return RingStatistics() if self._ring is None else self._ring.statistics
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, a layer that runs several times has its experts copied once."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            if self._running is not None and self._running[0] == threading.get_ident():
+                self._finish()
+
+    def compute_in_chunks(self, model: nn.Module, chunk_sequences: ChunkSize) -> None:
+        """Makes the blocks of the model compute chunks; see :class:`ChunkedBlocks`."""
+        self._chunks = ChunkedBlocks(model, chunk_sequences, self.held)
+
     def close(self) -> None:
         """The experts are ordinary parameters on the CPU again, and no host memory is pinned."""
+        if self._chunks is not None:
+            self._chunks.close()
+            self._chunks = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -156,13 +178,17 @@ class OffloadedExperts:
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
                     " trained: run it under torch.no_grad() or torch.inference_mode()."
                 )
+            if self._is_held and self._running == (threading.get_ident(), number):
+                return
             self._forget_interrupted()
             self._running = (threading.get_ident(), number)
             layer.put(ring.acquire(number))
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if module is layer.module and self._running == (threading.get_ident(), number):
+            if module is not layer.module or self._is_held:
+                return
+            if self._running == (threading.get_ident(), number):
                 self._finish()
 
         return [
@@ -174,7 +200,12 @@ class OffloadedExperts:
 @torch.inference_mode(False)
 @torch.no_grad()
 def offload_experts(
-    model: nn.Module, device: torch.device | str, *, slots: int = 2, resident_layers: int = 0
+    model: nn.Module,
+    device: torch.device | str,
+    *,
+    slots: int = 2,
+    resident_layers: int = 0,
+    chunk_sequences: int | str | None = None,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -190,14 +221,22 @@ def offload_experts(
         device: computes.
         slots: GPU memory for the experts of so many layers.
         resident_layers: so many layers, the last ones, keep their experts on the device.
+        chunk_sequences: each block computes so many sequences (rows of dimension 0) at a time, all
+            of them while its experts are in their slot, so that activations inside blocks take the
+            memory of a chunk. ``"auto"`` makes chunks of about 16 thousand tokens; None computes
+            batches as a whole. For decoder layers of transformers, this package's language models,
+            and blocks that declare ``row_arguments``; see :mod:`lightning_fastmoe.inference.rows`.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
 
     Raises:
         ConfigError: if an argument is out of range, the model has no such experts, or they are
-            somewhere else than on the CPU, sharded, used by several layers, or offloaded already.
+            somewhere else than on the CPU, sharded, used by several layers, or offloaded already;
+            if its blocks can't be computed in chunks, as with routers that compare tokens.
     """
+    if chunk_sequences is not None:
+        check_chunk(chunk_sequences)
     device = torch.device(device)
     if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
@@ -206,6 +245,8 @@ def offload_experts(
     cut = len(layers) - resident_layers
     offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
     try:
+        if chunk_sequences is not None:
+            offloaded.compute_in_chunks(model, chunk_sequences)
         _move_rest(model, device, layers)
     except BaseException:
         offloaded.close()

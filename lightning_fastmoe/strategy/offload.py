@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
+from lightning_fastmoe.inference.chunks import check_chunk
 from lightning_fastmoe.inference.offload import check_slots
 from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
@@ -37,6 +38,8 @@ class OffloadStrategy(SingleDeviceStrategy):
             None for all that is there.
         slots: GPU memory for the experts of so many layers, through which all pass.
         resident_layers: so many layers, the last ones, keep their experts on the GPU.
+        chunk_sequences: sequences that a block computes at a time, which limits activations; "auto"
+            for about 16 thousand tokens, None for whole batches.
         device: the device; None is the first of the Trainer's ``devices``.
     """
 
@@ -47,6 +50,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         gpu_memory: str | int | None = None,
         slots: int = 2,
         resident_layers: int = 0,
+        chunk_sequences: int | str | None = None,
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> None:
@@ -55,6 +59,9 @@ class OffloadStrategy(SingleDeviceStrategy):
         self._devices = [torch.device("cpu")]
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
+        if chunk_sequences is not None:
+            check_chunk(chunk_sequences)
+        self.chunk_sequences = chunk_sequences
         self.offloaded: OffloadedExperts | None = None
 
     @property
@@ -106,7 +113,11 @@ class OffloadStrategy(SingleDeviceStrategy):
         if device.type == "cuda":
             self._limit_memory(self.model, device)
         self.offloaded = offload_experts(
-            self.model, device, slots=self.slots, resident_layers=self.resident_layers
+            self.model,
+            device,
+            slots=self.slots,
+            resident_layers=self.resident_layers,
+            chunk_sequences=self.chunk_sequences,
         )
         rank_zero_info(
             f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"

@@ -1,0 +1,221 @@
+"""Keys and values of layers and chunks in host memory, which visit the GPU one at a time.
+
+While a chunk of a layer computes, the keys and values of the next one are copied into a staging
+buffer; new positions are copied back behind the computation. FlexGen (Sheng et al. 2023, arXiv
+2303.06865) keeps its cache on the host this way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.pinned import PinnedMemory
+
+Key = tuple[int, int]
+"""A layer and a chunk."""
+
+
+@dataclass
+class _Held:
+    """Keys and values of a layer's chunk: positions first, so that a range of them is contiguous.
+
+    Attributes:
+        keys: (max_length, n, H, width) on the host.
+        values: the same; the width may be another.
+        written: recorded when the latest positions have been copied to the host.
+    """
+
+    keys: Tensor
+    values: Tensor
+    written: Any = None
+
+    def bytes_of(self, positions: int) -> int:
+        return sum(t[:positions].numel() * t.element_size() for t in (self.keys, self.values))
+
+
+@dataclass
+class HostRowsStatistics:
+    """What has been copied.
+
+    Attributes:
+        copied: bytes copied to the GPU.
+        written: bytes copied to the host.
+        misses: chunks of layers whose copy had not been started before they were needed.
+    """
+
+    copied: int = 0
+    written: int = 0
+    misses: int = 0
+
+
+@dataclass
+class _Staged:
+    """What the staging buffer holds, or will once its copy is done."""
+
+    key: Key
+    span: tuple[int, int]
+    tensors: tuple[Tensor, Tensor]
+    filled: Any = None
+
+
+@dataclass(eq=False)
+class HostRows:
+    """Keys and values of all layers and chunks, as long as ``max_length`` positions.
+
+    On the GPU there are one chunk's keys and values of one layer, in a staging buffer; what a chunk
+    computes with is a copy of them and of its new positions.
+
+    Args:
+        max_length: positions of a sequence that there is room for.
+
+    Attributes:
+        statistics: what has been copied.
+    """
+
+    max_length: int
+    statistics: HostRowsStatistics = field(default_factory=HostRowsStatistics)
+    _held: dict[Key, _Held] = field(default_factory=dict)
+    _pinned: list[PinnedMemory] = field(default_factory=list)
+    _staging: Tensor | None = None
+    _staged: _Staged | None = None
+    _streams: tuple[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # Registered memory must not be freed; and a finalizer runs before attributes go.
+        weakref.finalize(self, _let_go, self._held, self._pinned)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(held.bytes_of(self.max_length) for held in self._held.values())
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the staging buffer on the GPU."""
+        return 0 if self._staging is None else self._staging.numel()
+
+    def past(self, key: Key, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions ``start`` to ``stop``, (n, H, stop - start, width).
+
+        They are there until :meth:`stage` is called.
+        """
+        if self._staged is None or (self._staged.key, self._staged.span) != (key, (start, stop)):
+            self.statistics.misses += 1
+            self.stage(key, start, stop)
+        staged, self._staged = self._staged, None
+        assert staged is not None
+        if staged.filled is not None:
+            staged.filled.wait(torch.cuda.current_stream(staged.tensors[0].device))
+        keys, values = (tensor.permute(1, 2, 0, 3) for tensor in staged.tensors)
+        return keys, values
+
+    def stage(self, key: Key, start: int, stop: int) -> None:
+        """Starts to copy positions to the GPU, after what the current stream does with others."""
+        held = self._held[key]
+        buffer = self._buffer()
+        halves, at = [], 0
+        for host in (held.keys, held.values):
+            part = host[start:stop]
+            size = part.numel() * part.element_size()
+            halves.append(buffer[at : at + size].view(part.dtype).view(part.shape))
+            at += -(-size // 256) * 256
+        staged = _Staged(key, (start, stop), (halves[0], halves[1]))
+        stream = None if self._streams is None else self._streams[0]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            if held.written is not None:
+                held.written.wait(stream)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            for own, host in zip(halves, (held.keys, held.values), strict=True):
+                own.copy_(host[start:stop], non_blocking=True)
+            if stream is not None:
+                staged.filled = torch.cuda.Event()
+                staged.filled.record()
+        self.statistics.copied += held.bytes_of(stop) - held.bytes_of(start)
+        self._staged = staged
+
+    def write(self, key: Key, at: int, keys: Tensor, values: Tensor) -> None:
+        """Appends positions to a layer's chunk.
+
+        Args:
+            key: the layer and the chunk.
+            at: positions that it has.
+            keys: (n, H, positions, width).
+            values: the same; the width may be another.
+
+        Raises:
+            ConfigError: if there are more than ``max_length`` then, or shapes have changed.
+        """
+        stop = at + keys.shape[-2]
+        if stop > self.max_length:
+            raise ConfigError(
+                f"A sequence has {stop} positions, and HostCache has room for"
+                f" max_length={self.max_length}: make that the prompt's length and the tokens to"
+                " generate."
+            )
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = self._allocate(keys, values)
+        stream = None if self._streams is None else self._streams[1]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+        for host, new in ((held.keys, keys), (held.values, values)):
+            if new.dim() != 4 or new.permute(2, 0, 1, 3).shape[1:] != host.shape[1:]:
+                raise ConfigError(
+                    f"Keys or values {tuple(new.shape)} don't continue those of"
+                    f" {tuple(host.shape[1:])} sequences, heads and width."
+                )
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                rows = new.permute(2, 0, 1, 3).contiguous()
+                host[at:stop].copy_(rows, non_blocking=True)
+            if stream is not None:
+                new.record_stream(stream)
+        if stream is not None:
+            held.written = torch.cuda.Event()
+            held.written.record(stream)
+        self.statistics.written += held.bytes_of(stop) - held.bytes_of(at)
+
+    def forget(self) -> None:
+        """What is staged is old."""
+        self._staged = None
+
+    @property
+    def _device(self) -> torch.device | None:
+        return None if self._streams is None else self._streams[0].device
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> _Held:
+        if keys.device.type == "cuda" and self._streams is None:
+            self._streams = (torch.cuda.Stream(keys.device), torch.cuda.Stream(keys.device))
+        tensors = []
+        for new in (keys, values):
+            n, heads, _, width = new.shape
+            with torch.inference_mode(False):  # later passes may not be in inference mode
+                tensors.append(torch.empty(self.max_length, n, heads, width, dtype=new.dtype))
+        if keys.device.type == "cuda":
+            self._pinned.append(PinnedMemory(tensors, "keys and values"))
+        return _Held(tensors[0], tensors[1])
+
+    def _buffer(self) -> Tensor:
+        size = 512 + max(held.bytes_of(self.max_length) for held in self._held.values())
+        if self._staging is None or self._staging.numel() < size:
+            if self._streams is not None:
+                self._streams[0].synchronize()
+            device = self._device or torch.device("cpu")
+            with torch.inference_mode(False):
+                self._staging = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._staging
+
+
+def _let_go(held: dict[Key, _Held], pinned: list[PinnedMemory]) -> None:
+    if pinned:
+        torch.cuda.synchronize()
+    for memory in pinned:
+        memory.close()
+    held.clear()
