@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
-from lightning_fastmoe.huggingface.trial import chunked_loss
+from lightning_fastmoe.huggingface.scoring import chunked_loss
 from lightning_fastmoe.inference import offload_experts
 from lightning_fastmoe.planning.offload import parse_bytes
 

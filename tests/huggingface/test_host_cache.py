@@ -1,0 +1,162 @@
+"""Keys and values in host memory, against transformers' own cache with the same chunks."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface.sharding_runs import Run, make_model
+from torch import Tensor
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface import HostCache
+from lightning_fastmoe.inference import offload_experts
+
+PROMPT, NEW = 9, 5
+IDS = torch.randint(3, 60, (5, PROMPT), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, :3] = MASK[3, :7] = 0
+
+
+def poisoned(cache: HostCache) -> None:
+    """Fills the staging buffer with NaN before each copy."""
+    rows = cache._rows
+    staging = rows.stage
+
+    def stage(*args: Any) -> None:
+        rows._buffer().fill_(0xFF)
+        staging(*args)
+
+    rows.stage = stage  # type: ignore[method-assign]
+
+
+def generate(model: Any, **options: Any) -> Any:
+    torch.manual_seed(7)
+    return model.generate(
+        IDS,
+        attention_mask=MASK,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("size", [None, 2, 3])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_the_bits_of_the_ordinary_cache(name: str, size: int | None, sampled: bool) -> None:
+    """gpt_oss has layers with a window of 8, and the latent attention no values of that width."""
+    model = make_model(Run(name)).eval()
+    options = {"do_sample": sampled, "top_k": 5, "temperature": 3.0} if sampled else {}
+    whole = generate(model.double(), **options).sequences
+    model.float()
+    offloaded = offload_experts(model, "cpu", slots=1, chunk_sequences=size)
+    right = generate(model, **options)
+    cache = HostCache(model.config, max_length=PROMPT + NEW)
+    poisoned(cache)
+    copied = offloaded.statistics.copied
+    found = generate(model, past_key_values=cache, **options)
+    assert torch.equal(found.sequences, right.sequences)
+    for a, b in zip(found.logits, right.logits, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(found.sequences, whole)
+    assert cache.statistics.misses == 0
+    if len(offloaded._layers) > 1:
+        each = sum(stack.slot_bytes for stack in offloaded._ring._stacks)  # type: ignore[union-attr]
+        assert offloaded.statistics.copied - copied == NEW * each
+    held = [(layer.keys, layer.values) for layer in right.past_key_values.layers]
+    number = sum(t.numel() * t.element_size() // t.shape[-2] for pair in held for t in pair)
+    assert cache.host_bytes == number * (PROMPT + NEW)
+    assert cache.statistics.written == number * (PROMPT + NEW - 1)
+    chunks = 1 if size is None else -(-5 // size)
+    largest = (size or 5) / 5 * cache.host_bytes / len(held)
+    assert cache.staging_bytes <= largest + 512
+    assert len(cache._rows._held) == chunks * len(held)
+
+
+def test_each_chunk_of_each_layer_is_copied_once_per_step() -> None:
+    model = make_model(Run("qwen3_moe")).eval()
+    offload_experts(model, "cpu", chunk_sequences=2)
+    cache = HostCache(model.config, max_length=PROMPT + NEW)
+    generate(model, past_key_values=cache)
+    a_position = cache.host_bytes // (PROMPT + NEW)
+    positions = sum(range(PROMPT, PROMPT + NEW - 1))
+    ahead = a_position * (PROMPT + NEW - 1) * 2 // 5 // 2  # of the step that doesn't come
+    assert cache.statistics.copied == a_position * positions + ahead
+
+
+def test_batches_of_one_and_longer_continuations() -> None:
+    model = make_model(Run("gpt_oss")).eval()
+    parts = [IDS[:, :4], IDS[:, 4:5], IDS[:, 5:]]
+    for rows in (1, 5):
+        with torch.inference_mode():
+            right = model(IDS[:rows]).logits
+            offloaded = offload_experts(model, "cpu", chunk_sequences=2)
+            cache = HostCache(model.config, max_length=PROMPT)
+            for _ in range(2):
+                found = [model(ids[:rows], past_key_values=cache).logits for ids in parts]
+                torch.testing.assert_close(torch.cat(found, 1), right, rtol=0, atol=1e-5)
+                assert cache.get_seq_length() == PROMPT
+                cache.reset()
+            offloaded.close()
+
+
+def test_without_chunks_and_offloaded_experts() -> None:
+    model = make_model(Run("mixtral")).eval()
+    right = generate(model)
+    found = generate(model, past_key_values=HostCache(model.config, max_length=PROMPT + NEW))
+    assert torch.equal(found.sequences, right.sequences)
+    for a, b in zip(found.logits, right.logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = make_model(Run("qwen3_moe")).eval()
+    offload_experts(model, "cpu", chunk_sequences=2)
+    cache = HostCache(model.config, max_length=PROMPT + 1)
+    with torch.inference_mode():
+        with pytest.raises(ConfigError, match="has 11 positions, and HostCache has room for max"):
+            generate(model, past_key_values=cache)
+        with pytest.raises(ConfigError, match="A pass with this HostCache has failed"):
+            model(IDS[:, :1], past_key_values=cache)
+        cache.reset()
+        model(IDS, past_key_values=cache)
+        with pytest.raises(ConfigError, match=r"in chunks \[\(0, 2\), \(2, 4\), \(4, 5\)\], and a"):
+            model(IDS[:3, :1], past_key_values=cache)
+    with pytest.raises(ConfigError, match="HostCache can't be reordered, which beam"):
+        generate(model, past_key_values=HostCache(model.config, PROMPT + NEW), num_beams=2)
+    with pytest.raises(ConfigError, match="can't drop positions"):
+        cache.crop(-1)
+    with pytest.raises(ConfigError, match="max_length=0 must be positive"):
+        HostCache(model.config, 0)
+    other = make_model(Run("nemotron_h"))
+    with pytest.raises(ConfigError, match="HostCache knows keys and values of full or sliding"):
+        HostCache(other.config, 5)
+
+
+def test_registered_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the copies under way, and before it is freed."""
+    from lightning_fastmoe.inference import host_rows
+
+    events: list[str] = []
+
+    class Pinned(SimpleNamespace):
+        def __init__(self, tensors: list[Tensor], what: str) -> None:
+            super().__init__()
+
+        def close(self) -> None:
+            events.append("closed")
+
+    cache = HostCache(make_model(Run("mixtral")).config, max_length=4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waited"))
+    rows = cache._rows
+    rows._pinned.append(Pinned([], ""))  # type: ignore[arg-type]
+    assert isinstance(rows, host_rows.HostRows)
+    del cache, rows
+    gc.collect()
+    assert events == ["waited", "closed"]
