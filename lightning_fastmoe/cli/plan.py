@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--resident-layers", type=int, default=0)
     parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
+    parser.add_argument(
+        "--chunk", type=int, metavar="SEQUENCES", help="compute blocks in chunks (default: whole)"
+    )
+    parser.add_argument("--host-cache", action="store_true", help="keys and values on the host")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
 
 
@@ -40,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from lightning_fastmoe.huggingface.trial import assumed_costs, measured_costs, sizes_of
+    from lightning_fastmoe.inference.chunks import check_chunk
     from lightning_fastmoe.inference.offload import check_slots
     from lightning_fastmoe.planning.offload import OffloadPlan, parse_bytes
 
@@ -51,10 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     config = config.get_text_config(decoder=True)  # of a model of images and text, too
     sizes = sizes_of(config)
     check_slots(len(sizes.experts), arguments.slots, arguments.resident_layers)
+    chunk = arguments.chunk
+    if chunk is not None:
+        check_chunk(chunk)
     costs = (
-        measured_costs(config, sequences, length, arguments.generate > 0)
+        measured_costs(config, sequences, length, arguments.generate > 0, chunk)
         if arguments.measure
-        else assumed_costs(config, sequences * length, sequences)
+        else assumed_costs(config, sequences * length, sequences, chunk)
     )
     plan = OffloadPlan(
         sizes,
@@ -65,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         slots=arguments.slots,
         resident=arguments.resident_layers,
         generated=arguments.generate,
+        chunk=chunk,
+        host_cache=arguments.host_cache,
     )
     sys.stdout.write(plan.text())
     plan.check(

@@ -16,6 +16,8 @@ from lightning_fastmoe.nn.expert_layers import expert_layers
 
 GIGABYTE = 10**9
 _MORE = 8 * GIGABYTE
+_BOTH_WAYS = 0.72
+"""The link's rate each way, of that alone, if it copies both ways: an H100 with PCIe 5."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -27,11 +29,13 @@ class OffloadSizes:
         experts: of each layer with experts.
         rest: of everything else.
         cache_per_token: of keys and values, over all layers.
+        layers: number of layers with keys and values; None if each has experts.
     """
 
     experts: tuple[int, ...]
     rest: int
     cache_per_token: int = 0
+    layers: int | None = None
 
     def weights_on_gpu(self, slots: int, resident: int) -> int:
         """Bytes of everything else, of resident experts and of slots."""
@@ -41,7 +45,9 @@ class OffloadSizes:
         return self.rest + sum(self.experts[cut:]) + ring
 
     @classmethod
-    def of(cls, model: nn.Module, cache_per_token: int = 0) -> OffloadSizes:
+    def of(
+        cls, model: nn.Module, cache_per_token: int = 0, layers: int | None = None
+    ) -> OffloadSizes:
         """Those of a model, which may be on the meta device.
 
         Raises:
@@ -54,7 +60,7 @@ class OffloadSizes:
         if not experts:
             raise ConfigError(f"{type(model).__name__} has no experts that could be offloaded.")
         every = sum(p.numel() * p.element_size() for p in model.parameters())
-        return cls(experts, every - sum(experts), cache_per_token)
+        return cls(experts, every - sum(experts), cache_per_token, layers)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class OffloadPlan:
         slots: layers whose experts have room on the GPU at a time.
         resident: layers whose experts stay there.
         generated: tokens that are generated for each sequence after the pass.
+        chunk: sequences of a chunk; None if blocks compute whole batches.
+        host_cache: whether keys and values are in host memory.
     """
 
     sizes: OffloadSizes
@@ -101,6 +109,8 @@ class OffloadPlan:
     slots: int = 2
     resident: int = 0
     generated: int = 0
+    chunk: int | None = None
+    host_cache: bool = False
 
     @property
     def copied(self) -> int:
@@ -120,21 +130,37 @@ class OffloadPlan:
 
     @property
     def cache_bytes(self) -> int:
-        """GPU memory of keys and values, if tokens are generated."""
+        """Bytes of all keys and values, if tokens are generated."""
         if not self.generated:
             return 0
         return self.sizes.cache_per_token * (self.tokens + self.sequences * self.generated)
 
     @property
+    def cache_on_host(self) -> int:
+        """Host memory of keys and values."""
+        return self.cache_bytes if self.host_cache else 0
+
+    @property
+    def cache_on_gpu(self) -> int:
+        """GPU memory of keys and values; of a host cache a layer's of two chunks."""
+        if not self.host_cache:
+            return self.cache_bytes
+        chunk = min(self.chunk or self.sequences, self.sequences)
+        layers = self.sizes.layers or len(self.sizes.experts)
+        return 2 * self.cache_bytes * chunk // (layers * self.sequences)
+
+    @property
     def on_gpu(self) -> int:
         """GPU memory of everything."""
         weights = self.sizes.weights_on_gpu(self.slots, self.resident)
-        return weights + self.cache_bytes + self.costs.activations
+        return weights + self.cache_on_gpu + self.costs.activations
 
     @property
     def copying(self) -> float:
-        """Seconds of a pass's copies."""
-        return self.copied / self.costs.link
+        """Seconds of a pass's copies: experts one way, beside keys and values the other way."""
+        written = self.sizes.cache_per_token * self.tokens if self.cache_on_host else 0
+        alone = max(0, self.copied - written)
+        return (alone + written / _BOTH_WAYS) / self.costs.link
 
     @property
     def computing(self) -> float:
@@ -158,8 +184,11 @@ class OffloadPlan:
 
     @property
     def generating(self) -> float:
-        """Seconds of all steps of generation."""
-        return self.generated * max(self.copying, self.costs.step)
+        """Seconds of all steps of generation, whose copies are experts and keys and values."""
+        held = self.tokens + self.sequences * self.generated / 2  # positions, on average
+        cache = self.sizes.cache_per_token * held if self.cache_on_host else 0.0
+        copying = (self.copied + cache) / self.costs.link
+        return self.generated * max(copying, self.costs.step)
 
     def with_more_memory(self) -> OffloadPlan:
         """With as many more resident layers as fit into 8 GB."""
@@ -184,15 +213,24 @@ class OffloadPlan:
         if (missing := self.on_gpu - self.gpu_memory) > 0:
             raise ConfigError(
                 f"The GPU lacks {_gb(missing)}: a pass of {self.tokens:,} tokens needs"
-                f" {_gb(self.on_gpu)}, and there are {_gb(self.gpu_memory)}. Use fewer tokens per"
-                " pass, slots or resident layers."
+                f" {_gb(self.on_gpu)}, and there are {_gb(self.gpu_memory)}. Use {self._less()}."
             )
-        held = sum(self.sizes.experts)
-        if held > host_memory:
+        experts, cache = sum(self.sizes.experts), self.cache_on_host
+        if (missing := experts + cache - host_memory) > 0:
+            keys = f" and keys and values {_gb(cache)}" if cache else ""
             raise ConfigError(
-                f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}, and there"
+                f"The host lacks {_gb(missing)}: the experts take {_gb(experts)}{keys}, and there"
                 f" are {_gb(host_memory)} (--host-memory)."
             )
+
+    def _less(self) -> str:
+        """What takes memory and could be less."""
+        options = ["fewer tokens per pass, slots or resident layers"]
+        if self.chunk is None or self.chunk > 1:
+            options.append(f"{'chunks' if self.chunk is None else 'smaller chunks'} (--chunk)")
+        if self.generated and not self.host_cache:
+            options.append("a cache in host memory (--host-cache)")
+        return ", or ".join(options)
 
     def text(self) -> str:
         """The plan for people."""
@@ -201,13 +239,15 @@ class OffloadPlan:
         lines = [
             f"{len(sizes.experts)} layers with {_gb(sum(sizes.experts))} of experts;"
             f" {_gb(sizes.rest)} of everything else",
-            f"host   {_gb(sum(sizes.experts)):>9}  experts",
+            f"host   {_gb(sum(sizes.experts) + self.cache_on_host):>9}  experts"
+            + (f", {_gb(self.cache_on_host)} of it keys and values" if self.cache_on_host else ""),
             f"GPU    {_gb(self.on_gpu):>9}  of {_gb(self.gpu_memory)}: {_gb(sizes.rest)} model,"
             f" {_gb(self.slot_bytes)} in {self.slots} slots, {_gb(self.resident_bytes)} resident,"
             f" {_gb(costs.activations)} activations"
-            + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else ""),
-            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens,"
-            f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
+            + (f", {_gb(self.cache_on_gpu)} keys and values" if self.generated else ""),
+            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens"
+            + (f" in chunks of {self.chunk} sequences," if self.chunk else ",")
+            + f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
             f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
             f" {self.computing:.2f} s ({known})",
             f"       copies cost nothing from {self.hiding_tokens:,} tokens per pass",
