@@ -64,8 +64,8 @@ class _HostLayer(CacheLayerMixin):
 class HostCache(Cache):
     """Keys and values in host memory, for ``generate`` with many sequences.
 
-    Pass a new one to each call. With the same chunks it gives the numbers of transformers' own
-    cache::
+    With the same chunks it gives the numbers of transformers' own cache. Each call takes a new one,
+    or one after :meth:`reset`, which saves registering its memory again::
 
         offload_experts(model, "cuda", chunk_sequences=64)
         cache = HostCache(model.config, max_length=512 + 64)
@@ -202,9 +202,10 @@ class HostCache(Cache):
 
     @override
     def reset(self) -> None:
-        """Forgets all positions; the next pass may have other chunks of the same sizes."""
+        """Forgets all positions; the next batch uses the same memory, as far as it is as large."""
         super().reset()
         self._rows.forget()
+        self._chunks.clear()
         self._coming.clear()
         self._chunk, self._is_broken = None, False
 

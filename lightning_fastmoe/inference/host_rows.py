@@ -29,11 +29,13 @@ class _Held:
     Attributes:
         keys: (max_length, n, H, width) on the host.
         values: the same; the width may be another.
+        pinned: registers both with CUDA; None on the CPU.
         written: recorded when the latest positions have been copied to the host.
     """
 
     keys: Tensor
     values: Tensor
+    pinned: PinnedMemory | None = None
     written: Any = None
 
     def bytes_of(self, positions: int) -> int:
@@ -82,14 +84,13 @@ class HostRows:
     max_length: int
     statistics: HostRowsStatistics = field(default_factory=HostRowsStatistics)
     _held: dict[Key, _Held] = field(default_factory=dict)
-    _pinned: list[PinnedMemory] = field(default_factory=list)
     _staging: Tensor | None = None
     _staged: _Staged | None = None
-    _streams: tuple[Any, Any] | None = None
+    _streams: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Registered memory must not be freed; and a finalizer runs before attributes go.
-        weakref.finalize(self, _let_go, self._held, self._pinned)
+        weakref.finalize(self, _let_go, self._streams, self._held)
 
     @property
     def host_bytes(self) -> int:
@@ -127,7 +128,7 @@ class HostRows:
             halves.append(buffer[at : at + size].view(part.dtype).view(part.shape))
             at += -(-size // 256) * 256
         staged = _Staged(key, (start, stop), (halves[0], halves[1]))
-        stream = None if self._streams is None else self._streams[0]
+        stream = self._streams[0] if self._streams else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self._device))
             if held.written is not None:
@@ -161,17 +162,20 @@ class HostRows:
                 " generate."
             )
         held = self._held.get(key)
-        if held is None:
+        if held is None or (at == 0 and not _continues(held, keys, values)):
+            if held is not None:  # of another batch
+                _let_go(self._streams, {key: held})
             held = self._held[key] = self._allocate(keys, values)
-        stream = None if self._streams is None else self._streams[1]
+        if not _continues(held, keys, values):
+            raise ConfigError(
+                f"Keys {tuple(keys.shape)} and values {tuple(values.shape)} don't continue those"
+                f" that HostCache has, {tuple(held.keys.shape[1:])} sequences, heads and width: use"
+                " a new one for another batch."
+            )
+        stream = self._streams[1] if self._streams else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self._device))
         for host, new in ((held.keys, keys), (held.values, values)):
-            if new.dim() != 4 or new.permute(2, 0, 1, 3).shape[1:] != host.shape[1:]:
-                raise ConfigError(
-                    f"Keys or values {tuple(new.shape)} don't continue those of"
-                    f" {tuple(host.shape[1:])} sequences, heads and width."
-                )
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 rows = new.permute(2, 0, 1, 3).contiguous()
                 host[at:stop].copy_(rows, non_blocking=True)
@@ -187,35 +191,43 @@ class HostRows:
         self._staged = None
 
     @property
-    def _device(self) -> torch.device | None:
-        return None if self._streams is None else self._streams[0].device
+    def _device(self) -> Any:
+        return self._streams[0].device if self._streams else torch.device("cpu")
 
     def _allocate(self, keys: Tensor, values: Tensor) -> _Held:
-        if keys.device.type == "cuda" and self._streams is None:
-            self._streams = (torch.cuda.Stream(keys.device), torch.cuda.Stream(keys.device))
+        if keys.device.type == "cuda" and not self._streams:
+            self._streams += [torch.cuda.Stream(keys.device) for _ in range(2)]
         tensors = []
         for new in (keys, values):
             n, heads, _, width = new.shape
             with torch.inference_mode(False):  # later passes may not be in inference mode
                 tensors.append(torch.empty(self.max_length, n, heads, width, dtype=new.dtype))
-        if keys.device.type == "cuda":
-            self._pinned.append(PinnedMemory(tensors, "keys and values"))
-        return _Held(tensors[0], tensors[1])
+        on_gpu = keys.device.type == "cuda"
+        pinned = PinnedMemory(tensors, "keys and values") if on_gpu else None
+        return _Held(tensors[0], tensors[1], pinned)
 
     def _buffer(self) -> Tensor:
         size = 512 + max(held.bytes_of(self.max_length) for held in self._held.values())
         if self._staging is None or self._staging.numel() < size:
-            if self._streams is not None:
+            if self._streams:
                 self._streams[0].synchronize()
-            device = self._device or torch.device("cpu")
             with torch.inference_mode(False):
-                self._staging = torch.empty(size, dtype=torch.uint8, device=device)
+                self._staging = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._staging
 
 
-def _let_go(held: dict[Key, _Held], pinned: list[PinnedMemory]) -> None:
-    if pinned:
-        torch.cuda.synchronize()
-    for memory in pinned:
-        memory.close()
+def _continues(held: _Held, keys: Tensor, values: Tensor) -> bool:
+    """Whether keys and values are of the sequences, heads, widths and dtypes of those held."""
+    return all(
+        (new.shape[0], new.shape[1], new.shape[3], new.dtype) == (*host.shape[1:], host.dtype)
+        for new, host in ((keys, held.keys), (values, held.values))
+    )
+
+
+def _let_go(streams: list[Any], held: dict[Key, _Held]) -> None:
+    for stream in streams:
+        stream.synchronize()
+    for one in held.values():
+        if one.pinned is not None:
+            one.pinned.close()
     held.clear()

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface import HostCache
 from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference.host_rows import _Held
 
 PROMPT, NEW = 9, 5
 IDS = torch.randint(3, 60, (5, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,9 @@ def test_the_bits_of_the_ordinary_cache(name: str, size: int | None, sampled: bo
     if len(offloaded._layers) > 1:
         each = sum(stack.slot_bytes for stack in offloaded._ring._stacks)  # type: ignore[union-attr]
         assert offloaded.statistics.copied - copied == NEW * each
+    for number in range(len(cache.layers)):
+        sizes = right.past_key_values.get_mask_sizes(1, number)
+        assert cache.get_mask_sizes(1, number) == sizes
     held = [(layer.keys, layer.values) for layer in right.past_key_values.layers]
     number = sum(t.numel() * t.element_size() // t.shape[-2] for pair in held for t in pair)
     assert cache.host_bytes == number * (PROMPT + NEW)
@@ -106,6 +110,97 @@ def test_batches_of_one_and_longer_continuations() -> None:
             offloaded.close()
 
 
+def test_a_reset_cache_serves_other_batches() -> None:
+    """The same memory where it fits, as for full batches before a smaller one."""
+    model = make_model(Run("qwen3_moe")).eval()
+    offload_experts(model, "cpu", chunk_sequences=2)
+    cache = HostCache(model.config, max_length=PROMPT)
+    with torch.inference_mode():
+        for rows, kept in ((5, None), (5, True), (3, False), (5, False)):
+            before = {key: held.keys.data_ptr() for key, held in cache._rows._held.items()}
+            right = model(IDS[:rows], use_cache=False).logits
+            for ids in (IDS[:rows, :6], IDS[:rows, 6:]):
+                found = model(ids, past_key_values=cache).logits
+            torch.testing.assert_close(found, right[:, 6:], rtol=0, atol=1e-5)
+            after = {key: held.keys.data_ptr() for key, held in cache._rows._held.items()}
+            assert kept is None or (before == after) == kept
+            cache.reset()
+
+
+class Late:
+    """A stream whose copies happen when something waits for them, and not before."""
+
+    device = torch.device("cpu")
+    active: Late | None = None
+
+    def __init__(self) -> None:
+        self.work: list[Any] = []
+        self.done = 0
+
+    def __enter__(self) -> None:
+        Late.active = self
+
+    def __exit__(self, *_: Any) -> None:
+        Late.active = None
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            self.done += 1
+            self.work[self.done - 1]()
+
+    def wait_stream(self, other: Any) -> None:
+        assert other == "main"  # which is never late
+
+    def synchronize(self) -> None:
+        self.run(len(self.work))
+
+
+class LateEvent:
+    """An event of such a stream."""
+
+    def record(self, stream: Late | None = None) -> None:
+        where = stream or Late.active
+        assert where is not None
+        self.stream, self.number = where, len(where.work)
+
+    def wait(self, stream: Any) -> None:
+        if isinstance(stream, Late):
+            stream.work.append(lambda: self.stream.run(self.number))
+        else:
+            self.stream.run(self.number)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("size", [None, 2])
+def test_copies_as_late_as_they_may_be(
+    name: str, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(Run(name)).eval()
+    offload_experts(model, "cpu", chunk_sequences=size)
+    right = generate(model)
+    cache = HostCache(model.config, max_length=PROMPT + NEW)
+    cache._rows._streams += [Late(), Late()]
+    copy = Tensor.copy_
+
+    def late(own: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if Late.active is None:
+            return copy(own, other, *args, **kwargs)
+        Late.active.work.append(lambda: copy(own, other))
+        return own
+
+    monkeypatch.setattr(Tensor, "copy_", late)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "main")
+    poisoned(cache)
+    found = generate(model, past_key_values=cache)
+    assert all(stream.done for stream in cache._rows._streams)
+    assert torch.equal(found.sequences, right.sequences)
+    for a, b in zip(found.logits, right.logits, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_without_chunks_and_offloaded_experts() -> None:
     model = make_model(Run("mixtral")).eval()
     right = generate(model)
@@ -139,24 +234,14 @@ def test_what_does_not_fit_is_refused() -> None:
         HostCache(other.config, 5)
 
 
-def test_registered_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_memory_is_let_go() -> None:
     """After the copies under way, and before it is freed."""
-    from lightning_fastmoe.inference import host_rows
-
     events: list[str] = []
-
-    class Pinned(SimpleNamespace):
-        def __init__(self, tensors: list[Tensor], what: str) -> None:
-            super().__init__()
-
-        def close(self) -> None:
-            events.append("closed")
-
     cache = HostCache(make_model(Run("mixtral")).config, max_length=4)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waited"))
-    rows = cache._rows
-    rows._pinned.append(Pinned([], ""))  # type: ignore[arg-type]
-    assert isinstance(rows, host_rows.HostRows)
-    del cache, rows
+    stream = SimpleNamespace(synchronize=lambda: events.append("waited"))
+    pinned: Any = SimpleNamespace(close=lambda: events.append("closed"))
+    cache._rows._streams.append(stream)
+    cache._rows._held[0, 0] = _Held(torch.ones(2), torch.ones(2), pinned)
+    del cache
     gc.collect()
     assert events == ["waited", "closed"]
