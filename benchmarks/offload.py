@@ -8,10 +8,11 @@ A model of the sizes of --model, bf16, with random weights, scores sequences of 
 pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
 The offloaded rows may use --gpu-memory, enforced by torch; the resident one all of it. Times are by
 CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
-must have the same bits. --generate adds steps of greedy generation for --sequences sequences, by
-transformers' generate, whose texts are not compared: torch's attention with a cache gives other
-bits each time, also with the resident model. --peers adds Accelerate's cpu_offload around
-transformers' own experts.
+must have the same bits; with --chunk both rows compute blocks in chunks of so many sequences.
+--generate adds steps of greedy generation for --sequences sequences, by transformers' generate,
+whose texts are not compared: torch's attention with a cache gives other bits each time, also with
+the resident model. --host-cache keeps keys and values of the offloaded row in host memory. --peers
+adds Accelerate's cpu_offload around transformers' own experts.
 
 Prints a line of JSON for each measurement, then a table.
 """
@@ -24,14 +25,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
+from lightning_fastmoe.huggingface import HostCache
 from lightning_fastmoe.huggingface.scoring import chunked_loss
 from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference.chunks import ChunkedBlocks
 from lightning_fastmoe.planning.offload import parse_bytes
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,16 +134,24 @@ def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
 
 
-def generate(name: str, model: Any, args: argparse.Namespace) -> None:
+def generate(name: str, model: Any, args: argparse.Namespace, *, on_host: bool = False) -> None:
     """Prints milliseconds of a greedy step, the mean of --generate."""
     generator = torch.Generator().manual_seed(1)
     shape = (args.sequences, args.seq_len)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
     seconds = []
+    length = args.seq_len + 1 + args.generate
+    cache = HostCache(model.config, length) if on_host else None
+    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    torch.cuda.reset_peak_memory_stats()
     for new in (1, 1, 1 + args.generate):
         torch.cuda.synchronize()
+        if cache is not None:
+            cache.reset()
         start = time.monotonic()
-        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
+        model.generate(
+            ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True, **options
+        )
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - start)
     ms = 1000 * (seconds[2] - seconds[1]) / args.generate
@@ -148,6 +159,7 @@ def generate(name: str, model: Any, args: argparse.Namespace) -> None:
         "row": f"{name}, generates",
         "sequences": args.sequences,
         "ms_per_step": round(ms, 1),
+        "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
     row["tokens_per_s"] = round(1000 * args.sequences / ms)
     print(json.dumps(row), flush=True)
@@ -173,6 +185,8 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--gpu-memory", default="24GB")
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--chunk", type=int, help="sequences that blocks compute at a time")
+    parser.add_argument("--host-cache", action="store_true", help="keys and values on the host")
     parser.add_argument("--generate", type=int, default=0, help="steps of generation to time")
     parser.add_argument("--sequences", type=int, default=64, help="that are generated")
     parser.add_argument("--peers", action="store_true", help="Accelerate, too")
@@ -186,9 +200,15 @@ def main() -> int:
 
     host = {name: parameter.data for name, parameter in model.named_parameters()}
     model.cuda()
+    chunks = None if args.chunk is None else ChunkedBlocks(model, args.chunk, nullcontext)
     rows = measure("resident", model, args, max(args.tokens))
     if args.generate:
-        generate("resident", model, args)
+        try:
+            generate("resident", model, args)
+        except torch.OutOfMemoryError:
+            print("resident, generates: out of memory", file=sys.stderr)
+    if chunks is not None:
+        chunks.close()
     for name, parameter in model.named_parameters():
         parameter.data = host[name]
     torch.cuda.empty_cache()
@@ -196,11 +216,11 @@ def main() -> int:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(parse_bytes(args.gpu_memory) / total)
     start = time.monotonic()
-    offloaded = offload_experts(model, "cuda", slots=args.slots)
+    offloaded = offload_experts(model, "cuda", slots=args.slots, chunk_sequences=args.chunk)
     print(f"offloaded in {time.monotonic() - start:.1f} s", flush=True)
     rows += measure("offloaded", model, args, max(args.tokens))
     if args.generate:
-        generate("offloaded", model, args)
+        generate("offloaded", model, args, on_host=args.host_cache)
     copied = offloaded.host_bytes
     offloaded.close()
 

@@ -126,7 +126,7 @@ class OffloadedExperts:
                 self._finish()
 
     def compute_in_chunks(self, model: nn.Module, chunk_sequences: ChunkSize) -> None:
-        """Makes the blocks of the model compute chunks; see :class:`ChunkedBlocks`."""
+        """Makes the blocks of the model compute chunks, for as long as experts are offloaded."""
         self._chunks = ChunkedBlocks(model, chunk_sequences, self.held)
 
     def close(self) -> None:
@@ -225,7 +225,8 @@ def offload_experts(
             of them while its experts are in their slot, so that activations inside blocks take the
             memory of a chunk. ``"auto"`` makes chunks of about 16 thousand tokens; None computes
             batches as a whole. For decoder layers of transformers, this package's language models,
-            and blocks that declare ``row_arguments``; see :mod:`lightning_fastmoe.inference.rows`.
+            and blocks that declare ``row_arguments``: the names of further tensor arguments, with
+            their dimension that is the batch, None, or a function of argument, start and stop.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.

@@ -6,10 +6,13 @@ import copy
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from huggingface.families import CONFIGS, SIZES
 from huggingface.sharding_runs import Run, make_model
+from inference.offload_models import trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import DynamicCache, MixtralConfig, StaticCache
 
 from lightning_fastmoe import MoE, OffloadStrategy
@@ -172,6 +175,57 @@ def test_blocks_of_ones_own() -> None:
         model.blocks[0].row_arguments = {"scale": 1}
         with pytest.raises(ConfigError, match=r"Block can't be .* of bias .* a sequence is unk"):
             model(x, bias)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_strategy(precision: Any) -> None:
+    """The bits of each chunk; the last batch has fewer sequences than a chunk."""
+
+    class Scorer(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.network = Network()
+
+        def predict_step(self, x: Tensor, batch_idx: int) -> Tensor:
+            out: Tensor = self.network(x)
+            return out
+
+    module = Scorer()
+    data: Any = torch.randn(13, 7, 16)
+    chunks = trainer("auto", precision=precision).predict(module, DataLoader(data, batch_size=3))
+    own = trainer(OffloadStrategy(chunk_sequences=3), precision=precision)
+    found = own.predict(module, DataLoader(data, batch_size=6))
+    assert [len(part) for part in found] == [6, 6, 1]
+    assert torch.equal(torch.cat(found), torch.cat(chunks))
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+def test_a_compiled_block_stays_compiled() -> None:
+    calls: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            calls.append(1)
+            return graph(*args)
+
+        return run
+
+    torch.manual_seed(2)
+    model = Network().eval()
+    x = torch.randn(4, 3, 16)
+    with torch.no_grad():
+        expected = by_hand(model, 2, x)
+        for whole in (True, False):
+            if whole:
+                model.blocks[0] = torch.compile(model.blocks[0], backend=backend)  # type: ignore[assignment]
+            else:
+                model.blocks[1].compile(backend=backend)
+            offloaded = offload_experts(model, "cpu", chunk_sequences=2)
+            calls.clear()
+            assert torch.equal(model(x), expected)
+            assert len(calls) >= 2
+            offloaded.close()
 
 
 def test_an_error_or_interrupt_in_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
