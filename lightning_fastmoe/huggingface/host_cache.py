@@ -165,12 +165,12 @@ class HostCache(Cache):
         layer = self._layers[layer_idx]
         is_whole = self._chunk is None
         chunk = self._number(0, len(key_states)) if self._chunk is None else self._chunk
-        self._rows.write((layer_idx, chunk), layer.length, key_states, value_states)
         keys, values = key_states.contiguous(), value_states.contiguous()
         if layer.length:
             past = self._rows.past((layer_idx, chunk), layer.first, layer.length)
             keys = torch.cat([past[0], key_states], dim=-2)
             values = torch.cat([past[1], value_states], dim=-2)
+        self._rows.write((layer_idx, chunk), layer.length, key_states, value_states)
         self._coming[layer_idx] = layer.length + key_states.shape[-2]
         if is_whole:
             self.join()

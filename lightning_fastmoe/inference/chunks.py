@@ -122,6 +122,8 @@ class _ChunkedForward:
     # Not recursive: a block that is compiled stays so.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._hold is None and not (args and isinstance(args[0], Tensor) and args[0].dim() > 1):
+            return self._forward(*args, **kwargs)  # a norm of something else
         arguments = BlockArguments(self._block, self._parameters, args, kwargs)
         size = arguments.chunk_rows or self._rows(arguments.hidden)
         if size >= arguments.hidden.shape[0]:

@@ -7,6 +7,7 @@ buffer; new positions are copied back behind the computation. FlexGen (Sheng et 
 
 from __future__ import annotations
 
+import math
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.pinned import PinnedMemory
+
+_ALIGNMENT, _PAGE = 256, 4096
+_CONTIGUOUS = torch.contiguous_format
 
 Key = tuple[int, int]
 """A layer and a chunk."""
@@ -84,6 +88,7 @@ class HostRows:
     max_length: int
     statistics: HostRowsStatistics = field(default_factory=HostRowsStatistics)
     _held: dict[Key, _Held] = field(default_factory=dict)
+    _largest: int = 0  # bytes of a layer's chunk
     _staging: Tensor | None = None
     _staged: _Staged | None = None
     _streams: list[Any] = field(default_factory=list)
@@ -126,7 +131,7 @@ class HostRows:
             part = host[start:stop]
             size = part.numel() * part.element_size()
             halves.append(buffer[at : at + size].view(part.dtype).view(part.shape))
-            at += -(-size // 256) * 256
+            at += _aligned(size)
         staged = _Staged(key, (start, stop), (halves[0], halves[1]))
         stream = self._streams[0] if self._streams else None
         if stream is not None:
@@ -172,19 +177,32 @@ class HostRows:
                 f" that HostCache has, {tuple(held.keys.shape[1:])} sequences, heads and width: use"
                 " a new one for another batch."
             )
-        stream = self._streams[1] if self._streams else None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-        for host, new in ((held.keys, keys), (held.values, values)):
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                rows = new.permute(2, 0, 1, 3).contiguous()
-                host[at:stop].copy_(rows, non_blocking=True)
-            if stream is not None:
-                new.record_stream(stream)
-        if stream is not None:
-            held.written = torch.cuda.Event()
-            held.written.record(stream)
+        if not self._streams:
+            held.keys[at:stop].copy_(keys.permute(2, 0, 1, 3))
+            held.values[at:stop].copy_(values.permute(2, 0, 1, 3))
+        else:
+            self._write_behind(held, at, stop, keys, values)
         self.statistics.written += held.bytes_of(stop) - held.bytes_of(at)
+
+    def _write_behind(self, held: _Held, at: int, stop: int, keys: Tensor, values: Tensor) -> None:
+        """Copies to the host while the current stream computes.
+
+        The host runs far ahead of the GPU. If keys and values were kept until they are copied,
+        those of a whole pass would be. So the current stream waits until they are in a buffer, and
+        the next ones get its memory once these are on the host.
+        """
+        both = (keys, values)
+        current, stream = torch.cuda.current_stream(self._device), self._streams[1]
+        stream.wait_stream(current)
+        taken, held.written = torch.cuda.Event(), torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            # Cloned, as those of one position are contiguous already.
+            rows = [torch.clone(new.permute(2, 0, 1, 3), memory_format=_CONTIGUOUS) for new in both]
+            taken.record()
+            for host, new in zip((held.keys, held.values), rows, strict=True):
+                host[at:stop].copy_(new, non_blocking=True)
+            held.written.record()
+        taken.wait(current)
 
     def forget(self) -> None:
         """What is staged is old."""
@@ -197,23 +215,36 @@ class HostRows:
     def _allocate(self, keys: Tensor, values: Tensor) -> _Held:
         if keys.device.type == "cuda" and not self._streams:
             self._streams += [torch.cuda.Stream(keys.device) for _ in range(2)]
-        tensors = []
-        for new in (keys, values):
-            n, heads, _, width = new.shape
-            with torch.inference_mode(False):  # later passes may not be in inference mode
-                tensors.append(torch.empty(self.max_length, n, heads, width, dtype=new.dtype))
+        shapes = [(self.max_length, *new.shape[:2], new.shape[3]) for new in (keys, values)]
+        sizes = [_aligned(math.prod(shape) * keys.element_size()) for shape in shapes]
+        memory = _whole_pages(sum(sizes))
+        self._largest = max(self._largest, len(memory))
+        tensors = [
+            part[: math.prod(shape) * keys.element_size()].view(keys.dtype).view(shape)
+            for part, shape in zip(memory.split(sizes), shapes, strict=True)
+        ]
         on_gpu = keys.device.type == "cuda"
-        pinned = PinnedMemory(tensors, "keys and values") if on_gpu else None
+        pinned = PinnedMemory([memory], "keys and values") if on_gpu else None
         return _Held(tensors[0], tensors[1], pinned)
 
     def _buffer(self) -> Tensor:
-        size = 512 + max(held.bytes_of(self.max_length) for held in self._held.values())
-        if self._staging is None or self._staging.numel() < size:
+        if self._staging is None or self._staging.numel() < self._largest:
             if self._streams:
                 self._streams[0].synchronize()
             with torch.inference_mode(False):
-                self._staging = torch.empty(size, dtype=torch.uint8, device=self._device)
+                self._staging = torch.empty(self._largest, dtype=torch.uint8, device=self._device)
         return self._staging
+
+
+def _whole_pages(size: int) -> Tensor:
+    """Host memory whose pages hold nothing else: those of two tensors can't be registered twice."""
+    with torch.inference_mode(False):  # later passes may not be in inference mode
+        memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % _PAGE :][:size]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _continues(held: _Held, keys: Tensor, values: Tensor) -> bool:
