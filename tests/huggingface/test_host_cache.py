@@ -83,11 +83,17 @@ def test_the_bits_of_the_ordinary_cache(name: str, size: int | None, sampled: bo
     assert len(cache._rows._held) == chunks * len(held)
 
 
-def test_each_chunk_of_each_layer_is_copied_once_per_step() -> None:
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_each_chunk_of_each_layer_is_copied_once_per_step(
+    size: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps have the chunks of the prompt, also if those were chosen by its length."""
+    monkeypatch.setattr("lightning_fastmoe.inference.chunks.AUTO_TOKENS", 3 * PROMPT - 1)
     model = make_model(Run("qwen3_moe")).eval()
-    offload_experts(model, "cpu", chunk_sequences=2)
+    offload_experts(model, "cpu", chunk_sequences=size)
     cache = HostCache(model.config, max_length=PROMPT + NEW)
     generate(model, past_key_values=cache)
+    assert cache.chunk_rows == 2
     a_position = cache.host_bytes // (PROMPT + NEW)
     positions = sum(range(PROMPT, PROMPT + NEW - 1))
     ahead = a_position * (PROMPT + NEW - 1) * 2 // 5 // 2  # of the step that doesn't come
