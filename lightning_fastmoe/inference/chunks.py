@@ -56,12 +56,12 @@ class ChunkedBlocks:
                 f"{type(model).__name__} can't be computed in chunks of sequences: its experts are"
                 " not in blocks of an nn.ModuleList."
             )
-        for owner, blocks in found:
-            _check(owner, blocks)
+        for _, blocks in found:
+            _check(blocks)
         for owner, blocks in found:
             for block in blocks:
                 self._forwards.append(_ChunkedForward(block, owner, chunk_sequences, hold))
-            for norm in _final_norms(owner, blocks):
+            for norm in _final_norms(owner):
                 self._forwards.append(_ChunkedForward(norm, owner, chunk_sequences, None))
         for forward in self._forwards:
             forward.install()
@@ -203,7 +203,7 @@ def _lists(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
             yield owner, blocks
 
 
-def _check(owner: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def _check(blocks: Sequence[nn.Module]) -> None:
     """Refuses blocks of which a chunk isn't computed as in the whole batch."""
     for block in blocks:
         name = type(getattr(block, "_orig_mod", block)).__name__
@@ -237,7 +237,7 @@ def _depends_on_batch(layer: MoE) -> str | None:
     return None
 
 
-def _final_norms(owner: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+def _final_norms(owner: nn.Module) -> Iterator[nn.Module]:
     """Norms over the last dimension next to the blocks."""
     for child in owner.children():
         if type(child).__name__.endswith(_NORMS):

@@ -22,8 +22,10 @@ from lightning_fastmoe.huggingface import Architecture
 from lightning_fastmoe.huggingface.batch import read_layout
 from lightning_fastmoe.huggingface.decoder import MoEDecoder
 from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.nn.router import ROUTERS
 
 IDS = torch.randint(3, 60, (5, 11), generator=torch.Generator().manual_seed(0))
+REFUSED = ("expert_choice", "soft", "gshard", "dc")  # the last two have a capacity
 MASK = torch.ones_like(IDS)
 for number in range(5):  # each row is padded, so that each chunk has a mask, as the whole batch has
     MASK[number, : 5 - number] = 0
@@ -32,16 +34,19 @@ for number in range(5):  # each row is padded, so that each chunk has a mask, as
 class Block(nn.Module):
     """Attention over the second dimension, then experts; says how it is split."""
 
-    row_arguments: Any = {"bias": None, "scale": 1}  # noqa: RUF012
+    row_arguments: Any = {"bias": None, "scale": 1, "ids": 0}
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.moe = MoE(16, 8, 4, **{"top_k": 2, **options})
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, scale: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, scale: Any = None, ids: Any = None
+    ) -> Tensor:
         mixed = torch.softmax(x @ x.transpose(1, 2), dim=-1) @ x
         mixed = mixed if bias is None else mixed + bias
-        out: Tensor = self.moe(mixed if scale is None else mixed * scale.transpose(0, 1))
+        mixed = mixed if scale is None else mixed * scale.transpose(0, 1)
+        out: Tensor = self.moe(mixed, token_ids=ids)
         return out
 
 
@@ -153,6 +158,28 @@ def test_the_byte_model() -> None:
             offloaded = offload_experts(model, "cpu", chunk_sequences=1)
             torch.testing.assert_close(model(IDS[:rows]), expected, rtol=0, atol=1e-12)
             offloaded.close()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_router(router: str) -> None:
+    """What a token's experts are doesn't depend on the chunk, or the router is refused."""
+    torch.manual_seed(2)
+    top_k = 1 if router in ("switch", "hash", "base") else 2
+    if router in ("expert_choice", "soft"):
+        top_k = None
+    model = Network(Block(router=router, top_k=top_k), Block()).double().eval()
+    x = torch.randn(5, 7, 16).double()
+    ids: Any = IDS[:, :7] if router == "hash" else None
+    with torch.inference_mode():
+        expected = model(x, ids=ids)
+        try:
+            offload_experts(model, "cpu", chunk_sequences=2)
+        except ConfigError as error:
+            assert "depend on the whole batch" in str(error)  # noqa: PT017
+            assert router in REFUSED
+        else:
+            assert router not in REFUSED
+            torch.testing.assert_close(model(x, ids=ids), expected, rtol=0, atol=1e-13)
 
 
 def test_blocks_of_ones_own() -> None:
