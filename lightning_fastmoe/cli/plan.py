@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert-cache", help="for experts that few tokens have used last")
     parser.add_argument("--compression", help="of experts: int8 or int4 (default: none)")
     parser.add_argument("--generate", type=int, default=0, help="tokens for each sequence")
+    parser.add_argument(
+        "--chunk", type=int, metavar="SEQUENCES", help="compute blocks in chunks (default: whole)"
+    )
+    parser.add_argument("--host-cache", action="store_true", help="keys and values on the host")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
 
 
@@ -43,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from lightning_fastmoe.huggingface.trial import assumed_costs, measured_costs, sizes_of
+    from lightning_fastmoe.inference.chunks import check_chunk
     from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
     from lightning_fastmoe.planning.offload import OffloadPlan
     from lightning_fastmoe.planning.offload_sizes import parse_bytes
@@ -53,14 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{arguments.config} has no config.json: {error}") from error
     config = config.get_text_config(decoder=True)  # of a model of images and text, too
-    check_together(arguments.compression, arguments.expert_cache, arguments.groups)
+    chunk = arguments.chunk
+    check_together(arguments.compression, arguments.expert_cache, arguments.groups, chunk)
     sizes = sizes_of(config, arguments.compression)
     check_slots(len(sizes.experts), arguments.slots, arguments.resident_layers)
     check_groups(arguments.groups, min(number for number, _ in sizes.choices))
+    if chunk is not None:
+        check_chunk(chunk)
+    compression = arguments.compression
     costs = (
-        measured_costs(config, sequences, length, arguments.generate > 0, arguments.compression)
+        measured_costs(config, sequences, length, arguments.generate > 0, compression, chunk)
         if arguments.measure
-        else assumed_costs(config, sequences * length, sequences)
+        else assumed_costs(config, sequences * length, sequences, chunk)
     )
     plan = OffloadPlan(
         sizes,
@@ -73,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         generated=arguments.generate,
         groups=arguments.groups,
         expert_cache=parse_bytes(arguments.expert_cache) if arguments.expert_cache else 0,
+        chunk=chunk,
+        host_cache=arguments.host_cache,
     )
     sys.stdout.write(plan.text())
     plan.check(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.scoring import chunked_loss
 from lightning_fastmoe.huggingface.sharded_experts import kind
+from lightning_fastmoe.inference.chunks import ChunkedBlocks
 from lightning_fastmoe.ops.group_quantization import bits_of, dequantize_groups, quantize_groups
 from lightning_fastmoe.planning.offload import OffloadCosts
 from lightning_fastmoe.planning.offload_sizes import OffloadSizes
 
-_LOGIT_ROWS = 4096
 _ASSUMED_LINK, _ASSUMED_FLOPS = 53e9, 300e12
 """Of an H100 with PCIe 5, whose models compute at about this rate in bf16."""
 
@@ -71,10 +72,12 @@ def sizes_of(config: Any, compression: str | None = None) -> OffloadSizes:
     if getattr(config, "kv_lora_rank", None):  # latents and one key's positions for all heads
         numbers = config.kv_lora_rank + config.qk_rope_head_dim
     cache = 2 * config.num_hidden_layers * numbers
-    return OffloadSizes.of(skeleton(config), cache, compression)
+    return OffloadSizes.of(skeleton(config), cache, compression, config.num_hidden_layers)
 
 
-def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
+def assumed_costs(
+    config: Any, tokens: int, sequences: int, chunk: int | None = None
+) -> OffloadCosts:
     """Costs by the model's size alone, for an H100; see :func:`measured_costs`."""
     model = skeleton(config)
     active = float(sum(parameter.numel() for parameter in model.parameters()))
@@ -84,13 +87,21 @@ def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
         total = sum(parameter.numel() for parameter in layer.module.parameters())
         active -= total * (1 - layer.top_k / layer.num_experts)
     seconds = 2 * active / _ASSUMED_FLOPS
-    activations = 24 * tokens * config.hidden_size * 2
+    # Inside a block 24 times the hidden states of its tokens; between blocks those of all, twice.
+    inside = tokens if chunk is None else tokens * min(chunk, sequences) // sequences
+    outside = 0 if chunk is None else 2 * tokens
+    activations = (24 * inside + outside) * config.hidden_size * 2
     return OffloadCosts(_ASSUMED_LINK, tokens * seconds, 0.0, activations, sequences * seconds)
 
 
 @torch.no_grad()
 def measured_costs(
-    config: Any, sequences: int, length: int, generates: bool, compression: str | None = None
+    config: Any,
+    sequences: int,
+    length: int,
+    generates: bool,
+    compression: str | None = None,
+    chunk: int | None = None,
 ) -> OffloadCosts:
     """Measures passes of models with one and two layers with experts, and the link.
 
@@ -102,6 +113,7 @@ def measured_costs(
         length: tokens of each.
         generates: whether steps of generation are measured, too.
         compression: of the experts, which is measured, too.
+        chunk: sequences that blocks compute at a time; None for all.
 
     Raises:
         ConfigError: without a GPU, or if the model has fewer than two layers with experts.
@@ -113,6 +125,8 @@ def measured_costs(
     seconds, steps, activations = [], [], 0
     for layers in (first, second):
         model: Any = skeleton(config, layers, "cuda")
+        if chunk is not None:
+            ChunkedBlocks(model, chunk, nullcontext)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         backbone = model.base_model
@@ -152,25 +166,6 @@ def _layers_to_compare(config: Any) -> tuple[int, int, int]:
     if len(with_experts) < 2:
         raise ConfigError("--measure compares models with one and two layers with experts.")
     return with_experts[0], with_experts[1], total
-
-
-def chunked_loss(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
-    """The mean cross-entropy of the next token, whose logits are computed in chunks of rows.
-
-    Args:
-        model: has an output embedding.
-        hidden: (B, S, D).
-        ids: (B, S) int64.
-
-    Returns:
-        A scalar in fp32.
-    """
-    rows, wanted = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    head = model.get_output_embeddings()
-    total = torch.zeros((), device=ids.device)
-    for part, targets in zip(rows.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
-        total += F.cross_entropy(head(part).float(), targets, reduction="sum")
-    return total / len(rows)
 
 
 def _decompression(compression: str) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.chunks import ChunkedBlocks, ChunkSize, check_chunk
 from lightning_fastmoe.inference.compressed_layers import CompressedLayers
 from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.offloadable import OFFLOADED, offloadable_layers
@@ -52,6 +53,8 @@ class OffloadedExperts:
         self._ring: ExpertRing | None = None
         self._hooks: list[RemovableHandle | ExpertGroups] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
+        self._is_held = False
+        self._chunks: ChunkedBlocks | None = None
         try:
             if compression is not None and layers:
                 self._compressed = CompressedLayers(layers, compression)
@@ -88,12 +91,30 @@ class OffloadedExperts:
         """What has been copied so far."""
         return RingStatistics() if self._ring is None else self._ring.statistics
 
+    @contextmanager
+    def held(self) -> Generator[None, None, None]:
+        """Within it, a layer that runs several times has all its experts copied once."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            if self._running is not None and self._running[0] == threading.get_ident():
+                self._finish()
+
+    def compute_in_chunks(self, model: nn.Module, chunk_sequences: ChunkSize) -> None:
+        """Makes the blocks of the model compute chunks, for as long as experts are offloaded."""
+        self._chunks = ChunkedBlocks(model, chunk_sequences, self.held)
+
     def close(self) -> None:
         """The experts are ordinary parameters on the CPU again, and no host memory is pinned.
 
         Experts that were compressed take their memory of before, with the rounded weights; a
         warning says so.
         """
+        if self._chunks is not None:
+            self._chunks.close()
+            self._chunks = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -143,7 +164,7 @@ class OffloadedExperts:
         assert self._ring is not None
         self._forget_interrupted()
         self._running = (threading.get_ident(), number)
-        tensors = self._ring.acquire(number, call)
+        tensors = self._ring.acquire(number, call, whole=self._is_held)
         holds_all = self._groups == 1 and self._ring.holds_all(number)
         if self._compressed is not None:
             tensors = self._compressed.decompress(number, tensors)
@@ -173,6 +194,8 @@ class OffloadedExperts:
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
                     " trained: run it under torch.no_grad() or torch.inference_mode()."
                 )
+            if self._is_held and self._running == (threading.get_ident(), number):
+                return
             if self._groups == 1:
                 self._place(number, layer.call(args))
             elif layer.experts is None or layer.experts.routed_call(args) is None:
@@ -184,7 +207,9 @@ class OffloadedExperts:
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if module is layer.module and self._running == (threading.get_ident(), number):
+            if module is not layer.module or self._is_held:
+                return
+            if self._running == (threading.get_ident(), number):
                 self._finish()
 
         layer.hook = layer.module.register_forward_pre_hook(before)
@@ -205,6 +230,7 @@ def offload_experts(
     expert_cache: str | int | None = None,
     groups: int = 1,
     compression: str | None = None,
+    chunk_sequences: int | str | None = None,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -239,6 +265,13 @@ def offload_experts(
             differ from those of whole layers by the rounding of sums.
         compression: ``"int8"`` or ``"int4"``; None keeps all bits. Whole layers are decompressed,
             so it goes with neither ``expert_cache`` nor ``groups``.
+        chunk_sequences: each block computes so many sequences (rows of dimension 0) at a time, all
+            of them while its experts are in their slot, so that activations inside blocks take the
+            memory of a chunk. ``"auto"`` makes chunks of about 16 thousand tokens; None computes
+            batches as a whole. For decoder layers of transformers, this package's language models,
+            and blocks that declare ``row_arguments``: the names of further tensor arguments, with
+            their dimension that is the batch, None, or a function of argument, start and stop. It
+            doesn't go with ``groups``.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
@@ -246,9 +279,12 @@ def offload_experts(
     Raises:
         ConfigError: if an argument is out of range, the model has no such experts, or they are
             somewhere else than on the CPU, sharded, used by several layers, offloaded already, or
-            to be compressed and not finite; or if options exclude each other.
+            to be compressed and not finite; if its blocks can't be computed in chunks, as with
+            routers that compare tokens; or if options exclude each other.
     """
-    check_together(compression, expert_cache, groups)
+    check_together(compression, expert_cache, groups, chunk_sequences)
+    if chunk_sequences is not None:
+        check_chunk(chunk_sequences)
     device = torch.device(device)
     if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
@@ -264,6 +300,8 @@ def offload_experts(
         layers[:cut], layers[cut:], device, slots, cache, groups, compression
     )
     try:
+        if chunk_sequences is not None:
+            offloaded.compute_in_chunks(model, chunk_sequences)
         _move_rest(model, device, layers)
     except BaseException:
         offloaded.close()

@@ -32,13 +32,22 @@ def check_groups(groups: int, num_experts: int) -> None:
 
 
 def check_together(
-    compression: str | None = None, expert_cache: str | int | None = None, groups: int = 1
+    compression: str | None = None,
+    expert_cache: str | int | None = None,
+    groups: int = 1,
+    chunk_sequences: int | str | None = None,
 ) -> None:
     """Checks options that don't depend on the model.
 
     Raises:
         ConfigError: if there is no such compression, or two options exclude each other.
     """
+    if groups != 1 and chunk_sequences is not None:
+        raise ConfigError(
+            f"groups={groups} keeps a part of a layer's experts on the GPU at a time, so"
+            f" chunk_sequences={chunk_sequences} would copy all of them for each chunk: leave one"
+            " of both out."
+        )
     if compression is None:
         return
     bits_of(compression)

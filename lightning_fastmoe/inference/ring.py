@@ -141,7 +141,9 @@ class ExpertRing:
         """Bytes of GPU memory of the cache of single experts."""
         return 0 if self._cache is None else self._cache.bytes
 
-    def acquire(self, layer: int, call: RoutedCall | None = None) -> list[Tensor]:
+    def acquire(
+        self, layer: int, call: RoutedCall | None = None, *, whole: bool = False
+    ) -> list[Tensor]:
         """The tensors of a layer's experts on the device, until :meth:`release`.
 
         The current stream waits for their copy. The host waits only to read which experts few
@@ -151,11 +153,13 @@ class ExpertRing:
             layer: its number.
             call: what is computed with them. If it has few tokens, only the experts that it reads
                 are sure to be there; see :meth:`holds_all`. None reads all.
+            whole: whether all are copied for few tokens, too, since other calls follow before
+                :meth:`release`.
         """
         if self._latest is not None:
             self._successor[self._latest] = layer  # the next pass goes the same way
         self._latest = layer
-        was_ahead, some = not self._few, self._reads_few(layer, call)
+        was_ahead, some = not self._few, self._reads_few(layer, call, whole)
         slot = self._slot_of(layer)
         if slot is None or (slot.experts is not None and not some):
             slot = slot or self._free_slot()
@@ -194,8 +198,11 @@ class ExpertRing:
             self._stream.synchronize()
         self._slots.clear()
 
-    def _reads_few(self, layer: int, call: RoutedCall | None) -> bool:
+    def _reads_few(self, layer: int, call: RoutedCall | None, whole: bool) -> bool:
         """Whether single experts are copied for a call. Takes note of its number of tokens."""
+        if whole:
+            self._few = False
+            return False
         experts = self._stacks[layer].experts
         if call is None or not experts:
             return False

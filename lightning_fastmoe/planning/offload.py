@@ -16,6 +16,8 @@ from lightning_fastmoe.planning.offload_sizes import GIGABYTE, OffloadSizes
 from lightning_fastmoe.planning.offload_sizes import gigabytes as _gb
 
 _MORE = 8 * GIGABYTE
+_BOTH_WAYS = 0.72
+"""The link's rate each way, of that alone, if it copies both ways: an H100 with PCIe 5."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class OffloadPlan:
         generated: tokens that are generated for each sequence after the pass.
         expert_cache: bytes for experts that were used last.
         groups: of a layer's experts, of which a slot holds one.
+        chunk: sequences of a chunk; None if blocks compute whole batches.
+        host_cache: whether keys and values are in host memory.
     """
 
     sizes: OffloadSizes
@@ -68,6 +72,8 @@ class OffloadPlan:
     generated: int = 0
     expert_cache: int = 0
     groups: int = 1
+    chunk: int | None = None
+    host_cache: bool = False
 
     @property
     def copied(self) -> int:
@@ -86,21 +92,37 @@ class OffloadPlan:
 
     @property
     def cache_bytes(self) -> int:
-        """GPU memory of keys and values, if tokens are generated."""
+        """Bytes of all keys and values, if tokens are generated."""
         if not self.generated:
             return 0
         return self.sizes.cache_per_token * (self.tokens + self.sequences * self.generated)
 
     @property
+    def cache_on_host(self) -> int:
+        """Host memory of keys and values."""
+        return self.cache_bytes if self.host_cache else 0
+
+    @property
+    def cache_on_gpu(self) -> int:
+        """GPU memory of keys and values; of a host cache a layer's of two chunks."""
+        if not self.host_cache:
+            return self.cache_bytes
+        chunk = min(self.chunk or self.sequences, self.sequences)
+        layers = self.sizes.layers or len(self.sizes.experts)
+        return 2 * self.cache_bytes * chunk // (layers * self.sequences)
+
+    @property
     def on_gpu(self) -> int:
         """GPU memory of everything."""
         weights = self.sizes.weights_on_gpu(self.slots, self.resident, self.groups)
-        return weights + self.expert_cache + self.cache_bytes + self.costs.activations
+        return weights + self.expert_cache + self.cache_on_gpu + self.costs.activations
 
     @property
     def copying(self) -> float:
-        """Seconds of a pass's copies."""
-        return self.copied / self.costs.link
+        """Seconds of a pass's copies: experts one way, beside keys and values the other way."""
+        written = self.sizes.cache_per_token * self.tokens if self.cache_on_host else 0
+        alone = max(0, self.copied - written)
+        return (alone + written / _BOTH_WAYS) / self.costs.link
 
     @property
     def computing(self) -> float:
@@ -137,8 +159,10 @@ class OffloadPlan:
 
     @property
     def generating(self) -> float:
-        """Seconds of all steps of generation."""
-        copying = self.copied_by_step / self.costs.link
+        """Seconds of all steps of generation, whose copies are experts and keys and values."""
+        held = self.tokens + self.sequences * self.generated / 2  # positions, on average
+        cache = self.sizes.cache_per_token * held if self.cache_on_host else 0.0
+        copying = (self.copied_by_step + cache) / self.costs.link
         computing = self.costs.step + self.decompressing
         after = any(self._chosen(layer) for layer in range(self._cut))
         return self.generated * (copying + computing if after else max(copying, computing))
@@ -162,6 +186,8 @@ class OffloadPlan:
         Args:
             layer: its number.
         """
+        if self.chunk is not None and self.chunk < self.sequences:
+            return None  # a layer is copied once, for all chunks
         experts, top_k = self.sizes.choices[layer] if self.sizes.choices else (0, 0)
         if not top_k or not are_few(experts, top_k, self.sequences):
             return None
@@ -190,16 +216,30 @@ class OffloadPlan:
         if (missing := self.on_gpu - self.gpu_memory) > 0:
             raise ConfigError(
                 f"The GPU lacks {_gb(missing)}: a pass of {self.tokens:,} tokens needs"
-                f" {_gb(self.on_gpu)}, and there are {_gb(self.gpu_memory)}. Use fewer tokens per"
-                " pass, slots or resident layers, or more groups of experts."
+                f" {_gb(self.on_gpu)}, and there are {_gb(self.gpu_memory)}. Use {self._less()}."
             )
-        held = sum(self.sizes.experts)
-        if held > host_memory:
+        experts, cache, until = sum(self.sizes.experts), self.cache_on_host, ""
+        if self.sizes.compressed and self.host_bytes + cache > experts:
+            experts = self.host_bytes
+        elif self.sizes.compressed:  # which comes before there are keys and values
+            cache, until = 0, " until they are compressed"
+        if (missing := experts + cache - host_memory) > 0:
+            keys = f" and keys and values {_gb(cache)}" if cache else ""
             raise ConfigError(
-                f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}"
-                f"{' until they are compressed' if self.sizes.compressed else ''}, and there"
-                f" are {_gb(host_memory)} (--host-memory)."
+                f"The host lacks {_gb(missing)}: the experts take {_gb(experts)}{until}{keys}, and"
+                f" there are {_gb(host_memory)} (--host-memory)."
             )
+
+    def _less(self) -> str:
+        """What takes memory and could be less."""
+        options = ["fewer tokens per pass, slots or resident layers"]
+        if self.chunk is None and not self.sizes.compressed and self.slot_bytes:
+            options.append("more groups of experts (--groups)")
+        if self.groups == 1 and (self.chunk is None or self.chunk > 1):
+            options.append(f"{'chunks' if self.chunk is None else 'smaller chunks'} (--chunk)")
+        if self.generated and not self.host_cache:
+            options.append("a cache in host memory (--host-cache)")
+        return ", or ".join(options)
 
     def text(self) -> str:
         """The plan for people."""
@@ -208,7 +248,8 @@ class OffloadPlan:
         lines = [
             f"{len(sizes.experts)} layers with {_gb(sum(sizes.experts))} of experts;"
             f" {_gb(sizes.rest)} of everything else",
-            f"host   {_gb(self.host_bytes):>9}  experts"
+            f"host   {_gb(self.host_bytes + self.cache_on_host):>9}  experts"
+            + (f", {_gb(self.cache_on_host)} of it keys and values" if self.cache_on_host else "")
             + (f", {_gb(sum(sizes.experts))} until compressed" if sizes.compressed else ""),
             f"GPU    {_gb(self.on_gpu):>9}  of {_gb(self.gpu_memory)}: {_gb(sizes.rest)} model,"
             f" {_gb(self.slot_bytes)} in {self.slots} slots"
@@ -216,10 +257,11 @@ class OffloadPlan:
             + (" and a workspace" if sizes.compressed else "")
             + f", {_gb(self.resident_bytes)} resident,"
             f" {_gb(costs.activations)} activations"
-            + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else "")
+            + (f", {_gb(self.cache_on_gpu)} keys and values" if self.generated else "")
             + (f", {_gb(self.expert_cache)} cached experts" if self.expert_cache else ""),
-            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens,"
-            f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
+            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens"
+            + (f" in chunks of {self.chunk} sequences," if self.chunk else ",")
+            + f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
             f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
             f" {self.computing:.2f} s ({known})"
             + (f", {self.decompressing:.2f} s of it decompresses" if sizes.compressed else ""),

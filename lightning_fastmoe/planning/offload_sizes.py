@@ -28,6 +28,7 @@ class OffloadSizes:
             where single experts are not copied.
         compressed: of each layer with experts, if these are compressed; else empty.
         scratch: GPU memory that decompressing takes beside the weights.
+        layers: number of layers with keys and values; None if each has experts.
     """
 
     experts: tuple[int, ...]
@@ -36,6 +37,7 @@ class OffloadSizes:
     choices: tuple[tuple[int, int], ...] = ()
     compressed: tuple[int, ...] = ()
     scratch: int = 0
+    layers: int | None = None
 
     def moving(self, resident: int) -> tuple[int, ...]:
         """What is in host memory and copied of each layer whose experts don't stay on the GPU."""
@@ -63,7 +65,11 @@ class OffloadSizes:
 
     @classmethod
     def of(
-        cls, model: nn.Module, cache_per_token: int = 0, compression: str | None = None
+        cls,
+        model: nn.Module,
+        cache_per_token: int = 0,
+        compression: str | None = None,
+        layers_with_cache: int | None = None,
     ) -> OffloadSizes:
         """Those of a model, which may be on the meta device.
 
@@ -89,7 +95,7 @@ class OffloadSizes:
             (layer.num_experts, (layer.top_k or 0) if is_copied_singly else 0)
             for layer, is_copied_singly in zip(layers, single, strict=True)
         )
-        return cls(experts, rest, cache_per_token, choices, compressed, scratch)
+        return cls(experts, rest, cache_per_token, choices, compressed, scratch, layers_with_cache)
 
 
 def parse_bytes(size: str | int) -> int:

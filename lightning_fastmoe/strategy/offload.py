@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
+from lightning_fastmoe.inference.chunks import check_chunk
 from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
 from lightning_fastmoe.planning.offload_sizes import OffloadSizes, parse_bytes
 
@@ -46,6 +47,8 @@ class OffloadStrategy(SingleDeviceStrategy):
             copied; afterwards the model has the rounded weights. Measure on your data what that
             changes: :class:`~lightning_fastmoe.callbacks.CompressionErrorMonitor`. None is exact.
             It goes with neither ``expert_cache`` nor ``groups``.
+        chunk_sequences: sequences that a block computes at a time, which limits activations; "auto"
+            for about 16 thousand tokens, None for whole batches. It doesn't go with ``groups``.
 
     Raises:
         ConfigError: if an argument is invalid, or two exclude each other.
@@ -62,6 +65,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         expert_cache: str | int | None = None,
         groups: int = 1,
         compression: Literal["int8", "int4"] | None = None,
+        chunk_sequences: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(device="cpu", **kwargs)
@@ -71,7 +75,10 @@ class OffloadStrategy(SingleDeviceStrategy):
         self.slots, self.resident_layers = slots, resident_layers
         self.groups = groups
         self.expert_cache = None if expert_cache is None else parse_bytes(expert_cache)
-        check_together(compression, expert_cache, groups)
+        check_together(compression, expert_cache, groups, chunk_sequences)
+        if chunk_sequences is not None:
+            check_chunk(chunk_sequences)
+        self.chunk_sequences = chunk_sequences
         self.compression = compression
         self.offloaded: OffloadedExperts | None = None
 
@@ -131,6 +138,7 @@ class OffloadStrategy(SingleDeviceStrategy):
             expert_cache=self.expert_cache,
             groups=self.groups,
             compression=self.compression,
+            chunk_sequences=self.chunk_sequences,
         )
         rank_zero_info(
             f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory"

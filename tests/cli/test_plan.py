@@ -68,6 +68,23 @@ def test_compressed_experts(
     assert f"copies {copies} s at 53.0 GB/s" in out
 
 
+def test_chunks_and_a_cache_on_the_host(config: str, capsys) -> None:
+    """131,072 x 2,048 hidden states twice, 24 times those of a chunk, and two chunks' layers."""
+    command = ["plan", "--config", config, "--tokens", "256x512", "--host-memory", "100GB"]
+    chunks = ["--chunk", "16"]
+    assert main([*command, *chunks]) == 0
+    out = capsys.readouterr().out
+    assert "131,072 tokens in chunks of 16 sequences" in out
+    assert f"{(2 * 131_072 + 24 * 8_192) * 2048 * 2 / 1e9:.1f} GB activations\n" in out
+    assert main([*command, *chunks, "--generate", "256"]) == 2  # the cache is too large
+    assert "smaller chunks (--chunk), or a cache in host memory" in capsys.readouterr().err
+    assert main([*command, *chunks, "--generate", "256", "--host-cache"]) == 0
+    out = capsys.readouterr().out
+    cache = 2 * 48 * 4 * 128 * 2 * 256 * 768 / 1e9
+    assert f"experts, {cache:.1f} GB of it keys and values" in out
+    assert f"activations, {2 * cache / 48 / 16:.1f} GB keys and values" in out
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -81,6 +98,7 @@ def test_compressed_experts(
             ["--tokens", "8x512", "--compression", "int8", "--groups", "2"],
             "compression='int8' decompresses whole layers",
         ),
+        (["--tokens", "8x512", "--chunk", "0"], "chunk_sequences=0 must be a positive number"),
         (["--tokens", "8x512", "--slots", "0"], "slots=0 must be at least 1"),
         (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and the model's 48 layers"),
     ],

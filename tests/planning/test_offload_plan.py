@@ -136,6 +136,42 @@ def test_groups_of_experts() -> None:
     assert "in 2 slots of 1/3 layer, 0.0 GB resident" in plan.text()
 
 
+def test_a_cache_in_host_memory() -> None:
+    """It shares the link with experts: written beside them in the pass, read in each step."""
+    plan = replace(PLAN, generated=64, chunk=16, host_cache=True)
+    cache = 100_000 * (32_000 + 64 * 64)
+    assert (plan.cache_on_host, plan.cache_on_gpu) == (cache, 2 * cache * 16 // (10 * 64))
+    assert plan.on_gpu == (3 + 2 * 2 + 1) * GIGABYTE + plan.cache_on_gpu
+    assert plan.copying == pytest.approx((20e9 - 3.2e9) / 50e9 + 3.2e9 / (0.72 * 50e9))
+    assert plan.generating == pytest.approx(64 * (20e9 + 100_000 * (32_000 + 64 * 32)) / 50e9)
+    assert replace(plan, chunk=None).cache_on_gpu == 2 * cache // 10
+    wide = replace(plan, sizes=replace(SIZES, layers=20))
+    assert wide.cache_on_gpu == plan.cache_on_gpu // 2
+    text = plan.text()
+    assert "23.6 GB  experts, 3.6 GB of it keys and values" in text
+    assert "32,000 tokens in chunks of 16 sequences, 75,314 tokens/s" in text
+    assert "1.0 GB activations, 0.2 GB keys and values" in text
+    plan.check(24 * GIGABYTE)
+    with pytest.raises(ConfigError, match=r"lacks 0.6 GB: .* 20.0 GB and keys and values 3.6 GB"):
+        plan.check(23 * GIGABYTE)
+
+
+def test_what_would_need_less_is_said() -> None:
+    def reason(**options: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            replace(PLAN, gpu_memory=2 * GIGABYTE, **options).check(90 * GIGABYTE)
+        return str(error.value).rpartition("Use ")[2]
+
+    fewer = "fewer tokens per pass, slots or resident layers"
+    assert reason(chunk=1) == f"{fewer}."
+    assert reason(chunk=2) == f"{fewer}, or smaller chunks (--chunk)."
+    host = "or a cache in host memory (--host-cache)."
+    groups = "or more groups of experts (--groups)"
+    assert reason(generated=1) == f"{fewer}, {groups}, or chunks (--chunk), {host}"
+    assert reason(groups=2) == f"{fewer}, {groups}."
+    assert reason(generated=1, chunk=1, host_cache=True) == f"{fewer}."
+
+
 def test_what_does_not_fit_is_refused() -> None:
     PLAN.check(20 * GIGABYTE)
     with pytest.raises(ConfigError, match=r"The GPU lacks 2.0 GB: a pass of 32,000 .* 8.0 GB"):
