@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
 from lightning_fastmoe.nn.expert_layers import expert_layers
@@ -109,6 +110,11 @@ class OffloadedExperts:
     def statistics(self) -> RingStatistics:
         """What has been copied so far."""
         return RingStatistics() if self._ring is None else self._ring.statistics
+
+    def time_by(self, timer: PassTimer) -> None:
+        """Has copies, and what waits for them, timed by ``timer`` from now on."""
+        if self._ring is not None:
+            self._ring.timer = timer
 
     def close(self) -> None:
         """The experts are ordinary parameters on the CPU again, and no host memory is pinned."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.pass_timer import PassTimer
 
 _ALIGNMENT = 256
 
@@ -91,7 +92,10 @@ class ExpertRing:
 
     Attributes:
         statistics: what has been copied.
+        timer: times copies and what waits for them, if there is one.
     """
+
+    timer: PassTimer | None = None
 
     def __init__(self, stacks: Sequence[Stack], device: torch.device, slots: int) -> None:
         self._stacks, self._device = stacks, device
@@ -132,7 +136,8 @@ class ExpertRing:
         elif slot.version != self._stacks[layer].version():
             self._copy(layer, slot)
         if slot.filled is not None:
-            slot.filled.wait(torch.cuda.current_stream(self._device))
+            with nullcontext() if self.timer is None else self.timer.waiting():
+                slot.filled.wait(torch.cuda.current_stream(self._device))
         slot.in_use = True
         return self._stacks[layer].views(slot.memory)
 
@@ -172,12 +177,18 @@ class ExpertRing:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            for own, host in zip(stack.views(slot.memory), stack.tensors, strict=True):
-                own.copy_(host, non_blocking=True)
+            size = sum(map(_bytes, stack.tensors))
+            with nullcontext() if self.timer is None else self.timer.copying(size):
+                self._transfer(stack, slot)
             if self._stream is not None:
                 slot.filled = torch.cuda.Event()
                 slot.filled.record()
         self.statistics.copied += stack.slot_bytes
+
+    def _transfer(self, stack: Stack, slot: _Slot) -> None:
+        """Copies in the current stream."""
+        for own, host in zip(stack.views(slot.memory), stack.tensors, strict=True):
+            own.copy_(host, non_blocking=True)
 
 
 def _bytes(tensor: Tensor) -> int:

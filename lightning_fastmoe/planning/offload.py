@@ -104,8 +104,8 @@ class OffloadPlan:
 
     @property
     def copied(self) -> int:
-        """Bytes that a pass copies."""
-        return sum(self.sizes.experts[: self._cut])
+        """Bytes that a pass copies: none if all layers have a slot, which then keeps them."""
+        return 0 if self.slots >= self._cut else sum(self.sizes.experts[: self._cut])
 
     @property
     def slot_bytes(self) -> int:

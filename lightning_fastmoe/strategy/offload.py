@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +18,8 @@ from typing_extensions import override
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
 from lightning_fastmoe.inference.offload import check_slots
+from lightning_fastmoe.inference.pass_timer import PassTimer
+from lightning_fastmoe.planning.observed import OffloadReport, observed
 from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
 
@@ -30,7 +32,9 @@ class OffloadStrategy(SingleDeviceStrategy):
 
     The model is built on the CPU, by ``__init__`` or ``configure_model``, and stays there but for
     everything that isn't an expert. Large batches hide the copies: from 54 thousand tokens on, an
-    H200 computes a layer of Qwen3-30B-A3B's sizes for longer than its experts are copied.
+    H200 computes a layer of Qwen3-30B-A3B's sizes for longer than its experts are copied. At the
+    end, two lines say what passes took and what they waited for, beside what their plan predicts
+    with the costs seen.
 
     Args:
         gpu_memory: bytes that this process may use on the GPU, such as ``"24GB"`` or ``"24GiB"``;
@@ -38,6 +42,10 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: GPU memory for the experts of so many layers, through which all pass.
         resident_layers: so many layers, the last ones, keep their experts on the GPU.
         device: the device; None is the first of the Trainer's ``devices``.
+        report: whether passes are timed, by events on the device, and those lines printed.
+
+    Attributes:
+        last_report: what the last call's passes took; None before and with ``report=False``.
     """
 
     strategy_name = "fastmoe_offload"
@@ -48,6 +56,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         slots: int = 2,
         resident_layers: int = 0,
         device: str | torch.device | None = None,
+        report: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(device="cpu", **kwargs)
@@ -56,6 +65,9 @@ class OffloadStrategy(SingleDeviceStrategy):
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
         self.offloaded: OffloadedExperts | None = None
+        self.report = report
+        self.last_report: OffloadReport | None = None
+        self._timer: PassTimer | None = None
 
     @property
     @override
@@ -108,6 +120,12 @@ class OffloadStrategy(SingleDeviceStrategy):
         self.offloaded = offload_experts(
             self.model, device, slots=self.slots, resident_layers=self.resident_layers
         )
+        if self.report:
+            self._timer = PassTimer(device)
+            self._timer.watch(self.model)
+            self.offloaded.time_by(self._timer)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
         rank_zero_info(
             f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory;"
             f" {self.offloaded.slot_bytes / 1e9:.1f} GB of slots and"
@@ -115,7 +133,62 @@ class OffloadStrategy(SingleDeviceStrategy):
         )
 
     @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.one_pass():
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.one_pass():
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.one_pass():
+            return super().predict_step(*args, **kwargs)
+
+    @override
+    def on_validation_end(self) -> None:
+        self.say_report()
+
+    @override
+    def on_test_end(self) -> None:
+        self.say_report()
+
+    @override
+    def on_predict_end(self) -> None:
+        self.say_report()
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Around a step, which is timed."""
+        with nullcontext() if self._timer is None else self._timer.one_pass():
+            yield
+
+    def say_report(self) -> None:
+        """Prints what the passes took, and keeps it as ``last_report``."""
+        timer = self._timer
+        if timer is None or self.model is None:
+            return
+        timer.add_up(wait=True)
+        device = self.root_device
+        self.last_report = observed(
+            timer.passes,
+            timer.copies,
+            OffloadSizes.of(self.model),
+            slots=self.slots,
+            resident=self.resident_layers,
+            gpu_memory=self.gpu_memory or 0,
+            peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        )
+        if self.last_report is not None:
+            rank_zero_info(f"OffloadStrategy: {self.last_report.text()}")
+
+    @override
     def teardown(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.close()
         offloaded, self.offloaded = self.offloaded, None
         if offloaded is not None:
             offloaded.close()

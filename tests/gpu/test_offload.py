@@ -12,7 +12,10 @@ from torch import nn
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
+from lightning_fastmoe.planning.observed import observed
+from lightning_fastmoe.planning.offload import OffloadSizes
 
 
 def disturbed(offloaded: Any, cycles: int) -> None:
@@ -101,3 +104,34 @@ def test_the_strategy() -> None:
         assert torch.equal(a, b)
     with pytest.raises(ConfigError, match=r"needs 0.0 GB .* missing"):
         trainer(OffloadStrategy(gpu_memory="2KB"), "cuda").predict(module, loader())
+
+
+def test_passes_are_timed_by_the_devices_clock() -> None:
+    """Each copy is delayed: the passes wait for the link, which seems slow."""
+    model, batches, _ = on_gpu("softmax")
+    with torch.inference_mode():
+        offloaded = offload_experts(model, "cuda")
+        timer = PassTimer(torch.device("cuda", torch.cuda.current_device()))
+        timer.watch(model)
+        offloaded.time_by(timer)
+        ring: Any = offloaded._ring
+        transfer = ring._transfer
+
+        def slow(stack: Any, slot: Any) -> None:
+            torch.cuda._sleep(20_000_000)  # 10 ms at 2 GHz
+            transfer(stack, slot)
+
+        ring._transfer = slow
+        for _ in range(4):
+            with timer.one_pass():
+                model(batches[0])
+    timer.add_up(wait=True)
+    assert [one.tokens for one in timer.passes] == [300] * 4
+    sizes = OffloadSizes.of(model)
+    report = observed(timer.passes, timer.copies, sizes, slots=2, resident=0)
+    assert report is not None
+    assert report.limit == "the link"
+    assert 4 * 0.005 < report.plan.seconds < 4 * 0.05
+    assert report.seconds == pytest.approx(report.plan.seconds, rel=0.3)
+    assert report.waiting > 0.5 * report.seconds
+    offloaded.close()
