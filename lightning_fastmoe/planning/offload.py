@@ -172,11 +172,11 @@ class OffloadPlan:
             resident += 1
         return replace(self, resident=resident, gpu_memory=self.gpu_memory + _MORE)
 
-    def check(self, host_memory: int) -> None:
+    def check(self, host_memory: int | None) -> None:
         """Refuses a plan that doesn't fit.
 
         Args:
-            host_memory: bytes that there are.
+            host_memory: bytes that there are; None if nobody knows.
 
         Raises:
             ConfigError: with the missing bytes.
@@ -188,7 +188,7 @@ class OffloadPlan:
                 " pass, slots or resident layers."
             )
         held = sum(self.sizes.experts)
-        if held > host_memory:
+        if host_memory is not None and held > host_memory:
             raise ConfigError(
                 f"The host lacks {_gb(held - host_memory)}: the experts take {_gb(held)}, and there"
                 f" are {_gb(host_memory)} (--host-memory)."
