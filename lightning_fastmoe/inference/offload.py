@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -77,7 +77,12 @@ class OffloadedExperts:
     """
 
     def __init__(
-        self, layers: Sequence[_Layer], resident: Sequence[_Layer], device: torch.device, slots: int
+        self,
+        layers: Sequence[_Layer],
+        resident: Sequence[_Layer],
+        device: torch.device,
+        slots: int,
+        make_ring: Callable[..., ExpertRing],
     ) -> None:
         self._layers, self._resident = layers, resident
         self.host_bytes = sum(layer.bytes for layer in layers)
@@ -86,6 +91,7 @@ class OffloadedExperts:
         self._pinned: PinnedMemory | None = None
         self._ring: ExpertRing | None = None
         self._hooks: list[RemovableHandle] = []
+        self._make_ring = make_ring
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         try:
             self._set_up(device, slots)
@@ -101,10 +107,15 @@ class OffloadedExperts:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
             stacks = [Stack(layer.host, layer.version) for layer in self._layers]
-            self._ring = ExpertRing(stacks, device, slots)
+            self._ring = self._make_ring(stacks, device, slots)
             self.slot_bytes = self._ring.slot_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
+
+    @property
+    def ring(self) -> ExpertRing | None:
+        """What copies the experts; None if all are resident."""
+        return self._ring
 
     @property
     def statistics(self) -> RingStatistics:
@@ -180,7 +191,12 @@ class OffloadedExperts:
 @torch.inference_mode(False)
 @torch.no_grad()
 def offload_experts(
-    model: nn.Module, device: torch.device | str, *, slots: int = 2, resident_layers: int = 0
+    model: nn.Module,
+    device: torch.device | str,
+    *,
+    slots: int = 2,
+    resident_layers: int = 0,
+    make_ring: Callable[..., ExpertRing] = ExpertRing,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -196,6 +212,7 @@ def offload_experts(
         device: computes.
         slots: GPU memory for the experts of so many layers.
         resident_layers: so many layers, the last ones, keep their experts on the device.
+        make_ring: another ring, for several processes.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
@@ -210,7 +227,7 @@ def offload_experts(
     layers = _layers(model)
     check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
+    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots, make_ring)
     try:
         _move_rest(model, device, layers)
     except BaseException:
@@ -230,6 +247,15 @@ def check_slots(layers: int, slots: int, resident_layers: int) -> None:
             f"slots={slots} must be at least 1, and resident_layers={resident_layers} between 0"
             f" and the model's {layers} layers."
         )
+
+
+def offloadable(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters of each layer that :func:`offload_experts` keeps in host memory, in its order.
+
+    Raises:
+        ConfigError: as that does.
+    """
+    return [list(layer.parameters) for layer in _layers(model)]
 
 
 def _layers(model: nn.Module) -> list[_Layer]:

@@ -99,17 +99,15 @@ class ExpertRing:
 
     def __init__(self, stacks: Sequence[Stack], device: torch.device, slots: int) -> None:
         self._stacks, self._device = stacks, device
-        size = max(stack.slot_bytes for stack in stacks)
         self._slots = [
-            _Slot(torch.empty(size, dtype=torch.uint8, device=device))
+            _Slot(torch.empty(self._room(), dtype=torch.uint8, device=device))
             for _ in range(min(slots, len(stacks)))
         ]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._successor = {n: (n + 1) % len(stacks) for n in range(len(stacks))}
         self._latest: int | None = None
         self.statistics = RingStatistics()
-        for n, slot in enumerate(self._slots):
-            self._copy(n, slot)
+        self._fill()
 
     @property
     def slot_bytes(self) -> int:
@@ -134,7 +132,7 @@ class ExpertRing:
                 )
             self._copy(layer, slot)
         elif slot.version != self._stacks[layer].version():
-            self._copy(layer, slot)
+            self._changed(layer, slot)
         if slot.filled is not None:
             with nullcontext() if self.timer is None else self.timer.waiting():
                 slot.filled.wait(torch.cuda.current_stream(self._device))
@@ -157,6 +155,19 @@ class ExpertRing:
             self._stream.synchronize()
         self._slots.clear()
 
+    def _room(self) -> int:
+        """Bytes of a slot."""
+        return max(stack.slot_bytes for stack in self._stacks)
+
+    def _fill(self) -> None:
+        """Starts to copy the first layers."""
+        for n, slot in enumerate(self._slots):
+            self._copy(n, slot)
+
+    def _changed(self, layer: int, slot: _Slot) -> None:
+        """Called if a layer has been changed since it was copied."""
+        self._copy(layer, slot)
+
     def _next_to_copy(self, layer: int) -> int | None:
         """The first layer after ``layer`` that is in no slot; None if all to come are."""
         present = {slot.layer for slot in self._slots} - {layer}
@@ -169,8 +180,16 @@ class ExpertRing:
             coming = self._successor[coming]
         return None
 
-    def _copy(self, layer: int, slot: _Slot) -> None:
-        """Starts to copy, after what the current stream still computes with the slot."""
+    def _copy(
+        self, layer: int, slot: _Slot, transfer: Callable[[Stack, _Slot], None] | None = None
+    ) -> None:
+        """Starts to copy, after what the current stream still computes with the slot.
+
+        Args:
+            layer: whose experts.
+            slot: to where.
+            transfer: copies, in the stream for that; None is :meth:`_transfer`.
+        """
         slot.layer = layer
         stack = self._stacks[layer]
         slot.version = stack.version()
@@ -179,7 +198,7 @@ class ExpertRing:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             size = sum(map(_bytes, stack.tensors))
             with nullcontext() if self.timer is None else self.timer.copying(size):
-                self._transfer(stack, slot)
+                (transfer or self._transfer)(stack, slot)
             if self._stream is not None:
                 slot.filled = torch.cuda.Event()
                 slot.filled.record()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import OffloadedExperts, offload_experts
 from lightning_fastmoe.inference.offload import check_slots
 from lightning_fastmoe.inference.pass_timer import PassTimer
+from lightning_fastmoe.inference.ring import ExpertRing
 from lightning_fastmoe.planning.observed import OffloadReport, observed
 from lightning_fastmoe.planning.offload import OffloadSizes, parse_bytes
 
@@ -65,6 +66,7 @@ class OffloadStrategy(SingleDeviceStrategy):
         self.gpu_memory = None if gpu_memory is None else parse_bytes(gpu_memory)
         self.slots, self.resident_layers = slots, resident_layers
         self.offloaded: OffloadedExperts | None = None
+        self.make_ring: Callable[..., ExpertRing] = ExpertRing  # OffloadDDPStrategy has another
         self.report = report
         self.last_report: OffloadReport | None = None
         self._timer: PassTimer | None = None
@@ -93,21 +95,34 @@ class OffloadStrategy(SingleDeviceStrategy):
         with super().tensor_init_context(empty_init), torch.device("cpu"):
             yield
 
-    @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+    def check_use(self, function: Any, accelerator: Any) -> None:
+        """Refuses what is not supported.
+
+        Args:
+            function: of the Trainer, of type ``TrainerFn``.
+            accelerator: the Trainer's.
+
+        Raises:
+            ConfigError: for ``fit``, and for other accelerators than a GPU and the CPU.
+        """
+        if function == TrainerFn.FITTING:
             raise ConfigError(
                 "OffloadStrategy can't train: it is for Trainer.validate, test and predict. Train"
                 " with FastMoEStrategy, whose stage_3_offload variant keeps parameters on the host."
             )
-        if not isinstance(self.accelerator, CUDAAccelerator | CPUAccelerator):
+        if not isinstance(accelerator, CUDAAccelerator | CPUAccelerator):
             raise ConfigError(
-                f"accelerator={type(self.accelerator).__name__} is not supported: OffloadStrategy"
+                f"accelerator={type(accelerator).__name__} is not supported: OffloadStrategy"
                 " runs on 'cuda' and 'cpu'."
             )
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.check_use(trainer.state.fn, self.accelerator)
         if self._device is None and len(self._devices) > 1:
             rank_zero_warn(
                 f"OffloadStrategy uses one of the {len(self._devices)} devices: {self.root_device}."
+                " OffloadDDPStrategy uses all."
             )
         super().setup(trainer)
 
@@ -118,7 +133,11 @@ class OffloadStrategy(SingleDeviceStrategy):
         if device.type == "cuda":
             self._limit_memory(self.model, device)
         self.offloaded = offload_experts(
-            self.model, device, slots=self.slots, resident_layers=self.resident_layers
+            self.model,
+            device,
+            slots=self.slots,
+            resident_layers=self.resident_layers,
+            make_ring=self.make_ring,
         )
         if self.report:
             self._timer = PassTimer(device)
@@ -184,8 +203,8 @@ class OffloadStrategy(SingleDeviceStrategy):
         if self.last_report is not None:
             rank_zero_info(f"OffloadStrategy: {self.last_report.text()}")
 
-    @override
-    def teardown(self) -> None:
+    def close(self) -> None:
+        """The model is an ordinary one on the CPU again, and all GPU memory may be used."""
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.close()
@@ -194,6 +213,10 @@ class OffloadStrategy(SingleDeviceStrategy):
             offloaded.close()
         if self.gpu_memory is not None and self.root_device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, self.root_device)
+
+    @override
+    def teardown(self) -> None:
+        self.close()
         super().teardown()
 
     def _limit_memory(self, model: nn.Module, device: torch.device) -> None:

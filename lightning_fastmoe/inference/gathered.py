@@ -1,0 +1,101 @@
+"""A ring whose layers come over the links of several GPUs: each copies a part, and gathers others'.
+
+N processes copy 1/N of a layer each, over N links, and exchange the parts, as MoE-Prefill does over
+NVLink. An exchange that one process doesn't join hangs the others, so none depends on what a pass
+does: the passes of all processes are numbered, and in pass p each joins the same exchanges, those
+of p's layers in their order, K ahead. Whatever else a pass needs (layers in another order, twice,
+or outside of a pass) it copies by itself, and what it leaves out it joins at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.ring import ExpertRing, Stack
+
+
+class GatheringRing(ExpertRing):
+    """A ring of which every process of a group has one, with the same layers and slots.
+
+    Args:
+        stacks: of each layer, in the order in which they run.
+        device: where they are computed.
+        slots: K.
+        regions: host memory of each layer, ``(N * S,)`` uint8 for N processes, laid out as a slot.
+        group: the processes, with a communicator of its own; None if each copies whole layers.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        device: torch.device,
+        slots: int,
+        *,
+        regions: Sequence[Tensor],
+        group: Any,
+    ) -> None:
+        self._regions, self._group = regions[: len(stacks)], group
+        self._joined = 0  # exchanges so far; the next one fills slot _joined % K
+        self._granted = 0  # exchanges that all processes have promised to join
+        super().__init__(stacks, device, slots)
+
+    def _room(self) -> int:
+        return max(super()._room(), max(region.numel() for region in self._regions))
+
+    def _fill(self) -> None:
+        if self._group is None:
+            super()._fill()
+        else:
+            self._granted = len(self._slots)
+            self._join_all()
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Around a pass, of which every process runs the same number."""
+        if self._group is not None and len(self._slots) < len(self._stacks):
+            self._granted += len(self._stacks)
+        yield
+        self._join_all()
+
+    def release(self, layer: int) -> None:
+        if self._group is None:
+            super().release(layer)
+            return
+        for slot in self._slots:
+            if slot.layer == layer:
+                slot.in_use = False
+        awaited = (self._joined - len(self._slots)) % len(self._stacks)
+        if layer == awaited and self._joined < self._granted:
+            self._join()
+
+    def _join_all(self) -> None:
+        while self._joined < self._granted:
+            self._join()
+
+    def _join(self) -> None:
+        """Joins the next exchange."""
+        number, self._joined = self._joined, self._joined + 1
+        slot = self._slots[number % len(self._slots)]
+        self._copy(number % len(self._stacks), slot, self._gather)
+
+    def _gather(self, stack: Stack, slot: Any) -> None:
+        region = self._regions[slot.layer]
+        size = region.numel() // dist.get_world_size(self._group)
+        rank = dist.get_rank(self._group)
+        whole = slot.memory[: region.numel()]
+        own = whole[rank * size : (rank + 1) * size]
+        own.copy_(region[rank * size : (rank + 1) * size], non_blocking=True)
+        dist.all_gather_into_tensor(whole, own, group=self._group)
+
+    def _changed(self, layer: int, slot: Any) -> None:
+        raise ConfigError(
+            "Experts were changed after OffloadDDPStrategy had set up, and other processes have the"
+            " same memory: change them before, on the CPU, or load them by ckpt_path."
+        )

@@ -1,0 +1,222 @@
+"""What each rank does in the tests of OffloadDDPStrategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from inference.offload_models import D_MODEL, Blocks
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_fastmoe import OffloadDDPStrategy
+
+IN_ORDER = (0, 1, 2, 3)
+
+
+class Seen(pl.LightningModule):
+    """Keeps what it computed; rank 0's weights are those of ``Blocks({})``, other ranks' not.
+
+    Args:
+        orders: of each rank's layers.
+        early: whether the model is built in ``__init__``.
+        at: called at the begin of each step with its number.
+    """
+
+    def __init__(
+        self,
+        orders: tuple[tuple[int, ...], ...] = (IN_ORDER, IN_ORDER),
+        early: bool = False,
+        at: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.orders, self.at = orders, at
+        self.network: Any = None
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        if early:
+            self.network = Blocks({})
+
+    def configure_model(self) -> None:
+        rank = self.trainer.global_rank
+        if self.network is None:
+            self.network = Blocks({})
+        self.network.order = self.orders[rank]
+        if rank:
+            with torch.no_grad():
+                for parameter in self.network.parameters():
+                    parameter.add_(rank)
+
+    def predict_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        if self.at is not None:
+            self.at(batch_idx)
+        out: Tensor = self.network(x)
+        self.seen.append((x, out))
+        return out
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        self.log("loss", self.predict_step(x, batch_idx).mean(), sync_dist=True)
+
+
+def data(samples: int) -> DataLoader[Tensor]:
+    """Batches of 5."""
+    torch.manual_seed(8)
+    return DataLoader(torch.randn(samples, D_MODEL), batch_size=5)  # type: ignore[arg-type]
+
+
+def own(**options: Any) -> pl.Trainer:
+    """A Trainer on two ranks."""
+    options = {"report": False, **options}
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=OffloadDDPStrategy(**options),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+def poison(trainer: pl.Trainer) -> Callable[[int], None]:
+    """Fills each slot with NaN before what is copied there."""
+
+    def at(step: int) -> None:
+        ring = trainer.strategy.offloaded.ring  # type: ignore[attr-defined]
+        if ring is None or hasattr(ring, "poisoned"):
+            return
+        ring.poisoned, copying = True, ring._copy
+
+        def copy_over(layer: int, slot: Any, *transfer: Any) -> None:
+            slot.memory.fill_(0xFF)
+            copying(layer, slot, *transfer)
+
+        ring._copy = copy_over
+
+    return at
+
+
+def checked(module: Seen, found: Any, weights: Blocks) -> list[Tensor]:
+    """The samples that a rank predicted, all with the bits of the whole model."""
+    weights.order = module.network.order
+    with torch.inference_mode():
+        for x, out in module.seen:
+            assert torch.equal(weights(x), out)
+    module.seen.clear()
+    return [x for batch in found for x in batch]
+
+
+def predictions(samples: int, orders: Any, options: dict[str, Any], early: bool) -> list[Any]:
+    """Two calls of predict; of each the batches, samples, and exchanges that were joined."""
+    run = own(**options)
+    module = Seen(orders, early=early)
+    at = poison(run)
+    counts: list[Any] = []
+
+    def look(step: int) -> None:
+        at(step)
+        if step == 0:
+            ring = run.strategy.offloaded.ring  # type: ignore[attr-defined]
+            counts.append(ring)
+
+    module.at = look
+    result = []
+    for _ in range(2):
+        found = run.predict(module, data(samples))
+        assert found is not None
+        checked(module, found, Blocks({}).eval())
+        result.append((len(found), sum(map(len, found)), counts[-1]._joined))  # type: ignore[arg-type]
+    return result
+
+
+def validation(samples: int) -> float:
+    """A mean over ranks, reduced in each step."""
+    (metrics,) = own().validate(Seen(), data(samples), verbose=False)
+    return float(metrics["loss"])
+
+
+def memory() -> dict[str, Any]:
+    """Where the experts are in a pass and after it, whose writes are a rank's own."""
+    run, found = own(), {}
+    module = Seen()
+
+    def look(step: int) -> None:
+        maps = Path("/proc/self/maps").read_text("ascii").splitlines()
+        rows = [row.split() for row in maps if "lightning_fastmoe_experts" in row]
+        found["files"] = {(row[4], row[1]) for row in rows}
+        spans = [tuple(int(x, 16) for x in row[0].split("-")) for row in rows]
+        found["inside"] = all(
+            any(a <= p.data_ptr() < b for a, b in spans)
+            for layer in module.network.layers
+            for p in layer.experts.parameters()
+        )
+        found["outside"] = any(a <= module.network.norm.weight.data_ptr() < b for a, b in spans)
+
+    module.at = look
+    run.predict(module, data(20))
+    weight = next(module.network.layers[0].experts.parameters())
+    right = next(Blocks({}).layers[0].experts.parameters())  # type: ignore[union-attr, operator]
+    found["kept"] = torch.equal(weight, right)
+    with torch.no_grad():
+        weight.add_(1 + dist.get_rank())
+    dist.barrier()
+    found["own"] = torch.equal(weight, right + (1 + dist.get_rank()))
+    module.at = None
+    module.seen.clear()
+    outs = run.predict(module, data(20))  # rank 0's weights, again
+    assert outs is not None
+    other = Blocks({}).eval()
+    with torch.no_grad():
+        next(other.layers[0].experts.parameters()).add_(1)  # type: ignore[union-attr, operator]
+    checked(module, outs, other)
+    return found
+
+
+def loaded(path: str) -> bool:
+    """Weights of a checkpoint, which all ranks write to the same memory."""
+    run, module = own(), Seen()
+    other = Blocks({}).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    file = f"{path}/other.ckpt"
+    if run.global_rank == 0:
+        state = {f"network.{name}": value for name, value in other.state_dict().items()}
+        torch.save({"state_dict": state, "pytorch-lightning_version": pl.__version__}, file)
+    found = run.predict(module, data(20), ckpt_path=file)
+    checked(module, found, other)
+    return True
+
+
+class Failing(Seen):
+    """Rank 1 fails in a phase."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__()
+        self.phase = phase
+
+    def configure_model(self) -> None:
+        if self.phase == "build" and self.trainer.global_rank == 1:
+            raise RuntimeError("rank 1 can't")
+        super().configure_model()
+        if self.phase == "other" and self.trainer.global_rank == 1:
+            self.network = Blocks({"num_experts": 2})
+        if self.phase == "rest" and self.trainer.global_rank == 1:
+            self.network.norm = torch.nn.LayerNorm(D_MODEL, bias=False)
+
+    def predict_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        if self.phase == "change" and batch_idx == 1:
+            with torch.no_grad():
+                for parameter in self.network.layers.parameters():
+                    parameter.add_(1)
+        if self.phase == "step" and self.trainer.global_rank == 1 and batch_idx == 1:
+            raise RuntimeError("rank 1 can't")
+        return super().predict_step(x, batch_idx)
+
+
+def failing(phase: str) -> None:
+    """Must raise on both ranks."""
+    own().predict(Failing(phase), data(20))
