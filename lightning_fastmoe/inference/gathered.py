@@ -20,6 +20,9 @@ from torch import Tensor
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.ring import ExpertRing, Stack
 
+# Under its former name, newer releases of torch warn about it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class GatheringRing(ExpertRing):
     """A ring of which every process of a group has one, with the same layers and slots.
@@ -58,7 +61,10 @@ class GatheringRing(ExpertRing):
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Around a pass, of which every process runs the same number."""
+        """Around a pass, of which every process runs the same number.
+
+        One that fails joins nothing more: this process is about to end, and so are the others.
+        """
         if self._group is not None and len(self._slots) < len(self._stacks):
             self._granted += len(self._stacks)
         yield
@@ -92,7 +98,7 @@ class GatheringRing(ExpertRing):
         whole = slot.memory[: region.numel()]
         own = whole[rank * size : (rank + 1) * size]
         own.copy_(region[rank * size : (rank + 1) * size], non_blocking=True)
-        dist.all_gather_into_tensor(whole, own, group=self._group)
+        _all_gather(whole, own, group=self._group)
 
     def _changed(self, layer: int, slot: Any) -> None:
         raise ConfigError(

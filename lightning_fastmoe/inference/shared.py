@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,8 @@ class SharedExperts:
     Attributes:
         layers: the parameters.
         shared: for the other processes.
+        memory: (B,) uint8, all of it; empty after :meth:`part`.
         regions: (B,) uint8 of each layer, laid out as in a slot of a ring; ``shares`` divides B.
-        memory: (B,) uint8, all of it.
 
     Raises:
         ConfigError: if the layers are not the creator's, or the system has no such memory.
@@ -79,37 +79,74 @@ class SharedExperts:
                 f" the same model. Here they are {_first_other(shapes, shared.layers)}."
             )
         # For the layout alone: what a process gives up must not be kept.
-        stacks = [Stack([torch.empty_like(p, device="meta") for p in layer]) for layer in layers]
-        self._file = _open(stacks, shares, shapes) if shared is None else _attach(shared)
+        self._stacks = [Stack([torch.empty_like(p, device="meta") for p in x]) for x in layers]
+        self._file = _open(self._stacks, shares, shapes) if shared is None else _attach(shared)
         self.shared = self._file.shared
+        self._left: list[tuple[int, int]] = []
+        self._map(fill=shared is None)
+
+    def _map(self, *, fill: bool = False) -> None:
+        """Puts the parameters there, a layer at a time; with ``fill``, what they are, too."""
         self.memory = self._file.map(mmap.MAP_SHARED)
-        self.regions = [self.memory[at : at + size] for at, size in self.shared.regions]
-        for layer, stack, region in zip(layers, stacks, self.regions, strict=True):
-            for parameter, view in zip(layer, stack.views(region), strict=True):
-                if shared is None:
-                    view.copy_(parameter.data)
-                parameter.data = view  # which frees what was there, a layer at a time
+        self.regions = self._regions(self.memory)
+        for parameter, view in self._views(self.regions):
+            if fill:
+                view.copy_(parameter.data)
+            parameter.data = view
 
     def holds(self, layers: Sequence[Sequence[nn.Parameter]]) -> bool:
-        """Whether these parameters are the ones in this memory."""
-        inside = range(self.memory.data_ptr(), self.memory.data_ptr() + self.memory.numel())
-        return [[id(p) for p in layer] for layer in layers] == [
-            [id(p) for p in layer] for layer in self.layers
-        ] and all(p.data_ptr() in inside for layer in layers for p in layer)
+        """Whether these parameters are in this memory, and in use."""
+        return (
+            bool(self.regions)
+            and self._are(layers)
+            and all(p.data_ptr() == view.data_ptr() for p, view in self._views(self.regions))
+        )
 
     def part(self) -> None:
         """From now on what this process writes to the parameters is its own."""
-        own = self._file.map(mmap.MAP_PRIVATE)
-        first = self.memory.data_ptr()
-        inside = range(first, first + self.memory.numel())
-        for layer in self.layers:
-            for parameter in layer:
-                if (at := parameter.data_ptr()) in inside:  # else it has been given other memory
-                    size = parameter.numel() * parameter.element_size()
-                    bytes_ = own[at - first : at - first + size]
-                    parameter.data = bytes_.view(parameter.dtype).view(parameter.shape)
-        self._file.close()
-        self.regions, self.memory = [], own[:0]
+        shared = {p: view.data_ptr() for p, view in self._views(self.regions)}
+        for parameter, view in self._views(self._regions(self._file.map(mmap.MAP_PRIVATE))):
+            if parameter.data_ptr() == shared[parameter]:  # else it has been given other memory
+                parameter.data = view
+        self._left = self._state()
+        self.regions, self.memory = [], self.memory.new_empty(0)
+
+    def resume(self, layers: Sequence[Sequence[nn.Parameter]], *, changed: bool) -> bool:
+        """Shares the parameters again, after :meth:`part`, without a copy.
+
+        Args:
+            layers: must be the same.
+            changed: whether they may have been changed, which is then lost.
+
+        Returns:
+            Whether it did.
+        """
+        if not self._are(layers) or self.regions or not (changed or self._state() == self._left):
+            return False
+        self._map()
+        return True
+
+    def _are(self, layers: Sequence[Sequence[nn.Parameter]]) -> bool:
+        own, others = ([[id(p) for p in x] for x in found] for found in (self.layers, layers))
+        return own == others and all(
+            p.dtype == like.dtype and p.shape == like.shape
+            for layer, stack in zip(layers, self._stacks, strict=True)
+            for p, like in zip(layer, stack.tensors, strict=True)
+        )
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Another one once a parameter has been changed."""
+        return [
+            (p.data_ptr(), -1 if p.is_inference() else p._version) for x in self.layers for p in x
+        ]
+
+    def _regions(self, memory: Tensor) -> list[Tensor]:
+        return [memory[at : at + size] for at, size in self.shared.regions]
+
+    def _views(self, regions: Sequence[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter, and the tensor in a layer's region that is to be it."""
+        for layer, stack, region in zip(self.layers, self._stacks, regions, strict=True):
+            yield from zip(layer, stack.views(region), strict=True)
 
 
 class _File:
@@ -125,13 +162,8 @@ class _File:
         )
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
-    def close(self) -> None:
-        """Forgets the descriptor; what is mapped stays."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    __del__ = close
+    def __del__(self) -> None:
+        os.close(self._descriptor)  # what is mapped stays
 
 
 def _open(stacks: Sequence[Stack], shares: int, shapes: tuple[Shapes, ...]) -> _File:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,10 +18,11 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.gathered import GatheringRing
 from lightning_fastmoe.inference.offload import OffloadedExperts, offloadable
 from lightning_fastmoe.inference.pinned import PinnedMemory
-from lightning_fastmoe.inference.shared import SharedExperts
+from lightning_fastmoe.inference.shared import Shared, SharedExperts
 from lightning_fastmoe.planning.observed import OffloadReport
 from lightning_fastmoe.strategy.loaders.uneven import UnevenData
 from lightning_fastmoe.strategy.offload import OffloadStrategy
+from lightning_fastmoe.strategy.quiet import quiet_warnings
 
 
 class OffloadDDPStrategy(DDPStrategy):
@@ -64,6 +65,7 @@ class OffloadDDPStrategy(DDPStrategy):
         self.gather = gather
         self._own = OffloadStrategy(gpu_memory, slots, resident_layers, report=report)
         self._uneven = UnevenData(self)
+        self._undo_quiet: Callable[[], None] = _nothing
         self._shared: SharedExperts | None = None
         self._pinned: PinnedMemory | None = None
         self._on_host: Any = None  # a group for the CPU, and one that gathers layers
@@ -96,6 +98,7 @@ class OffloadDDPStrategy(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._own.check_use(trainer.state.fn, self.accelerator)
+        self._undo_quiet = quiet_warnings()
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -113,7 +116,6 @@ class OffloadDDPStrategy(DDPStrategy):
                 pass
         assert self._shared is not None
         if device.type == "cuda":
-            torch.cuda.set_device(device)
             self._pinned = PinnedMemory([self._shared.memory])
         if self.gather and self.world_size > 1:
             self._gathering = dist.new_group()
@@ -172,12 +174,13 @@ class OffloadDDPStrategy(DDPStrategy):
         try:
             self._own.close()
         finally:
+            self._undo_quiet()
+            self._undo_quiet = _nothing
             pinned, self._pinned = self._pinned, None
             if pinned is not None:
                 pinned.close()
-            shared, self._shared = self._shared, None
-            if shared is not None:
-                shared.part()
+            if self._shared is not None and self._shared.regions:
+                self._shared.part()
             groups = (self._gathering, self._on_host)
             self._gathering = self._on_host = None
             for group in groups:
@@ -212,8 +215,8 @@ class OffloadDDPStrategy(DDPStrategy):
                     yield
                     module = self.lightning_module
                     assert module is not None
-                    self._shared = SharedExperts(offloadable(module), self.world_size, where)
-                    where = self._shared.shared
+                    self._share(offloadable(module), where)
+                    where = self._shared.shared  # type: ignore[union-attr]
                 except BaseException as error:  # noqa: BLE001  the others must know, whatever it is
                     failure = error
             states = self._exchange((where, None if failure is None else repr(failure)))
@@ -222,6 +225,16 @@ class OffloadDDPStrategy(DDPStrategy):
                 raise failure
             if problem is not None:
                 raise ConfigError(f"Rank {turn} could not set up its model: {problem}")
+
+    def _share(self, layers: list[list[nn.Parameter]], where: Shared | None) -> None:
+        """Puts experts into the memory of the first process, or this one's, if it is the first."""
+        old, first = self._shared, where is None
+        if old is not None and (first or where == old.shared):
+            kept = old.holds(layers) or old.resume(layers, changed=not first)
+        else:
+            kept = False
+        if not kept:
+            self._shared = SharedExperts(layers, self.world_size, where)
 
     def _exchange(self, value: Any) -> list[Any]:
         """The value of each process, in the order of their ranks."""
@@ -262,3 +275,7 @@ class OffloadDDPStrategy(DDPStrategy):
                 dist.broadcast(same, 0, group=group)
                 if same is not tensor:
                     tensor.copy_(same)
+
+
+def _nothing() -> None:
+    pass

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.sharing import run
+from inference import offload_ddp_runs as ddp_runs
 from inference.offload_models import D_MODEL, KINDS, Blocks, Scorer, loader, trainer
 from torch import nn
 
@@ -16,6 +18,7 @@ from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.planning.observed import observed
 from lightning_fastmoe.planning.offload import OffloadSizes
+from lightning_fastmoe.testing import RankPool
 
 
 def disturbed(offloaded: Any, cycles: int) -> None:
@@ -135,3 +138,19 @@ def test_passes_are_timed_by_the_devices_clock() -> None:
     assert report.seconds == pytest.approx(report.plan.seconds, rel=0.3)
     assert report.waiting > 0.5 * report.seconds
     offloaded.close()
+
+
+@pytest.mark.parametrize("cycles", [0, 3_000_000])
+def test_gathered_layers(rank_pool: RankPool, cycles: int) -> None:
+    first, second = run(rank_pool, ddp_runs.ring, 2, "cuda", cycles)
+    assert first == (2 + 6 * 4, 0)
+    assert second[0] == first[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [{}, {"slots": 1}, {"resident_layers": 1}, {"gather": False}])
+def test_two_gpus(rank_pool: RankPool, options: dict[str, Any]) -> None:
+    """31 samples: 4 batches on one rank, 3 on the other."""
+    orders = (ddp_runs.IN_ORDER, ddp_runs.IN_ORDER)
+    results = rank_pool.run(ddp_runs.predictions, 2, 31, orders, options, False, "cuda")
+    assert [[call[:2] for call in calls] for calls in results] == [[(4, 16)] * 2, [(3, 15)] * 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import OffloadDDPStrategy
+from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference.gathered import GatheringRing
+from lightning_fastmoe.inference.offload import offloadable
+from lightning_fastmoe.inference.shared import SharedExperts
 
 IN_ORDER = (0, 1, 2, 3)
 
@@ -67,11 +73,11 @@ def data(samples: int) -> DataLoader[Tensor]:
     return DataLoader(torch.randn(samples, D_MODEL), batch_size=5)  # type: ignore[arg-type]
 
 
-def own(**options: Any) -> pl.Trainer:
+def own(accelerator: str = "cpu", **options: Any) -> pl.Trainer:
     """A Trainer on two ranks."""
     options = {"report": False, **options}
     return pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=2,
         strategy=OffloadDDPStrategy(**options),
         logger=False,
@@ -109,9 +115,11 @@ def checked(module: Seen, found: Any, weights: Blocks) -> list[Tensor]:
     return [x for batch in found for x in batch]
 
 
-def predictions(samples: int, orders: Any, options: dict[str, Any], early: bool) -> list[Any]:
+def predictions(
+    samples: int, orders: Any, options: dict[str, Any], early: bool, accelerator: str = "cpu"
+) -> list[Any]:
     """Two calls of predict; of each the batches, samples, and exchanges that were joined."""
-    run = own(**options)
+    run = own(accelerator, **options)
     module = Seen(orders, early=early)
     at = poison(run)
     counts: list[Any] = []
@@ -127,7 +135,7 @@ def predictions(samples: int, orders: Any, options: dict[str, Any], early: bool)
     for _ in range(2):
         found = run.predict(module, data(samples))
         assert found is not None
-        checked(module, found, Blocks({}).eval())
+        checked(module, found, Blocks({}).eval().to(run.strategy.root_device))
         result.append((len(found), sum(map(len, found)), counts[-1]._joined))  # type: ignore[arg-type]
     return result
 
@@ -140,8 +148,8 @@ def validation(samples: int) -> float:
 
 def memory() -> dict[str, Any]:
     """Where the experts are in a pass and after it, whose writes are a rank's own."""
-    run, found = own(), {}
-    module = Seen()
+    found: dict[str, Any] = {}
+    run, module = own(), Seen()
 
     def look(step: int) -> None:
         maps = Path("/proc/self/maps").read_text("ascii").splitlines()
@@ -160,13 +168,19 @@ def memory() -> dict[str, Any]:
     weight = next(module.network.layers[0].experts.parameters())
     right = next(Blocks({}).layers[0].experts.parameters())  # type: ignore[union-attr, operator]
     found["kept"] = torch.equal(weight, right)
+    before = found["files"]
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            weight.add_(1)  # its own, which the next call gives up for rank 0's
+    checked(module, run.predict(module, data(20)), Blocks({}).eval())
+    found["again"] = found["files"] == before
     with torch.no_grad():
         weight.add_(1 + dist.get_rank())
     dist.barrier()
     found["own"] = torch.equal(weight, right + (1 + dist.get_rank()))
     module.at = None
     module.seen.clear()
-    outs = run.predict(module, data(20))  # rank 0's weights, again
+    outs = run.predict(module, data(20))  # with what rank 0 has written
     assert outs is not None
     other = Blocks({}).eval()
     with torch.no_grad():
@@ -220,3 +234,51 @@ class Failing(Seen):
 def failing(phase: str) -> None:
     """Must raise on both ranks."""
     own().predict(Failing(phase), data(20))
+
+
+def ring(device_type: str, cycles: int) -> tuple[int, int]:
+    """A ring without Lightning: poisoned slots, and copies that begin late, others on each rank."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    model = Blocks({}).eval().requires_grad_(False)
+    whole = Blocks({}).eval().requires_grad_(False).to(device)
+    where: list[Any] = [None]
+    if rank == 0:
+        shared = SharedExperts(offloadable(model), world)
+        where = [shared.shared]
+    dist.broadcast_object_list(where, 0, device=device)
+    if rank:
+        with torch.no_grad():
+            for parameter in model.layers.parameters():
+                parameter.zero_()
+        shared = SharedExperts(offloadable(model), world, where[0])
+    model.load_state_dict(whole.state_dict())  # routers; the experts are the same already
+    make = partial(GatheringRing, regions=shared.regions, group=dist.new_group())
+    with torch.inference_mode():
+        offloaded = offload_experts(model, device, make_ring=make)
+        ring: Any = offloaded.ring
+        copying, passes = ring._copy, 0
+
+        def late(layer: int, slot: Any, *transfer: Any) -> None:
+            slot.memory.fill_(0xFF)
+            if cycles:
+                with torch.cuda.stream(ring._stream):
+                    torch.cuda._sleep(cycles * (1 + 3 * (rank == passes % world)))
+            copying(layer, slot, *transfer)
+
+        ring._copy = late
+        for passes in range(6):
+            whole.order = model.order = (3, 0, 0, 2) if rank and passes == 4 else IN_ORDER
+            x = torch.randn(30 * passes + 10 * rank, D_MODEL, device=device)
+            right = whole(x)
+            with ring.one_pass():
+                assert torch.equal(model(x), right)
+    counts = (ring._joined, ring.statistics.misses)
+    offloaded.close()
+    shared.part()
+    dist.barrier()
+    return counts

@@ -59,6 +59,7 @@ def test_experts_are_in_memory_once(rank_pool: RankPool) -> None:
     assert first["inside"]
     assert not first["outside"]
     assert first["kept"]
+    assert first["again"]  # a second call finds them where they were
     assert first["own"]
 
 
@@ -84,3 +85,11 @@ def test_an_error_of_one_rank_ends_all(
     assert set(raised.value.errors) == {0, 1}
     assert first in raised.value.errors[0][1]
     assert second in raised.value.errors[1][1]
+
+
+def test_a_ring_without_lightning(rank_pool: RankPool) -> None:
+    """What one rank leaves out of a pass it joins at its end, and copies then by itself."""
+    first, second = rank_pool.run(runs.ring, 2, "cpu", 0, timeout=60)
+    assert first == (2 + 6 * 4, 0)
+    assert second[0] == first[0]
+    assert second[1] > 0
