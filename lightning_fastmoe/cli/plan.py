@@ -5,7 +5,7 @@
 without, the costs are those assumed of an H100.
 
 With --train, predict instead what a rank of FastMoEStrategy holds at each expert parallel size, and
-say which sizes fit; --tokens are then those of one GPU's micro-batch.
+say which sizes fit. Where there are several GPUs, --tokens are those of each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DTYPES = {
 }
 """Precisions of the Trainer -> the dtype of the weights that are computed with."""
 _ONLY_OFFLOADING = ("host_memory", "slots", "resident_layers", "generate", "measure")
-_ONLY_TRAINING = ("gpus", "gpus_per_node", "stage", "precision", "logits_rows")
+_ONLY_TRAINING = ("gpus_per_node", "stage", "precision", "logits_rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident-layers", type=int, help="default: 0")
     parser.add_argument("--generate", type=int, help="tokens for each sequence")
     parser.add_argument("--measure", action="store_true", help="time layers on this GPU")
+    parser.add_argument(
+        "--gpus", type=int, help="of one host (default: 1); with --train, of all nodes (default: 8)"
+    )
     parser.add_argument("--train", action="store_true", help="plan training, not offloading")
     training = parser.add_argument_group("only with --train")
-    training.add_argument("--gpus", type=int, help="of all nodes (default: 8)")
     training.add_argument("--gpus-per-node", type=int, help="default: at most 8")
     training.add_argument("--stage", type=int, help="ZeRO stage (default: 2)")
     training.add_argument("--precision", choices=sorted(_DTYPES), help="default: bf16-mixed")
@@ -127,6 +129,9 @@ def _plan_offloading(
     from lightning_fastmoe.inference.offload import check_slots
     from lightning_fastmoe.planning.offload import OffloadPlan, parse_bytes
 
+    gpus = 1 if arguments.gpus is None else arguments.gpus
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: use at least 1.")
     sizes = sizes_of(config)
     slots = 2 if arguments.slots is None else arguments.slots
     resident, generated = arguments.resident_layers or 0, arguments.generate or 0
@@ -145,6 +150,7 @@ def _plan_offloading(
         slots=slots,
         resident=resident,
         generated=generated,
+        gpus=gpus,
     )
     sys.stdout.write(plan.text())
     plan.check(_host_memory(arguments))

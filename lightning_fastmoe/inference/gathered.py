@@ -21,7 +21,10 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.ring import ExpertRing, Stack
 
 # Under its former name, newer releases of torch warn about it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+PARTS = 4
+"""Of a layer, so that links and exchanges are busy at the same time."""
 
 
 class GatheringRing(ExpertRing):
@@ -31,7 +34,8 @@ class GatheringRing(ExpertRing):
         stacks: of each layer, in the order in which they run.
         device: where they are computed.
         slots: K.
-        regions: host memory of each layer, ``(N * S,)`` uint8 for N processes, laid out as a slot.
+        regions: host memory of each layer, ``(PARTS * N * S,)`` uint8 for N processes, laid out as
+            a slot.
         group: the processes, with a communicator of its own; None if each copies whole layers.
     """
 
@@ -92,13 +96,21 @@ class GatheringRing(ExpertRing):
         self._copy(number % len(self._stacks), slot, self._gather)
 
     def _gather(self, stack: Stack, slot: Any) -> None:
-        region = self._regions[slot.layer]
-        size = region.numel() // dist.get_world_size(self._group)
-        rank = dist.get_rank(self._group)
-        whole = slot.memory[: region.numel()]
-        own = whole[rank * size : (rank + 1) * size]
-        own.copy_(region[rank * size : (rank + 1) * size], non_blocking=True)
-        _all_gather(whole, own, group=self._group)
+        """Copies this process's share of each part of a layer; the one before is exchanged then."""
+        region, world = self._regions[slot.layer], dist.get_world_size(self._group)
+        share = region.numel() // (PARTS * world)
+        begin = dist.get_rank(self._group) * share
+        exchanges = []
+        for host, part in zip(
+            region.split(share * world),
+            slot.memory[: region.numel()].split(share * world),
+            strict=True,
+        ):
+            own = part[begin : begin + share]
+            own.copy_(host[begin : begin + share], non_blocking=True)
+            exchanges.append(_all_gather(part, own, group=self._group, async_op=True))
+        for exchange in exchanges:
+            exchange.wait()  # in the stream, with NCCL
 
     def _changed(self, layer: int, slot: Any) -> None:
         raise ConfigError(

@@ -68,6 +68,8 @@ class OffloadCosts:
         activations: bytes of GPU memory that a pass needs beside weights.
         step: seconds that one step of generation computes.
         is_measured: whether they were measured on this machine.
+        peers: bytes per second that a GPU receives from the others of its host; assumed of NVLink
+            between H100s.
     """
 
     link: float
@@ -76,6 +78,7 @@ class OffloadCosts:
     activations: int
     step: float = 0.0
     is_measured: bool = False
+    peers: float = 300e9
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class OffloadPlan:
         slots: layers whose experts have room on the GPU at a time.
         resident: layers whose experts stay there.
         generated: tokens that are generated for each sequence after the pass.
+        gpus: how many share the copies, each with a pass of its own.
     """
 
     sizes: OffloadSizes
@@ -101,6 +105,7 @@ class OffloadPlan:
     slots: int = 2
     resident: int = 0
     generated: int = 0
+    gpus: int = 1
 
     @property
     def copied(self) -> int:
@@ -133,8 +138,9 @@ class OffloadPlan:
 
     @property
     def copying(self) -> float:
-        """Seconds of a pass's copies."""
-        return self.copied / self.costs.link
+        """Seconds of a pass's copies: of a part over each link, while others come from peers."""
+        received = self.copied * (self.gpus - 1) / self.gpus
+        return max(self.copied / (self.gpus * self.costs.link), received / self.costs.peers)
 
     @property
     def computing(self) -> float:
@@ -198,6 +204,7 @@ class OffloadPlan:
         """The plan for people."""
         sizes, costs = self.sizes, self.costs
         known = "measured here" if costs.is_measured else "assumed; --measure measures them"
+        each = f" on each of {self.gpus} GPUs" if self.gpus > 1 else ""
         lines = [
             f"{len(sizes.experts)} layers with {_gb(sum(sizes.experts))} of experts;"
             f" {_gb(sizes.rest)} of everything else",
@@ -206,10 +213,10 @@ class OffloadPlan:
             f" {_gb(self.slot_bytes)} in {self.slots} slots, {_gb(self.resident_bytes)} resident,"
             f" {_gb(costs.activations)} activations"
             + (f", {_gb(self.cache_bytes)} keys and values" if self.generated else ""),
-            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens,"
-            f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
-            f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
-            f" {self.computing:.2f} s ({known})",
+            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens{each},"
+            f" {self.gpus * self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
+            f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s{each},"
+            f" computation {self.computing:.2f} s ({known})",
             f"       copies cost nothing from {self.hiding_tokens:,} tokens per pass",
         ]
         if self.generated:

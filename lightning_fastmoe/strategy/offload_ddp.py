@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.inference.gathered import GatheringRing
+from lightning_fastmoe.inference.gathered import PARTS, GatheringRing
 from lightning_fastmoe.inference.offload import OffloadedExperts, offloadable
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.shared import Shared, SharedExperts
@@ -234,7 +234,7 @@ class OffloadDDPStrategy(DDPStrategy):
         else:
             kept = False
         if not kept:
-            self._shared = SharedExperts(layers, self.world_size, where)
+            self._shared = SharedExperts(layers, PARTS * self.world_size, where)
 
     def _exchange(self, value: Any) -> list[Any]:
         """The value of each process, in the order of their ranks."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fastmoe import OffloadDDPStrategy
 from lightning_fastmoe.inference import offload_experts
-from lightning_fastmoe.inference.gathered import GatheringRing
+from lightning_fastmoe.inference.gathered import PARTS, GatheringRing
 from lightning_fastmoe.inference.offload import offloadable
 from lightning_fastmoe.inference.shared import SharedExperts
 
@@ -248,14 +248,14 @@ def ring(device_type: str, cycles: int) -> tuple[int, int]:
     whole = Blocks({}).eval().requires_grad_(False).to(device)
     where: list[Any] = [None]
     if rank == 0:
-        shared = SharedExperts(offloadable(model), world)
+        shared = SharedExperts(offloadable(model), PARTS * world)
         where = [shared.shared]
     dist.broadcast_object_list(where, 0, device=device)
     if rank:
         with torch.no_grad():
             for parameter in model.layers.parameters():
                 parameter.zero_()
-        shared = SharedExperts(offloadable(model), world, where[0])
+        shared = SharedExperts(offloadable(model), PARTS * world, where[0])
     model.load_state_dict(whole.state_dict())  # routers; the experts are the same already
     make = partial(GatheringRing, regions=shared.regions, group=dist.new_group())
     with torch.inference_mode():

@@ -46,6 +46,16 @@ def test_resident_layers() -> None:
     assert (whole.copied, whole.slot_bytes, whole.limit) == (0, 0, "the GPU")
 
 
+def test_several_gpus() -> None:
+    """Each copies a part over its link, and receives the others at 300 GB/s."""
+    plan = replace(PLAN, costs=replace(COSTS, link=25e9), gpus=2)
+    assert plan.copying == pytest.approx(0.4)
+    assert replace(plan, gpus=8).copying == pytest.approx(0.1)
+    assert replace(plan, gpus=32).copying == pytest.approx(20 * 31 / 32 / 300)
+    assert "32,000 tokens on each of 2 GPUs, 160,000 tokens/s" in plan.text()
+    assert "copies 0.40 s at 25.0 GB/s on each of 2 GPUs" in plan.text()
+
+
 def test_generation() -> None:
     plan = replace(PLAN, generated=64)
     assert plan.cache_bytes == 100_000 * (32_000 + 64 * 64)
