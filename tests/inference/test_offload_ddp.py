@@ -75,6 +75,7 @@ def test_a_checkpoint_is_loaded(rank_pool: RankPool, tmp_path: Path) -> None:
         ("rest", "Rank 1 has built another model", "Rank 1 has built another model"),
         ("change", "Experts were changed after", "Experts were changed after"),
         ("step", "", "rank 1 can't"),
+        ("fit", "OffloadStrategy can't train", "OffloadStrategy can't train"),
     ],
 )
 def test_an_error_of_one_rank_ends_all(
