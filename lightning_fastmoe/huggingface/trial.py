@@ -24,13 +24,19 @@ _ASSUMED_LINK, _ASSUMED_FLOPS = 53e9, 300e12
 """Of an H100 with PCIe 5, whose models compute at about this rate in bf16."""
 
 
-def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn.Module:
-    """The causal language model of a config, in bf16, with this package's experts.
+def skeleton(
+    config: Any,
+    layers: int | None = None,
+    device: str = "meta",
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
+    """The causal language model of a config, with this package's experts.
 
     Args:
         config: of transformers.
         layers: how many of its layers; None for all.
         device: where; on ``"meta"`` it takes no memory, else weights are random.
+        dtype: of the weights.
 
     Raises:
         ConfigError: if transformers has no causal language model for it.
@@ -48,7 +54,7 @@ def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn
     try:
         with torch.device(device):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, experts_implementation="fastmoe"
+                config, dtype=dtype, experts_implementation="fastmoe"
             )
     except ValueError as error:
         reason = str(error).split("\n", 1)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from lightning_fastmoe.inference.compressed_layers import CompressedLayers
 from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.offloadable import OFFLOADED, offloadable_layers
 from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
+from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics
 from lightning_fastmoe.nn.experts.grouped import ExpertGroups
@@ -44,6 +45,7 @@ class OffloadedExperts:
         expert_cache: int = 0,
         groups: int = 1,
         compression: str | None = None,
+        make_ring: Callable[..., ExpertRing] = ExpertRing,
     ) -> None:
         self._layers, self._resident, self._groups = layers, resident, groups
         self._compressed: CompressedLayers | None = None
@@ -51,6 +53,7 @@ class OffloadedExperts:
         self.slot_bytes = self.cache_bytes = 0
         self._pinned: PinnedMemory | None = None
         self._ring: ExpertRing | None = None
+        self._make_ring = make_ring
         self._hooks: list[RemovableHandle | ExpertGroups] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
         self._is_held = False
@@ -73,7 +76,7 @@ class OffloadedExperts:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
             stacks = [part for layer in self._layers for part in layer.stacks(self._groups)]
-            self._ring = ExpertRing(stacks, device, slots, expert_cache)
+            self._ring = self._make_ring(stacks, device, slots, expert_cache)
             self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
             if self._compressed is not None:
                 self.slot_bytes += self._compressed.workspace_bytes
@@ -87,9 +90,19 @@ class OffloadedExperts:
                 self._hooks.append(groups)
 
     @property
+    def ring(self) -> ExpertRing | None:
+        """What copies the experts; None if all are resident."""
+        return self._ring
+
+    @property
     def statistics(self) -> RingStatistics:
         """What has been copied so far."""
         return RingStatistics() if self._ring is None else self._ring.statistics
+
+    def time_by(self, timer: PassTimer) -> None:
+        """Has copies, and what waits for them, timed by ``timer`` from now on."""
+        if self._ring is not None:
+            self._ring.timer = timer
 
     @contextmanager
     def held(self) -> Generator[None, None, None]:
@@ -231,6 +244,7 @@ def offload_experts(
     groups: int = 1,
     compression: str | None = None,
     chunk_sequences: int | str | None = None,
+    make_ring: Callable[..., ExpertRing] = ExpertRing,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -272,6 +286,7 @@ def offload_experts(
             and blocks that declare ``row_arguments``: the names of further tensor arguments, with
             their dimension that is the batch, None, or a function of argument, start and stop. It
             doesn't go with ``groups``.
+        make_ring: another ring, for several processes.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
@@ -297,7 +312,7 @@ def offload_experts(
     if groups != 1:
         _check_stacked(groups, layers[:cut])
     offloaded = OffloadedExperts(
-        layers[:cut], layers[cut:], device, slots, cache, groups, compression
+        layers[:cut], layers[cut:], device, slots, cache, groups, compression, make_ring
     )
     try:
         if chunk_sequences is not None:

@@ -57,6 +57,15 @@ def offloadable_layers(model: nn.Module) -> list[OffloadedLayer]:
     return layers
 
 
+def offloadable_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of each of :func:`offloadable_layers`.
+
+    Raises:
+        ConfigError: as that does.
+    """
+    return [list(layer.parameters) for layer in offloadable_layers(model)]
+
+
 def _stacks(experts: Experts, parameters: Sequence[nn.Parameter]) -> Experts | None:
     """The experts, if each of the parameters is one of their stacks."""
     stacks = {id(getattr(experts.holder, name, None)) for name in experts.stack_names}

@@ -62,3 +62,21 @@ def check_together(
             f"compression={compression!r} {reason}, and groups={groups} divides them: leave one of"
             " both out."
         )
+
+
+def check_several_gpus(compression: str | None = None, groups: int = 1) -> None:
+    """Refuses what several processes that share experts can't do.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if compression is not None:
+        raise ConfigError(
+            f"compression={compression!r} is not supported on several GPUs, which share the experts"
+            " in host memory as they are: leave it out, or use OffloadStrategy on one GPU."
+        )
+    if groups != 1:
+        raise ConfigError(
+            f"groups={groups} is not supported on several GPUs, which exchange whole layers: leave"
+            " it out, or use OffloadStrategy on one GPU."
+        )

@@ -13,7 +13,7 @@ have few tokens, too, so that nothing is copied ahead; a wrong guess costs time.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.expert_cache import ExpertCache, runs
+from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.planning.few_tokens import are_few
 
@@ -107,15 +108,17 @@ class ExpertRing:
 
     Attributes:
         statistics: what has been copied.
+        timer: times copies and what waits for them, if there is one.
     """
+
+    timer: PassTimer | None = None
 
     def __init__(
         self, stacks: Sequence[Stack], device: torch.device, slots: int, cache_bytes: int = 0
     ) -> None:
         self._stacks, self._device = stacks, device
-        size = max(stack.slot_bytes for stack in stacks)
         self._slots = [
-            _Slot(torch.empty(size, dtype=torch.uint8, device=device))
+            _Slot(torch.empty(self._room(), dtype=torch.uint8, device=device))
             for _ in range(min(slots, len(stacks)))
         ]
         self._cache = (
@@ -128,8 +131,7 @@ class ExpertRing:
         self._successor = {n: (n + 1) % len(stacks) for n in range(len(stacks))}
         self._latest: int | None = None
         self.statistics = RingStatistics()
-        for n, slot in enumerate(self._slots):
-            self._copy(n, slot)
+        self._start()
 
     @property
     def slot_bytes(self) -> int:
@@ -171,7 +173,8 @@ class ExpertRing:
         if call is not None and slot.experts is not None:
             self._copy_experts(layer, slot, call.experts())
         if slot.filled is not None:
-            slot.filled.wait(torch.cuda.current_stream(self._device))
+            with nullcontext() if self.timer is None else self.timer.waiting():
+                slot.filled.wait(torch.cuda.current_stream(self._device))
         return self._stacks[layer].views(slot.memory)
 
     def holds_all(self, layer: int) -> bool:
@@ -197,6 +200,15 @@ class ExpertRing:
         if self._stream is not None:
             self._stream.synchronize()
         self._slots.clear()
+
+    def _room(self) -> int:
+        """Bytes of a slot."""
+        return max(stack.slot_bytes for stack in self._stacks)
+
+    def _start(self) -> None:
+        """Starts to copy the first layers."""
+        for n, slot in enumerate(self._slots):
+            self._copy(n, slot)
 
     def _reads_few(self, layer: int, call: RoutedCall | None, whole: bool) -> bool:
         """Whether single experts are copied for a call. Takes note of its number of tokens."""
@@ -240,18 +252,30 @@ class ExpertRing:
             return
         slot.layer, slot.version, slot.experts = layer, self._stacks[layer].version(), set()
 
-    def _copy(self, layer: int, slot: _Slot) -> None:
-        """Starts to copy, after what the current stream still computes with the slot."""
+    def _copy(
+        self, layer: int, slot: _Slot, transfer: Callable[[Stack, _Slot], None] | None = None
+    ) -> None:
+        """Starts to copy, after what the current stream still computes with the slot.
+
+        Args:
+            layer: whose experts.
+            slot: to where.
+            transfer: copies, in the stream for that; None is :meth:`_transfer`.
+        """
         stack = self._stacks[layer]
         for other in self._slots:
             if other.layer == layer:  # some of its experts
                 other.layer = None
         slot.layer, slot.version = None, stack.version()  # nobody's if this is interrupted
-        with self._copying(slot):
-            for own, host in zip(stack.views(slot.memory), stack.tensors, strict=True):
-                own.copy_(host, non_blocking=True)
+        with self._copying(slot), self._timed(sum(map(_bytes, stack.tensors))):
+            (transfer or self._transfer)(stack, slot)
         slot.layer, slot.experts = layer, None
         self.statistics.copied += stack.slot_bytes
+
+    def _transfer(self, stack: Stack, slot: _Slot) -> None:
+        """Copies in the current stream."""
+        for own, host in zip(stack.views(slot.memory), stack.tensors, strict=True):
+            own.copy_(host, non_blocking=True)
 
     def _copy_experts(self, layer: int, slot: _Slot, experts: Sequence[int]) -> None:
         """Starts to copy those of some experts, ascending, that are not in their places."""
@@ -276,11 +300,19 @@ class ExpertRing:
         stack = self._stacks[layer]
         if self._cache is not None:
             experts = self._cache.load(layer, stack.version(), experts, into)
-        for run in runs(experts):
-            for own, host in zip(into, stack.tensors, strict=True):
-                own[run].copy_(host[run], non_blocking=True)
-                self.statistics.copied += _bytes(host[run])
+        if not experts:
+            return experts
+        size = len(experts) * sum(_bytes(host[0]) for host in stack.tensors)
+        with self._timed(size):
+            for run in runs(experts):
+                for own, host in zip(into, stack.tensors, strict=True):
+                    own[run].copy_(host[run], non_blocking=True)
+        self.statistics.copied += size
         return experts
+
+    def _timed(self, size: int) -> AbstractContextManager[None]:
+        """Around a copy of ``size`` bytes from the host."""
+        return nullcontext() if self.timer is None else self.timer.copying(size)
 
     @contextmanager
     def _copying(self, slot: _Slot) -> Generator[None, None, None]:

@@ -2,8 +2,8 @@
 
 Copies run beside computation, from one pass into the next. So a pass takes the longer of the two:
 copying all experts that don't stay on the GPU, or computing all layers and what surrounds them. A
-step of generation for few sequences copies the experts that its tokens are expected to choose, once
-their router has run: then it computes after it copies.
+pass of few tokens, as a step of generation for few sequences, copies the experts that its tokens
+are expected to choose, once their router has run: then it computes after it copies.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class OffloadCosts:
         step: seconds that one step of generation computes.
         decompression: bytes per second of decompressed experts.
         is_measured: whether they were measured on this machine.
+        peers: bytes per second that a GPU receives from the others of its host; assumed of NVLink
+            between H100s.
     """
 
     link: float
@@ -41,6 +43,7 @@ class OffloadCosts:
     step: float = 0.0
     decompression: float = 1.5e12
     is_measured: bool = False
+    peers: float = 300e9
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class OffloadPlan:
         groups: of a layer's experts, of which a slot holds one.
         chunk: sequences of a chunk; None if blocks compute whole batches.
         host_cache: whether keys and values are in host memory.
+        gpus: how many share the copies, each with a pass of its own.
     """
 
     sizes: OffloadSizes
@@ -74,11 +78,13 @@ class OffloadPlan:
     groups: int = 1
     chunk: int | None = None
     host_cache: bool = False
+    gpus: int = 1
 
     @property
-    def copied(self) -> int:
-        """Bytes that a pass copies."""
-        return sum(self.sizes.moving(self.resident))
+    def copied(self) -> float:
+        """Bytes that a pass copies; with several GPUs, all of them together."""
+        # Exchanges between GPUs bring whole layers.
+        return self._copied(self.tokens if self.gpus == 1 else None)
 
     @property
     def slot_bytes(self) -> int:
@@ -99,8 +105,8 @@ class OffloadPlan:
 
     @property
     def cache_on_host(self) -> int:
-        """Host memory of keys and values."""
-        return self.cache_bytes if self.host_cache else 0
+        """Host memory of keys and values, those of all GPUs."""
+        return self.gpus * self.cache_bytes if self.host_cache else 0
 
     @property
     def cache_on_gpu(self) -> int:
@@ -119,10 +125,17 @@ class OffloadPlan:
 
     @property
     def copying(self) -> float:
-        """Seconds of a pass's copies: experts one way, beside keys and values the other way."""
+        """Seconds of a pass's copies: experts one way, beside keys and values the other way.
+
+        Of several GPUs each copies a part over its link, while others come from its peers.
+        """
+        return self._copying(self.copied)
+
+    def _copying(self, copied: float) -> float:
         written = self.sizes.cache_per_token * self.tokens if self.cache_on_host else 0
-        alone = max(0, self.copied - written)
-        return (alone + written / _BOTH_WAYS) / self.costs.link
+        alone = max(0, copied / self.gpus - written)
+        received = copied * (self.gpus - 1) / self.gpus
+        return max((alone + written / _BOTH_WAYS) / self.costs.link, received / self.costs.peers)
 
     @property
     def computing(self) -> float:
@@ -144,6 +157,8 @@ class OffloadPlan:
     @property
     def seconds(self) -> float:
         """Of a pass."""
+        if self.gpus == 1 and self._are_few(self.tokens):
+            return self.copying + self.computing
         return max(self.copying, self.computing)
 
     @property
@@ -155,7 +170,8 @@ class OffloadPlan:
     def hiding_tokens(self) -> int:
         """Tokens of a pass from which copies cost nothing."""
         computing = self.computing - self.decompressing  # which doesn't grow with tokens
-        return round(self.tokens * max(0.0, self.copying - self.decompressing) / computing)
+        copying = self._copying(self._copied(None))
+        return round(self.tokens * max(0.0, copying - self.decompressing) / computing)
 
     @property
     def generating(self) -> float:
@@ -164,34 +180,47 @@ class OffloadPlan:
         cache = self.sizes.cache_per_token * held if self.cache_on_host else 0.0
         copying = (self.copied_by_step + cache) / self.costs.link
         computing = self.costs.step + self.decompressing
-        after = any(self._chosen(layer) for layer in range(self._cut))
+        after = self._are_few(self.sequences)
         return self.generated * (copying + computing if after else max(copying, computing))
 
     @property
     def copied_by_step(self) -> float:
-        """Bytes that a step of generation copies.
+        """Bytes that a step of generation copies, on each GPU by itself.
 
         With a cache, those that even choices don't find there; real ones repeat more often.
         """
+        return self._copied(self.sequences)
+
+    def _copied(self, tokens: int | None) -> float:
+        """Bytes that a GPU needs for some tokens; None for so many that they need all experts."""
+        moving = self.sizes.moving(self.resident)
+        if self.slots >= len(moving) * self.groups:
+            return 0  # each has a slot, which keeps it
+        cached = min(1.0, self.expert_cache / sum(moving))
         total = 0.0
-        cached = min(1.0, self.expert_cache / self.copied) if self.copied else 0.0
-        for layer, size in enumerate(self.sizes.moving(self.resident)):
-            chosen = self._chosen(layer)
+        for layer, size in enumerate(moving):
+            chosen = None if tokens is None else self._chosen(layer, tokens)
             total += size if chosen is None else size * chosen[0] / chosen[1] * (1 - cached)
         return total
 
-    def _chosen(self, layer: int) -> tuple[float, int] | None:
-        """The experts that a step is expected to choose of a layer, of E; None if all are copied.
+    def _are_few(self, tokens: int) -> bool:
+        """Whether copies of a layer begin when its tokens have chosen."""
+        keep_all = self.slots >= self._cut * self.groups
+        return not keep_all and any(self._chosen(layer, tokens) for layer in range(self._cut))
+
+    def _chosen(self, layer: int, tokens: int) -> tuple[float, int] | None:
+        """The experts that tokens are expected to choose of a layer, of E; None if all are copied.
 
         Args:
             layer: its number.
+            tokens: of a pass or step.
         """
         if self.chunk is not None and self.chunk < self.sequences:
             return None  # a layer is copied once, for all chunks
         experts, top_k = self.sizes.choices[layer] if self.sizes.choices else (0, 0)
-        if not top_k or not are_few(experts, top_k, self.sequences):
+        if not top_k or not tokens or not are_few(experts, top_k, tokens):
             return None
-        return expected_experts(experts, top_k, self.sequences), experts
+        return expected_experts(experts, top_k, tokens), experts
 
     def with_more_memory(self) -> OffloadPlan:
         """With as many more resident layers as fit into 8 GB."""
@@ -204,11 +233,11 @@ class OffloadPlan:
             resident += 1
         return replace(self, resident=resident, gpu_memory=self.gpu_memory + _MORE)
 
-    def check(self, host_memory: int) -> None:
+    def check(self, host_memory: int | None) -> None:
         """Refuses a plan that doesn't fit.
 
         Args:
-            host_memory: bytes that there are.
+            host_memory: bytes that there are; None if nobody knows.
 
         Raises:
             ConfigError: with the missing bytes.
@@ -223,7 +252,7 @@ class OffloadPlan:
             experts = self.host_bytes
         elif self.sizes.compressed:  # which comes before there are keys and values
             cache, until = 0, " until they are compressed"
-        if (missing := experts + cache - host_memory) > 0:
+        if host_memory is not None and (missing := experts + cache - host_memory) > 0:
             keys = f" and keys and values {_gb(cache)}" if cache else ""
             raise ConfigError(
                 f"The host lacks {_gb(missing)}: the experts take {_gb(experts)}{until}{keys}, and"
@@ -245,6 +274,7 @@ class OffloadPlan:
         """The plan for people."""
         sizes, costs = self.sizes, self.costs
         known = "measured here" if costs.is_measured else "assumed; --measure measures them"
+        each = f" on each of {self.gpus} GPUs" if self.gpus > 1 else ""
         lines = [
             f"{len(sizes.experts)} layers with {_gb(sum(sizes.experts))} of experts;"
             f" {_gb(sizes.rest)} of everything else",
@@ -259,11 +289,11 @@ class OffloadPlan:
             f" {_gb(costs.activations)} activations"
             + (f", {_gb(self.cache_on_gpu)} keys and values" if self.generated else "")
             + (f", {_gb(self.expert_cache)} cached experts" if self.expert_cache else ""),
-            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens"
+            f"pass   {self.seconds:8.2f} s  {self.tokens:,} tokens{each}"
             + (f" in chunks of {self.chunk} sequences," if self.chunk else ",")
-            + f" {self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
-            f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s, computation"
-            f" {self.computing:.2f} s ({known})"
+            + f" {self.gpus * self.tokens / self.seconds:,.0f} tokens/s; it waits for {self.limit}",
+            f"       copies {self.copying:.2f} s at {costs.link / GIGABYTE:.1f} GB/s{each},"
+            f" computation {self.computing:.2f} s ({known})"
             + (f", {self.decompressing:.2f} s of it decompresses" if sizes.compressed else ""),
             f"       copies cost nothing from {self.hiding_tokens:,} tokens per pass",
         ]
@@ -273,15 +303,8 @@ class OffloadPlan:
                 f"then   {self.generating:8.2f} s  {self.generated} tokens for each of"
                 f" {self.sequences:,} sequences, {total / self.generating:,.0f} tokens/s"
             )
-            chosen = next(filter(None, map(self._chosen, range(self._cut))), None)
             lines.append(
-                f"       a step copies {_gb(self.copied_by_step)}: "
-                + (
-                    "all experts"
-                    if chosen is None
-                    else f"a layer's tokens choose about {chosen[0]:.0f} of {chosen[1]} experts"
-                    " if they choose evenly" + (", less those cached" if self.expert_cache else "")
-                )
+                f"       a step copies {_gb(self.copied_by_step)}: {self._what_steps_copy()}"
             )
         more = self.with_more_memory()
         lines.append(
@@ -289,6 +312,18 @@ class OffloadPlan:
             + (f", generation of {more.generating:.2f} s" if self.generated else "")
         )
         return "\n".join(lines) + "\n"
+
+    def _what_steps_copy(self) -> str:
+        if not self.copied_by_step:
+            return "what stays on the GPU is enough"
+        layers = (self._chosen(layer, self.sequences) for layer in range(self._cut))
+        chosen = next(filter(None, layers), None)
+        if chosen is None:
+            return "all experts"
+        return (
+            f"a layer's tokens choose about {chosen[0]:.0f} of {chosen[1]} experts if they choose"
+            f" evenly{', less those cached' if self.expert_cache else ''}"
+        )
 
     @property
     def _cut(self) -> int:

@@ -99,8 +99,16 @@ def test_chunks_and_a_cache_on_the_host(config: str, capsys) -> None:
             "compression='int8' decompresses whole layers",
         ),
         (["--tokens", "8x512", "--chunk", "0"], "chunk_sequences=0 must be a positive number"),
+        (["--tokens", "8x512", "--gpus", "2", "--groups", "2"], "groups=2 is not supported on sev"),
+        (
+            ["--tokens", "8x512", "--gpus", "2", "--compression", "int4"],
+            "compression='int4' is not supported on several GPUs",
+        ),
+        (["--tokens", "8x512", "--chunk", "2", "--groups", "2"], "would copy all of them for each"),
         (["--tokens", "8x512", "--slots", "0"], "slots=0 must be at least 1"),
         (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and the model's 48 layers"),
+        (["--tokens", "8x512", "--stage", "3"], "--stage 3 has a meaning only with --train"),
+        (["--tokens", "8x512", "--train"], "--host-memory 100GB has a meaning only without"),
     ],
 )
 def test_errors(options: list[str], reason: str, config: str, capsys) -> None:
@@ -160,3 +168,28 @@ def test_the_cache_of_a_latent_attention() -> None:
         cache = model(torch.arange(6)[None], use_cache=True).past_key_values
     held = sum(part.keys.nbytes + part.values.nbytes for part in cache.layers)
     assert sizes_of(config).cache_per_token == held / 6
+
+
+def test_a_plan_of_training(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """ZeRO 2 on 8 GPUs: a rank has 8/EP of the experts' gradients to average, 1/8 to keep."""
+    command = ["plan", "--config", config, "--train", "--tokens", "1x4096"]
+    assert main([*command, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("8 GPUs, ZeRO stage 2, bf16-mixed, Adam, 4,096 tokens per GPU; 30.5 B")
+    rows = {row.split()[0]: row.split()[1::2] for row in out.split("\n")[2:6]}
+    assert rows["1"][0] == "61.1"
+    assert rows["8"][:3] == ["10.3", "8.0", "45.8"]  # 3.1 GB and an eighth of 58.0 GB
+    assert "without checkpointing, no size fits into 80.0 GB" in out
+    assert "with checkpointing, expert_parallel_size=4 is the smallest that fits" in out
+    assert main([*command, "--gpus", "8", "--gpu-memory", "60GB", "--stage", "1"]) == 2
+    assert "Each GPU lacks" in capsys.readouterr().err
+
+
+def test_host_memory_is_compared_when_it_is_known(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_fastmoe.planning.host_memory.available", lambda: 57_000_000_000)
+    command = ["plan", "--config", config, "--tokens", "8x512"]
+    assert main(command) == 0  # of another machine, perhaps
+    assert main([*command, "--host-memory", "here"]) == 2
+    assert "The host lacks 1.0 GB: the experts take 58.0 GB" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -63,8 +63,60 @@ class Blocks(nn.Module):
         return x
 
 
-def poisoned(ring: Any) -> None:
-    """Fills each slot with NaN before others' experts are copied there, and the cache now."""
+class Chunkable(nn.Module):
+    """Blocks that compute each sequence by itself, as they declare.
+
+    Args:
+        options: of the layers.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(layer) for layer in Blocks(options).layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class InChunks(nn.Module):
+    """The slow twin: each block of a :class:`Chunkable` computes a chunk after the other.
+
+    Args:
+        model: whole.
+        size: sequences of a chunk.
+    """
+
+    def __init__(self, model: Chunkable, size: int) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.model.blocks:
+            x = torch.cat([block(part) for part in x.split(self.size)])
+        return x
+
+
+class _Block(nn.Module):
+    row_arguments: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layer(x)
+        return out
+
+
+def poisoned(ring: Any, *, but_whole: bool = False) -> None:
+    """Fills each slot with NaN before others' experts are copied there, and the cache now.
+
+    Args:
+        ring: to be poisoned.
+        but_whole: whether layers that are in slots already are left there.
+    """
     filling, copying = ring._fill, ring._copy
 
     def poison(*memory: Tensor) -> None:
@@ -79,12 +131,12 @@ def poisoned(ring: Any) -> None:
         poison(slot.memory)
         filling(layer, slot, some)
 
-    def copy_over(layer: int, slot: Any) -> None:
+    def copy_over(layer: int, slot: Any, *transfer: Any) -> None:
         poison(slot.memory)
-        copying(layer, slot)
+        copying(layer, slot, *transfer)
 
     ring._fill, ring._copy = fill, copy_over
-    for slot in ring._slots:
+    for slot in [] if but_whole else ring._slots:
         copy_over(slot.layer, slot)
     for rows in [] if ring._cache is None else ring._cache._layers:
         poison(*rows.memory)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from inference.compressed_models import ROUNDED, rounded
-from inference.offload_models import D_MODEL, KINDS, Blocks, poisoned
-from torch import Tensor, nn
+from inference.offload_models import (
+    D_MODEL,
+    KINDS,
+    Blocks,
+    Chunkable,
+    InChunks,
+    Scorer,
+    poisoned,
+    trainer,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import compression_error, offload_experts
+from lightning_fastmoe.inference.pass_timer import PassTimer
 
 
 @pytest.mark.parametrize(
@@ -57,42 +68,11 @@ def test_the_error_of_compression_in_groups_is_refused() -> None:
     offloaded.close()
 
 
-class Chunkable(nn.Module):
-    """Blocks that compute each sequence by itself."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(_Block(layer) for layer in Blocks(KINDS[kind]).layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class _Block(nn.Module):
-    row_arguments: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer(x)
-
-
-def in_chunks(model: Chunkable, x: Tensor, size: int) -> Tensor:
-    """The slow twin: each block computes a chunk after the other."""
-    for block in model.blocks:
-        x = torch.cat([block(part) for part in x.split(size)])
-    return x
-
-
 @pytest.mark.parametrize("cache", [None, "64KB"])
 def test_chunks_of_few_tokens_copy_whole_layers_once(cache: str | None) -> None:
     """Passes of one sequence, which are not divided, still copy what their tokens chose alone."""
-    model = Chunkable("softmax").eval()
-    twin = copy.deepcopy(model)
+    model = Chunkable(KINDS["softmax"]).eval()
+    twin = InChunks(copy.deepcopy(model), 1)
     offloaded = offload_experts(model, "cpu", slots=2, chunk_sequences=1, expert_cache=cache)
     poisoned(offloaded._ring)
     layer = offloaded.host_bytes // 4
@@ -100,7 +80,7 @@ def test_chunks_of_few_tokens_copy_whole_layers_once(cache: str | None) -> None:
         for sequences in (1, 3, 3, 1, 1, 4):  # of one token each: 2 of 4 experts, which is few
             x = torch.randn(sequences, 1, D_MODEL)
             before = copy.copy(offloaded.statistics)
-            assert torch.equal(model(x), in_chunks(twin, x, 1)), sequences
+            assert torch.equal(model(x), twin(x)), sequences
             copied = offloaded.statistics.copied - before.copied
             if sequences == 1:
                 assert copied <= 4 * layer // 2
@@ -114,9 +94,8 @@ def test_chunks_of_few_tokens_copy_whole_layers_once(cache: str | None) -> None:
 
 
 def test_chunks_of_compressed_experts() -> None:
-    model = Chunkable("softmax").eval()
-    right = rounded(model, "int4")
-    assert isinstance(right, Chunkable)
+    model = Chunkable(KINDS["softmax"]).eval()
+    right = InChunks(rounded(model, "int4"), 2)  # type: ignore[arg-type]
     offloaded = offload_experts(model, "cpu", chunk_sequences=2, compression="int4")
     decompressed = []
     decompress = offloaded._compressed.decompress  # type: ignore[union-attr]
@@ -129,7 +108,7 @@ def test_chunks_of_compressed_experts() -> None:
     with torch.inference_mode():
         for sequences in (5, 2, 5):
             x = torch.randn(sequences, 3, D_MODEL)
-            assert torch.equal(model(x), in_chunks(right, x, 2))
+            assert torch.equal(model(x), right(x))
     assert decompressed == 3 * [0, 1, 2, 3]  # once, for all chunks
     assert offloaded.statistics.misses == 0
     with pytest.warns(UserWarning, match=ROUNDED):
@@ -137,7 +116,7 @@ def test_chunks_of_compressed_experts() -> None:
 
 
 def test_the_error_of_compression_in_chunks() -> None:
-    model = Chunkable("softmax").eval()
+    model = Chunkable(KINDS["softmax"]).eval()
     batches = [torch.randn(5, 3, D_MODEL)]
     wanted = compression_error(copy.deepcopy(model), batches, "int4")
     offloaded = offload_experts(model, "cpu", chunk_sequences=2)
@@ -150,6 +129,50 @@ def test_the_error_of_compression_in_chunks() -> None:
 def test_chunks_in_groups_are_refused() -> None:
     reason = "groups=2 keeps a part.*chunk_sequences=8 would copy all of them for each chunk"
     with pytest.raises(ConfigError, match=reason):
-        offload_experts(Chunkable("softmax"), "cpu", groups=2, chunk_sequences=8)
+        offload_experts(Chunkable(KINDS["softmax"]), "cpu", groups=2, chunk_sequences=8)
     with pytest.raises(ConfigError, match=reason):
         OffloadStrategy(groups=2, chunk_sequences=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"compression": "int8"}])
+@pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
+def test_the_report_plans_what_was_copied(options: dict[str, Any]) -> None:
+    """One token chooses 2 of 4 experts of each layer, and no slot has them from before."""
+    strategy = OffloadStrategy(slots=1, **options)
+    own = trainer(strategy)
+    copied: list[int] = []
+
+    class Module(Scorer):
+        def predict_step(self, x: Tensor, batch_idx: int) -> Tensor:
+            out = super().predict_step(x, batch_idx)
+            assert strategy.offloaded is not None
+            copied.append(strategy.offloaded.statistics.copied)
+            return out
+
+    own.predict(Module({}), DataLoader(torch.randn(5, D_MODEL)))  # type: ignore[arg-type]
+    report = strategy.last_report
+    assert report is not None
+    assert [one.tokens for one in report.passes] == 5 * [1]
+    assert report.plan.copied == copied[-1] - copied[-2] > 0
+    assert report.plan.groups == options.get("groups", 1)
+    assert bool(report.plan.sizes.compressed) == ("compression" in options)
+    assert report.plan.decompressing == 0  # it is in what computation took
+    if "compression" not in options:
+        assert report.plan.seconds == report.plan.copying + report.plan.computing
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_cache": "20KB"}, {"compression": "int4"}])
+@pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
+def test_all_that_comes_from_the_host_is_timed(options: dict[str, Any]) -> None:
+    model = Blocks(KINDS["softmax"]).eval()
+    offloaded = offload_experts(model, "cpu", **options)
+    timer = PassTimer(torch.device("cpu"))
+    offloaded.time_by(timer)
+    before = offloaded.statistics.copied
+    with torch.inference_mode():
+        for tokens in (12, 1, 1, 12, 1, 12, 0, 1):
+            with timer.one_pass():
+                model(torch.randn(tokens, D_MODEL))
+    timer.add_up(wait=True)
+    assert timer.copies.bytes == offloaded.statistics.copied - before > 0
+    offloaded.close()

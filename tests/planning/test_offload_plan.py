@@ -43,7 +43,8 @@ def test_resident_layers() -> None:
     assert plan.on_gpu == (3 + 2 * 2 + 4 * 2 + 1) * GIGABYTE
     more = plan.with_more_memory()
     assert (more.resident, more.gpu_memory) == (8, 32 * GIGABYTE)
-    assert more.copied == 4 * GIGABYTE
+    assert more.copied == 0  # both layers left have a slot
+    assert replace(more, slots=1).copied == 4 * GIGABYTE
     assert replace(PLAN, resident=9).with_more_memory().resident == 10
     whole = replace(PLAN, resident=10)
     assert (whole.copied, whole.slot_bytes, whole.limit) == (0, 0, "the GPU")
@@ -100,6 +101,16 @@ def test_sizes_of_compressed_experts_are_what_offloading_takes(
     assert offloaded.statistics.copied - before == plan.copied
 
 
+def test_several_gpus() -> None:
+    """Each copies a part over its link, and receives the others at 300 GB/s."""
+    plan = replace(PLAN, costs=replace(COSTS, link=25e9), gpus=2)
+    assert plan.copying == pytest.approx(0.4)
+    assert replace(plan, gpus=8).copying == pytest.approx(0.1)
+    assert replace(plan, gpus=32).copying == pytest.approx(20 * 31 / 32 / 300)
+    assert "32,000 tokens on each of 2 GPUs, 160,000 tokens/s" in plan.text()
+    assert "copies 0.40 s at 25.0 GB/s on each of 2 GPUs" in plan.text()
+
+
 def test_generation() -> None:
     plan = replace(PLAN, generated=64)
     assert plan.cache_bytes == 100_000 * (32_000 + 64 * 64)
@@ -124,6 +135,23 @@ def test_steps_of_few_sequences() -> None:
     assert many.generating == pytest.approx(10 * 0.4)
     assert "a step copies 20.0 GB: all experts" in many.text()
     assert replace(plan, resident=10).copied_by_step == 0
+
+
+def test_a_pass_of_few_tokens() -> None:
+    """It computes after it copies what its tokens chose, unless all layers have a slot."""
+    few = replace(SIZES, choices=((128, 8),) * 10)
+    plan = replace(PLAN, sizes=few, sequences=4, tokens=4)
+    assert plan.copied == pytest.approx(20 * GIGABYTE * (1 - (15 / 16) ** 4))
+    assert plan.seconds == pytest.approx(plan.copying + plan.computing)
+    assert plan.hiding_tokens == 4  # 20 GB at 50 GB/s, while it computes for as long
+    kept = replace(plan, slots=10)
+    assert (kept.copied, kept.seconds) == (0, kept.computing)
+    assert "a step copies 0.0 GB: what stays on the GPU" in replace(kept, generated=2).text()
+    gathered = replace(plan, gpus=2)  # exchanges bring whole layers
+    assert gathered.copied == 20 * GIGABYTE
+    assert gathered.seconds == max(gathered.copying, gathered.computing)
+    chunks = replace(plan, chunk=1, generated=10)  # a layer is held for all chunks
+    assert chunks.copied_by_step == 20 * GIGABYTE
 
 
 def test_groups_of_experts() -> None:
