@@ -74,7 +74,8 @@ def test_chunks_of_few_tokens_copy_whole_layers_once(cache: str | None) -> None:
     model = Chunkable(KINDS["softmax"]).eval()
     twin = InChunks(copy.deepcopy(model), 1)
     offloaded = offload_experts(model, "cpu", slots=2, chunk_sequences=1, expert_cache=cache)
-    poisoned(offloaded._ring)
+    ring: Any = offloaded.ring
+    poisoned(ring)
     layer = offloaded.host_bytes // 4
     with torch.inference_mode():
         for sequences in (1, 3, 3, 1, 1, 4):  # of one token each: 2 of 4 experts, which is few
@@ -88,7 +89,8 @@ def test_chunks_of_few_tokens_copy_whole_layers_once(cache: str | None) -> None:
             else:  # the first one after few tokens has found none copied ahead
                 assert 4 * layer <= copied <= 6 * layer
                 assert offloaded.statistics.expert_misses == before.expert_misses
-    assert offloaded._ring is not None
+                assert {slot.layer for slot in ring._slots} == {0, 1}  # ahead of the next pass
+                assert all(slot.experts is None for slot in ring._slots)
     assert offloaded.statistics.misses == 0
     offloaded.close()
 
