@@ -8,10 +8,15 @@ A model of the sizes of --model, bf16, with random weights, scores sequences of 
 pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
 The offloaded rows may use --gpu-memory, enforced by torch; the resident one all of it. Times are by
 CUDA events from the end of one pass to the end of the next, medians of --passes after one. Losses
-must have the same bits. --generate adds steps of greedy generation for --sequences sequences, by
-transformers' generate, whose texts are not compared: torch's attention with a cache gives other
-bits each time, also with the resident model. --peers adds Accelerate's cpu_offload around
-transformers' own experts.
+must have the same bits; with --groups they must be within 1e-4. With --chunk rows compute blocks
+in chunks of so many sequences. --generate adds steps of greedy generation for each number of
+--sequences, by transformers' generate, with the bytes that a step copies, and once more with
+--expert-cache; texts are not compared: torch's attention with a cache gives other bits each time,
+also with the resident model. With random weights, how often a step chooses the experts of the one
+before says little of a trained model. --host-cache keeps keys and values of the offloaded rows in
+host memory. --compression adds a row for experts in int8 or int4, whose losses differ by what is
+printed; with random weights that says nothing about a trained model. --peers adds Accelerate's
+cpu_offload around transformers' own experts.
 
 Prints a line of JSON for each measurement, then a table.
 """
@@ -24,15 +29,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import lightning_fastmoe.huggingface  # noqa: F401  registers the experts
-from lightning_fastmoe.huggingface.trial import chunked_loss
+from lightning_fastmoe.huggingface import HostCache
+from lightning_fastmoe.huggingface.scoring import chunked_loss
 from lightning_fastmoe.inference import offload_experts
-from lightning_fastmoe.planning.offload import parse_bytes
+from lightning_fastmoe.inference.chunks import ChunkedBlocks
+from lightning_fastmoe.planning.offload_sizes import parse_bytes
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-30b-a3b": (
@@ -131,26 +138,70 @@ def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
 
 
-def generate(name: str, model: Any, args: argparse.Namespace) -> None:
-    """Prints milliseconds of a greedy step, the mean of --generate."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (args.sequences, args.seq_len)
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
-    seconds = []
-    for new in (1, 1, 1 + args.generate):
-        torch.cuda.synchronize()
-        start = time.monotonic()
-        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
-        torch.cuda.synchronize()
-        seconds.append(time.monotonic() - start)
-    ms = 1000 * (seconds[2] - seconds[1]) / args.generate
-    row: dict[str, Any] = {
-        "row": f"{name}, generates",
-        "sequences": args.sequences,
-        "ms_per_step": round(ms, 1),
-    }
-    row["tokens_per_s"] = round(1000 * args.sequences / ms)
-    print(json.dumps(row), flush=True)
+def compressed(compression: str, model: Any, args: Any, copied: dict[str, int]) -> list[Any]:
+    """Rows of experts in int8 or int4, which rounds the model's; adds what a pass copies."""
+    start = time.monotonic()
+    offloaded = offload_experts(
+        model, "cuda", slots=args.slots, compression=compression, chunk_sequences=args.chunk
+    )
+    held = offloaded.host_bytes / 1e9
+    print(
+        f"{compression} in {time.monotonic() - start:.1f} s, {held:.1f} GB on the host", flush=True
+    )
+    copied[compression] = offloaded.host_bytes
+    rows = measure(compression, model, args, max(args.tokens))
+    if args.generate:
+        generate(compression, model, args, offloaded, on_host=args.host_cache)
+    return rows  # without restoring the weights, which would take their memory of before
+
+
+def generate(
+    name: str,
+    model: Any,
+    args: argparse.Namespace,
+    offloaded: Any = None,
+    *,
+    on_host: bool = False,
+) -> None:
+    """Prints milliseconds of a greedy step, the mean of --generate, and what it copies."""
+    for sequences in args.sequences:
+        generator = torch.Generator().manual_seed(1)
+        shape = (sequences, args.seq_len)
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
+        seconds, copied = [], []
+        cache = HostCache(model.config, args.seq_len + 1 + args.generate) if on_host else None
+        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        torch.cuda.reset_peak_memory_stats()
+        for new in (1, 1, 1 + args.generate):
+            before = 0 if offloaded is None else offloaded.statistics.copied
+            torch.cuda.synchronize()
+            if cache is not None:
+                cache.reset()
+            start = time.monotonic()
+            model.generate(
+                ids,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                use_cache=True,
+                **options,
+            )
+            torch.cuda.synchronize()
+            seconds.append(time.monotonic() - start)
+            copied.append(0 if offloaded is None else offloaded.statistics.copied - before)
+        ms = 1000 * (seconds[2] - seconds[1]) / args.generate
+        row: dict[str, Any] = {
+            "row": f"{name}, generates",
+            "sequences": sequences,
+            "ms_per_step": round(ms, 1),
+            "tokens_per_s": round(1000 * sequences / ms, 1),
+            "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        }
+        if offloaded is not None:
+            row["GB_per_step"] = round((copied[2] - copied[1]) / args.generate / 1e9, 2)
+            found, missed = offloaded.statistics.expert_hits, offloaded.statistics.expert_misses
+            row["hits_so_far"] = round(found / max(1, found + missed), 3)
+        print(json.dumps(row), flush=True)
 
 
 def link_rate() -> float:
@@ -173,11 +224,18 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--gpu-memory", default="24GB")
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--groups", type=int, default=1, help="of a layer's experts, one a slot")
+    parser.add_argument("--chunk", type=int, help="sequences that blocks compute at a time")
+    parser.add_argument("--host-cache", action="store_true", help="keys and values on the host")
     parser.add_argument("--generate", type=int, default=0, help="steps of generation to time")
-    parser.add_argument("--sequences", type=int, default=64, help="that are generated")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 64])
+    parser.add_argument("--expert-cache", default="4GB", help="of a second run of --generate")
+    parser.add_argument("--compression", choices=["int8", "int4"], help="a row of it, too")
     parser.add_argument("--peers", action="store_true", help="Accelerate, too")
     parser.add_argument("--peer-tokens", type=int, default=32768, help="its largest pass")
     args = parser.parse_args()
+    if args.compression and args.peers:
+        parser.error("--compression leaves rounded weights: measure --peers in a run of its own")
     torch.set_grad_enabled(False)
     rate = link_rate()
     start = time.monotonic()
@@ -186,9 +244,15 @@ def main() -> int:
 
     host = {name: parameter.data for name, parameter in model.named_parameters()}
     model.cuda()
+    chunks = None if args.chunk is None else ChunkedBlocks(model, args.chunk, nullcontext)
     rows = measure("resident", model, args, max(args.tokens))
     if args.generate:
-        generate("resident", model, args)
+        try:
+            generate("resident", model, args)
+        except torch.OutOfMemoryError:
+            print("resident, generates: out of memory", file=sys.stderr)
+    if chunks is not None:
+        chunks.close()
     for name, parameter in model.named_parameters():
         parameter.data = host[name]
     torch.cuda.empty_cache()
@@ -196,13 +260,25 @@ def main() -> int:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(parse_bytes(args.gpu_memory) / total)
     start = time.monotonic()
-    offloaded = offload_experts(model, "cuda", slots=args.slots)
+    offloaded = offload_experts(
+        model, "cuda", slots=args.slots, groups=args.groups, chunk_sequences=args.chunk
+    )
     print(f"offloaded in {time.monotonic() - start:.1f} s", flush=True)
     rows += measure("offloaded", model, args, max(args.tokens))
     if args.generate:
-        generate("offloaded", model, args)
-    copied = offloaded.host_bytes
+        generate("offloaded", model, args, offloaded, on_host=args.host_cache)
+    copied = {"offloaded": offloaded.host_bytes}
     offloaded.close()
+    if args.generate:
+        cache = args.expert_cache
+        options = {"slots": args.slots, "groups": args.groups, "expert_cache": cache}
+        options["chunk_sequences"] = args.chunk
+        offloaded = offload_experts(model, "cuda", **options)
+        generate(f"offloaded, {cache} of cache", model, args, offloaded, on_host=args.host_cache)
+        offloaded.close()
+    if args.compression:
+        host.clear()  # the exact weights must not stay beside the compressed ones
+        rows += compressed(args.compression, model, args, copied)
 
     if args.peers:
         from accelerate import cpu_offload
@@ -219,13 +295,18 @@ def main() -> int:
     same = True
     for row in rows:
         share = right[row["tokens"]]["ms"] / row["ms"] if row["tokens"] in right else 0.0
-        link = copied / row["ms"] / 1e6 / rate if row["row"] == "offloaded" else 0.0
+        link = copied.get(row["row"], 0) / row["ms"] / 1e6 / rate
         print(
             f"| {row['row']} | {row['tokens']} | {row['ms']} | {row['tokens_per_s']:,} |"
             f" {share:.2f} | {link:.2f} | {row['peak_GB']} |"
         )
         if row["row"] == "offloaded" and row["tokens"] in right:
-            same &= row["loss"] == right[row["tokens"]]["loss"]
+            difference = abs(row["loss"] - right[row["tokens"]]["loss"])
+            same &= difference <= (0.0 if args.groups == 1 else 1e-4)
+    for row in rows:
+        if row["row"] == args.compression and row["tokens"] in right:
+            loss = right[row["tokens"]]["loss"]
+            print(f"{row['row']}, {row['tokens']} tokens: loss {row['loss']:.6f}, exact {loss:.6f}")
     if not same:
         print("Losses differ from the resident model's: no comparison.", file=sys.stderr)
     return 0 if same else 1

@@ -58,6 +58,9 @@ void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tenso
                 const std::optional<Tensor>& scale, double lr, double beta1, double beta2,
                 double eps, double weight_decay, bool decoupled);
 
+// dequantize.cu
+void dequantize_groups_(const Tensor& codes, const Tensor& scales, const Tensor& out, int64_t bits);
+
 // exchange/push.cu
 void exchange_push(const Tensor& rows, const std::optional<Tensor>& order, const Tensor& ends,
                    int64_t divisor, std::vector<Tensor> memory, int64_t rank, int64_t at,

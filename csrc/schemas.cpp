@@ -94,6 +94,12 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " Tensor(d!) weights, Tensor step, Tensor? scale, float lr, float beta1, float beta2,"
       " float eps, float weight_decay, bool decoupled) -> ()");
 
+  // out (..., D), D a multiple of 64, is the integers of codes, int8 (..., D) or with 4 bits
+  // (..., D / 2), times the scales (..., D / 64) of groups, bf16 if out is, else fp32. With 4 bits,
+  // byte j of a group has value j in its lower half and value j + 32 in the upper one.
+  library.def(
+      "dequantize_groups_(Tensor codes, Tensor scales, Tensor(a!) out, int bits) -> ()");
+
   // memory: (B,) bytes of each rank of a group, all mapped into this process; `rank` is this one.
   //
   // ends (R,) int32, where the rows of each rank end. Row order[i] / divisor of rows (n, w) (row i
@@ -219,6 +225,7 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("expert_layer_backward_weights",
                TORCH_BOX(&lightning_fastmoe::expert_layer_backward_weights));
   library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
+  library.impl("dequantize_groups_", TORCH_BOX(&lightning_fastmoe::dequantize_groups_));
   library.impl("exchange_push", TORCH_BOX(&lightning_fastmoe::exchange_push));
   library.impl("exchange_send", TORCH_BOX(&lightning_fastmoe::exchange_send));
   library.impl("exchange_plan", TORCH_BOX(&lightning_fastmoe::exchange_plan));

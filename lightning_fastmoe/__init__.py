@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         select_experts,
     )
     from lightning_fastmoe.nn import MoE, moe_losses
-    from lightning_fastmoe.strategy import FastMoEStrategy, OffloadStrategy
+    from lightning_fastmoe.strategy import FastMoEStrategy, OffloadDDPStrategy, OffloadStrategy
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "FastMoEStrategy",
     "MoE",
     "MoESummary",
+    "OffloadDDPStrategy",
     "OffloadStrategy",
     "RouterBiasBalancing",
     "SparseUpdate",
@@ -58,6 +59,7 @@ _COMPONENTS = (
 _HOMES = {  # the rest: callbacks
     "FastMoEStrategy": "strategy",
     "MoE": "nn",
+    "OffloadDDPStrategy": "strategy",
     "OffloadStrategy": "strategy",
     "moe_losses": "nn",
 }

@@ -29,10 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{NAME}_stage_2_offload": {"stage": 2, "offload_optimizer": True},
     f"{NAME}_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
     f"{NAME}_offload": {},
+    f"{NAME}_offload_ddp": {},
 }
 """The strategy's arguments by the name given to ``Trainer(strategy=...)``."""
 
-CLASSES = {f"{NAME}_offload": "OffloadStrategy"}
+CLASSES = {
+    f"{NAME}_offload": "OffloadStrategy",
+    f"{NAME}_offload_ddp": "OffloadDDPStrategy",
+}
 """The class of each name; of the others, FastMoEStrategy."""
 
 OURS = "pytorch_lightning.strategies"

@@ -46,12 +46,13 @@ assert MoE.__module__ == "lightning_fastmoe.nn.moe"
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import StrategyRegistry
 names = [name for name in StrategyRegistry.available_strategies() if name.startswith("fastmoe")]
-assert len(names) == 7, names
+assert len(names) == 8, names
 assert loaded("deepspeed", "lightning_fastmoe.strategy", "lightning_fastmoe.callbacks") == []
 strategy = StrategyRegistry.get("fastmoe_stage_3")
 assert type(strategy) is lightning_fastmoe.FastMoEStrategy
 assert strategy.config["zero_optimization"]["stage"] == 3
 assert type(StrategyRegistry.get("fastmoe_offload")) is lightning_fastmoe.OffloadStrategy
+assert type(StrategyRegistry.get("fastmoe_offload_ddp")) is lightning_fastmoe.OffloadDDPStrategy
 from lightning_fastmoe import *
 assert ExpertLoadMonitor.__module__ == "lightning_fastmoe.monitoring.callbacks.expert_load"
 """

@@ -1,6 +1,7 @@
-"""Lightning callbacks: schedules, router bias updates, partial training and monitoring."""
+"""Lightning callbacks: schedules, router biases, partial training, monitoring and compression."""
 
 from lightning_fastmoe.callbacks.capacity_schedule import CapacitySchedule
+from lightning_fastmoe.callbacks.compression_error import CompressionErrorMonitor
 from lightning_fastmoe.callbacks.expert_selection import select_experts
 from lightning_fastmoe.callbacks.router_bias import RouterBiasBalancing
 from lightning_fastmoe.callbacks.sparse_update import SparseUpdate
@@ -12,6 +13,7 @@ from lightning_fastmoe.monitoring.callbacks.throughput import ThroughputMonitor
 __all__ = [
     "CapacitySchedule",
     "CoActivationMonitor",
+    "CompressionErrorMonitor",
     "ExpertLoadMonitor",
     "MoESummary",
     "RouterBiasBalancing",

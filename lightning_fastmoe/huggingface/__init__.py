@@ -2,7 +2,8 @@
 
 See ``docs/huggingface.md``. This component does not import transformers, whose own models it
 computes and shards under ``experts_implementation="fastmoe"``. ``MoECausalLM``, which needs
-Lightning, is imported on first use, so that converting files works without it.
+Lightning, and ``HostCache``, which is a cache of transformers, are imported on first use, so that
+converting files works without either.
 """
 
 from importlib import import_module
@@ -20,17 +21,21 @@ from lightning_fastmoe.huggingface.loading import from_pretrained
 from lightning_fastmoe.huggingface.lora import add_lora, merge_lora
 from lightning_fastmoe.huggingface.quantizing import dequantize_experts, quantize_experts
 from lightning_fastmoe.huggingface.saving import save_pretrained
+from lightning_fastmoe.huggingface.scoring import causal_lm_loss
 from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
 from lightning_fastmoe.huggingface.upcycling import upcycle
 
 if TYPE_CHECKING:
     from lightning_fastmoe.huggingface.causal_lm import MoECausalLM
+    from lightning_fastmoe.huggingface.host_cache import HostCache
 
 __all__ = [
     "FAMILIES",
     "Architecture",
+    "HostCache",
     "MoECausalLM",
     "add_lora",
+    "causal_lm_loss",
     "choose_dispatcher",
     "dequantize_experts",
     "export",
@@ -49,9 +54,11 @@ __all__ = [
     "upcycle",
 ]
 
+_LATE = {"HostCache": "host_cache", "MoECausalLM": "causal_lm"}
+
 if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
-        if name != "MoECausalLM":
+        if name not in _LATE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return import_module(f"{__name__}.causal_lm").MoECausalLM
+        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)

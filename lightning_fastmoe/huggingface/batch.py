@@ -60,6 +60,20 @@ class Layout:
         ids = self.sequence_ids.flatten()
         return ids if self.real is None else ids.index_select(0, self.real)
 
+    def rows(self, start: int, stop: int) -> Layout:
+        """The sequences of rows ``start`` to ``stop``; all layers of a pass share it."""
+        found = self._parts.get((start, stop))
+        if found is None:
+            ids = self.sequence_ids[start:stop]
+            real = None if self.real is None else (ids.flatten() >= 0).nonzero().flatten()
+            found = Layout(ids, self.positions[start:stop], real, self.crossing)
+            self._parts[start, stop] = found
+        return found
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], Layout]:
+        return {}
+
 
 @dataclass(frozen=True)
 class TokenBatch:

@@ -6,6 +6,8 @@ Modules are named as in transformers, so weights map by name; only the inside of
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +15,13 @@ from lightning_fastmoe.huggingface.architecture import Architecture
 from lightning_fastmoe.huggingface.batch import Layout
 from lightning_fastmoe.huggingface.head import Head, summed_cross_entropy
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.transformer import Embedding, Linear, rotary_table, rotate
+from lightning_fastmoe.nn.transformer import (
+    Embedding,
+    Linear,
+    rotary_table,
+    rotate,
+    rows_of_table,
+)
 
 
 class Attention(nn.Module):
@@ -92,6 +100,9 @@ class DenseMLP(nn.Module):
 
 class DecoderLayer(nn.Module):
     """Attention, then experts or a dense MLP, each normalised first and added to its input."""
+
+    row_arguments: ClassVar = {"table": rows_of_table, "layout": Layout.rows}
+    """How arguments are split into chunks of sequences."""
 
     def __init__(self, about: Architecture, mlp: nn.Module) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, ShapeError
 from lightning_fastmoe.huggingface.packed_experts import names_in_module, packed_of, weight_of
 from lightning_fastmoe.nn.experts import lora
+from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.lora import FLOATING, LORA_A, LORA_B, SCALE
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 from lightning_fastmoe.ops.activation import GATED
@@ -57,16 +58,24 @@ def compute(
     Returns:
         (N, D); with ``order`` (T, D), each token's weighted sum.
     """
+    rest = (x, tokens_per_expert, weights, order)
+    groups = groups_of(experts)
+    if groups is not None:
+        grouped: Tensor = groups(functools.partial(_own, experts), *rest)
+        return grouped
     trained = trained_of(experts)
     if trained is not None:
-        out: Tensor = trained(
-            functools.partial(_sparse, experts), x, tokens_per_expert, weights, order
-        )
+        out: Tensor = trained(functools.partial(_sparse, experts), *rest)
         return out
+    return _own(experts, *rest)
+
+
+def _own(experts: nn.Module, *rest: Any) -> Tensor:
+    """:func:`compute` with the stacks that the module has now."""
     if packed_of(experts) is not None:
-        packed: Tensor = _packed(experts, x, tokens_per_expert, weights, order)
+        packed: Tensor = _packed(experts, *rest)
         return packed
-    return _compute(experts, stacked_weights(experts), x, tokens_per_expert, weights, order)
+    return _compute(experts, stacked_weights(experts), *rest)
 
 
 # Opaque to torch.compile, which would keep the weights that are made here until the backward pass.
@@ -104,7 +113,12 @@ def _compute(
 
 def fused_stacks(experts: nn.Module, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
     """See :meth:`~lightning_fastmoe.nn.experts.Experts.fused_stacks`."""
-    if trained_of(experts) or adapters_of(experts, dtype) or packed_of(experts):
+    if (
+        trained_of(experts)
+        or groups_of(experts)
+        or adapters_of(experts, dtype)
+        or packed_of(experts)
+    ):
         return None  # and weights in 4 bits, which must not be whole until the backward pass
     name = fused_activation(experts)
     return None if name is None else (_cast(stacked_weights(experts), dtype), name)

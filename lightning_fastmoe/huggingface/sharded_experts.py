@@ -15,27 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError, UnmanagedExpertsError
 from lightning_fastmoe.huggingface.experts_class import (
     FLAGS,
     NAME,
     check_ids,
     check_inputs,
-    compute,
-    compute_dtype,
-    fused_stacks,
     only_in_range,
-    parameter_names,
     stacked_weights,
 )
-from lightning_fastmoe.huggingface.packed_experts import stack_dtype, weight_of
+from lightning_fastmoe.huggingface.experts_view import TransformersExperts
 from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.dispatch import ONE_RANK, check_dispatcher
 from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.experts.base import describe_ids
-from lightning_fastmoe.nn.experts.stacked import keep_rows
 from lightning_fastmoe.nn.experts.trained import TRAINED
 from lightning_fastmoe.nn.global_batch import GlobalBatch
 from lightning_fastmoe.nn.inputs import TokenInputs
@@ -46,62 +40,6 @@ from lightning_fastmoe.ops.kernels import accumulation_dtype
 
 _LAYER = "_fastmoe_layer"
 _END = ".experts"
-
-
-class TransformersExperts(Experts):
-    """A view of transformers' module, which holds the parameters; no part of the model's tree.
-
-    Args:
-        module: of a class with transformers' ``@use_experts_implementation``.
-    """
-
-    is_stacked = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module.num_experts, None)  # type: ignore[arg-type]
-        self._module = (module,)  # in a tuple, so that it isn't registered as a part
-
-    @property
-    def module(self) -> nn.Module:
-        """transformers' module."""
-        return self._module[0]
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Those of :attr:`module`, so that parameters and buffers are its own, too."""
-        yield from self.module.named_modules(*args, **kwargs)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights, or the one that they had before they were packed."""
-        return stack_dtype(self.module, "down_proj")
-
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which ``x`` meets the weights: autocast's, which leaves fp64 alone."""
-        return compute_dtype(x, weight_of(self.module, "down_proj"))
-
-    def _keep(self, ids: tuple[int, ...]) -> None:
-        keep_rows(self.module, self.stack_names, self.local_ids, ids)
-
-    holder = module
-
-    @property
-    def stack_names(self) -> list[str]:
-        """The names in :attr:`module` of the parameters that are computed with."""
-        return parameter_names(self.module)
-
-    def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
-        """See :class:`~lightning_fastmoe.nn.experts.Experts`."""
-        return fused_stacks(self.module, dtype)
-
-    def forward(
-        self,
-        x: Tensor,
-        tokens_per_expert: Tensor,
-        weights: Tensor | None = None,
-        order: ops.ExpertOrder | None = None,
-    ) -> Tensor:
-        """See :func:`~lightning_fastmoe.huggingface.experts_class.compute`."""
-        return compute(self.module, x, tokens_per_expert, weights, order)
 
 
 class TransformersLayer:

@@ -5,29 +5,38 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface.scoring import chunked_loss
 from lightning_fastmoe.huggingface.sharded_experts import kind
-from lightning_fastmoe.planning.offload import OffloadCosts, OffloadSizes
+from lightning_fastmoe.inference.chunks import ChunkedBlocks
+from lightning_fastmoe.ops.group_quantization import bits_of, dequantize_groups, quantize_groups
+from lightning_fastmoe.planning.offload import OffloadCosts
+from lightning_fastmoe.planning.offload_sizes import OffloadSizes
 
-_LOGIT_ROWS = 4096
 _ASSUMED_LINK, _ASSUMED_FLOPS = 53e9, 300e12
 """Of an H100 with PCIe 5, whose models compute at about this rate in bf16."""
 
 
-def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn.Module:
-    """The causal language model of a config, in bf16, with this package's experts.
+def skeleton(
+    config: Any,
+    layers: int | None = None,
+    device: str = "meta",
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
+    """The causal language model of a config, with this package's experts.
 
     Args:
         config: of transformers.
         layers: how many of its layers; None for all.
         device: where; on ``"meta"`` it takes no memory, else weights are random.
+        dtype: of the weights.
 
     Raises:
         ConfigError: if transformers has no causal language model for it.
@@ -45,7 +54,7 @@ def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn
     try:
         with torch.device(device):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, experts_implementation="fastmoe"
+                config, dtype=dtype, experts_implementation="fastmoe"
             )
     except ValueError as error:
         reason = str(error).split("\n", 1)[0]
@@ -53,11 +62,15 @@ def skeleton(config: Any, layers: int | None = None, device: str = "meta") -> nn
     return model.eval()
 
 
-def sizes_of(config: Any) -> OffloadSizes:
+def sizes_of(config: Any, compression: str | None = None) -> OffloadSizes:
     """Bytes of the model of a config.
 
+    Args:
+        config: of transformers.
+        compression: of the experts, ``"int8"`` or ``"int4"``.
+
     Raises:
-        ConfigError: if it has no stacked experts.
+        ConfigError: if it has no stacked experts, or there is no such compression.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -65,10 +78,12 @@ def sizes_of(config: Any) -> OffloadSizes:
     if getattr(config, "kv_lora_rank", None):  # latents and one key's positions for all heads
         numbers = config.kv_lora_rank + config.qk_rope_head_dim
     cache = 2 * config.num_hidden_layers * numbers
-    return OffloadSizes.of(skeleton(config), cache)
+    return OffloadSizes.of(skeleton(config), cache, compression, config.num_hidden_layers)
 
 
-def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
+def assumed_costs(
+    config: Any, tokens: int, sequences: int, chunk: int | None = None
+) -> OffloadCosts:
     """Costs by the model's size alone, for an H100; see :func:`measured_costs`."""
     model = skeleton(config)
     active = float(sum(parameter.numel() for parameter in model.parameters()))
@@ -78,12 +93,22 @@ def assumed_costs(config: Any, tokens: int, sequences: int) -> OffloadCosts:
         total = sum(parameter.numel() for parameter in layer.module.parameters())
         active -= total * (1 - layer.top_k / layer.num_experts)
     seconds = 2 * active / _ASSUMED_FLOPS
-    activations = 24 * tokens * config.hidden_size * 2
+    # Inside a block 24 times the hidden states of its tokens; between blocks those of all, twice.
+    inside = tokens if chunk is None else tokens * min(chunk, sequences) // sequences
+    outside = 0 if chunk is None else 2 * tokens
+    activations = (24 * inside + outside) * config.hidden_size * 2
     return OffloadCosts(_ASSUMED_LINK, tokens * seconds, 0.0, activations, sequences * seconds)
 
 
 @torch.no_grad()
-def measured_costs(config: Any, sequences: int, length: int, generates: bool) -> OffloadCosts:
+def measured_costs(
+    config: Any,
+    sequences: int,
+    length: int,
+    generates: bool,
+    compression: str | None = None,
+    chunk: int | None = None,
+) -> OffloadCosts:
     """Measures passes of models with one and two layers with experts, and the link.
 
     A pass is hidden states and the loss of the next token, whose logits are computed in chunks.
@@ -93,6 +118,8 @@ def measured_costs(config: Any, sequences: int, length: int, generates: bool) ->
         sequences: of a pass.
         length: tokens of each.
         generates: whether steps of generation are measured, too.
+        compression: of the experts, which is measured, too.
+        chunk: sequences that blocks compute at a time; None for all.
 
     Raises:
         ConfigError: without a GPU, or if the model has fewer than two layers with experts.
@@ -104,6 +131,8 @@ def measured_costs(config: Any, sequences: int, length: int, generates: bool) ->
     seconds, steps, activations = [], [], 0
     for layers in (first, second):
         model: Any = skeleton(config, layers, "cuda")
+        if chunk is not None:
+            ChunkedBlocks(model, chunk, nullcontext)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         backbone = model.base_model
@@ -126,7 +155,8 @@ def measured_costs(config: Any, sequences: int, length: int, generates: bool) ->
     step = 0.0
     if generates:
         step = steps[0] + (total - first) * max(0.0, steps[1] - steps[0]) / (second - first)
-    return OffloadCosts(_link(), total * layer, outside, activations, step, is_measured=True)
+    rate = OffloadCosts.decompression if compression is None else _decompression(compression)
+    return OffloadCosts(_link(), total * layer, outside, activations, step, rate, is_measured=True)
 
 
 def _layers_to_compare(config: Any) -> tuple[int, int, int]:
@@ -144,23 +174,12 @@ def _layers_to_compare(config: Any) -> tuple[int, int, int]:
     return with_experts[0], with_experts[1], total
 
 
-def chunked_loss(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
-    """The mean cross-entropy of the next token, whose logits are computed in chunks of rows.
-
-    Args:
-        model: has an output embedding.
-        hidden: (B, S, D).
-        ids: (B, S) int64.
-
-    Returns:
-        A scalar in fp32.
-    """
-    rows, wanted = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    head = model.get_output_embeddings()
-    total = torch.zeros((), device=ids.device)
-    for part, targets in zip(rows.split(_LOGIT_ROWS), wanted.split(_LOGIT_ROWS), strict=True):
-        total += F.cross_entropy(head(part).float(), targets, reduction="sum")
-    return total / len(rows)
+def _decompression(compression: str) -> float:
+    """Bytes per second of decompressed bf16 weights."""
+    bits = bits_of(compression)
+    weights = torch.randn(1 << 18, 2048, device="cuda", dtype=torch.bfloat16)
+    codes, scales = quantize_groups(weights, bits)
+    return weights.nbytes / _seconds(lambda: dequantize_groups(codes, scales, weights, bits))
 
 
 def _link() -> float:

@@ -3,115 +3,131 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.chunks import ChunkedBlocks, ChunkSize, check_chunk
+from lightning_fastmoe.inference.compressed_layers import CompressedLayers
+from lightning_fastmoe.inference.layer import OffloadedLayer
+from lightning_fastmoe.inference.offloadable import OFFLOADED, offloadable_layers
+from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
+from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
-from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics, Stack
-from lightning_fastmoe.nn.expert_layers import expert_layers
-
-_OFFLOADED: WeakSet[nn.Module] = WeakSet()
-"""The modules whose parameters are offloaded."""
-
-
-class _Layer:
-    """The experts of one layer: parameters in host memory, swapped for a slot's while they compute.
-
-    Args:
-        module: computes with the parameters.
-        parameters: on the CPU.
-    """
-
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self.module, self.parameters = module, parameters
-        self.host = [parameter.data for parameter in parameters]
-        self._placed: Sequence[torch.Tensor] = self.host
-        self._placed_at = self.version()
-
-    @property
-    def bytes(self) -> int:
-        """Of the parameters."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.host)
-
-    def version(self) -> tuple[int, ...]:
-        """Changes when a parameter is changed in place."""
-        return tuple(0 if p.is_inference() else p._version for p in self.parameters)
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The parameters are these tensors, until :meth:`take_back`."""
-        if not all(map(_is, self.parameters, self.host)):
-            raise ConfigError(
-                f"The parameters of {type(self.module).__name__} have been moved, converted or"
-                " replaced since they were offloaded: do that before, or close what"
-                " offload_experts returned, and offload them again."
-            )
-        self._placed, self._placed_at = tensors, self.version()
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
-            parameter.data = tensor
-
-    def take_back(self) -> None:
-        """The parameters are in host memory, also what has changed them in place meanwhile."""
-        placed, self._placed = self._placed, self.host
-        for parameter, tensor, host in zip(self.parameters, placed, self.host, strict=True):
-            if _is(parameter, tensor):  # else it has been given other memory, and keeps it
-                parameter.data = host
-        if placed is not self.host and self.version() != self._placed_at:
-            for tensor, host in zip(placed, self.host, strict=True):
-                host.copy_(tensor)
+from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics
+from lightning_fastmoe.nn.experts.grouped import ExpertGroups
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
+from lightning_fastmoe.planning.offload_sizes import parse_bytes
 
 
 class OffloadedExperts:
     """What :func:`offload_experts` has set up; closing it undoes that.
 
     Attributes:
-        slot_bytes: GPU memory of the slots.
-        host_bytes: the experts' bytes in host memory.
+        slot_bytes: GPU memory of the slots, and of the workspace that compressed experts need.
+        host_bytes: the experts' bytes in host memory, without those that are resident.
         resident_bytes: the experts' bytes that stay on the GPU.
+        cache_bytes: GPU memory in which single experts are kept.
     """
 
     def __init__(
-        self, layers: Sequence[_Layer], resident: Sequence[_Layer], device: torch.device, slots: int
+        self,
+        layers: Sequence[OffloadedLayer],
+        resident: Sequence[OffloadedLayer],
+        device: torch.device,
+        slots: int,
+        expert_cache: int = 0,
+        groups: int = 1,
+        compression: str | None = None,
+        make_ring: Callable[..., ExpertRing] = ExpertRing,
     ) -> None:
-        self._layers, self._resident = layers, resident
-        self.host_bytes = sum(layer.bytes for layer in layers)
+        self._layers, self._resident, self._groups = layers, resident, groups
+        self._compressed: CompressedLayers | None = None
         self.resident_bytes = sum(layer.bytes for layer in resident)
-        self.slot_bytes = 0
+        self.slot_bytes = self.cache_bytes = 0
         self._pinned: PinnedMemory | None = None
         self._ring: ExpertRing | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._make_ring = make_ring
+        self._hooks: list[RemovableHandle | ExpertGroups] = []
         self._running: tuple[int, int] | None = None  # the thread, and the layer that computes
+        self._is_held = False
+        self._chunks: ChunkedBlocks | None = None
         try:
-            self._set_up(device, slots)
+            if compression is not None and layers:
+                self._compressed = CompressedLayers(layers, compression)
+                self._compressed.compress(device)
+            self._set_up(device, slots, expert_cache)
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, device: torch.device, slots: int) -> None:
-        _OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
+    def _set_up(self, device: torch.device, slots: int, expert_cache: int) -> None:
+        OFFLOADED.update(layer.module for layer in (*self._layers, *self._resident))
+        self.host_bytes = sum(layer.bytes for layer in self._layers)
         if device.type == "cuda":
-            self._pinned = PinnedMemory(t for layer in self._layers for t in layer.host)
+            self._pinned = PinnedMemory(t for layer in self._layers for t in layer.stored)
         for layer in self._resident:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
-            stacks = [Stack(layer.host, layer.version) for layer in self._layers]
-            self._ring = ExpertRing(stacks, device, slots)
-            self.slot_bytes = self._ring.slot_bytes
+            stacks = [part for layer in self._layers for part in layer.stacks(self._groups)]
+            self._ring = self._make_ring(stacks, device, slots, expert_cache)
+            self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
+            if self._compressed is not None:
+                self.slot_bytes += self._compressed.workspace_bytes
         for number, layer in enumerate(self._layers):
             self._hooks += self._hook(number, layer)
+            if self._groups > 1:
+                groups = ExpertGroups(
+                    layer.module, layer.ends(self._groups), partial(self._placed, number)
+                )
+                groups.install()
+                self._hooks.append(groups)
+
+    @property
+    def ring(self) -> ExpertRing | None:
+        """What copies the experts; None if all are resident."""
+        return self._ring
 
     @property
     def statistics(self) -> RingStatistics:
         """What has been copied so far."""
         return RingStatistics() if self._ring is None else self._ring.statistics
 
+    def time_by(self, timer: PassTimer) -> None:
+        """Has copies, and what waits for them, timed by ``timer`` from now on."""
+        if self._ring is not None:
+            self._ring.timer = timer
+
+    @contextmanager
+    def held(self) -> Generator[None, None, None]:
+        """Within it, a layer that runs several times has all its experts copied once."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            if self._running is not None and self._running[0] == threading.get_ident():
+                self._finish()
+
+    def compute_in_chunks(self, model: nn.Module, chunk_sequences: ChunkSize) -> None:
+        """Makes the blocks of the model compute chunks, for as long as experts are offloaded."""
+        self._chunks = ChunkedBlocks(model, chunk_sequences, self.held)
+
     def close(self) -> None:
-        """The experts are ordinary parameters on the CPU again, and no host memory is pinned."""
+        """The experts are ordinary parameters on the CPU again, and no host memory is pinned.
+
+        Experts that were compressed take their memory of before, with the rounded weights; a
+        warning says so.
+        """
+        if self._chunks is not None:
+            self._chunks.close()
+            self._chunks = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -122,10 +138,14 @@ class OffloadedExperts:
             self._ring = self._running = None
             for layer in (*self._layers, *self._resident):
                 layer.take_back()
-                _OFFLOADED.discard(layer.module)
+                OFFLOADED.discard(layer.module)
             if self._pinned is not None:
                 self._pinned.close()
                 self._pinned = None
+            if self._compressed is not None:
+                self._compressed.close()
+                self._compressed = None
+            self._layers = self._resident = ()  # with their weights, which may be replaced now
 
     def _forget_interrupted(self) -> None:
         """Ctrl-C ends a forward pass without its hooks; the next one tidies up."""
@@ -140,33 +160,74 @@ class OffloadedExperts:
         assert self._ring is not None
         number = self._running[1]
         self._running = None
-        self._layers[number].take_back()
+        if self._compressed is not None:
+            self._compressed.release()
+        layer = self._layers[number // self._groups]
+        is_kept = layer.take_back()
         self._ring.release(number)
+        if not is_kept:
+            raise ConfigError(
+                f"A pass of few tokens has changed the parameters of {type(layer.module).__name__}"
+                " in place, while only the experts that they chose were on the device: change them"
+                " between passes."
+            )
 
-    def _hook(self, number: int, layer: _Layer) -> list[RemovableHandle]:
-        ring = self._ring
-        assert ring is not None
+    def _place(self, number: int, call: RoutedCall | None) -> None:
+        """The parameters of a layer are those of a stack on the device, until :meth:`_finish`."""
+        assert self._ring is not None
+        self._forget_interrupted()
+        self._running = (threading.get_ident(), number)
+        tensors = self._ring.acquire(number, call, whole=self._is_held)
+        holds_all = self._groups == 1 and self._ring.holds_all(number)
+        if self._compressed is not None:
+            tensors = self._compressed.decompress(number, tensors)
+            self._ring.release(number)  # the next copy begins while this layer computes
+        self._layers[number // self._groups].put(tensors, holds_all)
 
+    @contextmanager
+    def _placed(self, layer: int, group: int, call: RoutedCall) -> Generator[None, None, None]:
+        """The parameters of a layer are those of a group of its experts."""
+        number = layer * self._groups + group
+        self._place(number, call)
+        try:
+            yield
+        finally:
+            if self._running == (threading.get_ident(), number):
+                self._finish()
+
+    def _hook(self, number: int, layer: OffloadedLayer) -> list[RemovableHandle]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before(module: nn.Module, args: Any) -> None:
-            if module is not layer.module:
-                return  # a copy of the model, which has parameters of its own
+            if module is not layer.module:  # a copy of the model, which has its own parameters
+                if layer.compressed is not None:
+                    layer.compressed.refuse("copied")
+                return
             if torch.is_grad_enabled():
                 raise ConfigError(
                     f"{type(module).__name__} has its experts in host memory, so it can't be"
                     " trained: run it under torch.no_grad() or torch.inference_mode()."
                 )
-            self._forget_interrupted()
-            self._running = (threading.get_ident(), number)
-            layer.put(ring.acquire(number))
+            if self._is_held and self._running == (threading.get_ident(), number):
+                return
+            if self._groups == 1:
+                self._place(number, layer.call(args))
+            elif layer.experts is None or layer.experts.routed_call(args) is None:
+                raise ConfigError(
+                    f"{type(module).__name__} is not computed in groups of experts: use"
+                    ' experts_implementation="fastmoe", train no single experts, and do not replace'
+                    " its forward; or drop groups."
+                )
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if module is layer.module and self._running == (threading.get_ident(), number):
+            if module is not layer.module or self._is_held:
+                return
+            if self._running == (threading.get_ident(), number):
                 self._finish()
 
+        layer.hook = layer.module.register_forward_pre_hook(before)
         return [
-            layer.module.register_forward_pre_hook(before),
+            layer.hook,
             layer.module.register_forward_hook(after, always_call=True),
         ]
 
@@ -174,7 +235,16 @@ class OffloadedExperts:
 @torch.inference_mode(False)
 @torch.no_grad()
 def offload_experts(
-    model: nn.Module, device: torch.device | str, *, slots: int = 2, resident_layers: int = 0
+    model: nn.Module,
+    device: torch.device | str,
+    *,
+    slots: int = 2,
+    resident_layers: int = 0,
+    expert_cache: str | int | None = None,
+    groups: int = 1,
+    compression: str | None = None,
+    chunk_sequences: int | str | None = None,
+    make_ring: Callable[..., ExpertRing] = ExpertRing,
 ) -> OffloadedExperts:
     """Keeps the experts of a model in host memory, and moves the rest to a device.
 
@@ -184,28 +254,69 @@ def offload_experts(
     forward passes the parameters are those in host memory, so ``state_dict`` and
     ``load_state_dict`` work as usual; only changes made through ``parameter.data`` go unnoticed.
 
+    If a pass has so few tokens that they choose few of a layer's experts, as in generation, only
+    those are copied, once the router has chosen them. Inside of such a pass the parameters of the
+    others hold anything, which nothing computes with.
+
+    With ``compression`` they are rounded to integers with a scale for each 64 values
+    (:mod:`~lightning_fastmoe.ops.group_quantization`), once, and decompressed on the device. That
+    halves or quarters copies and host memory, and results are those of the rounded weights;
+    :func:`~lightning_fastmoe.inference.compression_meter.compression_error` measures by how much
+    they differ. The original weights are freed: while compressed, experts can't be saved, loaded
+    or copied, which is refused, and closing leaves the rounded ones. Resident layers, biases and
+    adapters are not compressed.
+
     Args:
         model: on the CPU, with layers of this package or stacked experts of transformers with
             ``experts_implementation="fastmoe"``.
         device: computes.
         slots: GPU memory for the experts of so many layers.
         resident_layers: so many layers, the last ones, keep their experts on the device.
+        expert_cache: bytes of GPU memory, such as ``"4GB"``, for experts that passes of few tokens
+            have used last; divided between the layers. None keeps none but what is in the slots.
+        groups: divides each layer's experts, where those of a whole one are too large for a slot. A
+            slot then holds one group, which is copied while another computes. The results may
+            differ from those of whole layers by the rounding of sums.
+        compression: ``"int8"`` or ``"int4"``; None keeps all bits. Whole layers are decompressed,
+            so it goes with neither ``expert_cache`` nor ``groups``.
+        chunk_sequences: each block computes so many sequences (rows of dimension 0) at a time, all
+            of them while its experts are in their slot, so that activations inside blocks take the
+            memory of a chunk. ``"auto"`` makes chunks of about 16 thousand tokens; None computes
+            batches as a whole. For decoder layers of transformers, this package's language models,
+            and blocks that declare ``row_arguments``: the names of further tensor arguments, with
+            their dimension that is the batch, None, or a function of argument, start and stop. It
+            doesn't go with ``groups``.
+        make_ring: another ring, for several processes.
 
     Returns:
         An object whose ``close`` undoes it, but leaves the rest of the model on the device.
 
     Raises:
         ConfigError: if an argument is out of range, the model has no such experts, or they are
-            somewhere else than on the CPU, sharded, used by several layers, or offloaded already.
+            somewhere else than on the CPU, sharded, used by several layers, offloaded already, or
+            to be compressed and not finite; if its blocks can't be computed in chunks, as with
+            routers that compare tokens; or if options exclude each other.
     """
+    check_together(compression, expert_cache, groups, chunk_sequences)
+    if chunk_sequences is not None:
+        check_chunk(chunk_sequences)
     device = torch.device(device)
     if device == torch.device("cuda"):  # which one must not change later
         device = torch.device("cuda", torch.cuda.current_device())
-    layers = _layers(model)
+    layers = offloadable_layers(model)
     check_slots(len(layers), slots, resident_layers)
     cut = len(layers) - resident_layers
-    offloaded = OffloadedExperts(layers[:cut], layers[cut:], device, slots)
+    cache = 0 if expert_cache is None else parse_bytes(expert_cache)
+    if cache and not cut:
+        raise ConfigError(f"expert_cache={cache}: every layer is resident. Leave one of both out.")
+    if groups != 1:
+        _check_stacked(groups, layers[:cut])
+    offloaded = OffloadedExperts(
+        layers[:cut], layers[cut:], device, slots, cache, groups, compression, make_ring
+    )
     try:
+        if chunk_sequences is not None:
+            offloaded.compute_in_chunks(model, chunk_sequences)
         _move_rest(model, device, layers)
     except BaseException:
         offloaded.close()
@@ -213,62 +324,17 @@ def offload_experts(
     return offloaded
 
 
-def check_slots(layers: int, slots: int, resident_layers: int) -> None:
-    """Checks both numbers against a model's number of layers with experts.
-
-    Raises:
-        ConfigError: if one is out of range.
-    """
-    if slots < 1 or not 0 <= resident_layers <= layers:
-        raise ConfigError(
-            f"slots={slots} must be at least 1, and resident_layers={resident_layers} between 0"
-            f" and the model's {layers} layers."
-        )
-
-
-def _layers(model: nn.Module) -> list[_Layer]:
-    layers: list[_Layer] = []
-    seen: set[int] = set()
-    for name, layer in expert_layers(model):
-        if layer.is_sharded:
-            raise ConfigError(f"{name} holds only some of its experts: offload the whole model.")
-        holder = layer.experts.holder
-        if holder in _OFFLOADED:
+def _check_stacked(groups: int, layers: Sequence[OffloadedLayer]) -> None:
+    for layer in layers:
+        if layer.experts is None:
             raise ConfigError(
-                f"The experts of {name} are offloaded already: close what offload_experts returned."
+                f"groups={groups} divides stacks of experts, but those of"
+                f" {type(layer.module).__name__} are modules. Leave it out."
             )
-        parameters = list(holder.parameters())
-        for parameter in parameters:
-            if parameter.device.type != "cpu":
-                raise ConfigError(
-                    f"The experts of {name} are on {parameter.device}, and not on the CPU, where"
-                    " they are to stay: build or load the model there."
-                )
-            if not parameter.is_contiguous():
-                raise ConfigError(f"The experts of {name} are not contiguous.")
-            if id(parameter) in seen:
-                raise ConfigError(f"The experts of {name} are those of another layer, too.")
-            seen.add(id(parameter))
-        layers.append(_Layer(holder, parameters))
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__} has no experts to offload: neither layers of this package, nor"
-            ' stacked experts of transformers with experts_implementation="fastmoe".'
-        )
-    return layers
+        check_groups(groups, layer.experts.num_experts)
 
 
-def _is(parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
-    """Whether a parameter is in the memory of a tensor."""
-    return (
-        parameter.data_ptr() == tensor.data_ptr()
-        and parameter.device == tensor.device
-        and parameter.dtype == tensor.dtype
-        and parameter.shape == tensor.shape
-    )
-
-
-def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[_Layer]) -> None:
+def _move_rest(model: nn.Module, device: torch.device, layers: Sequence[OffloadedLayer]) -> None:
     """Moves the model by its own ``to``, which metrics and Lightning's modules extend."""
     parts = [part for layer in layers for part in layer.module.modules()]
     kept = [part._parameters for part in parts]

@@ -21,14 +21,16 @@ class PinnedMemory:
 
     Args:
         tensors: on the CPU, contiguous.
+        what: they are, for the warning.
 
     Attributes:
         refused: how many bytes could not be registered. They are copied at a fraction of the rate,
             and the host waits for them.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], what: str = "experts") -> None:
         self.refused = 0
+        self._what = what
         self._registered: list[int] = []
         try:
             self._register(tensors)
@@ -49,8 +51,9 @@ class PinnedMemory:
             with suppress(RuntimeError):  # CUDA reports a failed call again at the next launch
                 torch.zeros(1, device="cuda")
             warnings.warn(
-                f"{self.refused / 1e9:.1f} GB of experts can't be registered with CUDA (containers"
-                " may limit locked memory: ulimit -l). They are copied at a fraction of the rate.",
+                f"{self.refused / 1e9:.1f} GB of {self._what} can't be registered with CUDA"
+                " (containers may limit locked memory: ulimit -l). They are copied at a fraction of"
+                " the rate.",
                 stacklevel=3,
             )
 

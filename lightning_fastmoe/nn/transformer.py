@@ -73,3 +73,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
+
+
+def rows_of_table(table: Tensor, start: int, stop: int) -> Tensor:
+    """The part of a :func:`rotary_table` for rows ``start`` to ``stop`` of its positions."""
+    return table if table.dim() == 3 else table[:, start:stop]

@@ -111,6 +111,7 @@ def register_fakes() -> None:
         "activation_backward_": lambda h, d_act, weights, *_: torch.empty_like(weights),
         "zero_empty_experts_": lambda grad, tokens_per_expert: None,
         "adam_step_": lambda *_: None,
+        "dequantize_groups_": lambda *_: None,
         "exchange_push": lambda *_: None,
         "exchange_send": lambda *_: None,
         "exchange_plan": _exchange_plan,

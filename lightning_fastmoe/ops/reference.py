@@ -167,3 +167,29 @@ def sequence_load_balancing_loss(scores: Tensor, expert_ids: Tensor, lengths: li
             terms.append(load_balancing_loss(scores[start:stop], expert_ids[start:stop]))
             start = stop
     return torch.stack(terms).mean()
+
+
+def quantize_groups(weight: Tensor, bits: int, group: int, stored: torch.dtype) -> Tensor:
+    """Each row in groups: values rounded to a multiple of the group's scale, in fp64.
+
+    Args:
+        weight: (..., D).
+        bits: 8 or 4.
+        group: values that share a scale.
+        stored: the dtype of scales.
+
+    Returns:
+        (2, ..., D) fp64: the integers, and the scales they are multiplied by.
+    """
+    limit = 2 ** (bits - 1) - 1
+    flat = weight.double().flatten(0, -2)
+    found = torch.zeros(2, *flat.shape, dtype=torch.float64)
+    for r, row in enumerate(flat.tolist()):
+        for start in range(0, len(row), group):
+            values = row[start : start + group]
+            scale = torch.tensor(max(map(abs, values)) / limit, dtype=torch.float64).to(stored)
+            step = max(scale.item(), torch.finfo(stored).tiny)
+            for i, value in enumerate(values):
+                found[0, r, start + i] = round(value / step)
+                found[1, r, start + i] = step
+    return found.view(2, *weight.shape)

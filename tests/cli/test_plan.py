@@ -42,7 +42,47 @@ def test_a_plan(config: str, capsys) -> None:
     assert "assumed; --measure measures them" in out
     assert "8 GB more: 6 resident layers" in out
     assert main([*command, "--generate", "64", "--gpu-memory", "40GB"]) == 0
-    assert "64 tokens for each of 256 sequences" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "64 tokens for each of 256 sequences" in out
+    assert "a step copies 58.0 GB: all experts" in out
+    command[4] = "4x512"
+    assert main([*command, "--generate", "64", "--expert-cache", "6GB"]) == 0
+    out = capsys.readouterr().out
+    assert "6.0 GB cached experts" in out
+    assert "about 29 of 128 experts if they choose evenly, less those cached" in out
+
+
+@pytest.mark.parametrize(
+    ("compression", "host", "gpu", "copies"),
+    [("int8", "29.9", "2.5", "0.56"), ("int4", "15.4", "1.9", "0.29")],
+)
+def test_compressed_experts(
+    config: str, compression: str, host: str, gpu: str, copies: str, capsys
+) -> None:
+    """Bytes per value: 1 or a half, and 2 for 64 of them."""
+    command = ["plan", "--config", config, "--tokens", "8x512", "--host-memory", "100GB"]
+    assert main([*command, "--compression", compression]) == 0
+    out = capsys.readouterr().out
+    assert f"host     {host} GB  experts, 58.0 GB until compressed" in out
+    assert f"{gpu} GB in 2 slots and a workspace" in out
+    assert f"copies {copies} s at 53.0 GB/s" in out
+
+
+def test_chunks_and_a_cache_on_the_host(config: str, capsys) -> None:
+    """131,072 x 2,048 hidden states twice, 24 times those of a chunk, and two chunks' layers."""
+    command = ["plan", "--config", config, "--tokens", "256x512", "--host-memory", "100GB"]
+    chunks = ["--chunk", "16"]
+    assert main([*command, *chunks]) == 0
+    out = capsys.readouterr().out
+    assert "131,072 tokens in chunks of 16 sequences" in out
+    assert f"{(2 * 131_072 + 24 * 8_192) * 2048 * 2 / 1e9:.1f} GB activations\n" in out
+    assert main([*command, *chunks, "--generate", "256"]) == 2  # the cache is too large
+    assert "smaller chunks (--chunk), or a cache in host memory" in capsys.readouterr().err
+    assert main([*command, *chunks, "--generate", "256", "--host-cache"]) == 0
+    out = capsys.readouterr().out
+    cache = 2 * 48 * 4 * 128 * 2 * 256 * 768 / 1e9
+    assert f"experts, {cache:.1f} GB of it keys and values" in out
+    assert f"activations, {2 * cache / 48 / 16:.1f} GB keys and values" in out
 
 
 @pytest.mark.parametrize(
@@ -52,8 +92,23 @@ def test_a_plan(config: str, capsys) -> None:
         (["--tokens", "8x512", "--gpu-memory", "4GB"], "The GPU lacks"),
         (["--tokens", "8x512", "--host-memory", "50GB"], "The host lacks 8.0 GB"),
         (["--tokens", "8x512", "--gpu-memory", "many"], "'many' is not a number of bytes"),
+        (["--tokens", "8x512", "--groups", "129"], "groups=129 must be between 1 and the 128"),
+        (["--tokens", "8x512", "--compression", "fp8"], "compression='fp8' is unknown"),
+        (
+            ["--tokens", "8x512", "--compression", "int8", "--groups", "2"],
+            "compression='int8' decompresses whole layers",
+        ),
+        (["--tokens", "8x512", "--chunk", "0"], "chunk_sequences=0 must be a positive number"),
+        (["--tokens", "8x512", "--gpus", "2", "--groups", "2"], "groups=2 is not supported on sev"),
+        (
+            ["--tokens", "8x512", "--gpus", "2", "--compression", "int4"],
+            "compression='int4' is not supported on several GPUs",
+        ),
+        (["--tokens", "8x512", "--chunk", "2", "--groups", "2"], "would copy all of them for each"),
         (["--tokens", "8x512", "--slots", "0"], "slots=0 must be at least 1"),
         (["--tokens", "8x512", "--resident-layers", "49"], "between 0 and the model's 48 layers"),
+        (["--tokens", "8x512", "--stage", "3"], "--stage 3 has a meaning only with --train"),
+        (["--tokens", "8x512", "--train"], "--host-memory 100GB has a meaning only without"),
     ],
 )
 def test_errors(options: list[str], reason: str, config: str, capsys) -> None:
@@ -113,3 +168,28 @@ def test_the_cache_of_a_latent_attention() -> None:
         cache = model(torch.arange(6)[None], use_cache=True).past_key_values
     held = sum(part.keys.nbytes + part.values.nbytes for part in cache.layers)
     assert sizes_of(config).cache_per_token == held / 6
+
+
+def test_a_plan_of_training(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """ZeRO 2 on 8 GPUs: a rank has 8/EP of the experts' gradients to average, 1/8 to keep."""
+    command = ["plan", "--config", config, "--train", "--tokens", "1x4096"]
+    assert main([*command, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("8 GPUs, ZeRO stage 2, bf16-mixed, Adam, 4,096 tokens per GPU; 30.5 B")
+    rows = {row.split()[0]: row.split()[1::2] for row in out.split("\n")[2:6]}
+    assert rows["1"][0] == "61.1"
+    assert rows["8"][:3] == ["10.3", "8.0", "45.8"]  # 3.1 GB and an eighth of 58.0 GB
+    assert "without checkpointing, no size fits into 80.0 GB" in out
+    assert "with checkpointing, expert_parallel_size=4 is the smallest that fits" in out
+    assert main([*command, "--gpus", "8", "--gpu-memory", "60GB", "--stage", "1"]) == 2
+    assert "Each GPU lacks" in capsys.readouterr().err
+
+
+def test_host_memory_is_compared_when_it_is_known(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_fastmoe.planning.host_memory.available", lambda: 57_000_000_000)
+    command = ["plan", "--config", config, "--tokens", "8x512"]
+    assert main(command) == 0  # of another machine, perhaps
+    assert main([*command, "--host-memory", "here"]) == 2
+    assert "The host lacks 1.0 GB: the experts take 58.0 GB" in capsys.readouterr().err

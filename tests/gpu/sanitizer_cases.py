@@ -21,6 +21,7 @@ from lightning_fastmoe.ops import (
     softmax_top_k,
 )
 from lightning_fastmoe.ops.balancing import balancing_losses
+from lightning_fastmoe.ops.group_quantization import dequantize_groups, quantize_groups
 from lightning_fastmoe.ops.products import hopper
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -60,6 +61,14 @@ def run(size: tuple[int, ...], dtype: torch.dtype, name: str, skewed: bool) -> N
         torch.randn_like(x), rows, weights.detach(), order.order, order.inverse
     )
     kernels.zero_empty_experts_(torch.randn(experts, 5, device="cuda"), order.tokens_per_expert)
+
+
+def dequantize() -> None:
+    for bits in (8, 4):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for shape in ((1, 64), (3, 5, 640), (16, 1024)):
+                weight = torch.randn(shape, device="cuda").to(dtype)
+                dequantize_groups(*quantize_groups(weight, bits), weight, bits)
 
 
 def sort(pairs: int, experts: int) -> None:
@@ -148,6 +157,7 @@ def main() -> None:
         for name in ACTIVATIONS:
             run(SIZES[1], torch.float16, name, skewed=True)
         split_gradients()
+        dequantize()
         rows_for_ranks()
         plans()
         counts_for_ranks()

@@ -6,27 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from inference.offload_models import D_MODEL, KINDS, Blocks, Scorer, loader, trainer
+from gpu.sharing import run
+from inference import offload_ddp_runs as ddp_runs
+from inference.offload_models import D_MODEL, KINDS, Blocks, Scorer, disturbed, loader, trainer
 from torch import nn
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
-
-
-def disturbed(offloaded: Any, cycles: int) -> None:
-    """Slots are poisoned when they are released, and each copy begins late."""
-    ring = offloaded._ring
-    copying = ring._copy
-
-    def late(layer: int, slot: Any) -> None:
-        slot.memory.fill_(0xFF)
-        with torch.cuda.stream(ring._stream):
-            torch.cuda._sleep(cycles)
-        copying(layer, slot)
-
-    ring._copy = late
+from lightning_fastmoe.planning.observed import observed
+from lightning_fastmoe.planning.offload_sizes import OffloadSizes
+from lightning_fastmoe.testing import RankPool
 
 
 def on_gpu(kind: str) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:
@@ -101,3 +93,50 @@ def test_the_strategy() -> None:
         assert torch.equal(a, b)
     with pytest.raises(ConfigError, match=r"needs 0.0 GB .* missing"):
         trainer(OffloadStrategy(gpu_memory="2KB"), "cuda").predict(module, loader())
+
+
+def test_passes_are_timed_by_the_devices_clock() -> None:
+    """Each copy is delayed: the passes wait for the link, which seems slow."""
+    model, batches, _ = on_gpu("softmax")
+    with torch.inference_mode():
+        offloaded = offload_experts(model, "cuda")
+        timer = PassTimer(torch.device("cuda", torch.cuda.current_device()))
+        timer.watch(model)
+        offloaded.time_by(timer)
+        ring: Any = offloaded._ring
+        transfer = ring._transfer
+
+        def slow(stack: Any, slot: Any) -> None:
+            torch.cuda._sleep(20_000_000)  # 10 ms at 2 GHz
+            transfer(stack, slot)
+
+        ring._transfer = slow
+        for _ in range(4):
+            with timer.one_pass():
+                model(batches[0])
+    timer.add_up(wait=True)
+    assert [one.tokens for one in timer.passes] == [300] * 4
+    sizes = OffloadSizes.of(model)
+    report = observed(timer.passes, timer.copies, sizes, slots=2, resident=0)
+    assert report is not None
+    assert report.limit == "the link"
+    assert 4 * 0.005 < report.plan.seconds < 4 * 0.05
+    assert report.seconds == pytest.approx(report.plan.seconds, rel=0.3)
+    assert report.waiting > 0.5 * report.seconds
+    offloaded.close()
+
+
+@pytest.mark.parametrize("cycles", [0, 3_000_000])
+def test_gathered_layers(rank_pool: RankPool, cycles: int) -> None:
+    first, second = run(rank_pool, ddp_runs.ring, 2, "cuda", cycles)
+    assert first == (2 + 6 * 4, 0)
+    assert second[0] == first[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [{}, {"slots": 1}, {"resident_layers": 1}, {"gather": False}])
+def test_two_gpus(rank_pool: RankPool, options: dict[str, Any]) -> None:
+    """31 samples: 4 batches on one rank, 3 on the other."""
+    orders = (ddp_runs.IN_ORDER, ddp_runs.IN_ORDER)
+    results = rank_pool.run(ddp_runs.predictions, 2, 31, orders, options, False, "cuda")
+    assert [[call[:2] for call in calls] for calls in results] == [[(4, 16)] * 2, [(3, 15)] * 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -38,22 +40,122 @@ class Blocks(nn.Module):
         options: of the layers.
         order: the layers' numbers.
         count: layers.
+        d_model: their width.
     """
 
     def __init__(
-        self, options: dict[str, Any], order: tuple[int, ...] = (0, 1, 2, 3), count: int = 4
+        self,
+        options: dict[str, Any],
+        order: tuple[int, ...] = (0, 1, 2, 3),
+        count: int = 4,
+        d_model: int = D_MODEL,
     ) -> None:
         super().__init__()
         torch.manual_seed(3)
-        sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, **options}
-        self.layers = nn.ModuleList([MoE(D_MODEL, 8, **sizes) for _ in range(count)])
-        self.norm = nn.LayerNorm(D_MODEL)
+        sizes: dict[str, Any] = {"d_ffn": 8, "num_experts": 4, "top_k": 2, **options}
+        self.layers = nn.ModuleList([MoE(d_model, **sizes) for _ in range(count)])
+        self.norm = nn.LayerNorm(d_model)
         self.order = order
 
     def forward(self, x: Tensor) -> Tensor:
         for number in self.order:
             x = x + self.layers[number](self.norm(x))
         return x
+
+
+class Chunkable(nn.Module):
+    """Blocks that compute each sequence by itself, as they declare.
+
+    Args:
+        options: of the layers.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(layer) for layer in Blocks(options).layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class InChunks(nn.Module):
+    """The slow twin: each block of a :class:`Chunkable` computes a chunk after the other.
+
+    Args:
+        model: whole.
+        size: sequences of a chunk.
+    """
+
+    def __init__(self, model: Chunkable, size: int) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.model.blocks:
+            x = torch.cat([block(part) for part in x.split(self.size)])
+        return x
+
+
+class _Block(nn.Module):
+    row_arguments: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layer(x)
+        return out
+
+
+def poisoned(ring: Any, *, but_whole: bool = False) -> None:
+    """Fills each slot with NaN before others' experts are copied there, and the cache now.
+
+    Args:
+        ring: to be poisoned.
+        but_whole: whether layers that are in slots already are left there.
+    """
+    filling, copying = ring._fill, ring._copy
+
+    def poison(*memory: Tensor) -> None:
+        """On the stream of copies, whose earlier ones may still be reading it."""
+        if ring._stream is not None:
+            ring._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(ring._stream):
+            for part in memory:
+                part.view(torch.uint8).fill_(0xFF)
+
+    def fill(layer: int, slot: Any, some: bool) -> None:
+        poison(slot.memory)
+        filling(layer, slot, some)
+
+    def copy_over(layer: int, slot: Any, *transfer: Any) -> None:
+        poison(slot.memory)
+        copying(layer, slot, *transfer)
+
+    ring._fill, ring._copy = fill, copy_over
+    for slot in [] if but_whole else ring._slots:
+        copy_over(slot.layer, slot)
+    for rows in [] if ring._cache is None else ring._cache._layers:
+        poison(*rows.memory)
+
+
+def disturbed(offloaded: Any, cycles: int) -> None:
+    """As :func:`poisoned`, on a GPU, where each copy begins late, too."""
+    ring = offloaded._ring
+    poisoned(ring)
+    copying = ring._copying
+
+    @contextmanager
+    def late(slot: Any) -> Generator[None, None, None]:
+        with torch.cuda.stream(ring._stream):
+            torch.cuda._sleep(cycles)
+        with copying(slot):
+            yield
+
+    ring._copying = late
 
 
 class Scorer(pl.LightningModule):

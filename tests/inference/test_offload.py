@@ -9,28 +9,15 @@ from typing import Any
 import pytest
 import torch
 from huggingface.sharding_runs import Run, make_model
-from inference.offload_models import D_MODEL, KINDS, Blocks
+from inference.offload_models import D_MODEL, KINDS, Blocks, poisoned
 from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference import offload_experts
-from lightning_fastmoe.inference.offload import _Layer
+from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.ring import ExpertRing, Stack
-
-
-def poisoned(ring: ExpertRing) -> None:
-    """Fills each slot with NaN as soon as it is released."""
-    copying = ring._copy
-
-    def copy_over(layer: int, slot: Any) -> None:
-        slot.memory.fill_(0xFF)
-        copying(layer, slot)
-
-    ring._copy = copy_over  # type: ignore[method-assign]
-    for slot in ring._slots:
-        copy_over(slot.layer, slot)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4, 9])
@@ -150,7 +137,7 @@ def test_weights_that_are_loaded_while_offloaded_are_used_and_kept(resident: int
 def test_what_changes_resident_experts_in_place_is_kept() -> None:
     """As on a GPU, where their parameters are not those on the host."""
     parameter = nn.Parameter(torch.zeros(2))
-    layer = _Layer(nn.Module(), [parameter])
+    layer = OffloadedLayer(nn.Module(), [parameter])
     layer.put([torch.ones(2)])
     with torch.no_grad():
         parameter += 1

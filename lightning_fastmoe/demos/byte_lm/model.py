@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -17,7 +17,13 @@ from lightning_fastmoe.demos.compilation import is_compiled
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.transformer import Embedding, Linear, rotary_table, rotate
+from lightning_fastmoe.nn.transformer import (
+    Embedding,
+    Linear,
+    rotary_table,
+    rotate,
+    rows_of_table,
+)
 from lightning_fastmoe.planning.sizes import model_size
 
 VOCAB_SIZE = 256
@@ -49,6 +55,9 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One layer: attention, then a mixture of experts, each normalised first and added to x."""
+
+    row_arguments: ClassVar = {"table": rows_of_table, "tokens": 0}
+    """How arguments are split into chunks of sequences."""
 
     def __init__(self, d_model: int, num_heads: int, moe: MoE, init_std: float) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
 from lightning_fastmoe.ops import Stacks
 
@@ -109,6 +110,17 @@ class Experts(nn.Module):
             (N, D).
         """
         raise NotImplementedError
+
+    def routed_call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
+        """What a call of :attr:`holder` reads of the stacks in :attr:`stack_names`.
+
+        Args:
+            arguments: the positional ones of the call.
+
+        Returns:
+            None if that isn't known: it may read every expert.
+        """
+        return None
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

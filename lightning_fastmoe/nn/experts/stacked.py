@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.base import Experts, has_hooks
+from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.init import init_experts_
 from lightning_fastmoe.nn.experts.lora import SCALE, adapters_of
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
 
 WEIGHTS = ("up_proj", "down_proj")
@@ -95,7 +98,7 @@ class StackedExperts(Experts):
     def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
         """See :class:`Experts`."""
         is_plain = self.activation in ops.ACTIVATIONS and SCALE not in vars(self)
-        if not is_plain or trained_of(self) or has_hooks(self):
+        if not is_plain or trained_of(self) or groups_of(self) or has_hooks(self):
             return None
         return self._stacks(self._parameters.get, dtype), self.activation
 
@@ -112,6 +115,10 @@ class StackedExperts(Experts):
         order -> (T, D), each token's weighted sum.
         """
         rest = (x, tokens_per_expert, weights, order)
+        groups = groups_of(self)
+        if groups is not None:
+            grouped: Tensor = groups(functools.partial(self._compute, None), *rest)
+            return grouped
         trained = trained_of(self)
         return self._compute(None, *rest) if trained is None else trained(self._compute, *rest)
 
@@ -138,6 +145,20 @@ class StackedExperts(Experts):
         if weights is None or order is None:
             return (ops.expert_mlp if planned else ops.grouped_mlp)(x, tokens_per_expert, *mlp)
         return (ops.expert_layer if planned else ops.unfused_layer)(x, weights, order, *mlp)
+
+    def routed_call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
+        """See :class:`Experts`: experts with rows are read, also if their weights are zero."""
+        if len(arguments) < 2 or "forward" in vars(self) or trained_of(self) is not None:
+            return None
+        x, counts, weights, order = (*arguments, None, None)[:4]
+        tokens, top_k = x.shape[0], 1
+        if weights is not None and order is not None:
+            counts, (tokens, top_k) = order.tokens_per_expert, weights.shape
+
+        def experts() -> list[int]:
+            return [e for e, count in enumerate(counts.tolist()) if count]
+
+        return RoutedCall(tokens, top_k, experts)
 
     @staticmethod
     def _stacks(get: Callable[[str], Tensor | None], dtype: torch.dtype) -> ops.Stacks:

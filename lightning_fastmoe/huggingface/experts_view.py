@@ -1,0 +1,102 @@
+"""transformers' modules of stacked experts as :class:`~lightning_fastmoe.nn.Experts`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fastmoe import ops
+from lightning_fastmoe.huggingface.experts_class import (
+    NAME,
+    compute,
+    compute_dtype,
+    fused_stacks,
+    parameter_names,
+)
+from lightning_fastmoe.huggingface.packed_experts import stack_dtype, weight_of
+from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.experts.routed_call import RoutedCall
+from lightning_fastmoe.nn.experts.stacked import keep_rows
+from lightning_fastmoe.nn.experts.trained import trained_of
+
+
+class TransformersExperts(Experts):
+    """A view of transformers' module, which holds the parameters; no part of the model's tree.
+
+    Args:
+        module: of a class with transformers' ``@use_experts_implementation``.
+    """
+
+    is_stacked = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module.num_experts, None)  # type: ignore[arg-type]
+        self._module = (module,)  # in a tuple, so that it isn't registered as a part
+
+    @property
+    def module(self) -> nn.Module:
+        """transformers' module."""
+        return self._module[0]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Those of :attr:`module`, so that parameters and buffers are its own, too."""
+        yield from self.module.named_modules(*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, or the one that they had before they were packed."""
+        return stack_dtype(self.module, "down_proj")
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which ``x`` meets the weights: autocast's, which leaves fp64 alone."""
+        return compute_dtype(x, weight_of(self.module, "down_proj"))
+
+    def _keep(self, ids: tuple[int, ...]) -> None:
+        keep_rows(self.module, self.stack_names, self.local_ids, ids)
+
+    holder = module
+
+    @property
+    def stack_names(self) -> list[str]:
+        """The names in :attr:`module` of the parameters that are computed with."""
+        return parameter_names(self.module)
+
+    def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
+        """See :class:`~lightning_fastmoe.nn.experts.Experts`."""
+        return fused_stacks(self.module, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens_per_expert: Tensor,
+        weights: Tensor | None = None,
+        order: ops.ExpertOrder | None = None,
+    ) -> Tensor:
+        """See :func:`~lightning_fastmoe.huggingface.experts_class.compute`."""
+        return compute(self.module, x, tokens_per_expert, weights, order)
+
+    def routed_call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
+        """See :class:`~lightning_fastmoe.nn.Experts`; other implementations may read all experts.
+
+        Args:
+            arguments: (T, D) tokens, (T, K) ids and (T, K) weights.
+        """
+        chosen = getattr(self.module.config, "_experts_implementation", None)
+        if chosen != NAME or "forward" in vars(self.module) or trained_of(self.module) is not None:
+            return None
+        if len(arguments) < 3 or arguments[1].dim() != 2:
+            return None
+        ids, number = arguments[1], self.num_experts
+
+        def experts() -> list[int]:
+            read: set[int] = set()
+            for row in ids.tolist():
+                # Dropped slots are computed with another expert of their token, see only_in_range.
+                another = min([*row, number - 1])
+                read.update(another if e == number else e for e in row)
+            return sorted(e for e in read if 0 <= e < number)  # the layer refuses others
+
+        return RoutedCall(ids.shape[0], ids.shape[1], experts)
