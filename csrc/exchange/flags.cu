@@ -20,6 +20,9 @@ __global__ void __launch_bounds__(kWarpSize)
                const __grid_constant__ Deadline deadline) {
   delay_at_random(deadline);
   const int lane = static_cast<int>(threadIdx.x);
+  // After a wait that failed without a trap, this stream has pushed nothing, or not what it should.
+  const unsigned char* given_up = ranks.memory[ranks.own] + kGivenUpAt + ranks.own * kFlagBytes;
+  if (at != kGivenUpAt && load_acquire(given_up) != 0) return;
   if (lane < ranks.count) {
     store_release(ranks.memory[lane] + at + ranks.own * kFlagBytes, value);
   }

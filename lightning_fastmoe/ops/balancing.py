@@ -54,9 +54,8 @@ class _Losses(torch.autograd.Function):
         of_z: float,
         library: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = logits.contiguous()
         values, share = library.balancing_losses(
-            scores.contiguous(), logits, counts.contiguous(), of_balancing, of_z
+            scores.contiguous(), logits.contiguous(), counts.contiguous(), of_balancing, of_z
         )
         ctx.save_for_backward(logits, share)
         ctx.coefficients, ctx.library = (of_balancing, of_z), library
@@ -65,17 +64,30 @@ class _Losses(torch.autograd.Function):
         return balancing, z, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, share = ctx.saved_tensors
         of_balancing, of_z = ctx.coefficients
         given = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
-        d_scores, d_logits = ctx.library.balancing_losses_backward(
-            logits, share, *given, of_balancing, of_z
-        )
+        if torch.is_grad_enabled():
+            d_scores, d_logits = _differentiable_backward(logits, share, given, of_balancing, of_z)
+        else:
+            d_scores, d_logits = ctx.library.balancing_losses_backward(
+                logits.contiguous(), share, *given, of_balancing, of_z
+            )
         wanted = of_balancing > 0 and ctx.needs_input_grad[0]
         return (
             d_scores.expand(len(logits), -1) if wanted else None,
             d_logits if of_z > 0 and ctx.needs_input_grad[1] else None,
             *(None,) * 4,
         )
+
+
+def _differentiable_backward(
+    logits: Tensor, share: Tensor, grads: list[Tensor | None], of_balancing: float, of_z: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a token's scores and of the logits, for create_graph=True."""
+    own_balancing, own_z, total = (share.new_zeros(()) if g is None else g for g in grads)
+    tokens, num_experts = max(logits.shape[0], 1), logits.shape[1]
+    d_scores = share * ((own_balancing + of_balancing * total) * (num_experts / tokens))
+    by_token = (own_z + of_z * total) * 2.0 / tokens * torch.logsumexp(logits, 1, keepdim=True)
+    return d_scores, by_token * torch.softmax(logits, 1)

@@ -89,6 +89,21 @@ def takes_more_rows(x: Tensor, *stacks: Tensor) -> bool:
     return expert_loop.applies(x) or hopper(x, *stacks) is not None
 
 
+def moves_rows(slots: int, x: Tensor, *stacks: Tensor) -> bool:
+    """Whether the last product of a forward pass puts rows where they belong if all pairs have one.
+
+    It then multiplies by the weights before it rounds, not after: an order with more rows than the
+    experts have must look as if all pairs had one, too, or some bits depend on that.
+
+    Args:
+        slots: K.
+        x: as in :func:`takes_more_rows`.
+        stacks: as there.
+    """
+    has_biases = any(stack.dim() == 2 for stack in stacks)
+    return slots == 1 and not has_biases and hopper(x, *stacks) is not None
+
+
 def backward_in_parts_(
     call: LayerCall,
     grad: Tensor,

@@ -129,6 +129,9 @@ def flags_of(memory: Tensor, at: int, ranks: int) -> Tensor:
 def set_flags(memory: Sequence[Tensor], rank: int, at: int, value: int) -> None:
     """Sets this rank's flag of all ranks, once all that was pushed before has been written.
 
+    Not if this rank has given up, as a wait on a GPU does without ending the stream's work: others
+    would read what has not been pushed.
+
     Args:
         memory: of each rank.
         rank: this one.
@@ -137,6 +140,8 @@ def set_flags(memory: Sequence[Tensor], rank: int, at: int, value: int) -> None:
     """
     if (library := native(memory[0])) is not None:
         library.exchange_set_flags(memory, rank, at, value)
+        return
+    if at != GIVEN_UP_AT and flags_of(memory[rank], GIVEN_UP_AT, len(memory))[rank] != 0:
         return
     fence()
     for there in memory:

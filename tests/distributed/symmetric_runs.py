@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,14 +42,19 @@ class Layer:
         device_type: "cpu" or "cuda".
         seconds: how long ranks wait for each other.
         dtype: of tokens and weights.
+        slots: experts of each token.
     """
 
     def __init__(
-        self, device_type: str, seconds: float | None = 60.0, dtype: torch.dtype = torch.float64
+        self,
+        device_type: str,
+        seconds: float | None = 60.0,
+        dtype: torch.dtype = torch.float64,
+        slots: int = K,
     ) -> None:
         self.device, self.group = join(device_type)
         self.group.wait = ExchangeWait(seconds, rank=self.group.rank, look=0.05)
-        self.dtype = dtype
+        self.dtype, self.slots = dtype, slots
         placement = equal_blocks(E, self.group.size)
         self.held = list(placement[self.group.rank])
         self.whole = StackedExperts(D, F, E, layer_seed=1).to(self.device, dtype)
@@ -65,8 +71,8 @@ class Layer:
             drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
             return drawn.to(self.device, self.dtype)
 
-        x, weights, logits = draw(tokens, D), draw(tokens, K), draw(tokens, E)
-        ids = logits.topk(K, dim=1).indices
+        x, weights, logits = draw(tokens, D), draw(tokens, self.slots), draw(tokens, E)
+        ids = logits.topk(self.slots, dim=1).indices
         routing = Routing(logits, logits, weights.requires_grad_(), ids)
         return TokenInputs([x.requires_grad_()], None, (tokens,)), routing
 
@@ -113,14 +119,15 @@ def numbers_of_tokens(device_type: str, calls: list[tuple[int, ...]]) -> dict[st
     return {"errors": errors, "capacities": capacities}
 
 
-def reading_ahead(device_type: str, calls: list[tuple[int, ...]]) -> dict[str, Any]:
+def reading_ahead(device_type: str, calls: list[tuple[int, ...]], slots: int = K) -> dict[str, Any]:
     """Calls that launch the experts before the host knows any count, beside calls that wait.
 
     Returns:
         The calls of which some bit differs; and how each received its rows.
     """
     # On a GPU the kernels that take more rows than there are want half precision.
-    layer = Layer(device_type, dtype=torch.bfloat16 if device_type == "cuda" else torch.float64)
+    dtype = torch.bfloat16 if device_type == "cuda" else torch.float64
+    layer = Layer(device_type, dtype=dtype, slots=slots)
     expectation, wrong, how = Expectation(), [], []
     receive, ahead = Passage.receive, Passage.receive_ahead
     for call, tokens in enumerate(calls):
@@ -140,6 +147,57 @@ def reading_ahead(device_type: str, calls: list[tuple[int, ...]]) -> dict[str, A
         if not all(torch.equal(a, b) for a, b in zip(found, right, strict=True)):
             wrong.append(call)
     return {"wrong": wrong, "how": how}
+
+
+def validated_first(device_type: str) -> dict[str, Any]:
+    """Training after a larger validation: what the layer keeps for a backward pass.
+
+    Returns:
+        How far off the training pass is; the bytes of what its graph keeps, with and without the
+        validation before; and what the passage still has of the rows that were sent.
+    """
+    layer = Layer(device_type)
+    given = layer.inputs(1, 10)
+    kept, errors, parts = [], [], []
+    for validates in (True, False):
+        layer.schedule.expectation = Expectation()
+        if validates:
+            inputs, routing = layer.inputs(0, 400)
+            with torch.inference_mode():
+                for _ in range(2):
+                    layer.schedule.run(inputs, routing, layer.part, None, "a layer")
+        pairs = zip(layer.run(given), layer.run_whole(given), strict=True)
+        errors.append(max(float((a - b).abs().max()) for a, b in pairs))
+        storages: dict[int, int] = {}
+
+        def count(tensor: Tensor, seen: dict[int, int] = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            out, _ = layer.schedule.run(*given, layer.part, None, "a layer")
+        kept.append(sum(storages.values()))
+        parts.append(len(out.grad_fn.passage._parts))
+        out.sum().backward()
+    return {"errors": errors, "kept": kept, "parts": parts}
+
+
+def without_memory_ahead() -> list[bool]:
+    """Whether a pass gives the right bits where there is no memory for rows that might come."""
+    layer = Layer("cpu")
+    given = layer.inputs(0, 50)
+    right = layer.run(given)
+    layer.schedule.expectation = Expectation()
+    layer.run(given)
+    error = torch.OutOfMemoryError("no memory")
+    with (
+        patch.object(Passage, "receive_ahead", side_effect=error) as ahead,
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        found = layer.run(given)
+    return [ahead.called, "no memory" in str(said[0].message), *map(torch.equal, found, right)]
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from distributed import symmetric_runs as runs
 from torch.distributed import _symmetric_memory
 
 from lightning_fastmoe.distributed.symmetric import memory
+from lightning_fastmoe.distributed.symmetric.exchange import Sizes
+from lightning_fastmoe.distributed.symmetric.layer import Expectation
 
 
 def test_memory_grows_with_the_tokens_of_any_rank_and_nothing_unwritten_is_read(rank_pool):
@@ -42,6 +44,36 @@ def test_experts_launched_before_the_host_knows_the_counts(rank_pool):
         short = "exactly" if rank == 0 else "ahead then exactly"
         too_many = "ahead then exactly"
         assert found["how"] == ["exactly", *["ahead"] * 4, too_many, short, "ahead"]
+
+
+def test_expected_sizes():
+    expectation = Expectation()
+    assert expectation.at_most(1, with_graph=True) is None
+    expectation.add(Sizes(100, 100), with_graph=True)
+    assert expectation.at_most(1, with_graph=True) == Sizes(107, 106)
+    assert expectation.at_most(1, with_graph=True, all_pairs=True) == Sizes(107, 107)
+    assert expectation.at_most(2, with_graph=True) == Sizes(107, 107)
+    assert expectation.at_most(2, with_graph=False) is None
+    expectation.add(Sizes(0, 0), with_graph=False)
+    assert expectation.at_most(1, with_graph=False, all_pairs=True) == Sizes(1, 1)
+
+
+def test_experts_launched_ahead_with_one_slot(rank_pool):
+    for found in rank_pool.run(runs.reading_ahead, 2, "cpu", [(300, 300), (200, 210)], 1):
+        assert found == {"wrong": [], "how": ["exactly", "ahead"]}
+
+
+def test_training_after_a_larger_validation_keeps_what_it_would_keep_without(rank_pool):
+    for found in rank_pool.run(runs.validated_first, 2, "cpu"):
+        assert max(found["errors"]) < 1e-10
+        after, without = found["kept"]
+        assert after == without
+        assert found["parts"] == [0, 0]
+
+
+def test_without_memory_for_rows_that_might_come_those_that_came_are_computed(rank_pool):
+    for found in rank_pool.run(runs.without_memory_ahead, 2):
+        assert all(found)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -231,6 +231,17 @@ def test_nobody_waits_once_a_rank_has_given_up() -> None:
     assert group.given_up() == [[1, 0, 1]] * 3
 
 
+def test_a_rank_that_has_given_up_sets_no_other_flag() -> None:
+    """What it pushes after a wait that has failed is not what others wait for."""
+    group = Group()
+    group.wait(2, seconds=0.1)
+    for rank in (0, 2):
+        group.set(rank)
+    assert group.given_up() == [[0, 0, 1]] * 3
+    for own in group.memory:
+        assert exchange.flags_of(own, group.at, 3).tolist() == [VALUE, 0, 0]
+
+
 def test_errors() -> None:
     memory = [torch.zeros(256, dtype=torch.uint8, device="cuda") for _ in range(2)]
     rows = torch.zeros(2, 16, dtype=torch.uint8, device="cuda")

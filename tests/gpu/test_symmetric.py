@@ -86,6 +86,14 @@ def test_experts_launched_before_the_host_knows_the_counts(
         assert found["how"] == ["exactly", *["ahead"] * 4, too_many, short, "ahead"]
 
 
+def test_with_one_slot_the_weights_are_multiplied_before_rounding_in_either_way(
+    rank_pool: RankPool,
+) -> None:
+    calls = [(300, 300), (200, 210), (5, 0), (250, 240)]
+    for found in rank_pool.run(runs.reading_ahead, 2, "cuda", calls, 1, timeout=LIMIT):
+        assert found == {"wrong": [], "how": ["exactly", *["ahead"] * 3]}
+
+
 def test_ranks_far_apart_get_the_same_bits(rank_pool: RankPool) -> None:
     arguments = ("cuda", 200, 4e-3)
     assert rank_pool.run(runs.at_random_times, 2, *arguments, timeout=LIMIT) == [[], []]

@@ -37,6 +37,18 @@ def test_each_rank_has_a_flag_of_its_own_in_every_rank():
         assert exchange.flags_of(own, at, 3).tolist() == [0, 5 << exchange.TAG_BITS, 0]
 
 
+def test_a_rank_that_has_given_up_sets_no_other_flag():
+    """What it pushes after a wait that has failed is not what others wait for."""
+    memory = [torch.zeros(2 * 3 * exchange.FLAG_BYTES, dtype=torch.uint8) for _ in range(3)]
+    at = 3 * exchange.FLAG_BYTES
+    exchange.set_flags(memory, 1, exchange.GIVEN_UP_AT, 1)
+    for rank in (0, 1):
+        exchange.set_flags(memory, rank, at, 5)
+    for own in memory:
+        assert exchange.flags_of(own, exchange.GIVEN_UP_AT, 3).tolist() == [0, 1, 0]
+        assert exchange.flags_of(own, at, 3).tolist() == [5, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("flags", "missing", "different"),
     [

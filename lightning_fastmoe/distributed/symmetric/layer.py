@@ -9,6 +9,7 @@ before the weights' are computed.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from typing import Any
 
@@ -19,38 +20,53 @@ from torch.autograd.function import once_differentiable
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.symmetric.exchange import Sizes
 from lightning_fastmoe.distributed.symmetric.tokens import Passage
+from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import choice
 from lightning_fastmoe.ops.exchange_arrival import Received
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 
 _SLACK = 16
 _REMEMBERED = 8
+_AGAIN = (
+    "dispatcher='symmetric' computes experts again with the rows that came, because it could not"
+    " with as many as may come"
+)
 
 
 class Expectation:
     """What comes to a rank in a pass of a layer, judged by the latest ones.
 
-    Whether it holds changes no bit: a pass that it doesn't hold for is computed again.
+    Whether it holds changes no bit: a pass that it doesn't hold for is computed again. Passes with
+    a graph are judged apart from those without: what they take is kept until the backward pass,
+    and validation may have batches of which training has no memory for the graphs.
     """
 
     def __init__(self) -> None:
-        self._latest: deque[Sizes] = deque(maxlen=_REMEMBERED)
+        self._latest: dict[bool, deque[Sizes]] = {
+            with_graph: deque(maxlen=_REMEMBERED) for with_graph in (False, True)
+        }
 
-    def add(self, sizes: Sizes) -> None:
+    def add(self, sizes: Sizes, *, with_graph: bool) -> None:
         """Remembers what came."""
-        self._latest.append(sizes)
+        self._latest[with_graph].append(sizes)
 
-    def at_most(self, slots: int) -> Sizes | None:
+    def at_most(self, slots: int, *, with_graph: bool, all_pairs: bool = False) -> Sizes | None:
         """A sixteenth more than the most of the latest passes; None before the first.
 
         Args:
             slots: K. There will be a slot without an expert of this rank.
+            with_graph: whether the pass keeps something for a backward pass.
+            all_pairs: instead, with K = 1, there will be none: see
+                :func:`~lightning_fastmoe.ops.choice.moves_rows`.
         """
-        if not self._latest:
+        latest = self._latest[with_graph]
+        if not latest:
             return None
-        rows = max(sizes.rows for sizes in self._latest)
-        pairs = max(sizes.pairs for sizes in self._latest)
+        rows = max(sizes.rows for sizes in latest)
+        pairs = max(sizes.pairs for sizes in latest)
         rows += rows // _SLACK + 1
+        if all_pairs:
+            return Sizes(rows, rows)
         return Sizes(rows, min(pairs + pairs // _SLACK + 1, rows * slots - 1))
 
 
@@ -82,20 +98,28 @@ class _Layer(torch.autograd.Function):
 
         expected = None
         if passage.start(x, weights) and expectation is not None:
-            stacks = (up, down, up_bias, down_bias)
-            if choice.takes_more_rows(x, *(stack for stack in stacks if stack is not None)):
-                expected = expectation.at_most(weights.shape[1])
+            slots = weights.shape[1]
+            stacks = [s for s in (up, down, up_bias, down_bias) if s is not None]
+            if choice.takes_more_rows(x, *stacks):
+                all_pairs = choice.moves_rows(slots, x, *stacks)
+                expected = expectation.at_most(slots, with_graph=keep_h, all_pairs=all_pairs)
         found = None
         if expected is not None:
-            found = compute(passage.receive_ahead(expected), expected.pairs)
+            try:
+                found = compute(passage.receive_ahead(expected), expected.pairs)
+            except ExchangeError:
+                raise
+            except RuntimeError as error:  # operators in C++ say no more of a lack of memory
+                # There may be memory for those that came, and the other ranks wait for this one.
+                warnings.warn(f"{_AGAIN}: {error}", stacklevel=2)
         is_short = passage.settle()
         sizes = passage.sizes(held)
         if expectation is not None:
-            expectation.add(sizes)
+            expectation.add(sizes, with_graph=keep_h)
         if expected is None or is_short or not sizes.fit_into(expected):
             found = None  # frees its memory
+        if found is None:
             found = compute(passage.receive(), sizes.pairs)
-        assert found is not None
         call, sums, h = found
         _save(ctx, call, h, sizes, keep_h=keep_h)
         ctx.passage = passage

@@ -46,12 +46,13 @@ class SymmetricMemory:
         self._handle: Any = None
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         self.ranks: list[Tensor] = []
-        if world == 1:
-            self.ranks.append(torch.empty(size, dtype=torch.uint8, device=device))
-        elif device.type == "cuda":
-            agree(group, lambda: self._map_cuda(group, size, device))
-        else:
-            self._map_files(group, size)
+        with torch.inference_mode(False):  # a validation may be the first to need it
+            if world == 1:
+                self.ranks.append(torch.empty(size, dtype=torch.uint8, device=device))
+            elif device.type == "cuda":
+                agree(group, lambda: self._map_cuda(group, size, device))
+            else:
+                self._map_files(group, size)
         self.own = self.ranks[rank]
 
     def _map_cuda(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:

@@ -94,6 +94,7 @@ class Passage:
         if is_short:
             exchange.grow(most)
             self._push(self._parts, [ranks, 1], _DISPATCH)
+        self._parts = []  # the graph keeps this object, and needs none of them
         self.counts = table[:, :columns]
         of_ranks = self.counts[:, -ranks:]
         self._sent, self._received = of_ranks[rank].tolist(), of_ranks[:, rank].tolist()
