@@ -201,9 +201,7 @@ class SymmetricExchange:
             The number of this exchange, the same on all ranks.
         """
         kind = self._begin(self._counts, layer, "counts", tag=0)
-        # Whoever sees these counts may write where those before the last ones are: all that reads
-        # them comes first, on whichever stream.
-        self._order.follow()
+        self._order.follow()  # others may write to the other half then: it has been read
         counts.announce(
             *(of_experts, of_ranks, needed, header(layer, kind.number, width), self._slots),
             *(self._control.ranks, self.group.rank, self._counts_at(self.group.rank)),
