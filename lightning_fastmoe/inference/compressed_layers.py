@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.compression import CompressedExperts, check_finite
 from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.ring import Stack
@@ -50,9 +51,18 @@ class CompressedLayers:
             device: computes, here and later.
 
         Raises:
-            ConfigError: before anything is compressed, if a weight is not finite.
+            ConfigError: before anything is compressed, if nothing would be, or a weight is not
+                finite.
         """
         bits = bits_of(self._compression)
+        found = [one.layer for one in self._layers if one.layer is not None]
+        if not any(any(compressed_parameters(layer, bits)) for layer in found):
+            dtypes = sorted({str(p.dtype) for p in self._layers[0].parameters})
+            raise ConfigError(
+                f"compression={self._compression!r} would make no weight of {self._layers[0].name}"
+                f" smaller ({', '.join(dtypes)}): those in 4 bits, as of quantize_experts, are"
+                " offloaded as they are. Leave it out."
+            )
         for one in self._layers:
             assert one.layer is not None
             check_finite(one.name, one.layer, bits)

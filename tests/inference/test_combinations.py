@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from inference.compressed_models import ROUNDED, rounded
 from inference.offload_models import (
     D_MODEL,
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.huggingface import quantize_experts
 from lightning_fastmoe.inference import compression_error, offload_experts
 from lightning_fastmoe.inference.pass_timer import PassTimer
 
@@ -178,3 +180,45 @@ def test_all_that_comes_from_the_host_is_timed(options: dict[str, Any]) -> None:
     timer.add_up(wait=True)
     assert timer.copies.bytes == offloaded.statistics.copied - before > 0
     offloaded.close()
+
+
+def packed_model() -> Any:
+    """One of transformers whose experts are stored in 4 bits."""
+    torch.manual_seed(3)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        experts_implementation="fastmoe",
+        attn_implementation="eager",
+    )
+    quantize_experts(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_cache": "100KB"}, {"groups": 3}])
+def test_experts_in_4_bits(options: dict[str, Any]) -> None:
+    """Made of the bytes that were copied, be it of some experts; those left out hold anything."""
+    model = packed_model()
+    twin = copy.deepcopy(model)
+    offloaded = offload_experts(model, "cpu", slots=1, **options)
+    poisoned(offloaded.ring)
+    with torch.inference_mode():
+        for shape in ((1, 1), (1, 20), (1, 1), (1, 2)):
+            ids = torch.randint(64, shape)
+            assert torch.equal(model(ids).logits, twin(ids).logits)
+    assert offloaded.statistics.expert_misses
+    offloaded.close()
+    with pytest.raises(ConfigError, match="would make no weight of .* smaller"):
+        offload_experts(model, "cpu", compression="int8")
