@@ -73,6 +73,8 @@ def test_announced_counts(sizes: tuple[int, int], needed: int | None) -> None:
     block = 8 * (exchange_counts.HEADER + slots + 1) // 16 * 16
     header = (exchange_counts.MAGIC, 77, 1 << 40, 5)
     right = [torch.full((at + ranks * block,), 3, dtype=torch.uint8) for _ in range(ranks)]
+    for own in right:
+        exchange.flags_of(own, exchange.GIVEN_UP_AT, ranks).zero_()
     memory = [own.cuda() for own in right]
     aside = torch.cuda.Stream()
     given = of_experts.cuda(), of_ranks.cuda()

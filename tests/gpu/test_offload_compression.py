@@ -75,7 +75,7 @@ def test_the_cpu_and_the_gpu_round_to_the_same_bits(
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     dequantize_groups(*there, out, bits, scratch)
-    assert torch.cuda.max_memory_allocated() == before  # all it needs is planned for
+    assert torch.cuda.max_memory_allocated() <= before  # all it needs is planned for
     assert torch.equal(out.cpu(), here)
 
 
@@ -139,9 +139,11 @@ def test_passes_on_two_streams_share_the_workspace() -> None:
     right = rounded(model, "int8").cuda()
     x = torch.randn(4096, 256, device="cuda")
     with torch.inference_mode():
-        expected = right(x)
         offloaded = offload_experts(model, "cuda", slots=2, compression="int8")
         streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):  # cuBLAS may split products otherwise on another one
+            expected = right(x)
         torch.cuda.synchronize()
         for layer in layers:  # runs between decompressing and computing
             layer.experts.register_forward_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
