@@ -80,6 +80,8 @@ def automatic(group: ExpertGroup, num_experts: int, placement: Placement) -> Sch
             group.shared[Automatic] = Automatic("symmetric", reason)
             return schedule
     name = AUTO if decided is None else decided.name
+    if name == "symmetric" and not SymmetricSchedule.has_room(group, num_experts):
+        name = AUTO
     return ACROSS_RANKS[name](group, num_experts, placement)
 
 

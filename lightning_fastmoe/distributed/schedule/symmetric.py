@@ -36,8 +36,8 @@ class SymmetricSchedule(DedupSchedule):
         self, group: ExpertGroup, num_experts: int, placement: Sequence[Sequence[int]]
     ) -> None:
         super().__init__(group, num_experts, placement)
-        slots = num_experts + group.size + 1  # the last: the memory that a rank needs
-        if slots > MAX_SLOTS:
+        slots = _slots(group, num_experts)
+        if not self.has_room(group, num_experts):
             raise TopologyError(
                 f"dispatcher='symmetric' exchanges at most {MAX_SLOTS} counts, not {slots}: use"
                 " dispatcher='dedup'."
@@ -46,6 +46,11 @@ class SymmetricSchedule(DedupSchedule):
         # On the CPU the host computes, so nothing stands still while it waits.
         self.expectation = Expectation() if self.exchange.device.type == "cuda" else None
         group.slots = max(group.slots, slots)
+
+    @staticmethod
+    def has_room(group: ExpertGroup, num_experts: int) -> bool:
+        """Whether there is room for the counts of a layer with so many experts."""
+        return _slots(group, num_experts) <= MAX_SLOTS
 
     def run_per_rank(
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
@@ -64,3 +69,8 @@ class SymmetricSchedule(DedupSchedule):
         rows = passage.sizes(held).pairs
         sums = run_experts(experts, received, weights, keys, len(held), rows)
         return return_sums(sums, passage), passage.plan.of_experts
+
+
+def _slots(group: ExpertGroup, num_experts: int) -> int:
+    """The numbers that a rank sends: the last is the memory that it needs."""
+    return num_experts + group.size + 1
