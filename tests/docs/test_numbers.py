@@ -61,6 +61,13 @@ WHOLE = {
 WIDE = {row["OLMoE-like"]: numbers(row["ms per step"])[0] for row in table(PAGE, "OLMoE-like")}
 OLMOE = {peer: f"{ms / WIDE['`FastMoEStrategy`, compiled']:.2f}" for peer, ms in WIDE.items()}
 OURS = {name: joules for name, joules in JOULES.items() if name.endswith("ours")}
+SHARDED = table(PAGE, "T per rank", "one GPU", '`"dedup"`', '`"symmetric"`')
+ROUNDS = {row["gpu_lm on two GPUs"]: row for row in table(PAGE, "gpu_lm on two GPUs")}
+EXPERTS = [
+    numbers(ROUNDS["expert parallel size 1 (data parallel)"][column])[0]
+    / numbers(ROUNDS['size 2, `"symmetric"`'][column])[0]
+    for column in ("first round", "second round")
+]
 CLAIMS = [
     [*SONIC, *span(pairs(PEERS, MEMORY + "SonicMoE"))],
     [*TORCH, *TORCH_MEMORY],
@@ -71,14 +78,17 @@ CLAIMS = [
     [OLMOE["transformers"], OLMOE["transformers, compiled"]],
     [*span(beside("durable, s", "this package", "DeepSpeed"))],
     [*span(beside("load, s", "this package", "DeepSpeed"))],
+    [*span(ratios(SHARDED, "one GPU", '`"symmetric"`', part=0))],
+    [*span(ratios(SHARDED, '`"dedup"`', '`"symmetric"`', part=0))],
+    [*span(EXPERTS)],
 ]
 """What each line of the first table must say, in its order."""
 
 
 def test_first_table_follows_from_the_others() -> None:
-    assert (len(PEERS), len(LAYER), len(OURS), len(TOKENS)) == (5, 12, 4, 2)
+    assert (len(PEERS), len(LAYER), len(OURS), len(TOKENS), len(SHARDED)) == (5, 12, 4, 2, 4)
     first = [row["ratio"] for row in table(PAGE, "what", "compared with", "ratio", "on")]
-    assert [re.findall(r"\d\.\d\d", ratio) for ratio in first] == [*CLAIMS, []]
+    assert [re.findall(r"\d\.\d\d", ratio) for ratio in first] == CLAIMS
 
 
 def test_readme_says_the_same() -> None:
