@@ -8,6 +8,7 @@ buffer; new positions are copied back behind the computation. FlexGen (Sheng et 
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.pinned import PinnedMemory
 
-_ALIGNMENT, _PAGE = 256, 4096
+_ALIGNMENT = 256
 _CONTIGUOUS = torch.contiguous_format
 
 Key = tuple[int, int]
@@ -237,10 +238,12 @@ class HostRows:
 
 
 def _whole_pages(size: int) -> Tensor:
-    """Host memory whose pages hold nothing else: those of two tensors can't be registered twice."""
+    """Host memory of its own pages: those of two tensors can't be registered twice.
+
+    It begins where its storage does, which is where torch looks for whether it is pinned.
+    """
     with torch.inference_mode(False):  # later passes may not be in inference mode
-        memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
-    return memory[-memory.data_ptr() % _PAGE :][:size]
+        return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
 
 
 def _aligned(size: int) -> int:

@@ -182,7 +182,7 @@ def test_the_cache_takes_no_memory_of_the_gpu() -> None:
     ids = torch.randint(3, 500, (64, 512), device="cuda")
     offloaded = offload_experts(model, "cuda", chunk_sequences=4)
     peaks, size = [], 0
-    for on_host in (False, True):
+    for on_host in (True, False, True):  # the first pass, which takes what stays, doesn't count
         cache = HostCache(model.config, max_length=513) if on_host else None
         with torch.inference_mode():
             torch.cuda.synchronize()
@@ -192,6 +192,6 @@ def test_the_cache_takes_no_memory_of_the_gpu() -> None:
             peaks.append(torch.cuda.memory_allocated() - before)
             size = cache.host_bytes if cache is not None else 0
             del kept, cache
-    assert peaks[0] >= 0.99 * size
-    assert peaks[1] <= size / LAYERS / 16 + (4 << 20)
+    assert peaks[1] >= 0.99 * size
+    assert peaks[2] <= size / LAYERS / 16 + (4 << 20)
     offloaded.close()
