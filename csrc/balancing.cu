@@ -166,16 +166,6 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-template <typename Function>
-void for_experts_per_lane(int64_t num_experts, Function&& function) {
-  if (num_experts <= 32) return function(std::integral_constant<int, 1>{});
-  if (num_experts <= 64) return function(std::integral_constant<int, 2>{});
-  if (num_experts <= 128) return function(std::integral_constant<int, 4>{});
-  if (num_experts <= 256) return function(std::integral_constant<int, 8>{});
-  if (num_experts <= 512) return function(std::integral_constant<int, 16>{});
-  return function(std::integral_constant<int, 32>{});
-}
-
 void check_rows(const Tensor& rows, const char* op, const char* name, const Tensor& like) {
   check_tensor(rows, op, name, 2, like);
   check_dtype(rows, op, name, ScalarType::Float);
@@ -216,7 +206,7 @@ std::tuple<Tensor, Tensor> balancing_losses(const Tensor& scores, const Tensor& 
   Tensor share = torch::stable::new_empty(logits, {num_experts});
   const cudaStream_t stream = current_stream(logits);
   if (blocks > 0) {
-    for_experts_per_lane(num_experts, [&](auto per_lane) {
+    for_values_per_lane(num_experts, [&](auto per_lane) {
       sums_kernel<decltype(per_lane)::value><<<static_cast<unsigned>(blocks), kBlock, 0, stream>>>(
           static_cast<const float*>(scores.data_ptr()),
           static_cast<const float*>(logits.data_ptr()), static_cast<float*>(partial.data_ptr()),
@@ -254,7 +244,7 @@ std::tuple<Tensor, Tensor> balancing_losses_backward(
   Tensor d_logits = torch::stable::new_empty(logits, {wants_logits ? tokens : 0, num_experts});
   const unsigned grid =
       grid_size(wants_logits ? std::max<int64_t>(1, ceil_div(tokens, kWarpsPerBlock)) : 1, op);
-  for_experts_per_lane(num_experts, [&](auto per_lane) {
+  for_values_per_lane(num_experts, [&](auto per_lane) {
     losses_backward_kernel<decltype(per_lane)::value><<<grid, kBlock, 0, current_stream(logits)>>>(
         static_cast<const float*>(logits.data_ptr()), static_cast<const float*>(share.data_ptr()),
         static_cast<float*>(d_scores.data_ptr()),

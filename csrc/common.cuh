@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "checks.h"
 
@@ -44,6 +45,18 @@ void for_floating(ScalarType dtype, const char* op, Function&& function) {
       STD_TORCH_CHECK(false, op, ": the dtype must be float32, float16 or bfloat16, not ",
                       torch::headeronly::toString(dtype));
   }
+}
+
+// Calls `function` with the smallest number of values per lane, a constant, with which a warp covers
+// `count` experts, at most 1024.
+template <typename Function>
+void for_values_per_lane(int64_t count, Function&& function) {
+  if (count <= 32) return function(std::integral_constant<int, 1>{});
+  if (count <= 64) return function(std::integral_constant<int, 2>{});
+  if (count <= 128) return function(std::integral_constant<int, 4>{});
+  if (count <= 256) return function(std::integral_constant<int, 8>{});
+  if (count <= 512) return function(std::integral_constant<int, 16>{});
+  return function(std::integral_constant<int, 32>{});
 }
 
 // --------------------------------------------------------------------------------------- vectors

@@ -223,17 +223,6 @@ __global__ void __launch_bounds__(kBlock, 1)
   }
 }
 
-// Calls `function` with the smallest number of scores per lane that covers E experts.
-template <typename Function>
-void for_scores_per_lane(int64_t num_experts, Function&& function) {
-  if (num_experts <= 32) return function(std::integral_constant<int, 1>{});
-  if (num_experts <= 64) return function(std::integral_constant<int, 2>{});
-  if (num_experts <= 128) return function(std::integral_constant<int, 4>{});
-  if (num_experts <= 256) return function(std::integral_constant<int, 8>{});
-  if (num_experts <= 512) return function(std::integral_constant<int, 16>{});
-  return function(std::integral_constant<int, 32>{});
-}
-
 void check_sizes(const char* op, int64_t num_experts, int64_t top_k) {
   STD_TORCH_CHECK(num_experts <= kMaxExperts, op, ": at most ", kMaxExperts, " experts, not ",
                   num_experts);
@@ -265,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits,
   if (tokens == 0) return {scores, weights, expert_ids};
 
   const unsigned grid = grid_size(ceil_div(tokens, kWarpsPerBlock), op);
-  for_scores_per_lane(num_experts, [&](auto per_lane) {
+  for_values_per_lane(num_experts, [&](auto per_lane) {
     route_kernel<decltype(per_lane)::value><<<grid, kBlock, 0, current_stream(logits)>>>(
         static_cast<const float*>(logits.data_ptr()),
         selection_bias ? static_cast<const float*>(selection_bias->data_ptr()) : nullptr,
@@ -311,7 +300,7 @@ Tensor route_backward(const Tensor& logits, const Tensor& weights, const Tensor&
   if (tokens == 0) return d_logits;
 
   const unsigned grid = grid_size(ceil_div(tokens, kWarpsPerBlock), op);
-  for_scores_per_lane(num_experts, [&](auto per_lane) {
+  for_values_per_lane(num_experts, [&](auto per_lane) {
     route_backward_kernel<decltype(per_lane)::value><<<grid, kBlock, 0, current_stream(logits)>>>(
         static_cast<const float*>(logits.data_ptr()), static_cast<const float*>(weights.data_ptr()),
         static_cast<const int64_t*>(expert_ids.data_ptr()),
