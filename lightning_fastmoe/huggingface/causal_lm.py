@@ -86,10 +86,11 @@ class MoECausalLM(LightningModule):
         self.config = _content(config, weights)
         self.architecture = Architecture.from_config(self.config)
         self.save_hyperparameters("lr", "weight_decay", "load_balancing", "z_loss", "compile")
-        self.save_hyperparameters("lora_rank", "lora_alpha")
         # The content, not the path, because exporting needs it on any machine. The initial weights
-        # are not a hyperparameter: a checkpoint has its own.
-        self.save_hyperparameters({"config": self.config})
+        # are not a hyperparameter: a checkpoint has its own. By value also what subclasses may not
+        # have as an argument.
+        lora = {"lora_rank": lora_rank, "lora_alpha": lora_alpha}
+        self.save_hyperparameters({"config": self.config, **lora})
         self.lr, self.weight_decay = lr, weight_decay
         self._coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
         self.network: MoEDecoder | None = None

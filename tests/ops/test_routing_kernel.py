@@ -25,7 +25,7 @@ void forward(const float* a, const float* b, float* c, float* d, int64_t* e, int
 template <int V>
 void backward(const float* a, const float* b, const int64_t* c, const float* d, const float* e,
               float* f, int64_t t, int64_t n, int64_t k, bool normalize, bool sigmoid) {
-  warp::run(t, [=] { route_backward_kernel<V>(a, b, c, d, e, f, t, n, k, normalize, sigmoid); });
+  warp::run(t, [=] { route_backward_kernel<V>(a, b, c, d, e, f, n, t, n, k, normalize, sigmoid); });
 }
 #define EXPORT(V) \\
   extern "C" void* forward_##V() { return reinterpret_cast<void*>(&forward<V>); } \\
@@ -40,9 +40,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("the kernel is compiled for the CPU with g++, which is missing")
     source = (_build.SOURCES / "routing.cu").read_text(encoding="utf-8")
     start = source.index("constexpr int kMaxExperts")
-    device_code = source[
-        start : source.index("// Calls `function` with the smallest number", start)
-    ]
+    device_code = source[start : source.index("void check_sizes(", start)]
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "kernel.cpp").write_text(f'#include "lockstep_warp.h"\n{device_code}\n{CALLS}')
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared"]
