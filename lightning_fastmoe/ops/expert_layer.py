@@ -34,7 +34,7 @@ class _ExpertLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        call, h = _restore(ctx)
+        call, h = restore(ctx)
         wanted = Wanted(*ctx.needs_input_grad[:6])
         if torch.is_grad_enabled():
             found = _differentiable_backward(call, grads[0], wanted)
@@ -55,8 +55,8 @@ def _save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
     ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
 
 
-def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
-    """What :func:`_save` saved; None for an H that a backward has overwritten."""
+def restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
+    """The call that a node has saved, and its H; None for an H that a backward has overwritten."""
     rows, *tensors = ctx.saved_tensors
     fields: list[Any] = [*tensors, ctx.activation]
     call = LayerCall(*fields)

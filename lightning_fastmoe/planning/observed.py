@@ -61,27 +61,27 @@ class OffloadReport:
 
     Attributes:
         passes: all of them.
-        alike: those of ``plan.tokens`` tokens, without the first of all if there are others, since
-            it builds kernels and finds no experts copied ahead.
+        comparable: those of ``plan.tokens`` tokens, without the first of all if there are others,
+            since it builds kernels and finds no experts copied ahead.
         plan: what is planned for one of those, with the costs seen: the rate of the copies, what
             computation and the time between passes took, and the peak of the memory.
         peak: bytes of GPU memory at most; 0 if unknown.
     """
 
     passes: tuple[PassTimes, ...]
-    alike: tuple[PassTimes, ...]
+    comparable: tuple[PassTimes, ...]
     plan: OffloadPlan
     peak: int
 
     @property
     def seconds(self) -> float:
-        """The median of passes alike."""
-        return median(one.seconds for one in self.alike)
+        """The median of comparable passes."""
+        return median(one.seconds for one in self.comparable)
 
     @property
     def waiting(self) -> float:
         """Seconds that one of them waited for copies, the median."""
-        return median(one.waiting for one in self.alike)
+        return median(one.waiting for one in self.comparable)
 
     @property
     def limit(self) -> str:
@@ -145,11 +145,11 @@ def observed(
         totals[one.tokens] = totals.get(one.tokens, 0.0) + one.seconds
     tokens = max(totals, key=lambda size: totals[size])
     later = [one for one in passes[1:] if one.tokens == tokens]
-    alike = later or [passes[0]]
+    comparable = later or [passes[0]]
     costs = OffloadCosts(
         copies.rate,
-        layers=median(one.computing for one in alike),
-        rest=median(one.between for one in alike),
+        layers=median(one.computing for one in comparable),
+        rest=median(one.between for one in comparable),
         activations=max(0, peak - sizes.weights_on_gpu(slots, resident, groups) - expert_cache),
         decompression=math.inf,  # which is part of the computation seen
         is_measured=True,
@@ -165,7 +165,7 @@ def observed(
         groups=groups,
         expert_cache=expert_cache,
     )
-    return OffloadReport(tuple(passes), tuple(alike), plan, peak)
+    return OffloadReport(tuple(passes), tuple(comparable), plan, peak)
 
 
 def _s(seconds: float) -> str:

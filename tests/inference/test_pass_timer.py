@@ -143,7 +143,7 @@ def test_times_of_a_simulated_device(
 
     report = observed(timer.passes, timer.copies, OffloadSizes.of(model), slots=2, resident=0)
     assert report is not None
-    assert (report.plan.tokens, len(report.alike)) == (10, 4)
+    assert (report.plan.tokens, len(report.comparable)) == (10, 4)
     assert report.limit.startswith(limit)
     assert report.plan.copying == pytest.approx(4 * 0.06)
     assert report.plan.seconds == pytest.approx(max(4 * 0.06, 4 * 10 * per_token + gap))
@@ -173,7 +173,7 @@ def test_the_report_by_hand() -> None:
     assert report.plan.costs.activations == 2 * gigabyte
     assert report.plan.on_gpu == 9 * gigabyte
     assert observed([], copies, sizes, slots=2, resident=0) is None
-    (only,) = observed(passes[:1], copies, sizes, slots=2, resident=0).alike  # type: ignore[union-attr]
+    (only,) = observed(passes[:1], copies, sizes, slots=2, resident=0).comparable  # type: ignore[union-attr]
     assert only == passes[0]
     resident = observed(passes, CopyTimes(), sizes, slots=2, resident=10)
     assert resident is not None

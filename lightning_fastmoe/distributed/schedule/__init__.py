@@ -67,7 +67,7 @@ class Automatic:
 def automatic(group: ExpertGroup, num_experts: int, placement: Placement) -> Schedule:
     """ "symmetric" on GPUs that reach each other's memory, else :data:`AUTO`.
 
-    All ranks of the group decide alike: setting the former up fails on all of them, or on none.
+    All ranks of the group come to the same decision: set-up of the former fails on all or on none.
     """
     decided = group.shared.get(Automatic)
     if decided is None and group.is_on_stream and group.nodes is None:

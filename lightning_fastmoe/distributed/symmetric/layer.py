@@ -23,6 +23,7 @@ from lightning_fastmoe.distributed.symmetric.tokens import Passage
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import choice
 from lightning_fastmoe.ops.exchange_arrival import Received
+from lightning_fastmoe.ops.expert_layer import restore
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 
 _SLACK = 16
@@ -71,7 +72,7 @@ class Expectation:
 
 
 class _Layer(torch.autograd.Function):
-    """The arguments are tokens, weights, the experts' stacks; a :class:`_Pass`; what to compute."""
+    """The arguments are those of :func:`run_layer`, then whether to keep H."""
 
     @staticmethod
     def forward(
@@ -130,7 +131,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         passage, needs = ctx.passage, ctx.needs_input_grad
         d_sums = passage.combine_backward(grads[0])
-        call, h = _restore(ctx)
+        call, h = restore(ctx)
         if h is None:
             h = choice.choose(call).pre_activation(call)
         ctx.h_is_spent = True
@@ -146,7 +147,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: LayerCall, h: PreActivation, sizes: Sizes, *, keep_h: bool) -> None:
-    """Saves what belongs to rows that came, without those that might have."""
+    """Saves what belongs to rows that came, for :func:`restore`, without those that might have."""
     assert call.weights is not None
     assert call.order is not None
     assert call.inverse is not None
@@ -158,17 +159,6 @@ def _save(ctx: Any, call: LayerCall, h: PreActivation, sizes: Sizes, *, keep_h: 
         *(call.tokens_per_expert, call.offsets),
     )
     ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
-
-
-def _restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
-    """What :func:`_save` saved; None for an H that a backward has overwritten."""
-    rows, *tensors = ctx.saved_tensors
-    fields: list[Any] = [*tensors, ctx.activation]
-    call = LayerCall(*fields)
-    if ctx.h_is_spent:
-        return call, None
-    # Through .data, because autograd would reject the overwritten H of a retained graph.
-    return call, PreActivation(rows.data, ctx.h_has_bias)
 
 
 def run_layer(
