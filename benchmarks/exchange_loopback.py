@@ -1,14 +1,13 @@
-"""What "symmetric" costs a layer beside the way of its rows: one GPU plays all ranks.
+"""What "symmetric" costs a layer beside the way between GPUs: a group of one rank, on one GPU.
 
     python benchmarks/exchange_loopback.py --configs sonic-7b,qwen3-30b-a3b
     python benchmarks/exchange_loopback.py --device cpu --tiny   # a check
 
-Rows that this rank pushes to rank r land in its own memory, in the place of rows from rank r. The
-experts of all ranks, and the router's weights for them, are the same, so that each token goes to
-every rank, and what comes back is right: before anything is timed, output and gradients of tokens
-and router are compared with those of the layer with all experts, "local". What is missing of a step
-between GPUs is the way of the rows through NVLink, and waiting for others. "host" is how long the
-host takes for a step of few tokens, for which it doesn't wait. Medians of --rounds rounds, bf16.
+The rank pushes rows into its own memory, waits for its own flags, and reads what it pushed: all
+that a rank of several does, but for the way of the rows through NVLink, and waiting for others. (Of
+R ranks it would read up to R times as many rows.) Before anything is timed, output and gradients
+are compared with those of the layer without an exchange, "local". "host" is how long the host takes
+for a step of few tokens, for which it doesn't wait. Medians of --rounds rounds, bf16.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -30,85 +27,20 @@ from torch import Tensor
 
 from lightning_fastmoe.distributed import ExpertGroup
 from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
-from lightning_fastmoe.distributed.symmetric import exchange as rows_of_ranks
 from lightning_fastmoe.nn import MoE
-from lightning_fastmoe.nn.placement import equal_blocks
-from lightning_fastmoe.ops import exchange as ops
-from lightning_fastmoe.ops import exchange_counts as counts
 
 TOLERANCE = 1e-2
 FEW_TOKENS = 512
 MOST_TOKENS = 24576
 
 
-def shifted(own: Tensor, step: int, ranks: int) -> list[Tensor]:
-    """Memory of which what is for rank r begins ``r * step`` bytes later."""
-    size = own.numel() - (ranks - 1) * step
-    return [own[rank * step :][:size] for rank in range(ranks)]
-
-
-@contextmanager
-def loopback(ranks: int) -> Iterator[None]:
-    """Within it, this process plays all ranks of groups that say that they have so many."""
-    push, set_flags, wait = ops.push_rows, ops.set_flags, ops.wait_for_flags
-    announce, await_table = counts.announce, counts.await_table
-
-    def send_rows(
-        parts: Sequence[Tensor],
-        order: Tensor | None,
-        divisors: Sequence[int],
-        ends: Tensor,
-        memory: Sequence[Tensor],
-        rank: int,
-        at: Sequence[int],
-        most: int,
-        flags: Sequence[Tensor],
-        flags_at: int,
-        value: int,
-    ) -> None:
-        for rows, divisor, begin in zip(parts, divisors, at, strict=True):
-            block = most * -(-rows.shape[1] // ops.ALIGNMENT) * ops.ALIGNMENT
-            everyone = shifted(memory[0], block, ranks)
-            push(rows, order, ends, divisor, everyone, rank, begin, most)
-        set_flags(shifted(flags[0], ops.FLAG_BYTES, ranks), rank, flags_at, value)
-
-    def announce_to_itself(
-        of_experts: Tensor,
-        of_ranks: Tensor,
-        needed: int | None,
-        header: Sequence[int],
-        slots: int,
-        memory: Sequence[Tensor],
-        rank: int,
-        at: int,
-        flags_at: int,
-        value: int,
-        stream: int,
-    ) -> None:
-        given = (of_experts, of_ranks, needed, header, slots, memory[:1], rank)
-        for other in range(ranks):
-            place = at + other * rows_of_ranks._COUNTS_BYTES
-            announce(*given, place, flags_at + other * ops.FLAG_BYTES, value, stream)
-
-    with (
-        patch.object(ops, "send_rows", send_rows),
-        patch.object(ops, "wait_for_flags", lambda memory, *rest: wait([*memory] * ranks, *rest)),
-        patch.object(counts, "announce", announce_to_itself),
-        patch.object(
-            counts, "await_table", lambda memory, *rest: await_table([*memory] * ranks, *rest)
-        ),
-    ):
-        yield
-
-
 class Case:
-    """A layer, all of it or the experts of the first of ``ranks`` ranks.
+    """A layer.
 
     Args:
         config: its sizes.
         tokens: T.
-        ranks: how many are played.
-        group: of which this process is all ranks; None for the whole layer.
+        group: of this rank alone; None for a layer without an exchange.
         device: where it is.
         dtype: of weights and tokens.
     """
@@ -117,7 +49,6 @@ class Case:
         self,
         config: Config,
         tokens: int,
-        ranks: int,
         group: ExpertGroup | None,
         device: torch.device,
         dtype: torch.dtype,
@@ -126,13 +57,8 @@ class Case:
         torch.manual_seed(0)
         with device:
             self.layer = MoE(*sizes, top_k=config.top_k, activation=config.activation).to(dtype)
-        held = equal_blocks(config.num_experts, ranks)
-        with torch.no_grad():
-            for stack in (*self.layer.experts.parameters(), self.layer.router.weight):
-                stack.copy_(torch.cat([stack[: len(held[0])]] * ranks))
         if group is not None:
-            self.layer.experts.keep(held[0])
-            schedule = SymmetricSchedule(group, config.num_experts, held)
+            schedule = SymmetricSchedule(group, config.num_experts, [range(config.num_experts)])
             self.layer.connect("layer", None, schedule)
         torch.manual_seed(1)
         self.x = torch.randn(tokens, config.d_model, device=device).to(dtype).requires_grad_()
@@ -147,8 +73,8 @@ class Case:
         return out.detach()
 
     def results(self) -> list[Tensor]:
-        """What must not depend on the way."""
-        found = [self.step(), self.x.grad, self.layer.router.weight.grad]
+        """Output and gradients."""
+        found = [self.step(), self.x.grad, *(p.grad for p in self.layer.parameters())]
         return [value.clone() for value in found if value is not None]
 
 
@@ -170,7 +96,7 @@ def compare(config: Config, args: argparse.Namespace, group: ExpertGroup) -> flo
     many = min(config.tokens, MOST_TOKENS)
     sizes = (many, min(many, FEW_TOKENS))
     cases = {
-        name: [Case(config, tokens, args.ranks, own, args.device, args.dtype) for tokens in sizes]
+        name: [Case(config, tokens, own, args.device, args.dtype) for tokens in sizes]
         for name, own in (("local", None), ("symmetric", group))
     }
     for _ in range(2):  # the second pass doesn't wait for counts
@@ -202,7 +128,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--configs", default="sonic-7b,olmoe-1b-7b,qwen3-30b-a3b,mixtral-8x7b")
-    add("--ranks", type=int, default=2)
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=20, help="per round")
     add("--device", default="cuda", choices=["cuda", "cpu"])
@@ -211,17 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     args.device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     args.dtype = torch.float32 if args.tiny else torch.bfloat16
     configs = [c.tiny() if args.tiny else c for c in parse_configs(args.configs)]
-    if wrong := [c.name for c in configs if c.top_k % args.ranks or c.num_experts % args.ranks]:
-        parser.error(f"--ranks {args.ranks} must divide the top_k and experts of {wrong[0]}")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     backend = "nccl" if args.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         group = ExpertGroup(dist.new_group([0]))
-        group.size = args.ranks
-        with loopback(args.ranks):
-            errors = [compare(config, args, group) for config in configs]
+        errors = [compare(config, args, group) for config in configs]
     finally:
         dist.destroy_process_group()
     return int(not max(errors) <= TOLERANCE)

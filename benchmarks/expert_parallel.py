@@ -10,7 +10,8 @@ exchange, that is, the rate of one GPU. A step is forward and backward of the wh
 included, in bf16. Dispatchers take turns in every round. Times are of the slowest rank: CUDA
 events around each step, the median of a round, the median over rounds. Before anything is timed,
 output and gradients of tokens and router are compared with those of "local"; a dispatcher whose
-error is above 1e-2 is refused. Memory is the peak during a step over what remains after it.
+error is above 1e-2 is refused. Memory is the peak during a step, its gradients included, over what
+is there without them; not the memory that "symmetric" pushes to, once for all layers of a model.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ def peak_over_rest(case: Case) -> float | None:
     if case.x.device.type != "cuda":
         return None
     case.step()
+    case.x.grad = None  # experts' gradients are a part of a step, and others with each dispatcher
+    case.layer.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
     rest = torch.cuda.memory_allocated()
-    case.x.grad = None
-    case.layer.zero_grad(set_to_none=True)
     torch.cuda.reset_peak_memory_stats()
     case.step()
     torch.cuda.synchronize()

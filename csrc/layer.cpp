@@ -136,27 +136,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
   return {d_x, d_weights, d_up, d_down};
 }
 
-std::tuple<Tensor, Tensor, Tensor> expert_layer_backward_inputs_(
-    const Tensor& grad, const Tensor& h, const Tensor& weights, const Tensor& up,
-    const Tensor& down, const Tensor& order, const Tensor& inverse, const Tensor& offsets,
-    std::string name) {
-  Tensor d_h = h;
-  auto [weighted, d_weights] =
-      hopper::backward_activation(grad, order, offsets, down, h, d_h, weights, name);
-  const Tensor rows =
-      hopper::rows_product(d_h, offsets, up, false, std::nullopt, std::nullopt);
-  const Tensor d_x =
-      sum_rows(rows, inverse, std::nullopt, weights.size(1), std::nullopt, std::nullopt);
-  return {d_x, d_weights, weighted};
-}
-
-std::tuple<Tensor, Tensor> expert_layer_backward_weights(
-    const Tensor& grad, const Tensor& x, const Tensor& d_h, const Tensor& weighted,
-    const Tensor& order, int64_t top_k, const Tensor& offsets, bool wants_up, bool wants_down) {
-  Tensor d_up = nothing(x), d_down = nothing(x);
-  if (wants_down) d_down = hopper::weight_gradient(grad, order, top_k, weighted, offsets, false);
-  if (wants_up) d_up = hopper::weight_gradient(x, order, top_k, d_h, offsets, true);
-  return {d_up, d_down};
-}
-
 }  // namespace lightning_fastmoe

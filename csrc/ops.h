@@ -103,19 +103,37 @@ void exchange_set_flags(std::vector<Tensor> memory, int64_t rank, int64_t at, in
 void exchange_wait(std::vector<Tensor> memory, int64_t rank, int64_t at, int64_t value,
                    const Tensor& report, double seconds, bool fatal);
 
+// exchange/sharded_layer.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exchange_layer_start(
+    const Tensor& x, const Tensor& chosen, const Tensor& where, const Tensor& weights,
+    std::vector<Tensor> control, std::vector<Tensor> memory, int64_t rank,
+    std::vector<int64_t> counts, std::vector<int64_t> header, std::vector<int64_t> rows,
+    const Tensor& found, const Tensor& report, double seconds, int64_t stream);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+exchange_layer_forward(std::vector<Tensor> control, const Tensor& memory, const Tensor& where,
+                       const Tensor& up, const Tensor& down, int64_t rank, int64_t slots,
+                       int64_t rows, int64_t pairs, std::vector<int64_t> place,
+                       std::vector<int64_t> table, const Tensor& report, double seconds,
+                       int64_t stream, std::string name, bool keep_h);
+Tensor exchange_layer_combine(const Tensor& sums, const Tensor& ends, const Tensor& inverse,
+                              const Tensor& offsets, std::vector<Tensor> control,
+                              std::vector<Tensor> memory, int64_t rank, std::vector<int64_t> place,
+                              const Tensor& report, double seconds);
+std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_layer_backward_(
+    const Tensor& grad, const Tensor& pair_order, const Tensor& pair_inverse,
+    const Tensor& pair_offsets, const Tensor& owner, std::vector<Tensor> control,
+    std::vector<Tensor> memory, int64_t rank, std::vector<int64_t> there,
+    std::vector<int64_t> back, std::vector<int64_t> counts, const Tensor& report, double seconds,
+    int64_t stream, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
+    const Tensor& down, const Tensor& order, const Tensor& inverse, const Tensor& offsets,
+    std::string name, bool wants_up, bool wants_down);
+
 // layer.cpp
 std::tuple<Tensor, Tensor> expert_layer(const Tensor& x, const std::optional<Tensor>& weights,
                                         const Tensor& up, const Tensor& down,
                                         const std::optional<Tensor>& order,
                                         const std::optional<Tensor>& inverse, const Tensor& offsets,
                                         std::string name, bool keep_h, bool hopper);
-std::tuple<Tensor, Tensor, Tensor> expert_layer_backward_inputs_(
-    const Tensor& grad, const Tensor& h, const Tensor& weights, const Tensor& up,
-    const Tensor& down, const Tensor& order, const Tensor& inverse, const Tensor& offsets,
-    std::string name);
-std::tuple<Tensor, Tensor> expert_layer_backward_weights(
-    const Tensor& grad, const Tensor& x, const Tensor& d_h, const Tensor& weighted,
-    const Tensor& order, int64_t top_k, const Tensor& offsets, bool wants_up, bool wants_down);
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_layer_backward_(
     const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& up,
     const Tensor& down, const std::optional<Tensor>& order, const std::optional<Tensor>& inverse,

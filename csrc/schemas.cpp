@@ -74,17 +74,6 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       " Tensor down, Tensor? order, Tensor? inverse, Tensor tokens_per_expert, Tensor offsets,"
       " str name, bool wants_x, bool wants_up, bool wants_down, bool hopper, bool keep_h)"
       " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
-  // expert_layer_backward_ on hopper in two parts, for pairs of which some have no row: first what
-  // other ranks wait for, and then the weights' gradients. weighted and d_h, which is h, belong to
-  // the second.
-  library.def(
-      "expert_layer_backward_inputs_(Tensor grad, Tensor(a!) h, Tensor weights, Tensor up,"
-      " Tensor down, Tensor order, Tensor inverse, Tensor offsets, str name)"
-      " -> (Tensor d_x, Tensor d_weights, Tensor weighted)");
-  library.def(
-      "expert_layer_backward_weights(Tensor grad, Tensor x, Tensor d_h, Tensor weighted,"
-      " Tensor order, int top_k, Tensor offsets, bool wants_up, bool wants_down)"
-      " -> (Tensor d_up, Tensor d_down)");
 
   // The gradients of a flat partition (N,), in its order, are divided by scale and applied to the
   // fp32 master weights and moments by Adam; the weights become the master weights. step is this
@@ -172,6 +161,49 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "exchange_wait(Tensor(a!)[] memory, int rank, int at, int value, Tensor(b!) report,"
       " float seconds, bool fatal) -> ()");
 
+  // A layer between ranks; distributed/symmetric/operators.py has its passes. Ranks' memory is
+  // given twice: that of flags and counts (control), and that of rows. Lists of numbers:
+  //
+  // counts: bytes that this rank's rows need, numbers of a vector with padding, where its vector
+  // goes, the place and value of the flags; where the vectors of all ranks are, bytes of each.
+  // rows: where x goes, and what comes with it, the rows there is room for (0: nothing is sent),
+  // the place and value of the flags. The results are exchange_plan's.
+  library.def(
+      "exchange_layer_start(Tensor x, Tensor chosen, Tensor where, Tensor weights,"
+      " Tensor(a!)[] control, Tensor(b!)[] memory, int rank, int[] counts, int[] header,"
+      " int[] rows, Tensor(c!) found, Tensor(d!) report, float seconds, int stream)"
+      " -> (Tensor order, Tensor inverse, Tensor offsets, Tensor owner, Tensor packed,"
+      " Tensor of_experts, Tensor of_ranks)");
+  // Waits for rows, then exchange_receive_ahead, sort_by_expert, and expert_layer with hopper.
+  // place: where rows begin, bytes of a rank's, the same of what came with them, the place and
+  // value of the flags, bytes of a rank, rows of a rank. table: where it is, the bytes of a block
+  // and of its header, the place and value of its flags. `stream` waits for the table.
+  library.def(
+      "exchange_layer_forward(Tensor(a!)[] control, Tensor memory, Tensor where, Tensor up,"
+      " Tensor down, int rank, int slots, int rows, int pairs, int[] place, int[] table,"
+      " Tensor(b!) report, float seconds, int stream, str name, bool keep_h)"
+      " -> (Tensor x, Tensor weights, Tensor ends, Tensor order, Tensor inverse,"
+      " Tensor tokens_per_expert, Tensor offsets, Tensor sums, Tensor h)");
+  // exchange_send, exchange_wait and exchange_sums. place: where this rank's rows go, where all
+  // ranks' are, the rows there is room for of each, the place and value of the flags.
+  library.def(
+      "exchange_layer_combine(Tensor sums, Tensor ends, Tensor inverse, Tensor offsets,"
+      " Tensor(a!)[] control, Tensor(b!)[] memory, int rank, int[] place, Tensor(c!) report,"
+      " float seconds) -> Tensor");
+  // The whole backward pass. The tokens' gradients travel, by the copy engines on `stream`, while
+  // those of up are computed. pair_*, owner: of exchange_plan. there: where this rank's rows go,
+  // where all ranks' are, the bytes of a rank's, the rows there is room for, the place and value of
+  // the flags. back: where rows and weights' gradients go, where all ranks' are, the bytes of a
+  // rank's of the latter, the rows there is room for, the place and value of the flags. counts: the
+  // rows that each rank sent here. The others are those of expert_layer_backward_.
+  library.def(
+      "exchange_layer_backward_(Tensor grad, Tensor pair_order, Tensor pair_inverse,"
+      " Tensor pair_offsets, Tensor owner, Tensor(a!)[] control, Tensor(b!)[] memory, int rank,"
+      " int[] there, int[] back, int[] counts, Tensor(c!) report, float seconds, int stream,"
+      " Tensor x, Tensor(d!) h, Tensor weights, Tensor up, Tensor down, Tensor order,"
+      " Tensor inverse, Tensor offsets, str name, bool wants_up, bool wants_down)"
+      " -> (Tensor d_x, Tensor d_weights, Tensor d_up, Tensor d_down)");
+
   // Which kernel of this process timed out, and what it waited for; "" if none. See deadline.h.
   library.def("stall_report() -> str");
 
@@ -220,10 +252,6 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("zero_empty_experts_", TORCH_BOX(&lightning_fastmoe::zero_empty_experts_));
   library.impl("expert_layer", TORCH_BOX(&lightning_fastmoe::expert_layer));
   library.impl("expert_layer_backward_", TORCH_BOX(&lightning_fastmoe::expert_layer_backward_));
-  library.impl("expert_layer_backward_inputs_",
-               TORCH_BOX(&lightning_fastmoe::expert_layer_backward_inputs_));
-  library.impl("expert_layer_backward_weights",
-               TORCH_BOX(&lightning_fastmoe::expert_layer_backward_weights));
   library.impl("adam_step_", TORCH_BOX(&lightning_fastmoe::adam_step_));
   library.impl("dequantize_groups_", TORCH_BOX(&lightning_fastmoe::dequantize_groups_));
   library.impl("exchange_push", TORCH_BOX(&lightning_fastmoe::exchange_push));
@@ -237,6 +265,10 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("exchange_await", TORCH_BOX(&lightning_fastmoe::exchange_await));
   library.impl("exchange_set_flags", TORCH_BOX(&lightning_fastmoe::exchange_set_flags));
   library.impl("exchange_wait", TORCH_BOX(&lightning_fastmoe::exchange_wait));
+  library.impl("exchange_layer_start", TORCH_BOX(&lightning_fastmoe::exchange_layer_start));
+  library.impl("exchange_layer_forward", TORCH_BOX(&lightning_fastmoe::exchange_layer_forward));
+  library.impl("exchange_layer_combine", TORCH_BOX(&lightning_fastmoe::exchange_layer_combine));
+  library.impl("exchange_layer_backward_", TORCH_BOX(&lightning_fastmoe::exchange_layer_backward_));
   namespace hopper = lightning_fastmoe::hopper;
   library.impl("hopper_up_forward", TORCH_BOX(&hopper::up_forward));
   library.impl("hopper_backward_activation_", TORCH_BOX(&hopper::backward_activation_));

@@ -98,17 +98,16 @@ __global__ void __launch_bounds__(kWarpSize)
   }
 }
 
-// Makes `stream` wait for what has been launched on the current one.
-void follow(cudaStream_t stream, cudaStream_t current) {
-  if (stream == current) return;
+}  // namespace
+
+void follow(cudaStream_t stream, cudaStream_t other) {
+  if (stream == other) return;
   cudaEvent_t event = nullptr;
   STD_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  STD_CUDA_CHECK(cudaEventRecord(event, current));
+  STD_CUDA_CHECK(cudaEventRecord(event, other));
   STD_CUDA_CHECK(cudaStreamWaitEvent(stream, event, 0));
   STD_CUDA_CHECK(cudaEventDestroy(event));  // once it has been reached
 }
-
-}  // namespace
 
 void exchange_announce(const Tensor& first, const Tensor& second, int64_t last,
                        std::vector<int64_t> header, int64_t size, std::vector<Tensor> memory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -102,30 +101,3 @@ def moves_rows(slots: int, x: Tensor, *stacks: Tensor) -> bool:
     """
     has_biases = any(stack.dim() == 2 for stack in stacks)
     return slots == 1 and not has_biases and hopper(x, *stacks) is not None
-
-
-def backward_in_parts_(
-    call: LayerCall,
-    grad: Tensor,
-    h: PreActivation,
-    wanted: Wanted,
-    ready: Callable[[Tensor, Tensor], None],
-) -> Gradients:
-    """The gradients of a call with an order; those that others wait for first, where possible.
-
-    Args:
-        call: the layer's inputs.
-        grad: (T, D), of the output.
-        h: its pre-activation, which is overwritten.
-        wanted: ``x`` and ``weights`` at least.
-        ready: called with the gradients of tokens and weights, the latter undefined for pairs that
-            have no row, before those of the experts' weights are computed.
-    """
-    implementation = choose(call, h)
-    if isinstance(implementation, TwoOperators) and implementation.on_hopper:
-        return implementation.backward_in_parts_(call, grad, h, wanted, ready)
-    found = implementation.backward_(call, grad, h, wanted)
-    assert found.x is not None
-    assert found.weights is not None
-    ready(found.x, found.weights)
-    return found

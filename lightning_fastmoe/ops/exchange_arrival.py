@@ -16,10 +16,8 @@ from torch import Tensor
 
 from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.exchange import flags_of
-from lightning_fastmoe.ops.exchange_plan import PairPlan
+from lightning_fastmoe.ops.exchange_plan import ID_BYTES, PairPlan
 from lightning_fastmoe.ops.native import native
-
-_ID_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def receive(
     """
     if packed is None:
         packed = replace(rows, row_bytes=0)
-    slots = packed.row_bytes // (_ID_BYTES + dtype.itemsize)
+    slots = packed.row_bytes // (ID_BYTES + dtype.itemsize)
     library = native(rows.memory)
     if library is not None and dtype == torch.float32:
         return Received(
@@ -92,7 +90,7 @@ def receive(
             )
         )
     ends = torch.tensor(counts).cumsum(0).to(rows.memory.device, torch.int32)
-    bytes_of = packed.together(counts).tensor_split([slots * _ID_BYTES], dim=1)
+    bytes_of = packed.together(counts).tensor_split([slots * ID_BYTES], dim=1)
     ids, weights = (part.reshape(-1).clone() for part in bytes_of)
     keys = ids.view(torch.int32).long().view(-1, slots) if slots else ids.view(sum(counts), 0)
     return Received(
@@ -167,7 +165,7 @@ def receive_ahead(
         ``expected.rows`` rows, of which only those that were sent have values; the others choose no
         expert here. Where something is not as expected, it is as if nobody had sent anything.
     """
-    slots = packed.row_bytes // (_ID_BYTES + dtype.itemsize)
+    slots = packed.row_bytes // (ID_BYTES + dtype.itemsize)
     library = native(rows.memory)
     if library is not None and dtype == torch.float32:
         return Received(

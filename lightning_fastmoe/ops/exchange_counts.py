@@ -34,8 +34,13 @@ def pack(counts: Tensor, slots: int, header: Sequence[int]) -> Tensor:
 
 def checksums(bodies: Tensor) -> Tensor:
     """Sums over the last dimension with pseudo-random weights, to detect moved counts."""
-    position = torch.arange(1, bodies.shape[-1] + 1, device=bodies.device, dtype=bodies.dtype)
-    return (bodies * (position * _FACTOR % _MODULUS)).sum(-1)
+    return (bodies * factors(bodies.shape[-1], bodies.device)).sum(-1)
+
+
+def factors(slots: int, device: torch.device) -> Tensor:
+    """(slots,) int64: the weights of :func:`checksums`."""
+    position = torch.arange(1, slots + 1, device=device, dtype=torch.int64)
+    return position * _FACTOR % _MODULUS
 
 
 def announce(

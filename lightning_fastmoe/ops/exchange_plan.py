@@ -16,6 +16,9 @@ from torch import Tensor
 from lightning_fastmoe.ops.native import native
 from lightning_fastmoe.ops.routing import order_by_expert
 
+ID_BYTES = 4
+"""Bytes of an expert's number as it travels with a token."""
+
 
 @dataclass(frozen=True)
 class PairPlan:

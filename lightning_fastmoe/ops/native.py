@@ -123,18 +123,20 @@ def register_fakes() -> None:
         "exchange_slots": lambda memory, at, block_bytes, inverse, offsets, owner: owner.new_empty(
             owner.shape, dtype=torch.float32
         ),
+        "exchange_layer_start": lambda x, chosen, where, weights, control, *_: _exchange_plan(
+            chosen, where, weights, len(control)
+        ),
+        "exchange_layer_forward": _exchange_layer_forward,
+        "exchange_layer_combine": lambda sums, ends, inverse, *_: sums.new_empty(
+            inverse.shape[0] // ends.shape[0], sums.shape[1]
+        ),
+        "exchange_layer_backward_": _exchange_layer_backward,
         "exchange_announce": lambda *_: None,
         "exchange_await": lambda *_: None,
         "exchange_set_flags": lambda *_: None,
         "exchange_wait": lambda *_: None,
         "expert_layer": _expert_layer,
         "expert_layer_backward_": _expert_layer_backward,
-        "expert_layer_backward_inputs_": lambda grad, h, weights, up, down, *_: (
-            torch.empty_like(grad),
-            torch.empty_like(weights),
-            h.new_empty(h.shape[0], down.shape[2]),
-        ),
-        "expert_layer_backward_weights": _expert_layer_backward_weights,
         "hopper_up_forward": _up_forward,
         "hopper_backward_activation_": lambda grad, order, offsets, down, h, weights, name: (
             h.new_empty(h.shape[0], down.shape[2]),
@@ -224,14 +226,46 @@ def _exchange_receive_ahead(
     )
 
 
-def _expert_layer_backward_weights(
-    grad: Tensor, x: Tensor, d_h: Tensor, weighted: Tensor, order: Tensor, top_k: int, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    offsets, wants_up, wants_down = rest
-    experts, d_model = offsets.shape[0], x.shape[1]
+def _exchange_layer_forward(
+    control: list[Tensor],
+    memory: Tensor,
+    where: Tensor,
+    up: Tensor,
+    down: Tensor,
+    rank: int,
+    slots: int,
+    rows: int,
+    pairs: int,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    held, width, d_model = up.shape
     return (
-        x.new_empty(experts, d_h.shape[1], d_model) if wants_up else x.new_empty(0),
-        x.new_empty(experts, d_model, weighted.shape[1]) if wants_down else x.new_empty(0),
+        up.new_empty(rows, d_model),
+        up.new_empty(rows, slots, dtype=torch.float32),
+        up.new_empty(len(control), dtype=torch.int32),
+        up.new_empty(pairs, dtype=torch.int64),
+        up.new_empty(rows * slots, dtype=torch.int64),
+        up.new_empty(held, dtype=torch.int64),
+        up.new_empty(held, dtype=torch.int32),
+        up.new_empty(rows, d_model),
+        up.new_empty(pairs if rest[-1] else 0, width),
+    )
+
+
+def _exchange_layer_backward(
+    grad: Tensor,
+    pair_order: Tensor,
+    pair_inverse: Tensor,
+    pair_offsets: Tensor,
+    owner: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    up, down = rest[12:14]
+    return (
+        torch.empty_like(grad),
+        owner.new_empty(owner.shape, dtype=torch.float32),
+        torch.empty_like(up) if rest[-2] else up.new_empty(0),
+        torch.empty_like(down) if rest[-1] else down.new_empty(0),
     )
 
 

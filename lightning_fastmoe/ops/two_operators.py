@@ -6,7 +6,6 @@ in which each grouped GEMM is one kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -51,30 +50,6 @@ class TwoOperators:
     ) -> Gradients:
         """:meth:`backward_` that leaves H intact."""
         return self._backward(call, grad, h, wanted, keep_h=True)
-
-    def backward_in_parts_(
-        self,
-        call: LayerCall,
-        grad: Tensor,
-        h: PreActivation,
-        wanted: Wanted,
-        ready: Callable[[Tensor, Tensor], None],
-    ) -> Gradients:
-        """See :func:`~lightning_fastmoe.ops.choice.backward_in_parts_`; for calls with an order."""
-        grad = grad.contiguous()
-        weights = call.weights_or_ones()
-        d_x, d_weights, weighted = self.library.expert_layer_backward_inputs_(
-            *(grad, h.rows, weights, call.up, call.down, call.order, call.inverse, call.offsets),
-            call.activation,
-        )
-        ready(d_x, d_weights)
-        d_up, d_down = self.library.expert_layer_backward_weights(
-            *(grad, call.x, h.rows, weighted, call.order, call.top_k, call.offsets),
-            *(wanted.up, wanted.down),
-        )
-        return Gradients(
-            d_x, d_weights, d_up if wanted.up else None, d_down if wanted.down else None
-        )
 
     def _backward(
         self, call: LayerCall, grad: Tensor, h: PreActivation, wanted: Wanted, *, keep_h: bool

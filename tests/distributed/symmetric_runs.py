@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -20,10 +21,12 @@ from distributed.devices import join
 from torch import Tensor
 
 from lightning_fastmoe.distributed import ExchangeWait, ExpertGroup
+from lightning_fastmoe.distributed.schedule import symmetric as schedule
 from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange, memory
 from lightning_fastmoe.distributed.symmetric.flags import Flags
 from lightning_fastmoe.distributed.symmetric.layer import Expectation
+from lightning_fastmoe.distributed.symmetric.operators import OperatorPassage
 from lightning_fastmoe.distributed.symmetric.tokens import Passage
 from lightning_fastmoe.errors import ExchangeError, TopologyError
 from lightning_fastmoe.nn import LocalSchedule, Routing, StackedExperts
@@ -119,6 +122,43 @@ def numbers_of_tokens(device_type: str, calls: list[tuple[int, ...]]) -> dict[st
     return {"errors": errors, "capacities": capacities}
 
 
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Within it, layers launch their passes step by step on Hopper GPUs, too."""
+
+    def passage(x: Tensor, weights: Tensor, stacks: Any, *given: Any) -> Passage:
+        return Passage(*given)
+
+    with patch.object(schedule, "passage_for", passage):
+        yield
+
+
+def frozen_parts(device_type: str, steps: int) -> list[str]:
+    """What is frozen where some bit by operators isn't that of the same pass step by step."""
+    layer = Layer(device_type, dtype=torch.bfloat16)
+    wrong = []
+    for frozen in itertools.product((False, True), repeat=4):
+        for step in range(steps):
+            inputs, routing = layer.inputs(step, 60 + 30 * layer.group.rank)
+            leaves = [inputs.tokens, routing.weights, *layer.part.parameters()]
+            for leaf, is_frozen in zip(leaves, frozen, strict=True):
+                leaf.requires_grad_(not is_frozen)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+            def run(wanted: list[Tensor] = wanted, given: Any = (inputs, routing)) -> list[Tensor]:
+                out, _ = layer.schedule.run(*given, layer.part, None, "a layer")
+                if not wanted:
+                    return [out]
+                return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+            found = run()
+            with step_by_step():
+                right = run()
+            if not all(map(torch.equal, found, right)):
+                wrong.append(f"{frozen} in step {step}")
+    return wrong
+
+
 def reading_ahead(device_type: str, calls: list[tuple[int, ...]], slots: int = K) -> dict[str, Any]:
     """Calls that launch the experts before the host knows any count, beside calls that wait.
 
@@ -130,20 +170,29 @@ def reading_ahead(device_type: str, calls: list[tuple[int, ...]], slots: int = K
     layer = Layer(device_type, dtype=dtype, slots=slots)
     expectation, wrong, how = Expectation(), [], []
     receive, ahead = Passage.receive, Passage.receive_ahead
+    operators = OperatorPassage.experts_ahead
     for call, tokens in enumerate(calls):
         given = layer.inputs(call, tokens[layer.group.rank % len(tokens)])
         layer.schedule.expectation = expectation
         layer.poison()
         seen: list[str] = []
-        with patch.multiple(
-            Passage,
-            receive=lambda *args: (seen.append("exactly"), receive(*args))[1],  # noqa: B023
-            receive_ahead=lambda *args: (seen.append("ahead"), ahead(*args))[1],  # noqa: B023
+        with (
+            patch.multiple(
+                Passage,
+                receive=lambda *args: (seen.append("exactly"), receive(*args))[1],  # noqa: B023
+                receive_ahead=lambda *args: (seen.append("ahead"), ahead(*args))[1],  # noqa: B023
+            ),
+            patch.object(
+                OperatorPassage,
+                "experts_ahead",
+                lambda *args: (seen.append("by operators"), operators(*args))[1],  # noqa: B023
+            ),
         ):
             found = layer.run(given)
         how.append(" then ".join(seen))
         layer.schedule.expectation = None
-        right = layer.run(given)
+        with step_by_step():
+            right = layer.run(given)
         if not all(torch.equal(a, b) for a, b in zip(found, right, strict=True)):
             wrong.append(call)
     return {"wrong": wrong, "how": how}
@@ -205,9 +254,13 @@ def delays(layer: Layer, seconds: float) -> Iterator[None]:
     """Random pauses before and after each push and each wait, of the host and of the stream."""
     random_of_rank = random.Random(layer.group.rank)  # noqa: S311 - not for secrets
     places: list[tuple[Any, str]] = [
-        *((SymmetricExchange, name) for name in ("send_counts", "read_counts", "send")),
+        *(
+            (SymmetricExchange, name)
+            for name in ("begin_counts", "begin_rows", "read_counts", "send")
+        ),
         *((ops, name) for name in ("push_rows", "set_flags")),  # apart on the CPU
-        *((Flags, name) for name in ("wait", "start_reading", "finish_reading")),
+        *((Flags, name) for name in ("wait", "awaited", "start_reading", "finish_reading")),
+        *((OperatorPassage, name) for name in ("_launch", "experts_ahead", "combine", "backward_")),
     ]
     before = [getattr(*place) for place in places]
 
@@ -242,7 +295,8 @@ def at_random_times(device_type: str, steps: int, seconds: float) -> list[int]:
     layer = Layer(device_type, dtype=torch.bfloat16 if device_type == "cuda" else torch.float32)
     tokens = [40 + 7 * layer.group.rank, 33, 50]
     given = [layer.inputs(call, count) for call, count in enumerate(tokens)]
-    right = [layer.run(each) for each in given]
+    with step_by_step():
+        right = [layer.run(each) for each in given]
     wrong = []
     with delays(layer, seconds):
         for step in range(steps):
@@ -381,7 +435,7 @@ def without_backward_on_device(folder: str) -> None:
         said["seconds"] = time.monotonic() - begin
         said["report"] = stall_report()
         try:
-            layer.exchange._flags.check()  # what the next exchange does first
+            layer.exchange.flags.check()  # what the next exchange does first
         except ExchangeError as error:
             said["next"] = str(error)
     else:

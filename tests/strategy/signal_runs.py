@@ -18,6 +18,7 @@ from strategy.midway_runs import EPOCHS, Run, Watch, WithDropout, fit
 from strategy.models import Case
 from strategy.resume_runs import error_of
 from strategy.tracing import make_trainer
+from torch import Tensor
 
 from lightning_fastmoe.checkpoint.lockstep import meet_after_error
 
@@ -61,6 +62,30 @@ def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, R
     assert len(trainer.callbacks) == callbacks
     last = str(Path(directory) / "last.ckpt")
     return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)
+
+
+def broadcasts_of_batches(case: Case) -> list[int]:
+    """How often single integers are broadcast in each batch of a training."""
+    calls: list[str] = []
+    counts: list[int] = []
+
+    class Counting(pl.Callback):
+        def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+            counts.append(len(calls))
+            calls.clear()
+
+    broadcast = dist.broadcast
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() == 1 and not tensor.is_floating_point():
+            calls.append("one")
+        return broadcast(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "broadcast", counted):
+        trainer = make_trainer(case, max_steps=4, callbacks=[Counting()])
+        trainer.fit(WithDropout(case, 0.0))
+    assert "_broadcast_sigterm_tensor" not in vars(trainer.fit_loop.epoch_loop)
+    return counts[1:]
 
 
 class Slurm(SLURMEnvironment):

@@ -25,6 +25,13 @@ def test_all_ranks_stop_after_the_batch_and_save(rank_pool, tmp_path, world, sta
         assert_goes_on(straight, rest, done)
 
 
+def test_no_rank_asks_rank_0_before_each_batch(rank_pool):
+    """Lightning does, and the host waits for the device to answer."""
+    for counts in rank_pool.run(runs.broadcasts_of_batches, 2, case_of(2, 1)):
+        assert counts
+        assert set(counts) == {0}
+
+
 def test_slurm_saves_between_batches_on_all_ranks(rank_pool, tmp_path):
     results = rank_pool.run(runs.requeued, 2, case_of(2, 2), BATCH, str(tmp_path))
     for done, straight, rest in results:

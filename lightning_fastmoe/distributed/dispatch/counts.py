@@ -7,19 +7,22 @@ reach the same verdict: on an error all of them raise it, and none is left waiti
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch.pending import PendingExchange
 from lightning_fastmoe.distributed.dispatch.waiting import ExchangeWait
 from lightning_fastmoe.distributed.nodes import NodeGroups
 from lightning_fastmoe.errors import ExchangeError
-from lightning_fastmoe.ops.exchange_counts import HEADER, MAGIC, checksums, pack
+from lightning_fastmoe.ops.exchange_counts import HEADER, MAGIC, factors, pack
 
 
 class ExpertGroup:
@@ -87,7 +90,7 @@ class ExpertGroup:
         with self.pending(layer, "counts"):
             self._run(layer, "counts", dist.all_gather, list(table.unbind()), vector)
             on_host = self._read(table, layer)
-        return unpack_counts(on_host, counts.numel(), layer)
+        return torch.from_numpy(unpack_counts(on_host.numpy(), counts.numel(), layer))
 
     def run(self, layer: str, phase: str, collective: Callable[..., Any], *args: Any) -> None:
         """Runs a collective of the group; the host waits only if the backend isn't on the device.
@@ -181,11 +184,15 @@ def pack_counts(counts: Tensor, slots: int, sequence: int, width: int, layer: st
     return pack(counts, slots, header(layer, sequence, width))
 
 
-def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
-    """Checks the gathered ``table (R, 6 + slots)`` and returns the counts ``(R, E)``."""
+def unpack_counts(table: NDArray[np.int64], num_experts: int, layer: str) -> NDArray[np.int64]:
+    """Checks the gathered ``table (R, 6 + slots)`` and returns the counts ``(R, E)``.
+
+    With numpy, whose functions take a tenth of the time of torch's on so few numbers.
+    """
     head, body = table[:, :HEADER].tolist(), table[:, HEADER:]
-    sums, smallest = body.sum(1).tolist(), body.amin(1).tolist() if body.shape[1] else []
-    codes, beyond = checksums(body).tolist(), body[:, num_experts:].any(1).tolist()
+    sums, smallest = body.sum(1).tolist(), body.min(1).tolist() if body.shape[1] else []
+    codes = (body * _factors(body.shape[1])).sum(1).tolist()
+    beyond: list[bool] = np.any(body[:, num_experts:], axis=1).tolist()
     for rank, (magic, layer_hash, sequence, width, total, checksum) in enumerate(head):
         damaged = (
             magic != MAGIC
@@ -216,3 +223,9 @@ def unpack_counts(table: Tensor, num_experts: int, layer: str) -> Tensor:
             " last checkpoint, and check that node."
         )
     return body[:, :num_experts]
+
+
+@functools.cache
+def _factors(slots: int) -> NDArray[np.int64]:
+    """What :func:`~lightning_fastmoe.ops.exchange_counts.checksums` multiplies by."""
+    return factors(slots, torch.device("cpu")).numpy()

@@ -11,6 +11,7 @@ from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule, run_expe
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange
 from lightning_fastmoe.distributed.symmetric.exchange import MAX_SLOTS
 from lightning_fastmoe.distributed.symmetric.layer import Expectation, run_layer
+from lightning_fastmoe.distributed.symmetric.operators import passage_for
 from lightning_fastmoe.distributed.symmetric.tokens import Passage, return_sums, send_tokens
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts import Experts
@@ -60,11 +61,13 @@ class SymmetricSchedule(DedupSchedule):
             return super().run_per_rank(x, chosen, wide, experts, layer)
         self.where = self.where.to(chosen.device)
         held = self.held[self.group.rank]
-        passage = Passage(self.exchange, chosen, self.where, len(held), layer)
+        given = (self.exchange, chosen, self.where, len(held), layer)
         fused = experts.fused_stacks(x.dtype)
         if fused is not None:
+            passage = passage_for(x, wide, fused[0], *given)
             y = run_layer(x, wide, *fused, passage, held, self.expectation)
             return y, passage.plan.of_experts
+        passage = Passage(*given)
         received, weights, keys = send_tokens(x, wide, passage)
         rows = passage.sizes(held).pairs
         sums = run_experts(experts, received, weights, keys, len(held), rows)

@@ -18,8 +18,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
@@ -38,7 +41,7 @@ from lightning_fastmoe.ops.exchange_counts import HEADER
 
 MAX_SLOTS = 4096
 """Most numbers that the ranks' counts may have."""
-_COUNTS_BYTES = 8 * (MAX_SLOTS + HEADER)
+COUNTS_BYTES = 8 * (MAX_SLOTS + HEADER)
 _GRANULE = 1 << 16
 _HALVES = 2
 
@@ -98,6 +101,42 @@ class Sizes:
         return self.rows <= most.rows and self.pairs <= most.pairs
 
 
+class CountsPlace(NamedTuple):
+    """Where the counts of an exchange go.
+
+    Attributes:
+        number: of the exchange, the same on all ranks.
+        own: the byte of each rank's memory at which this rank's vector begins.
+        flags: the byte at which the flags begin.
+        value: of the flags.
+    """
+
+    number: int
+    own: int
+    flags: int
+    value: int
+
+
+class RowsPlace(NamedTuple):
+    """Where the rows of an exchange go; a place for each part.
+
+    Attributes:
+        own: the byte of each rank's memory at which this rank's rows begin.
+        begins: the byte at which the first rank's begin.
+        blocks: bytes from one rank's rows to the next one's.
+        most: rows of a rank that there is room for.
+        flags: the byte at which the flags begin.
+        value: of the flags.
+    """
+
+    own: list[int]
+    begins: list[int]
+    blocks: list[int]
+    most: int
+    flags: int
+    value: int
+
+
 @dataclass
 class _Kind:
     """One kind of exchange, and the latest.
@@ -133,7 +172,12 @@ class SymmetricExchange:
         device: where rows are.
 
     Attributes:
+        control: the memory of flags and counts.
         rows: the memory that rows are pushed to; None until the first exchange.
+        capacity: bytes of :attr:`rows` for the rows of one rank in one exchange.
+        flags: in :attr:`control`.
+        aside: the stream that counts go and are read by; None on the CPU.
+        order: keeps exchanges in order.
 
     Raises:
         TopologyError: on all ranks, if one can't reach the memory of the others.
@@ -144,19 +188,20 @@ class SymmetricExchange:
         check_reachable(group.group, device)
         kinds = 2
         self._flag_bytes = Flags.bytes_of(_HALVES * kinds, group.size)
-        size = self._flag_bytes + _HALVES * group.size * _COUNTS_BYTES
-        self._control = SymmetricMemory(group.group, size, device)
-        self._control.own.zero_()
+        size = self._flag_bytes + _HALVES * group.size * COUNTS_BYTES
+        self.control = SymmetricMemory(group.group, size, device)
+        self.control.own.zero_()
         self._meet()  # no flag comes before the zeros
-        self._flags = Flags(group, self._control)
+        self.flags = Flags(group, self.control)
         self._counts, self._rows = (_Kind(_HALVES * kind) for kind in range(kinds))
         self.rows: SymmetricMemory | None = None
-        self.capacity = 0  # bytes of a half for the rows of one rank
-        self._aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.capacity = 0
+        self._layouts: dict[tuple[int, ...], tuple[list[int], list[int], int]] = {}
+        self.aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._nothing = torch.empty(0, dtype=torch.int64, device=device)
-        self._order = StreamOrder(device)
+        self.order = StreamOrder(device)
         group.other_way = self.exchange_counts
-        group.on_giving_up.append(self._flags.give_up)
+        group.on_giving_up.append(self.flags.give_up)
 
     @classmethod
     def of(cls, group: ExpertGroup) -> SymmetricExchange:
@@ -178,17 +223,36 @@ class SymmetricExchange:
         if self.group.slots > MAX_SLOTS:  # the same on all ranks
             return None
         here = own.to(self.device, non_blocking=True)
-        self.send_counts(here, self._nothing, None, width, layer)
+        place = self.begin_counts(layer)
+        self.announce(here, self._nothing, None, width, layer, place)
         self.start_reading(layer)
-        return self.read_counts(len(here), layer)
+        return torch.from_numpy(self.read_counts(len(here), layer))
 
-    def send_counts(
-        self, of_experts: Tensor, of_ranks: Tensor, needed: int | None, width: int, layer: str
-    ) -> int:
-        """Sends this rank's counts to all; :meth:`start_reading` must follow.
+    def begin_counts(self, layer: str) -> CountsPlace:
+        """Begins an exchange of counts; :meth:`announce` and :meth:`start_reading` must follow."""
+        self._begin(self._counts, layer, "counts", tag=0)
+        self.order.follow()  # others may write to the other half then: it has been read
+        return self.counts_place
 
-        The counts must live until then: they are sent by another stream than the current one, so
-        that they pass the rows.
+    @property
+    def counts_place(self) -> CountsPlace:
+        """Of the latest exchange of counts."""
+        kind, own = self._counts, self._counts_at(self.group.rank)
+        return CountsPlace(kind.number, own, self.flags.at(kind.line), kind.value)
+
+    def announce(
+        self,
+        of_experts: Tensor,
+        of_ranks: Tensor,
+        needed: int | None,
+        width: int,
+        layer: str,
+        place: CountsPlace,
+    ) -> None:
+        """Sends this rank's counts to all.
+
+        They must live until :meth:`start_reading`: they are sent by another stream than the current
+        one, so that they pass the rows.
 
         Args:
             of_experts: (n,) int64.
@@ -196,27 +260,26 @@ class SymmetricExchange:
             needed: one more number, or None.
             width: D, which must be the same on all ranks.
             layer: the layer's name.
-
-        Returns:
-            The number of this exchange, the same on all ranks.
+            place: of :meth:`begin_counts`.
         """
-        kind = self._begin(self._counts, layer, "counts", tag=0)
-        self._order.follow()  # others may write to the other half then: it has been read
         counts.announce(
-            *(of_experts, of_ranks, needed, header(layer, kind.number, width), self._slots),
-            *(self._control.ranks, self.group.rank, self._counts_at(self.group.rank)),
-            *(self._flags.at(kind.line), kind.value),
-            0 if self._aside is None else self._aside.cuda_stream,
+            *(of_experts, of_ranks, needed, header(layer, place.number, width), self.slots),
+            *(self.control.ranks, self.group.rank, place.own, place.flags, place.value),
+            self.stream,
         )
-        return kind.number
 
-    def start_reading(self, layer: str) -> None:
-        """The device waits for the counts of all ranks; :meth:`read_counts` must follow."""
+    def start_reading(self, layer: str, *, is_launched: bool = False) -> None:
+        """The device waits for the counts of all ranks; :meth:`read_counts` must follow.
+
+        Args:
+            layer: the layer's name.
+            is_launched: whether it does so already.
+        """
         kind = self._counts
         where = self.group.where(layer, "counts")
-        self._flags.start_reading(kind.line, kind.value, self._table, where)
+        self.flags.start_reading(kind.line, kind.value, self.table, where, is_launched=is_launched)
 
-    def read_counts(self, count: int, layer: str) -> Tensor:
+    def read_counts(self, count: int, layer: str) -> NDArray[np.int64]:
         """The host waits for the counts of all ranks.
 
         Args:
@@ -224,7 +287,7 @@ class SymmetricExchange:
             layer: the layer's name.
 
         Returns:
-            (R, n) int64, on the CPU.
+            (R, n).
 
         Raises:
             ExchangeError: as :meth:`ExpertGroup.exchange_counts`.
@@ -232,22 +295,51 @@ class SymmetricExchange:
         kind = self._counts
         with self.group.pending(layer, "counts"):
             where = self.group.where(layer, "counts")
-            found = self._flags.finish_reading(kind.line, kind.value, self._table, where)
+            found = self.flags.finish_reading(kind.line, kind.value, self.table, where)
         try:
             return unpack_counts(found, count, layer)
         except BaseException:
-            if self._aside is not None:  # a rank that reads ahead waits for rows
-                self._flags.give_up()
+            if self.aside is not None:  # a rank that reads ahead waits for rows
+                self.flags.give_up()
             raise
 
     @property
-    def _table(self) -> Table:
-        place = (self._counts_at(0), _COUNTS_BYTES)
-        return Table(place, HEADER + self._slots, self._aside)
+    def stream(self) -> int:
+        """:attr:`aside` as CUDA knows it; 0 on the CPU."""
+        return 0 if self.aside is None else self.aside.cuda_stream
+
+    @property
+    def table(self) -> Table:
+        """Where the counts of the latest exchange are."""
+        return Table((self._counts_at(0), COUNTS_BYTES), HEADER + self.slots, self.aside)
 
     def needs(self, most: int, widths: Sequence[int]) -> int:
         """Bytes for ``most`` rows of each of these numbers of bytes."""
         return max(most, 1) * sum(map(_aligned, widths))
+
+    def begin_rows(self, widths: Sequence[int], layer: str, phase: str, call: int) -> RowsPlace:
+        """Begins an exchange of rows; :meth:`send` and :meth:`arrival` must follow.
+
+        A rank whose rows don't fit calls :meth:`send_nothing`, and none may receive then.
+
+        Args:
+            widths: bytes of a row of each part.
+            layer: the layer's name.
+            phase: what is exchanged.
+            call: the same number on all ranks; ranks with different ones end in an error, as do
+                those with rows of different lengths.
+        """
+        widths = tuple(widths)
+        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call, widths))
+        self.order.follow()
+        begins, blocks, most = self._layout(widths)
+        half = kind.half * self.group.size * self.capacity
+        return RowsPlace(
+            [half + b + self.group.rank * block for b, block in zip(begins, blocks, strict=True)],
+            [half + begin for begin in begins],
+            blocks,
+            *(most, self.flags.at(kind.line), kind.value),
+        )
 
     def send(
         self,
@@ -255,11 +347,9 @@ class SymmetricExchange:
         order: Tensor | None,
         divisors: Sequence[int],
         ends: Tensor,
-        layer: str,
-        phase: str,
-        call: int,
+        place: RowsPlace,
     ) -> None:
-        """Pushes rows to their ranks; :meth:`arrival` must follow, unless a rank had to skip it.
+        """Pushes rows to their ranks.
 
         Args:
             parts: each (n, w) uint8, contiguous; their rows go to the same ranks, and must fit into
@@ -268,45 +358,37 @@ class SymmetricExchange:
                 the parts as they are.
             divisors: of each part.
             ends: (R,) int32, where the rows for each rank end.
-            layer: the layer's name.
-            phase: what is exchanged.
-            call: the same number on all ranks; ranks with different ones end in an error, as do
-                those with rows of different lengths.
+            place: of :meth:`begin_rows`.
         """
         assert self.rows is not None
-        widths = [part.shape[1] for part in parts]
-        kind = self._begin_rows(widths, layer, phase, call)
-        most, at = self._layout(widths)
-        own = [
-            begin + self.group.rank * most * _aligned(width)
-            for begin, width in zip(at, widths, strict=True)
-        ]
         ops.send_rows(
-            *(parts, order, divisors, ends, self.rows.ranks, self.group.rank, own, most),
-            *(self._control.ranks, self._flags.at(kind.line), kind.value),
+            *(parts, order, divisors, ends, self.rows.ranks, self.group.rank),
+            *(place.own, place.most, self.control.ranks, place.flags, place.value),
         )
 
-    def send_nothing(self, widths: Sequence[int], layer: str, phase: str, call: int) -> None:
-        """In place of :meth:`send`, on a rank whose rows don't fit. None may receive then.
+    def send_nothing(self, place: RowsPlace) -> None:
+        """Sets the flags nonetheless: ranks that read ahead wait for them."""
+        ops.set_flags(self.control.ranks, self.group.rank, place.flags, place.value)
 
-        Sets the flags nonetheless: ranks that read ahead wait for them.
-        """
-        kind = self._begin_rows(widths, layer, phase, call)
-        line = self._flags.at(kind.line)
-        ops.set_flags(self._control.ranks, self.group.rank, line, kind.value)
-
-    def arrival(self, widths: Sequence[int], layer: str, phase: str) -> Arrival:
+    def arrival(self, widths: Sequence[int], layer: str, phase: str, place: RowsPlace) -> Arrival:
         """Waits for the rows of all ranks, which may be read until the next exchange.
 
         Args:
             widths: bytes of a row of each part, as sent.
             layer: the layer's name.
             phase: what is exchanged.
+            place: of :meth:`begin_rows`.
         """
-        return self._arrival(widths, layer, phase, fatal=True)
+        return self._arrival(widths, layer, phase, place, fatal=True)
 
     def arrival_ahead(
-        self, widths: Sequence[int], layer: str, phase: str, where: Tensor, sizes: Sizes
+        self,
+        widths: Sequence[int],
+        layer: str,
+        phase: str,
+        place: RowsPlace,
+        where: Tensor,
+        sizes: Sizes,
     ) -> tuple[Arrival, Expected]:
         """:meth:`arrival` of rows whose counts the host doesn't know yet.
 
@@ -314,32 +396,39 @@ class SymmetricExchange:
             widths: see :meth:`arrival`.
             layer: the layer's name.
             phase: what is exchanged.
+            place: see :meth:`arrival`.
             where: (2, E + 1) int64, each expert's rank.
             sizes: what to expect at most.
         """
-        self._flags.follow_reading()
-        found = self._arrival(widths, layer, phase, fatal=False)
-        kinds = (self._counts, self._rows)
+        self.flags.follow_reading()
+        found = self._arrival(widths, layer, phase, place, fatal=False)
+        counts = self.counts_place
         return found, Expected(
-            self._control.own,
-            [(self._flags.at(kind.line), kind.value) for kind in kinds],
-            (self._counts_at(0), _COUNTS_BYTES, 8 * HEADER),
+            self.control.own,
+            [(counts.flags, counts.value), (place.flags, place.value)],
+            (*self.table.place, 8 * HEADER),
             *(where, self.group.rank, self.group.size, self.capacity, found.most),
             *(sizes.rows, sizes.pairs),
         )
 
-    def _arrival(self, widths: Sequence[int], layer: str, phase: str, *, fatal: bool) -> Arrival:
+    def _arrival(
+        self, widths: Sequence[int], layer: str, phase: str, place: RowsPlace, *, fatal: bool
+    ) -> Arrival:
         assert self.rows is not None
-        kind = self._rows
         with self.group.pending(layer, phase):
             where = self.group.where(layer, phase)
-            self._flags.wait(kind.line, kind.value, where, fatal=fatal)
-        most, at = self._layout(widths)
+            self.flags.wait(place.flags, place.value, where, fatal=fatal)
+        own = self.rows.own
         blocks = [
-            Blocks(self.rows.own, begin, most * _aligned(width), width)
-            for begin, width in zip(at, widths, strict=True)
+            Blocks(own, begin, block, width)
+            for begin, block, width in zip(place.begins, place.blocks, widths, strict=True)
         ]
-        return Arrival(blocks, self.group.size, most)
+        return Arrival(blocks, self.group.size, place.most)
+
+    def awaited(self, layer: str, phase: str, place: RowsPlace) -> None:
+        """Notes that the current stream waits for rows, as :meth:`arrival` makes it do."""
+        with self.group.pending(layer, phase):
+            self.flags.awaited(place.value, self.group.where(layer, phase))
 
     def grow(self, needed: int) -> None:
         """Makes room for ``needed`` bytes from each rank; all ranks call this with one number.
@@ -352,39 +441,39 @@ class SymmetricExchange:
         self._meet()  # whatever has been pushed is there: the old memory may go
         self.rows = None
         self.capacity = 0
+        self._layouts.clear()
         capacity = -(-(needed + needed // 8) // _GRANULE) * _GRANULE  # for a few tokens more, too
         size = _HALVES * self.group.size * capacity
         self.rows = SymmetricMemory(self.group.group, size, self.device)
         self.capacity = capacity
 
     @property
-    def _slots(self) -> int:
+    def slots(self) -> int:
+        """The numbers of each rank's vector of counts."""
         return min(self.group.slots, MAX_SLOTS)
 
     def _begin(self, kind: _Kind, layer: str, phase: str, tag: int) -> _Kind:
         with self.group.pending(layer, phase):
             self.group.wait.begin(self.group.where(layer, phase))
-        self._flags.check()
+        self.flags.check()
         kind.number += 1
         kind.tag = tag
         return kind
 
-    def _begin_rows(self, widths: Sequence[int], layer: str, phase: str, call: int) -> _Kind:
-        kind = self._begin(self._rows, layer, phase, _tag(layer, phase, call, list(widths)))
-        self._order.follow()
-        return kind
-
     def _counts_at(self, rank: int) -> int:
         block = self._counts.half * self.group.size + rank
-        return self._flag_bytes + block * _COUNTS_BYTES
+        return self._flag_bytes + block * COUNTS_BYTES
 
-    def _layout(self, widths: Sequence[int]) -> tuple[int, list[int]]:
-        """(rows of a rank that there is room for, the byte at which each part begins)."""
-        most = self.capacity // sum(map(_aligned, widths))
-        at = [self._rows.half * self.group.size * self.capacity]
-        for width in widths[:-1]:
-            at.append(at[-1] + self.group.size * most * _aligned(width))
-        return most, at
+    def _layout(self, widths: tuple[int, ...]) -> tuple[list[int], list[int], int]:
+        """(where each part begins in a half, bytes of a rank's block of each, rows of a rank)."""
+        found = self._layouts.get(widths)
+        if found is None:
+            aligned = [_aligned(width) for width in widths]
+            most = self.capacity // sum(aligned)
+            blocks = [most * width for width in aligned]
+            begins = [self.group.size * sum(blocks[:i]) for i in range(len(blocks))]
+            found = self._layouts[widths] = begins, blocks, most
+        return found
 
     def _meet(self) -> None:
         refuse_unless_all_can(self.group.group, None)

@@ -6,7 +6,9 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
@@ -50,14 +52,19 @@ class Flags:
     Args:
         group: the expert parallel group.
         memory: the memory that they are at the beginning of; zeros.
+
+    Attributes:
+        is_on_device: whether a GPU waits for them, not the host.
+        report: (4,) int64, pinned: what a wait of the device that failed says, see
+            :func:`~lightning_fastmoe.ops.exchange.wait_for_flags`.
     """
 
     def __init__(self, group: ExpertGroup, memory: SymmetricMemory) -> None:
         self._group, self._memory = group, memory
         self._names: OrderedDict[int, str] = OrderedDict()
         self.is_on_device = memory.own.is_cuda
-        self._report = torch.zeros(4, dtype=torch.int64, pin_memory=self.is_on_device)
-        self._reported = self._report.numpy()  # quicker to look at
+        self.report = torch.zeros(4, dtype=torch.int64, pin_memory=self.is_on_device)
+        self._reported = self.report.numpy()  # quicker to look at
         self._found: Tensor | None = None
         self._abandoned: Tensor | None = None
         self._event: torch.cuda.Event | None = None
@@ -71,35 +78,54 @@ class Flags:
         """The byte at which a line begins."""
         return (1 + line) * self._group.size * ops.FLAG_BYTES
 
-    def wait(self, line: int, value: int, where: str, *, fatal: bool = True) -> None:
+    def wait(self, at: int, value: int, where: str, *, fatal: bool = True) -> None:
         """Waits for all ranks: the host on the CPU, the current stream on a GPU.
 
         Args:
-            line: of the flags.
+            at: the byte at which the flags begin.
             value: what to wait for.
             where: for errors.
             fatal: whether the device traps if they don't come, because what the stream runs then
                 would read what never came. On the CPU the host raises.
         """
-        self.check()
-        self._remember(value, where)
+        self.awaited(value, where)
         if not self.is_on_device:
-            self._wait_on_host(line, value, where)
+            self._wait_on_host(at, value, where)
             return
-        memory, rank, limit = self._memory.ranks, self._group.rank, self._limit(1.0)
-        ops.wait_for_flags(memory, rank, self.at(line), value, self._report, limit, fatal)
+        memory, rank = self._memory.ranks, self._group.rank
+        ops.wait_for_flags(memory, rank, at, value, self.report, self.seconds, fatal)
 
-    def start_reading(self, line: int, value: int, table: Table, where: str) -> None:
-        """On a GPU, waits on ``table.stream`` for all ranks, and copies the table to the host."""
+    def awaited(self, value: int, where: str) -> None:
+        """Notes what a wait that is launched otherwise waits for.
+
+        Args:
+            value: of the flags.
+            where: for errors.
+        """
         self.check()
         self._remember(value, where)
+
+    def start_reading(
+        self, line: int, value: int, table: Table, where: str, *, is_launched: bool = False
+    ) -> None:
+        """On a GPU, waits on ``table.stream`` for all ranks, and copies the table to the host.
+
+        Args:
+            line: of the flags.
+            value: what to wait for.
+            table: where the others write.
+            where: for errors.
+            is_launched: whether that is already on its way, to :meth:`on_host`.
+        """
+        self.awaited(value, where)
         if table.stream is None:
             return
-        counts.await_table(
-            *(self._memory.ranks, self._group.rank, self.at(line), value, *table.place),
-            *(self._on_host(table.columns), self._report, self._limit(_SOONER)),
-            table.stream.cuda_stream,
-        )
+        if not is_launched:
+            counts.await_table(
+                *(self._memory.ranks, self._group.rank, self.at(line), value, *table.place),
+                *(self.on_host(table.columns), self.report, self.reading_seconds),
+                table.stream.cuda_stream,
+            )
         if self._event is None:
             self._event = torch.cuda.Event()
         self._event.record(table.stream)
@@ -109,16 +135,16 @@ class Flags:
         if self._event is not None:
             self._event.wait()
 
-    def finish_reading(self, line: int, value: int, table: Table, where: str) -> Tensor:
+    def finish_reading(self, line: int, value: int, table: Table, where: str) -> NDArray[np.int64]:
         """What all ranks have written to ``table``, on the host.
 
         Raises:
             ExchangeError: if the others don't come before the deadline, naming them.
         """
         if table.stream is None:
-            self._wait_on_host(line, value, where)
+            self._wait_on_host(self.at(line), value, where)
             found = counts.table(self._memory.own, *table.place, self._group.size, table.columns)
-            return found.clone()
+            return found.numpy().copy()
         try:
             self._group.wait.for_event(self._event, where)
         except BaseException as error:
@@ -129,7 +155,7 @@ class Flags:
                 self.check()  # a wait in an earlier exchange may be why the device has stopped
             raise
         self.check()
-        return self._on_host(table.columns).clone()
+        return self.on_host(table.columns).numpy().copy()
 
     def check(self) -> None:
         """Raises:
@@ -145,26 +171,36 @@ class Flags:
         if len(self._names) > _REMEMBERED:
             self._names.popitem(last=False)
 
+    @property
+    def seconds(self) -> float:
+        """How long the device waits for rows; 0 for no limit."""
+        return self._limit(1.0)
+
+    @property
+    def reading_seconds(self) -> float:
+        """How long the device waits for counts, for which the host waits, too; 0 for no limit."""
+        return self._limit(_SOONER)
+
     def _limit(self, part: float) -> float:
         """Seconds of a wait: a part of the deadline; 0 for none."""
         seconds = self._group.wait.seconds
         return 0.0 if seconds is None else max(1e-3, part * seconds)
 
-    def _on_host(self, columns: int) -> Tensor:
+    def on_host(self, columns: int) -> Tensor:
         """(R, columns) int64, pinned, which the next exchange overwrites."""
         if self._found is None or self._found.shape[1] != columns:
             self._found = torch.empty(self._group.size, columns, dtype=torch.int64, pin_memory=True)
         return self._found
 
-    def _wait_on_host(self, line: int, value: int, where: str) -> None:
+    def _wait_on_host(self, at: int, value: int, where: str) -> None:
         own, ranks = self._memory.own, self._group.size
-        flags = ops.flags_of(own, self.at(line), ranks)
+        flags = ops.flags_of(own, at, ranks)
         arrival = _Arrival(flags, ops.flags_of(own, ops.GIVEN_UP_AT, ranks), value, where)
         try:
             self._group.wait.for_event(arrival, where)
         except BaseException as error:
             missing, different, given_up = arrival.look()
-            self._report.copy_(torch.tensor([missing or 1, different, given_up, value]))
+            self.report.copy_(torch.tensor([missing or 1, different, given_up, value]))
             self.give_up()
             if isinstance(error, ExchangeError) and not different and not given_up:
                 raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error  # the deadline

@@ -3,8 +3,8 @@
 Two things can't be done by nodes that know nothing of each other. In the forward pass, the experts
 are launched before the host has seen any count, with memory for a few rows more than came in the
 passes before: otherwise the device stands still from the arrival of the rows until the host, which
-waits for the counts, has launched what follows. In the backward pass, the tokens' gradients leave
-before the weights' are computed.
+waits for the counts, has launched what follows. In the backward pass, the tokens' gradients travel
+while those of weights are computed (:mod:`~lightning_fastmoe.distributed.symmetric.operators`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.symmetric.exchange import Sizes
+from lightning_fastmoe.distributed.symmetric.operators import OperatorPassage
 from lightning_fastmoe.distributed.symmetric.tokens import Passage
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import choice
@@ -107,7 +108,10 @@ class _Layer(torch.autograd.Function):
         found = None
         if expected is not None:
             try:
-                found = compute(passage.receive_ahead(expected), expected.pairs)
+                if isinstance(passage, OperatorPassage):
+                    found = passage.experts_ahead(expected, up, down, activation, keep_h)
+                else:
+                    found = compute(passage.receive_ahead(expected), expected.pairs)
             except ExchangeError:
                 raise
             except RuntimeError as error:  # operators in C++ say no more of a lack of memory
@@ -130,19 +134,22 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         passage, needs = ctx.passage, ctx.needs_input_grad
-        d_sums = passage.combine_backward(grads[0])
         call, h = restore(ctx)
         if h is None:
             h = choice.choose(call).pre_activation(call)
         ctx.h_is_spent = True
+        sends = needs[0] or needs[1]  # both or none
+        wanted = Wanted(sends, sends, *needs[2:6])
+        if sends and isinstance(passage, OperatorPassage) and passage.takes(call, h):
+            return *passage.backward_(call, grads[0], h, wanted), *(None,) * 5
+        d_sums = passage.combine_backward(grads[0])
+        found = choice.choose(call, h).backward_(call, d_sums, h, wanted)
         d_x = d_weights = None
-        if needs[0] or needs[1]:
-            wanted = Wanted(True, True, *needs[2:6])
-            found = choice.backward_in_parts_(call, d_sums, h, wanted, passage.send_gradients)
+        if wanted.x:
+            assert found.x is not None
+            assert found.weights is not None
+            passage.send_gradients(found.x, found.weights)
             d_x, d_weights = passage.receive_gradients()
-        else:
-            wanted = Wanted(False, False, *needs[2:6])
-            found = choice.choose(call, h).backward_(call, d_sums, h, wanted)
         return d_x, d_weights, *found[2:], *(None,) * 5
 
 

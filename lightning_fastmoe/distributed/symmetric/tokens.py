@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fastmoe.distributed.symmetric.exchange import Sizes, SymmetricExchange
+from lightning_fastmoe.distributed.symmetric.exchange import (
+    Arrival,
+    CountsPlace,
+    RowsPlace,
+    Sizes,
+    SymmetricExchange,
+)
 from lightning_fastmoe.ops.exchange_arrival import (
     Blocks,
     Received,
@@ -22,9 +30,9 @@ from lightning_fastmoe.ops.exchange_arrival import (
     receive_ahead,
     sum_of_ranks,
 )
-from lightning_fastmoe.ops.exchange_plan import PairPlan, plan_pairs
+from lightning_fastmoe.ops.exchange_plan import ID_BYTES, PairPlan, plan_pairs
 
-_DISPATCH, _COMBINE, _BACKWARD = "dispatch", "combine", " (backward)"
+DISPATCH, COMBINE, BACKWARD = "dispatch", "combine", " (backward)"
 
 
 class Passage:
@@ -38,14 +46,16 @@ class Passage:
         layer: the layer's name.
 
     Attributes:
-        counts: (R, E + R) int64 on the CPU, of all ranks: the tokens of each expert, then the rows
-            to each rank; after :meth:`settle`.
+        num_local: e.
+        counts: (R, E + R) int64, of all ranks: the tokens of each expert, then the rows to each
+            rank; after :meth:`settle`.
         plan: what this rank sends; after :meth:`start`.
     """
 
-    counts: Tensor
+    counts: NDArray[np.int64]
     plan: PairPlan
     _ends: Tensor
+    _place: RowsPlace
 
     def __init__(
         self, exchange: SymmetricExchange, chosen: Tensor, where: Tensor, num_local: int, layer: str
@@ -66,19 +76,39 @@ class Passage:
         Returns:
             Whether there was room for them.
         """
-        exchange, layer, ranks = self._exchange, self._layer, self._ranks
-        plan, packed = plan_pairs(self._chosen, self._where, weights, ranks)
-        self.plan, self._parts, self._weights_dtype = plan, [_bytes(x), packed], weights.dtype
-        self._widths = [part.shape[1] for part in self._parts]
+        exchange, layer, rows = self._exchange, self._layer, _bytes(x)
+        packed_bytes = weights.shape[1] * (ID_BYTES + weights.element_size())
+        self._widths, self._weights_dtype = [rows.shape[1], packed_bytes], weights.dtype
         needed = exchange.needs(len(x), self._widths)
-        self._call = exchange.send_counts(plan.of_experts, plan.of_ranks, needed, x.shape[1], layer)
         fits = needed <= exchange.capacity
-        if fits:
-            self._push(self._parts, [ranks, 1], _DISPATCH)
-        else:
-            exchange.send_nothing(self._widths, layer, _DISPATCH, self._call)
-        exchange.start_reading(layer)
+        counts = exchange.begin_counts(layer)
+        self._call = counts.number
+        self._place = exchange.begin_rows(self._widths, layer, DISPATCH, self._call)
+        self.plan, packed = self._launch(rows, weights, x.shape[1], counts, needed, fits=fits)
+        self._parts = [rows, packed]
         return fits
+
+    def _launch(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        width: int,
+        counts: CountsPlace,
+        needed: int,
+        *,
+        fits: bool,
+    ) -> tuple[PairPlan, Tensor]:
+        """Plans, sends counts and, if they fit, rows, and starts to read the counts."""
+        exchange, layer = self._exchange, self._layer
+        plan, packed = plan_pairs(self._chosen, self._where, weights, self._ranks)
+        exchange.announce(plan.of_experts, plan.of_ranks, needed, width, layer, counts)
+        if fits:
+            parts = [rows, packed]
+            exchange.send(parts, plan.order, [self._ranks, 1], plan.ends, self._place)
+        else:
+            exchange.send_nothing(self._place)
+        exchange.start_reading(layer)
+        return plan, packed
 
     def settle(self) -> bool:
         """Waits until the host knows the counts. Sends tokens again if a rank had no room for them.
@@ -93,7 +123,7 @@ class Passage:
         is_short = most > exchange.capacity  # all ranks see it
         if is_short:
             exchange.grow(most)
-            self._push(self._parts, [ranks, 1], _DISPATCH)
+            self._push(self._parts, [ranks, 1], DISPATCH)
         self._parts = []  # the graph keeps this object, and needs none of them
         self.counts = table[:, :columns]
         of_ranks = self.counts[:, -ranks:]
@@ -110,7 +140,7 @@ class Passage:
 
     def receive(self) -> Received:
         """The tokens that came here, after :meth:`settle`."""
-        rows, packed = self._exchange.arrival(self._widths, self._layer, _DISPATCH).parts
+        rows, packed = self._arrival(self._widths, DISPATCH).parts
         found = receive(rows, self._received, packed, self.num_local, self._weights_dtype)
         self._ends = found.ends
         return found
@@ -122,7 +152,7 @@ class Passage:
             sizes: what to expect at most.
         """
         arrived, expected = self._exchange.arrival_ahead(
-            self._widths, self._layer, _DISPATCH, self._where, sizes
+            self._widths, self._layer, DISPATCH, self._place, self._where, sizes
         )
         rows, packed = arrived.parts
         found = receive_ahead(rows, packed, self.num_local, self._weights_dtype, expected)
@@ -138,14 +168,14 @@ class Passage:
 
     def combine(self, sums: Tensor) -> Tensor:
         """``sums (S', D) -> (T, D)``, each token's sum over ranks."""
-        self._send_back(_COMBINE, sums)
-        return self._sums(_COMBINE, [sums])[0]
+        self._send_back(COMBINE, sums)
+        return self._sums(COMBINE, [sums])[0]
 
     def combine_backward(self, grad: Tensor) -> Tensor:
         """``(T, D) -> (S', D)``, the gradient of each row's sums."""
-        parts, phase = [_bytes(grad)], _COMBINE + _BACKWARD
+        parts, phase = [_bytes(grad)], COMBINE + BACKWARD
         self._push(parts, [self._ranks], phase)
-        (rows,) = self._exchange.arrival([parts[0].shape[1]], self._layer, phase).parts
+        (rows,) = self._arrival([parts[0].shape[1]], phase).parts
         return receive(rows, self._received).rows.view(grad.dtype)
 
     def send_gradients(self, d_rows: Tensor, d_weights: Tensor) -> None:
@@ -153,26 +183,32 @@ class Passage:
 
         :meth:`receive_gradients` must follow.
         """
-        self._send_back(_DISPATCH + _BACKWARD, d_rows, d_weights)
+        self._send_back(DISPATCH + BACKWARD, d_rows, d_weights)
         self._returned = d_rows, d_weights
 
     def receive_gradients(self) -> tuple[Tensor, Tensor]:
         """``(T, D), (T, K)``, the gradients of tokens and weights."""
         d_rows, d_weights = self._returned
         del self._returned
-        d_x, (_, by_row) = self._sums(_DISPATCH + _BACKWARD, [d_rows, d_weights])
+        d_x, (_, by_row) = self._sums(DISPATCH + BACKWARD, [d_rows, d_weights])
         return d_x, of_slots(by_row, self.plan, d_weights.dtype)
 
+    def _begin(self, widths: Sequence[int], phase: str) -> RowsPlace:
+        self._place = self._exchange.begin_rows(widths, self._layer, phase, self._call)
+        return self._place
+
     def _push(self, parts: list[Tensor], divisors: list[int], phase: str) -> None:
-        plan = self.plan
-        self._exchange.send(parts, plan.order, divisors, plan.ends, self._layer, phase, self._call)
+        plan, place = self.plan, self._begin([part.shape[1] for part in parts], phase)
+        self._exchange.send(parts, plan.order, divisors, plan.ends, place)
 
     def _send_back(self, phase: str, *tensors: Tensor) -> None:
         """Sends a row of each tensor for each row that came here."""
         parts = [_bytes(tensor) for tensor in tensors]
-        self._exchange.send(
-            parts, None, [1] * len(parts), self._ends, self._layer, phase, self._call
-        )
+        place = self._begin([part.shape[1] for part in parts], phase)
+        self._exchange.send(parts, None, [1] * len(parts), self._ends, place)
+
+    def _arrival(self, widths: Sequence[int], phase: str) -> Arrival:
+        return self._exchange.arrival(widths, self._layer, phase, self._place)
 
     def _sums(self, phase: str, like: Sequence[Tensor]) -> tuple[Tensor, Sequence[Blocks]]:
         """Receives what all ranks have sent back.
@@ -182,7 +218,7 @@ class Passage:
             all of them are.
         """
         widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
-        arrived = self._exchange.arrival(widths, self._layer, phase)
+        arrived = self._arrival(widths, phase)
         rows, most = arrived.evenly_spaced(0, self._sent)
         return sum_of_ranks(rows.view(like[0].dtype), self.plan, most), arrived.parts
 

@@ -120,7 +120,7 @@ def compile_library(
         about.write_text(record.source(), encoding="ascii")
         # Long files first, so that the last ones to finish are short.
         ordered = sorted(sources, key=lambda source: -source.stat().st_size)
-        objects = [folder / f"{source.name}.o" for source in (*ordered, about)]
+        objects = [folder / f"{source.parent.name}.{source.name}.o" for source in (*ordered, about)]
         commands = [
             compile_command(nvcc, flags, source, output)
             for source, output in zip((*ordered, about), objects, strict=True)

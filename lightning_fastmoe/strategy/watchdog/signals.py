@@ -16,6 +16,9 @@ from typing_extensions import override
 
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 
+_BROADCAST = "_broadcast_sigterm_tensor"
+"""Lightning's method that asks rank 0 before each batch."""
+
 
 class DeferredSignals(pl.Callback):
     """Defers Lightning's handlers of SIGTERM and of SLURM's requeue signal.
@@ -42,6 +45,10 @@ class DeferredSignals(pl.Callback):
         self._noted: set[int] = set()
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._under_way: tuple[Any, torch.Tensor] | None = None
+        # Before each batch Lightning broadcasts whether rank 0 got SIGTERM, and the host waits for
+        # the device to find out. Here all ranks know it already, at the same batch.
+        self._loop = trainer.fit_loop.epoch_loop
+        self._loop.__dict__[_BROADCAST] = _do_nothing
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
@@ -58,6 +65,7 @@ class DeferredSignals(pl.Callback):
         """Removes itself from the Trainer, which restores the handlers."""
         if self in self._callbacks:
             self._callbacks.remove(self)
+        self._loop.__dict__.pop(_BROADCAST, None)
         if self._group is not None and self._under_way is None:
             # Otherwise an error came in between, and the other ranks may never join the all-reduce.
             dist.destroy_process_group(self._group)
@@ -100,3 +108,7 @@ class DeferredSignals(pl.Callback):
                     # already, and a second SIGTERM would make their watch end them.
                     self._trainer._signal_connector.received_sigterm = True
                 handler(number, None)
+
+
+def _do_nothing() -> None:
+    pass
