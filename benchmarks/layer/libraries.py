@@ -105,11 +105,7 @@ class SonicMoE(Peer):
     def start(self, device: torch.device) -> None:
         self.functional = importlib.import_module("sonicmoe.functional")
         self.swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
-        for name in ("sonicmoe.functional.forward", "sonicmoe.functional.backward"):
-            module = importlib.import_module(name)
-            for gemm in ("gemm", "gemm_gated", "gemm_dgated"):
-                if hasattr(module, gemm):
-                    setattr(module, gemm, functools.partial(getattr(module, gemm), tuned=False))
+        use_default_tiles()
 
     def build(self, problem: Problem) -> Layer:
         leaves = given_leaves(problem) | {"up": leaf(_interleave(problem.up))}
@@ -191,6 +187,15 @@ class SonicMoETopK(SonicMoERouter):
         choose = self.functional.TC_Softmax_Topk_Router_Function.apply
         weights, expert_ids = choose(logits, router.shape[0], top_k, top_k > 1, False)
         return Routing(logits, scores, weights, expert_ids)
+
+
+def use_default_tiles() -> None:
+    """Lets SonicMoE use QuACK's default tiles, rather than try all of them at each new shape."""
+    for name in ("sonicmoe.functional.forward", "sonicmoe.functional.backward"):
+        module = importlib.import_module(name)
+        for gemm in ("gemm", "gemm_gated", "gemm_dgated"):
+            if hasattr(module, gemm):
+                setattr(module, gemm, functools.partial(getattr(module, gemm), tuned=False))
 
 
 def _interleave(up: Tensor) -> Tensor:
