@@ -3,18 +3,21 @@
     python benchmarks/moe_layer.py                               # every configuration, uniform
     python benchmarks/moe_layer.py --configs sonic-7b,mixtral-8x7b --routings uniform,zipf:1.5 \\
         --peers ours,torch,transformers --json run.json --markdown run.md --plot run.png
+    python benchmarks/moe_layer.py --peers ours-module,torch-router      # with their routers
     python benchmarks/moe_layer.py --device cpu --tiny           # checks the script itself
 
-All peers get the same tokens, weights and routing. Each runs in a separate process, and they take
-turns in every round, so that a device that slows down affects all of them. Before anything is
-timed, the output and every gradient are compared with an fp32 computation, one expert at a time; a
-peer whose error is above 1e-2 is refused. A peer that isn't installed, fails or takes too long gets
-a row that says so. `layer/measure.py` describes how time, memory and launches are measured, and
+All peers get the same tokens, weights and routing. Those that do their own routing get the router's
+weights instead, which lead to the same routing, and also compute both balancing losses; their
+baseline in the tables does so, too. Each peer runs in a separate process, and they take turns in
+every round, so that a device that slows down affects all of them. Before anything is timed, the
+output and every gradient are compared with an fp32 computation, one expert at a time; a peer whose
+error is above 1e-2 is refused. A peer that isn't installed, fails or takes too long gets a row that
+says so. `layer/measure.py` describes how time, memory and launches are measured, and
 `layer/routings.py` defines the routings.
 
-Peers that compile for minutes (liger, sonicmoe) run only if named. ``--limit sonicmoe=300`` gives
-one of them more time to get ready for a row; ``--ahead 8`` lets eight of them compile at once
-before anything is measured.
+Peers that compile for minutes (liger, sonicmoe, sonicmoe-router, sonicmoe-topk) run only if named.
+``--limit sonicmoe=300`` gives one of them more time to get ready for a row; ``--ahead 8`` lets
+eight of them compile at once before anything is measured.
 """
 
 from __future__ import annotations

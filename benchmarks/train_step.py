@@ -13,7 +13,10 @@ steps after those that are timed, the last of them under torch.profiler, splits 
 names, and lists on stderr the longest kernels and the longest gaps between them. The first losses
 of all rows must agree within 4 %, and the medians of their last eight within 5 %, or the script
 ends with status 1: what doesn't train the same is not compared. With --gpus, each GPU trains
-batches of its own of the same size; times, rates and losses are those of the first.
+batches of its own of the same size; times, rates and losses are those of the first. Rows of
+other packages (PEFT, Liger, SonicMoE) run only if named; without its package, a row says so, and
+the others are compared. Liger and SonicMoE compile for minutes in the first step: give them --limit
+900.
 
 Prints a line of JSON for each run, then a table.
 """
@@ -119,6 +122,9 @@ def table(runs: list[dict[str, Any]], shape: Shape) -> tuple[list[str], bool]:
     ]
     same = base is not None
     for name, found in good.items():
+        if missing := next((r["missing"] for r in runs if r["row"] == name and "missing" in r), ""):
+            lines.append(f"| {name} | {missing} | | | | | |")
+            continue
         if base is None or not found:
             lines.append(f"| {name} | failed | | | | | |")
             same = False
@@ -141,7 +147,9 @@ def main() -> None:
     """Runs all rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gpu_lm")
-    parser.add_argument("--rows", nargs="+", default=None, help="default: all of them")
+    parser.add_argument(
+        "--rows", nargs="+", default=None, help="default: all that need no other package"
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1)
@@ -154,7 +162,7 @@ def main() -> None:
     from training.rows import ROWS
 
     able = [name for name, row in ROWS.items() if row.takes(args.gpus)]
-    names = args.rows or able
+    names = args.rows or [name for name in able if ROWS[name].needs is None]
     if unknown := sorted(set(names) - set(ROWS)):
         parser.error(f"unknown rows: {', '.join(unknown)}; there are: {', '.join(ROWS)}")
     if one_gpu := sorted(set(names) - set(able)):
@@ -174,7 +182,10 @@ def main() -> None:
     runs = []
     for _ in range(args.rounds):
         for name in names:
-            found = run(context, name, shape, args)
+            if missing := ROWS[name].missing():
+                found = {"row": name, "missing": missing}
+            else:
+                found = run(context, name, shape, args)
             if "error" in found:
                 print(f"{name}: {found['error']}", file=sys.stderr)
                 found["error"] = found["error"].splitlines()[-1]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from layer.configs import Config
-from layer.peers import Layer, Peer, given_leaves, leaf, missing
+from layer.peers import Layer, Peer, given_leaves, leaf, missing, routing_leaves
 from layer.problem import Problem, activate
+from layer.router import Routing, add_losses, route, score
 
 
 def _gated_only(config: Config | None) -> str | None:
@@ -102,43 +103,99 @@ class SonicMoE(Peer):
         return _gated_only(config) or _needs_cuda(device) or missing("sonicmoe")
 
     def start(self, device: torch.device) -> None:
-        for name in ("sonicmoe.functional.forward", "sonicmoe.functional.backward"):
-            module = importlib.import_module(name)
-            for gemm in ("gemm", "gemm_gated", "gemm_dgated"):
-                if hasattr(module, gemm):
-                    setattr(module, gemm, functools.partial(getattr(module, gemm), tuned=False))
+        self.functional = importlib.import_module("sonicmoe.functional")
+        self.swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
+        use_default_tiles()
 
     def build(self, problem: Problem) -> Layer:
-        from sonicmoe import functional
-        from sonicmoe.enums import ActivationType
-
-        sizes, device = problem.config, problem.x.device
-        experts, top_k, pairs = sizes.num_experts, sizes.top_k, sizes.pairs
-        up = leaf(_interleave(problem.up))
-        leaves = given_leaves(problem) | {"up": up}
+        leaves = given_leaves(problem) | {"up": leaf(_interleave(problem.up))}
         ids = problem.expert_ids.to(torch.int32)
 
-        def index(n: int) -> Tensor:
-            return torch.empty(n, dtype=torch.int32, device=device)
-
         def forward() -> Tensor:
-            x, weights, down = leaves["x"], leaves["weights"], leaves["down"]
-            counts, ends = index(experts), index(experts + 1)
-            gather, scatter, reverse = index(pairs), index(pairs), index(pairs)
-            functional.TC_topk_router_metadata_triton(
-                ids, experts, counts, ends, gather, scatter, reverse
-            )
-            glu = ActivationType.SWIGLU
-            indices = (gather, scatter, reverse, None, False, glu)
-            a, h = functional._UpProjection.apply(
-                x, up.permute(1, 2, 0), None, ends, pairs, top_k, *indices, False, False
-            )
-            w2 = down.permute(1, 2, 0)
-            return functional._DownProjection.apply(
-                a, h, w2, None, weights, ends, sizes.tokens, top_k, *indices
-            )
+            x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
+            return self.run_experts(problem.config, x, ids, weights, up, down)[0]
 
         return Layer(forward, leaves, {"up": _separate})
+
+    def run_experts(
+        self, config: Config, x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The output (T, D) and tokens per expert (E,), for ids in int32 and interleaved ``up``."""
+        functional = self.functional
+        tokens, experts, top_k, pairs = len(x), config.num_experts, config.top_k, config.pairs
+
+        def index(n: int) -> Tensor:
+            return torch.empty(n, dtype=torch.int32, device=x.device)
+
+        counts, ends = index(experts), index(experts + 1)
+        gather, scatter, reverse = index(pairs), index(pairs), index(pairs)
+        functional.TC_topk_router_metadata_triton(
+            ids, experts, counts, ends, gather, scatter, reverse
+        )
+        indices = (gather, scatter, reverse, None, False, self.swiglu)
+        a, h = functional._UpProjection.apply(
+            x, up.permute(1, 2, 0), None, ends, pairs, top_k, *indices, False, False
+        )
+        w2 = down.permute(1, 2, 0)
+        out = functional._DownProjection.apply(
+            a, h, w2, None, weights, ends, tokens, top_k, *indices
+        )
+        return out, counts
+
+
+class SonicMoERouter(SonicMoE):
+    """SonicMoE behind the same router as this package's module."""
+
+    name = "sonicmoe-router"
+    title = "SonicMoE, router"
+    note = (
+        "as SonicMoE, behind a router of plain torch: product in fp32, softmax, top-k; both losses"
+        " with SonicMoE's counts. Its own module multiplies in bf16, and has no z-loss"
+    )
+    with_router = True
+
+    def build(self, problem: Problem) -> Layer:
+        leaves = routing_leaves(problem) | {"up": leaf(_interleave(problem.up))}
+        config = problem.config
+
+        def forward() -> Tensor:
+            x, router, up, down = (leaves[n] for n in ("x", "router", "up", "down"))
+            found = self.route(x, router, config.top_k)
+            ids = found.expert_ids.to(torch.int32)
+            out, counts = self.run_experts(config, x, ids, found.weights, up, down)
+            return add_losses(out, found, counts)
+
+        return Layer(forward, leaves, {"up": _separate})
+
+    def route(self, x: Tensor, router: Tensor, top_k: int) -> Routing:
+        """``x (T, D)``, ``router (E, D)`` -> the routing."""
+        return route(x, router, top_k)
+
+
+class SonicMoETopK(SonicMoERouter):
+    """The same with SonicMoE's own softmax and top-k, which are one kernel."""
+
+    name = "sonicmoe-topk"
+    title = "SonicMoE, router, its top-k"
+    note = "as SonicMoE, router, but with SonicMoE's fused softmax and top-k on the fp32 logits"
+
+    def route(self, x: Tensor, router: Tensor, top_k: int) -> Routing:
+        """See :class:`SonicMoERouter`."""
+        logits, scores = score(x, router)
+        # A softmax over the K chosen logits, as in SonicMoE's own module, is the normalised one.
+        # Of a single one it would always be 1.
+        choose = self.functional.TC_Softmax_Topk_Router_Function.apply
+        weights, expert_ids = choose(logits, router.shape[0], top_k, top_k > 1, False)
+        return Routing(logits, scores, weights, expert_ids)
+
+
+def use_default_tiles() -> None:
+    """Lets SonicMoE use QuACK's default tiles, rather than try all of them at each new shape."""
+    for name in ("sonicmoe.functional.forward", "sonicmoe.functional.backward"):
+        module = importlib.import_module(name)
+        for gemm in ("gemm", "gemm_gated", "gemm_dgated"):
+            if hasattr(module, gemm):
+                setattr(module, gemm, functools.partial(getattr(module, gemm), tuned=False))
 
 
 def _interleave(up: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layer.configs import Config
 from layer.problem import LOAD_BALANCING, Z_LOSS, Problem, activate
+from layer.router import add_losses, route
 
 
 @dataclass
@@ -117,9 +118,14 @@ def given_leaves(problem: Problem) -> dict[str, Any]:
     return {name: leaf(getattr(problem, name)) for name in ("x", "weights", "up", "down")}
 
 
-def _sorted_pairs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def routing_leaves(problem: Problem) -> dict[str, Any]:
+    """Leaves of a layer that does its own routing."""
+    return {name: leaf(getattr(problem, name)) for name in ("x", "router", "up", "down")}
+
+
+def _sorted_pairs(expert_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sorted expert ids, the pairs in expert-major order, and the inverse."""
-    ids, order = torch.sort(problem.expert_ids.flatten(), stable=True)
+    ids, order = torch.sort(expert_ids.flatten(), stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     return ids, order, inverse
@@ -151,21 +157,46 @@ class PlainTorch(Peer):
 
     def build(self, problem: Problem) -> Layer:
         leaves = given_leaves(problem)
-        config = problem.config
 
         def forward() -> Tensor:
             x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
-            ids, order, inverse = _sorted_pairs(problem)
-            experts = torch.arange(config.num_experts, device=x.device)
-            ends = torch.searchsorted(ids, experts, right=True).to(torch.int32)
-            rows = x[order // config.top_k]
-            h = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
-            del rows
-            a = activate(h, config.activation)
-            del h
-            y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)
-            del a
-            return self.weighted_sum(y, inverse, weights)
+            return self.run_experts(problem.config, x, problem.expert_ids, weights, up, down)[0]
+
+        return Layer(forward, leaves)
+
+    def run_experts(
+        self, config: Config, x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The output (T, D), and where each expert's rows end, (E,) int32."""
+        sorted_ids, order, inverse = _sorted_pairs(ids)
+        experts = torch.arange(config.num_experts, device=x.device)
+        ends = torch.searchsorted(sorted_ids, experts, right=True).to(torch.int32)
+        rows = x[order // config.top_k]
+        h = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+        del rows
+        a = activate(h, config.activation)
+        del h
+        y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)
+        del a
+        return self.weighted_sum(y, inverse, weights), ends
+
+
+class PlainTorchRouter(PlainTorch):
+    """Plain torch with a router: the baseline of the peers that do their own routing."""
+
+    name = "torch-router"
+    title = "plain torch, router"
+    note = "as plain torch, behind a router of plain torch: product in fp32, softmax, top-k, losses"
+    with_router = True
+
+    def build(self, problem: Problem) -> Layer:
+        leaves, config = routing_leaves(problem), problem.config
+
+        def forward() -> Tensor:
+            x, router, up, down = (leaves[n] for n in ("x", "router", "up", "down"))
+            found = route(x, router, config.top_k)
+            out, ends = self.run_experts(config, x, found.expert_ids, found.weights, up, down)
+            return add_losses(out, found, ends.diff(prepend=ends.new_zeros(1)))
 
         return Layer(forward, leaves)
 
@@ -192,7 +223,7 @@ class Loop(Peer):
 
         def forward() -> Tensor:
             x, weights, up, down = (leaves[n] for n in ("x", "weights", "up", "down"))
-            ids, order, inverse = _sorted_pairs(problem)
+            ids, order, inverse = _sorted_pairs(problem.expert_ids)
             counts = torch.bincount(ids, minlength=config.num_experts).tolist()
             chunks = x[order // config.top_k].split(counts)
             matrices = zip(chunks, up.unbind(0), down.unbind(0), strict=True)
@@ -260,7 +291,7 @@ class OursModule(Ours):
     title = "lightning_fastmoe.MoE"
     note = (
         "the whole module: router product in fp32, softmax, top-k, both losses; compare it with"
-        " nobody here, since the others are given their routing"
+        " the peers that have such a router, since the others are given their routing"
     )
     with_router = True
 

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from layer.errors import BenchmarkError
-from layer.libraries import DeepSpeed, Liger, SonicMoE, Transformers
-from layer.peers import Loop, Ours, OursGroupedMM, OursModule, Peer, PlainTorch, PlainTorchBmm
+from layer.libraries import (
+    DeepSpeed,
+    Liger,
+    SonicMoE,
+    SonicMoERouter,
+    SonicMoETopK,
+    Transformers,
+)
+from layer.peers import (
+    Loop,
+    Ours,
+    OursGroupedMM,
+    OursModule,
+    Peer,
+    PlainTorch,
+    PlainTorchBmm,
+    PlainTorchRouter,
+)
 
 _CLASSES: tuple[type[Peer], ...] = (
     Ours,
@@ -12,10 +28,13 @@ _CLASSES: tuple[type[Peer], ...] = (
     OursGroupedMM,
     PlainTorch,
     PlainTorchBmm,
+    PlainTorchRouter,
     Loop,
     Transformers,
     Liger,
     SonicMoE,
+    SonicMoERouter,
+    SonicMoETopK,
     DeepSpeed,
 )
 

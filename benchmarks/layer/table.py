@@ -7,7 +7,8 @@ from typing import Any
 from layer.configs import CONFIGS
 from layer.registry import PEERS
 
-BASELINE = "torch"
+BASELINES = {False: "torch", True: "torch-router"}
+"""What a peer without a router of its own is compared with, and what one with a router."""
 
 HEADER = (
     "peer",
@@ -15,7 +16,7 @@ HEADER = (
     "step TFLOP/s",
     "% of dense",
     "step ms [quartiles]",
-    f"step vs {PEERS[BASELINE].title}",
+    f"step vs {PEERS[BASELINES[False]].title}",
     "peak GiB over rest",
     "kernels",
     "host syncs",
@@ -45,8 +46,12 @@ def _table(
         text += f", {sizes['activation']}"
         lines += [text + (f"; fullest expert {load:.2f} times the mean." if load else "."), ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    base = next((r for r in rows if r["peer"] == BASELINE and r["status"] == "ok"), None)
-    return lines + [_line(row, base) for row in rows]
+    return lines + [_line(row, _base_of(row, rows)) for row in rows]
+
+
+def _base_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    name = BASELINES[PEERS[row["peer"]].with_router]
+    return next((r for r in rows if r["peer"] == name and r["status"] == "ok"), None)
 
 
 def _line(row: dict[str, Any], base: dict[str, Any] | None) -> str:

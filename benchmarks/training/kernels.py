@@ -8,7 +8,11 @@ from collections.abc import Iterable
 
 PARTS = (
     ("optimizer", r"[Aa]dam|multi_tensor|foreach|LpNorm"),
-    ("expert layers", r"lightning_fastmoe|fastmoe|grouped_mm|GroupProblem|grouped_gemm"),
+    (
+        "expert layers",
+        r"lightning_fastmoe|fastmoe|grouped_mm|GroupProblem|grouped_gemm"
+        r"|_moe_|_fused_up_proj|_fused_down_proj|_token_gather|quack|sonicmoe",
+    ),
     ("attention", r"flash|fmha|cudnn.*sdpa|sdpa|attention"),
     ("communication", r"nccl"),
     ("GEMMs", r"gemm|nvjet|cutlass|xmma|splitK|cublas"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,6 +33,8 @@ class Row:
         bf16: whether the weights are bf16; else autocast, or ZeRO's mixed precision.
         expert_parallel: whether experts are sharded over all GPUs; else each GPU has all of them.
         dispatcher: how experts' tokens are exchanged.
+        own_loss: whether the model computes the loss, without having all logits at once.
+        needs: a module of another package that it imports.
         gpus: number of GPUs, each with a process like this one.
     """
 
@@ -43,11 +46,20 @@ class Row:
     bf16: bool = False
     expert_parallel: bool = False
     dispatcher: str = "auto"
+    own_loss: bool = False
+    needs: str | None = None
     gpus: int = 1
 
     def takes(self, gpus: int) -> bool:
         """Whether it trains on so many GPUs."""
         return self.trains is by_trainer if gpus > 1 else not self.expert_parallel
+
+    def missing(self) -> str | None:
+        """What must be installed first, None for nothing."""
+        # Looked for, not imported: that would take CUDA from the processes that train.
+        if self.needs is None or importlib.util.find_spec(self.needs):
+            return None
+        return f"not installed: {self.needs}"
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -119,6 +131,31 @@ def peft_lora(shape: Shape) -> nn.Module:
     return model
 
 
+def liger(shape: Shape) -> nn.Module:
+    """The model of transformers with all that Liger has for it: experts, norms, RoPE and loss."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+    model = transformers_model(shape)
+    apply_liger_kernel_to_qwen3_moe(model=model)
+    return model
+
+
+def sonicmoe(shape: Shape) -> nn.Module:
+    """The model of transformers with SonicMoE's experts, with QuACK's default tiles."""
+    from layer.libraries import use_default_tiles
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+    from transformers.integrations import sonicmoe as integration
+
+    use_default_tiles()
+    # transformers downloads these kernels from the Hub. The package of the same name has the same
+    # function, which refuses to be traced.
+    integration._SONICMOE = integration.SonicMoE(
+        ActivationType, torch.compiler.disable(moe_general_routing_inputs)
+    )
+    return transformers_model(shape, "sonicmoe")
+
+
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks of either model."""
     yield from model.model.layers  # type: ignore[union-attr, misc]
@@ -134,6 +171,12 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     """The mean cross-entropy of the next token, in fp32."""
     logits = logits_of(model, batch[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def own_loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """The same, computed by a model of transformers from its hidden states."""
+    loss: Tensor = model(batch[:, :-1], shift_labels=batch[:, 1:].contiguous()).loss
+    return loss
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -160,12 +203,13 @@ def in_a_loop(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
             block.compile(fullgraph=row.fullgraph)
     optimizer = optimizer_of(row, model)
     autocast = nullcontext() if row.bf16 else torch.autocast(device().type, torch.bfloat16)
+    compute_loss = own_loss_of if row.own_loss else loss_of
     batches = shape.batches(8)
     clock.start()
     for step in range(steps):
         batch = batches[step % len(batches)].to(device(), non_blocking=True)
         with autocast:
-            loss = loss_of(model, batch)
+            loss = compute_loss(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -247,8 +291,16 @@ ROWS = {
     "in-place-strategy": Row(in_place, by_trainer),
     "in-place-lora": Row(in_place_lora, in_a_loop, bf16=True),
     "in-place-qlora": Row(in_place_qlora, in_a_loop, bf16=True),
-    "peft-lora": Row(peft_lora, in_a_loop, bf16=True),
+    "peft-lora": Row(peft_lora, in_a_loop, bf16=True, needs="peft"),
     "transformers": Row(transformers_model, in_a_loop, bf16=True),
     "transformers-compiled": Row(transformers_model, in_a_loop, bf16=True, compiled=True),
     "transformers-zero2": Row(transformers_model, by_trainer),
+    "transformers-liger": Row(liger, in_a_loop, bf16=True, own_loss=True, needs="liger_kernel"),
+    "transformers-liger-compiled": Row(
+        liger, in_a_loop, bf16=True, compiled=True, own_loss=True, needs="liger_kernel"
+    ),
+    "transformers-sonicmoe": Row(sonicmoe, in_a_loop, bf16=True, needs="sonicmoe"),
+    "transformers-sonicmoe-compiled": Row(
+        sonicmoe, in_a_loop, bf16=True, compiled=True, needs="sonicmoe"
+    ),
 }

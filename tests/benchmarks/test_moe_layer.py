@@ -18,7 +18,7 @@ from layer.peers import Layer, PlainTorch
 from layer.runner import Options, Runner, summary
 from layer.worker import TOLERANCE, Failed, Subprocess
 
-ON_CPU = ("ours", "ours-module", "torch", "torch-bmm", "loop", "deepspeed")
+ON_CPU = ("ours", "ours-module", "torch", "torch-bmm", "torch-router", "loop", "deepspeed")
 QUICK = ["--device", "cpu", "--tiny", "--in-process", "--seconds-per-row", "0.01", "--rounds", "2"]
 
 
@@ -40,13 +40,13 @@ def test_every_peer_of_the_cpu_is_right_everywhere(tmp_path):
     for row in report["rows"]:
         assert 0 < row["max_error"] <= TOLERANCE
         wanted = {"out", "x", "up", "down"}
-        wanted |= {"router" if row["peer"] == "ours-module" else "weights"}
+        wanted |= {"router" if registry.PEERS[row["peer"]].with_router else "weights"}
         assert row["errors"].keys() == wanted
 
 
 def test_fp32_is_right_to_fp32(tmp_path):
     arguments = ("--configs", "sonic-7b,switch-8", "--dtype", "float32", "--peers")
-    _, report, _ = run(tmp_path, *arguments, "ours,ours-module,torch,loop")
+    _, report, _ = run(tmp_path, *arguments, "ours,ours-module,torch,torch-router,loop")
     assert all(row["max_error"] < 1e-5 for row in report["rows"])
 
 
@@ -76,6 +76,18 @@ def test_what_is_written(tmp_path):
     assert f"| {ratio:.2f}x |" in text
     assert f"torch {torch.__version__}" in text
     assert all(line.count("|") == 12 for line in text.splitlines() if line.startswith("|"))
+
+
+def test_peers_with_a_router_are_compared_with_one_that_has_a_router(tmp_path):
+    peers = "torch,ours,torch-router,ours-module,sonicmoe-router"
+    _, report, text = run(tmp_path, "--configs", "sonic-7b", "--peers", peers)
+    tflops = [row["step_tflops"] for row in report["rows"][:4]]
+    ratios = [f"{tflops[i] / tflops[base]:.2f}x" for i, base in enumerate([0, 0, 2, 2])]
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [line[5] for line in lines[:4]] == ratios
+    assert lines[4][:2] == ["| SonicMoE, router", "unavailable: needs a CUDA device"]
+    _, _, text = run(tmp_path, "--configs", "sonic-7b", "--peers", "torch,ours-module")
+    assert text.splitlines()[7].split(" | ")[5] == "-"
 
 
 class Wrong(PlainTorch):
@@ -281,6 +293,7 @@ def test_peers_that_compile_are_not_in_a_default_run():
         "ours-module",
         "torch",
         "torch-bmm",
+        "torch-router",
         "loop",
         "transformers",
         "deepspeed",

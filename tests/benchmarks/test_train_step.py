@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import train_step
 from train_step import table
 from training import kernels, rows
 from training.shapes import SHAPES
@@ -50,10 +52,21 @@ def run_of(row: str, **fields: object) -> dict[str, object]:
         (run_of("b", first_loss=5.3), False),
         (run_of("b", last_loss=4.3), False),
         ({"row": "b", "error": "OutOfMemoryError"}, False),
+        ({"row": "b", "missing": "not installed: peft"}, True),
     ],
 )
 def test_what_trains_otherwise_is_not_compared(other, same):
     assert table([run_of("a"), other], SHAPES["tiny"])[1] is same
+
+
+def test_what_is_not_installed_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(rows.ROWS, "other", replace(rows.ROWS["peft-lora"], needs="no_such_module"))
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--shape", "tiny", "--rows", "other"])
+    with pytest.raises(SystemExit, match="1"):  # nothing was trained
+        train_step.main()
+    shown = capsys.readouterr().out
+    assert '{"row": "other", "missing": "not installed: no_such_module"}' in shown
+    assert "| other | not installed: no_such_module |" in shown
 
 
 def test_flops_count_each_weight_that_a_token_meets():

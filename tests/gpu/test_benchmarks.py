@@ -23,7 +23,9 @@ def prepared(peer: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("peer", ["ours", "ours-module", "torch", "torch-bmm", "loop"])
+@pytest.mark.parametrize(
+    "peer", ["ours", "ours-module", "torch", "torch-bmm", "torch-router", "loop"]
+)
 def test_peers_are_right(peer):
     found = prepared(peer)
     assert found["status"] == "ok", found
@@ -33,6 +35,7 @@ def test_peers_are_right(peer):
 
 def test_waits_are_counted():
     assert prepared("torch")["host_syncs"] == 0
+    assert prepared("torch-router")["host_syncs"] == 0
     assert prepared("ours")["host_syncs"] == 0
     assert prepared("loop")["host_syncs"] >= 1
 
