@@ -38,7 +38,7 @@ _ONLY_OFFLOADING = (
     "host_cache",
     "measure",
 )
-_ONLY_TRAINING = ("gpus_per_node", "stage", "precision", "logits_rows")
+_ONLY_TRAINING = ("gpus_per_node", "stage", "precision", "logits_rows", "dispatcher")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--logits-rows", type=int, help="tokens whose logits are there at a time (default: all)"
     )
+    training.add_argument(
+        "--dispatcher",
+        choices=["auto", "all_to_all", "dedup", "dedup_overlapped", "symmetric"],
+        help="how tokens reach their experts (default: auto, on GPUs that reach each other's"
+        " memory)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -116,6 +122,7 @@ def _plan_training(arguments: argparse.Namespace, config: Any, sequences: int, l
     import torch
 
     from lightning_fastmoe.huggingface.activations import saved_activations
+    from lightning_fastmoe.huggingface.sharded_experts import choose_dispatcher
     from lightning_fastmoe.huggingface.trial import skeleton
     from lightning_fastmoe.planning.offload_sizes import parse_bytes
     from lightning_fastmoe.planning.training import training_plan
@@ -127,12 +134,16 @@ def _plan_training(arguments: argparse.Namespace, config: Any, sequences: int, l
     stage = 2 if arguments.stage is None else arguments.stage
     strategy = FastMoEStrategy(stage=stage)
     assert isinstance(strategy.config, dict)
+    model = skeleton(config, dtype=dtype)
+    if arguments.dispatcher is not None:
+        choose_dispatcher(model, arguments.dispatcher)
     plan = training_plan(
-        skeleton(config, dtype=dtype),
+        model,
         saved_activations(skeleton(config, dtype=dtype), sequences, length, arguments.logits_rows),
         gpus=gpus,
         gpus_per_node=min(gpus, 8) if per_node is None else per_node,
         gpu_memory=parse_bytes(arguments.gpu_memory or "80GB"),
+        tokens=sequences * length,
         itemsize=dtype.itemsize,
         zero=strategy.config["zero_optimization"],
         run=f"{gpus} GPU{'s' * (gpus > 1)}, ZeRO stage {stage}, {precision}, Adam,"

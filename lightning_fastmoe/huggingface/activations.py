@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import stacked_weights
 from lightning_fastmoe.huggingface.sharded_experts import kind
-from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.planning.training import Activations
 
 _ATTENTION = "fastmoe_shapes"
@@ -137,5 +136,4 @@ def saved_activations(
         # Logits, their copy in fp32, and its log-softmax, which the backward needs.
         logits=rows * vocabulary * (hidden.element_size() + 8),
         hidden=hidden.numel() * hidden.element_size(),
-        top_k=tuple(layer.top_k or layer.num_experts for _, layer in expert_layers(model)),
     )

@@ -15,6 +15,7 @@ from lightning_fastmoe.huggingface.experts_class import (
     compute_dtype,
     fused_stacks,
     parameter_names,
+    stacked_weights,
 )
 from lightning_fastmoe.huggingface.packed_experts import stack_dtype, weight_of
 from lightning_fastmoe.nn.experts import Experts
@@ -63,6 +64,12 @@ class TransformersExperts(Experts):
     def stack_names(self) -> list[str]:
         """The names in :attr:`module` of the parameters that are computed with."""
         return parameter_names(self.module)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """See :class:`~lightning_fastmoe.nn.experts.Experts`."""
+        up, down = stacked_weights(self.module)[:2]
+        return up.shape[2], up.shape[1], down.shape[2]
 
     def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
         """See :class:`~lightning_fastmoe.nn.experts.Experts`."""

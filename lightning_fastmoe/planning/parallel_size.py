@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
+from lightning_fastmoe.planning.exchange import layer_shapes, symmetric_buffers
 from lightning_fastmoe.planning.memory import Group, plan
 from lightning_fastmoe.planning.sizes import numel
 
 SHARE = 0.6
-"""Of a device's memory, for weights, gradients and optimizer; the rest is for activations."""
+"""Of a device's memory, for weights, gradients, optimizer and the buffers of the exchange; the rest
+is for activations."""
 ADAM = 8.0
 """Bytes of state per parameter. The optimizer doesn't exist yet when a model is built."""
 
@@ -28,13 +30,15 @@ class SizeChoice:
 
     Attributes:
         size: the expert parallel size.
-        needed: bytes of each rank for weights, gradients and Adam's state.
+        needed: bytes of each rank for weights, gradients and Adam's state, and for buffers.
         memory: bytes of the smallest device.
+        buffers: those of ``needed`` that other ranks send tokens to; 0 if the tokens are unknown.
     """
 
     size: int
     needed: int
     memory: int
+    buffers: int = 0
 
     @property
     def fits(self) -> bool:
@@ -48,22 +52,34 @@ class SizeChoice:
             else "the largest that divides the experts and stays in a node, but activations may not"
             " fit"
         )
+        parts = "weights, gradients and Adam's state"
+        if self.buffers:
+            parts = (
+                "weights, gradients, Adam's state and buffers for the exchange of tokens"
+                f" ({self.buffers / 2**30:.1f} GiB)"
+            )
         return (
-            f"expert_parallel_size='auto' is {self.size}, {reason}: weights, gradients and Adam's"
-            f" state take {self.needed / 2**30:.1f} of {self.memory / 2**30:.1f} GiB per rank"
+            f"expert_parallel_size='auto' is {self.size}, {reason}: {parts} take"
+            f" {self.needed / 2**30:.1f} of {self.memory / 2**30:.1f} GiB per rank"
             f" (limit {SHARE:.0%})."
         )
 
 
-def smallest_that_fits(sizes: Sequence[int], needed: Sequence[int], memory: int) -> SizeChoice:
+def smallest_that_fits(
+    sizes: Sequence[int], needed: Sequence[int], buffers: Sequence[int], memory: int
+) -> SizeChoice:
     """The smallest size at which :data:`SHARE` of the memory is enough, or else the largest.
 
     Args:
         sizes: possible sizes, ascending.
         needed: the bytes of each rank at each of them, see :func:`bytes_at`.
+        buffers: bytes that the exchange of tokens takes besides, see :func:`buffers_at`.
         memory: bytes of the smallest device.
     """
-    choices = [SizeChoice(*one, memory) for one in zip(sizes, needed, strict=True)]
+    choices = [
+        SizeChoice(size, held + more, memory, more)
+        for size, held, more in zip(sizes, needed, buffers, strict=True)
+    ]
     return next((choice for choice in choices if choice.fits), choices[-1])
 
 
@@ -91,6 +107,23 @@ def bytes_at(
     options: dict[str, Any] = {"itemsize": itemsize, "state_bytes": ADAM, "config": config}
     all_groups = [groups_at(module, layers, size, world) for size in sizes]
     return [plan(groups, stage=stage, **options).total.device for groups in all_groups]
+
+
+def buffers_at(
+    layers: Sequence[ExpertLayer], sizes: Sequence[int], *, tokens: int | None, itemsize: int
+) -> list[int]:
+    """Bytes of a rank that others send tokens to, at each size.
+
+    What layers keep of these tokens counts among the activations, as the tokens themselves.
+
+    Args:
+        layers: as for :func:`bytes_at`.
+        sizes: expert parallel sizes.
+        tokens: of a rank's micro-batch; None if they are unknown, which gives zeros.
+        itemsize: bytes of an element of a token.
+    """
+    shapes = [] if tokens is None else layer_shapes(layers, tokens, itemsize)
+    return [symmetric_buffers(shapes, size) for size in sizes]
 
 
 def groups_at(

@@ -1,7 +1,8 @@
 """Plans a training run of FastMoEStrategy: bytes of a rank by expert parallel size, and what fits.
 
-Weights, gradients and optimizer are those of :mod:`~lightning_fastmoe.planning.memory`; activations
-are counted elsewhere, by the shapes of a model. Routing is taken to be balanced.
+Weights, gradients and optimizer are those of :mod:`~lightning_fastmoe.planning.memory`, what the
+exchange of tokens takes is that of :mod:`~lightning_fastmoe.planning.exchange`; activations are
+counted elsewhere, by the shapes of a model. Routing is taken to be balanced.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from lightning_fastmoe.distributed import expert_parallel_sizes
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.planning.exchange import ExchangePlan, layer_shapes
 from lightning_fastmoe.planning.memory import MemoryPlan, plan
 from lightning_fastmoe.planning.offload_sizes import GIGABYTE
 from lightning_fastmoe.planning.parallel_size import ADAM, groups_at
@@ -30,32 +32,22 @@ class Activations:
         outside: of what is outside of layers, but for logits.
         logits: at the peak of the loss.
         hidden: of one hidden state of all tokens, which is what checkpointing keeps of a layer.
-        top_k: experts per token of each layer with experts.
     """
 
     layers: tuple[int, ...]
     outside: int
     logits: int
     hidden: int
-    top_k: tuple[int, ...]
 
-    def kept(self, size: int) -> int:
-        """Without checkpointing, at an expert parallel size."""
-        exchanged = sum(self._received(k, size) for k in self.top_k)
-        return sum(self.layers) + exchanged + self.outside + self.logits
+    def kept(self, exchange: ExchangePlan) -> int:
+        """The peak without checkpointing: at the loss, or in the last layer's backward pass."""
+        layers = sum(self.layers) + sum(exchange.kept)
+        return layers + self.outside + max(self.logits, exchange.working)
 
-    def checkpointed(self, size: int) -> int:
-        """With each layer checkpointed: inputs of all, and the largest one computed again."""
-        exchanged = max((self._received(k, size) for k in self.top_k), default=0)
-        again = max(self.layers, default=0) + exchanged
+    def checkpointed(self, exchange: ExchangePlan) -> int:
+        """The peak with each layer checkpointed: inputs of all, and the largest computed again."""
+        again = max(self.layers, default=0) + max(exchange.kept, default=0) + exchange.working
         return len(self.layers) * self.hidden + self.outside + max(again, self.logits)
-
-    def _received(self, top_k: int, size: int) -> int:
-        """Bytes of the tokens that a rank receives, each once from the rank that has it.
-
-        Routed at random, a token reaches ``R (1 - (1 - 1/R)^K)`` of R ranks.
-        """
-        return 0 if size == 1 else round(self.hidden * size * (1 - (1 - 1 / size) ** top_k))
 
 
 @dataclass(frozen=True)
@@ -65,16 +57,19 @@ class SizePlan:
     Attributes:
         size: the expert parallel size.
         memory: weights, gradients, optimizer and buffers.
-        activations: bytes without and with checkpointing; None if they are unknown.
+        exchange: of tokens between ranks.
+        activations: bytes without and with checkpointing, with what the exchange keeps of each
+            layer; None if they are unknown.
     """
 
     size: int
     memory: MemoryPlan
+    exchange: ExchangePlan
     activations: tuple[int, int] | None
 
     def needed(self, *, checkpointed: bool) -> int:
         """Bytes on the device; without activations where these are unknown."""
-        held = self.memory.total.device
+        held = self.memory.total.device + self.exchange.buffers
         return held + (self.activations[checkpointed] if self.activations else 0)
 
 
@@ -123,23 +118,25 @@ class TrainingPlan:
         lines = [
             f"{self.run}; {self.model.total / 1e9:.1f} B parameters, {experts / 1e9:.1f} B of them"
             " in experts",
-            "expert parallel   weights  gradients  optimizer   buffers  activations      sum"
-            "  checkpointed      sum",
+            "expert parallel   weights  gradients  optimizer   buffers  exchange  activations"
+            "      sum  checkpointed      sum",
         ]
         for one in self.sizes:
             held = one.memory.total
-            parts = (held.weights, held.gradients, held.optimizer, held.buffers)
+            state = (held.weights, held.gradients, held.optimizer, held.buffers)
+            parts = (*state, one.exchange.buffers)
             cells = [
                 f"{one.size:>15}",
                 *(
                     _gb(part).rjust(width)
-                    for part, width in zip(parts, (10, 11, 11, 10), strict=True)
+                    for part, width in zip(parts, (10, 11, 11, 10, 10), strict=True)
                 ),
             ]
             for checkpointed, width in ((False, 13), (True, 14)):
                 kept = _gb(one.activations[checkpointed]) if one.activations else "unknown"
                 cells += [kept.rjust(width), _gb(one.needed(checkpointed=checkpointed)).rjust(9)]
             lines.append("".join(cells))
+        lines += self._exchange_lines()
         for checkpointed in (False, True):
             found = self.smallest(checkpointed=checkpointed)
             how = "with checkpointing" if checkpointed else "without checkpointing"
@@ -158,6 +155,22 @@ class TrainingPlan:
             lines.append("Activations are unknown, as this model can't run on shapes alone.")
         return "\n".join(lines) + "\n"
 
+    def _exchange_lines(self) -> list[str]:
+        """How tokens are exchanged, and what layers keep of it."""
+        found = [one for one in self.sizes if one.exchange.ways and one.size > 1]
+        lines = []
+        for name in dict.fromkeys(one.exchange.ways for one in found):
+            kept = [
+                f"{_gb(sum(one.exchange.kept))} at {one.size}"
+                for one in found
+                if one.exchange.ways == name
+            ]
+            lines.append(
+                f"tokens are exchanged by dispatcher {name}, which adds to the activations"
+                f" {', '.join(kept)}"
+            )
+        return lines
+
 
 def training_plan(
     model: nn.Module,
@@ -166,6 +179,7 @@ def training_plan(
     gpus: int,
     gpus_per_node: int,
     gpu_memory: int,
+    tokens: int,
     itemsize: int,
     zero: Mapping[str, Any],
     run: str,
@@ -178,6 +192,7 @@ def training_plan(
         gpus: ranks.
         gpus_per_node: ranks that share a node, in which an expert parallel group stays.
         gpu_memory: bytes of a device.
+        tokens: of a rank's micro-batch.
         itemsize: bytes of a weight.
         zero: DeepSpeed's ``zero_optimization``.
         run: what it is, for people.
@@ -193,6 +208,7 @@ def training_plan(
     layers = dict(expert_layers(model))
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no experts that could be sharded.")
+    shapes = layer_shapes(layers.values(), tokens, itemsize)
     numbers = {name: layer.num_experts for name, layer in layers.items()}
     plans = []
     for size in expert_parallel_sizes(gpus, gpus_per_node, numbers):
@@ -203,10 +219,11 @@ def training_plan(
             state_bytes=ADAM,
             config=zero,
         )
+        exchange = ExchangePlan(shapes, size)
         kept = None
         if activations is not None:
-            kept = (activations.kept(size), activations.checkpointed(size))
-        plans.append(SizePlan(size, memory, kept))
+            kept = (activations.kept(exchange), activations.checkpointed(exchange))
+        plans.append(SizePlan(size, memory, exchange, kept))
     return TrainingPlan(model_size(model), tuple(plans), gpu_memory, run)
 
 

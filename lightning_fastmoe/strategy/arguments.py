@@ -61,6 +61,10 @@ def check_arguments(
     checked = check_types(OWNER, init, own)
     if checked["expert_parallel_size"] != "auto" and checked["expert_parallel_size"] < 1:
         raise _wrong_size(size)
+    if checked["tokens_per_rank"] is not None and checked["tokens_per_rank"] < 1:
+        raise ConfigError(
+            f"{OWNER}: tokens_per_rank={checked['tokens_per_rank']} must be at least 1, or None."
+        )
     check_stage(checked["stage"])
     names = {k: v for k, v in others.items() if k != "logging_level" or not _is_level(v)}
     passed_on = {**others, **check_types(OWNER, base, names, whole_floats=True)}

@@ -13,7 +13,12 @@ from torch import nn
 from lightning_fastmoe.distributed import expert_parallel_sizes
 from lightning_fastmoe.distributed.expert_checks import divided_experts
 from lightning_fastmoe.nn.expert_layers import ExpertLayer, expert_layers
-from lightning_fastmoe.planning.parallel_size import SizeChoice, bytes_at, smallest_that_fits
+from lightning_fastmoe.planning.parallel_size import (
+    SizeChoice,
+    buffers_at,
+    bytes_at,
+    smallest_that_fits,
+)
 from lightning_fastmoe.strategy.nodes import Nodes
 
 
@@ -23,10 +28,13 @@ class AutoSize:
     Args:
         strategy: the strategy, with its ranks, device and module.
         nodes: which ranks share one.
+        tokens: of a rank's micro-batch, as the user says; None if unknown.
     """
 
-    def __init__(self, strategy: DeepSpeedStrategy, nodes: Nodes) -> None:
-        self._strategy, self._nodes = strategy, nodes
+    def __init__(
+        self, strategy: DeepSpeedStrategy, nodes: Nodes, tokens: int | None = None
+    ) -> None:
+        self._strategy, self._nodes, self._tokens = strategy, nodes, tokens
         self._choice: SizeChoice | None = None
 
     def choose(self, num_experts: Mapping[str, int]) -> int:
@@ -46,18 +54,22 @@ class AutoSize:
         assert module is not None
         assert isinstance(strategy.config, dict)
         zero = strategy.config["zero_optimization"]
+        itemsize = strategy.precision_plugin._desired_dtype.itemsize  # type: ignore[attr-defined]
+        layers = self.layers()
         needed = bytes_at(
             module,
-            self.layers(),
+            layers,
             sizes,
             world=strategy.world_size,
             stage=zero["stage"],
-            itemsize=strategy.precision_plugin._desired_dtype.itemsize,  # type: ignore[attr-defined]
+            itemsize=itemsize,
             config=zero,
         )
+        buffers = buffers_at(layers, sizes, tokens=self._tokens, itemsize=itemsize)
         # The least memory and the largest needs of all ranks, which must not choose differently.
-        least, *most = self._maximum([-memory, *needed])
-        self._choice = smallest_that_fits(sizes, most, -least)
+        least, *most = self._maximum([-memory, *needed, *buffers])
+        count = len(sizes)
+        self._choice = smallest_that_fits(sizes, most[:count], most[count:], -least)
         return self._choice.size
 
     def held(self) -> int | None:

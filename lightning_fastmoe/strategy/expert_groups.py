@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
@@ -29,23 +29,19 @@ class ExpertGroups:
 
     Args:
         strategy: the strategy, with its ranks, device and module.
-        size: the expert parallel size. "auto" is resolved once a layer exists.
-        ranks_per_node: how many consecutive ranks count as a node; None asks Lightning.
+        own: the strategy's arguments ``expert_parallel_size``, of which "auto" is resolved once a
+            layer exists, ``ranks_per_node`` and ``tokens_per_rank``.
 
     Attributes:
+        size: ``expert_parallel_size`` as given.
         sharder: assigns experts to ranks; None until the groups exist.
     """
 
-    def __init__(
-        self,
-        strategy: DeepSpeedStrategy,
-        size: int | Literal["auto"],
-        ranks_per_node: int | None = None,
-    ) -> None:
-        self._strategy, self._nodes = strategy, Nodes(strategy, ranks_per_node)
-        self.size = size
+    def __init__(self, strategy: DeepSpeedStrategy, own: Mapping[str, Any]) -> None:
+        self._strategy, self._nodes = strategy, Nodes(strategy, own["ranks_per_node"])
+        self.size: int | Literal["auto"] = own["expert_parallel_size"]
         self.sharder: ExpertSharder | None = None
-        self._auto = AutoSize(strategy, self._nodes)
+        self._auto = AutoSize(strategy, self._nodes, own["tokens_per_rank"])
 
     @property
     def mesh(self) -> ExpertMesh:

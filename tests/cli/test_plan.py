@@ -179,8 +179,15 @@ def test_a_plan_of_training(config: str, capsys: pytest.CaptureFixture[str]) -> 
     rows = {row.split()[0]: row.split()[1::2] for row in out.split("\n")[2:6]}
     assert rows["1"][0] == "61.1"
     assert rows["8"][:3] == ["10.3", "8.0", "45.8"]  # 3.1 GB and an eighth of 58.0 GB
+    # Twice 4,096 rows of 4,160 bytes and an eighth for each rank; tables of half a megabyte.
+    assert [rows[size][4] for size in "1248"] == ["0.0", "0.1", "0.2", "0.3"]
+    assert 'by dispatcher "symmetric", which adds to the activations 2.1 GB at 2, 3.5 GB' in out
     assert "without checkpointing, no size fits into 80.0 GB" in out
     assert "with checkpointing, expert_parallel_size=4 is the smallest that fits" in out
+    assert main([*command, "--gpus", "8", "--gpu-memory", "80GB", "--dispatcher", "dedup"]) == 0
+    out = capsys.readouterr().out
+    assert [row.split()[9] for row in out.split("\n")[2:6]] == ["0.0"] * 4
+    assert 'by dispatcher "dedup", which adds to the activations 1.7 GB at 2, 3.1 GB' in out
     assert main([*command, "--gpus", "8", "--gpu-memory", "60GB", "--stage", "1"]) == 2
     assert "Each GPU lacks" in capsys.readouterr().err
 

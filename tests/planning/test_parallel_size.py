@@ -12,6 +12,7 @@ from lightning_fastmoe.nn.placement import Placement, expert_placement
 from lightning_fastmoe.planning.parallel_size import (
     SHARE,
     SizeChoice,
+    buffers_at,
     bytes_at,
     groups_at,
     smallest_that_fits,
@@ -74,15 +75,32 @@ def test_the_smallest_size_that_fits_is_taken(memory: float, size: int, fits: bo
     module, layers = model(4)
     options = {"world": WORLD, "stage": 1, "itemsize": torch.bfloat16.itemsize, "config": {}}
     found = bytes_at(module, layers, [1, 2, 4], **options)
-    choice = smallest_that_fits([1, 2, 4], found, int(memory))
+    choice = smallest_that_fits([1, 2, 4], found, [0, 0, 0], int(memory))
     assert (choice.size, choice.fits) == (size, fits)
     assert choice.needed == pytest.approx(needed(size), rel=1e-3)
+
+
+def test_buffers_of_the_exchange_count() -> None:
+    """Beside the state, where the tokens are known; then the next size may be the first to fit."""
+    _, layers = model()
+    assert buffers_at(layers, [1, 2, 4], tokens=None, itemsize=2) == [0, 0, 0]
+    none, *found = buffers_at(layers, [1, 2, 4], tokens=1000, itemsize=2)
+    # Two halves of R blocks: 1,000 rows of 64 + 16 bytes and an eighth, in steps of 64 KiB.
+    assert none == 0
+    assert found == [2 * r * (2 * 2**16 + 8 * 4102) + 5 * r * 128 for r in (2, 4)]
+    choice = smallest_that_fits([1, 2, 4], [900, 500, 300], [0, 150, 200], 1000)
+    assert (choice.size, choice.needed, choice.buffers, choice.fits) == (4, 500, 200, True)
+    assert smallest_that_fits([1, 2, 4], [900, 500, 300], [0, 0, 0], 1000).size == 2
 
 
 def test_says_why() -> None:
     assert str(SizeChoice(1, 2**29, 2**30)) == (
         "expert_parallel_size='auto' is 1, the smallest that fits: weights, gradients and Adam's"
         " state take 0.5 of 1.0 GiB per rank (limit 60%)."
+    )
+    buffers = str(SizeChoice(2, 2**29, 2**30, 2**27))
+    assert (
+        "Adam's state and buffers for the exchange of tokens (0.1 GiB) take 0.5 of 1.0" in buffers
     )
     large = str(SizeChoice(2, 2**30, 2**30))
     assert "is 2, the largest that divides the experts and stays in a node" in large

@@ -133,6 +133,18 @@ def test_the_smallest_size_that_fits_on_all_ranks(
             assert torch.equal(weights[name], value), name
 
 
+@pytest.mark.parametrize(("extra", "size"), [({}, 2), ({"tokens_per_rank": 10}, 4)])
+def test_buffers_of_the_exchange_need_room_where_tokens_are_known(
+    extra: dict[str, int], size: int, rank_pool
+) -> None:
+    """Experts on two ranks fit, but not with the buffers; then it is the largest size, as ever."""
+    case = Case(4, "auto", num_experts=(8, 4), steps=1, in_configure_model=True, extra=extra)
+    for ep_size, _, said, _ in rank_pool.run(built_by_memory, 4, case, [120_000] * 4, Late, 0):
+        assert ep_size == size
+        assert ("buffers for the exchange of tokens" in said[0]) == bool(extra)
+        assert ("activations may not fit" in said[0]) == bool(extra)
+
+
 def saved(case: Case, path: str) -> dict[str, Tensor]:
     """Weights of a checkpoint that a run has saved."""
     pl.seed_everything(3, verbose=False)

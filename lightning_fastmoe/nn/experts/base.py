@@ -43,6 +43,11 @@ class Experts(nn.Module):
         """Names of the stacked parameters in :attr:`holder`; empty if experts are modules."""
         return []
 
+    @property
+    def sizes(self) -> tuple[int, int, int] | None:
+        """D, the rows of an expert's up projection, and F; None for experts that are modules."""
+        return None
+
     def whole_parameters(self) -> list[nn.Parameter]:
         """The parameters that hold the experts; not those that repeat single ones to train them."""
         named = self.named_parameters()

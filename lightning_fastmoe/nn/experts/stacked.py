@@ -95,6 +95,12 @@ class StackedExperts(Experts):
         """Names of the stacked parameters."""
         return [name for name, _ in self.named_parameters(recurse=False)]
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """See :class:`Experts`."""
+        matrices = 2 if ops.is_gated(self.activation) else 1
+        return self.d_model, matrices * self.d_ffn, self.d_ffn
+
     def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
         """See :class:`Experts`."""
         is_plain = self.activation in ops.ACTIVATIONS and SCALE not in vars(self)
