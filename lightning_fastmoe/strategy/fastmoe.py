@@ -59,19 +59,18 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
         trust_checkpoints: also unpickle objects that are not plain data (of callbacks, say) from
             checkpoints. This can run arbitrary code: use it only for checkpoints that you trust.
-        async_checkpoint: copy the state to host memory and write it while training continues. Needs
-            host memory for one copy. An error is raised at the next step; the end of a run waits
-            for the last checkpoint.
+        async_checkpoint: copy the state to host memory, and write it while training continues. An
+            error is raised at the next step; the end of a run waits for the last checkpoint.
         hang_timeout: seconds without progress after which a run ends on every rank, with stacks on
             stderr and exit status 75. Progress is a finished batch (in training or evaluation), or
             a phase of the run that begins or ends. None disables it, for a debugger say.
-        exchange_timeout: seconds that a rank waits for the others in a token exchange. Then all
-            ranks raise an ExchangeError that says where each rank is. "auto" is nine tenths of
-            ``hang_timeout``, so that legitimate waits are not cut short. None means no limit.
+        exchange_timeout: seconds that a rank waits for others in an exchange, until all raise an
+            ExchangeError that says where each is. "auto": 0.9 ``hang_timeout``. None: no limit.
         signal_grace: seconds without a finished batch after SIGTERM, after which the process exits
             with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
         ranks_per_node: number of consecutive ranks that share a fast interconnect, such as NVLink
             across hosts; it must divide the world size. None is the number of devices per host.
+        exact: as ``MoE(exact=True)``, for all layers: the bits of one process in every dtype.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -92,6 +91,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         signal_grace: float | None = 30.0,
         exchange_timeout: float | Literal["auto"] | None = "auto",
         ranks_per_node: int | None = None,
+        exact: bool = False,
         **kwargs: Any,
     ) -> None:
         check_objects("FastMoEStrategy", kwargs.values())
@@ -111,7 +111,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._uneven = UnevenData(self)
         self._averaging = Averaging()
         self._groups = ExpertGroups(self, own["expert_parallel_size"], own["ranks_per_node"])
-        self._engines = Engines(self, self._groups, nonfinite)
+        self._engines = Engines(self, self._groups, nonfinite, own["exact"])
         state = self._engines.state
         self._steps = Steps(self, state, self._groups, self._watch, self._uneven)
         self._saving = Saving(self, state, self._groups, self._watch, self._averaging)

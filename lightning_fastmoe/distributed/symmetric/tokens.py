@@ -70,7 +70,7 @@ class Passage:
         plan, packed = plan_pairs(self._chosen, self._where, weights, ranks)
         self.plan, self._parts, self._weights_dtype = plan, [_bytes(x), packed], weights.dtype
         self._widths = [part.shape[1] for part in self._parts]
-        needed = exchange.needs(len(x), self._widths)
+        needed = self._needs(len(x))
         self._call = exchange.send_counts(plan.of_experts, plan.of_ranks, needed, x.shape[1], layer)
         fits = needed <= exchange.capacity
         if fits:
@@ -79,6 +79,10 @@ class Passage:
             exchange.send_nothing(self._widths, layer, _DISPATCH, self._call)
         exchange.start_reading(layer)
         return fits
+
+    def _needs(self, tokens: int) -> int:
+        """The bytes that a rank must have room for, from each rank, to take part in this pass."""
+        return self._exchange.needs(tokens, self._widths)
 
     def settle(self) -> bool:
         """Waits until the host knows the counts. Sends tokens again if a rank had no room for them.
