@@ -88,8 +88,8 @@ def agree_to_start(
         TopologyError: if the ranks' layers or options differ.
     """
     own = [
-        f"{name} with {layer.num_experts} experts, dispatcher={layer.dispatcher_name!r},"
-        f" exact={layer.exact}"
+        f"{name} with {layer.num_experts} experts, dispatcher={layer.dispatcher_name!r}"
+        f"{', exact=True' if layer.exact else ''}"
         for name, layer in layers.items()
     ]
     everyone = _gather((problem, dict(options), own))
