@@ -45,7 +45,7 @@ class Case:
     Attributes:
         top_k: K.
         choice: "any" experts, "one" for all tokens, the "first" K for all tokens, or "never" the
-            last; with "repeats" of one expert in a token.
+            last; with "repeats" of one expert in a token; or the "experts" choose tokens.
         kept: the share of slots that isn't dropped.
         tokens: the number of tokens per rank; rank r uses entry r modulo the length.
         kind: experts that are "plain", "biased", "composed" of operations, have "hooks" as under
@@ -88,6 +88,7 @@ CASES = {
     "checkpointed": Case(how="checkpointed"),
     "checkpointed biases": Case(kind="biased", how="checkpointed"),
     "two graphs": Case(how="two graphs"),
+    "expert choice": Case(choice="experts"),
     "evaluated": Case(how="evaluated", kept=0.8),
     "frozen tokens": Case(how="frozen tokens"),
     "frozen experts": Case(how="frozen experts"),
@@ -131,11 +132,30 @@ def inputs_of(
         ids = torch.randint(E, (tokens, case.top_k), generator=generator)
     else:
         ids = logits.topk(case.top_k, dim=1).indices
+    if case.choice == "experts":
+        return _expert_choice(tokens, logits, generator, device, dtype)
     weights = torch.rand(tokens, case.top_k, generator=generator)
     kept = torch.rand(tokens, case.top_k, generator=generator) < case.kept
     x, upstream = (torch.randn(tokens, D, generator=generator).to(device, dtype) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return x, weights.to(device, wide), ids.to(device), kept.to(device), upstream
+
+
+def _expert_choice(
+    tokens: int,
+    logits: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`inputs_of`, with the token of each pair in place of which slots are kept."""
+    each = tokens // 3
+    token_ids = logits.T.topk(each, dim=1).indices.reshape(-1)
+    ids = torch.arange(E).repeat_interleave(each)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.rand(len(ids), generator=generator)
+    x, upstream = (torch.randn(tokens, D, generator=generator).to(device, dtype) for _ in range(2))
+    return x, weights.to(device, wide), ids.to(device), token_ids.to(device), upstream
 
 
 def run_case(
@@ -161,6 +181,8 @@ def run_case(
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
         dropped = {} if case.kept == 1.0 else {"kept": kept}
+        if case.choice == "experts":
+            dropped = {"token_ids": kept}
         routing = Routing(logits, logits, weights, ids, **dropped)
         return schedule.run(TokenInputs([x], None, (len(x),)), routing, experts, None, "a layer")[0]
 
@@ -183,6 +205,9 @@ def run_case(
     leaves = {"x": x, "weights": weights, **dict(experts.named_parameters())}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(outputs, list(leaves.values()), grads, materialize_grads=True)
+    if case.choice == "experts":
+        del leaves["weights"]  # of pairs, not of tokens
+        gradients = (gradients[0], *gradients[2:])
     for name, gradient in zip(leaves, gradients, strict=True):
         found[name] = gradient[mine] if name in ("x", "weights") else gradient
     return {name: value.detach() for name, value in found.items()}
@@ -236,7 +261,11 @@ def _compared(
             dense = dense.to(device, dtype).requires_grad_(False)
         everyone = [inputs_of(case, r, device, dtype) for r in range(world)]
         ends = [0, *itertools.accumulate(len(given[0]) for given in everyone)]
-        all_tokens = [torch.cat(part) for part in zip(*everyone, strict=True)]
+        numbered = everyone
+        if case.choice == "experts":
+            pairs = zip(everyone, ends[:-1], strict=True)
+            numbered = [(*given[:3], given[3] + begin, given[4]) for given, begin in pairs]
+        all_tokens = [torch.cat(part) for part in zip(*numbered, strict=True)]
         mine = slice(ends[rank], ends[rank + 1])
         if alone:
             all_tokens, mine = list(everyone[rank]), slice(None)

@@ -14,20 +14,30 @@ from lightning_fastmoe.nn.dispatch import EXACT, ONE_RANK
 
 NAMES = [name for name in EXACT if name not in ONE_RANK]
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+BY_RANK = "expert choice"
+"""Its sums are in the order of ranks, which is that of experts where ranks hold blocks of them."""
 PLACEMENTS = {1: "equal blocks", 2: "every second expert", 4: "unequal"}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("world", list(PLACEMENTS))
 def test_outputs_and_gradients_of_tokens_have_the_bits_of_one_process(rank_pool, world, dtype):
-    arguments = (NAMES, "cpu", dtype, PLACEMENTS[world])
+    cases = tuple(case for case in runs.CASES if world != 2 or case != BY_RANK)
+    arguments = (NAMES, "cpu", dtype, PLACEMENTS[world], True, cases)
     for rank, results in enumerate(rank_pool.run(runs.compared, world, *arguments)):
-        assert len(results) == len(NAMES) * len(runs.CASES)
+        assert len(results) == len(NAMES) * len(cases)
         for case, found in results.items():
             assert not runs.EXACT & {*found["unequal"]}, (rank, case, found)
             if runs.CASES[case[1]].kind != "biased":
                 assert "weights" not in found["unequal"], (rank, case)
             assert max(found["errors"].values()) <= TOLERANCES[dtype], (rank, case, found)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_expert_choice_has_them_too(rank_pool, dtype):
+    arguments = (NAMES, "cpu", dtype, "equal blocks", True, (BY_RANK,))
+    for results in rank_pool.run(runs.compared, 2, *arguments):
+        assert [found["unequal"] for found in results.values()] == [[]] * len(NAMES)
 
 
 def test_across_nodes_rows_go_in_one_level(rank_pool):
