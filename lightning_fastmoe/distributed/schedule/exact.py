@@ -26,8 +26,8 @@ class ExactSchedule(SequentialSchedule):
     Outputs and gradients of tokens are bit-identical to those of
     :class:`~lightning_fastmoe.nn.LocalSchedule` with the tokens of all ranks: each product has the
     same rows, and the token's rank sums a token's rows over slots in fp32 and rounds once. So are
-    gradients of weights, except with biases, whose part is a product over all tokens of a rank.
-    Gradients of parameters are equal to rounding.
+    gradients of the routing weights, except where a fused layer has biases, whose part is a product
+    over all tokens of a rank. Gradients of experts are equal to rounding.
 
     Dropped slots are computed with weight zero, as there. Expert choice and experts that are
     modules go by way of all_to_all, which does what one process does with those.
