@@ -15,6 +15,7 @@ from lightning_fastmoe.distributed.nodes import make_node_groups
 from lightning_fastmoe.distributed.schedule import Automatic, schedule_across_ranks
 from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
+from lightning_fastmoe.nn.dispatch import check_exact
 from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer, expert_layers
 from lightning_fastmoe.nn.placement import Placement
 from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule
@@ -71,11 +72,16 @@ class ExpertSharder:
         check_expert_parallel_size(self.mesh.ep_size, world, {name: num_experts})
         return Placement(tuple(self.mesh.local_experts(num_experts)))
 
-    def shard(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module, exact: bool = False) -> None:
         """Reduces every layer of ``module`` that holds all experts to this rank's slice.
+
+        Args:
+            module: the model.
+            exact: whether all layers must have the bits of one process, not only those that say so.
 
         Raises:
             TopologyError: if a layer's experts can't be divided, or are already sharded otherwise.
+            ConfigError: if a layer must have the bits of one process, and its dispatcher has not.
         """
         for name, layer in expert_layers(module):
             name = name or type(layer).__name__
@@ -85,13 +91,14 @@ class ExpertSharder:
             placement = None if local else self.placement(layer.num_experts, name)
             schedule: Schedule = LocalSchedule(layer.num_experts)
             if placement is not None:
+                if exact or layer.exact:
+                    check_exact(layer.dispatcher_name, name)
                 if not layer.is_sharded:
                     layer.experts.keep(placement.expert_ids)
                 assert self.group is not None
                 blocks = self.mesh.placement(layer.num_experts)
-                schedule = schedule_across_ranks(
-                    layer.dispatcher_name, self.group, layer.num_experts, blocks
-                )
+                how = (layer.dispatcher_name, self.group, layer.num_experts, blocks)
+                schedule = schedule_across_ranks(*how, exact or layer.exact)
             held = tuple(range(layer.num_experts)) if placement is None else placement.expert_ids
             if layer.experts.local_ids != held:
                 raise self._sharded_otherwise(name, layer)

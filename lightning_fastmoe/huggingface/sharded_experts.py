@@ -59,7 +59,7 @@ class TransformersLayer:
         self._experts = TransformersExperts(module)
         self.num_experts = self._experts.num_experts
         self.layer_name = type(module).__name__
-        self.dispatcher_name = "auto"
+        self.dispatcher_name, self.exact = "auto", False
         self.nonfinite = NonFiniteGuard()
         self.schedule: Schedule = LocalSchedule(self.num_experts)
         self._observers: OrderedDict[int, Callable[[Any, Routing], None]] = OrderedDict()
@@ -186,7 +186,7 @@ def layer_of(module: nn.Module) -> TransformersLayer | None:
     return getattr(module, _LAYER, None)
 
 
-def choose_dispatcher(model: nn.Module, name: str) -> None:
+def choose_dispatcher(model: nn.Module, name: str, *, exact: bool = False) -> None:
     """Chooses how tokens reach the sharded experts of transformers' models inside ``model``.
 
     Call it before training; without it, it is "auto".
@@ -195,11 +195,12 @@ def choose_dispatcher(model: nn.Module, name: str) -> None:
         model: has the experts.
         name: a name of :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS`; "local" keeps all
             experts on every rank.
+        exact: as in :class:`~lightning_fastmoe.MoE`.
 
     Raises:
-        ConfigError: if the name is unknown, or the model has no such experts.
+        ConfigError: if the name is unknown or can't be exact, or the model has no such experts.
     """
-    check_dispatcher(name)
+    check_dispatcher(name, exact)
     layers = [layer for _, layer in kind.layers(model)]
     if not layers:
         raise ConfigError(
@@ -207,7 +208,7 @@ def choose_dispatcher(model: nn.Module, name: str) -> None:
             " transformers. For MoE give dispatcher= to the layer."
         )
     for layer in layers:
-        layer.dispatcher_name = name
+        layer.dispatcher_name, layer.exact = name, exact
         layer.disconnect()
 
 

@@ -23,13 +23,30 @@ Those that need other ranks have a line in
 ``lightning_fastmoe.distributed.schedule.ACROSS_RANKS``, too."""
 
 
-def check_dispatcher(name: str) -> None:
+def check_dispatcher(name: str, exact: bool = False) -> None:
     """Raises:
-    ConfigError: if ``name`` is not one of :data:`DISPATCHERS`.
+    ConfigError: if ``name`` is not one of :data:`DISPATCHERS`, or can't be exact and has to be.
     """
     if name not in DISPATCHERS:
         raise ConfigError(
             f"dispatcher={name!r} is unknown. It must be one of: {', '.join(DISPATCHERS)}."
+        )
+    if exact:
+        check_exact(name)
+
+
+EXACT = (*ONE_RANK, "dedup", "symmetric")
+"""Names that can have the bits of one process: those whose experts can return a row per slot."""
+
+
+def check_exact(name: str, layer: str = "MoE") -> None:
+    """Raises:
+    ConfigError: if ``exact=True`` has no meaning for a layer with this dispatcher.
+    """
+    if name not in EXACT:
+        raise ConfigError(
+            f"{layer}: exact=True is not possible with dispatcher={name!r}, whose numbers equal"
+            f" those of one process up to rounding only. Choose one of: {', '.join(EXACT)}."
         )
 
 

@@ -30,6 +30,7 @@ class ExpertLayer(Protocol):
     Attributes:
         num_experts: experts in the whole model, E.
         dispatcher_name: a name of :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS`.
+        exact: whether its numbers must have the bits of one process.
         layer_name: the layer's name, for errors.
         schedule: runs tokens through the experts.
         nonfinite: looks for NaN and Inf in what the router gives.
@@ -37,6 +38,7 @@ class ExpertLayer(Protocol):
 
     num_experts: int
     dispatcher_name: str
+    exact: bool
     layer_name: str
     schedule: Schedule
     nonfinite: NonFiniteGuard

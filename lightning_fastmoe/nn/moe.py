@@ -40,7 +40,7 @@ from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule, UnmanagedSche
 
 _CHECKED = (
     *("d_model", "d_ffn", "num_experts", "top_k", "activation", "bias", "normalize_weights"),
-    *("router_options", "shared_expert", "shared_expert_gate", "dispatcher", "init_std"),
+    *("router_options", "shared_expert", "shared_expert_gate", "dispatcher", "exact", "init_std"),
     *("autoregressive", *LOSSES),
 )
 """Arguments whose types are checked up front; the others are checked where they are used."""
@@ -109,6 +109,8 @@ class MoE(nn.Module):
         shared_expert_gate: multiply the shared expert's output by a learned ``sigmoid(w x)``.
         dispatcher: how tokens reach sharded experts: "auto", or another name of
             :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS`; "local" doesn't shard the experts.
+        exact: whether outputs and tokens' gradients must have the bits of one process; more rows
+            come back from the experts then. For :data:`~lightning_fastmoe.nn.dispatch.EXACT`.
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear`` does.
         autoregressive: warn if the router looks at later tokens.
 
@@ -146,6 +148,7 @@ class MoE(nn.Module):
         shared_expert: int | nn.Module | None = None,
         shared_expert_gate: bool = False,
         dispatcher: str = "auto",
+        exact: bool = False,
         init_std: float | None = None,
         autoregressive: bool = False,
     ) -> None:
@@ -157,9 +160,9 @@ class MoE(nn.Module):
         check_sizes(d_model=d_model)
         if d_ffn is not None or expert is None:
             check_sizes(d_ffn=d_ffn)
-        check_dispatcher(dispatcher)
-        self.d_model, self.d_ffn, self.num_experts = d_model, d_ffn, num_experts
-        self.dispatcher_name = dispatcher
+        check_dispatcher(dispatcher, exact)
+        self.d_model, self.d_ffn, self.num_experts = sizes = d_model, d_ffn, num_experts
+        self.dispatcher_name, self.exact = dispatcher, exact
         self.layer_name = "MoE"
         self._seed = draw_layer_seed()
         self.router = make_router(
@@ -172,7 +175,6 @@ class MoE(nn.Module):
         ffn: dict[str, Any] = {"activation": activation, "bias": bias, "init_std": init_std}
 
         def make(ids: Iterable[int] | None) -> Experts:
-            sizes = (d_model, d_ffn, num_experts)
             return make_experts(expert, *sizes, ids, layer_seed=self._seed, **ffn)
 
         placement = None if dispatcher == "local" else current_placement(num_experts)
@@ -310,10 +312,8 @@ class MoE(nn.Module):
             schedule: reaches the experts, wherever they are.
         """
         self.disconnect()
-        self.layer_name = name
-        if batch is not None:
-            self.batch = batch
-        self.schedule = schedule
+        self.layer_name, self.schedule = name, schedule
+        self.batch = self.batch if batch is None else batch
 
     def disconnect(self) -> None:
         """Disconnects from the other ranks. A layer that holds only some experts then can't run."""

@@ -5,6 +5,7 @@ from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused
 from lightning_fastmoe.ops.frozen_weight import FrozenWeight
 from lightning_fastmoe.ops.grouped_linear import grouped_linear, put_in_place
 from lightning_fastmoe.ops.grouped_mlp import LowRank, grouped_mlp
+from lightning_fastmoe.ops.pair_rows import PairRows
 from lightning_fastmoe.ops.pairs import PairOrder, combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.router_product import router_logits
@@ -24,6 +25,7 @@ __all__ = [
     "FrozenWeight",
     "LowRank",
     "PairOrder",
+    "PairRows",
     "Stacks",
     "TrainedRows",
     "apply_activation",

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_fastmoe.ops import choice, kernels, traced_layer
 from lightning_fastmoe.ops.grouped_mlp import LowRank, StackedWeight, grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.pair_rows import PairRows, pair_rows, weights_later
 from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
 from lightning_fastmoe.ops.routing import ExpertOrder
@@ -114,8 +115,12 @@ def expert_layer(
         down_bias: (E, D).
 
     Returns:
-        (T, D) in the dtype of ``x``.
+        (T, D) in the dtype of ``x``; for :class:`~lightning_fastmoe.ops.pair_rows.PairRows` as
+        that says.
     """
+    if isinstance(order, PairRows):
+        wide = weights.to(kernels.accumulation_dtype(x.dtype))
+        return pair_rows(x, wide, order, up, down, activation, up_bias, down_bias)
     if torch.compiler.is_dynamo_compiling():
         return traced_layer.expert_layer(  # type: ignore[no-any-return]
             *(x, weights.to(kernels.accumulation_dtype(x.dtype)), up, down, up_bias, down_bias),
@@ -160,6 +165,8 @@ def unfused_layer(
         *(order.tokens_per_expert, up, down, activation, up_bias, down_bias),
         *(up_adapter, down_adapter),
     )
+    if isinstance(order, PairRows):
+        return weights_later(grouped_mlp(x, *mlp), weights, order)
     if order.has_all_pairs:
         rows = permute(x, order.order, order.inverse, weights.shape[1])
         return unpermute(grouped_mlp(rows, *mlp), weights, order.order, order.inverse)

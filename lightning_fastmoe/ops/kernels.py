@@ -78,11 +78,13 @@ def sum_rows(
         picked = rows.index_select(0, inverse)
     if weights is None and top_k == 1:
         return picked.to(dtype)
-    picked = picked.view(-1, top_k, rows.shape[1])
-    if weights is None:
-        return picked.sum(dim=1, dtype=acc).to(dtype)
-    # In place, as `picked` is a copy already.
-    return picked.to(acc).mul_(weights.to(acc).unsqueeze(-1)).sum(dim=1).to(dtype)
+    picked = picked.view(-1, top_k, rows.shape[1]).to(acc)
+    if weights is not None:
+        picked.mul_(weights.to(acc).unsqueeze(-1))  # in place, as it is a copy already
+    total = picked[:, 0]
+    for slot in range(1, top_k):  # from 16 on, Tensor.sum() has another order
+        total = total + picked[:, slot]
+    return total.to(dtype)
 
 
 def sum_placed_rows(rows: Tensor, places: Tensor, ranks: int) -> Tensor:

@@ -53,15 +53,21 @@ class Engines:
         strategy: the strategy, with its module, device and DeepSpeed config.
         groups: the expert parallel groups.
         nonfinite: what to do when NaN or Inf reaches a router.
+        exact: whether the layers must have the bits of one process.
 
     Attributes:
         state: what the engine and the strategy share about the model's experts.
     """
 
     def __init__(
-        self, strategy: DeepSpeedStrategy, groups: ExpertGroups, nonfinite: NonFinitePolicy
+        self,
+        strategy: DeepSpeedStrategy,
+        groups: ExpertGroups,
+        nonfinite: NonFinitePolicy,
+        exact: bool,
     ) -> None:
         self._strategy, self._groups, self._nonfinite = strategy, groups, nonfinite
+        self._exact = exact
         self.state = ExpertState(nonfinite=nonfinite)
 
     def shard(self, trainer: pl.Trainer, module: pl.LightningModule) -> ExpertSharder:
@@ -85,7 +91,7 @@ class Engines:
                 kind.check(module)
         if sharder.mesh.ep_size > 1:
             check_not_tied(state.layers)
-        sharder.shard(module)
+        sharder.shard(module, self._exact)
         if sharder.automatic:
             rank_zero_info(sharder.automatic)
         if self._strategy.is_global_zero:

@@ -57,20 +57,20 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
             "ignore" does not check (in fp32 and fp16, ZeRO itself drops a step of infinite norm).
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
-        trust_checkpoints: also unpickle objects that are not plain data (of callbacks, say) from
-            checkpoints. This can run arbitrary code: use it only for checkpoints that you trust.
-        async_checkpoint: copy the state to host memory (one copy) and write it while training
-            continues. An error is raised at the next step; a run's end waits for the last write.
-        hang_timeout: seconds without a finished batch, or a phase of the run that begins or ends,
-            after which it ends on every rank, with stacks on stderr and exit status 75; or None.
-        exchange_timeout: seconds that a rank waits for the others in a token exchange. Then all
-            ranks raise an ExchangeError that says where each rank is. "auto" is nine tenths of
-            ``hang_timeout``, so that legitimate waits are not cut short. None means no limit.
-        signal_grace: seconds without a finished batch after SIGTERM, after which the process exits
-            with status 143. A second SIGTERM ends it at once. None waits as long as it takes.
-        ranks_per_node: number of consecutive ranks that share a fast interconnect, such as NVLink
-            across hosts; it must divide the world size. None is the number of devices per host.
+        trust_checkpoints: also unpickle what is not plain data (callbacks' objects, say). This can
+            run arbitrary code: use it only for checkpoints that you trust.
+        async_checkpoint: copy the state to host memory and write it while training goes on.
+            Errors are raised at the next step; a run's end waits for the last write.
+        hang_timeout: seconds without a finished batch or phase of the run, after which it ends on
+            every rank, with stacks on stderr and exit status 75; or None.
+        exchange_timeout: seconds that a rank waits for others in an exchange, until all raise an
+            ExchangeError that says where each is. "auto": 0.9 ``hang_timeout``; None: no limit.
+        signal_grace: seconds without a finished batch after SIGTERM, before the process exits with
+            status 143; a second SIGTERM ends it at once. None waits as long as it takes.
+        ranks_per_node: consecutive ranks that share a fast interconnect, such as NVLink across
+            hosts; it must divide the world size. None is the number of devices per host.
         tokens_per_rank: of a micro-batch. With it, "auto" also counts the exchange's buffers.
+        exact: as ``MoE(exact=True)``, for all layers: the bits of one process in every dtype.
         kwargs: as for :class:`pytorch_lightning.strategies.DeepSpeedStrategy`.
 
     Raises:
@@ -92,6 +92,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         exchange_timeout: float | Literal["auto"] | None = "auto",
         ranks_per_node: int | None = None,
         tokens_per_rank: int | None = None,
+        exact: bool = False,
         **kwargs: Any,
     ) -> None:
         check_objects("FastMoEStrategy", kwargs.values())
@@ -111,7 +112,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._uneven = UnevenData(self)
         self._averaging = Averaging()
         self._groups = ExpertGroups(self, own)
-        self._engines = Engines(self, self._groups, nonfinite)
+        self._engines = Engines(self, self._groups, nonfinite, own["exact"])
         state = self._engines.state
         self._steps = Steps(self, state, self._groups, self._watch, self._uneven)
         self._saving = Saving(self, state, self._groups, self._watch, self._averaging)

@@ -233,6 +233,8 @@ def fails_to_wrap(name: str) -> tuple[str, str]:
         model["moe"] = MoE(D, F, 4 if dist.get_rank() == 0 else 3)
     elif name == "another dispatcher" and dist.get_rank() == 1:
         model["moe"] = MoE(D, F, 4, dispatcher="symmetric")
+    elif name == "exact on one rank" and dist.get_rank() == 1:
+        model["moe"] = MoE(D, F, 4, exact=True)
     elif name == "another size on one rank" and dist.get_rank() == 1:
         size = 1
     elif name == "another node" and dist.get_rank() == 1:

@@ -14,7 +14,7 @@ from lightning_fastmoe.distributed import (
     ExpertSharder,
     make_expert_mesh,
 )
-from lightning_fastmoe.distributed.schedule import ACROSS_RANKS
+from lightning_fastmoe.distributed.schedule import schedule_across_ranks
 from lightning_fastmoe.nn import MoE, SequentialSchedule
 from lightning_fastmoe.nn.dispatch import DISPATCHERS
 from lightning_fastmoe.nn.placement import equal_blocks
@@ -29,7 +29,9 @@ PLACEMENTS = {
 Results = dict[str, dict[str, tuple[Tensor, Tensor]]]
 
 
-def compared(name: str, placement: str, device_type: str, dtype: torch.dtype) -> Results:
+def compared(
+    name: str, placement: str, device_type: str, dtype: torch.dtype, exact: bool = False
+) -> Results:
     """Case -> what was computed, by the schedule and on one rank."""
     device, group = join(device_type)
     placed = PLACEMENTS[placement](group.size)
@@ -37,7 +39,7 @@ def compared(name: str, placement: str, device_type: str, dtype: torch.dtype) ->
     group.wait = ExchangeWait(look=2e-3)
     return {
         case: compare_with_local(
-            lambda experts: ACROSS_RANKS[name](group, experts, placed),
+            lambda experts: schedule_across_ranks(name, group, experts, placed, exact),
             placed,
             CASES[case],
             device,

@@ -47,6 +47,7 @@ SET_UP = {
     "another model": ("TopologyError", "Rank 1 has built another model than rank 0.*dense.bias"),
     "another number": ("TopologyError", "Rank 1 .*moe with 3 experts.* in place of moe with 4"),
     "another dispatcher": ("TopologyError", "dispatcher='symmetric' in place of .*'auto'"),
+    "exact on one rank": ("TopologyError", "'auto', exact=True in place of .*'auto'. Build"),
     "another size on one rank": ("TopologyError", "expert_parallel_size is 2 on rank 0 and 1 on"),
     "another node": ("TopologyError", "ranks_per_node is 2 on rank 0 and 1 on rank 1"),
     "one batch norm": ("ConfigError", "moe.experts.1 is a SyncBatchNorm"),

@@ -9,8 +9,8 @@ from distributed import symmetric_runs as runs
 from torch.distributed import _symmetric_memory
 
 from lightning_fastmoe.distributed.symmetric import memory
-from lightning_fastmoe.distributed.symmetric.exchange import Sizes
 from lightning_fastmoe.distributed.symmetric.layer import Expectation
+from lightning_fastmoe.distributed.symmetric.places import Sizes
 
 
 def test_memory_grows_with_the_tokens_of_any_rank_and_nothing_unwritten_is_read(rank_pool):

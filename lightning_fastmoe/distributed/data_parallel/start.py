@@ -89,6 +89,7 @@ def agree_to_start(
     """
     own = [
         f"{name} with {layer.num_experts} experts, dispatcher={layer.dispatcher_name!r}"
+        f"{', exact=True' if layer.exact else ''}"
         for name, layer in layers.items()
     ]
     everyone = _gather((problem, dict(options), own))

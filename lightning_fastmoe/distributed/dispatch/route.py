@@ -46,5 +46,8 @@ class Route:
 
     def back(self) -> Route:
         """The way of the gradients."""
-        phase = f"{self.phase} (backward)"
+        return self.reversed(f"{self.phase} (backward)")
+
+    def reversed(self, phase: str) -> Route:
+        """The other way, for what is exchanged in ``phase``."""
         return replace(self, send=self.receive, receive=self.send, phase=phase)

@@ -8,10 +8,11 @@ from functools import partial
 
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule
+from lightning_fastmoe.distributed.schedule.exact import ExactSchedule
 from lightning_fastmoe.distributed.schedule.symmetric import SymmetricSchedule
 from lightning_fastmoe.distributed.schedule.two_level import TwoLevelDedupSchedule
 from lightning_fastmoe.errors import TopologyError
-from lightning_fastmoe.nn.dispatch import Dispatcher
+from lightning_fastmoe.nn.dispatch import Dispatcher, check_exact
 from lightning_fastmoe.nn.schedule import Schedule, SequentialSchedule
 
 Placement = Sequence[Sequence[int]]
@@ -86,7 +87,7 @@ def automatic(group: ExpertGroup, num_experts: int, placement: Placement) -> Sch
 
 
 def schedule_across_ranks(
-    name: str, group: ExpertGroup, num_experts: int, placement: Placement
+    name: str, group: ExpertGroup, num_experts: int, placement: Placement, exact: bool = False
 ) -> Schedule:
     """The schedule of a layer whose experts are sharded.
 
@@ -95,6 +96,16 @@ def schedule_across_ranks(
         group: the expert parallel group, shared by all layers of a model.
         num_experts: E of the layer.
         placement: global ids of the experts of each rank.
+        exact: whether its numbers must have the bits of one process.
+
+    Raises:
+        ConfigError: if they must, and the dispatcher's don't.
     """
+    if exact:
+        check_exact(name)
     make = automatic if name == "auto" else ACROSS_RANKS[name]
-    return make(group, num_experts, placement)
+    schedule = make(group, num_experts, placement)
+    if not exact:
+        return schedule
+    assert isinstance(schedule, DedupSchedule)
+    return ExactSchedule(schedule)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.distributed.dispatch import AllToAllDispatcher, ExpertGroup, Route
+from lightning_fastmoe.distributed.dispatch.pair_exchange import PairExchange, RoutedPairs
 from lightning_fastmoe.distributed.dispatch.per_rank import RankDraft, return_sums, send_tokens
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.inputs import TokenInputs
@@ -69,7 +70,7 @@ class DedupSchedule(SequentialSchedule):
         Raises:
             ExchangeError: on all ranks of the group, if they disagree.
         """
-        if not experts.is_stacked or inputs.spec is not None or routing.token_ids is not None:
+        if not self.takes(inputs, routing, experts):
             return super().run_routed(inputs, routing, experts, layer)
         chosen = routing.expert_ids
         if routing.dispatched is not None:
@@ -79,6 +80,10 @@ class DedupSchedule(SequentialSchedule):
         if routing.dispatched is None:  # else they are those of what wasn't dropped
             routing = routing._replace(tokens_per_expert=counts)
         return y, routing
+
+    def takes(self, inputs: TokenInputs, routing: Routing, experts: Experts) -> bool:
+        """Whether rows are sent per (token, rank)."""
+        return experts.is_stacked and inputs.spec is None and routing.token_ids is None
 
     def run_per_rank(
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
@@ -124,6 +129,21 @@ class DedupSchedule(SequentialSchedule):
         if self.parts == 1:
             return outputs[0], of_experts[0]
         return torch.cat(outputs), torch.stack(of_experts).sum(0)
+
+    def pair_exchange(
+        self, x: Tensor, chosen: Tensor, returned: torch.dtype, layer: str
+    ) -> PairExchange:
+        """A pass in which experts return a row per (token, slot).
+
+        Args:
+            x: (T, D).
+            chosen: (T, K) int64, the experts; E for dropped slots.
+            returned: the widest dtype in which they may do so.
+            layer: the layer's name.
+        """
+        draft = self.draft(chosen)
+        table = self.group.exchange_counts(draft.counts, x.shape[1], layer)
+        return RoutedPairs(self.group, draft, table, self.held, layer)
 
     def draft(self, chosen: Tensor) -> RankDraft:
         """What is known of ``chosen (T, K)``, E for dropped slots, before the host waits."""

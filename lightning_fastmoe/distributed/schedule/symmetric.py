@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
+from lightning_fastmoe.distributed.dispatch.pair_exchange import PairExchange
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule, run_experts
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange
 from lightning_fastmoe.distributed.symmetric.exchange import MAX_SLOTS
 from lightning_fastmoe.distributed.symmetric.layer import Expectation, run_layer
 from lightning_fastmoe.distributed.symmetric.operators import passage_for
+from lightning_fastmoe.distributed.symmetric.pairs import PairPassage
 from lightning_fastmoe.distributed.symmetric.tokens import Passage, return_sums, send_tokens
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts import Experts
@@ -57,7 +60,7 @@ class SymmetricSchedule(DedupSchedule):
         self, x: Tensor, chosen: Tensor, wide: Tensor, experts: Experts, layer: str
     ) -> tuple[Tensor, Tensor]:
         """See :class:`DedupSchedule`."""
-        if x.device.type != self.exchange.device.type:  # a group of gloo, and tokens on a GPU
+        if not self._reaches(x):
             return super().run_per_rank(x, chosen, wide, experts, layer)
         self.where = self.where.to(chosen.device)
         held = self.held[self.group.rank]
@@ -72,6 +75,19 @@ class SymmetricSchedule(DedupSchedule):
         rows = passage.sizes(held).pairs
         sums = run_experts(experts, received, weights, keys, len(held), rows)
         return return_sums(sums, passage), passage.plan.of_experts
+
+    def pair_exchange(
+        self, x: Tensor, chosen: Tensor, returned: torch.dtype, layer: str
+    ) -> PairExchange:
+        """See :class:`DedupSchedule`."""
+        if not self._reaches(x):
+            return super().pair_exchange(x, chosen, returned, layer)
+        self.where = self.where.to(chosen.device)
+        return PairPassage(self.exchange, chosen, self.where, self.held, returned, layer)
+
+    def _reaches(self, x: Tensor) -> bool:
+        """Not where a group of gloo has tokens on a GPU."""
+        return x.device.type == self.exchange.device.type
 
 
 def _slots(group: ExpertGroup, num_experts: int) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.distributed.symmetric.exchange import Sizes
 from lightning_fastmoe.distributed.symmetric.operators import OperatorPassage
+from lightning_fastmoe.distributed.symmetric.places import Sizes
 from lightning_fastmoe.distributed.symmetric.tokens import Passage
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import choice

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch.counts import header
-from lightning_fastmoe.distributed.symmetric.exchange import CountsPlace, RowsPlace, Sizes
+from lightning_fastmoe.distributed.symmetric.places import CountsPlace, RowsPlace, Sizes
 from lightning_fastmoe.distributed.symmetric.tokens import BACKWARD, COMBINE, DISPATCH, Passage
 from lightning_fastmoe.ops import Stacks, choice
 from lightning_fastmoe.ops.exchange_counts import HEADER

@@ -15,13 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_fastmoe.distributed.symmetric.exchange import (
-    Arrival,
-    CountsPlace,
-    RowsPlace,
-    Sizes,
-    SymmetricExchange,
-)
+from lightning_fastmoe.distributed.symmetric.exchange import SymmetricExchange
+from lightning_fastmoe.distributed.symmetric.places import Arrival, CountsPlace, RowsPlace, Sizes
 from lightning_fastmoe.ops.exchange_arrival import (
     Blocks,
     Received,
@@ -79,7 +74,7 @@ class Passage:
         exchange, layer, rows = self._exchange, self._layer, _bytes(x)
         packed_bytes = weights.shape[1] * (ID_BYTES + weights.element_size())
         self._widths, self._weights_dtype = [rows.shape[1], packed_bytes], weights.dtype
-        needed = exchange.needs(len(x), self._widths)
+        needed = self._needs(len(x))
         fits = needed <= exchange.capacity
         counts = exchange.begin_counts(layer)
         self._call = counts.number
@@ -109,6 +104,10 @@ class Passage:
             exchange.send_nothing(self._place)
         exchange.start_reading(layer)
         return plan, packed
+
+    def _needs(self, tokens: int) -> int:
+        """The bytes that a rank must have room for, from each rank, to take part in this pass."""
+        return self._exchange.needs(tokens, self._widths)
 
     def settle(self) -> bool:
         """Waits until the host knows the counts. Sends tokens again if a rank had no room for them.
