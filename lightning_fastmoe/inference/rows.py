@@ -113,7 +113,10 @@ class BlockArguments:
 
     def _splitter(self, name: str, value: Any) -> Callable[[int, int], Any]:
         if name == self._first:
-            return lambda start, stop: self.hidden[start:stop]
+            hidden = (
+                self.hidden
+            )  # not by way of self: the pass's memory would wait for a collection
+            return lambda start, stop: hidden[start:stop]
         if isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.dim() == 0):
             return lambda start, stop: value
         if (split := self._own(value)) is not None:

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _RUNS_PER_SET = 20
+_LEAVING = 20.0
+"""Seconds for processes that have failed to leave their groups."""
 
 
 class RankError(RuntimeError):
@@ -137,8 +140,14 @@ class RankPool:
                     grace = time.monotonic() + 20.0
                     detail = value[2]
         if errors:
-            if any(kind == "ProcessDied" for kind, _ in errors.values()):
-                self._kill(world_size)
+            until = time.monotonic() + _LEAVING
+            for rank, (kind, _) in errors.items():
+                pipe = workers[rank][1]
+                if kind == "ProcessDied" or not pipe.poll(max(0.0, until - time.monotonic())):
+                    self._kill(world_size)
+                    break
+                with suppress(EOFError):
+                    pipe.recv()  # the same again, once it has left its groups
             raise RankError(f"ranks {sorted(errors)} failed: {errors}\n{detail}", errors, results)
         return [results[rank] for rank in range(world_size)]
 
@@ -222,11 +231,12 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
         except BaseException as error:  # noqa: BLE001  reported to the parent, whatever it is
             text = traceback.format_exc()
             outcome = (False, (type(error).__name__, str(error), text))
-        finally:
-            _leave()
-            # ZeRO 3 permanently replaces F.linear by a version that rounds differently: a run would
-            # depend on earlier ones.
-            F.linear = linear
+            # Leaving may wait for the other ranks for ever, and would hide why.
+            connection.send(outcome)
+        _leave()
+        # ZeRO 3 permanently replaces F.linear by a version that rounds differently: a run would
+        # depend on earlier ones.
+        F.linear = linear
         connection.send(outcome)
         if is_first:  # the first case has imported the rest
             gc.freeze()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -383,3 +385,20 @@ def test_the_ordinary_cache(window: int | None) -> None:
     for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-12)
+
+
+def test_a_pass_leaves_nothing_that_waits_for_a_garbage_collection() -> None:
+    """Otherwise GPU memory of earlier passes, and registered memory of caches, pile up."""
+    network = Network().eval().requires_grad_(False)
+    offload_experts(network, "cpu", chunk_sequences=2)
+    hidden = torch.randn(5, 3, 16)
+    left = weakref.ref(hidden)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            network(hidden)
+        del hidden
+        assert left() is None
+    finally:
+        gc.enable()
