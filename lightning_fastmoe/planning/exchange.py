@@ -210,8 +210,7 @@ def working_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: boo
     Each line below is a moment. ``(T, D)`` is the output in the forward pass and its gradient in
     the backward pass; the activations of a rank's rows are A (N, F), and Y (N, D) what the down
     projection makes of them. In the backward pass, A' (N, F) is needed for the gradient of ``down``
-    and dX (N, D) is summed to the gradients of S' rows. "symmetric" computes these sums first, so
-    that they travel while the weights' gradients are computed, which keeps A' longer.
+    and dX (N, D) is summed to the gradients of S' rows, which "symmetric" keeps while they travel.
 
     Args:
         layer: its shapes.
@@ -240,8 +239,9 @@ def working_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: boo
         moments = [
             a + y,
             y + sums,
-            out + rows + weighted + d_rows + rows,
-            out + rows + weighted + rows + d_down + d_up,
+            out + rows + weighted + d_down,
+            out + d_down + d_rows + rows,
+            out + d_down + rows + d_up + out,
         ]
     elif way == "all_to_all":
         returned = layer.tokens * layer.top_k * layer.d_model * b

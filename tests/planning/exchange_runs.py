@@ -69,7 +69,7 @@ def buffers(shapes: list[LayerShape]) -> tuple[int, int]:
         layer.run()
     exchange = SymmetricExchange.of(group)
     assert exchange.rows is not None
-    return exchange.capacity, exchange.rows.own.nbytes + exchange._control.own.nbytes
+    return exchange.capacity, exchange.rows.own.nbytes + exchange.control.own.nbytes
 
 
 def kept(shape: LayerShape, ahead: bool) -> int:

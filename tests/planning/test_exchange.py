@@ -112,31 +112,34 @@ def test_a_layer_on_one_rank_keeps_what_autograd_saves(rank_pool):
 
 
 MEASURED = {
-    LayerShape(24576, 1536, 512, 256, 128, 8, 2): (0.66, 1.12, 1.19, 2.33, 0.83),
-    LayerShape(24576, 2048, 2048, 1024, 64, 8, 2): (1.11, 1.84, 2.15, 3.40, 1.46),
-    LayerShape(24576, 2048, 1536, 768, 128, 8, 2): (0.76, 1.55, 1.70, 3.06, 1.42),
-    LayerShape(8192, 4096, 28672, 14336, 8, 2, 2): (0.94, 1.17, 1.67, 1.25, 2.00),
+    LayerShape(24576, 1536, 512, 256, 128, 8, 2): (1.015, 1.330, 1.209, 2.54, 1.04),
+    LayerShape(24576, 2048, 2048, 1024, 64, 8, 2): (1.956, 2.310, 2.226, 3.87, 1.93),
+    LayerShape(24576, 2048, 1536, 768, 128, 8, 2): (1.976, 2.208, 2.065, 3.72, 2.08),
+    LayerShape(8192, 4096, 28672, 14336, 8, 2, 2): (3.626, 2.547, 2.572, 2.62, 3.38),
+    LayerShape(24576, 4096, 2048, 1024, 64, 4, 2): (2.265, 2.650, 2.341, None, None),
+    LayerShape(8192, 7168, 4096, 2048, 32, 8, 2): (3.348, 2.587, 2.521, None, None),
 }
-"""GiB of a step's peak over what remains after it, as benchmarks/expert_parallel.py measured them
-on H200: on one GPU, then on two by each of :data:`WAYS`. sonic-7b, olmoe-1b-7b, qwen3-30b-a3b and
-mixtral-8x7b."""
+"""GiB of a step's peak, gradients included, as benchmarks/expert_parallel.py measured them on H200:
+on one GPU, then on two by each of :data:`WAYS`; the last two in an earlier run."""
+NAMES = ["sonic", "olmoe", "qwen3", "mixtral", "sonic-30b", "deepseek-v3"]
 WAYS = ("local", "dedup", "symmetric", "all_to_all", "dedup_overlapped")
+CASES = [
+    pytest.param(shape, way, peak, id=f"{name}-{way}")
+    for name, (shape, peaks) in zip(NAMES, MEASURED.items(), strict=True)
+    for way, peak in zip(WAYS, peaks, strict=True)
+    if peak is not None
+]
 
 
-@pytest.mark.parametrize("number", range(len(WAYS)), ids=WAYS)
-@pytest.mark.parametrize("layer", MEASURED, ids=["sonic", "olmoe", "qwen3", "mixtral"])
-def test_the_peak_is_the_one_that_gpus_measured(layer, number):
+@pytest.mark.parametrize(("layer", "way", "measured"), CASES)
+def test_the_peak_is_the_one_that_gpus_measured(layer, way, measured):
     """Within 4 %, most of which is workspace of split gradients, where it is more than 1 %."""
-    ranks = 1 if WAYS[number] == "local" else 2
-    measured, layer = MEASURED[layer][number], replace(layer, dispatcher=WAYS[number])
-    # What remained: the gradients of weights and tokens, which were freed before the step.
-    gradients = layer.num_experts // ranks * layer.d_model * (layer.up_rows + layer.d_ffn) * 2
-    peak = measured * 2**30 + gradients + layer.hidden
+    ranks, layer = 1 if way == "local" else 2, replace(layer, dispatcher=way)
     # Logits and scores in fp32; the chosen experts and their weights.
     router = layer.tokens * (8 * layer.num_experts + 12 * layer.top_k)
     arrival = expected_arrival(layer, ranks)
     planned = kept_bytes(layer, ranks, arrival) + working_bytes(layer, ranks, arrival) + router
-    assert 0.96 <= planned / peak <= 1.01
+    assert 0.96 <= planned / (measured * 2**30) <= 1.01
 
 
 def test_what_is_launched_ahead_is_a_sixteenth_more():
