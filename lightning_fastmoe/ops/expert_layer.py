@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_fastmoe.ops import choice, kernels, traced_layer
 from lightning_fastmoe.ops.grouped_mlp import LowRank, StackedWeight, grouped_mlp
-from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.layer_call import LayerCall, Wanted, restore, save
 from lightning_fastmoe.ops.pair_rows import PairRows, pair_rows, weights_later
 from lightning_fastmoe.ops.pairs import combine_rows, gather_rows, order_pairs
 from lightning_fastmoe.ops.permute import permute, unpermute
@@ -30,7 +30,7 @@ class _ExpertLayer(torch.autograd.Function):
         *fields, keep_h = rest
         call = LayerCall(x.contiguous(), *fields)
         out, h = choice.choose(call).forward(call, keep_h)
-        _save(ctx, call, h)
+        save(ctx, call, h)
         return out
 
     @staticmethod
@@ -46,25 +46,6 @@ class _ExpertLayer(torch.autograd.Function):
             ctx.h_is_spent = True
             found = implementation.backward_(call, grads[0], h, wanted)
         return *found, *(None,) * 6
-
-
-def _save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
-    ctx.save_for_backward(
-        *(h.rows, call.x, call.weights, call.up, call.down, call.up_bias, call.down_bias),
-        *(call.order, call.inverse, call.tokens_per_expert, call.offsets),
-    )
-    ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
-
-
-def restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
-    """The call that a node has saved, and its H; None for an H that a backward has overwritten."""
-    rows, *tensors = ctx.saved_tensors
-    fields: list[Any] = [*tensors, ctx.activation]
-    call = LayerCall(*fields)
-    if ctx.h_is_spent:
-        return call, None
-    # Through .data, because autograd would reject the overwritten H of a retained graph.
-    return call, PreActivation(rows.data, ctx.h_has_bias)
 
 
 def _needs_graph(*inputs: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,6 +125,26 @@ class PreActivation(NamedTuple):
 
     rows: Tensor
     has_bias: bool
+
+
+def save(ctx: Any, call: LayerCall, h: PreActivation) -> None:
+    """Saves a call and its H in the context of an autograd node, for :func:`restore`."""
+    ctx.save_for_backward(
+        *(h.rows, call.x, call.weights, call.up, call.down, call.up_bias, call.down_bias),
+        *(call.order, call.inverse, call.tokens_per_expert, call.offsets),
+    )
+    ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
+
+
+def restore(ctx: Any) -> tuple[LayerCall, PreActivation | None]:
+    """The call that a node has saved, and its H; None for an H that a backward has overwritten."""
+    rows, *tensors = ctx.saved_tensors
+    fields: list[Any] = [*tensors, ctx.activation]
+    call = LayerCall(*fields)
+    if ctx.h_is_spent:
+        return call, None
+    # Through .data, because autograd would reject the overwritten H of a retained graph.
+    return call, PreActivation(rows.data, ctx.h_has_bias)
 
 
 class Wanted(NamedTuple):

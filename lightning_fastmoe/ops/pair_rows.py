@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_fastmoe.ops import choice, kernels
-from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.layer_call import LayerCall, Wanted, restore, save
 from lightning_fastmoe.ops.routing import ExpertOrder
 
 
@@ -48,21 +48,13 @@ class _PairRows(torch.autograd.Function):
         if call.down_bias is not None:
             wide = y.to(kernels.accumulation_dtype(y.dtype))
             y = wide + kernels.bias_rows(call.down_bias, call.offsets, len(y)).to(wide.dtype)
-        ctx.save_for_backward(
-            *(h.rows, call.x, call.weights, call.up, call.down, call.up_bias, call.down_bias),
-            *(call.order, call.inverse, call.tokens_per_expert, call.offsets),
-        )
-        ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
+        save(ctx, call, h)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *tensors = ctx.saved_tensors
-        fields: list[Any] = [*tensors, ctx.activation]
-        call = LayerCall(*fields)
-        # Through .data, because autograd would reject the overwritten H of a retained graph.
-        h = None if ctx.h_is_spent else PreActivation(rows.data, ctx.h_has_bias)
+        call, h = restore(ctx)
         implementation = choice.choose(call, h)
         if h is None:
             h = implementation.pre_activation(call)

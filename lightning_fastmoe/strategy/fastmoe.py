@@ -57,7 +57,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
             "ignore" does not check (in fp32 and fp16, ZeRO itself drops a step of infinite norm).
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
-        trust_checkpoints: also unpickle what isn't plain data, which can run code: if you trust it.
+        trust_checkpoints: also unpickle objects that aren't plain data, which can run any code.
         async_checkpoint: copy the state to host memory and write it while training goes on.
             Errors are raised at the next step; a run's end waits for the last write.
         hang_timeout: seconds without a finished batch or phase of the run, after which it ends on

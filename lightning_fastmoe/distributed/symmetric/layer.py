@@ -24,8 +24,7 @@ from lightning_fastmoe.distributed.symmetric.tokens import Passage
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import choice
 from lightning_fastmoe.ops.exchange_arrival import Received
-from lightning_fastmoe.ops.expert_layer import restore
-from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted, restore
 
 _SLACK = 16
 _REMEMBERED = 8
