@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,3 +84,9 @@ def _same_environment() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes in one piece goes first, so that no process waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_csrc.py")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Prints failures as they come, too: a run that is cut short has then said what failed."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} failed:\n{report.longreprtext[-4000:]}", file=sys.__stderr__)
