@@ -231,7 +231,7 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
         except BaseException as error:  # noqa: BLE001  reported to the parent, whatever it is
             text = traceback.format_exc()
             outcome = (False, (type(error).__name__, str(error), text))
-            # Leaving may wait for the other ranks for ever, and would hide why.
+            # Leaving the groups can block forever if another rank is stuck, and hide the error.
             connection.send(outcome)
         _leave()
         # ZeRO 3 permanently replaces F.linear by a version that rounds differently: a run would

@@ -1,10 +1,11 @@
-"""A layer's passes through symmetric memory as four operators, so that Python doesn't hold them up.
+"""A layer's passes through symmetric memory as four operators: Python stays off the critical path.
 
-The host launches some fifty short kernels for a layer's step, and it can't run ahead of the device:
-in each forward pass it waits for the counts. So the time from there to the next layer's experts is
-the host's. csrc/exchange/sharded_layer.cpp makes the passes of :class:`Passage` in four calls, for
-experts on Hopper GPUs that are two operators themselves. In the backward pass the tokens' gradients
-travel by the copy engines, which leaves all multiprocessors to the GEMM beside.
+A layer's step launches about fifty short kernels, and the host can't run ahead of the device, since
+each forward pass waits for the counts: the device then sits idle until the next layer's experts
+have been launched. csrc/exchange/sharded_layer.cpp runs the passes of :class:`Passage` in four
+calls, for experts that :class:`TwoOperators` computes on Hopper GPUs. In the backward pass the copy
+engines move the tokens' gradients, so that the GEMM that overlaps with them has every
+multiprocessor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lightning_fastmoe.ops.two_operators import TwoOperators
 
 
 class OperatorPassage(Passage):
-    """See the module, and :class:`Passage`, which computes the same bits.
+    """A :class:`Passage` in four operator calls, with bit-identical results.
 
     Args:
         library: the compiled kernels.
