@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,15 @@ MAX_LINES = 600
 RECORD = Record("0123456789abcdef", "13.0", "linux-x86_64", ("sm_80", "sm_90a"), "2.13.0")
 
 
+Compilations = dict[str, "Future[subprocess.CompletedProcess[str]]"]
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess]:
+def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilations]:
+    """The compilation of each source by its name; a test waits for those that it looks at alone.
+
+    So the time limit of a test holds for one source, however many there are.
+    """
     try:
         nvcc = _build.find_nvcc()
     except KernelsUnavailableError as error:
@@ -35,12 +43,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
     flags = [flag.replace("code=sm_80", "code=compute_80") for flag in flags]
     flags += ["--ptxas-options=-v"]
 
-    def compile_one(source: Path) -> tuple[str, subprocess.CompletedProcess]:
+    def compile_one(source: Path) -> subprocess.CompletedProcess[str]:
         command = _build.compile_command(nvcc, flags, source, folder / f"{source.name}.o")
-        return source.name, subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(pool.map(compile_one, [*UNITS, folder / "record.cpp"]))
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    yield {s.name: pool.submit(compile_one, s) for s in [*UNITS, folder / "record.cpp"]}
+    pool.shutdown(cancel_futures=True)
 
 
 def test_the_sources_are_where_the_build_looks():
@@ -53,16 +62,15 @@ def test_files_are_short(source: Path):
 
 
 @pytest.mark.parametrize("name", [source.name for source in UNITS])
-def test_every_source_compiles(name: str, compiled: dict[str, subprocess.CompletedProcess]):
-    assert compiled[name].returncode == 0, compiled[name].stderr
+def test_every_source_compiles(name: str, compiling: Compilations):
+    done = compiling[name].result()
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", [s.name for s in UNITS if s.suffix == ".cu"])
-def test_kernels_hardly_spill_registers(
-    name: str, compiled: dict[str, subprocess.CompletedProcess]
-):
+def test_kernels_hardly_spill_registers(name: str, compiling: Compilations):
     """A word or two outside of a loop cost nothing; more would show."""
-    spills = re.findall(r"(\d+) bytes spill stores", compiled[name].stderr)
+    spills = re.findall(r"(\d+) bytes spill stores", compiling[name].result().stderr)
     assert spills
     assert max(map(int, spills)) <= 8
 
@@ -73,10 +81,9 @@ def _binutil(name: str) -> str:
     return path
 
 
-def test_links_against_torch_and_carries_its_record(
-    compiled: dict[str, subprocess.CompletedProcess], tmp_path: Path
-):
+def test_links_against_torch_and_carries_its_record(compiling: Compilations, tmp_path: Path):
     """With a torch that has no CUDA, too; and packagers strip libraries."""
+    compiled = {name: future.result() for name, future in compiling.items()}
     assert [name for name, done in compiled.items() if done.returncode != 0] == []
     objects = [Path(done.args[done.args.index("-o") + 1]) for done in compiled.values()]
     library = tmp_path / "kernels.so"

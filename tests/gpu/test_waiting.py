@@ -26,14 +26,14 @@ def rank_pool() -> Iterator[RankPool]:
 def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline(
     rank_pool: RankPool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 1 is in NCCL's broadcast, which nothing interrupts: its process ends and says why."""
+    """Rank 1 is in NCCL's barrier, which nothing interrupts: its process ends and says why."""
     begin = time.monotonic()
     with pytest.raises(RankError):
         run(
             rank_pool,
             runs.fails,
             2,
-            runs.RankZeroSample,
+            runs.RankZeroSampleThenBarrier,
             1e3,
             {"exchange_timeout": 3.0},
             "cuda",
@@ -44,7 +44,7 @@ def test_a_forward_pass_on_rank_zero_alone_ends_at_the_deadline(
     assert "rank 1: another rank has given up, and this one is still blocked" in said
     assert "net.moes.0, exchange of tokens number" in said
     assert "rank 0 has waited 3 s for the other ranks (exchange_timeout=3)" in said
-    assert "in _broadcast_sigterm_tensor" in said
+    assert "in barrier (" in said
 
 
 def ends(

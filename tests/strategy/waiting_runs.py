@@ -35,12 +35,20 @@ def outcome(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[str, str, 
 
 
 class RankZeroSample(pl.Callback):
-    """Runs the model on rank 0 alone."""
+    """Runs the model on rank 0 alone, and goes on with the next epoch."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
             with torch.no_grad():
                 pl_module.net["moes"][0](torch.zeros(3, 12, device=pl_module.device))
+
+
+class RankZeroSampleThenBarrier(RankZeroSample):
+    """The other rank waits until it is done."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        trainer.strategy.barrier("sampled")
 
 
 class OtherRankLeaves(pl.Callback):

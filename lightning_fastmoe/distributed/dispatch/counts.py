@@ -214,7 +214,8 @@ def unpack_counts(table: NDArray[np.int64], num_experts: int, layer: str) -> NDA
                 f"{layer}: the ranks of the expert parallel group are in different exchanges"
                 f" (rank 0 in number {head[0][2]}, rank {rank} in number {sequence}, same"
                 f" layer: {layer_hash == head[0][1]}). Every rank must run the same MoE layers"
-                " in the same order in each step; make the forward pass independent of the data."
+                " in the same order in each step: make the forward pass independent of the data,"
+                " and run the model for rank 0 alone with strategy.on_rank_zero(function)."
             )
     if head[0][1] != zlib.crc32(layer.encode()):
         raise ExchangeError(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_fastmoe.distributed import ExchangeWait, ExpertSharder, PendingExchange
+from lightning_fastmoe.distributed.dispatch.waiting import ADVICE
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.strategy.watchdog.peers import Peers, is_broken_connection
 from lightning_fastmoe.strategy.watchdog.watch import Watch
@@ -85,4 +86,4 @@ class ExchangeWaits:
         trainer._logger_connector.teardown()
         trainer._signal_connector.teardown()
         trainer.state.stage = None
-        raise ExchangeError(f"rank {dist.get_rank()}: {broken[0]}") from broken[1]
+        raise ExchangeError(f"rank {dist.get_rank()}: {broken[0]}\n{ADVICE}") from broken[1]
