@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
-from strategy.midway_runs import EPOCHS, Run, Watch, WithDropout, fit
+from strategy.midway_runs import BATCHES, EPOCHS, Run, Watch, WithDropout, fit
 from strategy.models import Case
 from strategy.resume_runs import error_of
 from strategy.tracing import make_trainer
@@ -62,6 +62,43 @@ def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, R
     assert len(trainer.callbacks) == callbacks
     last = str(Path(directory) / "last.ckpt")
     return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)
+
+
+class SignalledOutsideOfBatches(pl.Callback):
+    """Rank 1 gets SIGTERM before the first batch, or after the last one."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self.when == "before the first batch" and self._is_here():
+            # As Lightning's handler does, without its broadcast, which the others aren't in.
+            trainer._signal_connector.received_sigterm = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        is_last = trainer.current_epoch == EPOCHS - 1
+        if self.when == "after the last batch" and is_last and self._is_here():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @staticmethod
+    def _is_here() -> bool:
+        return dist.get_rank() == RANK % dist.get_world_size()
+
+
+def ended_by_sigterm(case: Case, when: str) -> tuple[str, int]:
+    """(what ended it, batches done)."""
+    pl.seed_everything(7, verbose=False)
+    last = BATCHES * EPOCHS if when == "in the last batch" else -1
+    module = Signalled(case, signal.SIGTERM, last)
+    trainer = make_trainer(
+        case, max_epochs=EPOCHS, max_steps=-1, callbacks=[SignalledOutsideOfBatches(when)]
+    )
+    try:
+        trainer.fit(module)
+        ended = "nothing"
+    except SystemExit as error:
+        ended = type(error).__name__
+    return ended, len(module.batch_losses)
 
 
 def broadcasts_of_batches(case: Case) -> list[int]:

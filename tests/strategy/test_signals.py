@@ -25,6 +25,24 @@ def test_all_ranks_stop_after_the_batch_and_save(rank_pool, tmp_path, world, sta
         assert_goes_on(straight, rest, done)
 
 
+ALL = midway_runs.BATCHES * midway_runs.EPOCHS
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("when", "batches"),
+    [
+        ("before the first batch", lambda world: world),
+        ("in the last batch", lambda world: ALL),
+        ("after the last batch", lambda world: ALL),
+    ],
+)
+def test_a_signal_that_no_batch_follows_ends_all_ranks(rank_pool, world, when, batches):
+    """It must not be lost: a script would go on to its next call of the Trainer."""
+    results = rank_pool.run(runs.ended_by_sigterm, world, case_of(world, 2), when)
+    assert results == [("SIGTERMException", batches(world))] * world
+
+
 def test_no_rank_asks_rank_0_before_each_batch(rank_pool):
     """Lightning does, and the host waits for the device to answer."""
     for counts in rank_pool.run(runs.broadcasts_of_batches, 2, case_of(2, 1)):

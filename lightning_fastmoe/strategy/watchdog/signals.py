@@ -27,7 +27,8 @@ class DeferredSignals(pl.Callback):
     exchanges ahead of another. The ranks then deadlock, or save a checkpoint in the middle of a
     step. Here a signal is only recorded. After each batch the ranks start an asynchronous
     all-reduce of what they recorded, and after the next batch, if any rank got a signal, all run
-    the handlers. (A single rank runs them right after the batch.) If no further batch finishes,
+    the handlers. (A single rank runs them right after the batch.) At the end of each epoch, after
+    its validation, they wait for each other, since no further batch may follow. If neither comes,
     the watch ends the process.
 
     Created by the strategy on all ranks together when training starts.
@@ -52,6 +53,11 @@ class DeferredSignals(pl.Callback):
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
+        connector = trainer._signal_connector
+        if connector.received_sigterm:
+            # Before the training. The other ranks may not know, and Lightning would end this alone.
+            self._noted.add(signal.SIGTERM)
+            connector.received_sigterm = False
         numbers = [signal.SIGTERM]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             numbers.append(environment.requeue_signal or signal.SIGUSR1)
@@ -77,21 +83,28 @@ class DeferredSignals(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self._obey_what_all_know()
+        if not trainer.received_sigterm:  # else no batch follows, in which all could learn more
+            self._tell()  # done by the end of the next batch, so no rank waits for it
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before Lightning looks for the last time whether SIGTERM has come."""
+        self._obey_what_all_know()
+        self._tell()
+        self._obey_what_all_know()
+
+    def _tell(self) -> None:
+        """Tells all ranks which signals this one has recorded; a single rank obeys them."""
         # The same handlers on all ranks, as their environments are the same.
         noted = torch.tensor([number in self._noted for number in self._handlers], dtype=torch.int)
         if self._group is None:
             self._obey(noted)
         else:
-            # Done by the end of the next batch, so no rank waits for it.
             work = dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._under_way = (work, noted)
 
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._obey_what_all_know()
-
     def _obey_what_all_know(self) -> None:
-        """Runs the handlers of signals that any rank had recorded by the previous batch."""
+        """Runs the handlers of signals that any rank had recorded when all told of them."""
         if self._under_way is not None:
             work, noted = self._under_way
             self._under_way = None
