@@ -277,6 +277,7 @@ ROWS = {
     "strategy-compiled": Row(ours, by_trainer, compiled=True),
     "strategy-fullgraph": Row(ours, by_trainer, compiled=True, fullgraph=True),
     "experts-compiled": Row(ours, by_trainer, compiled=True, expert_parallel=True),
+    "experts-fullgraph": Row(ours, by_trainer, compiled=True, fullgraph=True, expert_parallel=True),
     "experts-all-to-all": Row(
         ours, by_trainer, compiled=True, expert_parallel=True, dispatcher="all_to_all"
     ),

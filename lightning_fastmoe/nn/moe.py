@@ -21,6 +21,7 @@ from lightning_fastmoe.nn.experts import ExpertFactory, Experts, draw_layer_seed
 from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K, GlobalBatch, LocalBatch
 from lightning_fastmoe.nn.inputs import MaskedValues, TokenInputs, read_inputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
+from lightning_fastmoe.nn.opaque import Reference
 from lightning_fastmoe.nn.options import (
     RouterArgument,
     check_sizes,
@@ -234,8 +235,7 @@ class MoE(nn.Module):
             return traced.forward(self, x, **per_token)
         return self._forward(x, masked_values, per_token)
 
-    # Opaque to torch.compile: the exchange between ranks, for one, reads counts on the host. The
-    # model around it is compiled as usual.
+    # Opaque to torch.compile, which breaks its graph here; what is around it is compiled as usual.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, x: Any, masked_values: Any, per_token: dict[str, Tensor | None]) -> Any:
         inputs = read_inputs(x, self.d_model, self.layer_name, **per_token)
@@ -312,7 +312,7 @@ class MoE(nn.Module):
             schedule: reaches the experts, wherever they are.
         """
         self.disconnect()
-        self.layer_name, self.schedule = name, schedule
+        self.layer_name, self.schedule, self.reference = name, schedule, Reference(self)
         self.batch = self.batch if batch is None else batch
 
     def disconnect(self) -> None:

@@ -2,8 +2,9 @@
 
 Without ``fullgraph=True`` a layer is opaque to the compiler, which breaks its graph there. With it,
 where a break would be an error, dynamo traces :func:`forward` instead: the steps of
-:class:`~lightning_fastmoe.nn.MoE` for experts that are all on this rank. What it doesn't cover it
-refuses while being traced, and dynamo's error quotes the reason.
+:class:`~lightning_fastmoe.nn.MoE`. Experts that are sharded over ranks are one operator in the
+graph (:mod:`~lightning_fastmoe.nn.opaque`). What isn't covered is refused while being traced, and
+dynamo's error quotes the reason.
 
 A graph is guarded by what was read while tracing. So nothing here reads what differs between the
 layers of a model, such as names, seeds and the identity of objects: they are to share one graph.
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe import ops
+from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.lora import SCALE
+from lightning_fastmoe.nn.experts.trained import trained_of
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.inputs import read_inputs
-from lightning_fastmoe.nn.router import ROUTERS, RoutingContext
+from lightning_fastmoe.nn.opaque import routed_experts
+from lightning_fastmoe.nn.router import ROUTERS, Routing, RoutingContext
 from lightning_fastmoe.nn.runtime_ops import add_load, within_capacity
-from lightning_fastmoe.nn.schedule import LocalSchedule
+from lightning_fastmoe.nn.schedule import LocalSchedule, UnmanagedSchedule
 
 DEVICES = ("cpu", "cuda")
 """Where layers are traced; elsewhere ``fullgraph=True`` is refused, as nothing has checked it."""
@@ -78,13 +82,11 @@ def forward(
         rule = (factor, layer.capacity.over, layer.capacity.drop_by)
         kept = within_capacity(routing.expert_ids, routing.active, routing.scores.detach(), *rule)
         routing = routing._replace(kept=kept)
-    y, routing = layer.schedule.run(
-        inputs.to(layer.experts.compute_dtype(x)),
-        routing,
-        layer.experts,
-        layer.shared_expert,
-        _NAME,
-    )
+    inputs = inputs.to(layer.experts.compute_dtype(x))
+    if type(layer.schedule) is LocalSchedule:
+        y, routing = layer.schedule.run(inputs, routing, layer.experts, layer.shared_expert, _NAME)
+    else:
+        y, routing = _run_across_ranks(layer, inputs.tokens, routing)
     y = y.to(x.dtype)
     if training:
         y = layer.balancing.attach_in_graph(y, routing, context, router.losses)
@@ -94,21 +96,39 @@ def forward(
     return out
 
 
+def _run_across_ranks(layer: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+    """What :meth:`Schedule.run` does, for ``x (T, D)``."""
+    stacks = layer.experts.stacks(x.dtype)
+    given = [t for t in (x, routing.weights, *stacks) if t is not None]
+    y, counts, _ = routed_experts(
+        *(layer.reference.handle, x, routing.weights, *stacks),
+        *(routing.expert_ids, routing.dispatched, layer.num_experts),
+        torch.is_grad_enabled() and any(t.requires_grad for t in given),
+    )
+    if routing.dispatched is None:
+        routing = routing._replace(tokens_per_expert=counts)
+    if layer.shared_expert is not None:
+        y = y + layer.shared_expert(x)
+    return y, routing
+
+
 def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
     """Why this pass can't be traced, or None."""
-    router, experts = layer.router, layer.experts
+    router, experts, is_local = layer.router, layer.experts, type(layer.schedule) is LocalSchedule
     if not isinstance(x, Tensor):
         return "its input is a structure of tensors"
     if x.device.type not in DEVICES:
         return f"fullgraph=True is not supported on {x.device.type}"
     if mask is not None:
         return "mask= makes the number of tokens depend on data"
-    if type(layer.schedule) is not LocalSchedule:
-        return "its experts are sharded over ranks"
+    if isinstance(layer.schedule, UnmanagedSchedule):
+        return "no strategy has connected it to the ranks of its other experts"
     if not experts.is_stacked or experts.activation not in ops.ACTIVATIONS:
         return "its experts are modules, or their activation has no fused backward"
     if getattr(experts, SCALE, None) is not None:
         return "its experts have adapters"
+    if not is_local and (trained_of(experts) is not None or groups_of(experts) is not None):
+        return "only single experts are trained, or its experts are computed in groups"
     if type(router) not in ROUTERS.values():
         return "its router comes from outside the package"
     if not router.traceable:

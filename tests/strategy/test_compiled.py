@@ -196,16 +196,18 @@ def test_compiled_equals_plain(
                 assert torch.equal(outcome.checkpoint[name], value), (way, name)
 
 
-def test_blocks_as_one_graph_equal_plain(tmp_path: Path, rank_pool) -> None:
-    """With all experts on the rank, so that ``fullgraph=True`` traces the layers."""
-    case = Case(world=1, ep=1, stage=2, num_experts=(4, 6), steps=2)
-    (outcomes,) = rank_pool.run(all_ways, 1, case, str(tmp_path), ("graph",), "aot_eager")
-    expected, outcome = outcomes["plain"], outcomes["graph"]
-    assert outcome.graphs > 0
-    assert len(outcome.losses) == case.steps
-    assert outcome.losses == expected.losses
-    for name, value in expected.checkpoint.items():
-        assert torch.equal(outcome.checkpoint[name], value), name
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_as_one_graph_equal_plain(ranks: int, tmp_path: Path, rank_pool) -> None:
+    """``fullgraph=True`` traces the layers; on two ranks, with their exchange as an operator."""
+    case = Case(world=ranks, ep=ranks, stage=2, num_experts=(4, 6), steps=2)
+    arguments = (case, str(tmp_path), ("graph",), "aot_eager")
+    for outcomes in rank_pool.run(all_ways, ranks, *arguments, timeout=200):
+        expected, outcome = outcomes["plain"], outcomes["graph"]
+        assert outcome.graphs > 0
+        assert len(outcome.losses) == case.steps
+        assert outcome.losses == expected.losses
+        for name, value in expected.checkpoint.items():
+            assert torch.equal(outcome.checkpoint[name], value), name
 
 
 def test_hooks_on_the_wrapper_are_refused() -> None:

@@ -106,7 +106,19 @@ class StackedExperts(Experts):
         is_plain = self.activation in ops.ACTIVATIONS and SCALE not in vars(self)
         if not is_plain or trained_of(self) or groups_of(self) or has_hooks(self):
             return None
-        return self._stacks(self._parameters.get, dtype), self.activation
+        return self.stacks(dtype), self.activation
+
+    def stacks(self, dtype: torch.dtype) -> ops.Stacks:
+        """The parameters in a dtype."""
+        return self._stacks(self._parameters.get, dtype)
+
+    def with_stacks(self, stacks: Sequence[Tensor]) -> StackedExperts:
+        """These experts with tensors in place of their parameters, without biases they lack."""
+        other = StackedExperts.__new__(type(self))
+        names = self.stack_names
+        replaced = {**dict.fromkeys(self._parameters), **dict(zip(names, stacks, strict=True))}
+        vars(other).update({**vars(self), "_parameters": replaced})
+        return other
 
     def forward(
         self,
@@ -136,7 +148,7 @@ class StackedExperts(Experts):
         weights: Tensor | None,
         order: ops.ExpertOrder | None,
     ) -> Tensor:
-        up, down, up_bias, down_bias = self._stacks(self._parameters.get, x.dtype)
+        up, down, up_bias, down_bias = self.stacks(x.dtype)
         if trained is not None:
             check_frozen(self, trained)
             rows = ops.TrainedRows(trained.rows, self._stacks(trained.slices, x.dtype))

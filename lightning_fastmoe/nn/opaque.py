@@ -1,0 +1,264 @@
+"""The experts of a layer, sharded over ranks, as one operator for ``torch.compile``.
+
+An exchange waits for other ranks and reads counts on the host, so no compiler can trace it; but one
+can leave it in its graph as it is, with the router before and the losses after it compiled. The
+operator runs the layer's schedule as it runs without ``torch.compile``, keeps the autograd graph of
+that, and goes back through it in its backward.
+
+Graphs are shared by layers, and an operator takes tensors: so a number in a tensor stands for the
+layer, and another for the pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.inputs import TokenInputs
+from lightning_fastmoe.nn.router import Routing
+
+NAMESPACE = "lightning_fastmoe_opaque"
+
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+
+
+class Reference:
+    """Stands for a layer among the inputs of a graph.
+
+    Args:
+        layer: a :class:`~lightning_fastmoe.nn.MoE` that is connected to other ranks.
+
+    Attributes:
+        handle: () int64 on the CPU.
+    """
+
+    _numbers = itertools.count(1)
+    _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def __init__(self, layer: Any) -> None:
+        number = next(self._numbers)
+        self._layers[number] = layer
+        self.handle = torch.tensor(number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the layer must not run the experts of this one.
+        return _reference_of_a_copy, ()
+
+    @classmethod
+    def layer(cls, handle: Tensor) -> Any:
+        """The layer of a handle.
+
+        Raises:
+            ConfigError: if it is gone, or a copy that was never connected.
+        """
+        found = cls._layers.get(int(handle))
+        if found is None:
+            raise ConfigError(
+                "A compiled graph runs a MoE layer that was deleted, or copied while its experts"
+                " were sharded over ranks. Connect the copy by a strategy of its own."
+            )
+        return found
+
+
+def _reference_of_a_copy() -> Reference:
+    reference = Reference.__new__(Reference)
+    reference.handle = torch.tensor(0)
+    return reference
+
+
+class _Pass(np.ndarray[Any, Any]):
+    """A number whose memory owns a pass: it is freed with the last tensor that shows the number.
+
+    So a pass lives as long as what a graph saves for its backward, also where that is dropped.
+    """
+
+    _numbers = itertools.count(1)
+    _alive: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+    _lock = threading.Lock()
+
+    edges: tuple[GradientEdge, list[GradientEdge]] | None
+
+    @classmethod
+    def keep(cls, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """A tensor (1,) int64 that stands for what autograd recorded from ``inputs`` to ``y``."""
+        with cls._lock:
+            number = next(cls._numbers)
+        memory: NDArray[np.int64] = np.array([number])
+        one = memory.view(cls)
+        one.edges = get_gradient_edge(y), [get_gradient_edge(t) for t in inputs]
+        cls._alive[number] = one
+        return torch.from_numpy(one)
+
+    @classmethod
+    def spend(cls, token: Tensor) -> tuple[GradientEdge, list[GradientEdge]]:
+        """What :meth:`keep` was given, once.
+
+        Raises:
+            ConfigError: the second time.
+        """
+        one = cls._alive.get(int(token))
+        if one is None or one.edges is None:
+            raise ConfigError(
+                "The backward pass of a MoE layer inside a compiled graph ran twice, or what it"
+                " saved was moved elsewhere. A layer with sharded experts takes neither with"
+                " fullgraph=True: compile it without, or drop retain_graph=True."
+            )
+        edges, one.edges = one.edges, None
+        return edges
+
+
+class _Enter(torch.autograd.Function):
+    """Gives tensors an edge in autograd's graph that doesn't keep them alive, as a leaf would."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(grads))
+
+
+@contextmanager
+def _recording(enabled: bool) -> Iterator[None]:
+    """Records a graph where operators are called, which is below autograd."""
+    if not enabled:
+        with torch.no_grad():
+            yield
+        return
+    below = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        below = below - torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, below), torch.enable_grad():
+        yield
+
+
+@torch.library.custom_op(f"{NAMESPACE}::routed_experts", mutates_args=())
+def routed_experts(
+    handle: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    expert_ids: Tensor,
+    dispatched: Tensor | None,
+    num_experts: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the schedule of a layer; not its shared expert.
+
+    Args:
+        handle: of the layer's :class:`Reference`.
+        x: (T, D), in the dtype of the stacks.
+        weights: (T, K).
+        up: the stacks of this rank's experts, as
+            :class:`~lightning_fastmoe.nn.experts.StackedExperts` has them.
+        down: see there.
+        up_bias: see there.
+        down_bias: see there.
+        expert_ids: (T, K) int64.
+        dispatched: (T, K) bool, the slots that reach an expert; None for all.
+        num_experts: E.
+        keep: whether a backward pass may follow.
+
+    Returns:
+        The output (T, D); (E,) int64, this rank's pairs of each expert, of those that reach it; and
+        what stands for the pass, (1,) int64 on the CPU.
+    """
+    layer = Reference.layer(handle)
+    given = [t for t in (x, weights, up, down, up_bias, down_bias) if t is not None]
+    with _recording(keep):
+        tensors = [t.detach() for t in given]
+        if keep:
+            root = torch.zeros((), device=x.device, requires_grad=True)
+            tensors = list(_Enter.apply(root, *tensors))
+        own, wide, *stacks = tensors
+        # No router's logits are needed here; what stands for them says how many experts there are.
+        logits = wide.detach().new_empty(0, num_experts)
+        routing = Routing(logits, logits, wide, expert_ids, active=dispatched)
+        inputs = TokenInputs([own.contiguous()], None, tuple(own.shape[:-1]))
+        experts = layer.experts.with_stacks(stacks)
+        y, routing = layer.schedule.run_routed(inputs, routing, experts, layer.layer_name)
+        token = _Pass.keep(y, tensors) if keep else torch.zeros(1, dtype=torch.int64)
+    return y.detach().contiguous(), routing.routed_counts(), token
+
+
+@torch.library.custom_op(f"{NAMESPACE}::routed_experts_backward", mutates_args=())
+def routed_experts_backward(
+    grad: Tensor, token: Tensor, like: Sequence[Tensor], wanted: list[bool]
+) -> list[Tensor]:
+    """The gradients of the tensors of :func:`routed_experts` that are ``wanted``.
+
+    Args:
+        grad: (T, D).
+        token: of the pass.
+        like: the weights and the stacks, without biases where there are none.
+        wanted: for x, and each of these.
+    """
+    y, edges = _Pass.spend(token)
+    inputs = [edge for edge, needed in zip(edges, wanted, strict=True) if needed]
+    chosen = _chosen(grad, like, wanted)
+    with _recording(True):
+        found = torch.autograd.grad([y], inputs, [grad.contiguous()], allow_unused=True)
+    return [
+        torch.zeros_like(t, memory_format=torch.contiguous_format)
+        if g is None
+        else g.to(t.dtype).contiguous()
+        for g, t in zip(found, chosen, strict=True)
+    ]
+
+
+def _chosen(grad: Tensor, like: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
+    """What each gradient looks like; that of x does as that of the output."""
+    return [t for t, needed in zip((grad, *like), wanted, strict=True) if needed]
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+@routed_experts.register_fake
+def _(handle: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    counts = x.new_empty(rest[-2], dtype=torch.int64)
+    return _empty_like(x), counts, torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@routed_experts_backward.register_fake
+def _(grad: Tensor, token: Tensor, like: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
+    return [_empty_like(t) for t in _chosen(grad, like, wanted)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, counts, token = output
+    tensors = inputs[2:7]  # not x: it would live until the backward pass for its shape alone
+    ctx.is_given = [True, *(t is not None for t in tensors)]
+    ctx.save_for_backward(token, *(t for t in tensors if t is not None))
+    ctx.mark_non_differentiable(counts, token)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
+    token, *tensors = ctx.saved_tensors
+    needs = [bool(needed) for needed in ctx.needs_input_grad[1:7]]
+    wanted = [needed for needed, given in zip(needs, ctx.is_given, strict=True) if given]
+    found = iter(routed_experts_backward(grad, token, tensors, wanted))
+    return None, *(next(found) if needed else None for needed in needs), *(None,) * 4
+
+
+routed_experts.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,181 @@
+"""What the ranks run in test_opaque.py, and on GPUs in its twin."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from distributed.devices import join
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from lightning_fastmoe.distributed import ExpertSharder, make_expert_mesh
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import MoE, opaque
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+)
+
+D, E = 8, 8
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no loss": {"load_balancing": 0.0, "z_loss": 0.0},
+    "one slot": {"top_k": 1},
+    "biases": {"bias": True, "activation": "gelu"},
+    "balancing by biases": {"router": "sigmoid", "router_options": {"balance_bias": True}},
+    "a shared expert": {"shared_expert": 8, "shared_expert_gate": True},
+    "dropped slots": {"capacity_factor": 0.6},
+}
+
+
+class Block(nn.Module):
+    """A layer between others, which a compiler may fuse with its router."""
+
+    def __init__(self, width: int = D, **moe: Any) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, width)
+        self.moe = MoE(width, 2 * width, E, **{"load_balancing": 0.3, "z_loss": 0.2, **moe})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., D)`` -> (..., D)."""
+        y: Tensor = self.head(torch.tanh(self.moe(self.norm(x))) + x)
+        return y
+
+
+class Pair:
+    """A model of two blocks whose experts are sharded, and the same with compiled blocks."""
+
+    def __init__(
+        self,
+        device_type: str = "cpu",
+        backend: str = "aot_eager",
+        dtype: torch.dtype = torch.float64,
+        frozen: str | None = None,
+        **moe: Any,
+    ) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        self.device, group = join(device_type)
+        self.rank, self.dtype = group.rank, dtype
+        mesh = make_expert_mesh(group.size, device_type)
+        self.models = [self._model(mesh, frozen, moe) for _ in range(2)]
+        for block in self.models[0]:
+            block.compile(backend=backend, fullgraph=True)
+
+    def _model(self, mesh: Any, frozen: str | None, moe: dict[str, Any]) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Block(**moe) for _ in range(2))).to(self.device, self.dtype)
+        if frozen is not None:
+            for block in model:
+                block.moe.get_submodule(frozen).requires_grad_(False)
+        ExpertSharder(mesh).shard(model)
+        assert all(block.moe.is_sharded for block in model)
+        return model
+
+    def batch(self, tokens: int) -> Tensor:
+        """Of this rank, with another number of tokens on each."""
+        generator = torch.Generator().manual_seed(10 * tokens + self.rank)
+        n = max(tokens - 2 * self.rank, 0)
+        width = self.models[0][0].moe.d_model
+        x = torch.randn(2, n, width, generator=generator, dtype=torch.float64)
+        x = x.to(self.device, self.dtype)
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+        return x.requires_grad_()
+
+    def both(self, tokens: int, step: Callable[..., Tensor] | None = None) -> dict[str, Any]:
+        """Name -> what the compiled model computes in a pass, and what the other does."""
+        found = [self._pass(model, self.batch(tokens), step) for model in self.models]
+        assert found[0].keys() == found[1].keys()
+        return {name: (found[0][name], found[1][name]) for name in found[0]}
+
+    def _pass(
+        self, model: nn.Sequential, x: Tensor, step: Callable[..., Tensor] | None
+    ) -> dict[str, Tensor | None]:
+        model.zero_grad()
+        y = x
+        for block in model:
+            y = block(y) if step is None else step(block, y)
+        loss = y.square().sum()
+        for block in model:
+            block.moe.loss_scale.watch(loss)
+        (loss * 4).backward()
+        found: dict[str, Tensor | None] = {"output": y.detach(), "input's": x.grad}
+        for name, p in model.named_parameters():
+            found[name] = p.grad
+        for i, block in enumerate(model):
+            found |= {f"{i}: {name}": value for name, value in block.moe.last_losses.items()}
+            load = getattr(block.moe.router, "load_since_update", None)
+            if load is not None:
+                found[f"{i}: load"] = load
+        return {k: None if v is None else v.detach().cpu().clone() for k, v in found.items()}
+
+
+def compared(
+    settings: dict[str, Any],
+    device_type: str = "cpu",
+    backend: str = "aot_eager",
+    dtype: torch.dtype = torch.float64,
+    frozen: str | None = None,
+    sizes: tuple[int, ...] = (5, 6, 11, 2),
+) -> tuple[list[dict[str, Any]], int, int]:
+    """What :meth:`Pair.both` says of batches, the number of graphs, and of passes that are kept."""
+    pair = Pair(device_type, backend, dtype, frozen, **settings)
+    found = [pair.both(tokens) for tokens in sizes]
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for model in pair.models:
+            model.eval()
+        x = pair.batch(7)
+        outputs = [model(x).cpu() for model in pair.models]
+    gc.collect()
+    return [*found, {"evaluation": tuple(outputs)}], graphs, len(opaque._Pass._alive)
+
+
+def replayed(reentrant: bool) -> list[dict[str, Any]]:
+    """With activation checkpointing around compiled blocks."""
+    pair = Pair(router="sigmoid", router_options={"balance_bias": True})
+
+    def step(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=reentrant)
+
+    return [pair.both(tokens, step) for tokens in (5, 6)]
+
+
+def twice_and_never() -> tuple[str, int, int]:
+    """What a second backward pass says; how many passes are kept with a graph, and without it."""
+    # With donated buffers, AOT Autograd itself refuses retain_graph=True.
+    with torch._functorch.config.patch(donated_buffer=False):
+        pair = Pair()
+        y = pair.models[0](pair.batch(5))
+        kept = len(opaque._Pass._alive)
+        del y
+        dropped = len(opaque._Pass._alive)
+        y = pair.models[0](pair.batch(5)).sum()
+        y.backward(retain_graph=True)
+        try:
+            y.backward()
+        except ConfigError as error:
+            return str(error), kept, dropped
+    return "nothing", kept, dropped
+
+
+def copied() -> str:
+    """What a copy says that a graph of the layer runs."""
+    pair = Pair()
+    layer = pair.models[0][0].moe
+    reference = copy.deepcopy(layer.reference)
+    layer.reference = reference
+    try:
+        pair.models[0](pair.batch(5))
+    except ConfigError as error:
+        return str(error)
+    return "nothing"

@@ -1,0 +1,51 @@
+"""Sharded experts as an operator in compiled graphs on GPUs: the numbers of a graph with breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from distributed import opaque_runs as runs
+from gpu.sharing import run
+
+from lightning_fastmoe.distributed.schedule import ACROSS_RANKS
+from lightning_fastmoe.testing import RankPool
+
+
+@pytest.fixture(scope="module")
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("dispatcher", ACROSS_RANKS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "tolerance"),
+    [
+        pytest.param("eager", torch.bfloat16, 64, 0.0, id="bf16"),  # the operators in C++
+        pytest.param("inductor", torch.float64, 8, 1e-12, id="fp64"),
+    ],
+)
+def test_every_dispatcher_is_an_operator_with_the_same_numbers(
+    dispatcher: str,
+    backend: str,
+    dtype: torch.dtype,
+    width: int,
+    tolerance: float,
+    rank_pool: RankPool,
+) -> None:
+    settings = {"dispatcher": dispatcher, "width": width}
+    arguments = (settings, "cuda", backend, dtype, None, (40, 600, 300))
+    for rank, (passes, _, kept) in enumerate(
+        run(rank_pool, runs.compared, 2, *arguments, timeout=200)
+    ):
+        assert kept == 0
+        for i, values in enumerate(passes):
+            for name, (found, right) in values.items():
+                assert (found is None) == (right is None), (rank, i, name)
+                if right is not None:
+                    scale = max(float(right.double().norm()), 1e-30)
+                    error = float((found.double() - right.double()).norm()) / scale
+                    assert error <= tolerance, (rank, i, name, error)
