@@ -5,6 +5,7 @@
 //
 // Groups of numbers are places in the ranks' memory, in bytes: see the schemas.
 #include <array>
+#include <exception>
 
 #include "../checks.h"
 #include "../hopper/ops.h"
@@ -48,6 +49,23 @@ Tensor blocks_of(Tensor memory, int64_t at, int64_t rows, const Tensor& like) {
   const Tensor bytes = torch::stable::narrow(memory, 0, at, rows * row_bytes);
   return as_type(torch::stable::view(bytes, {rows, row_bytes}), like.scalar_type());
 }
+
+// Where an error, a lack of memory for example, leaves the scope: waits for the copies on a stream.
+// What they read is freed next, and the allocator, which knows of the current stream alone, would
+// give its memory away under them.
+class CopiedFirst {
+ public:
+  explicit CopiedFirst(cudaStream_t stream) : stream_(stream) {}
+  CopiedFirst(const CopiedFirst&) = delete;
+  CopiedFirst& operator=(const CopiedFirst&) = delete;
+  ~CopiedFirst() {
+    if (std::uncaught_exceptions() > before_) static_cast<void>(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_;
+  int before_ = std::uncaught_exceptions();
+};
 
 // Copies what came here back to where it came from, by the copy engines: rows [0, counts[0]) to
 // rank 0, and so on. Multiprocessors have other work meanwhile.
@@ -106,6 +124,7 @@ exchange_layer_forward(std::vector<Tensor> control, const Tensor& memory, const 
   STD_TORCH_CHECK(rank >= 0 && rank < static_cast<int64_t>(control.size()), op,
                   ": there is no rank ", rank);
   const int64_t held = up.size(0);
+  const DeviceGuard guard(memory.get_device_index());
   follow(current_stream(up), reinterpret_cast<cudaStream_t>(stream));  // it waits for the counts
   exchange_wait(control, rank, flags_at, value, report, seconds, false);
   auto [bytes, weights, keys, ends] = exchange_receive_ahead(
@@ -183,6 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exchange_layer_backward_(
   // These travel while the gradients of up are computed.
   const DeviceGuard guard(own.get_device_index());
   const auto aside = reinterpret_cast<cudaStream_t>(stream);
+  const CopiedFirst copied_first(aside);
   follow(aside, current_stream(own));
   for (const int64_t count : counts) {
     STD_TORCH_CHECK(count <= back_most, op, ": ", count, " rows are more than there is room for");

@@ -24,6 +24,13 @@ from lightning_fastmoe.distributed.nodes import NodeGroups
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops.exchange_counts import HEADER, MAGIC, factors, pack
 
+MISMATCH = (
+    "Every rank must run the same MoE layers in the same order in each step: make the forward pass"
+    " independent of the data, and run the model for rank 0 alone with"
+    " strategy.on_rank_zero(function). A rank that repeats a pass after an error, of memory for"
+    " example, is in another exchange, too."
+)
+
 
 class ExpertGroup:
     """The expert parallel group as dispatchers see it; one object for all layers of a model.
@@ -213,9 +220,7 @@ def unpack_counts(table: NDArray[np.int64], num_experts: int, layer: str) -> NDA
             raise ExchangeError(
                 f"{layer}: the ranks of the expert parallel group are in different exchanges"
                 f" (rank 0 in number {head[0][2]}, rank {rank} in number {sequence}, same"
-                f" layer: {layer_hash == head[0][1]}). Every rank must run the same MoE layers"
-                " in the same order in each step: make the forward pass independent of the data,"
-                " and run the model for rank 0 alone with strategy.on_rank_zero(function)."
+                f" layer: {layer_hash == head[0][1]}). {MISMATCH}"
             )
     if head[0][1] != zlib.crc32(layer.encode()):
         raise ExchangeError(

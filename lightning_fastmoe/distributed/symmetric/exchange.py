@@ -160,8 +160,8 @@ class SymmetricExchange:
     ) -> None:
         """Sends this rank's counts to all.
 
-        They must live until :meth:`start_reading`: they are sent by another stream than the current
-        one, so that they pass the rows.
+        They must live until the host has read what all sent: they are sent by another stream than
+        the current one, so that they pass the rows.
 
         Args:
             of_experts: (n,) int64.

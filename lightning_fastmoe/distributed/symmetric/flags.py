@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fastmoe.distributed.dispatch import ExpertGroup
+from lightning_fastmoe.distributed.dispatch.counts import MISMATCH
 from lightning_fastmoe.distributed.symmetric.memory import SymmetricMemory
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import exchange as ops
@@ -21,11 +22,6 @@ _SOONER = 0.9
 """Part of the deadline after which a device gives up, so that its report, which names the missing
 ranks, is there when the host would."""
 _REMEMBERED = 64
-
-_MISMATCH = (
-    "Every rank must run the same MoE layers in the same order in each step; make the forward pass"
-    " independent of the data."
-)
 
 
 @dataclass(frozen=True)
@@ -245,7 +241,7 @@ class _Arrival:
 def _reason(missing: int, different: int, given_up: int) -> str:
     if different:
         ranks = _ranks(different)
-        return f"In another exchange: {ranks} of the expert parallel group. {_MISMATCH}"
+        return f"In another exchange: {ranks} of the expert parallel group. {MISMATCH}"
     if given_up:
         return f"Given up: {_ranks(given_up)} of the expert parallel group."
     return f"Missing: {_ranks(missing)} of the expert parallel group."

@@ -23,6 +23,7 @@ from lightning_fastmoe.ops.exchange_counts import HEADER
 from lightning_fastmoe.ops.exchange_plan import PairPlan
 from lightning_fastmoe.ops.layer_call import Gradients, LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.products.hopper import hopper
+from lightning_fastmoe.ops.routing import MAX_EXPERTS
 from lightning_fastmoe.ops.two_operators import TwoOperators
 
 
@@ -174,7 +175,8 @@ def passage_for(x: Tensor, weights: Tensor, stacks: Stacks, *given: Any) -> Pass
         given: the arguments of :class:`Passage`.
     """
     up, down, *biases = stacks
-    if weights.dtype == torch.float32 and all(bias is None for bias in biases):
+    is_plain = weights.dtype == torch.float32 and all(bias is None for bias in biases)
+    if is_plain and len(up) < MAX_EXPERTS:  # their order has one more, for other ranks'
         with torch.no_grad():  # the operators record no graph: the layer's node does
             library = hopper(x, up, down)
         if library is not None:
