@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_fastmoe.testing import RankPool
 
@@ -79,6 +80,14 @@ def _same_environment() -> Iterator[None]:
     for name, value in before.items():
         if os.environ.get(name) != value and name != "PYTEST_CURRENT_TEST":
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """Lightning's strategies leave theirs, and tests that come later here are to find none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

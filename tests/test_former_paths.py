@@ -59,7 +59,7 @@ def test_what_files_name_is_found() -> None:
         for module, names in NAMED.items()
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -38,7 +38,7 @@ def make_wheel(folder: Path) -> tuple[Path, Path]:
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    subprocess.run(command, env=environment, check=True, timeout=280)
     (wheel,) = folder.glob("*.whl")
     return wheel, log
 

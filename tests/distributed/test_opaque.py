@@ -26,7 +26,7 @@ def assert_equal(passes, tolerance=0.0):
 def test_every_dispatcher_is_an_operator_with_the_same_bits(rank_pool, dispatcher):
     """Two layers and all numbers of tokens share a graph; a rank without tokens has another."""
     for rank, (passes, graphs, kept) in enumerate(
-        rank_pool.run(runs.compared, 2, {"dispatcher": dispatcher}, timeout=120)
+        rank_pool.run(runs.compared, 2, {"dispatcher": dispatcher}, timeout=200)
     ):
         assert_equal(passes)
         assert graphs == 1 + rank
@@ -36,7 +36,7 @@ def test_every_dispatcher_is_an_operator_with_the_same_bits(rank_pool, dispatche
 @pytest.mark.parametrize("setting", [name for name in runs.SETTINGS if name != "plain"])
 def test_settings(rank_pool, setting):
     arguments = (runs.SETTINGS[setting], "cpu", "eager", torch.float64, None, (5, 11))
-    for passes, graphs, kept in rank_pool.run(runs.compared, 2, *arguments, timeout=120):
+    for passes, graphs, kept in rank_pool.run(runs.compared, 2, *arguments, timeout=200):
         assert_equal(passes)
         assert (graphs, kept) == (1, 0)
 
@@ -44,7 +44,7 @@ def test_settings(rank_pool, setting):
 def test_four_ranks_with_the_bits_of_one_process(rank_pool):
     """``exact=True`` holds in a graph, too."""
     arguments = ({"dispatcher": "dedup", "exact": True}, "cpu", "eager", torch.bfloat16, None, (8,))
-    for passes, _, kept in rank_pool.run(runs.compared, 4, *arguments, timeout=120):
+    for passes, _, kept in rank_pool.run(runs.compared, 4, *arguments, timeout=200):
         assert_equal(passes)
         assert kept == 0
 
@@ -52,7 +52,7 @@ def test_four_ranks_with_the_bits_of_one_process(rank_pool):
 @pytest.mark.parametrize("frozen", ["router", "experts"])
 def test_frozen_parts_get_no_gradient(rank_pool, frozen):
     arguments = ({}, "cpu", "aot_eager", torch.float64, frozen, (5,))
-    for passes, _, kept in rank_pool.run(runs.compared, 2, *arguments, timeout=120):
+    for passes, _, kept in rank_pool.run(runs.compared, 2, *arguments, timeout=200):
         assert_equal(passes)
         missing = {name for name, (value, _) in passes[0].items() if value is None}
         assert {f".{name.split('.', 2)[2]}" for name in missing} == {
@@ -72,16 +72,16 @@ def test_inductor(rank_pool):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_replays_around_a_compiled_block_count_once(rank_pool, reentrant):
-    for passes in rank_pool.run(runs.replayed, 2, reentrant, timeout=120):
+    for passes in rank_pool.run(runs.replayed, 2, reentrant, timeout=200):
         assert_equal(passes)
 
 
 def test_a_pass_lives_as_long_as_its_graph_and_goes_back_once(rank_pool):
-    for said, kept, dropped in rank_pool.run(runs.twice_and_never, 2, timeout=120):
+    for said, kept, dropped in rank_pool.run(runs.twice_and_never, 2, timeout=200):
         assert (kept, dropped) == (2, 0)
         assert "ran twice" in said
 
 
 def test_a_copy_of_a_layer_does_not_run_the_experts_of_the_other(rank_pool):
-    for said in rank_pool.run(runs.copied, 2, timeout=120):
+    for said in rank_pool.run(runs.copied, 2, timeout=200):
         assert "copied while its experts were sharded over ranks" in said

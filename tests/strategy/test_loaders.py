@@ -33,7 +33,7 @@ def test_workers_read_in_the_order_of_the_uninterrupted_run(tmp_path):
     ]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=150
+        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -34,7 +34,7 @@ def trials(tmp_path_factory):
     command = [sys.executable, "-m", "strategy.watch_runs", str(tmp_path_factory.mktemp("watch"))]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
     done = subprocess.run(
-        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=150
+        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -229,7 +229,7 @@ print(len(written.files), peak() - before)
 
 def test_eight_writers_need_little_memory(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
     files, extra = map(int, done.stdout.split()[-2:])
     assert files == 8
     assert extra < 100_000_000
