@@ -38,7 +38,7 @@ _ONLY_OFFLOADING = (
     "host_cache",
     "measure",
 )
-_ONLY_TRAINING = ("gpus_per_node", "stage", "precision", "logits_rows", "dispatcher")
+_ONLY_TRAINING = ("gpus_per_node", "stage", "precision", "logits_rows", "dispatcher", "exact")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tokens reach their experts (default: auto, on GPUs that reach each other's"
         " memory)",
     )
+    training.add_argument(
+        "--exact", action="store_true", help="of layers with the bits of one process"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -135,8 +138,8 @@ def _plan_training(arguments: argparse.Namespace, config: Any, sequences: int, l
     strategy = FastMoEStrategy(stage=stage)
     assert isinstance(strategy.config, dict)
     model = skeleton(config, dtype=dtype)
-    if arguments.dispatcher is not None:
-        choose_dispatcher(model, arguments.dispatcher)
+    if arguments.dispatcher is not None or arguments.exact:
+        choose_dispatcher(model, arguments.dispatcher or "auto", exact=arguments.exact)
     plan = training_plan(
         model,
         saved_activations(skeleton(config, dtype=dtype), sequences, length, arguments.logits_rows),

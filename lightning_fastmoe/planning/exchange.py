@@ -41,6 +41,8 @@ class LayerShape:
         top_k: K.
         itemsize: b, bytes of an element of a token.
         dispatcher: a name of :data:`~lightning_fastmoe.nn.dispatch.DISPATCHERS`.
+        exact: whether its numbers must have the bits of one process.
+        has_biases: whether its experts have any.
     """
 
     tokens: int
@@ -51,6 +53,8 @@ class LayerShape:
     top_k: int
     itemsize: int
     dispatcher: str = "auto"
+    exact: bool = False
+    has_biases: bool = False
 
     @property
     def hidden(self) -> int:
@@ -61,6 +65,16 @@ class LayerShape:
     def weight_bytes(self) -> int:
         """Of a slot's weight, which is in the accumulation dtype."""
         return max(4, self.itemsize)
+
+    @property
+    def returns_pairs(self) -> bool:
+        """Whether experts on other ranks return a row for each slot instead of each token's sum."""
+        return self.exact and self.top_k > 1
+
+    @property
+    def returned_itemsize(self) -> int:
+        """Bytes of an element of these rows: biases are added in the accumulation dtype."""
+        return self.weight_bytes if self.has_biases else self.itemsize
 
     def way(self, ranks: int) -> str:
         """The dispatcher over ``ranks`` ranks of one host, "local" for one rank.
@@ -76,20 +90,23 @@ class LayerShape:
         return "symmetric" if has_room else "dedup"
 
 
-def layer_shapes(layers: Iterable[ExpertLayer], tokens: int, itemsize: int) -> list[LayerShape]:
+def layer_shapes(
+    layers: Iterable[ExpertLayer], tokens: int, itemsize: int, *, exact: bool = False
+) -> list[LayerShape]:
     """The shapes of the layers whose experts are FFNs; of modules nothing is known.
 
     Args:
         layers: in the order in which a forward pass reaches them.
         tokens: T.
         itemsize: b.
+        exact: whether all must have the bits of one process, not only those that say so.
     """
     found = []
     for layer in layers:
         if (sizes := layer.experts.sizes) is not None:
             experts, top_k = layer.num_experts, layer.top_k or layer.num_experts
-            how = layer.dispatcher_name
-            found.append(LayerShape(tokens, *sizes, experts, top_k, itemsize, how))
+            how = layer.dispatcher_name, exact or layer.exact, layer.experts.has_biases
+            found.append(LayerShape(tokens, *sizes, experts, top_k, itemsize, *how))
     return found
 
 
@@ -135,15 +152,20 @@ def symmetric_capacity(layers: Iterable[LayerShape]) -> int:
     """Bytes of the block that each rank has for the rows of one other, after a forward pass.
 
     Of all exchanges of a layer, that of the tokens needs most: T rows of D elements, and with each
-    the numbers and weights of K slots. All other rows are the same or those of the weights alone.
-    Each kind of row begins at a multiple of 16 bytes. A block that is too small for a layer grows
-    to an eighth more than that layer needs, in steps of 64 KiB; so the order of layers counts.
+    the numbers and weights of K slots. All other rows are the same or those of the weights alone;
+    but where a row comes back for each slot, all T*K may come from one rank, their gradients with
+    one of a weight each. Each kind of row begins at a multiple of 16 bytes. A block that is too
+    small for a layer grows to an eighth more than that layer needs, in steps of 64 KiB; so the
+    order of layers counts.
     """
     capacity = 0
     for layer in layers:
         slots = layer.top_k * (_ID + layer.weight_bytes)
         row = _aligned(layer.d_model * layer.itemsize) + _aligned(slots)
         needed = max(layer.tokens, 1) * row
+        if layer.returns_pairs:
+            back = _aligned(layer.d_model * layer.returned_itemsize) + _aligned(layer.weight_bytes)
+            needed = max(needed, max(layer.tokens * layer.top_k, 1) * back)
         if needed > capacity:
             capacity = math.ceil((needed + needed // 8) / _GRANULE) * _GRANULE
     return capacity
@@ -181,7 +203,7 @@ def kept_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: bool =
     """
     way, slots = layer.way(ranks), layer.top_k
     choices = layer.tokens * slots
-    if way == "symmetric" and ahead:
+    if way == "symmetric" and ahead and not layer.returns_pairs:
         arrival = launched_ahead(arrival, slots)
     rows, pairs = arrival.rows, arrival.pairs
     pre_activation = pairs * layer.up_rows * layer.itemsize
@@ -193,14 +215,22 @@ def kept_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: bool =
         # The experts' inputs, what returned (for the gradients of the weights), and two orders.
         both = pairs * (row_bytes + 2 * _INDEX) + choices * (row_bytes + 2 * _INDEX)
         return pre_activation + both + choices * layer.weight_bytes
-    # The rows that came with their weights, and the order and inverse of all their slots.
-    received = rows * (row_bytes + slots * (layer.weight_bytes + 2 * _INDEX))
+    if layer.returns_pairs:
+        # The experts' inputs with their weights, and the row, place and number of each; of the rows
+        # that came only the order and inverse of all their slots.
+        received = pairs * (row_bytes + layer.weight_bytes + 3 * _INDEX) + rows * slots * 2 * _INDEX
+    else:
+        # The rows that came with their weights, and the order and inverse of all their slots.
+        received = rows * (row_bytes + slots * (layer.weight_bytes + 2 * _INDEX))
     if way == "symmetric":
         # Order and inverse of (token, rank) pairs, and each slot's rank.
         plan = layer.tokens * ranks * 2 * _INDEX + choices * _ID
     else:
         # The token of each row sent and its slots' experts; the row of each pair and of each slot.
         plan = rows * (_INDEX + slots * _ID) + layer.tokens * ranks * _INDEX + choices * _INDEX
+        if layer.returns_pairs:
+            # And what that was made from: each slot's rank and expert, order and inverse of pairs.
+            plan += choices * 2 * _INDEX + layer.tokens * ranks * 2 * _INDEX
     return pre_activation + received + plan
 
 
@@ -212,6 +242,9 @@ def working_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: boo
     projection makes of them. In the backward pass, A' (N, F) is needed for the gradient of ``down``
     and dX (N, D) is summed to the gradients of S' rows, which "symmetric" keeps while they travel.
 
+    Where a row comes back for each slot, the moments are derived from the code alone; those of the
+    other ways were held against peaks that GPUs measured.
+
     Args:
         layer: its shapes.
         ranks: R.
@@ -222,6 +255,8 @@ def working_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: boo
     local_experts = layer.num_experts // ranks if way != "local" else layer.num_experts
     d_up = local_experts * layer.up_rows * layer.d_model * b
     d_down = local_experts * layer.d_model * layer.d_ffn * b
+    if layer.returns_pairs and way in ("symmetric", "dedup"):
+        return _working_by_pair(layer, way, arrival, d_up, d_down)
     first = launched_ahead(arrival, layer.top_k) if way == "symmetric" and ahead else arrival
     a, y = (first.pairs * width * b for width in (layer.d_ffn, layer.d_model))
     sums = first.rows * layer.d_model * b
@@ -272,6 +307,42 @@ def working_bytes(layer: LayerShape, ranks: int, arrival: Arrival, *, ahead: boo
                 out + d_up + d_down + d_down + max(d_up, d_rows // 2) + 2 * rows - kept // 2,
             ]
     return max(moments)
+
+
+def _working_by_pair(layer: LayerShape, way: str, arrival: Arrival, d_up: int, d_down: int) -> int:
+    """:func:`working_bytes` where a row comes back for each slot, way "symmetric" or "dedup".
+
+    Experts get X (N, D), a copy of a token for each pair. Biases, which separate operations add,
+    make Y one of the accumulation dtype. "dedup" copies what it sends. The arrival of the tokens is
+    no peak, since X and H aren't there yet.
+
+    Args:
+        layer: its shapes.
+        way: its dispatcher.
+        arrival: what comes to this rank.
+        d_up: bytes of the gradient of the up projections.
+        d_down: of the down projections.
+    """
+    b, wide, out = layer.itemsize, layer.returned_itemsize, layer.hidden
+    x, y = (arrival.pairs * layer.d_model * size for size in (b, wide))
+    rows, activations = arrival.rows * layer.d_model * b, arrival.pairs * layer.d_ffn * b
+    h = arrival.pairs * layer.up_rows * b
+    returned = layer.top_k * out  # of slots: (T, K, D)
+    widened, sums = (y, out * wide // b + out) if wide > b else (0, out)
+    copied_x, copied_y = (x, y) if way == "dedup" else (0, 0)
+    # Y without bias as it was and wide, the rows of the bias, and the sum; a second dX.
+    biased, unordered = (3 * y + (x if widened else 0), x) if layer.has_biases else (0, 0)
+    grads = x + widened  # of Y, as it came and as kernels take it
+    return max(
+        activations + x,
+        biased,
+        y + returned * wide // b + max(copied_y, sums),  # sent back, then summed
+        out + rows + grads,  # a row for each token has come, and is copied for each pair
+        out + grads + activations + d_down,
+        out + grads + d_down + x + max(unordered, d_up),
+        # The experts' node is done: H and X are freed, and the gradient of X is as large.
+        out + d_down + d_up - h + returned + max(copied_x, out),
+    )
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,12 @@ def bytes_at(
 
 
 def buffers_at(
-    layers: Sequence[ExpertLayer], sizes: Sequence[int], *, tokens: int | None, itemsize: int
+    layers: Sequence[ExpertLayer],
+    sizes: Sequence[int],
+    *,
+    tokens: int | None,
+    itemsize: int,
+    exact: bool = False,
 ) -> list[int]:
     """Bytes of a rank that others send tokens to, at each size.
 
@@ -121,8 +126,9 @@ def buffers_at(
         sizes: expert parallel sizes.
         tokens: of a rank's micro-batch; None if they are unknown, which gives zeros.
         itemsize: bytes of an element of a token.
+        exact: whether all layers must have the bits of one process, not only those that say so.
     """
-    shapes = [] if tokens is None else layer_shapes(layers, tokens, itemsize)
+    shapes = [] if tokens is None else layer_shapes(layers, tokens, itemsize, exact=exact)
     return [symmetric_buffers(shapes, size) for size in sizes]
 
 

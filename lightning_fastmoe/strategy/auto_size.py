@@ -29,12 +29,14 @@ class AutoSize:
         strategy: the strategy, with its ranks, device and module.
         nodes: which ranks share one.
         tokens: of a rank's micro-batch, as the user says; None if unknown.
+        exact: whether all layers must have the bits of one process, not only those that say so.
     """
 
     def __init__(
-        self, strategy: DeepSpeedStrategy, nodes: Nodes, tokens: int | None = None
+        self, strategy: DeepSpeedStrategy, nodes: Nodes, tokens: int | None, exact: bool
     ) -> None:
         self._strategy, self._nodes, self._tokens = strategy, nodes, tokens
+        self._exact = exact
         self._choice: SizeChoice | None = None
 
     def choose(self, num_experts: Mapping[str, int]) -> int:
@@ -65,7 +67,9 @@ class AutoSize:
             itemsize=itemsize,
             config=zero,
         )
-        buffers = buffers_at(layers, sizes, tokens=self._tokens, itemsize=itemsize)
+        buffers = buffers_at(
+            layers, sizes, tokens=self._tokens, itemsize=itemsize, exact=self._exact
+        )
         # The least memory and the largest needs of all ranks, which must not choose differently.
         least, *most = self._maximum([-memory, *needed, *buffers])
         count = len(sizes)

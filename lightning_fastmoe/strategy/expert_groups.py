@@ -30,7 +30,7 @@ class ExpertGroups:
     Args:
         strategy: the strategy, with its ranks, device and module.
         own: the strategy's arguments ``expert_parallel_size``, of which "auto" is resolved once a
-            layer exists, ``ranks_per_node`` and ``tokens_per_rank``.
+            layer exists, ``ranks_per_node``, ``tokens_per_rank`` and ``exact``.
 
     Attributes:
         size: ``expert_parallel_size`` as given.
@@ -41,7 +41,7 @@ class ExpertGroups:
         self._strategy, self._nodes = strategy, Nodes(strategy, own["ranks_per_node"])
         self.size: int | Literal["auto"] = own["expert_parallel_size"]
         self.sharder: ExpertSharder | None = None
-        self._auto = AutoSize(strategy, self._nodes, own["tokens_per_rank"])
+        self._auto = AutoSize(strategy, self._nodes, own["tokens_per_rank"], own["exact"])
 
     @property
     def mesh(self) -> ExpertMesh:

@@ -188,6 +188,10 @@ def test_a_plan_of_training(config: str, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert [row.split()[9] for row in out.split("\n")[2:6]] == ["0.0"] * 4
     assert 'by dispatcher "dedup", which adds to the activations 1.7 GB at 2, 3.1 GB' in out
+    assert main([*command, "--gpus", "8", "--gpu-memory", "90GB", "--exact"]) == 0
+    out = capsys.readouterr().out
+    # Eight rows of 4,112 bytes for each token.
+    assert [row.split()[9] for row in out.split("\n")[2:6]] == ["0.0", "0.6", "1.2", "2.4"]
     assert main([*command, "--gpus", "8", "--gpu-memory", "60GB", "--stage", "1"]) == 2
     assert "Each GPU lacks" in capsys.readouterr().err
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from distributed.devices import join
 from torch import Tensor
 
-from lightning_fastmoe.distributed.schedule import ACROSS_RANKS
+from lightning_fastmoe.distributed.schedule import schedule_across_ranks
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange
 from lightning_fastmoe.distributed.symmetric.layer import Expectation
 from lightning_fastmoe.nn import LocalSchedule, Routing, StackedExperts
@@ -19,6 +20,8 @@ from lightning_fastmoe.ops.kernels import accumulation_dtype
 from lightning_fastmoe.planning.exchange import LayerShape
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+SHARED = ("_exchange", "_where", "_chosen")
+"""What a passage has of the group, of the layer, and of the router, which keeps it in any case."""
 
 
 def balanced(layer: LayerShape, ranks: int) -> Tensor:
@@ -42,13 +45,15 @@ class Layer:
         self.dtype = DTYPES[shape.itemsize]
         activation = "swiglu" if shape.up_rows > shape.d_ffn else "gelu"
         sizes = (shape.d_model, shape.d_ffn, shape.num_experts)
-        self.experts = StackedExperts(*sizes, layer_seed=1, activation=activation).to(self.dtype)
+        options = {"activation": activation, "bias": shape.has_biases}
+        self.experts = StackedExperts(*sizes, layer_seed=1, **options).to(self.dtype)
         if shape.dispatcher == "local":
             self.schedule: Any = LocalSchedule(shape.num_experts)
             return
         placement = equal_blocks(shape.num_experts, group.size)
         self.experts.keep(placement[group.rank])
-        self.schedule = ACROSS_RANKS[shape.dispatcher](group, shape.num_experts, placement)
+        how = group, shape.num_experts, placement, shape.exact
+        self.schedule = schedule_across_ranks(shape.dispatcher, *how)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Tokens and the output."""
@@ -77,7 +82,8 @@ def kept(shape: LayerShape, ahead: bool) -> int:
     _, group = join("cpu")
     layer = Layer(shape, group)
     if ahead:
-        layer.schedule.expectation = Expectation()
+        schedule = layer.schedule.way if shape.exact else layer.schedule
+        schedule.expectation = Expectation()
         layer.run()  # which tells what to expect
     saved: list[Tensor] = []
 
@@ -94,15 +100,25 @@ def kept(shape: LayerShape, ahead: bool) -> int:
 
 
 def _held_by(node: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The plans of what was sent."""
+    """The plans of what was sent, and the orders of what came."""
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
-    for name in ("flight", "passage"):
+    for name in ("flight", "passage", "exchange", "pairs"):
         owner = getattr(node, name, None)
         if owner is not None:
-            yield from (t for t in vars(owner.plan).values() if isinstance(t, Tensor))
-            yield from (t for t in vars(owner).get("_parts", ()))
-            yield from (t for t, _ in vars(owner).get("started", ()))
+            own = [value for key, value in vars(owner).items() if key not in SHARED]
+            yield from _tensors_in(own)
     for other, _ in node.next_functions:
         yield from _held_by(other, seen)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those of a list, tuple or dataclass, and of what is in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from _tensors_in(list(vars(value).values()))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors_in(one)

@@ -25,6 +25,7 @@ from lightning_fastmoe.planning.exchange import (
 )
 
 SMALL = LayerShape(960, 16, 16, 8, num_experts=8, top_k=3, itemsize=8)
+EXACT = replace(SMALL, exact=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -38,6 +39,10 @@ SMALL = LayerShape(960, 16, 16, 8, num_experts=8, top_k=3, itemsize=8)
         [replace(SMALL, tokens=tokens) for tokens in (4000, 4400, 4800)],
         # Smaller ones need no more.
         [replace(SMALL, tokens=4800), SMALL, replace(SMALL, itemsize=2)],
+        # A row of 32 bytes for each slot, with biases 64; each with a weight.
+        [replace(EXACT, itemsize=2), replace(EXACT, itemsize=2, has_biases=True)],
+        [replace(EXACT, tokens=4800, itemsize=4), EXACT, replace(SMALL, tokens=6000)],
+        [replace(EXACT, top_k=1, itemsize=2, has_biases=True)],
     ],
 )
 def test_the_buffers_are_those_that_ranks_share(layers, ranks, rank_pool):
@@ -82,6 +87,14 @@ def exact_arrival(layer: LayerShape, ranks: int) -> Arrival:
     return Arrival(rows, pairs)
 
 
+def check_kept(layer: LayerShape, ranks: int, ahead: bool, rank_pool) -> None:
+    """Compares :func:`kept_bytes` with what each rank keeps."""
+    expected = kept_bytes(layer, ranks, exact_arrival(layer, ranks), ahead=ahead)
+    counts = 64 * (layer.num_experts + ranks)  # a few per expert and rank
+    for found in rank_pool.run(runs.kept, ranks, layer, ahead):
+        assert expected <= found <= expected + counts
+
+
 @pytest.mark.parametrize("itemsize", [2, 8])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
@@ -98,10 +111,27 @@ def test_a_layer_keeps_what_autograd_and_its_nodes_hold(
     dispatcher, ahead, ranks, itemsize, rank_pool
 ):
     layer = replace(SMALL, dispatcher=dispatcher, itemsize=itemsize)
-    expected = kept_bytes(layer, ranks, exact_arrival(layer, ranks), ahead=ahead)
-    counts = 64 * (layer.num_experts + ranks)  # a few per expert and rank
-    for found in rank_pool.run(runs.kept, ranks, layer, ahead):
-        assert expected <= found <= expected + counts
+    check_kept(layer, ranks, ahead, rank_pool)
+
+
+BY_PAIR = [
+    EXACT,
+    replace(EXACT, itemsize=2),
+    replace(EXACT, itemsize=2, has_biases=True),
+    replace(EXACT, top_k=1),
+]
+
+
+@pytest.mark.parametrize("layer", BY_PAIR)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("dispatcher", "ahead"), [("dedup", False), ("symmetric", False), ("symmetric", True)]
+)
+def test_an_exact_layer_keeps_what_autograd_and_its_nodes_hold(
+    dispatcher, ahead, ranks, layer, rank_pool
+):
+    """It never launches ahead of the counts, except with one slot."""
+    check_kept(replace(layer, dispatcher=dispatcher), ranks, ahead, rank_pool)
 
 
 def test_a_layer_on_one_rank_keeps_what_autograd_saves(rank_pool):
@@ -177,3 +207,50 @@ def test_shapes_of_layers():
         LayerShape(5, 16, 16, 8, 4, 2, 2, "auto"),
         LayerShape(5, 16, 8, 8, 4, 1, 2, "dedup"),
     ]
+    exact = [MoE(16, 8, 4, 2, exact=True), MoE(16, 8, 4, 2, bias=True)]
+    shape = LayerShape(5, 16, 16, 8, 4, 2, 2)
+    biased = replace(shape, has_biases=True)
+    assert layer_shapes(exact, 5, 2) == [replace(shape, exact=True), biased]
+    assert layer_shapes(exact, 5, 2, exact=True) == [
+        replace(one, exact=True) for one in (shape, biased)
+    ]
+
+
+T, N, D, F = 900, 2700, 64, 16
+OUT, X = T * D * 2, N * D * 2
+"""Of an exact layer in bf16 with three slots, and with two experts on each of two ranks, whose
+projections have D * F elements."""
+WEIGHTS = 2 * 2 * D * F
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "expected"),
+    [
+        # The gradient of Y, that of X, and those of weights.
+        ("symmetric", {}, OUT + X + WEIGHTS + X + WEIGHTS),
+        # Y, its copy in the order of ranks, and what came back.
+        ("dedup", {}, 3 * X),
+        # Y as computed; in fp32, with its bias, and the sum.
+        ("symmetric", {"has_biases": True}, X + 3 * 2 * X),
+        ("dedup", {"has_biases": True}, X + 3 * 2 * X),
+        # In fp32 nothing is widened; rows of gradients are copied, although each token has one.
+        (
+            "symmetric",
+            {"has_biases": True, "itemsize": 4},
+            2 * (OUT + X + WEIGHTS + X + X),
+        ),
+        # One slot needs no rows by pair.
+        ("symmetric", {"top_k": 1}, None),
+    ],
+)
+def test_an_exact_layer_works_with_rows_of_pairs(way, options, expected):
+    layer = LayerShape(T, D, F, F, 4, 3, 2, way, exact=True)
+    layer, arrival = replace(layer, **options), Arrival(T, N)
+    if expected is None:
+        expected = working_bytes(replace(layer, exact=False), 2, arrival)
+    assert working_bytes(layer, 2, arrival) == expected
+    others = (
+        working_bytes(layer, 1, arrival),
+        working_bytes(replace(layer, exact=False), 1, arrival),
+    )
+    assert others[0] == others[1]

@@ -88,6 +88,9 @@ def test_buffers_of_the_exchange_count() -> None:
     # Two halves of R blocks: 1,000 rows of 64 + 16 bytes and an eighth, in steps of 64 KiB.
     assert none == 0
     assert found == [2 * r * (2 * 2**16 + 8 * 4102) + 5 * r * 128 for r in (2, 4)]
+    # A row for each of two slots.
+    found = buffers_at(layers, [2, 4], tokens=1000, itemsize=2, exact=True)
+    assert found == [2 * r * (3 * 2**16 + 8 * 4102) + 5 * r * 128 for r in (2, 4)]
     choice = smallest_that_fits([1, 2, 4], [900, 500, 300], [0, 150, 200], 1000)
     assert (choice.size, choice.needed, choice.buffers, choice.fits) == (4, 500, 200, True)
     assert smallest_that_fits([1, 2, 4], [900, 500, 300], [0, 0, 0], 1000).size == 2

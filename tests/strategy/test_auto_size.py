@@ -145,6 +145,24 @@ def test_buffers_of_the_exchange_need_room_where_tokens_are_known(
         assert ("activations may not fit" in said[0]) == bool(extra)
 
 
+def counted_as_exact(case: Case) -> bool:
+    """Whether the buffers of all layers were counted as those of exact ones."""
+    with (
+        mock.patch.object(auto_size, "device_memory", return_value=10**9),
+        mock.patch.object(auto_size, "buffers_at", wraps=auto_size.buffers_at) as counted,
+    ):
+        make_trainer(case).fit(Late(case, 0, False))
+    exact: bool = counted.call_args.kwargs["exact"]
+    return exact
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_buffers_are_those_of_the_option_exact(exact: bool, rank_pool) -> None:
+    extra = {"tokens_per_rank": 10, "exact": exact}
+    case = Case(2, "auto", num_experts=(4,), steps=1, in_configure_model=True, extra=extra)
+    assert rank_pool.run(counted_as_exact, 2, case) == [exact] * 2
+
+
 def saved(case: Case, path: str) -> dict[str, Tensor]:
     """Weights of a checkpoint that a run has saved."""
     pl.seed_everything(3, verbose=False)

@@ -78,8 +78,7 @@ class ExactSchedule(SequentialSchedule):
 
 def _returned(x: Tensor, experts: Experts) -> torch.dtype:
     """The widest dtype of what experts may make of :class:`~lightning_fastmoe.ops.PairRows`."""
-    has_bias = any(name.endswith("bias") for name in experts.stack_names)
-    return kernels.accumulation_dtype(x.dtype) if has_bias else x.dtype
+    return kernels.accumulation_dtype(x.dtype) if experts.has_biases else x.dtype
 
 
 def _check(experts: Experts, layer: str) -> None:

@@ -44,6 +44,11 @@ class Experts(nn.Module):
         return []
 
     @property
+    def has_biases(self) -> bool:
+        """Whether any stacked parameter is a bias."""
+        return any(name.endswith("bias") for name in self.stack_names)
+
+    @property
     def sizes(self) -> tuple[int, int, int] | None:
         """D, the rows of an expert's up projection, and F; None for experts that are modules."""
         return None
