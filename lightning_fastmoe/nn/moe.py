@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning_fastmoe.nn.experts import ExpertFactory, Experts, draw_layer_seed
 from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K, GlobalBatch, LocalBatch
 from lightning_fastmoe.nn.inputs import MaskedValues, TokenInputs, read_inputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
+from lightning_fastmoe.nn.observers import RoutingObserver, show_observers
 from lightning_fastmoe.nn.opaque import Reference
 from lightning_fastmoe.nn.options import (
     RouterArgument,
@@ -45,9 +46,6 @@ _CHECKED = (
     *("autoregressive", *LOSSES),
 )
 """Arguments whose types are checked up front; the others are checked where they are used."""
-
-RoutingObserver = Callable[["MoE", Routing], None]
-"""Called once per forward pass, without gradients; not when a pass is replayed."""
 
 
 class MoE(nn.Module):
@@ -285,9 +283,7 @@ class MoE(nn.Module):
             if not replay and isinstance(router, Router) and router.load_since_update is not None:
                 router.load_since_update += routing.routed_counts()
         if self._observers and not replay:
-            with torch.no_grad():
-                for observer in list(self._observers.values()):
-                    observer(self, routing)
+            show_observers(self, routing)
         return y
 
     def register_routing_observer(self, observer: RoutingObserver) -> RemovableHandle:

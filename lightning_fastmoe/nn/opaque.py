@@ -3,7 +3,7 @@
 An exchange waits for other ranks and reads counts on the host, so no compiler can trace it; but one
 can leave it in its graph as it is, with the router before and the losses after it compiled. The
 operator runs the layer's schedule as it runs without ``torch.compile``, keeps the autograd graph of
-that, and goes back through it in its backward.
+that, and goes back through it in its backward. Another operator calls a layer's observers.
 
 Graphs are shared by layers, and an operator takes tensors: so a number in a tensor stands for the
 layer, and another for the pass.
@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.inputs import TokenInputs
+from lightning_fastmoe.nn.observers import show_observers
 from lightning_fastmoe.nn.router import Routing
 
 NAMESPACE = "lightning_fastmoe_opaque"
@@ -41,6 +43,8 @@ class Reference:
 
     Attributes:
         handle: () int64 on the CPU.
+        observed: () int64 on the CPU, passes that observers have seen. Graphs write to it, so no
+            compiler drops what shows them the routing.
     """
 
     _numbers = itertools.count(1)
@@ -49,7 +53,7 @@ class Reference:
     def __init__(self, layer: Any) -> None:
         number = next(self._numbers)
         self._layers[number] = layer
-        self.handle = torch.tensor(number)
+        self.handle, self.observed = _scalar(number), _scalar(0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the layer must not run the experts of this one.
@@ -71,9 +75,14 @@ class Reference:
         return found
 
 
+def _scalar(number: int) -> Tensor:
+    """On the CPU, whatever the default device is."""
+    return torch.tensor(number, device="cpu")
+
+
 def _reference_of_a_copy() -> Reference:
     reference = Reference.__new__(Reference)
-    reference.handle = torch.tensor(0)
+    reference.handle, reference.observed = _scalar(0), _scalar(0)
     return reference
 
 
@@ -184,7 +193,7 @@ def routed_experts(
     with _recording(keep):
         tensors = [t.detach() for t in given]
         if keep:
-            root = torch.zeros((), device=x.device, requires_grad=True)
+            root = torch.zeros((), device="cpu", requires_grad=True)
             tensors = list(_Enter.apply(root, *tensors))
         own, wide, *stacks = tensors
         # No router's logits are needed here; what stands for them says how many experts there are.
@@ -193,7 +202,7 @@ def routed_experts(
         inputs = TokenInputs([own.contiguous()], None, tuple(own.shape[:-1]))
         experts = layer.experts.with_stacks(stacks)
         y, routing = layer.schedule.run_routed(inputs, routing, experts, layer.layer_name)
-        token = _Pass.keep(y, tensors) if keep else torch.zeros(1, dtype=torch.int64)
+        token = _Pass.keep(y, tensors) if keep else _scalar(0).reshape(1)
     return y.detach().contiguous(), routing.routed_counts(), token
 
 
@@ -262,3 +271,42 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 routed_experts.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::observe", mutates_args=("observed",))
+def observe(
+    observed: Tensor,
+    handle: Tensor,
+    logits: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    active: Tensor | None,
+    kept: Tensor | None,
+    tokens_per_expert: Tensor | None,
+) -> None:
+    """Shows a layer's observers the routing, unless a backward pass is replaying a forward pass.
+
+    Args:
+        observed: of the layer's :class:`Reference`; counts the passes.
+        handle: of it, too.
+        logits: as in :class:`~lightning_fastmoe.nn.Routing`, and so are the others.
+        scores: see there.
+        weights: see there.
+        expert_ids: see there.
+        active: see there.
+        kept: see there.
+        tokens_per_expert: see there.
+    """
+    if is_recomputing():
+        return
+    observed += 1
+    routing = Routing(
+        *(logits, scores, weights, expert_ids, active, kept), tokens_per_expert=tokens_per_expert
+    )
+    show_observers(Reference.layer(handle), routing)
+
+
+@observe.register_fake
+def _(observed: Tensor, *_: Any) -> None:
+    pass

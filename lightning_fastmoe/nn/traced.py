@@ -23,7 +23,7 @@ from lightning_fastmoe.nn.experts.lora import SCALE
 from lightning_fastmoe.nn.experts.trained import trained_of
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.inputs import read_inputs
-from lightning_fastmoe.nn.opaque import routed_experts
+from lightning_fastmoe.nn.opaque import observe, routed_experts
 from lightning_fastmoe.nn.router import ROUTERS, Routing, RoutingContext
 from lightning_fastmoe.nn.runtime_ops import add_load, within_capacity
 from lightning_fastmoe.nn.schedule import LocalSchedule, UnmanagedSchedule
@@ -92,8 +92,19 @@ def forward(
         y = layer.balancing.attach_in_graph(y, routing, context, router.losses)
         if router.load_since_update is not None:
             add_load(router.load_since_update, routing.routed_counts())
+    if len(layer._observers) > 0:  # dynamo guards a dict's length, but not its truth
+        _observe(layer, routing)
     out: Tensor = y.reshape(x.shape)
     return out
+
+
+def _observe(layer: Any, routing: Routing) -> None:
+    """Shows the routing to the layer's observers when the graph runs."""
+    seen = (routing.logits, routing.scores, routing.weights)
+    observe(
+        *(layer.reference.observed, layer.reference.handle, *(t.detach() for t in seen)),
+        *(routing.expert_ids, routing.active, routing.kept, routing.tokens_per_expert),
+    )
 
 
 def _run_across_ranks(layer: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
@@ -137,8 +148,8 @@ def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
         router.uses_batch or layer.capacity.uses_batch or layer.balancing.use_batch
     ):
         return "it exchanges counts with other ranks"
-    if len(layer._observers) > 0:  # dynamo guards a dict's length, but not its truth
-        return "observers look at its routing (a monitoring callback, for example)"
+    if len(layer._observers) > 0 and getattr(layer, "reference", None) is None:
+        return "observers look at its routing, and no strategy runs it"
     for part in (router, experts):
         if part._forward_hooks or part._forward_pre_hooks:
             return "its router or its experts have hooks, as under ZeRO stage 3"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.distributed import ExpertSharder, make_expert_mesh
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import MoE, opaque
+from lightning_fastmoe.nn import MoE, Routing, opaque
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
@@ -57,13 +57,14 @@ class Pair:
         backend: str = "aot_eager",
         dtype: torch.dtype = torch.float64,
         frozen: str | None = None,
+        is_sharded: bool = True,
         **moe: Any,
     ) -> None:
         torch._dynamo.reset()
         counters.clear()
         self.device, group = join(device_type)
         self.rank, self.dtype = group.rank, dtype
-        mesh = make_expert_mesh(group.size, device_type)
+        mesh = make_expert_mesh(group.size if is_sharded else 1, device_type)
         self.models = [self._model(mesh, frozen, moe) for _ in range(2)]
         for block in self.models[0]:
             block.compile(backend=backend, fullgraph=True)
@@ -75,7 +76,7 @@ class Pair:
             for block in model:
                 block.moe.get_submodule(frozen).requires_grad_(False)
         ExpertSharder(mesh).shard(model)
-        assert all(block.moe.is_sharded for block in model)
+        assert all(block.moe.is_sharded == (mesh.ep_size > 1) for block in model)
         return model
 
     def batch(self, tokens: int) -> Tensor:
@@ -135,6 +136,38 @@ def compared(
         outputs = [model(x).cpu() for model in pair.models]
     gc.collect()
     return [*found, {"evaluation": tuple(outputs)}], graphs, len(opaque._Pass._alive)
+
+
+def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], int]:
+    """What observers see of each pass and layer; the second half of them replayed, too."""
+    pair = Pair(router="sigmoid", capacity_factor=0.6, is_sharded=is_sharded)
+    seen: list[list[tuple[str, Routing]]] = [[], []]
+    for model, found in zip(pair.models, seen, strict=True):
+        for block in model:
+            block.moe.register_routing_observer(
+                lambda layer, routing, found=found: found.append((layer.layer_name, routing))
+            )
+
+    def step(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False)
+
+    for tokens, how in ((5, None), (11, None), (6, step)):
+        pair.both(tokens, how)
+    passes = []
+    for (name, one), (other, two) in zip(*seen, strict=True):
+        assert name == other
+        assert not any(t.requires_grad for t in one if isinstance(t, Tensor))
+        fields = {
+            field: (getattr(one, field), getattr(two, field).detach())
+            for field in ("logits", "scores", "weights", "expert_ids", "kept")
+        }
+        counts = one.routed_counts(), two.routed_counts()
+        passes.append({**fields, "routed": counts, "dropped": _dropped(one, two)})
+    return passes, len(counters["graph_break"])
+
+
+def _dropped(*routings: Routing) -> tuple[Tensor, ...]:
+    return tuple(routing.dropped_counts() for routing in routings)
 
 
 def replayed(reentrant: bool) -> list[dict[str, Any]]:
