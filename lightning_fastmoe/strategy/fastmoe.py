@@ -113,7 +113,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._groups = ExpertGroups(self, own)
         self._engines = Engines(self, self._groups, nonfinite, own["exact"])
         state = self._engines.state
-        self._steps = Steps(self, state, self._groups, self._watch, self._uneven)
+        self._steps = Steps(self, state, self._groups, self._watch, self._uneven, self._waits)
         self._saving = Saving(self, state, self._groups, self._watch, self._averaging)
         self._loading = Loading(self, state, self._watch, self._averaging)
         self._at_teardown = ExitStack()

@@ -15,6 +15,7 @@ from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
 from lightning_fastmoe.strategy.loaders.uneven import UnevenData
 from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
+from lightning_fastmoe.strategy.watchdog.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.watchdog.signals import DeferredSignals
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.engine import ExpertState
@@ -36,6 +37,7 @@ class Steps:
         groups: the expert parallel groups.
         watch: records each batch.
         uneven: keeps ranks with different numbers of batches in step.
+        waits: tells ranks that wait what became of the others.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Steps:
         groups: ExpertGroups,
         watch: Watch,
         uneven: UnevenData,
+        waits: ExchangeWaits,
     ) -> None:
         self._strategy, self._state, self._groups = strategy, state, groups
-        self._watch, self._uneven = watch, uneven
+        self._watch, self._uneven, self._waits = watch, uneven, waits
 
     def train(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a training step; returns its output."""
@@ -81,7 +84,7 @@ class Steps:
         module = self._strategy.lightning_module
         assert module is not None
         unwrap_compiled(module)  # a user's hook may have compiled modules since set-up
-        return DeferredSignals(module.trainer, self._watch).detach
+        return DeferredSignals(module.trainer, self._watch, self._waits.for_work).detach
 
     def begin_evaluation(self, activity: Activity) -> None:
         """Called before the first batch of validation, testing or prediction."""

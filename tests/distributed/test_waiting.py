@@ -52,6 +52,9 @@ class Peers:
     def has_failed(self) -> bool:
         return self.said is not None
 
+    def failure(self) -> str | None:
+        return self.said
+
     def hopeless(self) -> str | None:
         return self.said
 

@@ -59,6 +59,14 @@ class OtherRankLeaves(pl.Callback):
             raise ValueError("the disk of rank 1 is full")
 
 
+class OtherRankLeavesAfterTheEpoch(pl.Callback):
+    """Rank 1 raises where rank 0 asks whether a signal has come."""
+
+    def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == 1:
+            raise ValueError("the disk of rank 1 is full")
+
+
 class RankIsLate(pl.Callback):
     """Rank 1 is busy for a while, and then goes on."""
 

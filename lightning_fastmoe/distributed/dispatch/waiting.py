@@ -31,6 +31,10 @@ class Peers(Protocol):
         """Whether this rank or another has given up; doesn't communicate."""
         ...
 
+    def failure(self) -> str | None:
+        """Why another rank has given up, asked of the others now; None if none has."""
+        ...
+
     def hopeless(self) -> str | None:
         """Why this rank's current exchange can no longer complete, or None."""
         ...
@@ -148,6 +152,7 @@ class ExchangeWait:
             raise ExchangeError(f"{reason}\n{ADVICE}")
 
     def _failed(self, where: str, error: RuntimeError) -> str:
-        reason = self.peers.hopeless() if self.peers is not None else None
+        # Whoever closed the connection may have said why a moment ago.
+        reason = self.peers.failure() if self.peers is not None else None
         text = f"{where}: the exchange failed on rank {self.rank}: {error}"
         return text if reason is None else f"{text}\n{reason}"

@@ -46,6 +46,15 @@ class ExchangeWaits:
         sharder.record_exchanges(pending, ExchangeWait(self.seconds, self._peers, rank))
         self._sharder = sharder
 
+    def for_work(self, work: Any, where: str) -> None:
+        """Waits for a collective of gloo that is no exchange; ``hang_timeout`` is its deadline.
+
+        Raises:
+            ExchangeError: if another rank gave up, with what that rank said.
+        """
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        ExchangeWait(None, self._peers, rank).for_work(work, where)
+
     def leave(self, exception: BaseException) -> None:
         """Tells the other ranks about an error here, so that none waits for this one."""
         peers = self._peers

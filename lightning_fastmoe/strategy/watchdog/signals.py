@@ -36,10 +36,11 @@ class DeferredSignals(pl.Callback):
     Args:
         trainer: the Trainer with the handlers to defer.
         watch: notified when SIGTERM is handled.
+        wait: waits for a collective, and raises if another rank gave up; takes it and what it is.
     """
 
-    def __init__(self, trainer: pl.Trainer, watch: Watch) -> None:
-        self._trainer, self._watch = trainer, watch
+    def __init__(self, trainer: pl.Trainer, watch: Watch, wait: Callable[[Any, str], None]) -> None:
+        self._trainer, self._watch, self._wait = trainer, watch, wait
         self._callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._callbacks.append(self)
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -108,7 +109,7 @@ class DeferredSignals(pl.Callback):
         if self._under_way is not None:
             work, noted = self._under_way
             self._under_way = None
-            work.wait()
+            self._wait(work, "the exchange of which signals have come")
             self._obey(noted)
 
     def _obey(self, noted: torch.Tensor) -> None:
