@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_fastmoe.errors import ConfigError
@@ -33,6 +34,13 @@ from lightning_fastmoe.nn.router import Routing
 NAMESPACE = "lightning_fastmoe_opaque"
 
 _AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+
+_TAGS = (
+    # Not to be run again in the backward pass where a compiler finds that cheap.
+    torch.Tag.nondeterministic_seeded,
+    # A replayed CUDA graph runs no Python.
+    torch.Tag.cudagraph_unsafe,
+)
 
 
 class Reference:
@@ -96,7 +104,7 @@ class _Pass(np.ndarray[Any, Any]):
     _alive: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
     _lock = threading.Lock()
 
-    edges: tuple[GradientEdge, list[GradientEdge]] | None
+    edges: tuple[GradientEdge, list[GradientEdge]]
 
     @classmethod
     def keep(cls, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -110,21 +118,20 @@ class _Pass(np.ndarray[Any, Any]):
         return torch.from_numpy(one)
 
     @classmethod
-    def spend(cls, token: Tensor) -> tuple[GradientEdge, list[GradientEdge]]:
-        """What :meth:`keep` was given, once.
+    def edges_of(cls, token: Tensor) -> tuple[GradientEdge, list[GradientEdge]]:
+        """Those of ``y`` and of the inputs.
 
         Raises:
-            ConfigError: the second time.
+            ConfigError: if the pass is gone: the token is a copy, not the tensor that kept it.
         """
         one = cls._alive.get(int(token))
-        if one is None or one.edges is None:
+        if one is None:
             raise ConfigError(
-                "The backward pass of a MoE layer inside a compiled graph ran twice, or what it"
-                " saved was moved elsewhere. A layer with sharded experts takes neither with"
-                " fullgraph=True: compile it without, or drop retain_graph=True."
+                "What a MoE layer inside a compiled graph saved for its backward pass was moved"
+                " elsewhere, by hooks on saved tensors for example. A layer with sharded experts"
+                " doesn't take that with fullgraph=True: compile it without."
             )
-        edges, one.edges = one.edges, None
-        return edges
+        return one.edges
 
 
 class _Enter(torch.autograd.Function):
@@ -154,7 +161,7 @@ def _recording(enabled: bool) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op(f"{NAMESPACE}::routed_experts", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::routed_experts", mutates_args=(), tags=_TAGS)
 def routed_experts(
     handle: Tensor,
     x: Tensor,
@@ -166,7 +173,7 @@ def routed_experts(
     expert_ids: Tensor,
     dispatched: Tensor | None,
     num_experts: int,
-    keep: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the schedule of a layer; not its shared expert.
 
@@ -182,58 +189,59 @@ def routed_experts(
         expert_ids: (T, K) int64.
         dispatched: (T, K) bool, the slots that reach an expert; None for all.
         num_experts: E.
-        keep: whether a backward pass may follow.
+        wanted: which of x, weights and the stacks, None or not, a backward pass may ask for the
+            gradients of.
 
     Returns:
         The output (T, D); (E,) int64, this rank's pairs of each expert, of those that reach it; and
         what stands for the pass, (1,) int64 on the CPU.
     """
     layer = Reference.layer(handle)
-    given = [t for t in (x, weights, up, down, up_bias, down_bias) if t is not None]
-    with _recording(keep):
-        tensors = [t.detach() for t in given]
-        if keep:
+    tensors = [x, weights, up, down, up_bias, down_bias]
+    with _recording(any(wanted)):
+        tensors = [None if t is None else t.detach() for t in tensors]
+        entered = [t for t, needed in zip(tensors, wanted, strict=True) if needed and t is not None]
+        if entered:
             root = torch.zeros((), device="cpu", requires_grad=True)
-            tensors = list(_Enter.apply(root, *tensors))
+            entered = list(_Enter.apply(root, *entered))
+            found = iter(entered)
+            tensors = [
+                next(found) if needed else t for t, needed in zip(tensors, wanted, strict=True)
+            ]
         own, wide, *stacks = tensors
+        assert own is not None
+        assert wide is not None
         # No router's logits are needed here; what stands for them says how many experts there are.
         logits = wide.detach().new_empty(0, num_experts)
         routing = Routing(logits, logits, wide, expert_ids, active=dispatched)
         inputs = TokenInputs([own.contiguous()], None, tuple(own.shape[:-1]))
-        experts = layer.experts.with_stacks(stacks)
+        experts = layer.experts.with_stacks([t for t in stacks if t is not None])
         y, routing = layer.schedule.run_routed(inputs, routing, experts, layer.layer_name)
-        token = _Pass.keep(y, tensors) if keep else _scalar(0).reshape(1)
+        token = _Pass.keep(y, entered) if entered else _scalar(0).reshape(1)
     return y.detach().contiguous(), routing.routed_counts(), token
 
 
-@torch.library.custom_op(f"{NAMESPACE}::routed_experts_backward", mutates_args=())
-def routed_experts_backward(
-    grad: Tensor, token: Tensor, like: Sequence[Tensor], wanted: list[bool]
-) -> list[Tensor]:
-    """The gradients of the tensors of :func:`routed_experts` that are ``wanted``.
+@torch.library.custom_op(f"{NAMESPACE}::routed_experts_backward", mutates_args=(), tags=_TAGS)
+def routed_experts_backward(grad: Tensor, token: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of those tensors of :func:`routed_experts` that were wanted.
 
     Args:
         grad: (T, D).
         token: of the pass.
-        like: the weights and the stacks, without biases where there are none.
-        wanted: for x, and each of these.
+        like: these tensors, or others of their shapes and dtypes.
     """
-    y, edges = _Pass.spend(token)
-    inputs = [edge for edge, needed in zip(edges, wanted, strict=True) if needed]
-    chosen = _chosen(grad, like, wanted)
+    y, inputs = _Pass.edges_of(token)
     with _recording(True):
-        found = torch.autograd.grad([y], inputs, [grad.contiguous()], allow_unused=True)
+        # Two calls with the same input may have become one operator, that goes back for both.
+        found = torch.autograd.grad(
+            [y], inputs, [grad.contiguous()], retain_graph=True, allow_unused=True
+        )
     return [
         torch.zeros_like(t, memory_format=torch.contiguous_format)
         if g is None
         else g.to(t.dtype).contiguous()
-        for g, t in zip(found, chosen, strict=True)
+        for g, t in zip(found, like, strict=True)
     ]
-
-
-def _chosen(grad: Tensor, like: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
-    """What each gradient looks like; that of x does as that of the output."""
-    return [t for t, needed in zip((grad, *like), wanted, strict=True) if needed]
 
 
 def _empty_like(t: Tensor) -> Tensor:
@@ -242,20 +250,28 @@ def _empty_like(t: Tensor) -> Tensor:
 
 @routed_experts.register_fake
 def _(handle: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if (budget := functorch.activation_memory_budget) < 1:
+        raise ConfigError(
+            f"activation_memory_budget={budget:g} makes a compiler run the exchange of tokens again"
+            " in the backward pass, on each rank in an order of its own. With sharded experts and"
+            " fullgraph=True leave it at 1, and put activation checkpointing around the blocks."
+        )
     counts = x.new_empty(rest[-2], dtype=torch.int64)
     return _empty_like(x), counts, torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @routed_experts_backward.register_fake
-def _(grad: Tensor, token: Tensor, like: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
-    return [_empty_like(t) for t in _chosen(grad, like, wanted)]
+def _(grad: Tensor, token: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [_empty_like(t) for t in like]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, counts, token = output
-    tensors = inputs[2:7]  # not x: it would live until the backward pass for its shape alone
-    ctx.is_given = [True, *(t is not None for t in tensors)]
-    ctx.save_for_backward(token, *(t for t in tensors if t is not None))
+    ctx.wanted = inputs[-1]
+    # Weights and stacks are what schedules keep, too; a compiler must not give their memory away.
+    # That of x it may: its gradient looks like the output's.
+    ctx.save_for_backward(token, *(t for t in inputs[2:7] if t is not None))
+    ctx.is_given = [t is not None for t in inputs[2:7]]
     ctx.mark_non_differentiable(counts, token)
     ctx.set_materialize_grads(False)
 
@@ -263,11 +279,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
-    token, *tensors = ctx.saved_tensors
-    needs = [bool(needed) for needed in ctx.needs_input_grad[1:7]]
-    wanted = [needed for needed, given in zip(needs, ctx.is_given, strict=True) if given]
-    found = iter(routed_experts_backward(grad, token, tensors, wanted))
-    return None, *(next(found) if needed else None for needed in needs), *(None,) * 4
+    token, *saved = ctx.saved_tensors
+    others = iter(saved)
+    tensors = [grad, *(next(others) if given else None for given in ctx.is_given)]
+    like = [t for t, needed in zip(tensors, ctx.wanted, strict=True) if needed]
+    found = iter(routed_experts_backward(grad, token, like))
+    return None, *(next(found) if needed else None for needed in ctx.wanted), *(None,) * 4
 
 
 routed_experts.register_autograd(_backward, setup_context=_save)

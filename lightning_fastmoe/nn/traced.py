@@ -110,11 +110,12 @@ def _observe(layer: Any, routing: Routing) -> None:
 def _run_across_ranks(layer: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
     """What :meth:`Schedule.run` does, for ``x (T, D)``."""
     stacks = layer.experts.stacks(x.dtype)
-    given = [t for t in (x, routing.weights, *stacks) if t is not None]
+    given = (x, routing.weights, *stacks)
+    records = torch.is_grad_enabled()
     y, counts, _ = routed_experts(
         *(layer.reference.handle, x, routing.weights, *stacks),
         *(routing.expert_ids, routing.dispatched, layer.num_experts),
-        torch.is_grad_enabled() and any(t.requires_grad for t in given),
+        [records and t is not None and t.requires_grad for t in given],
     )
     if routing.dispatched is None:
         routing = routing._replace(tokens_per_expert=counts)

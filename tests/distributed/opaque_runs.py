@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import os
 import shutil
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_fastmoe.distributed import ExpertSharder, make_expert_mesh
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, Routing, opaque
+from lightning_fastmoe.ops.layer_call import Wanted
+
+expert_layer = importlib.import_module("lightning_fastmoe.ops.expert_layer")  # not its function
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
@@ -180,8 +185,11 @@ def replayed(reentrant: bool) -> list[dict[str, Any]]:
     return [pair.both(tokens, step) for tokens in (5, 6)]
 
 
-def twice_and_never() -> tuple[str, int, int]:
-    """What a second backward pass says; how many passes are kept with a graph, and without it."""
+def twice_and_never() -> tuple[dict[str, tuple[Tensor, Tensor]], int, int]:
+    """Gradients of two backward passes and of one; passes that are kept with a graph, and without.
+
+    And those of a layer that is called twice with the same input, which compilers call once.
+    """
     # With donated buffers, AOT Autograd itself refuses retain_graph=True.
     with torch._functorch.config.patch(donated_buffer=False):
         pair = Pair()
@@ -189,13 +197,62 @@ def twice_and_never() -> tuple[str, int, int]:
         kept = len(opaque._Pass._alive)
         del y
         dropped = len(opaque._Pass._alive)
-        y = pair.models[0](pair.batch(5)).sum()
-        y.backward(retain_graph=True)
+        found = {}
+        for model, times in zip(pair.models, (2, 2), strict=True):
+            model.zero_grad()
+            loss = model(pair.batch(5)).square().sum()
+            for _ in range(times):
+                loss.backward(retain_graph=True)
+        for (name, p), q in zip(
+            pair.models[0].named_parameters(), pair.models[1].parameters(), strict=True
+        ):
+            found[name] = p.grad.clone(), q.grad.clone()
+    del loss
+    torch._dynamo.reset()
+    doubled: list[Tensor] = []
+    for model, compiles in zip(pair.models, (True, False), strict=True):
+        moe = model[0].moe
+
+        def views(x: Tensor, moe: MoE = moe) -> Tensor:
+            return moe(x) + torch.tanh(moe(x)) * 2
+
+        run = torch.compile(views, backend="aot_eager", fullgraph=True) if compiles else views
+        model.zero_grad()
+        run(pair.batch(6)).square().sum().backward()
+        doubled.append(moe.experts.up_proj.grad)
+    found["called twice"] = doubled[0], doubled[1]
+    return found, kept, dropped
+
+
+Wants = list[tuple[bool, ...]]
+
+
+def wanted() -> tuple[Wants, Wants]:
+    """Which gradients experts that are frozen compute inside of a graph, and without one."""
+    pair = Pair(frozen="experts")
+    found: list[Wants] = []
+    for model in pair.models:
+        wants: Wants = []
+
+        def noted(*flags: bool, wants: Wants = wants) -> Wanted:
+            wants.append(flags[:4])
+            return Wanted(*flags)
+
+        with mock.patch.object(expert_layer, "Wanted", noted):
+            model(pair.batch(6)).square().sum().backward()
+        found.append(wants)
+    return found[0], found[1]
+
+
+def saving_memory() -> str:
+    """What is said where the compiler may run the exchange again."""
+    pair = Pair()
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
         try:
-            y.backward()
-        except ConfigError as error:
-            return str(error), kept, dropped
-    return "nothing", kept, dropped
+            pair.models[0](pair.batch(6))
+        except Exception as error:
+            return str(error)
+    return "nothing"
 
 
 def copied() -> str:
