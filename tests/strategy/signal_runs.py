@@ -13,7 +13,7 @@ from unittest import mock
 import pytorch_lightning as pl
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from strategy.midway_runs import BATCHES, EPOCHS, Run, Watch, WithDropout, fit
 from strategy.models import Case
 from strategy.resume_runs import error_of
@@ -64,7 +64,7 @@ def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, R
     return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)
 
 
-class SignalledOutsideOfBatches(pl.Callback):
+class SignalledOutsideOfBatches(Checkpoint):
     """Rank 1 gets SIGTERM before the first batch, or after the last one."""
 
     def __init__(self, when: str) -> None:
@@ -76,6 +76,7 @@ class SignalledOutsideOfBatches(pl.Callback):
             trainer._signal_connector.received_sigterm = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Where it saves, after all other callbacks."""
         is_last = trainer.current_epoch == EPOCHS - 1
         if self.when == "after the last batch" and is_last and self._is_here():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -91,7 +92,11 @@ def ended_by_sigterm(case: Case, when: str) -> tuple[str, int]:
     last = BATCHES * EPOCHS if when == "in the last batch" else -1
     module = Signalled(case, signal.SIGTERM, last)
     trainer = make_trainer(
-        case, max_epochs=EPOCHS, max_steps=-1, callbacks=[SignalledOutsideOfBatches(when)]
+        case,
+        max_epochs=EPOCHS,
+        max_steps=-1,
+        callbacks=[SignalledOutsideOfBatches(when)],
+        enable_checkpointing=True,
     )
     try:
         trainer.fit(module)

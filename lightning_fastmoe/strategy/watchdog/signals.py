@@ -12,12 +12,15 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 
 _BROADCAST = "_broadcast_sigterm_tensor"
 """Lightning's method that asks rank 0 before each batch."""
+_END_OF_EPOCH = "on_advance_end"
+"""The method of Lightning's loop over epochs that ends one."""
 
 
 class DeferredSignals(pl.Callback):
@@ -28,8 +31,8 @@ class DeferredSignals(pl.Callback):
     step. Here a signal is only recorded. After each batch the ranks start an asynchronous
     all-reduce of what they recorded, and after the next batch, if any rank got a signal, all run
     the handlers. (A single rank runs them right after the batch.) At the end of each epoch, after
-    its validation, they wait for each other, since no further batch may follow. If neither comes,
-    the watch ends the process.
+    its validation and the callbacks that save, they wait for each other, since no further batch may
+    follow. If neither comes, the watch ends the process.
 
     Created by the strategy on all ranks together when training starts.
 
@@ -49,8 +52,11 @@ class DeferredSignals(pl.Callback):
         self._under_way: tuple[Any, torch.Tensor] | None = None
         # Before each batch Lightning broadcasts whether rank 0 got SIGTERM, and the host waits for
         # the device to find out. Here all ranks know it already, at the same batch.
-        self._loop = trainer.fit_loop.epoch_loop
-        self._loop.__dict__[_BROADCAST] = _do_nothing
+        self._loop = trainer.fit_loop
+        self._loop.epoch_loop.__dict__[_BROADCAST] = _do_nothing
+        self._loop.__dict__[_END_OF_EPOCH] = self._end_epoch
+        # The same on all ranks, with or without a handler here.
+        self._numbers = [signal.SIGTERM, signal.SIGUSR1]
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
@@ -59,10 +65,11 @@ class DeferredSignals(pl.Callback):
             # Before the training. The other ranks may not know, and Lightning would end this alone.
             self._noted.add(signal.SIGTERM)
             connector.received_sigterm = False
-        numbers = [signal.SIGTERM]
+        handled = [signal.SIGTERM]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            numbers.append(environment.requeue_signal or signal.SIGUSR1)
-        for number in numbers:
+            self._numbers[1] = environment.requeue_signal or signal.SIGUSR1
+            handled = self._numbers
+        for number in handled:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler
@@ -72,7 +79,8 @@ class DeferredSignals(pl.Callback):
         """Removes itself from the Trainer, which restores the handlers."""
         if self in self._callbacks:
             self._callbacks.remove(self)
-        self._loop.__dict__.pop(_BROADCAST, None)
+        self._loop.epoch_loop.__dict__.pop(_BROADCAST, None)
+        self._loop.__dict__.pop(_END_OF_EPOCH, None)
         if self._group is not None and self._under_way is None:
             # Otherwise an error came in between, and the other ranks may never join the all-reduce.
             dist.destroy_process_group(self._group)
@@ -87,17 +95,18 @@ class DeferredSignals(pl.Callback):
         if not trainer.received_sigterm:  # else no batch follows, in which all could learn more
             self._tell()  # done by the end of the next batch, so no rank waits for it
 
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before Lightning looks for the last time whether SIGTERM has come."""
+    def _end_epoch(self) -> None:
+        """Ends the epoch as Lightning does, which then looks whether SIGTERM has come."""
+        type(self._loop).on_advance_end(self._loop)
         self._obey_what_all_know()
         self._tell()
         self._obey_what_all_know()
+        if self._trainer.received_sigterm:
+            raise SIGTERMException
 
     def _tell(self) -> None:
         """Tells all ranks which signals this one has recorded; a single rank obeys them."""
-        # The same handlers on all ranks, as their environments are the same.
-        noted = torch.tensor([number in self._noted for number in self._handlers], dtype=torch.int)
+        noted = torch.tensor([number in self._noted for number in self._numbers], dtype=torch.int)
         if self._group is None:
             self._obey(noted)
         else:
@@ -113,8 +122,8 @@ class DeferredSignals(pl.Callback):
             self._obey(noted)
 
     def _obey(self, noted: torch.Tensor) -> None:
-        for number, is_noted in zip(list(self._handlers), noted.tolist(), strict=True):
-            if is_noted:
+        for number, is_noted in zip(self._numbers, noted.tolist(), strict=True):
+            if is_noted and number in self._handlers:
                 handler = self._handlers.pop(number)
                 if number == signal.SIGTERM:
                     self._watch.beat(Activity.ENDING)
