@@ -43,6 +43,13 @@ def test_a_signal_that_no_batch_follows_ends_all_ranks(rank_pool, world, when, b
     assert results == [("SIGTERMException", batches(world))] * world
 
 
+def test_a_run_that_was_ended_after_its_last_step_resumes_with_nothing_to_do(rank_pool, tmp_path):
+    results = rank_pool.run(runs.terminated, 2, case_of(2, 2), ALL, str(tmp_path))
+    for ended, done, straight, rest in results:
+        assert (ended, done) == ("SIGTERMException", ALL) == (ended, len(straight.losses))
+        assert rest.losses == []
+
+
 def test_no_rank_asks_rank_0_before_each_batch(rank_pool):
     """Lightning does, and the host waits for the device to answer."""
     for counts in rank_pool.run(runs.broadcasts_of_batches, 2, case_of(2, 1)):
