@@ -34,21 +34,33 @@ def outcome(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[str, str, 
     return "nothing", "", time.monotonic() - begin
 
 
+def sample_on_rank_zero(trainer: Any, pl_module: Any) -> None:
+    """Runs a layer on rank 0 alone."""
+    if trainer.is_global_zero:
+        with torch.no_grad():
+            pl_module.net["moes"][0](torch.zeros(3, 12, device=pl_module.device))
+
+
 class RankZeroSample(pl.Callback):
-    """Runs the model on rank 0 alone, and goes on with the next epoch."""
+    """The other rank waits until it is done, before the next epoch."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            with torch.no_grad():
-                pl_module.net["moes"][0](torch.zeros(3, 12, device=pl_module.device))
+        sample_on_rank_zero(trainer, pl_module)
 
 
-class RankZeroSampleThenBarrier(RankZeroSample):
-    """The other rank waits until it is done."""
+class RankZeroSampleThenBarrier(pl.Callback):
+    """The other rank waits in a barrier of the user's."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
+        sample_on_rank_zero(trainer, pl_module)
         trainer.strategy.barrier("sampled")
+
+
+class RankZeroSampleOfABatch(pl.Callback):
+    """The other rank goes on with the next batch."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        sample_on_rank_zero(trainer, pl_module)
 
 
 class OtherRankLeaves(pl.Callback):

@@ -52,8 +52,12 @@ class ExchangeWaits:
         Raises:
             ExchangeError: if another rank gave up, with what that rank said.
         """
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        ExchangeWait(None, self._peers, rank).for_work(work, where)
+        peers = self._peers
+        if peers is None:
+            work.wait()
+            return
+        with peers.waiting(where):
+            ExchangeWait(None, peers, peers.rank).for_work(work, where)
 
     def leave(self, exception: BaseException) -> None:
         """Tells the other ranks about an error here, so that none waits for this one."""

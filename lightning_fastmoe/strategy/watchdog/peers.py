@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,6 +59,7 @@ class Peers:
         self._failure: str | None = None
         self._report: str | None = None
         self._place: str | None = None
+        self._collective: str | None = None
         self._since = 0.0
         self._beats = 0
         self._seen: list[str] = []
@@ -82,6 +84,19 @@ class Peers:
             self._report = self._read("report", _ANSWERS)
         return self._report or self._failure
 
+    @contextmanager
+    def waiting(self, where: str) -> Iterator[None]:
+        """Says meanwhile that this rank waits for the others, outside of torch's functions.
+
+        Args:
+            where: which.
+        """
+        self._collective = where
+        try:
+            yield
+        finally:
+            self._collective = None
+
     @property
     def has_failed(self) -> bool:
         """Whether any rank has given up, as far as this one knows."""
@@ -93,10 +108,11 @@ class Peers:
             return self.failure()
         if not self._all_wait():
             return None
+        where = self._collective or "an exchange of tokens"
         return self.give_up(
-            f"rank {self.rank} waits in an exchange of tokens that can never finish: all ranks are"
-            " waiting, some elsewhere or in different exchanges. All ranks must run the same MoE"
-            " layers in the same order."
+            f"rank {self.rank} waits in {where} that can never finish: all ranks are waiting, some"
+            " elsewhere or in different exchanges. All ranks must run the same MoE layers in the"
+            " same order."
         )
 
     def give_up(self, reason: str) -> str:
@@ -215,6 +231,8 @@ class Peers:
         number, pending, name = self._exchange.read()
         if pending:
             return f"in exchange {number} {name}"
+        if (collective := self._collective) is not None:
+            return f"in {collective}"
         frame = self._frame()
         while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
             if frame.f_code.co_filename == _COLLECTIVES:
