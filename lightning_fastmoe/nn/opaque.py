@@ -12,7 +12,6 @@ layer, and another for the pass.
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,15 +101,13 @@ class _Pass(np.ndarray[Any, Any]):
 
     _numbers = itertools.count(1)
     _alive: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
-    _lock = threading.Lock()
 
     edges: tuple[GradientEdge, list[GradientEdge]]
 
     @classmethod
     def keep(cls, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """A tensor (1,) int64 that stands for what autograd recorded from ``inputs`` to ``y``."""
-        with cls._lock:
-            number = next(cls._numbers)
+        number = next(cls._numbers)
         memory: NDArray[np.int64] = np.array([number])
         one = memory.view(cls)
         one.edges = get_gradient_edge(y), [get_gradient_edge(t) for t in inputs]
@@ -232,7 +229,7 @@ def routed_experts_backward(grad: Tensor, token: Tensor, like: Sequence[Tensor])
     """
     y, inputs = _Pass.edges_of(token)
     with _recording(True):
-        # Two calls with the same input may have become one operator, that goes back for both.
+        # Compilers may have merged two calls with the same input: this operator goes back for both.
         found = torch.autograd.grad(
             [y], inputs, [grad.contiguous()], retain_graph=True, allow_unused=True
         )
