@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "poisoned(wanted=True): torch.empty and its kin give NaN instead of old memory"
     )
+    # Without it, Lightning's launchers set the threads of a test's process to the number of cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with torch.device("cpu"):  # which remembers torch.empty and its kin as they are at first use
         torch.empty(0)
@@ -80,6 +82,13 @@ def _same_environment() -> Iterator[None]:
     for name, value in before.items():
         if os.environ.get(name) != value and name != "PYTEST_CURRENT_TEST":
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products of matrices on several threads have other last bits than those of the ranks."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
