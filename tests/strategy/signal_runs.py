@@ -6,16 +6,18 @@ import contextlib
 import os
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
+import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
-from strategy.midway_runs import BATCHES, EPOCHS, Run, Watch, WithDropout, fit
-from strategy.models import Case
+from strategy.midway_runs import BATCHES, EPOCHS, TOKENS, Run, Watch, WithDropout, fit
+from strategy.models import D_IN, Case
 from strategy.resume_runs import error_of
 from strategy.tracing import make_trainer
 from torch import Tensor
@@ -98,6 +100,38 @@ def ended_by_sigterm(case: Case, when: str) -> tuple[str, int]:
         callbacks=[SignalledOutsideOfBatches(when)],
         enable_checkpointing=True,
     )
+    try:
+        trainer.fit(module)
+        ended = "nothing"
+    except SystemExit as error:
+        ended = type(error).__name__
+    return ended, len(module.batch_losses)
+
+
+class Unsized:
+    """Three batches on rank 0 and one on rank 1, without a length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.zeros((3, 1)[dist.get_rank()], 2, TOKENS, D_IN)
+
+
+class SignalledBeforeValidation(Signalled):
+    """All ranks learn of the signal in the last batch before a validation."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, signal.SIGTERM, BATCHES - 1)
+
+    def val_dataloader(self) -> Unsized:
+        return Unsized()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.net["moes"][0](self.net["embed"](batch))
+
+
+def ended_before_validation(case: Case) -> tuple[str, int]:
+    """(what ended it, batches done)."""
+    module = SignalledBeforeValidation(case)
+    trainer = make_trainer(case, max_epochs=EPOCHS, max_steps=-1, limit_val_batches=1.0)
     try:
         trainer.fit(module)
         ended = "nothing"

@@ -43,6 +43,12 @@ def test_a_signal_that_no_batch_follows_ends_all_ranks(rank_pool, world, when, b
     assert results == [("SIGTERMException", batches(world))] * world
 
 
+def test_no_rank_begins_a_validation_that_others_would_leave(rank_pool):
+    """Lightning leaves one after its first batch, but not on a rank on which that is the last."""
+    results = rank_pool.run(runs.ended_before_validation, 2, case_of(2, 2), timeout=60)
+    assert results == [("SIGTERMException", midway_runs.BATCHES)] * 2
+
+
 def test_a_run_that_was_ended_after_its_last_step_resumes_with_nothing_to_do(rank_pool, tmp_path):
     results = rank_pool.run(runs.terminated, 2, case_of(2, 2), ALL, str(tmp_path))
     for ended, done, straight, rest in results:

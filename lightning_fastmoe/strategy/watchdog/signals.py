@@ -30,9 +30,10 @@ class DeferredSignals(pl.Callback):
     exchanges ahead of another. The ranks then deadlock, or save a checkpoint in the middle of a
     step. Here a signal is only recorded. After each batch the ranks start an asynchronous
     all-reduce of what they recorded, and after the next batch, if any rank got a signal, all run
-    the handlers. (A single rank runs them right after the batch.) At the end of each epoch, after
-    its validation and the callbacks that save, they wait for each other, since no further batch may
-    follow. If neither comes, the watch ends the process.
+    the handlers. (A single rank runs them right after the batch.) A validation that would follow
+    does not begin. At the end of each epoch, after its validation and the callbacks that save, they
+    wait for each other, since no further batch may follow. If neither comes, the watch ends the
+    process.
 
     Created by the strategy on all ranks together when training starts.
 
@@ -94,6 +95,12 @@ class DeferredSignals(pl.Callback):
         self._obey_what_all_know()
         if not trainer.received_sigterm:  # else no batch follows, in which all could learn more
             self._tell()  # done by the end of the next batch, so no rank waits for it
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Begins none: Lightning leaves it after a batch, but not on a rank that has only one."""
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def _end_epoch(self) -> None:
         """Ends the epoch as Lightning does, which then looks whether SIGTERM has come."""
