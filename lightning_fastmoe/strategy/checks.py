@@ -116,7 +116,8 @@ def check_optimizer(optimizer: Any) -> None:
     """Refuses optimizers that DeepSpeed would apply incorrectly.
 
     Raises:
-        ConfigError: for Adagrad, and for optimizers that are not elementwise.
+        ConfigError: for Adagrad, for optimizers that are not elementwise, and for one that has
+            trained already.
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
@@ -135,6 +136,14 @@ def check_optimizer(optimizer: Any) -> None:
             " norm, but under ZeRO it gets flat fragments of parameters: its updates would differ"
             " from those on one device, and change with the number of ranks. Use an elementwise"
             " optimizer, such as AdamW, RMSprop or SGD."
+        )
+    if optimizer.state:
+        raise ConfigError(
+            f"The {kind.__name__} that configure_optimizers returned has a state already, from an"
+            " earlier training for example. ZeRO can't take it over, and would begin without it."
+            " Create a new optimizer in configure_optimizers; to go on with the moments, save a"
+            " checkpoint and pass it as fit(ckpt_path=...); to begin without them on purpose, call"
+            " optimizer.state.clear() before."
         )
 
 

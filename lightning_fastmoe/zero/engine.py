@@ -136,6 +136,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         freed. ZeRO 3 also replaces ``torch.nn.functional.linear`` for the whole process, with a
         version that rounds differently; this restores the original.
         """
+        if self.edits is not None:
+            self.edits.let_go()
         hooks = getattr(vars(self).get("optimizer"), "_grad_acc_hooks", None) or []
         for hook in hooks:
             hook.remove()
@@ -168,6 +170,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         state = self.expert_state
         self._awaits_step = self.mid_accumulation = False
+        if state.user_groups is not None:
+            state.user_groups.call_hooks(after=False)
         zero = self.optimizer
         reads_once = isinstance(zero, ZeroOptimizer) and zero.updates_at_once
         refusal: FastMoEError | None = None
@@ -206,6 +210,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             state.user_groups.pull()
         if self.edits is not None:
             self.edits.remember()
+        if state.user_groups is not None and not getattr(zero, "overflow", False):
+            state.user_groups.call_hooks(after=True)
 
     def _collect_gradients(self) -> None:
         """Sends all gradients to ZeRO 3's host optimizer, not only the last micro-batch's."""

@@ -8,6 +8,7 @@ there is one place to read and set a value.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning_fastmoe.zero.groups import is_tagged
 _OWN_KEYS = frozenset({"params", "name", "moe"})
 """Keys of a group that the twin doesn't share with the user's optimizer."""
 _MISSING = object()
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class EngineOptimizer(Optimizer):
@@ -176,6 +178,18 @@ class UserParamGroups:
                 if is_ours and all(_equal(part.get(key, _MISSING), value) for part in parts):
                     group[key] = self._seen[source][key] = value
 
+    def call_hooks(self, *, after: bool) -> None:
+        """Calls what the user has registered to be called before or after each step.
+
+        The twin has none: its step is called for each of its groups, has ZeRO's fragments of
+        parameters, and ZeRO overwrites the weights after it.
+
+        Args:
+            after: whether the step has been taken.
+        """
+        for hook in tuple(vars(self.optimizer)[_HOOKS[after]].values()):
+            hook(self.optimizer, (self.optimizer,), {})
+
     def named(self) -> list[NamedGroup]:
         """The groups by the names of their parameters, for a checkpoint."""
         return [
@@ -280,7 +294,7 @@ def release(optimizer: Optimizer) -> None:
 
 
 def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """A copy of the user's optimizer, with its state and hooks, on other groups.
+    """A copy of the user's optimizer, with its state but not its hooks, on other groups.
 
     Raises:
         ConfigError: if it steps through another optimizer, or step() was replaced on the object.
@@ -299,7 +313,7 @@ def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
                 " Override it in a subclass."
             )
         if key not in ("step", "param_groups"):
-            setattr(twin, key, value)
+            setattr(twin, key, OrderedDict() if key in _HOOKS else value)
     twin.param_groups = groups
     # Keeps it alive: some optimizers own native memory that is freed with the original object.
     twin._fastmoe_origin = optimizer  # type: ignore[attr-defined]

@@ -6,8 +6,10 @@ compared with their state after the previous step:
 
 * ``parameter._version``, which every in-place operation increments, and the memory address, which
   ``parameter.data = ...`` changes. Both are known on the host.
-* A sample of each parameter's elements, different ones in each step: in-place operations on
-  ``parameter.data`` leave no other trace.
+* Whether ``parameter.data`` was read: in-place operations on it leave no other trace
+  (:mod:`~lightning_fastmoe.zero.data_access`).
+* A sample of each parameter's elements, different ones in each step, for what else leaves none:
+  operations on a tensor that was ``parameter.data`` in an earlier step, or in a compiled function.
 
 Of a changed parameter, elements that differ from the master weights are written to them.
 """
@@ -24,6 +26,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ParameterEditError
+from lightning_fastmoe.zero.data_access import DataAccess, refusal
 from lightning_fastmoe.zero.state import (
     FlatFragment,
     FlatPartition,
@@ -76,7 +79,10 @@ class WeightEdits:
         self._samplers = [Sampler(f.fragments, index) for f in self._state.shard().flats]
         self._complaints: dict[str, str] = {}
         self._turn = 0
+        self._index = {id(p): i for i, p in enumerate(self._parameters)}
+        self._access: DataAccess | None = None
         self.remember()
+        self._access = DataAccess(names)
 
     def _find(
         self, module: nn.Module, names: dict[int, str], optimized: set[int]
@@ -99,12 +105,20 @@ class WeightEdits:
                     one.is_trained, one.flat_offset = True, (i, offset)
         return list(found.values())
 
+    def let_go(self) -> None:
+        """Called when training is over."""
+        if self._access is not None:
+            self._access.end()
+
     # ---------------------------------------------------------------------------------- noticing
 
     @torch.no_grad()
     def remember(self) -> None:
         """Records the current parameters as unedited, as after a step."""
         self._turn += 1
+        if self._access is not None:
+            self._access.seen.clear()
+            self._access.written.clear()
         self._versions = [p._version for p in self._parameters]
         self._addresses = [p.data_ptr() for p in self._parameters]
         if self._partitioned:
@@ -134,6 +148,9 @@ class WeightEdits:
         addresses = [p.data_ptr() for p in parameters]
         partition_versions = [p.ds_tensor._version for p in parameters]
         written = _unequal(versions, self._versions)
+        if self._access is not None:
+            written |= {self._index[i] for i in self._access.written}
+            self._access.written.clear()
         for i in written - _unequal(partition_versions, self._partition_versions):
             if not _is_whole(parameters[i]):
                 self._complain_of_partition(self._watched[i], "written to")
@@ -141,7 +158,7 @@ class WeightEdits:
             if addresses[i] and not _is_whole(parameter):
                 self._complain_of_partition(self._watched[i], "assigned new data")
         # Parameters still gathered from an earlier pass may be freed in this one.
-        written |= _unequal(addresses, self._addresses)
+        written |= _unequal(addresses, self._addresses) | self._accessed()
         self._take_over({i for i in written if _is_whole(parameters[i])}, set())
         self._versions, self._addresses = versions, addresses
         self._partition_versions = [p.ds_tensor._version for p in parameters]
@@ -190,7 +207,7 @@ class WeightEdits:
     def _edited(self, look_at_samples: bool) -> tuple[set[int], set[int]]:
         """Parameters that were written to, and those of which only this rank's partition was."""
         parameters = self._parameters
-        written = _unequal([p._version for p in parameters], self._versions)
+        written = _unequal([p._version for p in parameters], self._versions) | self._accessed()
         moved = _unequal([p.data_ptr() for p in parameters], self._addresses)
         partition_written: set[int] = set()
         # Whoever has taken over an edit records all weights as unedited, those of others too.
@@ -212,6 +229,10 @@ class WeightEdits:
         ):
             written |= {i for i, p in enumerate(parameters) if _is_whole(p)} - partition_written
         return written, partition_written
+
+    def _accessed(self) -> set[int]:
+        """Parameters whose ``.data`` was read, and may have been written to."""
+        return {self._index[i] for i in self._access.seen} if self._access is not None else set()
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat partitions in the model's precision, laid out like the masters."""
@@ -263,11 +284,7 @@ class WeightEdits:
         return result
 
     def _complain_of_partition(self, one: _Watched, what: str) -> None:
-        self._complaints[one.name] = (
-            f"Parameter {one.name!r} was {what} while ZeRO stage 3 had it partitioned, which"
-            " has no effect. Write to it inside 'with"
-            " trainer.strategy.edit_parameters([parameter]):', on all ranks."
-        )
+        self._complaints[one.name] = refusal(one.name, what)
 
     # -------------------------------------------------------------------------------------- writing
 
@@ -336,7 +353,7 @@ class WeightEdits:
     @contextmanager
     def editing(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """See :meth:`FastMoEStrategy.edit_parameters`."""
-        index = {id(p): i for i, p in enumerate(self._parameters)}
+        index = self._index
         chosen = list({id(p): p for p in parameters}.values())
         if any(id(p) not in index for p in chosen):
             raise ParameterEditError(

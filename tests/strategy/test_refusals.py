@@ -166,6 +166,32 @@ class OfACopy(Net):
         return self.optimizer
 
 
+class Kept(Net):
+    """Gives one optimizer to each fit."""
+
+    def configure_optimizers(self) -> Any:
+        vars(self).setdefault("kept", make_optimizer(self.net))
+        return self.kept
+
+
+def kept_optimizer() -> None:
+    """A second fit, which in plain Lightning would go on with Adam's moments."""
+    module = Kept(CASE)
+    fit(module)
+    fit(module)
+
+
+class Warmed(Net):
+    """Its optimizer has taken a step before."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.net)
+        for p in self.net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return optimizer
+
+
 class TwoBackwards(Net):
     """Manual optimization that accumulates by itself."""
 
@@ -312,6 +338,8 @@ SCENES: dict[str, Callable[[], Any]] = {
     "foreign expert": lambda: fit(Foreign(CASE)),
     "two groups": lambda: fit(InTwoGroups(CASE)),
     "outside": lambda: fit(Outside(CASE)),
+    "kept optimizer": kept_optimizer,
+    "warmed optimizer": lambda: fit(Warmed(CASE)),
     "of a copy": lambda: fit(OfACopy(CASE)),
     "damaged counts": damaged_counts,
     "swapped counts": swapped_counts,
@@ -456,6 +484,8 @@ REFUSED = [
     ("two groups", 2, "ParameterGroupError", ["net.moes.1.experts.up_proj", "two groups"]),
     ("outside", 2, "ParameterGroupError", ["(3, 5)", "configure_optimizers()"]),
     ("of a copy", 2, "ParameterGroupError", ["not part of the model", "configure_optimizers()"]),
+    ("kept optimizer", 2, "ConfigError", ["has a state already", "ckpt_path", "state.clear()"]),
+    ("warmed optimizer", 2, "ConfigError", ["has a state already", "Create a new optimizer"]),
     ("damaged counts", 2, "ExchangeError", ["net.moes.1", "rank 1", "damaged"]),
     ("swapped counts", 2, "ExchangeError", ["net.moes.0", "rank 1", "damaged"]),
     ("two backwards", 2, "ConfigError", ["twice", "accumulate_grad_batches"]),

@@ -426,10 +426,16 @@ def loaded_over_edit(case: Case, path: str) -> tuple[dict[str, Tensor], dict[str
         case, "on_train_batch_start", lambda module: module.trainer.save_checkpoint(path)
     )
     trainer_for(case).fit(first)
+
+    def change(module: Edited, names: tuple[str, ...]) -> None:
+        if case.stage != 3:
+            assign_data(module.net, names)
+            return
+        with module.trainer.strategy.edit_parameters(chosen(module.net, names)):
+            assign_data(module.net, names)
+
     for edit in ((), ("embed.weight", "head.bias")):
-        module = Edited(
-            case, "on_fit_start", lambda module, names=edit: assign_data(module.net, names)
-        )
+        module = Edited(case, "on_fit_start", lambda module, names=edit: change(module, names))
         trainer_for(case).fit(module, ckpt_path=path)
         results.append(masters(module.net))
     return results[0], results[1]
