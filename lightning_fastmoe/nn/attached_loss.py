@@ -4,6 +4,10 @@ A term is tied to the layer's output: when the output's gradient passes through,
 gradient starts with the factor that the training loop applied to the loss (1 / accumulation steps,
 the fp16 loss scale). ``LossScale.of`` reads that factor from autograd: it is the gradient that
 reaches the user's loss. So the result equals adding the term by hand, whatever the loop does.
+A backward pass that no loop has announced may be torch.autograd.grad() of something else than the
+loss, with respect to the inputs for example. So the term takes part in it only if it asks for a
+gradient of the router's, as that of any loss does.
+
 Attaching a term to an activation is Megatron-LM's idea; reading the factor from the graph is new
 here.
 """
@@ -17,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 
 class LossScale:
@@ -38,6 +43,11 @@ class LossScale:
         if self.factor.is_meta:  # the model is being built there; this is a number even then
             self.factor = torch.ones(1, dtype=torch.float64, device="cpu")
         self.in_graphs = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the backward pass that is running is one of a watched loss."""
+        return self.value is not None
 
     def _store(self, grad: Tensor) -> None:
         self.value = grad.detach()
@@ -78,6 +88,7 @@ class AttachedLoss:
         coefficients: name -> its coefficient.
         total: the sum of the losses with their coefficients; None computes it.
         scale: the factor by which the training loop multiplies the loss.
+        router: what has made the losses.
 
     Attributes:
         total: the same.
@@ -91,7 +102,9 @@ class AttachedLoss:
         coefficients: dict[str, float],
         total: Tensor | None,
         scale: LossScale,
+        router: nn.Module,
     ) -> None:
+        self._router = router
         self._values, self._coefficients = values, coefficients
         if total is None:
             terms = list(self.terms.values())
@@ -106,6 +119,26 @@ class AttachedLoss:
         """Name -> coefficient * loss, with its graph."""
         return {name: self._coefficients[name] * value for name, value in self._values.items()}
 
+    def takes_part(self) -> bool:
+        """Whether the terms belong to what is differentiated in the backward pass that is running.
+
+        They do unless they have been taken, or none of the router's parameters gets a gradient.
+        """
+        if self.taken:
+            return False
+        if self.scale.is_known:
+            return True
+        trained = [p for p in self._router.parameters() if p.requires_grad]
+        return not trained or any(map(_gets_gradient, trained))
+
+
+def _gets_gradient(parameter: nn.Parameter) -> bool:
+    """Whether the backward pass that is running computes the gradient of a parameter."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:  # what it says of a leaf that torch.autograd.grad() was asked for
+        return True
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod
@@ -118,9 +151,9 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         attached: AttachedLoss = ctx.attached
-        attached.spent = True
-        if attached.taken:
+        if not attached.takes_part():
             return grad, None, None
+        attached.spent = True
         dtype, device = ctx.total_like
         if attached.scale.value is None:
             return grad, torch.ones((), dtype=dtype, device=device), None

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_fastmoe.errors import ConfigError
@@ -69,6 +69,7 @@ class BalancingLosses:
         routing: Routing,
         context: RoutingContext,
         traits: RouterTraits,
+        router: nn.Module,
         *,
         replay: bool,
     ) -> Any:
@@ -79,6 +80,7 @@ class BalancingLosses:
             routing: the routing of this pass.
             context: the router's context.
             traits: the traits of the router.
+            router: the router.
             replay: activation checkpointing is repeating the pass.
 
         Raises:
@@ -94,7 +96,7 @@ class BalancingLosses:
             self._out_of_reach = _REENTRANT if without_graph else ""
         if not any(value.requires_grad for value in values.values()):
             return y
-        attached = AttachedLoss(values, active, total, self.scale)
+        attached = AttachedLoss(values, active, total, self.scale, router)
         if not replay:
             self._attached.append(attached)
         if isinstance(y, Tensor):

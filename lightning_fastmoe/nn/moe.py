@@ -277,9 +277,8 @@ class MoE(nn.Module):
         """Attaches the losses, counts the load and calls the observers, once per pass."""
         replay = is_recomputing()
         if self.training:
-            traits = self.router_traits
-            y = self.balancing.attach(y, routing, context, traits, replay=replay)
-            router = self.router
+            traits, router = self.router_traits, self.router
+            y = self.balancing.attach(y, routing, context, traits, router, replay=replay)
             if not replay and isinstance(router, Router) and router.load_since_update is not None:
                 router.load_since_update += routing.routed_counts()
         if self._observers and not replay:

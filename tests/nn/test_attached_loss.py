@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.errors import ConfigError
@@ -391,3 +392,80 @@ def test_passes_do_not_pile_up():
     for _ in range(10):
         model(x)
     assert len(model.first.balancing._attached._alive) <= 2
+
+
+def two_ways(
+    differentiate: Callable[[MoE, Tensor, Tensor], list[Tensor]],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients with attached losses, with none, and with losses added by hand."""
+    results = []
+    for load_balancing, by_hand in ((0.5, False), (0.0, False), (0.5, True)):
+        torch.manual_seed(0)
+        layer = MoE(12, 20, 4, top_k=2, load_balancing=load_balancing, z_loss=0.0).double()
+        x = torch.randn(10, 12, dtype=torch.float64, requires_grad=True)
+        quantity = layer(x).square().mean()
+        if by_hand:
+            quantity = quantity + sum(moe_losses(layer).values())
+        results.append(differentiate(layer, x, quantity))
+    attached, none, added = results
+    return attached, none, added
+
+
+def of_inputs(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(quantity, x)]
+
+
+def of_experts(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(quantity, [x, *layer.experts.parameters()])]
+
+
+def backward_to_inputs(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    quantity.backward(inputs=[x])
+    assert x.grad is not None
+    return [x.grad]
+
+
+@pytest.mark.parametrize("differentiate", [of_inputs, of_experts, backward_to_inputs])
+def test_what_asks_for_no_gradient_of_the_router_has_none_of_the_losses(differentiate):
+    """It differentiates something else than the loss of a step: an attack's, or a weight for it."""
+    attached, none, added = two_ways(differentiate)
+    for found, expected in zip(attached, none, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert any(not torch.allclose(a, b) for a, b in zip(none, added, strict=True))
+
+
+def of_all(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(quantity, [x, *layer.parameters()])]
+
+
+def backward(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    quantity.backward()
+    return [t.grad for t in (x, *layer.parameters()) if t.grad is not None]
+
+
+def backward_to_all(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    quantity.backward(inputs=[x, *layer.parameters()])
+    return [t.grad for t in (x, *layer.parameters()) if t.grad is not None]
+
+
+def of_inputs_and_then_backward(layer: MoE, x: Tensor, quantity: Tensor) -> list[Tensor]:
+    torch.autograd.grad(quantity, x, retain_graph=True)
+    return backward(layer, x, quantity)
+
+
+@pytest.mark.parametrize(
+    "differentiate", [of_all, backward, backward_to_all, of_inputs_and_then_backward]
+)
+def test_what_asks_for_gradients_of_the_router_has_the_losses(differentiate):
+    attached, none, added = two_ways(differentiate)
+    for found, expected in zip(attached, added, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert any(not torch.allclose(a, b) for a, b in zip(none, added, strict=True))
+
+
+def test_terms_can_be_taken_after_a_gradient_of_something_else():
+    layer = MoE(12, 20, 4, top_k=2, load_balancing=0.5)
+    x = torch.randn(10, 12, requires_grad=True)
+    y = layer(x)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert set(moe_losses(layer)) == {"load_balancing", "z_loss"}

@@ -24,6 +24,11 @@ class KnownLossScale(LossScale):
         super().__init__()
 
     @property
+    def is_known(self) -> bool:
+        """See :class:`~lightning_fastmoe.nn.attached_loss.LossScale`."""
+        return self._value is not None
+
+    @property
     def value(self) -> Tensor | None:
         """The factor.
 
