@@ -30,6 +30,7 @@ from lightning_fastmoe.strategy.checks import (
     check_single,
 )
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
+from lightning_fastmoe.strategy.same_start import start_alike
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure
 from lightning_fastmoe.zero.engine import (
     ExpertState,
@@ -161,6 +162,7 @@ class Engines:
             call(model, user.twin)
         engine = self._make(model, self._config, optimizer=user.twin, lr_scheduler=lr_scheduler)
         user.attach(engine.optimizer)
+        start_alike(model, self.state.layers, self._groups.mesh, self._strategy.root_device)
         return engine
 
     def for_inference(self, model: nn.Module) -> FastMoEEngine:

@@ -1,0 +1,72 @@
+"""Lets ranks that were not seeded alike train one model.
+
+DeepSpeed broadcasts parameters, but not buffers; and a layer's seed, from which random routing
+draws, is that of the process that made the layer. DistributedDataParallel broadcasts buffers, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_fastmoe.distributed.mesh import ExpertMesh
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
+
+
+@torch.no_grad()
+def start_alike(
+    module: nn.Module, layers: Mapping[str, ExpertLayer], mesh: ExpertMesh, device: torch.device
+) -> None:
+    """Takes buffers and layers' seeds from rank 0, and experts' buffers from their first replica.
+
+    A buffer that has another shape or dtype on another rank, such as a cache that grows, stays.
+
+    Args:
+        module: the model, on its device.
+        layers: name -> MoE layer, of all its MoE layers.
+        mesh: the groups.
+        device: where collectives work.
+    """
+    if dist.get_world_size() == 1:
+        return
+    experts = {
+        id(buffer)
+        for layer in layers.values()
+        if layer.is_sharded
+        for buffer in layer.experts.buffers()
+    }
+    buffers = {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if buffer.device.type == device.type and buffer.layout is torch.strided and buffer.numel()
+    }
+    kinds = {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
+    seeds = {name: layer._seed for name, layer in layers.items() if isinstance(layer, MoE)}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (kinds, seeds))
+    for name, seed in everyone[0][1].items():
+        layer = layers.get(name)
+        if isinstance(layer, MoE):
+            layer._seed = seed
+    replicas = [int(rank) for rank in mesh.device_mesh.mesh[:, mesh.ep_rank]]
+    for name, buffer in buffers.items():
+        is_expert = id(buffer) in experts
+        ranks = replicas if is_expert else range(len(everyone))
+        if len(ranks) > 1 and all(everyone[r][0].get(name) == kinds[name] for r in ranks):
+            _broadcast(buffer, ranks[0], mesh.edp_group if is_expert else None)
+
+
+def _broadcast(buffer: Tensor, source: int, group: Any) -> None:
+    distinct = buffer.detach()
+    for dim, stride in enumerate(buffer.stride()):
+        if stride == 0:  # expanded: all are one element
+            distinct = distinct.narrow(dim, 0, 1)
+    whole = distinct.contiguous()
+    dist.broadcast(whole.view(-1).view(torch.uint8), source, group)  # of any dtype
+    if whole.data_ptr() != distinct.data_ptr():
+        distinct.copy_(whole)
