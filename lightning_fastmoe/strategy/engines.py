@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_fastmoe.distributed import ExpertSharder
+from lightning_fastmoe.distributed.data_parallel.contents import Contents
+from lightning_fastmoe.distributed.data_parallel.start import check_same_tensors
 from lightning_fastmoe.distributed.expert_checks import (
     check_batch_norms,
     check_not_tied,
@@ -154,6 +156,7 @@ class Engines:
             lr_scheduler: the user's, or None.
             before: called with the model and the twin.
         """
+        check_same_tensors(Contents(model, self.state.layers).parameters, self._groups.mesh)
         names = {id(p): name for name, p in model.named_parameters()}
         user = split_expert_groups(optimizer, names, group_name(self._groups.mesh))
         check_same_groups(user.twin, self.state.layers)

@@ -57,6 +57,52 @@ def fit(case: Case) -> dict[str, Tensor]:
     return module.seen
 
 
+class Other(Net):
+    """Rank 1 has built another model."""
+
+    def __init__(self, case: Case, what: str) -> None:
+        super().__init__(case)
+        if dist.get_rank() != 1:
+            return
+        if what == "more":
+            self.extra = nn.Linear(2, 3)
+        elif what == "a layer more":
+            self.extra = MoE(12, 20, 4, 2)
+        elif what == "wider":
+            self.net["head"] = nn.Linear(12, 2)
+        elif what == "frozen":
+            self.net["head"].bias.requires_grad_(False)
+        elif what == "order":  # of modules with the same shapes, as those of a set
+            names = ["head", "moes", "norm", "embed"]
+            self.net = nn.ModuleDict({name: self.net[name] for name in names})
+
+
+def error_of_another_model(case: Case, what: str) -> str:
+    dist.init_process_group("gloo")
+    try:
+        make_trainer(case).fit(Other(case, what))
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("more", "extra.weight (3, 2) torch.float32 in place of nothing"),
+        ("a layer more", "extra."),
+        ("wider", "net.head.weight (2, 12) torch.float32 in place of net.head.weight (1, 12)"),
+        ("frozen", "net.head.bias (1,) torch.float32 frozen in place of net.head.bias (1,)"),
+        ("order", "net.head.weight (1, 12) torch.float32 in place of net.embed.weight (12, 6)"),
+    ],
+)
+def test_ranks_that_built_other_models_are_told(rank_pool, what, named, ep):
+    for message in rank_pool.run(error_of_another_model, 2, replace(CASE, ep=ep), what, timeout=60):
+        assert message.startswith("TopologyError: Rank 1 has built another model than rank 0: ")
+        assert named in message
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks(rank_pool, stage):
     first, second = rank_pool.run(fit, 2, replace(CASE, stage=stage))

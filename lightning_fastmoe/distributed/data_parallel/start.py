@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -107,12 +107,35 @@ def agree_to_start(
                 )
 
 
+def check_same_tensors(items: Sequence[Item], mesh: ExpertMesh) -> None:
+    """Checks that the ranks have the same tensors in the same order; collective.
+
+    Without it, ranks would exchange those of different parameters, or wait forever.
+
+    Args:
+        items: this rank's; experts are compared with those of its replicas.
+        mesh: the groups.
+
+    Raises:
+        TopologyError: on all ranks, naming the first difference.
+    """
+    dense = [_describe(item) for item in items if not item.is_expert]
+    experts = [_describe(item) for item in items if item.is_expert]
+    everyone = _gather((_digest(dense), _digest(experts)))
+    for rank, (their_dense, their_experts) in enumerate(everyone):
+        if their_dense != everyone[0][0]:
+            lists = _gather(dense)
+            raise _different(rank, 0, lists[rank], lists[0])
+        replica = rank % mesh.ep_size  # the first rank with the same experts
+        if their_experts != everyone[replica][1]:
+            lists = _gather(experts)
+            raise _different(rank, replica, lists[rank], lists[replica])
+
+
 def check_same_model(
     contents: Contents, layers: Mapping[str, ExpertLayer], mesh: ExpertMesh
 ) -> list[int]:
     """Checks that the ranks have built the same model; collective.
-
-    Without it, ranks would exchange the tensors of different parameters, or wait forever.
 
     Returns:
         Number of experts' parameters on each rank of this rank's expert parallel group.
@@ -121,33 +144,23 @@ def check_same_model(
         TopologyError: on all ranks, naming the first difference.
         ConfigError: on all ranks, if layers with random routing have different seeds.
     """
-    items = [*contents.parameters, *contents.buffers]
-    dense = [_describe(item) for item in items if not item.is_expert]
-    experts = [_describe(item) for item in items if item.is_expert]
+    check_same_tensors([*contents.parameters, *contents.buffers], mesh)
     seeds = [
         f"{name} {layer._seed}"
         for name, layer in layers.items()
         if isinstance(layer, MoE) and layer.router_traits.random
     ]
     count = sum(item.is_expert for item in contents.parameters)
-    own = (_digest(dense), _digest(experts), _digest(seeds), count)
-    everyone = _gather(own)
-    for rank, (their_dense, their_experts, their_seeds, _) in enumerate(everyone):
-        if their_dense != everyone[0][0]:
-            lists = _gather(dense)
-            raise _different(rank, 0, lists[rank], lists[0])
-        replica = rank % mesh.ep_size  # the first rank with the same experts
-        if their_experts != everyone[replica][1]:
-            lists = _gather(experts)
-            raise _different(rank, replica, lists[rank], lists[replica])
-        if their_seeds != everyone[0][2]:
+    everyone = _gather((_digest(seeds), count))
+    for rank, (their_seeds, _) in enumerate(everyone):
+        if their_seeds != everyone[0][0]:
             raise ConfigError(
                 f"Rank {rank} built its MoE layers from another seed than rank 0, but some of them"
                 " route at random, and must draw the same numbers on every rank. Call"
                 " torch.manual_seed() with the same number on all ranks before building the model."
             )
     first = dist.get_rank() - mesh.ep_rank
-    return [n for _, _, _, n in everyone[first : first + mesh.ep_size]]
+    return [n for _, n in everyone[first : first + mesh.ep_size]]
 
 
 @torch.no_grad()
@@ -201,7 +214,9 @@ def check_device(tensors: list[tuple[str, Tensor]]) -> torch.device:
 
 
 def _describe(item: Item) -> str:
-    return f"{item.name} {tuple(item.tensor.shape)} {item.tensor.dtype}"
+    kind = f"{item.name} {tuple(item.tensor.shape)} {item.tensor.dtype}"
+    is_frozen = isinstance(item.tensor, nn.Parameter) and not item.tensor.requires_grad
+    return f"{kind} frozen" if is_frozen else kind
 
 
 def _digest(lines: list[str]) -> str:

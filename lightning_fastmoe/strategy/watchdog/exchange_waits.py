@@ -66,8 +66,6 @@ class ExchangeWaits:
             return
         if self._sharder is not None:
             self._sharder.give_up()
-        if not isinstance(exception, Exception):
-            return
         if is_broken_connection(exception) and (failure := peers.failure()) is not None:
             self._broken = failure, exception
         kind = type(exception).__name__

@@ -34,6 +34,8 @@ _FREED = 30.0
 """Seconds within which an error must wake a main thread that waits for a rank that gave up."""
 _TORCH = str(Path(torch.__file__).parent)
 _COLLECTIVES = str(Path(dist.__file__).parent / "distributed_c10d.py")
+_GLOO = "/gloo/transport/"
+"""In errors of its connections: the file that raised them."""
 _OWN = str(Path(__file__).parents[2])
 
 
@@ -297,7 +299,8 @@ def is_broken_connection(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     file = frame.tb_frame.f_code.co_filename if frame is not None else ""
-    return type(error) is RuntimeError and file == _COLLECTIVES
+    # Whoever waits for an asynchronous collective calls no function of torch's.
+    return type(error) is RuntimeError and (file == _COLLECTIVES or _GLOO in str(error))
 
 
 def _stack(frame: FrameType | None) -> str:
