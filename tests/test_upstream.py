@@ -104,6 +104,7 @@ NAMES = [
     "torch.distributed:ProcessGroup._get_backend",
     "torch.distributed:ProcessGroup.abort",
     "torch._C:_current_graph_task_id",
+    "torch._C:_will_engine_execute_node",
     "torch._C:_dispatch_tls_local_exclude_set",
     "torch._C:_dispatch_tls_local_include_set",
     "torch._C:_ForceDispatchKeyGuard",
@@ -367,7 +368,7 @@ SOURCES = {
     "torch._dynamo.symbolic_convert": ["self.one_graph", "self.error_on_graph_break"],
 }
 
-OTHERS = {"_actions", "_asdict", "_current_frames", "_exit", "_fastmoe_origin"}
+OTHERS = {"_actions", "_asdict", "_current_frames", "_exit", "_fastmoe_origin", "_getframe"}
 """Names of the standard library, unchanged for ten years, and one of our own."""
 
 PACKAGE = Path(__file__).parents[1] / "lightning_fastmoe"

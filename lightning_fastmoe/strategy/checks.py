@@ -137,7 +137,8 @@ def check_optimizer(optimizer: Any) -> None:
             " from those on one device, and change with the number of ranks. Use an elementwise"
             " optimizer, such as AdamW, RMSprop or SGD."
         )
-    if optimizer.state:
+    entries = getattr(optimizer, "state", {}).values()
+    if any(value is not None for entry in entries for value in entry.values()):
         raise ConfigError(
             f"The {kind.__name__} that configure_optimizers returned has a state already, from an"
             " earlier training for example. ZeRO can't take it over, and would begin without it."

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from strategy import waiting_runs as runs
+from strategy.models import Case
 
 from lightning_fastmoe import FastMoEStrategy
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.testing import RankError
 
 
 def assert_all_ranks_say(results, *words: str) -> None:
@@ -78,6 +80,28 @@ def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool, where
     waiting, left = rank_pool.run(runs.fails, 2, where, 1000.0, {}, timeout=60)
     assert left[:2] == ("ValueError", "the disk of rank 1 is full")
     assert_all_ranks_say([waiting], "rank 1 has left the run with ValueError: the disk of rank 1")
+
+
+ENDS = [
+    (ValueError("a bug"), "rank 1 has left the run with ValueError: a bug"),
+    (SystemExit(3), "rank 1 has left the run with SystemExit: 3"),
+    (KeyboardInterrupt(), "rank 1 has left the run with KeyboardInterrupt"),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), ENDS)
+def test_ranks_are_told_in_whatever_way_one_ends(rank_pool, error, said):
+    """Also if a script catches it, and the process lives on."""
+    waiting, _ = rank_pool.run(runs.ends_with, 2, Case(2, 2), error, False, timeout=60)
+    rank_pool.close()  # gloo waits for what is still under way before a group's memory is freed
+    assert_all_ranks_say([waiting], said)
+
+
+@pytest.mark.parametrize(("error", "said"), ENDS)
+def test_ranks_that_wait_in_a_reduction_are_told_why_the_connection_broke(rank_pool, error, said):
+    with pytest.raises(RankError) as caught:
+        rank_pool.run(runs.ends_with, 2, Case(2, 1), error, True, timeout=60)
+    assert_all_ranks_say([caught.value.results[0]], said)
 
 
 def test_a_late_rank_is_waited_for(rank_pool):

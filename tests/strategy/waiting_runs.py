@@ -79,6 +79,31 @@ class OtherRankLeavesAfterTheEpoch(pl.Callback):
             raise ValueError("the disk of rank 1 is full")
 
 
+class OtherRankEnds(pl.Callback):
+    """Rank 1 ends in another way than by an error of the program; its process lives on."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            raise self.error
+
+
+def ends_with(case: Case, error: BaseException, exits: bool) -> tuple[str, str, float]:
+    """What each rank gets when rank 1 ends with ``error``, and its process soon or not at all."""
+    begin = time.monotonic()
+    try:
+        make_trainer(case, callbacks=[OtherRankEnds(error)]).fit(Net(case))
+    except BaseException as found:
+        if os.environ["RANK"] == "1":
+            time.sleep(2.0 if exits else 8.0)
+            if exits:
+                os._exit(1)
+        return type(found).__name__, str(found), time.monotonic() - begin
+    return "nothing", "", time.monotonic() - begin
+
+
 class RankIsLate(pl.Callback):
     """Rank 1 is busy for a while, and then goes on."""
 
