@@ -51,7 +51,7 @@ COMMANDS = {
         "lightning_fastmoe.cli.report",
     ),
     "plan": Command(
-        "Predict a training's memory, or how long passes take with experts in host memory.",
+        "Predict the memory of training, or the time of passes with experts in host memory.",
         "lightning_fastmoe.cli.plan",
     ),
     "tokenize": Command(

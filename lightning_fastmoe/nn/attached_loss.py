@@ -4,9 +4,9 @@ A term is tied to the layer's output: when the output's gradient passes through,
 gradient starts with the factor that the training loop applied to the loss (1 / accumulation steps,
 the fp16 loss scale). ``LossScale.of`` reads that factor from autograd: it is the gradient that
 reaches the user's loss. So the result equals adding the term by hand, whatever the loop does.
-A backward pass that no loop has announced may be torch.autograd.grad() of something else than the
-loss, with respect to the inputs for example. So the term takes part in it only if it asks for a
-gradient of the router's, as that of any loss does.
+A backward pass that no loop has announced may be torch.autograd.grad() of a quantity other than the
+loss, with respect to the inputs for example. The term then takes part only if that pass computes
+the gradient of a router parameter, as the backward pass of a loss does.
 
 Attaching a term to an activation is Megatron-LM's idea; reading the factor from the graph is new
 here.
@@ -88,7 +88,7 @@ class AttachedLoss:
         coefficients: name -> its coefficient.
         total: the sum of the losses with their coefficients; None computes it.
         scale: the factor by which the training loop multiplies the loss.
-        router: what has made the losses.
+        router: the router whose losses these are.
 
     Attributes:
         total: the same.

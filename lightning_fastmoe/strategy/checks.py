@@ -117,7 +117,7 @@ def check_optimizer(optimizer: Any) -> None:
 
     Raises:
         ConfigError: for Adagrad, for optimizers that are not elementwise, and for one that has
-            trained already.
+            already has state.
     """
     if isinstance(optimizer, torch.optim.Adagrad):
         raise ConfigError(
@@ -140,11 +140,10 @@ def check_optimizer(optimizer: Any) -> None:
     entries = getattr(optimizer, "state", {}).values()
     if any(value is not None for entry in entries for value in entry.values()):
         raise ConfigError(
-            f"The {kind.__name__} that configure_optimizers returned has a state already, from an"
-            " earlier training for example. ZeRO can't take it over, and would begin without it."
-            " Create a new optimizer in configure_optimizers; to go on with the moments, save a"
-            " checkpoint and pass it as fit(ckpt_path=...); to begin without them on purpose, call"
-            " optimizer.state.clear() before."
+            f"The {kind.__name__} that configure_optimizers returned already has state, from an"
+            " earlier training for example, which ZeRO would discard. Create a new optimizer in"
+            " configure_optimizers. To keep the state, save a checkpoint and resume with"
+            " fit(ckpt_path=...); to discard it on purpose, call optimizer.state.clear() first."
         )
 
 

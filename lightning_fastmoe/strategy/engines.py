@@ -32,7 +32,7 @@ from lightning_fastmoe.strategy.checks import (
     check_single,
 )
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
-from lightning_fastmoe.strategy.same_start import start_alike
+from lightning_fastmoe.strategy.same_start import take_start_of_rank_zero
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure
 from lightning_fastmoe.zero.engine import (
     ExpertState,
@@ -165,7 +165,8 @@ class Engines:
             call(model, user.twin)
         engine = self._make(model, self._config, optimizer=user.twin, lr_scheduler=lr_scheduler)
         user.attach(engine.optimizer)
-        start_alike(model, self.state.layers, self._groups.mesh, self._strategy.root_device)
+        mesh, device = self._groups.mesh, self._strategy.root_device
+        take_start_of_rank_zero(model, self.state.layers, mesh, device)
         return engine
 
     def for_inference(self, model: nn.Module) -> FastMoEEngine:

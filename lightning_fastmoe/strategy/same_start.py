@@ -1,4 +1,4 @@
-"""Lets ranks that were not seeded alike train one model.
+"""Makes ranks with different random seeds train the same model.
 
 DeepSpeed broadcasts parameters, but not buffers; and a layer's seed, from which random routing
 draws, is that of the process that made the layer. DistributedDataParallel broadcasts buffers, too.
@@ -19,7 +19,7 @@ from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 
 @torch.no_grad()
-def start_alike(
+def take_start_of_rank_zero(
     module: nn.Module, layers: Mapping[str, ExpertLayer], mesh: ExpertMesh, device: torch.device
 ) -> None:
     """Takes buffers and layers' seeds from rank 0, and experts' buffers from their first replica.

@@ -66,6 +66,15 @@ def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, R
     return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)
 
 
+def how_it_ends(trainer: pl.Trainer, module: Signalled) -> str:
+    """The name of the exception that ends a training."""
+    try:
+        trainer.fit(module)
+    except SystemExit as error:
+        return type(error).__name__
+    return "nothing"
+
+
 class SignalledOutsideOfBatches(Checkpoint):
     """Rank 1 gets SIGTERM before the first batch, or after the last one."""
 
@@ -100,12 +109,7 @@ def ended_by_sigterm(case: Case, when: str) -> tuple[str, int]:
         callbacks=[SignalledOutsideOfBatches(when)],
         enable_checkpointing=True,
     )
-    try:
-        trainer.fit(module)
-        ended = "nothing"
-    except SystemExit as error:
-        ended = type(error).__name__
-    return ended, len(module.batch_losses)
+    return how_it_ends(trainer, module), len(module.batch_losses)
 
 
 class Unsized:
@@ -132,12 +136,7 @@ def ended_before_validation(case: Case) -> tuple[str, int]:
     """(what ended it, batches done)."""
     module = SignalledBeforeValidation(case)
     trainer = make_trainer(case, max_epochs=EPOCHS, max_steps=-1, limit_val_batches=1.0)
-    try:
-        trainer.fit(module)
-        ended = "nothing"
-    except SystemExit as error:
-        ended = type(error).__name__
-    return ended, len(module.batch_losses)
+    return how_it_ends(trainer, module), len(module.batch_losses)
 
 
 def broadcasts_of_batches(case: Case) -> list[int]:

@@ -1,4 +1,4 @@
-"""Ranks that were not seeded alike train one model: weights, buffers, and what routers draw."""
+"""Ranks with different random seeds train the same model: weights, buffers, routers' draws."""
 
 from __future__ import annotations
 
