@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_fastmoe.distributed.data_parallel.contents import Contents
+from lightning_fastmoe.distributed.data_parallel.start import broadcast_tensor
 from lightning_fastmoe.distributed.mesh import ExpertMesh
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
@@ -34,18 +36,12 @@ def take_start_of_rank_zero(
     """
     if dist.get_world_size() == 1:
         return
-    experts = {
-        id(buffer)
-        for layer in layers.values()
-        if layer.is_sharded
-        for buffer in layer.experts.buffers()
-    }
     buffers = {
-        name: buffer
-        for name, buffer in module.named_buffers()
-        if buffer.device.type == device.type and buffer.layout is torch.strided and buffer.numel()
+        item.name: item
+        for item in Contents(module, layers).buffers
+        if item.tensor.device.type == device.type and item.tensor.layout is torch.strided
     }
-    kinds = {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
+    kinds = {name: (item.tensor.shape, item.tensor.dtype) for name, item in buffers.items()}
     seeds = {name: layer._seed for name, layer in layers.items() if isinstance(layer, MoE)}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (kinds, seeds))
@@ -54,19 +50,7 @@ def take_start_of_rank_zero(
         if isinstance(layer, MoE):
             layer._seed = seed
     replicas = [int(rank) for rank in mesh.device_mesh.mesh[:, mesh.ep_rank]]
-    for name, buffer in buffers.items():
-        is_expert = id(buffer) in experts
-        ranks = replicas if is_expert else range(len(everyone))
+    for name, item in buffers.items():
+        ranks = replicas if item.is_expert else range(len(everyone))
         if len(ranks) > 1 and all(everyone[r][0].get(name) == kinds[name] for r in ranks):
-            _broadcast(buffer, ranks[0], mesh.edp_group if is_expert else None)
-
-
-def _broadcast(buffer: Tensor, source: int, group: Any) -> None:
-    distinct = buffer.detach()
-    for dim, stride in enumerate(buffer.stride()):
-        if stride == 0:  # expanded: all are one element
-            distinct = distinct.narrow(dim, 0, 1)
-    whole = distinct.contiguous()
-    dist.broadcast(whole.view(-1).view(torch.uint8), source, group)  # of any dtype
-    if whole.data_ptr() != distinct.data_ptr():
-        distinct.copy_(whole)
+            broadcast_tensor(item.tensor, ranks[0], mesh.edp_group if item.is_expert else None)

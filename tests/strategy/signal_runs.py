@@ -55,11 +55,7 @@ def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, R
         case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
     )
     before, callbacks = signal.getsignal(signal.SIGTERM), len(trainer.callbacks)
-    try:
-        trainer.fit(module)
-        ended = "nothing"
-    except SystemExit as error:
-        ended = type(error).__name__
+    ended = how_it_ends(trainer, module)
     assert signal.getsignal(signal.SIGTERM) == before
     assert len(trainer.callbacks) == callbacks
     last = str(Path(directory) / "last.ckpt")

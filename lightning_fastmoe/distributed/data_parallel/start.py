@@ -168,18 +168,31 @@ def broadcast_start(contents: Contents, mesh: ExpertMesh) -> None:
     """Copies dense weights and buffers from rank 0, and experts' from their first replica."""
     first_replica = int(mesh.device_mesh.mesh[0, mesh.ep_rank])
     for item in (*contents.parameters, *contents.buffers):
-        if item.is_expert and mesh.edp_size == 1:
-            continue
-        if item.tensor.numel():
-            whole = item.tensor.detach().contiguous()
-            # As bytes, so that any dtype works with any backend.
-            flat = whole.view(-1).view(torch.uint8)
-            if item.is_expert:
-                dist.broadcast(flat, first_replica, mesh.edp_group)
-            else:
-                dist.broadcast(flat, 0)
-            if whole.data_ptr() != item.tensor.data_ptr():
-                item.tensor.copy_(whole)
+        if not item.is_expert:
+            broadcast_tensor(item.tensor, 0)
+        elif mesh.edp_size > 1:
+            broadcast_tensor(item.tensor, first_replica, mesh.edp_group)
+
+
+@torch.no_grad()
+def broadcast_tensor(tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
+    """Copies a tensor from a rank to the others, whatever its dtype and strides; collective.
+
+    Args:
+        tensor: of the same shape and dtype on each rank.
+        source: the rank in the world.
+        group: the ranks; None is all.
+    """
+    distinct = tensor.detach()
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:  # expanded: one element stands for all
+            distinct = distinct.narrow(dim, 0, 1)
+    if distinct.numel():
+        whole = distinct.contiguous()
+        # As bytes, so that any dtype works with any backend.
+        dist.broadcast(whole.view(-1).view(torch.uint8), source, group)
+        if whole.data_ptr() != distinct.data_ptr():
+            distinct.copy_(whole)
 
 
 def check_device(tensors: list[tuple[str, Tensor]]) -> torch.device:
