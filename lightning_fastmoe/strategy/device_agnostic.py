@@ -19,6 +19,7 @@ from lightning_fastmoe.zero.config import (
     select_accelerator,
     without_default_leaf_modules,
 )
+from lightning_fastmoe.zero.groups import forget_destroyed_groups
 
 BUCKET = 25_000_000
 """Elements up to which ZeRO 1 and 2 reduce gradients together, unless the user says otherwise.
@@ -75,6 +76,7 @@ class DeviceAgnosticDeepSpeedStrategy(DeepSpeedStrategy):
 
     @override
     def _init_deepspeed_distributed(self) -> None:
+        forget_destroyed_groups()
         super()._init_deepspeed_distributed()
         modernise_collectives()
 

@@ -41,7 +41,12 @@ from lightning_fastmoe.zero.engine import (
     make_engine,
 )
 from lightning_fastmoe.zero.gathering import meet_before_gathering
-from lightning_fastmoe.zero.groups import check_tags, group_name, tag_experts
+from lightning_fastmoe.zero.groups import (
+    check_partitions,
+    check_tags,
+    group_name,
+    tag_experts,
+)
 from lightning_fastmoe.zero.leaf_modules import guard_leaf_modules
 from lightning_fastmoe.zero.param_groups import release, split_expert_groups
 from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
@@ -100,6 +105,7 @@ class Engines:
         if self._strategy.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), sharder.mesh)
+        check_partitions(module)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
             if isinstance(layer, MoE):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch.distributed as dist
 from torch import nn
 
 from lightning_fastmoe.distributed import ExpertMesh
-from lightning_fastmoe.errors import ParameterGroupError
+from lightning_fastmoe.errors import ParameterGroupError, TopologyError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 
@@ -64,3 +65,37 @@ def register_groups(mesh: ExpertMesh) -> None:
     row, column = divmod(int(mesh.device_mesh.get_rank()), mesh.ep_size)
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = ranks[row].tolist()
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks[:, column].tolist()
+
+
+def forget_destroyed_groups() -> None:
+    """Makes DeepSpeed forget its process groups if torch has destroyed them.
+
+    DeepSpeed keeps them beyond a run, and learns of their end only if its own function destroys
+    them. Call this before a run makes groups.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    kept = groups._WORLD_GROUP
+    if kept is not None and not _is_alive(kept):
+        groups._release_process_group_references()
+        comm.cdb = None
+
+
+def check_partitions(module: nn.Module) -> None:
+    """Checks that the groups still exist over which an earlier run has partitioned parameters.
+
+    Raises:
+        TopologyError: naming a parameter whose group has been destroyed.
+    """
+    for name, parameter in module.named_parameters():
+        group = getattr(parameter, "ds_process_group", None)
+        if group is not None and not _is_alive(group):
+            raise TopologyError(
+                f"ZeRO 3 has partitioned parameter {name!r} over a process group that has been"
+                " destroyed since. Build the model anew, and load a checkpoint."
+            )
+
+
+def _is_alive(group: dist.ProcessGroup) -> bool:
+    return dist.is_initialized() and group in dist.distributed_c10d._world.pg_map

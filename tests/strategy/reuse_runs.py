@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from strategy.models import D_MODEL, Case, Net, Trace, make_batches
 from strategy.tracing import Tracer, global_losses, make_trainer
 from torch.utils.data import DataLoader
@@ -33,6 +34,8 @@ def fit_twice(case: Case, between: str) -> Trace:
     first.fit(module)
     if between == "validate":
         make_trainer(case).validate(module, verbose=False)
+    if between == "destroy":
+        dist.destroy_process_group()
     module.batch_losses.clear()
     tracer = Tracer()
     second = make_trainer(case, callbacks=[tracer], limit_val_batches=0)
@@ -40,6 +43,21 @@ def fit_twice(case: Case, between: str) -> Trace:
     trace = tracer.trace
     trace.losses = global_losses(module, case, second.strategy.root_device)
     return trace
+
+
+def fit_in_new_groups(case: Case) -> list[Trace]:
+    """Two fits of equal modules, each in process groups of its own."""
+    traces = []
+    for _ in range(2):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pl.seed_everything(7, verbose=False)
+        module, tracer = Net(case), Tracer()
+        trainer = make_trainer(case, callbacks=[tracer])
+        trainer.fit(module)
+        tracer.trace.losses = global_losses(module, case, trainer.strategy.root_device)
+        traces.append(tracer.trace)
+    return traces
 
 
 def save_after_validating(case: Case, folder: str) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from strategy.models import Case, Trace, build_net, reference
 from strategy.reuse_runs import (
+    fit_in_new_groups,
     fit_twice,
     local_layer,
     one_rank_reference,
@@ -17,6 +18,7 @@ from strategy.reuse_runs import (
 )
 
 from lightning_fastmoe.checkpoint import CheckpointReader
+from lightning_fastmoe.testing import RankError
 
 CASE = Case(world=2, ep=2)
 
@@ -39,6 +41,21 @@ def test_second_fit_equals_one_process(stage: int, between: str, rank_pool) -> N
         assert trace.norms == pytest.approx(expected.norms, rel=1e-5)
         for name, weight in expected.weights[-1].items():
             torch.testing.assert_close(trace.weights[-1][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_process_groups_may_be_destroyed_between_fits(stage: int, rank_pool) -> None:
+    case = Case(world=1, ep=1, stage=stage)
+    first, second = rank_pool.run(fit_in_new_groups, 1, case)[0]
+    assert second.losses == first.losses
+    assert second.weights[-1].keys() == first.weights[-1].keys()
+    for name, weight in first.weights[-1].items():
+        assert torch.equal(second.weights[-1][name], weight), name
+
+
+def test_what_zero_3_has_partitioned_needs_its_process_groups(rank_pool) -> None:
+    with pytest.raises(RankError, match=r"TopologyError.*'net\.\S+' over a process group that has"):
+        rank_pool.run(fit_twice, 1, Case(world=1, ep=1, stage=3), "destroy")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
