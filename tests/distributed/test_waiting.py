@@ -108,6 +108,32 @@ def test_the_deadline_names_layer_rank_limit_and_the_others(kind):
     assert len(peers.told) == 1
 
 
+def test_a_rank_that_others_flags_stop_says_why_they_gave_up():
+    class SaysLater(Peers):
+        """Another rank's reason arrives when it has been asked for twice."""
+
+        asked = 0
+
+        def failure(self) -> str | None:
+            self.asked += 1
+            return "rank 1 has left: its disk is full" if self.asked > 2 else None
+
+    peers = SaysLater()
+    text = ExchangeWait(60.0, peers, rank=5).ended(WHERE, "Given up: rank 1.", told=True)
+    assert text.startswith(f"{WHERE}: Given up: rank 1.\nrank 1 has left: its disk is full\n")
+    assert "Every rank must run the same MoE layers" in text
+    assert peers.told == []
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_rank_that_others_flags_stop_first_tells_the_others(late):
+    peers = Peers()
+    text = ExchangeWait(60.0, peers, rank=5).ended(WHERE, "Missing: rank 1.", late=late)
+    waited = "rank 5 has waited 60 s for the other ranks (exchange_timeout=60). " if late else ""
+    assert text.startswith(f"{WHERE}: {waited}Missing: rank 1.\n  rank 1: saving\n")
+    assert len(peers.told) == 1
+
+
 def test_slices_of_a_work_end_with_the_deadline_and_go_on_until_it_completes():
     work = Work(2)
     ExchangeWait(2.5).for_work(work, WHERE)

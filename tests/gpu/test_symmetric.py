@@ -110,7 +110,8 @@ def test_ranks_far_apart_get_the_same_bits(rank_pool: RankPool) -> None:
 def test_a_rank_that_never_comes_is_named_at_the_deadline(rank_pool: RankPool) -> None:
     (error, took), _ = rank_pool.run(runs.faults, 2, "cuda", "never comes", timeout=LIMIT)
     assert 2.5 < took < 20
-    assert "phase counts: Missing: rank 1 of the expert parallel group" in error
+    assert "phase counts: rank 0 has waited 3 s for the other ranks" in error
+    assert "Missing: rank 1 of the expert parallel group" in error
     assert "then: a layer" in error
 
 

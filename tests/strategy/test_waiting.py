@@ -75,9 +75,18 @@ def test_ranks_that_stand_in_exchanges_of_different_layers_are_found(
         assert "rank 1: training; waits in exchange of tokens number 7: net.moes.1" in said
 
 
-@pytest.mark.parametrize("where", [runs.OtherRankLeaves, runs.OtherRankLeavesAfterTheEpoch])
-def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool, where):
-    waiting, left = rank_pool.run(runs.fails, 2, where, 1000.0, {}, timeout=60)
+@pytest.mark.parametrize(
+    ("where", "dispatcher"),
+    [
+        (runs.OtherRankLeaves, "auto"),
+        (runs.OtherRankLeaves, "symmetric"),
+        (runs.OtherRankLeavesAfterTheEpoch, "auto"),
+    ],
+)
+def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool, where, dispatcher):
+    waiting, left = rank_pool.run(
+        runs.fails, 2, where, 1000.0, {}, "cpu", dispatcher, timeout=60
+    )
     assert left[:2] == ("ValueError", "the disk of rank 1 is full")
     assert_all_ranks_say([waiting], "rank 1 has left the run with ValueError: the disk of rank 1")
 

@@ -142,14 +142,22 @@ def placed(case: Case, accelerator: str) -> Case:
 
 
 def fails(
-    callback: type[pl.Callback], still: float, extra: dict[str, Any], accelerator: str = "cpu"
+    callback: type[pl.Callback],
+    still: float,
+    extra: dict[str, Any],
+    accelerator: str = "cpu",
+    dispatcher: str = "auto",
 ) -> Any:
     """Trains with the callback; ranks say that they wait after ``still`` seconds."""
     case = Case(2, 2, 2, steps=4, epochs=2, batches_per_epoch=2, extra=extra)
     case = placed(case, accelerator)
     before, peers._STILL = peers._STILL, still
+    module = Net(case)
+    assert module.net is not None
+    for layer in module.net["moes"]:
+        layer.dispatcher_name = dispatcher
     try:
-        return outcome(make_trainer(case, callbacks=[callback()]), Net(case))
+        return outcome(make_trainer(case, callbacks=[callback()]), module)
     finally:
         peers._STILL = before
 

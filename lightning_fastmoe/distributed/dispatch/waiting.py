@@ -13,6 +13,8 @@ _BUSY = 2e-3
 """Seconds of polling a CUDA event before the first sleep; most waits are shorter."""
 _LOOK = 1.0
 """Seconds between two checks of the other ranks."""
+_TOLD = 4.0
+"""Seconds within which a rank that has given up says why."""
 
 ADVICE = (
     "Every rank must run the same MoE layers in the same order. To run the model only for rank 0,"
@@ -99,7 +101,8 @@ class ExchangeWait:
             except RuntimeError:  # the end of the slice, or what the collective failed with
                 if work.is_completed():
                     break
-            self._look(time.monotonic() - begin, where)
+            waited = time.monotonic() - begin
+            self._look(waited, where, self.seconds is not None and waited >= self.seconds)
         # It may have completed only after the slice had ended: a second wait, which no longer takes
         # time, tells that from a failure.
         try:
@@ -108,7 +111,11 @@ class ExchangeWait:
             raise ExchangeError(self._failed(where, error)) from error
 
     def for_event(
-        self, event: Any, where: str, sleep: Callable[[float], None] = time.sleep
+        self,
+        event: Any,
+        where: str,
+        sleep: Callable[[float], None] = time.sleep,
+        seconds: float | None = None,
     ) -> None:
         """Waits until the device has reached a CUDA event.
 
@@ -118,6 +125,7 @@ class ExchangeWait:
             event: the event; anything with ``query()``.
             where: layer, number and phase of the exchange, for messages.
             sleep: yields the CPU and the GIL to other threads.
+            seconds: another deadline; None is the usual one.
 
         Raises:
             ExchangeError: at the deadline, or if another rank is gone.
@@ -126,30 +134,60 @@ class ExchangeWait:
             return
         begin = time.monotonic()
         look = self.look
+        seconds = self.seconds if seconds is None else seconds
         while not event.query():
             waited = time.monotonic() - begin
             # Polling overshoots by at most a sixteenth of the wait.
             sleep(0.0 if waited < _BUSY else min(1e-3, waited / 16))
-            if waited >= look or (self.seconds is not None and waited >= self.seconds):
+            is_late = seconds is not None and waited >= seconds
+            if waited >= look or is_late:
                 look = waited + self.look
-                self._look(waited, where)
+                self._look(waited, where, is_late)
+
+    def ended(self, where: str, reason: str, *, late: bool = False, told: bool = False) -> str:
+        """What to say of a wait that ended because of other ranks' flags.
+
+        Args:
+            where: layer, number and phase of the exchange.
+            reason: what the flags say.
+            late: whether they were waited for until the deadline.
+            told: whether other ranks have given up, and so may say why.
+        """
+        if late and self.seconds is not None:
+            return f"{self._late(self.seconds, where, reason)}\n{ADVICE}"
+        text = f"{where}: {reason}"
+        if self.peers is None:
+            return text if told else f"{text}\n{ADVICE}"
+        text = f"{text}\n{self._told()}" if told else self.peers.give_up(text)
+        return f"{text}\n{ADVICE}"
 
     def _slice(self, waited: float) -> float:
         left = self.look if self.seconds is None else self.seconds - waited
         return max(1e-3, min(self.look, left))
 
-    def _look(self, waited: float, where: str) -> None:
+    def _look(self, waited: float, where: str, is_late: bool) -> None:
         reason = self.peers.hopeless() if self.peers is not None else None
         if reason is not None:
             raise ExchangeError(f"{where}: {reason}\n{ADVICE}")
-        if self.seconds is not None and waited >= self.seconds:
-            reason = (
-                f"{where}: rank {self.rank} has waited {waited:.3g} s for the other ranks"
-                f" ({self.option}={self.seconds:g})."
-            )
-            if self.peers is not None:
-                reason = self.peers.give_up(reason)
-            raise ExchangeError(f"{reason}\n{ADVICE}")
+        if is_late:
+            raise ExchangeError(f"{self._late(waited, where)}\n{ADVICE}")
+
+    def _late(self, waited: float, where: str, *details: str) -> str:
+        """Gives up at the deadline; returns what there is to say."""
+        first = (
+            f"{where}: rank {self.rank} has waited {waited:.3g} s for the other ranks"
+            f" ({self.option}={self.seconds:g})."
+        )
+        reason = " ".join([first, *details])
+        return reason if self.peers is None else self.peers.give_up(reason)
+
+    def _told(self) -> str:
+        """Why another rank has given up, for which it has some time to say so."""
+        assert self.peers is not None
+        end = time.monotonic() + _TOLD
+        while (found := self.peers.failure()) is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return "It has not said why." if found is None else found
 
     def _failed(self, where: str, error: RuntimeError) -> str:
         # Whoever closed the connection may have said why a moment ago.

@@ -18,9 +18,9 @@ from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.ops import exchange as ops
 from lightning_fastmoe.ops import exchange_counts as counts
 
-_SOONER = 0.9
-"""Part of the deadline after which a device gives up, so that its report, which names the missing
-ranks, is there when the host would."""
+_LATER = {"host": 1.03, "rows": 1.05}
+"""Deadlines of other waits, times that of the device's wait for counts, which ends first: its
+report names the missing ranks, and it stops no device."""
 _REMEMBERED = 64
 
 
@@ -142,7 +142,8 @@ class Flags:
             found = counts.table(self._memory.own, *table.place, self._group.size, table.columns)
             return found.numpy().copy()
         try:
-            self._group.wait.for_event(self._event, where)
+            limit = self._limit(_LATER["host"]) or None
+            self._group.wait.for_event(self._event, where, seconds=limit)
         except BaseException as error:
             on_host, self._found = self._found, None  # the kernel may still write to it
             self._abandoned = on_host
@@ -160,7 +161,13 @@ class Flags:
         missing, different, given_up, value = self._reported.tolist()
         if missing:
             where = self._names.get(value, "an exchange of tokens")
-            raise ExchangeError(f"{where}: {_reason(missing, different, given_up)}")
+            raise self._ended(where, missing, different, given_up)
+
+    def _ended(self, where: str, missing: int, different: int, given_up: int) -> ExchangeError:
+        reason = _reason(missing, different, given_up)
+        told = bool(given_up and not different)
+        late = not (different or given_up)
+        return ExchangeError(self._group.wait.ended(where, reason, late=late, told=told))
 
     def _remember(self, value: int, where: str) -> None:
         self._names[value] = where
@@ -170,17 +177,17 @@ class Flags:
     @property
     def seconds(self) -> float:
         """How long the device waits for rows; 0 for no limit."""
-        return self._limit(1.0)
+        return self._limit(_LATER["rows"])
 
     @property
     def reading_seconds(self) -> float:
         """How long the device waits for counts, for which the host waits, too; 0 for no limit."""
-        return self._limit(_SOONER)
+        return self._limit(1.0)
 
-    def _limit(self, part: float) -> float:
-        """Seconds of a wait: a part of the deadline; 0 for none."""
+    def _limit(self, factor: float) -> float:
+        """Seconds of a wait: the deadline times a factor; 0 for none."""
         seconds = self._group.wait.seconds
-        return 0.0 if seconds is None else max(1e-3, part * seconds)
+        return 0.0 if seconds is None else max(1e-3, factor * seconds)
 
     def on_host(self, columns: int) -> Tensor:
         """(R, columns) int64, pinned, which the next exchange overwrites."""
@@ -191,7 +198,7 @@ class Flags:
     def _wait_on_host(self, at: int, value: int, where: str) -> None:
         own, ranks = self._memory.own, self._group.size
         flags = ops.flags_of(own, at, ranks)
-        arrival = _Arrival(flags, ops.flags_of(own, ops.GIVEN_UP_AT, ranks), value, where)
+        arrival = _Arrival(flags, ops.flags_of(own, ops.GIVEN_UP_AT, ranks), value)
         try:
             self._group.wait.for_event(arrival, where)
         except BaseException as error:
@@ -201,6 +208,11 @@ class Flags:
             if isinstance(error, ExchangeError) and not different and not given_up:
                 raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error  # the deadline
             raise
+        if arrival.is_hopeless:
+            missing, different, given_up = arrival.look()
+            self.report.copy_(torch.tensor([missing or 1, different, given_up, value]))
+            self.give_up()
+            raise self._ended(where, missing, different, given_up)
         ops.fence()
 
     def give_up(self) -> None:
@@ -216,10 +228,15 @@ class Flags:
 
 
 class _Arrival:
-    """Looks like a CUDA event."""
+    """Looks like a CUDA event.
 
-    def __init__(self, flags: Tensor, given_up: Tensor, value: int, where: str) -> None:
-        self._flags, self._given_up, self._value, self._where = flags, given_up, value, where
+    Attributes:
+        is_hopeless: whether some flags will never be there.
+    """
+
+    def __init__(self, flags: Tensor, given_up: Tensor, value: int) -> None:
+        self._flags, self._given_up, self._value = flags, given_up, value
+        self.is_hopeless = False
 
     def look(self) -> tuple[int, int, int]:
         """Bits of the ranks that are missing, in another exchange, and have given up."""
@@ -227,15 +244,10 @@ class _Arrival:
         return *ops.compare_flags(self._flags, self._value), given_up
 
     def query(self) -> bool:
-        """Whether all flags are there.
-
-        Raises:
-            ExchangeError: if they never will.
-        """
+        """Whether all flags are there, or never will be."""
         missing, different, given_up = self.look()
-        if missing and (different or given_up):
-            raise ExchangeError(f"{self._where}: {_reason(missing, different, given_up)}")
-        return not missing
+        self.is_hopeless = bool(missing and (different or given_up))
+        return self.is_hopeless or not missing
 
 
 def _reason(missing: int, different: int, given_up: int) -> str:
