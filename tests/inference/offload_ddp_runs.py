@@ -87,6 +87,16 @@ def own(accelerator: str = "cpu", **options: Any) -> pl.Trainer:
     )
 
 
+def fill_with_nan(ring: Any, slot: Any) -> None:
+    """Where copies are made: the other rank may still be getting its part of the slot."""
+    if ring._stream is None:
+        slot.memory.fill_(0xFF)
+        return
+    ring._stream.wait_stream(torch.cuda.current_stream(slot.memory.device))
+    with torch.cuda.stream(ring._stream):
+        slot.memory.fill_(0xFF)
+
+
 def poison(trainer: pl.Trainer) -> Callable[[int], None]:
     """Fills each slot with NaN before what is copied there."""
 
@@ -97,7 +107,7 @@ def poison(trainer: pl.Trainer) -> Callable[[int], None]:
         ring.poisoned, copying = True, ring._copy
 
         def copy_over(layer: int, slot: Any, *transfer: Any) -> None:
-            slot.memory.fill_(0xFF)
+            fill_with_nan(ring, slot)
             copying(layer, slot, *transfer)
 
         ring._copy = copy_over
@@ -322,7 +332,7 @@ def ring(device_type: str, cycles: int) -> tuple[int, int]:
         copying, passes = ring._copy, 0
 
         def late(layer: int, slot: Any, *transfer: Any) -> None:
-            slot.memory.fill_(0xFF)
+            fill_with_nan(ring, slot)
             if cycles:
                 with torch.cuda.stream(ring._stream):
                     torch.cuda._sleep(cycles * (1 + 3 * (rank == passes % world)))
