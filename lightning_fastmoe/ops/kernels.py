@@ -197,6 +197,17 @@ def activation(
     return apply_activation(_biased(h, bias, offsets), name).to(h.dtype)
 
 
+def add_bias_(h: Tensor, bias: Tensor, offsets: Tensor) -> None:
+    """Adds to ``h (N, M)``, rows in expert-major order, the bias ``(E, M)`` of each row's expert.
+
+    Args:
+        h: the rows; overwritten.
+        bias: of each expert.
+        offsets: (E,) int32, the row at which each expert ends.
+    """
+    h += bias_rows(bias, offsets, h.shape[0]).to(h.dtype)
+
+
 def activation_backward_(
     h: Tensor,
     d_act: Tensor,

@@ -5,6 +5,9 @@ Autograd refuses a backward that writes to what the forward saved: H is an outpu
 and the backward leaves it intact. H's gradient therefore has memory of its own: that of one expert
 at a time on the CPU, of this layer on CUDA, freed when the layer's backward ends. Without
 ``torch.compile`` it overwrites H.
+
+Nothing that the operators take or return is on the CPU if the tokens are on a GPU: CUDA graphs
+would be cut there, and inductor fails to cut one between an operator and its outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops import choice
+from lightning_fastmoe.ops import choice, kernels
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 
 NAMESPACE = "lightning_fastmoe_traced"
@@ -35,26 +38,26 @@ def expert_layer(
     offsets: Tensor,
     activation: str,
     keep_h: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The forward; the arguments are those of a :class:`LayerCall`, then whether to keep H.
 
     Returns:
-        The output (T, D), H (N, 2F) or (N, F), without rows unless ``keep_h``, and whether H
-        includes its bias: a bool scalar on the CPU.
+        The output (T, D), and H with its bias (N, 2F) or (N, F), without rows unless ``keep_h``.
     """
     call = LayerCall(
         *(x.contiguous(), weights, up, down, up_bias, down_bias),
         *(order, inverse, tokens_per_expert, offsets, activation),
     )
     out, h = choice.choose(call).forward(call, keep_h)
-    return out, h.rows, torch.tensor(h.has_bias)
+    if not h.has_bias and call.up_bias is not None:
+        kernels.add_bias_(h.rows, call.up_bias, offsets)
+    return out, h.rows
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_layer_backward", mutates_args=())
 def expert_layer_backward(
     grad: Tensor,
     h: Tensor,
-    h_has_bias: Tensor,
     x: Tensor,
     weights: Tensor,
     up: Tensor,
@@ -73,7 +76,7 @@ def expert_layer_backward(
         *(x.contiguous(), weights, up, down, up_bias, down_bias),
         *(order, inverse, tokens_per_expert, offsets, activation),
     )
-    kept = PreActivation(h, bool(h_has_bias))
+    kept = PreActivation(h, True)
     found = choice.choose(call, kept).backward(call, grad, kept, Wanted._make([*wanted, None]))
     return [_like(g, t) for g, t in _pairs(found, (x, weights, up, down, up_bias, down_bias))]
 
@@ -96,33 +99,32 @@ def _empty_like(t: Tensor) -> Tensor:
 @expert_layer.register_fake
 def _(
     x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     rows = weights.shape[0] * weights.shape[1] if rest[-1] else 0
-    h = x.new_empty(rows, up.shape[1])
-    return _empty_like(x), h, torch.empty((), dtype=torch.bool, device="cpu")
+    return _empty_like(x), x.new_empty(rows, up.shape[1])
 
 
 @expert_layer_backward.register_fake
-def _(grad: Tensor, h: Tensor, h_has_bias: Tensor, *rest: Any) -> list[Tensor]:
+def _(grad: Tensor, h: Tensor, *rest: Any) -> list[Tensor]:
     wanted = rest[-1]
     return [_empty_like(t) for t, needed in zip(rest[:6], wanted, strict=True) if needed]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, activation, _ = inputs
-    _, h, h_has_bias = output
-    ctx.save_for_backward(h, h_has_bias, *tensors)
+    _, h = output
+    ctx.save_for_backward(h, *tensors)
     ctx.activation = activation
-    ctx.mark_non_differentiable(h, h_has_bias)
+    ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    h, h_has_bias, *tensors = ctx.saved_tensors
+    h, *tensors = ctx.saved_tensors
     wanted = [bool(needed) for needed in ctx.needs_input_grad[:6]]
-    found = iter(expert_layer_backward(grad, h, h_has_bias, *tensors, ctx.activation, wanted))
+    found = iter(expert_layer_backward(grad, h, *tensors, ctx.activation, wanted))
     return *(next(found) if needed else None for needed in wanted), *(None,) * 6
 
 
