@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import AttachedLoss, AttachedLosses, LossScale, attach
 from lightning_fastmoe.nn.router import Routing, RoutingContext
-from lightning_fastmoe.nn.router.losses import LOSSES, loss_values
+from lightning_fastmoe.nn.router.losses import LOSSES, loss_values, loss_values_in_graph
 from lightning_fastmoe.nn.router.traits import RouterTraits
 from lightning_fastmoe.nn.runtime_ops import attach_total
 
@@ -120,7 +120,7 @@ class BalancingLosses:
         """
         check_coefficients(self.coefficients, losses, "its router")
         active = {name: c for name, c in self.coefficients.items() if c > 0}
-        values = {name: LOSSES[name].function(routing, context) for name in active}
+        values, total = loss_values_in_graph(active, routing, context)
         self.latest = {name: value.detach() for name, value in values.items()}
         self._out_of_reach = _COMPILED if values else ""
         # Also without gradients: the backward pass of a re-entrant checkpoint sets the factor
@@ -129,7 +129,8 @@ class BalancingLosses:
         terms = [active[name] * value for name, value in values.items()]
         if not any(term.requires_grad for term in terms):
             return y
-        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        if total is None:
+            total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         return attach_total(y, total, self.scale.factor)
 
     def take(self, layer: str) -> list[dict[str, Tensor]]:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.native import native
-from lightning_fastmoe.ops.routing import MAX_EXPERTS
+from lightning_fastmoe.ops.native import MAX_EXPERTS, native
 
 
 def balancing_losses(
@@ -69,7 +68,7 @@ class _Losses(torch.autograd.Function):
         of_balancing, of_z = ctx.coefficients
         given = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
         if torch.is_grad_enabled():
-            d_scores, d_logits = _differentiable_backward(logits, share, given, of_balancing, of_z)
+            d_scores, d_logits = differentiable_backward(logits, share, given, of_balancing, of_z)
         else:
             d_scores, d_logits = ctx.library.balancing_losses_backward(
                 logits.contiguous(), share, *given, of_balancing, of_z
@@ -82,7 +81,7 @@ class _Losses(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(
+def differentiable_backward(
     logits: Tensor, share: Tensor, grads: list[Tensor | None], of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a token's scores and of the logits, for create_graph=True."""

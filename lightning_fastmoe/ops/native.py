@@ -16,6 +16,10 @@ from lightning_fastmoe.ops import _build, stall
 from lightning_fastmoe.ops.activation import is_gated
 
 NAMESPACE = "lightning_fastmoe"
+TRACED_NAMESPACE = "lightning_fastmoe_traced"
+"""Of operators in Python for ``torch.compile``; :data:`NAMESPACE` is filled when it is loaded."""
+MAX_EXPERTS = 1024
+"""Largest number of experts per layer that routing's kernels support."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Floating dtypes that the kernels support."""
 

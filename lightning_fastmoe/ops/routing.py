@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fastmoe.ops.native import native
-
-MAX_EXPERTS = 1024
-"""Largest number of experts per layer that the kernels support; else PyTorch's operators run."""
+from lightning_fastmoe.ops import traced_routing
+from lightning_fastmoe.ops.native import MAX_EXPERTS, native
 
 MAX_TOP_K = 32
 """Largest number of experts per token that the routing kernel supports."""
@@ -95,6 +93,8 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
         The order, its inverse and the counts.
     """
     flat = expert_ids.reshape(-1)
+    if torch.compiler.is_dynamo_compiling():
+        return ExpertOrder(*traced_routing.order_by_expert(flat, num_experts))
     library = native(flat)
     if library is not None and num_experts <= MAX_EXPERTS:
         return ExpertOrder(*library.sort_by_expert(flat.contiguous(), num_experts, num_experts))
@@ -273,6 +273,8 @@ def _score_top_k(
     logits: Tensor, k: int, normalize: bool, selection_bias: Tensor | None, sigmoid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = None if selection_bias is None else selection_bias.detach()
+    if logits.is_cuda and torch.compiler.is_dynamo_compiling():
+        return traced_routing.score_top_k(logits, bias, k, normalize, sigmoid)  # type: ignore[no-any-return]
     fits = logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
     fits = fits and (bias is None or bias.dtype == torch.float32)
     if fits and (library := native(logits.detach())) is not None:

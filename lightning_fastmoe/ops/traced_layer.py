@@ -19,12 +19,10 @@ from torch import Tensor
 
 from lightning_fastmoe.ops import choice, kernels
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
-
-NAMESPACE = "lightning_fastmoe_traced"
-"""Apart from the namespace of the compiled kernels, which is filled when they are loaded."""
+from lightning_fastmoe.ops.native import TRACED_NAMESPACE
 
 
-@torch.library.custom_op(f"{NAMESPACE}::expert_layer", mutates_args=())
+@torch.library.custom_op(f"{TRACED_NAMESPACE}::expert_layer", mutates_args=())
 def expert_layer(
     x: Tensor,
     weights: Tensor,
@@ -54,7 +52,7 @@ def expert_layer(
     return out, h.rows
 
 
-@torch.library.custom_op(f"{NAMESPACE}::expert_layer_backward", mutates_args=())
+@torch.library.custom_op(f"{TRACED_NAMESPACE}::expert_layer_backward", mutates_args=())
 def expert_layer_backward(
     grad: Tensor,
     h: Tensor,
@@ -97,9 +95,7 @@ def _empty_like(t: Tensor) -> Tensor:
 
 
 @expert_layer.register_fake
-def _(
-    x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows = weights.shape[0] * weights.shape[1] if rest[-1] else 0
     return _empty_like(x), x.new_empty(rows, up.shape[1])
 

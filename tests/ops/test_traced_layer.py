@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_fastmoe.ops import is_gated, order_by_expert, reference, traced_layer
+from lightning_fastmoe.ops.native import TRACED_NAMESPACE
 
-OPERATORS = getattr(torch.ops, traced_layer.NAMESPACE)
+OPERATORS = getattr(torch.ops, TRACED_NAMESPACE)
 
 
 def make(tokens, width, inner, experts, k, name="swiglu", bias=True, dtype=torch.float64):

@@ -84,9 +84,7 @@ def test_ranks_that_stand_in_exchanges_of_different_layers_are_found(
     ],
 )
 def test_an_error_of_one_rank_is_told_to_those_that_wait_for_it(rank_pool, where, dispatcher):
-    waiting, left = rank_pool.run(
-        runs.fails, 2, where, 1000.0, {}, "cpu", dispatcher, timeout=60
-    )
+    waiting, left = rank_pool.run(runs.fails, 2, where, 1000.0, {}, "cpu", dispatcher, timeout=60)
     assert left[:2] == ("ValueError", "the disk of rank 1 is full")
     assert_all_ranks_say([waiting], "rank 1 has left the run with ValueError: the disk of rank 1")
 

@@ -22,8 +22,8 @@ from lightning_fastmoe.ops import Stacks, choice
 from lightning_fastmoe.ops.exchange_counts import HEADER
 from lightning_fastmoe.ops.exchange_plan import PairPlan
 from lightning_fastmoe.ops.layer_call import Gradients, LayerCall, PreActivation, Wanted
+from lightning_fastmoe.ops.native import MAX_EXPERTS
 from lightning_fastmoe.ops.products.hopper import hopper
-from lightning_fastmoe.ops.routing import MAX_EXPERTS
 from lightning_fastmoe.ops.two_operators import TwoOperators
 
 

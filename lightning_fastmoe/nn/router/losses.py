@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext, count_experts
+from lightning_fastmoe.ops import traced_routing
 from lightning_fastmoe.ops.balancing import balancing_losses
 
 
@@ -215,6 +216,21 @@ def loss_values(
         if found is not None:
             by_name = {"load_balancing": found[0], "z_loss": found[1]}
             return {name: by_name[name] for name in coefficients}, found[2]
+    return {name: LOSSES[name].function(routing, context) for name in coefficients}, None
+
+
+def loss_values_in_graph(
+    coefficients: dict[str, float], routing: Routing, context: RoutingContext
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """:func:`loss_values` as a compiler traces it."""
+    logits = routing.logits
+    is_fused = bool(coefficients) and _FUSED.issuperset(coefficients) and logits.is_cuda
+    if is_fused and routing.scores.dtype == logits.dtype == torch.float32:
+        pair = (coefficients.get("load_balancing", 0.0), coefficients.get("z_loss", 0.0))
+        counts = routing.balanced_counts()
+        found, _ = traced_routing.balancing_losses(routing.scores, logits, counts, *pair)
+        by_name = {"load_balancing": found[0], "z_loss": found[1]}
+        return {name: by_name[name] for name in coefficients}, found[2]
     return {name: LOSSES[name].function(routing, context) for name in coefficients}, None
 
 
