@@ -2,8 +2,9 @@
 
 An exchange waits for other ranks and reads counts on the host, so no compiler can trace it; but one
 can leave it in its graph as it is, with the router before and the losses after it compiled. The
-operator runs the layer's schedule as it runs without ``torch.compile``, keeps the autograd graph of
-that, and goes back through it in its backward. Another operator calls a layer's observers.
+operator runs the layer's schedule as it runs without ``torch.compile``, and keeps what its backward
+goes back through: a function of the schedule where it has one, else the autograd graph of the pass,
+which takes the host longer. Another operator calls a layer's observers.
 
 Graphs are shared by layers, and an operator takes tensors: so a number in a tensor stands for the
 layer, and another for the pass.
@@ -22,13 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._functorch import config as functorch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.observers import show_observers
 from lightning_fastmoe.nn.router import Routing
+from lightning_fastmoe.nn.schedule import Back
 
 NAMESPACE = "lightning_fastmoe_opaque"
 
@@ -102,21 +104,21 @@ class _Pass(np.ndarray[Any, Any]):
     _numbers = itertools.count(1)
     _alive: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
 
-    edges: tuple[GradientEdge, list[GradientEdge]]
+    back: Back
 
     @classmethod
-    def keep(cls, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """A tensor (1,) int64 that stands for what autograd recorded from ``inputs`` to ``y``."""
+    def keep(cls, back: Back) -> Tensor:
+        """A tensor (1,) int64 that stands for a pass and keeps ``back``."""
         number = next(cls._numbers)
         memory: NDArray[np.int64] = np.array([number])
         one = memory.view(cls)
-        one.edges = get_gradient_edge(y), [get_gradient_edge(t) for t in inputs]
+        one.back = back
         cls._alive[number] = one
         return torch.from_numpy(one)
 
     @classmethod
-    def edges_of(cls, token: Tensor) -> tuple[GradientEdge, list[GradientEdge]]:
-        """Those of ``y`` and of the inputs.
+    def back_of(cls, token: Tensor) -> Back:
+        """What :meth:`keep` was given.
 
         Raises:
             ConfigError: if the pass is gone: the token is a copy, not the tensor that kept it.
@@ -128,7 +130,20 @@ class _Pass(np.ndarray[Any, Any]):
                 " elsewhere, by hooks on saved tensors for example. A layer with sharded experts"
                 " doesn't take that with fullgraph=True: compile it without."
             )
-        return one.edges
+        return one.back
+
+
+def _through_graph(y: Tensor, inputs: Sequence[Tensor]) -> Back:
+    """Goes back through what autograd recorded from ``inputs`` to ``y``, and keeps neither."""
+    output, edges = get_gradient_edge(y), [get_gradient_edge(t) for t in inputs]
+
+    def back(grad: Tensor) -> Sequence[Tensor | None]:
+        with _recording(True):
+            return torch.autograd.grad(
+                [output], edges, [grad], retain_graph=True, allow_unused=True
+            )
+
+    return back
 
 
 class _Enter(torch.autograd.Function):
@@ -195,6 +210,38 @@ def routed_experts(
     """
     layer = Reference.layer(handle)
     tensors = [x, weights, up, down, up_bias, down_bias]
+    by_hand = _run_by_hand(layer, tensors, expert_ids, dispatched, wanted)
+    y, counts, back = by_hand or _run(layer, tensors, expert_ids, dispatched, num_experts, wanted)
+    token = _scalar(0).reshape(1) if back is None else _Pass.keep(back)
+    return y.detach().contiguous(), counts, token
+
+
+def _run_by_hand(
+    layer: Any,
+    tensors: list[Tensor | None],
+    expert_ids: Tensor,
+    dispatched: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Back | None] | None:
+    """The pass without autograd; None if the schedule has none."""
+    with torch.no_grad():
+        own, *rest = (None if t is None else t.detach() for t in tensors)
+        assert own is not None
+        given = own.contiguous(), *rest
+        return layer.schedule.run_by_hand(  # type: ignore[no-any-return]
+            given, expert_ids, dispatched, layer.experts.activation, layer.layer_name, wanted
+        )
+
+
+def _run(
+    layer: Any,
+    tensors: list[Tensor | None],
+    expert_ids: Tensor,
+    dispatched: Tensor | None,
+    num_experts: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Back | None]:
+    """The pass, recorded by autograd."""
     with _recording(any(wanted)):
         tensors = [None if t is None else t.detach() for t in tensors]
         entered = [t for t, needed in zip(tensors, wanted, strict=True) if needed and t is not None]
@@ -214,8 +261,7 @@ def routed_experts(
         inputs = TokenInputs([own.contiguous()], None, tuple(own.shape[:-1]))
         experts = layer.experts.with_stacks([t for t in stacks if t is not None])
         y, routing = layer.schedule.run_routed(inputs, routing, experts, layer.layer_name)
-        token = _Pass.keep(y, entered) if entered else _scalar(0).reshape(1)
-    return y.detach().contiguous(), routing.routed_counts(), token
+        return y, routing.routed_counts(), _through_graph(y, entered) if entered else None
 
 
 @torch.library.custom_op(f"{NAMESPACE}::routed_experts_backward", mutates_args=(), tags=_TAGS)
@@ -227,12 +273,8 @@ def routed_experts_backward(grad: Tensor, token: Tensor, like: Sequence[Tensor])
         token: of the pass.
         like: these tensors, or others of their shapes and dtypes.
     """
-    y, inputs = _Pass.edges_of(token)
-    with _recording(True):
-        # Compilers may have merged two calls with the same input: this operator goes back for both.
-        found = torch.autograd.grad(
-            [y], inputs, [grad.contiguous()], retain_graph=True, allow_unused=True
-        )
+    # Compilers may have merged two calls with the same input: this operator goes back for both.
+    found = _Pass.back_of(token)(grad.contiguous())
     return [
         torch.zeros_like(t, memory_format=torch.contiguous_format)
         if g is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher
 from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.router import Routing
+
+Back = Callable[[Tensor], Sequence[Tensor | None]]
+"""From the output's gradient to those of the inputs that were wanted; may be called again."""
 
 
 class Schedule:
@@ -74,6 +78,32 @@ class Schedule:
     ) -> tuple[Any, Routing]:
         """Applies the routed experts, for token choice and expert choice; see :meth:`run`."""
         raise NotImplementedError
+
+    def run_by_hand(
+        self,
+        tensors: Sequence[Tensor | None],
+        expert_ids: Tensor,
+        dispatched: Tensor | None,
+        activation: str,
+        layer: str,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Back | None] | None:
+        """The routed experts of token choice without autograd, for operators of compiled graphs.
+
+        Args:
+            tensors: x (T, D), weights (T, K) and the stacks of this rank's experts.
+            expert_ids: (T, K) int64.
+            dispatched: (T, K) bool, the slots that reach an expert; None for all.
+            activation: the experts'.
+            layer: the layer's name.
+            wanted: the tensors whose gradients a backward pass may ask for.
+
+        Returns:
+            The output (T, D); (E,) int64, this rank's pairs of each expert, of those that reach it;
+            and what gives the gradients of the tensors that are wanted, if any are. Or None where
+            autograd has to record the pass.
+        """
+        return None
 
     def _run_mixed(
         self, inputs: TokenInputs, routing: Routing, experts: Experts, layer: str

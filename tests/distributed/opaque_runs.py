@@ -143,6 +143,12 @@ def compared(
     return [*found, {"evaluation": tuple(outputs)}], graphs, len(opaque._Pass._alive)
 
 
+def by_hand(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """:func:`compared` where autograd may not record a pass."""
+    with mock.patch.object(opaque, "_run", side_effect=AssertionError("recorded by autograd")):
+        return compared(settings)[0]
+
+
 def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], int]:
     """What observers see of each pass and layer; the second half of them replayed, too."""
     pair = Pair(router="sigmoid", capacity_factor=0.6, is_sharded=is_sharded)

@@ -33,6 +33,11 @@ def test_every_dispatcher_is_an_operator_with_the_same_bits(rank_pool, dispatche
         assert kept == 0
 
 
+def test_a_pass_through_symmetric_memory_needs_no_autograd(rank_pool):
+    for passes in rank_pool.run(runs.by_hand, 2, {"dispatcher": "symmetric"}, timeout=200):
+        assert_equal(passes)
+
+
 @pytest.mark.parametrize("setting", runs.SETTINGS)
 def test_settings(rank_pool, setting):
     arguments = (runs.SETTINGS[setting], "cpu", "eager", torch.float64, None, (5, 11))

@@ -27,7 +27,7 @@ def tolerance_of(name: str, dtype: torch.dtype) -> float:
     package: these losses differ by roundings of fp32, and so do their shares of gradients.
     """
     if dtype == torch.float64:
-        return 1e-10
+        return 1e-9  # inductor on GPUs; it has errors of up to 1.4e-10, on CPUs below 1e-15
     if name.endswith("_loss") or name.endswith("_balancing"):
         return 1e-6
     is_gradient = name == "input's" or name.startswith(("0.", "1."))

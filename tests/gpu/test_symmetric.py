@@ -139,4 +139,5 @@ def test_what_never_came_is_never_used(tmp_path: Path) -> None:
     assert said["device"], said
     assert 2.0 < said["seconds"] < 30
     assert "rank 1 of the expert parallel group was not there" in said["report"]
-    assert "phase combine (backward): Missing: rank 1" in said["next"]
+    assert "phase combine (backward): rank 0 has waited 3 s" in said["next"]
+    assert "Missing: rank 1" in said["next"]

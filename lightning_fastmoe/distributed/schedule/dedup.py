@@ -72,14 +72,18 @@ class DedupSchedule(SequentialSchedule):
         """
         if not self.takes(inputs, routing, experts):
             return super().run_routed(inputs, routing, experts, layer)
-        chosen = routing.expert_ids
-        if routing.dispatched is not None:
-            chosen = chosen.masked_fill(~routing.dispatched, self.num_experts)
+        chosen = self.reached(routing.expert_ids, routing.dispatched)
         wide = routing.weights.to(kernels.accumulation_dtype(inputs.tokens.dtype))
         y, counts = self.run_per_rank(inputs.tokens, chosen, wide, experts, layer)
         if routing.dispatched is None:  # else they are those of what wasn't dropped
             routing = routing._replace(tokens_per_expert=counts)
         return y, routing
+
+    def reached(self, expert_ids: Tensor, dispatched: Tensor | None) -> Tensor:
+        """``expert_ids (T, K)``, with E for slots that are not dispatched."""
+        if dispatched is None:
+            return expert_ids
+        return expert_ids.masked_fill(~dispatched, self.num_experts)
 
     def takes(self, inputs: TokenInputs, routing: Routing, experts: Experts) -> bool:
         """Whether rows are sent per (token, rank)."""

@@ -12,12 +12,18 @@ from lightning_fastmoe.distributed.dispatch.pair_exchange import PairExchange
 from lightning_fastmoe.distributed.schedule.dedup import DedupSchedule, run_experts
 from lightning_fastmoe.distributed.symmetric import SymmetricExchange
 from lightning_fastmoe.distributed.symmetric.exchange import MAX_SLOTS
-from lightning_fastmoe.distributed.symmetric.layer import Expectation, run_layer
+from lightning_fastmoe.distributed.symmetric.layer import (
+    Expectation,
+    run_layer,
+    run_layer_by_hand,
+)
 from lightning_fastmoe.distributed.symmetric.operators import passage_for
 from lightning_fastmoe.distributed.symmetric.pairs import PairPassage
 from lightning_fastmoe.distributed.symmetric.tokens import Passage, return_sums, send_tokens
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts import Experts
+from lightning_fastmoe.nn.schedule import Back
+from lightning_fastmoe.ops import kernels
 
 
 class SymmetricSchedule(DedupSchedule):
@@ -62,9 +68,7 @@ class SymmetricSchedule(DedupSchedule):
         """See :class:`DedupSchedule`."""
         if not self._reaches(x):
             return super().run_per_rank(x, chosen, wide, experts, layer)
-        self.where = self.where.to(chosen.device)
-        held = self.held[self.group.rank]
-        given = (self.exchange, chosen, self.where, len(held), layer)
+        held, given = self.held[self.group.rank], self._given(chosen, layer)
         fused = experts.fused_stacks(x.dtype)
         if fused is not None:
             passage = passage_for(x, wide, fused[0], *given)
@@ -75,6 +79,40 @@ class SymmetricSchedule(DedupSchedule):
         rows = passage.sizes(held).pairs
         sums = run_experts(experts, received, weights, keys, len(held), rows)
         return return_sums(sums, passage), passage.plan.of_experts
+
+    def run_by_hand(
+        self,
+        tensors: Sequence[Tensor | None],
+        expert_ids: Tensor,
+        dispatched: Tensor | None,
+        activation: str,
+        layer: str,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Back | None] | None:
+        """See :class:`~lightning_fastmoe.nn.schedule.Schedule`."""
+        x, weights, up, down, up_bias, down_bias = tensors
+        assert x is not None
+        assert weights is not None
+        assert up is not None
+        assert down is not None
+        if not self._reaches(x):
+            return None
+        wide = weights.to(kernels.accumulation_dtype(x.dtype))
+        stacks = up, down, up_bias, down_bias
+        chosen, held = self.reached(expert_ids, dispatched), self.held[self.group.rank]
+        passage = passage_for(x, wide, stacks, *self._given(chosen, layer))
+        y, record = run_layer_by_hand(
+            (x, wide, *stacks), activation, passage, held, self.expectation, wanted
+        )
+        return y, passage.plan.of_experts, None if record is None else record.back
+
+    def _given(
+        self, chosen: Tensor, layer: str
+    ) -> tuple[SymmetricExchange, Tensor, Tensor, int, str]:
+        """The arguments of a passage."""
+        self.where = self.where.to(chosen.device)
+        held = self.held[self.group.rank]
+        return self.exchange, chosen, self.where, len(held), layer
 
     def pair_exchange(
         self, x: Tensor, chosen: Tensor, returned: torch.dtype, layer: str

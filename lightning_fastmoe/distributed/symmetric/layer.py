@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -165,6 +166,62 @@ def _save(ctx: Any, call: LayerCall, h: PreActivation, sizes: Sizes, *, keep_h: 
         *(call.tokens_per_expert, call.offsets),
     )
     ctx.activation, ctx.h_has_bias, ctx.h_is_spent = call.activation, h.has_bias, False
+
+
+class Recorded:
+    """What a pass keeps for its backward pass where autograd doesn't record it.
+
+    It looks like a node's context.
+
+    Args:
+        wanted: whether the gradients of x, weights, up, down and the biases are needed.
+    """
+
+    passage: Passage
+    activation: str
+    h_has_bias: bool
+    h_is_spent: bool
+
+    def __init__(self, wanted: Sequence[bool]) -> None:
+        self.needs_input_grad = (*wanted, *(False,) * 5)
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keeps tensors."""
+        self.saved_tensors = tensors
+
+    def back(self, grad: Tensor) -> list[Tensor | None]:
+        """The gradients that are needed."""
+        found: tuple[Tensor | None, ...] = _Layer.backward(self, grad)
+        pairs = zip(found, self.needs_input_grad, strict=True)
+        return [gradient for gradient, needed in pairs if needed]
+
+
+def run_layer_by_hand(
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    passage: Passage,
+    held: list[int],
+    expectation: Expectation | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Recorded | None]:
+    """:func:`run_layer` without autograd.
+
+    Args:
+        tensors: x, weights and the stacks, as there.
+        activation: see there.
+        passage: see there.
+        held: see there.
+        expectation: see there.
+        wanted: which of the tensors' gradients are needed.
+
+    Returns:
+        (T, D), and what goes back; None if no gradient is needed.
+    """
+    record, keeps = Recorded(wanted), any(wanted)
+    rest: tuple[Any, ...] = passage, held, expectation, activation, keeps
+    y: Tensor = _Layer.forward(record, *(*tensors, *rest))
+    return y, record if keeps else None
 
 
 def run_layer(
