@@ -1,6 +1,7 @@
 """The MoE layer and its parts as ``torch.nn`` modules; needs neither Lightning nor DeepSpeed."""
 
 from lightning_fastmoe.nn.collect import moe_layers, moe_losses
+from lightning_fastmoe.nn.compilation import trace_layers
 from lightning_fastmoe.nn.conversion import convert
 from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher
 from lightning_fastmoe.nn.experts import Experts, ModuleExperts, StackedExperts
@@ -30,4 +31,5 @@ __all__ = [
     "merge_lora",
     "moe_layers",
     "moe_losses",
+    "trace_layers",
 ]

@@ -113,6 +113,9 @@ class MoE(nn.Module):
         init_std: standard deviation of the initial weights; None initialises as ``nn.Linear`` does.
         autoregressive: warn if the router looks at later tokens.
 
+    Attributes:
+        is_traced: set by :func:`~lightning_fastmoe.nn.trace_layers`.
+
     Raises:
         ConfigError: if an argument is unknown, out of range, or inconsistent with the others.
 
@@ -121,6 +124,8 @@ class MoE(nn.Module):
         >>> layer(torch.randn(4, 10, 64)).shape
         torch.Size([4, 10, 64])
     """
+
+    is_traced = False
 
     def __init__(
         self,
@@ -229,7 +234,7 @@ class MoE(nn.Module):
                 this check would stall the device, FastMoEStrategy checks once per step.
         """
         per_token = {"mask": mask, "token_ids": token_ids, "sequence_ids": sequence_ids}
-        if torch.compiler.is_dynamo_compiling() and traced.is_fullgraph():
+        if torch.compiler.is_dynamo_compiling() and traced.applies(self, x, mask):
             return traced.forward(self, x, **per_token)
         return self._forward(x, masked_values, per_token)
 

@@ -2,7 +2,8 @@
 
 Without ``fullgraph=True`` a layer is opaque to the compiler, which breaks its graph there. With it,
 where a break would be an error, dynamo traces :func:`forward` instead: the steps of
-:class:`~lightning_fastmoe.nn.MoE`. Experts that are sharded over ranks are one operator in the
+:class:`~lightning_fastmoe.nn.MoE`; and after :func:`~lightning_fastmoe.nn.trace_layers`, where it
+can. Experts that are sharded over ranks are one operator in the
 graph (:mod:`~lightning_fastmoe.nn.opaque`). What isn't covered is refused while being traced, and
 dynamo's error quotes the reason.
 
@@ -32,6 +33,11 @@ DEVICES = ("cpu", "cuda")
 """Where layers are traced; elsewhere ``fullgraph=True`` is refused, as nothing has checked it."""
 
 _NAME, _BATCH = "MoE", LocalBatch()
+
+
+def applies(layer: Any, x: Any, mask: Tensor | None) -> bool:
+    """Whether dynamo traces this pass of a layer, or says why it can't."""
+    return is_fullgraph() or (layer.is_traced and _obstacle(layer, x, mask) is None)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

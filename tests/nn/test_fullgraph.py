@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.errors import ConfigError, NonFiniteError
-from lightning_fastmoe.nn import MoE, moe_losses, runtime_ops
+from lightning_fastmoe.nn import MoE, moe_losses, runtime_ops, trace_layers
 from lightning_fastmoe.nn.attached_loss import LossScale
 from lightning_fastmoe.nn.experts.trained import train_rows
 
@@ -148,6 +148,25 @@ def test_replays_around_a_compiled_block_count_once(reentrant):
 
     for x in batches(5, 6):
         assert_same(eager, compiled, run(compiled, x, step), run(eager, x, step), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("moe", "whole"),
+    [({}, True), ({"expert": lambda d, f: nn.Linear(d, d)}, False)],
+    ids=["traced", "experts that are modules"],
+)
+def test_layers_are_traced_where_they_can_be_without_fullgraph(moe, whole):
+    torch.manual_seed(0)
+    eager = nn.Sequential(*(Block(**moe) for _ in range(2))).double()
+    compiled = copy.deepcopy(eager)
+    trace_layers(compiled)
+    for block in compiled:
+        block.compile(backend="aot_eager")
+    for x in batches(5, 6, 11):
+        got, want = run(compiled, x), run(eager, x)
+        assert_same(eager, compiled, got, want, 1e-12)
+    assert not counters["graph_break"] if whole else counters["graph_break"]
+    assert (graphs() == 1) == whole
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

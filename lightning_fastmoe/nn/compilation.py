@@ -1,0 +1,22 @@
+"""Layers inside the graphs of ``torch.compile``, without asking for ``fullgraph=True``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_fastmoe.nn.collect import moe_layers
+
+
+def trace_layers(model: nn.Module) -> None:
+    """Makes ``torch.compile`` take the MoE layers of a model into its graphs where it can.
+
+    Without this or ``fullgraph=True`` the graph breaks at each of them, which takes the host
+    longer. Where a layer can't be traced, at ZeRO stage 3 for example, the graph breaks
+    nonetheless. The losses of a traced pass are added automatically;
+    :func:`~lightning_fastmoe.moe_losses` can't return them.
+
+    Args:
+        model: with any number of :class:`~lightning_fastmoe.nn.MoE` layers, before its first pass.
+    """
+    for _, layer in moe_layers(model):
+        layer.is_traced = True
