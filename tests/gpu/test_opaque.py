@@ -23,12 +23,14 @@ def rank_pool() -> Iterator[RankPool]:
 def tolerance_of(name: str, dtype: torch.dtype) -> float:
     """The error, relative to the norm, of a value of :class:`opaque_runs.Pair`.
 
-    The graph computes balancing losses by PyTorch's operators, the other model by kernels of this
-    package: these losses differ by roundings of fp32, and so do their shares of gradients.
+    On a GPU inductor gives kernels numbers that depend on a dynamic number of tokens in fp32, which
+    is where fp64 differs: a balancing loss by 1.5e-8, and by so much its share of gradients. In
+    bf16 roundings of losses in fp32 may turn a bit of a gradient.
     """
+    is_loss = name.endswith(("_loss", "_balancing"))
     if dtype == torch.float64:
-        return 1e-9  # inductor on GPUs; it has errors of up to 1.4e-10, on CPUs below 1e-15
-    if name.endswith("_loss") or name.endswith("_balancing"):
+        return 1e-7 if is_loss else 1e-9
+    if is_loss:
         return 1e-6
     is_gradient = name == "input's" or name.startswith(("0.", "1."))
     return 2e-4 if is_gradient else 0.0
