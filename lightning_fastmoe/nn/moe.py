@@ -21,7 +21,7 @@ from lightning_fastmoe.nn.experts import ExpertFactory, Experts, draw_layer_seed
 from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K, GlobalBatch, LocalBatch
 from lightning_fastmoe.nn.inputs import MaskedValues, TokenInputs, read_inputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
-from lightning_fastmoe.nn.observers import RoutingObserver, show_observers
+from lightning_fastmoe.nn.observers import RoutingObserver, add_observer, show_observers
 from lightning_fastmoe.nn.opaque import Reference
 from lightning_fastmoe.nn.options import (
     RouterArgument,
@@ -189,6 +189,7 @@ class MoE(nn.Module):
         self.batch: GlobalBatch
         self.disconnect()
         self._observers: OrderedDict[int, RoutingObserver] = OrderedDict()
+        self._observers_added = 0
         self._passes = PassNumbers()
         if autoregressive:
             warn_if_not_causal(self._traits, self.layer_name)
@@ -292,9 +293,7 @@ class MoE(nn.Module):
 
     def register_routing_observer(self, observer: RoutingObserver) -> RemovableHandle:
         """Calls ``observer(layer, routing)`` at each forward pass, in training and evaluation."""
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+        return add_observer(self, observer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoE:
         super()._apply(fn, recurse)

@@ -149,8 +149,8 @@ def by_hand(settings: dict[str, Any]) -> list[dict[str, Any]]:
         return compared(settings)[0]
 
 
-def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], int]:
-    """What observers see of each pass and layer; the second half of them replayed, too."""
+def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], int, int]:
+    """What observers see of each pass and layer, the last one replayed, too; breaks, and graphs."""
     pair = Pair(router="sigmoid", capacity_factor=0.6, is_sharded=is_sharded)
     seen: list[list[tuple[str, Routing]]] = [[], []]
     for model, found in zip(pair.models, seen, strict=True):
@@ -162,8 +162,10 @@ def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], 
     def step(block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(block, x, use_reentrant=False)
 
-    for tokens, how in ((5, None), (11, None), (6, step)):
-        pair.both(tokens, how)
+    for tokens in (5, 11):
+        pair.both(tokens)
+    graphs = counters["stats"]["unique_graphs"]
+    pair.both(6, step)
     passes = []
     for (name, one), (other, two) in zip(*seen, strict=True):
         assert name == other
@@ -174,7 +176,7 @@ def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], 
         }
         counts = one.routed_counts(), two.routed_counts()
         passes.append({**fields, "routed": counts, "dropped": _dropped(one, two)})
-    return passes, len(counters["graph_break"])
+    return passes, len(counters["graph_break"]), graphs
 
 
 def _dropped(*routings: Routing) -> tuple[Tensor, ...]:

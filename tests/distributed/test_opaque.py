@@ -83,12 +83,12 @@ def test_replays_around_a_compiled_block_count_once(rank_pool, reentrant):
 
 @pytest.mark.parametrize("is_sharded", [True, False])
 def test_observers_see_the_routing_of_each_pass_once(rank_pool, is_sharded):
-    """Also where all experts are on each rank, and the layer is traced as a whole."""
-    for passes, breaks in rank_pool.run(runs.observed, 2, is_sharded, timeout=200):
+    """Also where all experts are on each rank, and the layer is traced as a whole; in one graph."""
+    for passes, breaks, graphs in rank_pool.run(runs.observed, 2, is_sharded, timeout=200):
         assert len(passes) == 3 * 2
         assert_equal(passes)
         assert sum(int(one["dropped"][0].sum()) for one in passes) > 0
-        assert breaks == 0
+        assert (breaks, graphs) == (0, 1)
 
 
 def test_a_pass_lives_as_long_as_its_graph_and_goes_back_repeatedly(rank_pool):

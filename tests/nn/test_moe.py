@@ -296,6 +296,16 @@ def test_observers_see_each_pass_until_removed(training):
         assert torch.equal(routing.expert_ids, layer.router(x).expert_ids)
 
 
+def test_a_handle_removes_its_own_observer_alone():
+    layer, seen = make(), []
+    first = layer.register_routing_observer(lambda *_: seen.append(1))
+    first.remove()
+    layer.register_routing_observer(lambda *_: seen.append(2))
+    first.remove()
+    layer(torch.randn(3, 5))
+    assert seen == [2]
+
+
 def test_moe_layers_finds_all_with_names():
     model = nn.ModuleDict({"a": make(), "b": nn.Sequential(nn.Linear(5, 5), make())})
     assert [name for name, _ in moe_layers(model)] == ["a", "b.1"]
