@@ -105,8 +105,8 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 @order_by_expert.register_fake
 def _(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    order = _empty_like(expert_ids)
-    counts = expert_ids.new_empty(num_experts)
+    order = torch.empty_like(expert_ids, dtype=torch.int64)
+    counts = order.new_empty(num_experts)
     return order, torch.empty_like(order), counts, torch.empty_like(counts, dtype=torch.int32)
 
 

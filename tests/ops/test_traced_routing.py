@@ -92,7 +92,8 @@ def test_operators_are_what_they_declare():
         for grads in ((scores, weights), (None, weights), (scores, None)):
             arguments = (plain, weights, ids, *grads, True, True)
             check(OPERATORS.score_top_k_backward.default, arguments)
-        check(OPERATORS.order_by_expert.default, (ids.flatten(), E))
+        for whole in (torch.int64, torch.int32):
+            check(OPERATORS.order_by_expert.default, (ids.flatten().to(whole), E))
         counts = ids.flatten().bincount(minlength=E)
         leaves = scores.requires_grad_(), logits
         check(OPERATORS.balancing_losses.default, (*leaves, counts, 0.3, 0.2))
