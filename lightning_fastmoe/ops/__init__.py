@@ -1,5 +1,6 @@
 """The computations of one MoE layer on one device. Imports only torch."""
 
+from lightning_fastmoe.ops import traced_routing as _traced_routing  # noqa: F401  its operators
 from lightning_fastmoe.ops.activation import ACTIVATIONS, apply_activation, is_gated
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
 from lightning_fastmoe.ops.frozen_weight import FrozenWeight

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fastmoe.ops import traced_routing
-from lightning_fastmoe.ops.native import MAX_EXPERTS, native
+from lightning_fastmoe.ops.native import MAX_EXPERTS, TRACED_NAMESPACE, native
 
 MAX_TOP_K = 32
 """Largest number of experts per token that the routing kernel supports."""
+
+_traced = getattr(torch.ops, TRACED_NAMESPACE)  # traced_routing.py registers them
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     """
     flat = expert_ids.reshape(-1)
     if torch.compiler.is_dynamo_compiling():
-        return ExpertOrder(*traced_routing.order_by_expert(flat, num_experts))
+        return ExpertOrder(*_traced.order_by_expert(flat, num_experts))
     library = native(flat)
     if library is not None and num_experts <= MAX_EXPERTS:
         return ExpertOrder(*library.sort_by_expert(flat.contiguous(), num_experts, num_experts))
@@ -274,7 +275,7 @@ def _score_top_k(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = None if selection_bias is None else selection_bias.detach()
     if logits.is_cuda and torch.compiler.is_dynamo_compiling():
-        return traced_routing.score_top_k(logits, bias, k, normalize, sigmoid)  # type: ignore[no-any-return]
+        return _traced.score_top_k(logits, bias, k, normalize, sigmoid)  # type: ignore[no-any-return]
     fits = logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
     fits = fits and (bias is None or bias.dtype == torch.float32)
     if fits and (library := native(logits.detach())) is not None:

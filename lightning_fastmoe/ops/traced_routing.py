@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.ops import routing
 from lightning_fastmoe.ops.balancing import differentiable_backward
 from lightning_fastmoe.ops.native import TRACED_NAMESPACE, native
 
@@ -27,8 +28,6 @@ def score_top_k(
     Returns:
         ``scores (T, E)``, ``weights (T, K)`` and ``expert_ids (T, K)`` int64.
     """
-    from lightning_fastmoe.ops import routing  # which imports this module
-
     choose = routing.sigmoid_top_k if sigmoid else routing.softmax_top_k
     with torch.no_grad():
         scores, weights, expert_ids = choose(logits, k, normalize, bias)
@@ -46,8 +45,6 @@ def score_top_k_backward(
     sigmoid: bool,
 ) -> Tensor:
     """The gradient of the logits (T, E); one of the given gradients may be None."""
-    from lightning_fastmoe.ops import routing
-
     with torch.no_grad():
         found = routing.score_top_k_backward(
             logits, weights, expert_ids, d_scores, d_weights, normalize, sigmoid
@@ -97,8 +94,6 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     Returns:
         The fields of an :class:`~lightning_fastmoe.ops.routing.ExpertOrder`.
     """
-    from lightning_fastmoe.ops import routing
-
     found = routing.order_by_expert(expert_ids, num_experts)
     return found.order, found.inverse, found.tokens_per_expert, found.offsets
 
