@@ -60,10 +60,6 @@ class Layout:
         ids = self.sequence_ids.flatten()
         return ids if self.real is None else ids.index_select(0, self.real)
 
-    def prepare(self) -> None:
-        """Computes what is kept, before compiled blocks read it: its making breaks their graphs."""
-        _ = self.attention_mask, self.real_sequence_ids
-
     def rows(self, start: int, stop: int) -> Layout:
         """The sequences of rows ``start`` to ``stop``; all layers of a pass share it."""
         found = self._parts.get((start, stop))

@@ -204,7 +204,6 @@ class MoEDecoder(nn.Module):
         if layout is not None:
             # The id of padding may lie outside the embedding table.
             tokens = tokens.masked_fill(layout.sequence_ids < 0, 0)
-            layout.prepare()
         x = self.model.embed_tokens(tokens.long())
         for layer in self.model.layers:
             x = layer(x, table, layout)

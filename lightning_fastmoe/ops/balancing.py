@@ -14,6 +14,11 @@ from torch import Tensor
 from lightning_fastmoe.ops.native import MAX_EXPERTS, native
 
 
+def are_supported(scores: Tensor, logits: Tensor) -> bool:
+    """Whether the kernels take ``scores (T, E)`` and ``logits (T, E)``."""
+    return scores.dtype == logits.dtype == torch.float32 and scores.shape[1] <= MAX_EXPERTS
+
+
 def balancing_losses(
     scores: Tensor, logits: Tensor, counts: Tensor, of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -32,9 +37,8 @@ def balancing_losses(
         Both, and their sum with the coefficients; each a scalar in fp32. None if the kernels don't
         support the arguments.
     """
-    supported = scores.dtype == logits.dtype == torch.float32 and scores.shape[1] <= MAX_EXPERTS
     library = native(scores.detach(), logits.detach(), counts)
-    if not supported or library is None:
+    if not are_supported(scores, logits) or library is None:
         return None
     found: tuple[Tensor, Tensor, Tensor] = _Losses.apply(
         scores, logits, counts, of_balancing, of_z, library

@@ -189,7 +189,10 @@ def score_top_k_backward(
     given = [grad for grad in (d_scores, d_weights) if grad is not None]
     if not given:
         return None
-    if (library := native(logits, weights, *given)) is not None:
+    if (
+        _fits(logits, weights.shape[-1])
+        and (library := native(logits, weights, *given)) is not None
+    ):
         if d_scores is not None and d_scores.shape[0] and d_scores.stride(0) == 0:
             d_scores = d_scores[0]  # the same for all tokens, as a balancing loss gives it
         d_scores, d_weights = (
@@ -222,6 +225,11 @@ def score_top_k_backward(
     if sigmoid:
         grad = grad * torch.sigmoid(-logits)
     return grad if to_chosen is None else grad + to_chosen
+
+
+def _fits(logits: Tensor, k: int) -> bool:
+    """Whether the kernels take logits of this dtype, as many experts, and as many per token."""
+    return logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
 
 
 def _log_scores(logits: Tensor, sigmoid: bool) -> Tensor:
@@ -276,8 +284,7 @@ def _score_top_k(
     bias = None if selection_bias is None else selection_bias.detach()
     if logits.is_cuda and torch.compiler.is_dynamo_compiling():
         return _traced.score_top_k(logits, bias, k, normalize, sigmoid)  # type: ignore[no-any-return]
-    fits = logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
-    fits = fits and (bias is None or bias.dtype == torch.float32)
+    fits = _fits(logits, k) and (bias is None or bias.dtype == torch.float32)
     if fits and (library := native(logits.detach())) is not None:
         bias = None if bias is None else bias.contiguous()
         routed: tuple[Tensor, Tensor, Tensor] = _ScoreTopK.apply(

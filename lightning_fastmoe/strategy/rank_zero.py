@@ -101,7 +101,8 @@ def _announcing(layers: Mapping[str, ExpertLayer], progress: Callable[[], None])
         for name, layer in layers.items()
     ]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # a graph that has the layers sees no hooks
+            yield
     finally:
         for handle in handles:
             handle.remove()

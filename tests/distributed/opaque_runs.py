@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fastmoe.distributed import ExpertSharder, make_expert_mesh
+from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, Routing, opaque
 from lightning_fastmoe.ops.layer_call import Wanted
@@ -147,6 +148,27 @@ def by_hand(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """:func:`compared` where autograd may not record a pass."""
     with mock.patch.object(opaque, "_run", side_effect=AssertionError("recorded by autograd")):
         return compared(settings)[0]
+
+
+def on_each_rank() -> list[tuple[Tensor, Tensor]]:
+    """Outputs of a model and of one with compiled blocks, which rank 0 runs twice and rank 1 once.
+
+    A graph that exists doesn't see the hooks by which ranks tell each other where they are.
+    """
+    pair = Pair()
+    for model in pair.models:
+        model.eval()
+        with torch.no_grad():
+            model(pair.batch(5))
+    found = []
+    for model in pair.models:
+        layers = {f"{i}": block.moe for i, block in enumerate(model)}
+
+        def passes(model: nn.Module = model) -> list[Tensor]:
+            return [model(pair.batch(tokens)).clone() for tokens in (5, 6)[: 2 - pair.rank]]
+
+        found.append(run_on_each_rank(model, layers, lambda: None, pair.device, passes))
+    return list(zip(*found, strict=True))
 
 
 def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], int, int]:

@@ -38,6 +38,13 @@ def test_a_pass_through_symmetric_memory_needs_no_autograd(rank_pool):
         assert_equal(passes)
 
 
+def test_ranks_run_a_compiled_model_as_often_as_each_likes(rank_pool):
+    for rank, found in enumerate(rank_pool.run(runs.on_each_rank, 2, timeout=60)):
+        assert len(found) == 2 - rank
+        for compiled, plain in found:
+            torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("setting", runs.SETTINGS)
 def test_settings(rank_pool, setting):
     arguments = (runs.SETTINGS[setting], "cpu", "eager", torch.float64, None, (5, 11))

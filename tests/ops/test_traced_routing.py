@@ -100,3 +100,20 @@ def test_operators_are_what_they_declare():
         share = counts / counts.sum()
         given = torch.ones(3, dtype=dtype), plain, share.to(dtype), 0.3, 0.2
         check(OPERATORS.balancing_losses_backward.default, given)
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "dtype"), [(1025, 2, "float32"), (40, 33, "float32"), (7, 2, "bfloat16")]
+)
+def test_kernels_are_not_given_what_they_refuse(experts, k, dtype, monkeypatch):
+    """Each operator looks at the limits itself, as there is one call for each direction."""
+
+    def refused(*tensors):
+        raise AssertionError("asked for kernels")
+
+    monkeypatch.setattr(routing, "native", refused)
+    logits = torch.randn(5, experts, dtype=getattr(torch, dtype))
+    weights, ids = torch.rand(5, k, dtype=logits.dtype), torch.arange(k).expand(5, k)
+    grad = traced.score_top_k_backward(logits, weights, ids, None, weights, True, False)
+    assert grad.shape == logits.shape
+    assert grad.isfinite().all()

@@ -185,9 +185,13 @@ class ExchangeWait:
         """Why another rank has given up, for which it has some time to say so."""
         assert self.peers is not None
         end = time.monotonic() + _TOLD
-        while (found := self.peers.failure()) is None and time.monotonic() < end:
-            time.sleep(0.05)
-        return "It has not said why." if found is None else found
+        found = None
+        try:
+            while (found := self.peers.failure()) is None and time.monotonic() < end:
+                time.sleep(0.05)
+        except RuntimeError:
+            pass  # the store is gone, with the rank that held it
+        return "No reason was given." if found is None else found
 
     def _failed(self, where: str, error: RuntimeError) -> str:
         # Whoever closed the connection may have said why a moment ago.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext, count_experts
 from lightning_fastmoe.ops import traced_routing
-from lightning_fastmoe.ops.balancing import balancing_losses
+from lightning_fastmoe.ops.balancing import are_supported, balancing_losses
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -225,7 +225,7 @@ def loss_values_in_graph(
     """:func:`loss_values` as a compiler traces it."""
     logits = routing.logits
     is_fused = bool(coefficients) and _FUSED.issuperset(coefficients) and logits.is_cuda
-    if is_fused and routing.scores.dtype == logits.dtype == torch.float32:
+    if is_fused and are_supported(routing.scores, logits):
         pair = (coefficients.get("load_balancing", 0.0), coefficients.get("z_loss", 0.0))
         counts = routing.balanced_counts()
         found, _ = traced_routing.balancing_losses(routing.scores, logits, counts, *pair)

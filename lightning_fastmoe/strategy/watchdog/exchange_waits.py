@@ -64,12 +64,16 @@ class ExchangeWaits:
         peers = self._peers
         if peers is None or isinstance(exception, SIGTERMException):  # all ranks end there
             return
-        if is_broken_connection(exception) and (failure := peers.failure()) is not None:
-            self._broken = failure, exception
-        kind = type(exception).__name__
-        peers.leave(f"rank {peers.rank} has left the run with {kind}: {exception}")
-        if self._sharder is not None:  # now: whoever sees that looks for what was said above
-            self._sharder.give_up()
+        try:
+            if is_broken_connection(exception) and (failure := peers.failure()) is not None:
+                self._broken = failure, exception
+            kind = type(exception).__name__
+            peers.leave(f"rank {peers.rank} has left the run with {kind}: {exception}")
+        except RuntimeError:
+            pass  # the store is gone, with the rank that held it
+        finally:
+            if self._sharder is not None:  # now: whoever sees that looks for what was said above
+                self._sharder.give_up()
 
     def end(self, sharder: ExpertSharder | None) -> None:
         """Undoes :meth:`begin`."""
