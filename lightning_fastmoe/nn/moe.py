@@ -189,7 +189,6 @@ class MoE(nn.Module):
         self.batch: GlobalBatch
         self.disconnect()
         self._observers: OrderedDict[int, RoutingObserver] = OrderedDict()
-        self._observers_added = 0
         self._passes = PassNumbers()
         if autoregressive:
             warn_if_not_causal(self._traits, self.layer_name)
@@ -293,7 +292,7 @@ class MoE(nn.Module):
 
     def register_routing_observer(self, observer: RoutingObserver) -> RemovableHandle:
         """Calls ``observer(layer, routing)`` at each forward pass, in training and evaluation."""
-        return add_observer(self, observer)
+        return add_observer(self._observers, observer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoE:
         super()._apply(fn, recurse)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +16,31 @@ RoutingObserver = Callable[[Any, Routing], None]
 """Called with the layer once per forward pass, without gradients; not when a pass is replayed."""
 
 
-def add_observer(layer: Any, observer: RoutingObserver) -> RemovableHandle:
-    """Adds an observer to ``layer``, a :class:`~lightning_fastmoe.nn.MoE`; the handle removes it.
+class _Handle(RemovableHandle):
+    """Removes its own observer alone: another one may have its number later.
 
-    Each layer numbers its own: compilers look at the numbers, and layers that have the same
-    callbacks are to share a graph.
+    Layers number their observers from 0. Compilers look at the numbers, so layers with the same
+    callbacks share a graph, and fits that come and go don't ask for new ones.
     """
-    handle = RemovableHandle(layer._observers)
-    handle.id, layer._observers_added = layer._observers_added, layer._observers_added + 1
-    layer._observers[handle.id] = observer
-    return handle
+
+    def __init__(
+        self, observers: OrderedDict[int, RoutingObserver], observer: RoutingObserver
+    ) -> None:
+        super().__init__(observers)
+        self.id = next(n for n in itertools.count() if n not in observers)
+        observers[self.id] = self._observer = observer
+
+    def remove(self) -> None:
+        observers = self.hooks_dict_ref()
+        if observers is not None and observers.get(self.id) is self._observer:
+            super().remove()
+
+
+def add_observer(
+    observers: OrderedDict[int, RoutingObserver], observer: RoutingObserver
+) -> RemovableHandle:
+    """Adds an observer to those of a layer; the handle removes it."""
+    return _Handle(observers, observer)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import is_recomputing
+from lightning_fastmoe.nn.experts.base import has_hooks
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.observers import show_observers
 from lightning_fastmoe.nn.router import Routing
@@ -223,7 +224,9 @@ def _run_by_hand(
     dispatched: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Back | None] | None:
-    """The pass without autograd; None if the schedule has none."""
+    """The pass without autograd; None if the schedule has none, or the experts' hooks want one."""
+    if has_hooks(layer.experts):
+        return None
     with torch.no_grad():
         own, *rest = (None if t is None else t.detach() for t in tensors)
         assert own is not None

@@ -37,7 +37,11 @@ _NAME, _BATCH = "MoE", LocalBatch()
 
 def applies(layer: Any, x: Any, mask: Tensor | None) -> bool:
     """Whether dynamo traces this pass of a layer, or says why it can't."""
-    return is_fullgraph() or (layer.is_traced and _obstacle(layer, x, mask) is None)
+    if is_fullgraph():
+        return True
+    # A graph would compute the weight gradients of all experts, which is not what was asked for.
+    asked = layer.is_traced and trained_of(layer.experts) is None
+    return asked and _obstacle(layer, x, mask) is None
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

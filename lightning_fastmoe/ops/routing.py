@@ -228,7 +228,7 @@ def score_top_k_backward(
 
 
 def _fits(logits: Tensor, k: int) -> bool:
-    """Whether the kernels take logits of this dtype, as many experts, and as many per token."""
+    """Whether the kernels support this dtype, number of experts, and experts per token."""
     return logits.dtype == torch.float32 and logits.shape[-1] <= MAX_EXPERTS and k <= MAX_TOP_K
 
 

@@ -1,10 +1,10 @@
 """What a router does around its product, as operators for ``torch.compile``.
 
-Traced as PyTorch's operators, a choice of experts is a sort of all scores and the order of pairs
-another one, which takes a GPU much longer than the kernels for that. So on a GPU a graph has one
+Traced as PyTorch's operators, choosing experts means sorting all scores, and ordering pairs means
+another sort; both take a GPU much longer than this package's kernels. So there a graph has an
 operator for each kernel of :mod:`~lightning_fastmoe.ops.routing` and
-:mod:`~lightning_fastmoe.ops.balancing`, which computes what those modules compute without
-``torch.compile``.
+:mod:`~lightning_fastmoe.ops.balancing`, with the results of those modules. On a CPU that holds for
+the order of pairs alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import routing
-from lightning_fastmoe.ops.balancing import differentiable_backward
+from lightning_fastmoe.ops.balancing import are_supported, differentiable_backward
 from lightning_fastmoe.ops.native import TRACED_NAMESPACE, native
 
 
@@ -109,13 +109,14 @@ def _(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Ten
 def balancing_losses(
     scores: Tensor, logits: Tensor, counts: Tensor, of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`~lightning_fastmoe.ops.balancing.balancing_losses`, all fp32, for any device.
+    """:func:`~lightning_fastmoe.ops.balancing.balancing_losses` in the dtype of the scores.
 
     Returns:
         (3,): the load-balancing loss, the z-loss, and their sum with coefficients; a coefficient of
         0 makes its loss 0. And (E,): each expert's share of the counts.
     """
-    if (library := native(scores.detach(), logits.detach(), counts)) is not None:
+    library = native(scores.detach(), logits.detach(), counts)
+    if library is not None and are_supported(scores, logits):
         given = scores.contiguous(), logits.contiguous(), counts.contiguous()
         values, share = library.balancing_losses(*given, of_balancing, of_z)
         return values, share
@@ -132,8 +133,12 @@ def balancing_losses(
 def balancing_losses_backward(
     grad: Tensor, logits: Tensor, share: Tensor, of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the scores, (E,) for each token, and of the logits (T, E)."""
-    if (library := native(grad.detach(), logits.detach(), share)) is not None:
+    """The gradients of the scores, (E,) for each token, and of the logits (T, E).
+
+    The latter has no rows if ``of_z`` is 0.
+    """
+    library = native(grad.detach(), logits.detach(), share)
+    if library is not None and are_supported(logits, logits):
         d_scores, d_logits = library.balancing_losses_backward(
             logits.contiguous(), share, *grad.contiguous().unbind(), of_balancing, of_z
         )
@@ -141,7 +146,7 @@ def balancing_losses_backward(
         d_scores, d_logits = differentiable_backward(
             logits, share, list(grad.unbind()), of_balancing, of_z
         )
-    return d_scores, d_logits if of_z > 0 else torch.zeros_like(logits)
+    return d_scores, d_logits if of_z > 0 else logits.new_empty(0, logits.shape[1])
 
 
 @balancing_losses.register_fake
@@ -150,8 +155,11 @@ def _(scores: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @balancing_losses_backward.register_fake
-def _(grad: Tensor, logits: Tensor, share: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(share), _empty_like(logits)
+def _(
+    grad: Tensor, logits: Tensor, share: Tensor, of_balancing: float, of_z: float
+) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0] if of_z > 0 else 0
+    return torch.empty_like(share), logits.new_empty(rows, logits.shape[1])
 
 
 def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

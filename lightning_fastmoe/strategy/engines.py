@@ -87,7 +87,9 @@ class Engines:
 
         Raises:
             ConfigError: for experts that can't be trained or saved when they are sharded.
+            TopologyError: if ZeRO 3 has partitioned parameters over groups that are gone.
         """
+        check_partitions(module)  # before anything uses the groups
         earlier = vars(module).pop(_ENGINE, None)
         if earlier is not None:
             earlier.destroy()
@@ -105,7 +107,6 @@ class Engines:
         if self._strategy.is_global_zero:
             warn_about_causality(module)
         tag_experts(state.layers.values(), sharder.mesh)
-        check_partitions(module)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():
             if isinstance(layer, MoE):

@@ -23,6 +23,7 @@ from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, Routing, opaque
 from lightning_fastmoe.ops.layer_call import Wanted
+from lightning_fastmoe.strategy.rank_zero import run_on_rank_zero
 
 expert_layer = importlib.import_module("lightning_fastmoe.ops.expert_layer")  # not its function
 
@@ -169,6 +170,38 @@ def on_each_rank() -> list[tuple[Tensor, Tensor]]:
 
         found.append(run_on_each_rank(model, layers, lambda: None, pair.device, passes))
     return list(zip(*found, strict=True))
+
+
+def on_rank_zero() -> list[tuple[Tensor, Tensor]]:
+    """The same on rank 0 alone."""
+    pair = Pair()
+    for model in pair.models:
+        model.eval()
+        with torch.no_grad():
+            model(pair.batch(5))
+    found: list[list[Tensor]] = []
+    for model in pair.models:
+        layers = {f"{i}": block.moe for i, block in enumerate(model)}
+
+        def passes(model: nn.Module = model) -> list[Tensor]:
+            return [model(pair.batch(tokens)).clone() for tokens in (5, 6)]
+
+        found.append(run_on_rank_zero(model, layers, lambda: None, passes) or [])
+    return list(zip(*found, strict=True))
+
+
+def hooks_of_experts() -> list[int]:
+    """How often backward hooks on the experts of each model's layers run."""
+    pair, calls = Pair(dispatcher="symmetric"), [0, 0]
+
+    def count(i: int) -> None:
+        calls[i] += 1
+
+    for i, model in enumerate(pair.models):
+        for block in model:
+            block.moe.experts.register_full_backward_hook(lambda *_, i=i: count(i))
+    pair.both(5)
+    return calls
 
 
 def observed(is_sharded: bool) -> tuple[list[dict[str, tuple[Tensor, Tensor]]], int, int]:

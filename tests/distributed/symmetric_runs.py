@@ -10,7 +10,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -345,6 +345,26 @@ def faults(device_type: str, kind: str) -> tuple[str, float]:
         error += "\nthen: " + again
     store.set("over", "")
     return error, took
+
+
+def interrupted() -> str:
+    """What the next exchange of a rank says whose user interrupted the one before."""
+    layer = Layer("cpu", 1800.0)
+    store = dist.distributed_c10d._get_default_store()
+    if layer.group.rank == 1:
+        store.wait(["over"])
+        return ""
+    with (
+        patch.object(ExchangeWait, "for_event", side_effect=KeyboardInterrupt),
+        suppress(KeyboardInterrupt),
+    ):
+        layer.run(layer.inputs(0, 10))
+    try:
+        layer.run(layer.inputs(1, 10))
+    except ExchangeError as error:
+        said = str(error)
+    store.set("over", "")
+    return said
 
 
 def without_backward() -> str:

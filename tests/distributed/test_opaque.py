@@ -45,6 +45,18 @@ def test_ranks_run_a_compiled_model_as_often_as_each_likes(rank_pool):
             torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_rank_zero_runs_a_compiled_model_alone(rank_pool):
+    found, nothing = rank_pool.run(runs.on_rank_zero, 2, timeout=60)
+    assert (len(found), nothing) == (2, [])
+    for compiled, plain in found:
+        torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_backward_hooks_of_experts_run(rank_pool):
+    for calls in rank_pool.run(runs.hooks_of_experts, 2, timeout=60):
+        assert calls == [2, 2]
+
+
 @pytest.mark.parametrize("setting", runs.SETTINGS)
 def test_settings(rank_pool, setting):
     arguments = (runs.SETTINGS[setting], "cpu", "eager", torch.float64, None, (5, 11))

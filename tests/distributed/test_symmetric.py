@@ -129,6 +129,12 @@ def test_ranks_in_other_layers_are_an_error_on_all(rank_pool, where):
         assert took < 2.5
 
 
+def test_an_interrupted_wait_is_not_said_to_have_reached_its_deadline(rank_pool):
+    said, _ = rank_pool.run(runs.interrupted, 2)
+    assert "Missing: rank" in said
+    assert "has waited" not in said
+
+
 def test_a_rank_without_backward_is_named(rank_pool):
     error, _ = rank_pool.run(runs.without_backward, 2)
     assert "phase combine (backward): rank 0 has waited" in error

@@ -17,6 +17,7 @@ from lightning_fastmoe.errors import ConfigError, NonFiniteError
 from lightning_fastmoe.nn import MoE, moe_losses, runtime_ops, trace_layers
 from lightning_fastmoe.nn.attached_loss import LossScale
 from lightning_fastmoe.nn.experts.trained import train_rows
+from lightning_fastmoe.nn.opaque import Reference
 
 pytestmark = pytest.mark.poisoned(False)  # dynamo knows torch.empty by identity
 
@@ -361,6 +362,35 @@ def test_the_factor_that_graphs_read_follows_the_value():
         assert seen[-1] == inside
         assert factor is scale.factor
         assert float(factor) == after
+
+
+def test_only_fullgraph_takes_single_trained_experts_into_a_graph():
+    """There their gradients cost as much as those of all."""
+    eager, _ = pair()
+    compiled = copy.deepcopy(eager)
+    trace_layers(compiled)
+    for model in (eager, compiled):
+        for block in model:
+            experts = block.moe.experts
+            train_rows(experts, experts.stack_names, experts.local_ids, [1, 3])
+    for block in compiled:
+        block.compile(backend="aot_eager")
+    (x,) = batches(5)
+    torch.testing.assert_close(run(compiled, x), run(eager, x))
+    assert counters["graph_break"]
+
+
+def test_observers_that_come_and_go_need_no_new_graph():
+    _, (block, _) = pair()
+    block.moe.reference = Reference(block.moe)  # a strategy makes one
+    found = []
+    for _ in range(3):
+        handle = block.moe.register_routing_observer(lambda *_: None)
+        for x in batches(5):
+            block(x).sum().backward()
+        found.append(graphs())
+        handle.remove()
+    assert found == [1, 1, 1]
 
 
 def test_single_trained_experts():

@@ -100,6 +100,7 @@ def test_operators_are_what_they_declare():
         share = counts / counts.sum()
         given = torch.ones(3, dtype=dtype), plain, share.to(dtype), 0.3, 0.2
         check(OPERATORS.balancing_losses_backward.default, given)
+        check(OPERATORS.balancing_losses_backward.default, (*given[:-1], 0.0))
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,15 @@ def test_kernels_are_not_given_what_they_refuse(experts, k, dtype, monkeypatch):
     grad = traced.score_top_k_backward(logits, weights, ids, None, weights, True, False)
     assert grad.shape == logits.shape
     assert grad.isfinite().all()
+
+
+def test_kernels_are_not_given_losses_that_they_refuse(monkeypatch):
+    monkeypatch.setattr(traced, "native", lambda *_: object())  # has no kernels
+    logits = torch.randn(5, 1025)
+    scores, counts = logits.softmax(1), torch.ones(1025, dtype=torch.int64)
+    values, share = traced.balancing_losses(scores, logits, counts, 0.3, 0.2)
+    torch.testing.assert_close(values[1], logits.logsumexp(1).square().mean())
+    given = torch.ones(3), logits, share, 0.3, 0.0
+    d_scores, d_logits = traced.balancing_losses_backward(*given)
+    assert d_scores.abs().sum() > 0
+    assert d_logits.shape == (0, 1025)

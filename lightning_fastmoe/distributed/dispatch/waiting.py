@@ -147,13 +147,16 @@ class ExchangeWait:
     def ended(self, where: str, reason: str, *, late: bool = False, told: bool = False) -> str:
         """What to say of a wait that ended because of other ranks' flags.
 
+        Tells the others, unless one of them has given up before; either may take some seconds.
+
         Args:
             where: layer, number and phase of the exchange.
             reason: what the flags say.
             late: whether they were waited for until the deadline.
             told: whether other ranks have given up, and so may say why.
         """
-        if late and self.seconds is not None:
+        told = told or (self.peers is not None and self.peers.has_failed)
+        if late and not told and self.seconds is not None:
             return f"{self._late(self.seconds, where, reason)}\n{ADVICE}"
         text = f"{where}: {reason}"
         if self.peers is None:

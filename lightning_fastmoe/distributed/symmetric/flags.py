@@ -63,6 +63,7 @@ class Flags:
         self._reported = self.report.numpy()  # quicker to look at
         self._found: Tensor | None = None
         self._abandoned: Tensor | None = None
+        self._is_interrupted = False  # by something else than the deadline or other ranks
         self._event: torch.cuda.Event | None = None
 
     @staticmethod
@@ -166,7 +167,7 @@ class Flags:
     def _ended(self, where: str, missing: int, different: int, given_up: int) -> ExchangeError:
         reason = _reason(missing, different, given_up)
         told = bool(given_up and not different)
-        late = not (different or given_up)
+        late = not (different or given_up or self._is_interrupted)
         return ExchangeError(self._group.wait.ended(where, reason, late=late, told=told))
 
     def _remember(self, value: int, where: str) -> None:
@@ -202,18 +203,21 @@ class Flags:
         try:
             self._group.wait.for_event(arrival, where)
         except BaseException as error:
-            missing, different, given_up = arrival.look()
-            self.report.copy_(torch.tensor([missing or 1, different, given_up, value]))
-            self.give_up()
-            if isinstance(error, ExchangeError) and not different and not given_up:
+            missing, different, given_up = self._stop(arrival, value)
+            self._is_interrupted = not isinstance(error, ExchangeError)
+            if not (self._is_interrupted or different or given_up):
                 raise ExchangeError(f"{error} {_reason(missing, 0, 0)}") from error  # the deadline
             raise
         if arrival.is_hopeless:
-            missing, different, given_up = arrival.look()
-            self.report.copy_(torch.tensor([missing or 1, different, given_up, value]))
-            self.give_up()
-            raise self._ended(where, missing, different, given_up)
+            raise self._ended(where, *self._stop(arrival, value))
         ops.fence()
+
+    def _stop(self, arrival: _Arrival, value: int) -> tuple[int, int, int]:
+        """Gives up a wait of the host, and reports it as a device would; what it has seen."""
+        missing, different, given_up = arrival.look()
+        self.report.copy_(torch.tensor([missing or 1, different, given_up, value]))
+        self.give_up()
+        return missing, different, given_up
 
     def give_up(self) -> None:
         """Tells all ranks that this one has given up, so that none waits for it."""
