@@ -283,6 +283,7 @@ SOURCES = {
     "deepspeed.runtime.zero.stage3": ["self._grad_acc_hooks =", "self._offload_boundary_param_ids"],
     "pytorch_lightning.trainer.trainer:Trainer.__init__": [
         "self._accelerator_connector =",
+        "self._checkpoint_connector =",
         "self._data_connector =",
         "self._logger_connector =",
         "self._signal_connector =",

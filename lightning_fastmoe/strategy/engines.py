@@ -32,6 +32,7 @@ from lightning_fastmoe.strategy.checks import (
     check_single,
 )
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
+from lightning_fastmoe.strategy.same_settings import check_same_optimizer
 from lightning_fastmoe.strategy.same_start import take_start_of_rank_zero
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure
 from lightning_fastmoe.zero.engine import (
@@ -50,6 +51,7 @@ from lightning_fastmoe.zero.groups import (
 from lightning_fastmoe.zero.leaf_modules import guard_leaf_modules
 from lightning_fastmoe.zero.param_groups import release, split_expert_groups
 from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
+from lightning_fastmoe.zero.shared_options import SharedOptions
 
 _ENGINE = "_fastmoe_engine"
 
@@ -145,6 +147,7 @@ class Engines:
         check_has_no_closure(found[0])
         check_optimizer(found[0])
         advise_fused(found[0], self._strategy.root_device)
+        check_same_optimizer(found[0], schedulers)
         return found[0], schedulers[0] if schedulers else None
 
     def for_training(
@@ -167,6 +170,10 @@ class Engines:
         names = {id(p): name for name, p in model.named_parameters()}
         user = split_expert_groups(optimizer, names, group_name(self._groups.mesh))
         check_same_groups(user.twin, self.state.layers)
+        if self._strategy.world_size > 1:
+            user.shared = SharedOptions(optimizer, self._groups.mesh.ep_rank)
+            if (complaint := user.shared.complaint()) is not None:
+                raise complaint
         self.state.user_groups = user
         for call in tuple(before):  # one that removes itself must not hide the next
             call(model, user.twin)

@@ -29,6 +29,7 @@ from lightning_fastmoe.strategy.loaders.uneven import UnevenData
 from lightning_fastmoe.strategy.model_summary import correct_summary
 from lightning_fastmoe.strategy.monitored import share_monitored
 from lightning_fastmoe.strategy.quiet import quiet_logs, quiet_warnings
+from lightning_fastmoe.strategy.same_settings import check_same_settings, compare_before_resuming
 from lightning_fastmoe.strategy.steps import Steps
 from lightning_fastmoe.strategy.trainer_options import check_trainer_options
 from lightning_fastmoe.strategy.watchdog.blocked_device import end_if_blocked
@@ -97,6 +98,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         check_objects("FastMoEStrategy", kwargs.values())
         own, passed_on = check_arguments(FastMoEStrategy.__init__, locals())
         quiet_logs()
+        self._own = own
         self._compiled = CompiledSteps()
         super().__init__(stage=own["stage"], **passed_on)
         assert isinstance(self.config, dict)
@@ -157,6 +159,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         super().setup_distributed()
+        check_same_settings(self, self._own)
         self._groups.make_if_sized()
 
     @override
@@ -183,13 +186,14 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         check_trainer(trainer, module)
         correct_summary(trainer, module)
         launched = [process.pid for process in getattr(self.launcher, "procs", ())]
-        self._watch.start(self.global_rank, self.root_device, launched, self._is_launched)
+        self._watch.start(self.global_rank, self.root_device, launched, is_launched(self))
         unwrap_compiled(module)
         self._at_teardown.callback(self._saving.begin(trainer, self.async_checkpoint))
         self._init_config_if_needed()
         sharder = self._engines.shard(trainer, module)
         self._waits.begin(sharder, self._watch)
         super().setup(trainer)
+        self._at_teardown.callback(compare_before_resuming(trainer))
         if trainer.training:
             self._at_teardown.callback(share_monitored(trainer))
             self._averaging.begin(self.deepspeed_engine)
@@ -212,10 +216,6 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         self.model = self._engines.for_inference(model)
-
-    @property
-    def _is_launched(self) -> bool:
-        return is_launched(self.cluster_environment, self.local_rank)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -377,7 +377,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         self._watch.beat(Activity.ENDING)
-        prepare_ending(exception, self._is_launched)
+        prepare_ending(exception, is_launched(self))
         self._waits.leave(exception)
         end_if_blocked(exception)
 

@@ -30,6 +30,7 @@ from lightning_fastmoe.nn.attached_loss import LossScale
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer, use_fewer_passes
 from lightning_fastmoe.zero.param_groups import UserParamGroups
+from lightning_fastmoe.zero.shared_options import SharedOptions
 from lightning_fastmoe.zero.weight_edits import WeightEdits
 
 _KNOWN_OPTIMIZERS = (
@@ -182,11 +183,14 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             refusal = error
         norm = zero.gradient_norm() if reads_once else None
         verdict = self._judge(refusal is not None, norm)
-        if norm is not None and (
-            verdict.is_refused or (verdict.bad and state.nonfinite == "raise")
-        ):
+        is_refused = verdict.is_refused
+        if verdict.options_differ and not is_refused:
+            assert self._shared_options is not None
+            refusal = self._shared_options.complaint()
+            is_refused = refusal is not None
+        if norm is not None and (is_refused or (verdict.bad and state.nonfinite == "raise")):
             zero.forget_norm()
-        if verdict.is_refused:
+        if is_refused:
             raise refusal or ParameterEditError(
                 "Another rank has refused edits of parameters or of the optimizer's groups: see its"
                 " error. Make the same edits on all ranks."
@@ -267,17 +271,25 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         flags = [~torch.stack(values).isfinite()]
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
-        flags.append(torch.full((1,), refused, device=self.device))
-        everyone = torch.cat(flags).to(torch.int32)
+        digest = self._shared_options.digest() if meets and self._shared_options else 0
+        own = [int(refused), digest, -digest]
+        flags.extend(torch.full((1,), x, dtype=torch.int32, device=self.device) for x in own)
+        everyone = torch.cat(flags)
         if meets:
             dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
-        *found, is_refused = map(bool, everyone.tolist())
+        *found, is_refused, largest, smallest = everyone.tolist()
         return _Verdict(
             bad=[name for name, flag in zip(names, found, strict=False) if flag],
-            is_refused=is_refused,
+            is_refused=bool(is_refused),
+            options_differ=largest != -smallest,
             is_norm_finite=norm is None or not found[len(names)],
             samples_differ=any(found[len(names) + 1 :]),
         )
+
+    @property
+    def _shared_options(self) -> SharedOptions | None:
+        user = self.expert_state.user_groups
+        return None if user is None else user.shared
 
     @contextmanager
     def _overflowing_step(self) -> Iterator[None]:
@@ -315,12 +327,14 @@ class _Verdict:
         is_refused: whether a rank refuses the step.
         is_norm_finite: whether the norm of the gradients is finite; identical on all ranks.
         samples_differ: whether weights were edited without a trace on the host, on any rank.
+        options_differ: whether the optimizer has different options on some rank; identical on all.
     """
 
     bad: list[str]
     is_refused: bool
     is_norm_finite: bool = True
     samples_differ: bool = False
+    options_differ: bool = False
 
 
 def _refuse(complaints: list[str]) -> None:

@@ -25,6 +25,7 @@ from lightning_fastmoe.checkpoint.param_options import (
 )
 from lightning_fastmoe.errors import ConfigError, ParameterGroupError
 from lightning_fastmoe.zero.groups import is_tagged
+from lightning_fastmoe.zero.shared_options import SharedOptions
 
 _OWN_KEYS = frozenset({"params", "name", "moe"})
 """Keys of a group that the twin doesn't share with the user's optimizer."""
@@ -110,7 +111,10 @@ class UserParamGroups:
 
     Attributes:
         twin: the optimizer that steps in place of the user's.
+        shared: compares options over ranks; None for a single one.
     """
+
+    shared: SharedOptions | None = None
 
     def __init__(
         self,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_fastmoe.ops.stall import stall_report
 from lightning_fastmoe.strategy.watchdog.watch import TERMINATED_STATUS
 
 
-def is_launched(environment: ClusterEnvironment | None, local_rank: int) -> bool:
+def is_launched(strategy: ParallelStrategy) -> bool:
     """Whether Lightning launched this process, as one of rank 0's children."""
-    return isinstance(environment, LightningEnvironment) and local_rank > 0
+    environment = strategy.cluster_environment
+    return isinstance(environment, LightningEnvironment) and strategy.local_rank > 0
 
 
 def prepare_ending(exception: BaseException, launched: bool) -> None:
