@@ -110,6 +110,9 @@ class CompressionMeter:
                 )
         if not layers:
             raise ConfigError(f"{type(model).__name__} has no experts that could be compressed.")
+        # Graphs that have the experts inside would not call the hooks.
+        self._stance: Any = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
         for name, layer in layers:
             self._differences[name] = Difference()
             # Before the hook of an offloaded layer, which takes the weights away.
@@ -128,6 +131,8 @@ class CompressionMeter:
         """Leaves the model alone."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            self._stance.__exit__(None, None, None)
         self._handles.clear()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

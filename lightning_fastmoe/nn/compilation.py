@@ -12,12 +12,11 @@ def trace_layers(model: nn.Module) -> None:
 
     Without this or ``fullgraph=True`` the graph breaks at each of them, which takes the host
     longer. Where a layer can't be traced, at ZeRO stage 3 for example, the graph breaks
-    nonetheless; so it does where :class:`~lightning_fastmoe.SparseUpdate` trains single experts.
+    nonetheless; so it does where :class:`~lightning_fastmoe.SparseUpdate` trains single experts,
+    and where a router or experts have hooks, also those that are added later.
 
     Everything that holds with ``fullgraph=True`` holds for a traced layer. The losses of its passes
-    are added automatically, and :func:`~lightning_fastmoe.moe_losses` can't return them. Once a
-    graph exists, hooks that are added to the layer, its router or its experts are not called: so
-    :func:`~lightning_fastmoe.inference.compression_error` finds nothing there.
+    are added automatically, and :func:`~lightning_fastmoe.moe_losses` can't return them.
 
     Args:
         model: with any number of :class:`~lightning_fastmoe.nn.MoE` layers, before its first pass.

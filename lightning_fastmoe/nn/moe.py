@@ -19,6 +19,7 @@ from lightning_fastmoe.nn.capacity import Capacity, CapacityFactors, CapacityOve
 from lightning_fastmoe.nn.dispatch import ONE_RANK, check_dispatcher
 from lightning_fastmoe.nn.experts import ExpertFactory, Experts, draw_layer_seed
 from lightning_fastmoe.nn.global_batch import RESERVED_TOP_K, GlobalBatch, LocalBatch
+from lightning_fastmoe.nn.hooks import watch_hooks
 from lightning_fastmoe.nn.inputs import MaskedValues, TokenInputs, read_inputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
 from lightning_fastmoe.nn.observers import RoutingObserver, add_observer, show_observers
@@ -158,6 +159,7 @@ class MoE(nn.Module):
     ) -> None:
         values = {name: value for name, value in locals().items() if name in _CHECKED}
         super().__init__()
+        watch_hooks(self)
         values = check_types("MoE", MoE.__init__, values)
         d_model, d_ffn, num_experts, top_k = (values[name] for name in _CHECKED[:4])
         num_experts = resolve_num_experts(num_experts, expert)

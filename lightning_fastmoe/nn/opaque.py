@@ -27,7 +27,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.attached_loss import is_recomputing
-from lightning_fastmoe.nn.experts.base import has_hooks
+from lightning_fastmoe.nn.hooks import has_hooks
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.observers import show_observers
 from lightning_fastmoe.nn.router import Routing

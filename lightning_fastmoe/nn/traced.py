@@ -23,6 +23,7 @@ from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.lora import SCALE
 from lightning_fastmoe.nn.experts.trained import trained_of
 from lightning_fastmoe.nn.global_batch import LocalBatch
+from lightning_fastmoe.nn.hooks import has_watched_hooks
 from lightning_fastmoe.nn.inputs import read_inputs
 from lightning_fastmoe.nn.opaque import observe, routed_experts
 from lightning_fastmoe.nn.router import ROUTERS, Routing, RoutingContext
@@ -161,7 +162,7 @@ def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
         return "it exchanges counts with other ranks"
     if len(layer._observers) > 0 and getattr(layer, "reference", None) is None:
         return "observers look at its routing, and no strategy runs it"
-    for part in (router, experts):
-        if part._forward_hooks or part._forward_pre_hooks:
-            return "its router or its experts have hooks, as under ZeRO stage 3"
+    parts = [has_watched_hooks(part) for part in (layer, router, experts)]
+    if any(parts[1:]):  # dynamo itself traces those of the layer
+        return "its router or its experts have hooks, as under ZeRO stage 3"
     return None

@@ -25,6 +25,7 @@ from lightning_fastmoe.distributed.expert_checks import (
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
+from lightning_fastmoe.nn.hooks import watch_replaced_hooks
 from lightning_fastmoe.strategy.checks import (
     advise_fused,
     check_can_be_saved,
@@ -200,6 +201,7 @@ class Engines:
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(plugin._desired_dtype)
         remove_module_hooks(model)
+        watch_replaced_hooks(model)
         self.state.user_groups = None
         return self._make(model, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,34 @@ def test_what_is_compared() -> None:
     with torch.no_grad():
         a, b = (m(x).square().mean() for m in (model, rounded(model, "int4")))
     assert loss.output == pytest.approx(float((a - b).abs() / a), rel=1e-3)
+
+
+@pytest.mark.poisoned(False)  # dynamo knows torch.empty by identity
+@pytest.mark.parametrize("is_traced_before", [True, False])
+def test_layers_inside_a_compiled_graph(is_traced_before: bool) -> None:
+    """A graph that has the layers inside calls no hooks, and one with hooks can't be made."""
+    model = Blocks({}).eval()
+    x = torch.randn(5, D_MODEL)
+    plain = compression_error(model, [x], "int4")
+    compiled = copy.deepcopy(model)
+    calls = 0
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            return graph.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled.compile(backend=backend, fullgraph=True)
+    if is_traced_before:
+        compiled(x)
+    assert compression_error(compiled, [x], "int4") == plain
+    assert calls == is_traced_before
+    compiled(x)
+    assert calls == is_traced_before + 1, "it runs in its graph again"
 
 
 def test_observers_of_transformers_layers_see_each_token_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_fastmoe.errors import ConfigError, NonFiniteError
 from lightning_fastmoe.nn import MoE, moe_losses, runtime_ops, trace_layers
 from lightning_fastmoe.nn.attached_loss import LossScale
 from lightning_fastmoe.nn.experts.trained import train_rows
+from lightning_fastmoe.nn.hooks import watch_replaced_hooks
 from lightning_fastmoe.nn.opaque import Reference
 
 pytestmark = pytest.mark.poisoned(False)  # dynamo knows torch.empty by identity
@@ -328,10 +330,45 @@ def test_masks_observers_and_hooks_are_refused():
         compiled(x)
     handle.remove()
     compiled(x)
-    torch._dynamo.reset()  # dynamo doesn't look for hooks on modules that it has traced
     moe.router.register_forward_hook(lambda *_: None)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="hooks"):
         compiled(x)
+
+
+HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+PARTS = ("experts", "layer")
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [*(("router", kind) for kind in HOOKS), *((part, HOOKS[i]) for part in PARTS for i in (0, 2))],
+)
+def test_hooks_that_come_and_go_are_called(part, kind):
+    """Dynamo by itself would never call those of a module that is in a graph already."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(*(Block() for _ in range(2))).double()
+    compiled = copy.deepcopy(eager)
+    trace_layers(compiled)
+    for block in compiled:
+        block.compile(backend="eager")
+    first, second, third, fourth = batches(5, 6, 7, 8)
+    run(compiled, first)
+    calls: list[nn.Module] = []
+    moe = compiled[1].moe
+    module = moe if part == "layer" else getattr(moe, part)
+    handle = getattr(module, f"register_{kind}")(lambda module, *_: calls.append(module))
+    assert_same(eager, compiled, run(compiled, second), run(eager, second), 1e-12)
+    assert calls == [module]
+    handle.remove()
+    known = graphs()
+    assert_same(eager, compiled, run(compiled, third), run(eager, third), 1e-12)
+    assert calls == [module]
+    assert graphs() == known, "the graph of before serves again"
+    module._forward_hooks = OrderedDict()  # as Lightning replaces them
+    watch_replaced_hooks(compiled)
+    module.register_forward_hook(lambda module, *_: calls.append(module))
+    assert_same(eager, compiled, run(compiled, fourth), run(eager, fourth), 1e-12)
+    assert calls == [module] * 2
 
 
 def test_operators_are_what_they_declare():

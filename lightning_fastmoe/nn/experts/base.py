@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.nn.experts.trained import TRAINED, trained_of
+from lightning_fastmoe.nn.hooks import watch_hooks
 from lightning_fastmoe.ops import Stacks
 
 
@@ -30,6 +31,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, local_ids: Iterable[int] | None) -> None:
         super().__init__()
+        watch_hooks(self)
         self.num_experts = num_experts
         self.local_ids = _checked(range(num_experts) if local_ids is None else local_ids, self)
 
@@ -135,16 +137,6 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
         return f"experts {describe_ids(self.local_ids)} of {self.num_experts}"
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its ``forward``."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def describe_ids(ids: tuple[int, ...]) -> str:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fastmoe import ops
-from lightning_fastmoe.nn.experts.base import Experts, has_hooks
+from lightning_fastmoe.nn.experts.base import Experts
 from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.init import init_experts_
 from lightning_fastmoe.nn.experts.lora import SCALE, adapters_of
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
+from lightning_fastmoe.nn.hooks import has_hooks
 
 WEIGHTS = ("up_proj", "down_proj")
 """The names of the weights of :class:`StackedExperts`."""

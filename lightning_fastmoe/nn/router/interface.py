@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn.hooks import watch_hooks
 from lightning_fastmoe.nn.router.losses import TOKEN_CHOICE_LOSSES
 from lightning_fastmoe.nn.router.routing import Routing, RoutingContext
 
@@ -77,6 +78,7 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
+        watch_hooks(self)
         self.d_model, self.num_experts = d_model, num_experts
         self._takes_any_dtype = self._is_product_alone()
         self._top_k: int | None = None
