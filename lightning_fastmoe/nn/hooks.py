@@ -33,13 +33,14 @@ def watch_replaced_hooks(model: nn.Module) -> None:
             watch_hooks(module)
 
 
-def has_watched_hooks(module: nn.Module) -> bool:
+def has_watched_hooks(module: nn.Module, *, backward: bool = True) -> bool:
     """As :func:`has_hooks`, where dynamo traces it: the graph is compiled again when hooks change.
 
     Args:
         module: one for which :func:`watch_hooks` was called.
+        backward: whether those of the backward pass count.
     """
     found = False
-    for hooks in getattr(module, _WATCHED):
+    for hooks in getattr(module, _WATCHED)[: len(_KINDS) if backward else 2]:
         found = found or len(hooks) > 0  # dynamo guards a dict's length, but not its truth
     return found

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._functorch import config as functorch
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_fastmoe.errors import ConfigError
@@ -292,12 +291,6 @@ def _empty_like(t: Tensor) -> Tensor:
 
 @routed_experts.register_fake
 def _(handle: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if (budget := functorch.activation_memory_budget) < 1:
-        raise ConfigError(
-            f"activation_memory_budget={budget:g} makes a compiler run the exchange of tokens again"
-            " in the backward pass, on each rank in an order of its own. With sharded experts and"
-            " fullgraph=True leave it at 1, and put activation checkpointing around the blocks."
-        )
     counts = x.new_empty(rest[-2], dtype=torch.int64)
     return _empty_like(x), counts, torch.empty(1, dtype=torch.int64, device="cpu")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.nn.experts.grouped import groups_of
@@ -52,6 +53,12 @@ def is_fullgraph() -> bool:
     # By getattr: where a version of torch lacks one, the layer is opaque as without fullgraph=True.
     names = ("one_graph", "error_on_graph_break")
     return any(getattr(tracer, name, False) for name in names)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def runs_again() -> bool:
+    """Whether a compiler may run operators again in the backward pass, to save memory."""
+    return bool(functorch.activation_memory_budget < 1)
 
 
 def forward(
@@ -152,6 +159,12 @@ def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
         return "its experts have adapters"
     if not is_local and (trained_of(experts) is not None or groups_of(experts) is not None):
         return "only single experts are trained, or its experts are computed in groups"
+    if not is_local and runs_again():
+        return (
+            "activation_memory_budget makes a compiler run the exchange of tokens again in the"
+            " backward pass, on each rank in an order of its own; leave it at 1, and put activation"
+            " checkpointing around the blocks"
+        )
     if type(router) not in ROUTERS.values():
         return "its router comes from outside the package"
     if not router.traceable:
@@ -162,7 +175,8 @@ def _obstacle(layer: Any, x: Any, mask: Tensor | None) -> str | None:
         return "it exchanges counts with other ranks"
     if len(layer._observers) > 0 and getattr(layer, "reference", None) is None:
         return "observers look at its routing, and no strategy runs it"
-    parts = [has_watched_hooks(part) for part in (layer, router, experts)]
-    if any(parts[1:]):  # dynamo itself traces those of the layer
+    has_watched_hooks(layer)  # dynamo itself traces them, if it notices them
+    # The operator of sharded experts sees hooks of the backward pass when it runs.
+    if has_watched_hooks(router) or has_watched_hooks(experts, backward=is_local):
         return "its router or its experts have hooks, as under ZeRO stage 3"
     return None

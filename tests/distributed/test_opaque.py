@@ -122,8 +122,10 @@ def test_what_nobody_wants_is_not_computed(rank_pool):
 
 
 def test_exchanges_are_not_run_again_to_save_memory(rank_pool):
-    for said in rank_pool.run(runs.saving_memory, 2, timeout=200):
-        assert "activation_memory_budget=0.5 makes a compiler run the exchange" in said
+    for said, found, breaks in rank_pool.run(runs.saving_memory, 2, timeout=200):
+        assert "activation_memory_budget makes a compiler run the exchange" in said
+        assert breaks, "where the graph may break, it does"
+        assert_equal([found])
 
 
 def test_a_copy_of_a_layer_does_not_run_the_experts_of_the_other(rank_pool):
