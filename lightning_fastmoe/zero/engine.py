@@ -271,7 +271,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         flags = [~torch.stack(values).isfinite()]
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
-        digest = self._shared_options.digest() if meets and self._shared_options else 0
+        compares = meets and not refused and self._shared_options is not None
+        digest = self._shared_options.digest() if compares else 0  # type: ignore[union-attr]
         own = [int(refused), digest, -digest]
         flags.extend(torch.full((1,), x, dtype=torch.int32, device=self.device) for x in own)
         everyone = torch.cat(flags)

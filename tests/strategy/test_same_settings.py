@@ -232,6 +232,25 @@ def test_optimizers_that_differ(rank_pool):
             assert found[what] == ("nothing", 3), what
 
 
+class Adding(OwnOptimizer):
+    """Rank 1 adds a group, without the method that refuses it."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if dist.get_rank() == 1:
+            self.optimizers().optimizer.param_groups.append({"params": [], "lr": 0.1})
+
+
+def error_of_adding(case: Case) -> str:
+    dist.init_process_group("gloo")
+    return error_of(lambda: make_trainer(case).fit(Adding(case, "")))
+
+
+def test_groups_that_one_rank_adds(rank_pool):
+    first, second = rank_pool.run(error_of_adding, 2, CASE, timeout=60)
+    assert "Another rank has refused edits" in first
+    assert "optimizer.param_groups has changed" in second
+
+
 def test_replicas_of_experts_with_options_of_their_own(rank_pool):
     case = Case(world=2, ep=1)  # then they are trained as dense parameters are
     for found in rank_pool.run(optimizer_errors, 2, case, ["lr of experts"], timeout=60):
