@@ -68,6 +68,7 @@ class BackgroundWriter:
         self._group = lasting_group("checkpoints", backend="gloo")
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
+        self._is_done = threading.Event()
         self._path: Path | None = None
         self._error: BaseException | None = None
         self._afterwards: list[Callable[[], None]] = []
@@ -81,6 +82,7 @@ class BackgroundWriter:
         self.wait()
         copy = self._copies.of(snapshot)
         self._path = path
+        self._is_done.clear()
         # Not a daemon: the interpreter waits for it before exiting.
         self._thread = threading.Thread(
             target=self._run, args=(path, copy), name=WRITER, daemon=False
@@ -92,6 +94,8 @@ class BackgroundWriter:
             write(path, snapshot, self._threads_group)
         except BaseException as error:  # raised in the training thread
             self._error = error
+        finally:
+            self._is_done.set()
 
     def is_pending(self, path: Path) -> bool:
         """Whether a save to ``path`` was started and not waited for; identical on every rank."""
@@ -114,7 +118,7 @@ class BackgroundWriter:
         """
         if self._thread is None:
             return
-        done = torch.tensor(0 if self._thread.is_alive() else 1)
+        done = torch.tensor(int(self._is_done.is_set()))
         dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._group)
         if done:
             self.wait()
@@ -127,7 +131,9 @@ class BackgroundWriter:
         """
         if self._thread is None:
             return
-        self._thread.join()
+        # Not Thread.join: one that Ctrl-C interrupts takes the thread for ended (bpo-45274), and
+        # then what is to follow the save, such as deleting the checkpoint before, comes too early.
+        self._is_done.wait()
         self._thread = self._path = None
         error, self._error = self._error, None
         afterwards, self._afterwards = self._afterwards, []

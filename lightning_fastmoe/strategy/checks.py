@@ -22,6 +22,8 @@ from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.elementwise import is_elementwise
 from lightning_fastmoe.zero.engine import FastMoEEngine
 
+ACCUMULATION = "fastmoe_accumulate_grad_batches"
+"""In checkpoints with the gradients of an unfinished step: of how many micro-batches it was."""
 _FOREIGN = ("lightning.pytorch", "lightning.fabric")
 # Listed by name: copies of some of them share native memory, so they can't be tried on a copy.
 _ELEMENTWISE_OF_DEEPSPEED = (
@@ -230,6 +232,28 @@ def check_order_is_known(path: Path, layers: Mapping[str, ExpertLayer]) -> None:
                 " sharded over ranks, are in a different order on each. Resume from it with"
                 " expert_parallel_size=1 and save: that checkpoint resumes on any ranks."
             )
+
+
+def check_same_accumulation(saved: int | None, trainer: pl.Trainer) -> None:
+    """Refuses to finish a step with another accumulation than it was begun with.
+
+    Its first micro-batches were weighted for that one, so the gradient would be no mean.
+
+    Args:
+        saved: what the checkpoint has under :data:`ACCUMULATION`.
+        trainer: about to continue in the middle of a step.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    now = trainer.accumulate_grad_batches
+    if saved not in (None, now):
+        raise CheckpointError(
+            "The checkpoint was saved in the middle of a step, with"
+            f" accumulate_grad_batches={saved}, and this run has accumulate_grad_batches={now}: the"
+            f" step would be the mean of neither. Resume with {saved}, or from a checkpoint that"
+            " was saved after a step."
+        )
 
 
 def warn_within_batch(trainer: pl.Trainer, filepath: Any) -> None:

@@ -33,7 +33,7 @@ from lightning_fastmoe.strategy.checks import (
     check_single,
 )
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
-from lightning_fastmoe.strategy.same_settings import check_same_optimizer
+from lightning_fastmoe.strategy.same_settings import check_same_layers, check_same_optimizer
 from lightning_fastmoe.strategy.same_start import take_start_of_rank_zero
 from lightning_fastmoe.strategy.trainer_options import check_has_no_closure
 from lightning_fastmoe.zero.engine import (
@@ -168,6 +168,7 @@ class Engines:
             before: called with the model and the twin.
         """
         check_same_tensors(Contents(model, self.state.layers).parameters, self._groups.mesh)
+        check_same_layers(self.state.layers)
         names = {id(p): name for name, p in model.named_parameters()}
         user = split_expert_groups(optimizer, names, group_name(self._groups.mesh))
         check_same_groups(user.twin, self.state.layers)

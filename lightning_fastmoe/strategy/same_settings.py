@@ -25,6 +25,8 @@ from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn.expert_layers import ExpertLayer
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _PACKAGES = (_OWN_PACKAGE, "torch", "deepspeed", "pytorch_lightning")
@@ -68,6 +70,16 @@ _OF_TRAINER = (
     "overfit_batches",
     "log_every_n_steps",
 )
+_OF_LAYER = (
+    "top_k",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "capacity_over",
+    "drop_by",
+    "loss_coefficients",
+    "dispatcher_name",
+    "exact",
+)
 _COMMUNICATING = (Checkpoint, EarlyStopping, Timer, BasePredictionWriter)
 _ABSENT = "nothing"
 
@@ -105,6 +117,27 @@ def check_same_settings(strategy: DeepSpeedStrategy, arguments: Mapping[str, Any
     described = [line for line in map(_describe, callbacks) if line]
     for i, line in enumerate(described, 1):
         own[f"number {i} of the callbacks that communicate"] = line
+    compare_settings(own)
+
+
+def check_same_layers(layers: Mapping[str, ExpertLayer]) -> None:
+    """Compares the layers' settings over the ranks; collective.
+
+    Args:
+        layers: name -> MoE layer, with the same parameters on every rank.
+
+    Raises:
+        ConfigError: on all ranks, naming the first difference.
+    """
+    if dist.get_world_size() == 1:
+        return
+    own = {}
+    for name, layer in layers.items():
+        own[f"the number of experts of {name}"] = repr(layer.num_experts)
+        if isinstance(layer, MoE):
+            own[f"the router of {name}"] = type(layer.router).__name__
+            for setting in _OF_LAYER:
+                own[f"{setting} of {name}"] = repr(getattr(layer, setting))
     compare_settings(own)
 
 
@@ -185,7 +218,8 @@ def _describe(callback: pl.Callback) -> str:
         return ""
     options = ""
     if isinstance(callback, ModelCheckpoint):
-        names = ("save_top_k", "save_last", "save_weights_only", "filename")
+        # Not its directory and file name, which may contain the time: rank 0's count.
+        names = ("save_top_k", "save_last", "save_weights_only")
         options = "".join(f", {name}={getattr(callback, name)!r}" for name in names)
     key = callback.state_key if isinstance(callback, Checkpoint | EarlyStopping) else kind.__name__
     return key + options

@@ -261,18 +261,18 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             norm: of the gradients; None where the optimizer finds out by itself.
         """
         state = self.expert_state
-        meets = state.nonfinite != "ignore" and bool(state.layers)
+        shared = self._shared_options
+        meets = state.nonfinite != "ignore" and (bool(state.layers) or shared is not None)
         names = list(state.layers) if meets else []
         values = [state.layers[name].nonfinite.take(self.device) for name in names]
         if norm is not None:
             values.append(norm)
-        if not values:
+        if not values and not meets:
             return _Verdict([], refused)
-        flags = [~torch.stack(values).isfinite()]
+        flags = [~torch.stack(values).isfinite()] if values else []
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
-        compares = meets and not refused and self._shared_options is not None
-        digest = self._shared_options.digest() if compares else 0  # type: ignore[union-attr]
+        digest = 0 if shared is None or refused or not meets else shared.digest()
         own = [int(refused), digest, -digest]
         flags.extend(torch.full((1,), x, dtype=torch.int32, device=self.device) for x in own)
         everyone = torch.cat(flags)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from lightning_fastmoe.zero.gradient_reduction import GradientReduction, Reduced
@@ -72,6 +72,20 @@ class ZeroGradients(DeepSpeedZeroOptimizer):  # type: ignore[misc]
                         else self.dp_process_group,
                         self.is_param_in_current_partition[self.get_param_id(parameter)],
                     )
+
+    def drop_gradients(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of an unfinished accumulation, wherever they are.
+
+        DeepSpeed's ``zero_grad`` leaves those that stage 2 has put aside, partitioned or offloaded.
+
+        Args:
+            set_to_none: what becomes of the parameters' own gradients.
+        """
+        self.zero_grad(set_to_none)
+        self.micro_step_id = INITIAL_MICRO_STEP_ID  # the next backward pass adds to nothing
+        for i in range(len(self.bit16_groups)):
+            self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+        self._release_preflattened_grad_buffers()
 
     def setup_buckets(self) -> None:
         """Begins a backward pass; allocates DeepSpeed's buckets where they are used."""

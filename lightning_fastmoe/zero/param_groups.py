@@ -142,7 +142,8 @@ class UserParamGroups:
         vars(optimizer).pop("step", None)  # a scheduler's wrapper around the class's step
         vars(optimizer).pop("_opt_called", None)
         optimizer._fastmoe_class = kind  # type: ignore[attr-defined]
-        optimizer._fastmoe_zero_grad = zero.zero_grad  # type: ignore[attr-defined]
+        drop = getattr(zero, "drop_gradients", zero.zero_grad)
+        optimizer._fastmoe_zero_grad = drop  # type: ignore[attr-defined]
         names = {"__module__": kind.__module__, "__doc__": kind.__doc__}
         optimizer.__class__ = type(kind.__name__, (EngineOptimizer, kind), names)
 

@@ -41,14 +41,14 @@ class SharedOptions:
     def digest(self) -> int:
         """A number of 31 bits that differs where plain options of dense parameters' groups do.
 
-        Tensors are left out, because to read them would wait for the device.
+        Tensors on other devices than the CPU are left out: to read them would wait for the device.
         """
         text = "\n".join(
             f"{key} {_rounded(value)}"
             for group, is_dense in zip(self._optimizer.param_groups, self._is_dense, strict=True)
             if is_dense
             for key, value in sorted(group.items())
-            if key != "params" and not isinstance(value, Tensor)
+            if key != "params"
         )
         return zlib.crc32(text.encode()) >> 1
 
@@ -121,6 +121,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _rounded(value: Any) -> str:
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+        value = value.item()
     if isinstance(value, float):
         return f"{value:.9g}"
     if isinstance(value, tuple | list):

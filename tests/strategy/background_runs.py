@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch.distributed as dist
 from strategy.midway_runs import Run, Watch, fit_watched
 from strategy.models import Case
 
 from lightning_fastmoe.checkpoint import background
+from lightning_fastmoe.checkpoint.save import Snapshot
+
+
+def interrupted_waits() -> list[str]:
+    """What happens, in order, where Ctrl-C comes while a save is waited for, and then again."""
+    events: list[str] = []
+    dist.init_process_group("gloo")
+
+    def write(*args: Any) -> None:
+        assert go_on.wait(60)
+        events.append("written")
+
+    with mock.patch.object(background, "write", write):
+        writer = background.BackgroundWriter()
+        for wait in (writer.wait, lambda: writer.submit(Path("second"), Snapshot([]))):
+            go_on = threading.Event()
+            writer.submit(Path("first"), Snapshot([]))
+            writer.after_success(lambda: events.append("the older one is deleted"))
+            timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+            timer.start()
+            try:
+                wait()
+            except KeyboardInterrupt:
+                events.append("interrupted")
+            writer.poll()
+            events.append("still pending" if writer.is_pending(Path("first")) else "over")
+            timer = threading.Timer(0.5, go_on.set)
+            timer.start()
+            writer.wait()
+            timer.join()
+    return events
+
 
 STEPS_AHEAD = 2
 """Optimizer steps that are taken before the thread may read what it writes."""

@@ -69,6 +69,12 @@ def test_an_error_of_the_last_save_is_not_lost(rank_pool, tmp_path):
             assert "broken" in message
 
 
+def test_ctrl_c_while_a_save_is_waited_for_makes_it_no_success(rank_pool):
+    (events,) = rank_pool.run(background_runs.interrupted_waits, 1)
+    once = ["interrupted", "still pending", "written", "the older one is deleted"]
+    assert events == once * 2
+
+
 def test_links_to_what_is_being_written_are_refused(rank_pool, tmp_path):
     for kind, message in rank_pool.run(runs.linked, 2, CASE, str(tmp_path)):
         assert kind == "ConfigError"

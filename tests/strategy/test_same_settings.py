@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -216,6 +217,68 @@ AT_THE_START = {
 }
 
 
+class Dense(OwnOptimizer):
+    """Without a MoE layer."""
+
+    def __init__(self, case: Case, what: str) -> None:
+        super().__init__(case, what)
+        self.net["moes"] = torch.nn.ModuleList()
+
+
+class WithTensor(OwnOptimizer):
+    """The learning rate is a tensor."""
+
+    def configure_optimizers(self) -> Any:
+        found = super().configure_optimizers()
+        for group in found["optimizer"].param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+        return found
+
+
+def later_errors(case: Case) -> list[str]:
+    dist.init_process_group("gloo")
+    kinds = (Dense, WithTensor)
+    return [error_of(lambda: make_trainer(case).fit(kind(case, "later"))) for kind in kinds]  # noqa: B023
+
+
+def test_schedules_that_come_to_differ(rank_pool):
+    """In models without MoE layers, and of learning rates that are tensors."""
+    for dense, tensor in rank_pool.run(later_errors, 2, Case(world=2, ep=1), timeout=60):
+        for message in (dense, tensor):
+            assert message.startswith("ParameterGroupError: Option 'lr' of the optimizer's group 0")
+
+
+OTHER_LAYERS: dict[str, Callable[[Net], None]] = {
+    "top_k of net.moes.1 is 2 on rank 0 and 1 on rank 1": lambda net: setattr(
+        net.net["moes"][1], "top_k", 1
+    ),
+    "capacity_factor of net.moes.0 is None on rank 0 and 1.5 on rank 1": lambda net: setattr(
+        net.net["moes"][0], "capacity_factor", 1.5
+    ),
+    "loss_coefficients of net.moes.0 is {": lambda net: net.net["moes"][0].loss_coefficients.update(
+        z_loss=0.5
+    ),
+}
+
+
+def layer_errors(case: Case) -> list[str]:
+    dist.init_process_group("gloo")
+    found = []
+    for change in OTHER_LAYERS.values():
+        module = Net(case)
+        if dist.get_rank() == 1:
+            change(module)
+        found.append(error_of(lambda: make_trainer(case).fit(module)))  # noqa: B023
+    return found
+
+
+def test_layers_that_differ(rank_pool):
+    for found in rank_pool.run(layer_errors, 2, CASE, timeout=60):
+        for named, message in zip(OTHER_LAYERS, found, strict=True):
+            assert message.startswith("ConfigError: Ranks have different settings: "), message
+            assert named in message
+
+
 def test_optimizers_that_differ(rank_pool):
     whats = [*AT_THE_START, "later", "rounding", "half a digit", "lr of experts"]
     for found in rank_pool.run(optimizer_errors, 2, CASE, whats, timeout=120):
@@ -258,13 +321,17 @@ def test_replicas_of_experts_with_options_of_their_own(rank_pool):
 
 
 def harmless(case: Case, directory: str) -> int:
-    """What ranks may have of their own: time limits, callbacks that work alone, a logger."""
+    """What ranks may have of their own: limits, callbacks that work alone, a logger, names."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    options: dict[str, Any] = {"callbacks": [LambdaCallback()] * rank, "logger": not rank}
+    keep = ModelCheckpoint(directory, filename=f"{rank}-{{step}}")  # or with the time
+    callbacks = [keep, *[LambdaCallback()] * rank]
+    options: dict[str, Any] = {"callbacks": callbacks, "logger": not rank}
+    options["enable_checkpointing"] = True
     strategy = FastMoEStrategy(2, hang_timeout=100.0 + rank, exchange_timeout=50.0 + rank)
     trainer = make_trainer(case, strategy=strategy, default_root_dir=directory, **options)
     trainer.fit(Net(case))
+    assert [path.name for path in Path(directory).glob("*.ckpt")] == ["0-step=3.ckpt"]
     return trainer.global_step
 
 

@@ -23,6 +23,13 @@ ADVICE = (
     " take part without tokens, in the backward pass too: x = x + layer(x[:0]).sum(). If a rank is"
     " only late, raise FastMoEStrategy(exchange_timeout=...) or ExpertDataParallel(timeout=...)."
 )
+LEFT = "has left the run with"
+"""In what ranks say of one that has raised an error."""
+
+
+def advised(text: str) -> str:
+    """A message with advice, unless it has the cause: an error that another rank has raised."""
+    return text if LEFT in text else f"{text}\n{ADVICE}"
 
 
 class Peers(Protocol):
@@ -81,7 +88,7 @@ class ExchangeWait:
             ExchangeError: if a rank has given up.
         """
         if self.peers is not None and self.peers.has_failed:
-            raise ExchangeError(f"{where}: {self.peers.hopeless()}\n{ADVICE}")
+            raise ExchangeError(advised(f"{where}: {self.peers.hopeless()}"))
 
     def for_work(self, work: Any, where: str) -> None:
         """Waits for the ``Work`` of a host backend such as gloo.
@@ -162,7 +169,7 @@ class ExchangeWait:
         if self.peers is None:
             return text if told else f"{text}\n{ADVICE}"
         text = f"{text}\n{self._told()}" if told else self.peers.give_up(text)
-        return f"{text}\n{ADVICE}"
+        return advised(text)
 
     def _slice(self, waited: float) -> float:
         left = self.look if self.seconds is None else self.seconds - waited
@@ -171,7 +178,7 @@ class ExchangeWait:
     def _look(self, waited: float, where: str, is_late: bool) -> None:
         reason = self.peers.hopeless() if self.peers is not None else None
         if reason is not None:
-            raise ExchangeError(f"{where}: {reason}\n{ADVICE}")
+            raise ExchangeError(advised(f"{where}: {reason}"))
         if is_late:
             raise ExchangeError(f"{self._late(waited, where)}\n{ADVICE}")
 

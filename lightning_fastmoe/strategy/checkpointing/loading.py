@@ -26,7 +26,12 @@ from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn.experts.lora import SCALES, check_same_scales
 from lightning_fastmoe.strategy.averaging import Averaging
 from lightning_fastmoe.strategy.checkpointing.hook_edits import WeightNames
-from lightning_fastmoe.strategy.checks import attached_module, check_order_is_known
+from lightning_fastmoe.strategy.checks import (
+    ACCUMULATION,
+    attached_module,
+    check_order_is_known,
+    check_same_accumulation,
+)
 from lightning_fastmoe.strategy.loaders.resumable import for_other_ranks, is_own_state
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.averages import has_training_weights
@@ -59,6 +64,7 @@ class Loading:
         self._weight_names: WeightNames | None = None
         self._random_state: dict[str, Any] | None = None
         self._put_gradients: Callable[[], None] | None = None
+        self._accumulation: int | None = None
 
     def load(self, checkpoint_path: Any, *, verify: bool, trusted: bool) -> dict[str, Any]:
         """Restores a checkpoint into the engine; every rank calls this.
@@ -125,6 +131,9 @@ class Loading:
             self._restore_random_state()
         self._random_state = None
         if self._put_gradients is not None:
+            trainer = self._strategy.lightning_module.trainer
+            if trainer.fit_loop.restarted_mid_epoch:
+                check_same_accumulation(self._accumulation, trainer)
             self._put_gradients()  # not earlier: Lightning clears gradients when training starts
             self._strategy.deepspeed_engine.has_accumulated = True
         self._put_gradients = None
@@ -175,6 +184,7 @@ class Loading:
 
     def _take_local_state(self, loaded: Loaded) -> None:
         self._put_gradients = loaded.put_gradients
+        self._accumulation = loaded.lightning.get(ACCUMULATION)
         local = loaded.local_state
         if local is not None:
             self._random_state = local["rng"]

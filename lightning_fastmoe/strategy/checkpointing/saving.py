@@ -26,6 +26,7 @@ from lightning_fastmoe.strategy.averaging import Averaging
 from lightning_fastmoe.strategy.checkpointing.hook_edits import WeightNames
 from lightning_fastmoe.strategy.checkpointing.pending_names import count_pending_names
 from lightning_fastmoe.strategy.checks import (
+    ACCUMULATION,
     attached_module,
     check_directories,
     check_links,
@@ -136,6 +137,8 @@ class Saving:
         with together.stage():
             # Pending edits of weights and of optimizer options are part of the state.
             strategy.deepspeed_engine.take_over_edits()
+        if strategy.deepspeed_engine.mid_accumulation:
+            checkpoint[ACCUMULATION] = trainer.accumulate_grad_batches
         if scales := adapter_scales(module):
             checkpoint[SCALES] = scales
         snapshot = take_snapshot(
@@ -175,12 +178,14 @@ class Saving:
         Raises:
             CheckpointError: on all ranks, if it could not be written.
         """
-        writer, self._made_writer = self._made_writer, None
+        writer = self._made_writer
         try:
             if writer is not None:
                 with self._watch.during(Activity.SAVING):
-                    writer.wait()
+                    writer.wait()  # interrupted by Ctrl-C, it is waited for again
+            self._made_writer = None
         except CheckpointError as error:
+            self._made_writer = None
             assert self._strategy.lightning_module is not None
             if not self._strategy.lightning_module.trainer.interrupted:
                 raise

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_fastmoe.distributed import ExchangeWait, ExpertSharder, PendingExchange
-from lightning_fastmoe.distributed.dispatch.waiting import ADVICE
+from lightning_fastmoe.distributed.dispatch.waiting import LEFT, advised
 from lightning_fastmoe.errors import ExchangeError
 from lightning_fastmoe.strategy.watchdog.peers import Peers, is_broken_connection
 from lightning_fastmoe.strategy.watchdog.watch import Watch
@@ -68,7 +68,7 @@ class ExchangeWaits:
             if is_broken_connection(exception) and (failure := peers.failure()) is not None:
                 self._broken = failure, exception
             kind = type(exception).__name__
-            peers.leave(f"rank {peers.rank} has left the run with {kind}: {exception}")
+            peers.leave(f"rank {peers.rank} {LEFT} {kind}: {exception}")
         except RuntimeError:
             pass  # the store is gone, with the rank that held it
         finally:
@@ -101,4 +101,4 @@ class ExchangeWaits:
         trainer._logger_connector.teardown()
         trainer._signal_connector.teardown()
         trainer.state.stage = None
-        raise ExchangeError(f"rank {dist.get_rank()}: {broken[0]}\n{ADVICE}") from broken[1]
+        raise ExchangeError(advised(f"rank {dist.get_rank()}: {broken[0]}")) from broken[1]
