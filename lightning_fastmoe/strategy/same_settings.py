@@ -181,8 +181,11 @@ def compare_before_resuming(trainer: pl.Trainer) -> Callable[[], None]:
         compare_settings({"ckpt_path": "a checkpoint" if checkpoint_path else "None"})
         type(connector).resume_start(connector, checkpoint_path, *args, **kwargs)
 
+    def undo() -> None:
+        vars(connector).pop("resume_start", None)
+
     connector.resume_start = resume_start
-    return lambda: vars(connector).pop("resume_start", None) and None
+    return undo
 
 
 def compare_settings(own: Mapping[str, str]) -> None:
