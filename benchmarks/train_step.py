@@ -13,7 +13,8 @@ steps after those that are timed, the last of them under torch.profiler, splits 
 names, and lists on stderr the longest kernels and the longest gaps between them. The first losses
 of all rows must agree within 4 %, and the medians of their last eight within 5 %, or the script
 ends with status 1: what doesn't train the same is not compared. With --gpus, each GPU trains
-batches of its own of the same size; times, rates and losses are those of the first. Rows of
+batches of its own of the same size; times, rates and losses are those of the first. --lr 0 leaves
+routing as it is in the first step, in all rows: it then isn't what makes their times differ. Rows of
 other packages (PEFT, Liger, SonicMoE) run only if named; without its package, a row says so, and
 the others are compared. Liger and SonicMoE compile for minutes in the first step: give them --limit
 900.
@@ -49,6 +50,8 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]
     from training.clock import PROFILED, Clock, Profiling
 
     row = dataclasses.replace(rows.ROWS[name], gpus=args.gpus)
+    if args.lr is not None:
+        row = dataclasses.replace(row, lr=args.lr)
     cuda = torch.cuda.is_available()
     profiled = args.profile and cuda
     clock = Profiling(args.steps) if profiled else Clock()
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that a row may take")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=None, help="learning rate of all rows")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     # Check by NVML: a library that looks for GPUs on import would break CUDA in all forks.

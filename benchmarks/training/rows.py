@@ -36,6 +36,7 @@ class Row:
         dispatcher: how experts' tokens are exchanged.
         own_loss: whether the model computes the loss, without having all logits at once.
         needs: a module of another package that it imports.
+        lr: the learning rate.
         gpus: number of GPUs, each with a process like this one.
     """
 
@@ -50,6 +51,7 @@ class Row:
     dispatcher: str = "auto"
     own_loss: bool = False
     needs: str | None = None
+    lr: float = LR
     gpus: int = 1
 
     def takes(self, gpus: int) -> bool:
@@ -192,7 +194,7 @@ def device() -> torch.device:
 def optimizer_of(row: Row, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with the same settings in all rows."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LR, betas=BETAS, fused=row.fused or None)
+    return torch.optim.AdamW(trained, lr=row.lr, betas=BETAS, fused=row.fused or None)
 
 
 def compile_blocks(row: Row, model: nn.Module) -> None:

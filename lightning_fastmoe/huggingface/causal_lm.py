@@ -17,6 +17,7 @@ from lightning_fastmoe.huggingface.architecture import Architecture, read_config
 from lightning_fastmoe.huggingface.batch import IGNORED, TokenBatch, read_batch
 from lightning_fastmoe.huggingface.decoder import MoEDecoder
 from lightning_fastmoe.huggingface.exporting import kept_config
+from lightning_fastmoe.nn import trace_layers
 from lightning_fastmoe.nn.experts.lora import check_options
 from lightning_fastmoe.nn.lora import add_lora
 
@@ -106,6 +107,7 @@ class MoECausalLM(LightningModule):
             if rank is not None:
                 add_lora(self.network, rank, alpha)
             if self._compiles:
+                trace_layers(self.network)
                 for block in self.network.model.layers:
                     block.compile()
 

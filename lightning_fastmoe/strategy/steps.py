@@ -51,6 +51,7 @@ class Steps:
     ) -> None:
         self._strategy, self._state, self._groups = strategy, state, groups
         self._watch, self._uneven, self._waits = watch, uneven, waits
+        self._signals: DeferredSignals | None = None  # while training
 
     def train(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a training step; returns its output."""
@@ -77,6 +78,8 @@ class Steps:
         output = step(*args, **kwargs)
         self._groups.end_pass(self._state.layers.values())
         self._watch.batch(activity)
+        if self._signals is not None:
+            self._signals.after_validation_step()
         return output
 
     def begin_training(self) -> Callable[[], None]:
@@ -84,7 +87,13 @@ class Steps:
         module = self._strategy.lightning_module
         assert module is not None
         unwrap_compiled(module)  # a user's hook may have compiled modules since set-up
-        return DeferredSignals(module.trainer, self._watch, self._waits.for_work).detach
+        self._signals = DeferredSignals(module.trainer, self._watch, self._waits.for_work)
+        return self._end_training
+
+    def _end_training(self) -> None:
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.detach()
 
     def begin_evaluation(self, activity: Activity) -> None:
         """Called before the first batch of validation, testing or prediction."""

@@ -49,7 +49,7 @@ def test_fp32(name: str, stage: int, rank_pool: RankPool) -> None:
             assert relative(trace.weights[-1][key], weight) < 1e-4, key
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "dedup", "dedup_overlapped"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "dedup", "dedup_overlapped", "symmetric"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_bf16_mixed(name: str, dispatcher: str, rank_pool: RankPool) -> None:
     """The losses: where a router nearly ties, rounding sends a token to other experts."""

@@ -6,7 +6,8 @@ import contextlib
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,10 +63,10 @@ def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, R
     return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)
 
 
-def how_it_ends(trainer: pl.Trainer, module: Signalled) -> str:
+def how_it_ends(trainer: pl.Trainer, module: pl.LightningModule, path: str | None = None) -> str:
     """The name of the exception that ends a training."""
     try:
-        trainer.fit(module)
+        trainer.fit(module, ckpt_path=path)
     except SystemExit as error:
         return type(error).__name__
     return "nothing"
@@ -133,6 +134,88 @@ def ended_before_validation(case: Case) -> tuple[str, int]:
     module = SignalledBeforeValidation(case)
     trainer = make_trainer(case, max_epochs=EPOCHS, max_steps=-1, limit_val_batches=1.0)
     return how_it_ends(trainer, module), len(module.batch_losses)
+
+
+VALIDATION = (4, 2)
+"""Batches of rank 0 and of rank 1, which takes as many steps nonetheless."""
+
+
+@dataclass
+class Order:
+    """What a run did on this rank: steps and saves in order, and the means that were validated."""
+
+    steps: list[str] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+
+
+class Validated(WithDropout):
+    """Rank 1 gets a signal in one of its validation steps.
+
+    Args:
+        case: its sizes.
+        number: the signal; None for none.
+        step: counts from 1.
+    """
+
+    def __init__(self, case: Case, number: int | None, step: int = 0) -> None:
+        super().__init__(case, 0.3)
+        self.number, self.step, self.order = number, step, Order()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.order.steps.append("train")
+        return super().training_step(batch, batch_idx)
+
+    def val_dataloader(self) -> Iterable[Tensor]:
+        rank = dist.get_rank()
+        generator = torch.Generator().manual_seed(rank)
+        batches = torch.randn(VALIDATION[rank], 2, TOKENS, D_IN, generator=generator)
+        # With a generator of its own: beginning a validation twice must not change training here.
+        return torch.utils.data.DataLoader(batches, batch_size=None, generator=generator)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.order.steps.append("validate")
+        value = self.net["moes"][0](self.net["embed"](batch)).square().mean()
+        self.log("mean", value, batch_size=2, sync_dist=True)
+        is_here = dist.get_rank() == RANK % dist.get_world_size()
+        if self.number is not None and self.order.steps.count("validate") == self.step and is_here:
+            os.kill(os.getpid(), self.number)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.order.steps.append("save")
+
+    def on_validation_epoch_end(self) -> None:
+        self.order.means.append(float(self.trainer.callback_metrics["mean"]))
+
+
+def fit_validated(module: Validated, path: str | None = None, **options: Any) -> tuple[str, Order]:
+    """What ended it, and what it did."""
+    trainer = make_trainer(
+        module.case,
+        max_epochs=EPOCHS,
+        max_steps=-1,
+        limit_val_batches=1.0,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    return how_it_ends(trainer, module, path), module.order
+
+
+def terminated_in_validation(
+    case: Case, step: int, directory: str
+) -> tuple[tuple[str, Order], tuple[str, Order], tuple[str, Order], bool]:
+    """A run, one that SIGTERM ends, what resumes; whether all weights have the same bits then."""
+    torch.manual_seed(7)
+    whole = Validated(case, None)
+    straight = fit_validated(whole)
+    torch.manual_seed(7)
+    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
+    options = {"callbacks": [keep], "enable_checkpointing": True}
+    ended = fit_validated(Validated(case, signal.SIGTERM, step), **options)
+    torch.manual_seed(9)
+    again = Validated(case, None)
+    rest = fit_validated(again, str(Path(directory) / "last.ckpt"))
+    both = zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
+    return straight, ended, rest, all(torch.equal(a, b) for a, b in both)
 
 
 def broadcasts_of_batches(case: Case) -> list[int]:
@@ -203,6 +286,14 @@ def requeued(case: Case, batch: int, directory: str) -> tuple[int, Run, Run]:
         trainer.fit(module)
     path = str(Path(directory) / "hpc_ckpt_1.ckpt")
     return len(module.batch_losses), straight, fit(case, 0.3, 9, {}, path)
+
+
+def requeued_in_validation(case: Case, directory: str) -> list[str]:
+    """The steps of a run that gets SLURM's signal in its first validation."""
+    module = Validated(case, signal.SIGUSR1, 2)
+    options = {"plugins": [Slurm(auto_requeue=True)], "default_root_dir": directory}
+    with mock.patch.dict(os.environ, SLURM_JOB_ID="1", PATH=directory):
+        return fit_validated(module, **options)[1].steps
 
 
 class Failing(WithDropout):

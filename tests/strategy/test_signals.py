@@ -49,6 +49,35 @@ def test_no_rank_begins_a_validation_that_others_would_leave(rank_pool):
     assert results == [("SIGTERMException", midway_runs.BATCHES)] * 2
 
 
+TRAIN, VALIDATE = ["train"] * midway_runs.BATCHES, ["validate"] * runs.VALIDATION[0]
+
+
+@pytest.mark.parametrize(("world", "step"), [(1, 1), (2, 1), (2, 2), (2, 6)])
+def test_a_validation_is_left_and_the_resumed_run_repeats_it(rank_pool, tmp_path, world, step):
+    """Not its rest alone, whose mean would be another."""
+    case = case_of(world, 2)
+    results = rank_pool.run(runs.terminated_in_validation, world, case, step, str(tmp_path))
+    for straight, ended, rest, is_same in results:
+        assert straight[1].steps == (TRAIN + VALIDATE) * midway_runs.EPOCHS
+        done = step + (world > 1)
+        is_second = step > len(VALIDATE)
+        before = (TRAIN + VALIDATE) * is_second + TRAIN
+        left = done - len(VALIDATE) * is_second
+        assert ended[0] == "SIGTERMException"
+        assert ended[1].steps == [*before, *["validate"] * left, "save", "save"], "best and last"
+        assert rest[0] == "nothing"
+        assert rest[1].steps == straight[1].steps[len(before) :]
+        assert rest[1].means == straight[1].means[is_second:]
+        assert is_same
+
+
+def test_slurm_does_not_save_in_the_middle_of_a_validation(rank_pool, tmp_path):
+    for steps in rank_pool.run(runs.requeued_in_validation, 2, case_of(2, 2), str(tmp_path)):
+        at = steps.index("save")
+        assert steps[:at] == [*TRAIN, *VALIDATE]
+        assert [step for step in steps if step != "save"] == (TRAIN + VALIDATE) * midway_runs.EPOCHS
+
+
 def test_a_run_that_was_ended_after_its_last_step_resumes_with_nothing_to_do(rank_pool, tmp_path):
     results = rank_pool.run(runs.terminated, 2, case_of(2, 2), ALL, str(tmp_path))
     for ended, done, straight, rest in results:

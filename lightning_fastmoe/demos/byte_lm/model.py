@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_fastmoe.demos.compilation import is_compiled
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import MoE
+from lightning_fastmoe.nn import MoE, trace_layers
 from lightning_fastmoe.nn.transformer import (
     Embedding,
     Linear,
@@ -241,6 +241,7 @@ class MoELanguageModel(LightningModule):
             self.network = MoETransformer(**self._arguments)
             rank_zero_info(_describe(self.network))
             if is_compiled(self, self._compiles):
+                trace_layers(self.network)
                 for block in self.network.blocks:
                     block.compile()
 

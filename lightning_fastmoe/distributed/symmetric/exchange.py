@@ -131,7 +131,8 @@ class SymmetricExchange:
         """:meth:`ExpertGroup.exchange_counts`; None if there is no room for the model's counts."""
         if self.group.slots > MAX_SLOTS:  # the same on all ranks
             return None
-        here = own.to(self.device, non_blocking=True)
+        # To the CPU (a group of gloo with tokens on a GPU) the host must wait, as it sends them.
+        here = own.to(self.device, non_blocking=self.device.type == "cuda")
         place = self.begin_counts(layer)
         self.announce(here, self._nothing, None, width, layer, place)
         self.start_reading(layer)

@@ -31,9 +31,9 @@ class DeferredSignals(pl.Callback):
     step. Here a signal is only recorded. After each batch the ranks start an asynchronous
     all-reduce of what they recorded, and after the next batch, if any rank got a signal, all run
     the handlers. (A single rank runs them right after the batch.) A validation that would follow
-    does not begin. At the end of each epoch, after its validation and the callbacks that save, they
-    wait for each other, since no further batch may follow. If neither comes, the watch ends the
-    process.
+    does not begin, and SIGTERM ends one between its batches; the run that resumes validates first.
+    At the end of each epoch, after its validation and the callbacks that save, they wait for each
+    other, since no further batch may follow. If neither comes, the watch ends the process.
 
     Created by the strategy on all ranks together when training starts.
 
@@ -99,8 +99,33 @@ class DeferredSignals(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begins none: Lightning leaves it after a batch, but not on a rank that has only one."""
-        if trainer.received_sigterm:
-            raise SIGTERMException
+        # Lightning goes on counting from where a validation was left, see below.
+        self._loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+        self._leave_validation()
+
+    def after_validation_step(self) -> None:
+        """Leaves a validation of a training after SIGTERM; all ranks take as many steps of it.
+
+        Raises:
+            SIGTERMException: on all ranks after the same step.
+        """
+        # SLURM's checkpoint waits for training: here it would say that the rest is to be validated.
+        self._obey_what_all_know(only=signal.SIGTERM)
+        self._leave_validation()
+        self._tell(only=signal.SIGTERM)
+        self._leave_validation()
+
+    def _leave_validation(self) -> None:
+        if not self._trainer.received_sigterm:
+            return
+        # As if its first batch had begun: Lightning then resumes with this validation, as a whole.
+        progress = self._loop.epoch_loop.val_loop.batch_progress
+        total, current = progress.total, progress.current
+        total.completed = total.processed = total.completed - current.completed
+        total.ready = total.started = total.completed + 1
+        current.completed = current.processed = 0
+        current.ready = current.started = 1
+        raise SIGTERMException
 
     def _end_epoch(self) -> None:
         """Ends the epoch as Lightning does, which then looks whether SIGTERM has come."""
@@ -111,26 +136,34 @@ class DeferredSignals(pl.Callback):
         if self._trainer.received_sigterm:
             raise SIGTERMException
 
-    def _tell(self) -> None:
-        """Tells all ranks which signals this one has recorded; a single rank obeys them."""
+    def _tell(self, only: int | None = None) -> None:
+        """Tells all ranks which signals this one has recorded; a single rank obeys them.
+
+        Args:
+            only: the one that a single rank obeys; None for all.
+        """
         noted = torch.tensor([number in self._noted for number in self._numbers], dtype=torch.int)
         if self._group is None:
-            self._obey(noted)
+            self._obey(noted, only)
         else:
             work = dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._under_way = (work, noted)
 
-    def _obey_what_all_know(self) -> None:
-        """Runs the handlers of signals that any rank had recorded when all told of them."""
+    def _obey_what_all_know(self, only: int | None = None) -> None:
+        """Runs the handlers of signals that any rank had recorded when all told of them.
+
+        Args:
+            only: one of them, the others later; None for all.
+        """
         if self._under_way is not None:
             work, noted = self._under_way
             self._under_way = None
             self._wait(work, "the exchange of which signals have come")
-            self._obey(noted)
+            self._obey(noted, only)
 
-    def _obey(self, noted: torch.Tensor) -> None:
+    def _obey(self, noted: torch.Tensor, only: int | None) -> None:
         for number, is_noted in zip(self._numbers, noted.tolist(), strict=True):
-            if is_noted and number in self._handlers:
+            if is_noted and number in self._handlers and only in (None, number):
                 handler = self._handlers.pop(number)
                 if number == signal.SIGTERM:
                     self._watch.beat(Activity.ENDING)

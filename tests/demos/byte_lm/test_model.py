@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from lightning_fastmoe.demos.byte_lm import MoELanguageModel, SampleText, generate
 from lightning_fastmoe.demos.byte_lm.model import _describe
@@ -58,7 +59,10 @@ def test_compiled_blocks_compute_the_same_under_the_same_names(
     assert compiled == list(model.network.blocks), "once each"
     assert model.state_dict().keys() == plain.state_dict().keys()
     tokens = _bytes(2, 8)
+    counters.clear()
     torch.testing.assert_close(model(tokens), plain(tokens))
+    assert counters["stats"]["unique_graphs"] == 1, "all blocks share a graph"
+    assert not counters["graph_break"]
 
 
 def test_forward_before_configure_model_says_what_to_call() -> None:
