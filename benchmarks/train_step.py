@@ -13,9 +13,9 @@ steps after those that are timed, the last of them under torch.profiler, splits 
 names, and lists on stderr the longest kernels and the longest gaps between them. The first losses
 of all rows must agree within 4 %, and the medians of their last eight within 5 %, or the script
 ends with status 1: what doesn't train the same is not compared. With --gpus, each GPU trains
-batches of its own of the same size; times, rates and losses are those of the first. --lr 0 leaves
-routing as it is in the first step, in all rows: it then isn't what makes their times differ. Rows of
-other packages (PEFT, Liger, SonicMoE) run only if named; without its package, a row says so, and
+batches of its own of the same size; times, rates and losses are those of the first. With --lr 0
+routing stays as it is in the first step, in all rows, so that it isn't what makes them differ. Rows
+of other packages (PEFT, Liger, SonicMoE) run only if named; without its package, a row says so, and
 the others are compared. Liger and SonicMoE compile for minutes in the first step: give them --limit
 900.
 

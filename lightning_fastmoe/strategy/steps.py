@@ -78,7 +78,7 @@ class Steps:
         output = step(*args, **kwargs)
         self._groups.end_pass(self._state.layers.values())
         self._watch.batch(activity)
-        if self._signals is not None:
+        if self._signals is not None and activity is Activity.VALIDATING:
             self._signals.after_validation_step()
         return output
 

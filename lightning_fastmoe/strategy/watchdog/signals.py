@@ -120,7 +120,8 @@ class DeferredSignals(pl.Callback):
             return
         # As if its first batch had begun: Lightning then resumes with this validation, as a whole.
         progress = self._loop.epoch_loop.val_loop.batch_progress
-        total, current = progress.total, progress.current
+        total: Any = progress.total
+        current: Any = progress.current
         total.completed = total.processed = total.completed - current.completed
         total.ready = total.started = total.completed + 1
         current.completed = current.processed = 0
