@@ -31,6 +31,7 @@ from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.observers import show_observers
 from lightning_fastmoe.nn.router import Routing
 from lightning_fastmoe.nn.schedule import Back
+from lightning_fastmoe.ops.operator import differentiate, fake_of, operator
 
 NAMESPACE = "lightning_fastmoe_opaque"
 
@@ -173,7 +174,7 @@ def _recording(enabled: bool) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op(f"{NAMESPACE}::routed_experts", mutates_args=(), tags=_TAGS)
+@operator(f"{NAMESPACE}::routed_experts", tags=_TAGS)
 def routed_experts(
     handle: Tensor,
     x: Tensor,
@@ -266,7 +267,7 @@ def _run(
         return y, routing.routed_counts(), _through_graph(y, entered) if entered else None
 
 
-@torch.library.custom_op(f"{NAMESPACE}::routed_experts_backward", mutates_args=(), tags=_TAGS)
+@operator(f"{NAMESPACE}::routed_experts_backward", tags=_TAGS)
 def routed_experts_backward(grad: Tensor, token: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of those tensors of :func:`routed_experts` that were wanted.
 
@@ -289,13 +290,13 @@ def _empty_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-@routed_experts.register_fake
+@fake_of(routed_experts)
 def _(handle: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     counts = x.new_empty(rest[-2], dtype=torch.int64)
     return _empty_like(x), counts, torch.empty(1, dtype=torch.int64, device="cpu")
 
 
-@routed_experts_backward.register_fake
+@fake_of(routed_experts_backward)
 def _(grad: Tensor, token: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [_empty_like(t) for t in like]
 
@@ -322,7 +323,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return None, *(next(found) if needed else None for needed in ctx.wanted), *(None,) * 4
 
 
-routed_experts.register_autograd(_backward, setup_context=_save)
+differentiate(routed_experts, _backward, setup_context=_save)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::observe", mutates_args=("observed",))

@@ -17,11 +17,12 @@ from lightning_fastmoe.nn.attached_loss import is_recomputing
 from lightning_fastmoe.nn.capacity import limit_by_capacity
 from lightning_fastmoe.nn.global_batch import LocalBatch
 from lightning_fastmoe.nn.router import Routing
+from lightning_fastmoe.ops.operator import differentiate, fake_of, operator
 
 NAMESPACE = "lightning_fastmoe_runtime"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scale_for", mutates_args=())
+@operator(f"{NAMESPACE}::scale_for")
 def scale_for(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     """The gradient that an attached loss starts with, at the time when ``grad`` passes through.
 
@@ -34,7 +35,7 @@ def scale_for(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     return factor.detach().reshape(()).to(device=like.device, dtype=like.dtype, copy=True)
 
 
-@scale_for.register_fake
+@fake_of(scale_for)
 def _(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like)
 
@@ -51,7 +52,7 @@ def _(load: Tensor, counts: Tensor) -> None:
     pass
 
 
-@torch.library.custom_op(f"{NAMESPACE}::checked", mutates_args=())
+@operator(f"{NAMESPACE}::checked")
 def checked(weights: Tensor, logits: Tensor) -> Tensor:
     """A copy of ``weights (T, K)``; the experts use it, so a compiler can't drop the check.
 
@@ -68,7 +69,7 @@ def checked(weights: Tensor, logits: Tensor) -> Tensor:
     return weights.clone(memory_format=torch.contiguous_format)
 
 
-@checked.register_fake
+@fake_of(checked)
 def _(weights: Tensor, logits: Tensor) -> Tensor:
     return torch.empty_like(weights, memory_format=torch.contiguous_format)
 
@@ -77,10 +78,10 @@ def _pass_on(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
 
-checked.register_autograd(_pass_on)
+differentiate(checked, _pass_on)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::within_capacity", mutates_args=())
+@operator(f"{NAMESPACE}::within_capacity")
 def within_capacity(
     expert_ids: Tensor, active: Tensor | None, scores: Tensor, factor: float, over: str, by: str
 ) -> Tensor:
@@ -96,7 +97,7 @@ def within_capacity(
     return limited.kept.contiguous()
 
 
-@within_capacity.register_fake
+@fake_of(within_capacity)
 def _(expert_ids: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(expert_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from lightning_fastmoe.ops import choice, kernels
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation, Wanted
 from lightning_fastmoe.ops.native import TRACED_NAMESPACE
+from lightning_fastmoe.ops.operator import differentiate, fake_of, operator
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::expert_layer", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::expert_layer")
 def expert_layer(
     x: Tensor,
     weights: Tensor,
@@ -52,7 +53,7 @@ def expert_layer(
     return out, h.rows
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::expert_layer_backward", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::expert_layer_backward")
 def expert_layer_backward(
     grad: Tensor,
     h: Tensor,
@@ -94,13 +95,13 @@ def _empty_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-@expert_layer.register_fake
+@fake_of(expert_layer)
 def _(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows = weights.shape[0] * weights.shape[1] if rest[-1] else 0
     return _empty_like(x), x.new_empty(rows, up.shape[1])
 
 
-@expert_layer_backward.register_fake
+@fake_of(expert_layer_backward)
 def _(grad: Tensor, h: Tensor, *rest: Any) -> list[Tensor]:
     wanted = rest[-1]
     return [_empty_like(t) for t, needed in zip(rest[:6], wanted, strict=True) if needed]
@@ -124,4 +125,4 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return *(next(found) if needed else None for needed in wanted), *(None,) * 6
 
 
-expert_layer.register_autograd(_backward, setup_context=_save)
+differentiate(expert_layer, _backward, setup_context=_save)

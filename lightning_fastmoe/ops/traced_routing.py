@@ -17,9 +17,10 @@ from torch import Tensor
 from lightning_fastmoe.ops import routing
 from lightning_fastmoe.ops.balancing import are_supported, differentiable_backward
 from lightning_fastmoe.ops.native import TRACED_NAMESPACE, native
+from lightning_fastmoe.ops.operator import differentiate, fake_of, operator
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::score_top_k", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::score_top_k")
 def score_top_k(
     logits: Tensor, bias: Tensor | None, k: int, normalize: bool, sigmoid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def score_top_k(
     return scores, weights, expert_ids.contiguous()
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::score_top_k_backward", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::score_top_k_backward")
 def score_top_k_backward(
     logits: Tensor,
     weights: Tensor,
@@ -53,7 +54,7 @@ def score_top_k_backward(
     return found.contiguous()
 
 
-@score_top_k.register_fake
+@fake_of(score_top_k)
 def _(
     logits: Tensor, bias: Tensor | None, k: int, normalize: bool, sigmoid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +62,7 @@ def _(
     return _empty_like(logits), weights, torch.empty_like(weights, dtype=torch.int64)
 
 
-@score_top_k_backward.register_fake
+@fake_of(score_top_k_backward)
 def _(logits: Tensor, *rest: Any) -> Tensor:
     return _empty_like(logits)
 
@@ -84,10 +85,10 @@ def _scores_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return d_logits, None, None, None, None
 
 
-score_top_k.register_autograd(_scores_backward, setup_context=_save_scores)
+differentiate(score_top_k, _scores_backward, setup_context=_save_scores)
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::order_by_expert", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::order_by_expert")
 def order_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`~lightning_fastmoe.ops.routing.order_by_expert` of ids (N,).
 
@@ -98,14 +99,14 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     return found.order, found.inverse, found.tokens_per_expert, found.offsets
 
 
-@order_by_expert.register_fake
+@fake_of(order_by_expert)
 def _(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.empty_like(expert_ids, dtype=torch.int64)
     counts = order.new_empty(num_experts)
     return order, torch.empty_like(order), counts, torch.empty_like(counts, dtype=torch.int32)
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::balancing_losses", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::balancing_losses")
 def balancing_losses(
     scores: Tensor, logits: Tensor, counts: Tensor, of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ def balancing_losses(
     return torch.stack([*losses, of_balancing * losses[0] + of_z * losses[1]]), share
 
 
-@torch.library.custom_op(f"{TRACED_NAMESPACE}::balancing_losses_backward", mutates_args=())
+@operator(f"{TRACED_NAMESPACE}::balancing_losses_backward")
 def balancing_losses_backward(
     grad: Tensor, logits: Tensor, share: Tensor, of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor]:
@@ -149,12 +150,12 @@ def balancing_losses_backward(
     return d_scores, d_logits if of_z > 0 else logits.new_empty(0, logits.shape[1])
 
 
-@balancing_losses.register_fake
+@fake_of(balancing_losses)
 def _(scores: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return scores.new_empty(3), scores.new_empty(scores.shape[1])
 
 
-@balancing_losses_backward.register_fake
+@fake_of(balancing_losses_backward)
 def _(
     grad: Tensor, logits: Tensor, share: Tensor, of_balancing: float, of_z: float
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,7 @@ def _losses_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     )
 
 
-balancing_losses.register_autograd(_losses_backward, setup_context=_save_losses)
+differentiate(balancing_losses, _losses_backward, setup_context=_save_losses)
 
 
 def _empty_like(t: Tensor) -> Tensor:
