@@ -292,7 +292,9 @@ SOURCES = {
         "self._combined_loader:",
         "self._data_fetcher:",
         "self._data_source =",
+        "trainer._last_val_time =",
     ],
+    "pytorch_lightning.callbacks:ModelCheckpoint.__init__": ["self._last_global_step_saved ="],
     "pytorch_lightning.trainer.trainer": ["def _active_loop("],
     "pytorch_lightning.loops.evaluation_loop:_EvaluationLoop": [
         "self._combined_loader:",

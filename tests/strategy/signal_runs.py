@@ -149,17 +149,16 @@ class Order:
 
 
 class Validated(WithDropout):
-    """Rank 1 gets a signal in one of its validation steps.
+    """Rank 1 gets signals in its validation steps.
 
     Args:
         case: its sizes.
-        number: the signal; None for none.
-        step: counts from 1.
+        signals: by step, which counts from 1.
     """
 
-    def __init__(self, case: Case, number: int | None, step: int = 0) -> None:
+    def __init__(self, case: Case, signals: dict[int, int] | None = None) -> None:
         super().__init__(case, 0.3)
-        self.number, self.step, self.order = number, step, Order()
+        self.signals, self.order = signals or {}, Order()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.order.steps.append("train")
@@ -169,16 +168,17 @@ class Validated(WithDropout):
         rank = dist.get_rank()
         generator = torch.Generator().manual_seed(rank)
         batches = torch.randn(VALIDATION[rank], 2, TOKENS, D_IN, generator=generator)
-        # With a generator of its own: beginning a validation twice must not change training here.
-        return torch.utils.data.DataLoader(batches, batch_size=None, generator=generator)
+        # It draws a number from the global generator, whenever a validation begins.
+        return torch.utils.data.DataLoader(batches, batch_size=None)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.order.steps.append("validate")
         value = self.net["moes"][0](self.net["embed"](batch)).square().mean()
         self.log("mean", value, batch_size=2, sync_dist=True)
         is_here = dist.get_rank() == RANK % dist.get_world_size()
-        if self.number is not None and self.order.steps.count("validate") == self.step and is_here:
-            os.kill(os.getpid(), self.number)
+        number = self.signals.get(self.order.steps.count("validate"))
+        if number is not None and is_here:
+            os.kill(os.getpid(), number)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.order.steps.append("save")
@@ -187,13 +187,16 @@ class Validated(WithDropout):
         self.order.means.append(float(self.trainer.callback_metrics["mean"]))
 
 
-def fit_validated(module: Validated, path: str | None = None, **options: Any) -> tuple[str, Order]:
-    """What ended it, and what it did."""
+def fit_validated(
+    module: Validated, interval: int | None, path: str | None = None, **options: Any
+) -> tuple[str, Order]:
+    """What ended it, and what it did; validates each ``interval`` batches, or each epoch."""
     trainer = make_trainer(
         module.case,
         max_epochs=EPOCHS,
         max_steps=-1,
         limit_val_batches=1.0,
+        val_check_interval=interval,
         num_sanity_val_steps=0,
         **options,
     )
@@ -201,19 +204,28 @@ def fit_validated(module: Validated, path: str | None = None, **options: Any) ->
 
 
 def terminated_in_validation(
-    case: Case, step: int, directory: str
-) -> tuple[tuple[str, Order], tuple[str, Order], tuple[str, Order], bool]:
-    """A run, one that SIGTERM ends, what resumes; whether all weights have the same bits then."""
-    torch.manual_seed(7)
-    whole = Validated(case, None)
-    straight = fit_validated(whole)
-    torch.manual_seed(7)
-    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
+    case: Case, step: int, interval: int | None, saves: bool, directory: str
+) -> tuple[Order, tuple[str, Order], Order, bool]:
+    """A run, one that SIGTERM ends, what resumes; whether all weights have the same bits then.
+
+    Args:
+        case: its sizes.
+        step: of validation in which the signal comes.
+        interval: between validations.
+        saves: whether checkpoints are saved after each step, too.
+        directory: of checkpoints.
+    """
+    pl.seed_everything(7, verbose=False)
+    whole = Validated(case)
+    _, straight = fit_validated(whole, interval)
+    pl.seed_everything(7, verbose=False)
+    every = {"every_n_train_steps": 1} if saves else {"every_n_epochs": 100}
+    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, **every)
     options = {"callbacks": [keep], "enable_checkpointing": True}
-    ended = fit_validated(Validated(case, signal.SIGTERM, step), **options)
-    torch.manual_seed(9)
-    again = Validated(case, None)
-    rest = fit_validated(again, str(Path(directory) / "last.ckpt"))
+    ended = fit_validated(Validated(case, {step: signal.SIGTERM}), interval, **options)
+    pl.seed_everything(9, verbose=False)
+    again = Validated(case)
+    _, rest = fit_validated(again, interval, str(Path(directory) / "last.ckpt"))
     both = zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
     return straight, ended, rest, all(torch.equal(a, b) for a, b in both)
 
@@ -288,12 +300,16 @@ def requeued(case: Case, batch: int, directory: str) -> tuple[int, Run, Run]:
     return len(module.batch_losses), straight, fit(case, 0.3, 9, {}, path)
 
 
-def requeued_in_validation(case: Case, directory: str) -> list[str]:
-    """The steps of a run that gets SLURM's signal in its first validation."""
-    module = Validated(case, signal.SIGUSR1, 2)
+def requeued_in_validation(
+    case: Case, signals: dict[int, int], directory: str
+) -> tuple[list[str], list[str]]:
+    """The steps of a run that gets SLURM's signal in a validation, and of one that resumes."""
+    module, again = Validated(case, signals), Validated(case)
     options = {"plugins": [Slurm(auto_requeue=True)], "default_root_dir": directory}
     with mock.patch.dict(os.environ, SLURM_JOB_ID="1", PATH=directory):
-        return fit_validated(module, **options)[1].steps
+        fit_validated(module, 3, **options)
+    fit_validated(again, 3, str(Path(directory) / "hpc_ckpt_1.ckpt"))
+    return module.order.steps, again.order.steps
 
 
 class Failing(WithDropout):

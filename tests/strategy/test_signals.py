@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from strategy import midway_runs
 from strategy import signal_runs as runs
@@ -49,33 +51,64 @@ def test_no_rank_begins_a_validation_that_others_would_leave(rank_pool):
     assert results == [("SIGTERMException", midway_runs.BATCHES)] * 2
 
 
-TRAIN, VALIDATE = ["train"] * midway_runs.BATCHES, ["validate"] * runs.VALIDATION[0]
+INTERVAL, VALIDATE = 3, ["validate"] * runs.VALIDATION[0]
+PART = ["train"] * INTERVAL + VALIDATE
+WHOLE = (PART * 2 + ["train"]) * midway_runs.EPOCHS
 
 
-@pytest.mark.parametrize(("world", "step"), [(1, 1), (2, 1), (2, 2), (2, 6)])
-def test_a_validation_is_left_and_the_resumed_run_repeats_it(rank_pool, tmp_path, world, step):
-    """Not its rest alone, whose mean would be another."""
-    case = case_of(world, 2)
-    results = rank_pool.run(runs.terminated_in_validation, world, case, step, str(tmp_path))
+@pytest.mark.parametrize(
+    ("world", "step", "saves"), [(1, 1, True), (2, 1, False), (2, 2, True), (2, 6, False)]
+)
+def test_a_validation_is_left_and_the_resumed_run_repeats_it(
+    rank_pool, tmp_path, world, step, saves
+):
+    """Not its rest alone, whose mean would be another; and no other random numbers are drawn."""
+    arguments = case_of(world, 2), step, INTERVAL, saves, str(tmp_path)
+    results = rank_pool.run(runs.terminated_in_validation, world, *arguments)
     for straight, ended, rest, is_same in results:
-        assert straight[1].steps == (TRAIN + VALIDATE) * midway_runs.EPOCHS
-        done = step + (world > 1)
+        assert straight.steps == WHOLE
         is_second = step > len(VALIDATE)
-        before = (TRAIN + VALIDATE) * is_second + TRAIN
-        left = done - len(VALIDATE) * is_second
+        begin = len(PART) * is_second + INTERVAL
+        left = step + (world > 1) - len(VALIDATE) * is_second
         assert ended[0] == "SIGTERMException"
-        assert ended[1].steps == [*before, *["validate"] * left, "save", "save"], "best and last"
-        assert rest[0] == "nothing"
-        assert rest[1].steps == straight[1].steps[len(before) :]
-        assert rest[1].means == straight[1].means[is_second:]
+        assert without_saves(ended[1].steps) == [*WHOLE[:begin], *["validate"] * left]
+        assert rest.steps == WHOLE[begin:]
+        assert rest.means == straight.means[is_second:]
         assert is_same
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_validation_that_ends_an_epoch_is_finished(rank_pool, tmp_path, world):
+    """The run that resumes has no batch of that epoch to log what callbacks may monitor."""
+    arguments = case_of(world, 2), 1, None, False, str(tmp_path)
+    results = rank_pool.run(runs.terminated_in_validation, world, *arguments)
+    epoch = ["train"] * midway_runs.BATCHES + VALIDATE
+    for straight, ended, rest, is_same in results:
+        assert ended[0] == "SIGTERMException"
+        assert without_saves(ended[1].steps) == epoch
+        assert rest.steps == epoch * (midway_runs.EPOCHS - 1)
+        assert ended[1].means + rest.means == straight.means
+        assert is_same
+
+
+def without_saves(steps: list[str]) -> list[str]:
+    return [step for step in steps if step != "save"]
+
+
 def test_slurm_does_not_save_in_the_middle_of_a_validation(rank_pool, tmp_path):
-    for steps in rank_pool.run(runs.requeued_in_validation, 2, case_of(2, 2), str(tmp_path)):
+    arguments = case_of(2, 2), {2: signal.SIGUSR1}, str(tmp_path)
+    for steps, again in rank_pool.run(runs.requeued_in_validation, 2, *arguments):
         at = steps.index("save")
-        assert steps[:at] == [*TRAIN, *VALIDATE]
-        assert [step for step in steps if step != "save"] == (TRAIN + VALIDATE) * midway_runs.EPOCHS
+        assert steps[:at] == [*PART, "train"]
+        assert without_saves(steps) == WHOLE
+        assert again == WHOLE[at:]
+
+
+def test_slurm_requeues_a_run_that_leaves_a_validation(rank_pool, tmp_path):
+    arguments = case_of(2, 2), {1: signal.SIGUSR1, 2: signal.SIGTERM}, str(tmp_path)
+    for steps, again in rank_pool.run(runs.requeued_in_validation, 2, *arguments):
+        assert steps == [*WHOLE[: INTERVAL + 3], "save"]
+        assert again == WHOLE[INTERVAL:]
 
 
 def test_a_run_that_was_ended_after_its_last_step_resumes_with_nothing_to_do(rank_pool, tmp_path):

@@ -15,12 +15,15 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_fastmoe.strategy.watchdog.validations import Validations
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 
 _BROADCAST = "_broadcast_sigterm_tensor"
 """Lightning's method that asks rank 0 before each batch."""
 _END_OF_EPOCH = "on_advance_end"
 """The method of Lightning's loop over epochs that ends one."""
+_LAST = 0
+"""Told with the signals: the validation that is under way is not to be left."""
 
 
 class DeferredSignals(pl.Callback):
@@ -31,9 +34,9 @@ class DeferredSignals(pl.Callback):
     step. Here a signal is only recorded. After each batch the ranks start an asynchronous
     all-reduce of what they recorded, and after the next batch, if any rank got a signal, all run
     the handlers. (A single rank runs them right after the batch.) A validation that would follow
-    does not begin, and SIGTERM ends one between its batches; the run that resumes validates first.
-    At the end of each epoch, after its validation and the callbacks that save, they wait for each
-    other, since no further batch may follow. If neither comes, the watch ends the process.
+    does not begin, and SIGTERM ends one between its batches unless it ends the epoch. At the end of
+    each epoch, after its validation and the callbacks that save, they wait for each other, since no
+    further batch may follow. If neither comes, the watch ends the process.
 
     Created by the strategy on all ranks together when training starts.
 
@@ -50,10 +53,11 @@ class DeferredSignals(pl.Callback):
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._noted: set[int] = set()
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self._under_way: tuple[Any, torch.Tensor] | None = None
+        self._under_way: tuple[Any, torch.Tensor] | None = None  # without work on a single rank
         # Before each batch Lightning broadcasts whether rank 0 got SIGTERM, and the host waits for
         # the device to find out. Here all ranks know it already, at the same batch.
         self._loop = trainer.fit_loop
+        self._validations = Validations(trainer)
         self._loop.epoch_loop.__dict__[_BROADCAST] = _do_nothing
         self._loop.__dict__[_END_OF_EPOCH] = self._end_epoch
         # The same on all ranks, with or without a handler here.
@@ -82,6 +86,7 @@ class DeferredSignals(pl.Callback):
             self._callbacks.remove(self)
         self._loop.epoch_loop.__dict__.pop(_BROADCAST, None)
         self._loop.__dict__.pop(_END_OF_EPOCH, None)
+        self._validations.detach()
         if self._group is not None and self._under_way is None:
             # Otherwise an error came in between, and the other ranks may never join the all-reduce.
             dist.destroy_process_group(self._group)
@@ -92,16 +97,20 @@ class DeferredSignals(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._obey_what_all_know()
-        if not trainer.received_sigterm:  # else no batch follows, in which all could learn more
-            self._tell()  # done by the end of the next batch, so no rank waits for it
+        self._obey(self._known())
+        if trainer.received_sigterm:
+            return  # no batch follows, in which all could learn more
+        self._tell()  # done by the end of the next batch, so no rank waits for it
+        if self._group is None:
+            self._obey(self._known())
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begins none: Lightning leaves it after a batch, but not on a rank that has only one."""
-        # Lightning goes on counting from where a validation was left, see below.
-        self._loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
-        self._leave_validation()
+        if trainer.received_sigterm:
+            if self._validations.can_be_left:
+                self._validations.leave()
+            raise SIGTERMException
 
     def after_validation_step(self) -> None:
         """Leaves a validation of a training after SIGTERM; all ranks take as many steps of it.
@@ -109,62 +118,50 @@ class DeferredSignals(pl.Callback):
         Raises:
             SIGTERMException: on all ranks after the same step.
         """
-        # SLURM's checkpoint waits for training: here it would say that the rest is to be validated.
-        self._obey_what_all_know(only=signal.SIGTERM)
-        self._leave_validation()
-        self._tell(only=signal.SIGTERM)
-        self._leave_validation()
+        self._leave_validation(self._known())
+        self._tell()
+        if self._group is None:
+            self._leave_validation(self._known())
 
-    def _leave_validation(self) -> None:
-        if not self._trainer.received_sigterm:
-            return
-        # As if its first batch had begun: Lightning then resumes with this validation, as a whole.
-        progress = self._loop.epoch_loop.val_loop.batch_progress
-        total: Any = progress.total
-        current: Any = progress.current
-        total.completed = total.processed = total.completed - current.completed
-        total.ready = total.started = total.completed + 1
-        current.completed = current.processed = 0
-        current.ready = current.started = 1
-        raise SIGTERMException
+    def _leave_validation(self, known: list[int]) -> None:
+        if signal.SIGTERM in known and _LAST not in known:
+            self._validations.leave()
+            self._obey(known)  # a checkpoint for SLURM as well, now that it says what is to be done
+            raise SIGTERMException
 
     def _end_epoch(self) -> None:
         """Ends the epoch as Lightning does, which then looks whether SIGTERM has come."""
         type(self._loop).on_advance_end(self._loop)
-        self._obey_what_all_know()
+        self._obey(self._known())
         self._tell()
-        self._obey_what_all_know()
+        self._obey(self._known())
         if self._trainer.received_sigterm:
             raise SIGTERMException
 
-    def _tell(self, only: int | None = None) -> None:
-        """Tells all ranks which signals this one has recorded; a single rank obeys them.
+    def _tell(self) -> None:
+        """Tells all ranks which signals this one has recorded."""
+        noted = {*self._noted, *([] if self._validations.can_be_left else [_LAST])}
+        flags = torch.tensor([n in noted for n in (*self._numbers, _LAST)], dtype=torch.int)
+        work = None
+        if self._group is not None:
+            work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._under_way = (work, flags)
 
-        Args:
-            only: the one that a single rank obeys; None for all.
-        """
-        noted = torch.tensor([number in self._noted for number in self._numbers], dtype=torch.int)
-        if self._group is None:
-            self._obey(noted, only)
-        else:
-            work = dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group, async_op=True)
-            self._under_way = (work, noted)
-
-    def _obey_what_all_know(self, only: int | None = None) -> None:
-        """Runs the handlers of signals that any rank had recorded when all told of them.
-
-        Args:
-            only: one of them, the others later; None for all.
-        """
-        if self._under_way is not None:
-            work, noted = self._under_way
-            self._under_way = None
+    def _known(self) -> list[int]:
+        """What any rank had recorded when all told of it; nothing if that was asked before."""
+        if self._under_way is None:
+            return []
+        work, flags = self._under_way
+        self._under_way = None
+        if work is not None:
             self._wait(work, "the exchange of which signals have come")
-            self._obey(noted, only)
+        numbers = (*self._numbers, _LAST)
+        return [n for n, is_noted in zip(numbers, flags.tolist(), strict=True) if is_noted]
 
-    def _obey(self, noted: torch.Tensor, only: int | None) -> None:
-        for number, is_noted in zip(self._numbers, noted.tolist(), strict=True):
-            if is_noted and number in self._handlers and only in (None, number):
+    def _obey(self, known: list[int]) -> None:
+        """Runs the handlers of signals."""
+        for number in known:
+            if number in self._handlers:
                 handler = self._handlers.pop(number)
                 if number == signal.SIGTERM:
                     self._watch.beat(Activity.ENDING)
