@@ -267,6 +267,8 @@ SOURCES = {
         "self._use_buffers = use_buffers",
         "self._kwargs = kwargs",
         "self._device",
+        "self._latest_update_step =",
+        "self._latest_update_epoch =",
     ],
     # Lightning divides the loss, so the engine must not.
     "pytorch_lightning.loops.optimization.automatic:_AutomaticOptimization._training_step": [

@@ -78,7 +78,11 @@ class RouterBiasBalancing(pl.Callback):
     ) -> None:
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            self.move()
+            engine = getattr(trainer.strategy, "deepspeed_engine", None)
+            if getattr(engine, "has_dropped_step", False):
+                self._forget()
+            else:
+                self.move()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -99,6 +103,11 @@ class RouterBiasBalancing(pl.Callback):
             assert router.balance_bias is not None
             error = load.double().mean() - load.double()
             router.balance_bias += self.rate * torch.sign(error).to(router.balance_bias.dtype)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops the loads since the last update: of a step, or of one that was not taken."""
+        for router in self._routers:
             _load(router).zero_()
 
 

@@ -27,7 +27,9 @@ from lightning_fastmoe.zero.averages import Averages
 from lightning_fastmoe.zero.state import ZeroShard, ZeroState
 
 _SWAP, _COPY = "_swap_models", "_copy_average_to_current"
-_REPLACED = ("setup", _SWAP, _COPY, "on_save_checkpoint", "on_load_checkpoint")
+_HANDLED = ("setup", _SWAP, _COPY, "on_save_checkpoint", "on_load_checkpoint")
+"""The callback's methods that handle whole models."""
+_AFTER_STEPS = "on_train_batch_end"
 _STATE = "averaging_state"
 
 
@@ -116,8 +118,10 @@ class AveragedRun:
     def __init__(self, callback: WeightAveraging) -> None:
         self._callback = callback
         self._forget()  # an earlier run may have ended without a teardown
+        # Of an earlier run, too; what a checkpoint says comes later.
+        callback._latest_update_step, callback._latest_update_epoch = 0, -1
         kind = type(callback)
-        own = [name for name in _REPLACED if getattr(kind, name) != getattr(WeightAveraging, name)]
+        own = [name for name in _HANDLED if getattr(kind, name) != getattr(WeightAveraging, name)]
         if own:
             raise ConfigError(
                 f"{kind.__name__} overrides {own[0]}() of WeightAveraging, which would never be"
@@ -135,6 +139,7 @@ class AveragedRun:
             _COPY: self._copy,
             "on_save_checkpoint": self._on_save,
             "on_load_checkpoint": self._on_load,
+            _AFTER_STEPS: self._on_train_batch_end,
         }
         vars(callback).update(replacements)
 
@@ -165,7 +170,7 @@ class AveragedRun:
         return model.averages() if isinstance(model, ShardedAverage) else None
 
     def _forget(self) -> None:
-        for name in _REPLACED:
+        for name in (*_HANDLED, _AFTER_STEPS):
             vars(self._callback).pop(name, None)
 
     @property
@@ -183,6 +188,13 @@ class AveragedRun:
     def _copy(self, _: pl.LightningModule) -> None:
         with self._model.writing() as shard:
             WeightAveraging._copy_average_to_current(self._callback, shard)  # type: ignore[arg-type]
+
+    def _on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        """Leaves a dropped step out, which the Trainer counts."""
+        if trainer.strategy.deepspeed_engine.has_dropped_step:
+            self._callback._latest_update_step = trainer.global_step
+        kind = type(self._callback)
+        kind.on_train_batch_end(self._callback, trainer, *arguments)
 
     def _on_save(self, *arguments: Any) -> None:
         """The weights themselves are written by each rank: see ``zero/averages.py``."""

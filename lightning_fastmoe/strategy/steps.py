@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
+from lightning_fastmoe.strategy.clipping import Clipping
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
 from lightning_fastmoe.strategy.loaders.uneven import UnevenData
@@ -52,6 +53,7 @@ class Steps:
         self._strategy, self._state, self._groups = strategy, state, groups
         self._watch, self._uneven, self._waits = watch, uneven, waits
         self._signals: DeferredSignals | None = None  # while training
+        self._clipping = Clipping(strategy)
 
     def train(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a training step; returns its output."""
@@ -87,13 +89,16 @@ class Steps:
         module = self._strategy.lightning_module
         assert module is not None
         unwrap_compiled(module)  # a user's hook may have compiled modules since set-up
+        end_clipping = self._clipping.begin()
         self._signals = DeferredSignals(module.trainer, self._watch, self._waits.for_work)
-        return self._end_training
 
-    def _end_training(self) -> None:
-        signals, self._signals = self._signals, None
-        if signals is not None:
-            signals.detach()
+        def end() -> None:
+            end_clipping()
+            signals, self._signals = self._signals, None
+            if signals is not None:
+                signals.detach()
+
+        return end
 
     def begin_evaluation(self, activity: Activity) -> None:
         """Called before the first batch of validation, testing or prediction."""

@@ -84,7 +84,10 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         edits: applies the user's edits of parameters; None without an optimizer.
         mid_accumulation: whether gradients of an unfinished accumulation are pending.
         has_accumulated: whether earlier micro-batches of the step have left gradients.
+        next_clip: the norm that the next step clips by, 0 for none; None leaves the config's.
     """
+
+    next_clip: float | None = None
 
     def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
         self.expert_state = expert_state
@@ -110,6 +113,11 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if user is not None:
             optimized = [p for group in user.optimizer.param_groups for p in group["params"]]
             self.edits = WeightEdits(self, optimized)
+
+    @property
+    def has_dropped_step(self) -> bool:
+        """Whether the latest step was dropped, of which the Trainer counts one nonetheless."""
+        return bool(getattr(self.optimizer, "overflow", False))
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
@@ -207,7 +215,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if verdict.samples_differ:
             self.take_over_edits()
         self._collect_gradients()
-        with self._overflowing_step() if verdict.bad else nullcontext():
+        with self._overflowing_step() if verdict.bad else nullcontext(), self._clipping():
             super()._take_model_step(lr_kwargs)
         self._drop_gradients()
         if state.user_groups is not None:
@@ -216,6 +224,19 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             self.edits.remember()
         if state.user_groups is not None and not getattr(zero, "overflow", False):
             state.user_groups.call_hooks(after=True)
+
+    @contextmanager
+    def _clipping(self) -> Iterator[None]:
+        """Inside, the ZeRO optimizer clips by :attr:`next_clip`."""
+        clip, self.next_clip = self.next_clip, None
+        optimizer = self.optimizer
+        configured = optimizer.clip_grad
+        if clip is not None:
+            optimizer.clip_grad = clip
+        try:
+            yield
+        finally:
+            optimizer.clip_grad = configured
 
     def _collect_gradients(self) -> None:
         """Sends all gradients to ZeRO 3's host optimizer, not only the last micro-batch's."""

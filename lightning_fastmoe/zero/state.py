@@ -238,9 +238,9 @@ class ZeroState:
         return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
 
     def load_scaler(self, saved: dict[str, float]) -> None:
-        """Restores :meth:`scaler`; a scaler of another precision keeps its own state."""
+        """Restores :meth:`scaler`; one of another precision, or a constant, keeps its own state."""
         scaler = self.zero.loss_scaler
-        if saved.keys() == self.scaler().keys():
+        if scaler.dynamic and saved.keys() == self.scaler().keys():
             for name, value in saved.items():
                 setattr(scaler, name, value)
 

@@ -7,11 +7,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from strategy.models import Case, Net, RankBatches, make_batches, make_optimizer
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from strategy.models import (
+    D_FFN,
+    D_MODEL,
+    Case,
+    Net,
+    RankBatches,
+    make_batches,
+    make_optimizer,
+)
 from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_fastmoe import MoE, RouterBiasBalancing
 from lightning_fastmoe.errors import NonFiniteError
 
 
@@ -41,6 +51,43 @@ class Bad(Net):
         if self.left_out is not None:
             batches = torch.cat([batches[: self.left_out], batches[self.left_out + 1 :]])
         return DataLoader(RankBatches(batches.flatten(0, 1)), batch_size=None)
+
+
+class Biased(Bad):
+    """With a router whose bias is moved after each step."""
+
+    def __init__(self, case: Case, bad_step: int | None, left_out: int | None) -> None:
+        super().__init__(case, bad_step, 0, left_out)
+        layer = MoE(D_MODEL, D_FFN, 8, 2, router="sigmoid", load_balancing=0.0)
+        assert self.net is not None
+        self.net["moes"] = torch.nn.ModuleList([layer])
+        self.at_the_end: dict[str, Tensor] = {}
+
+    def on_train_end(self) -> None:
+        bias = self.net["moes"][0].router.balance_bias.clone()
+        self.at_the_end = {**whole_weights(self.net), "bias": bias}
+
+
+def moved(case: Case, bad: int | None, left_out: int | None, averaged: bool) -> dict[str, Tensor]:
+    """Weights and the router's bias at the end, or their averages."""
+    pl.seed_everything(7, verbose=False)
+    module = Biased(case, bad, left_out)
+    callbacks = [RouterBiasBalancing(0.05)]
+    if averaged:
+        callbacks.append(EMAWeightAveraging(decay=0.6))
+    make_trainer(case, callbacks=callbacks, max_steps=-1, max_epochs=1).fit(module)
+    return module.at_the_end
+
+
+def moved_twice(case: Case) -> list[dict[str, Tensor]]:
+    """The averages of two trainings that have one callback."""
+    average, found = EMAWeightAveraging(decay=0.6), []
+    for _ in range(2):
+        pl.seed_everything(7, verbose=False)
+        module = Biased(case, None, None)
+        make_trainer(case, callbacks=[average], max_steps=-1, max_epochs=1).fit(module)
+        found.append(module.at_the_end)
+    return found
 
 
 @dataclass

@@ -62,6 +62,23 @@ def test_a_bad_last_micro_batch_skips_the_step_too(rank_pool):
         assert_equal(result.at_the_end, twin.at_the_end)
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("bad", [1, 3])
+def test_a_skipped_step_moves_no_router_bias_and_no_average(rank_pool, bad, averaged):
+    """Of the last step the weights don't tell."""
+    skipped = rank_pool.run(runs.moved, 2, policy("skip"), bad, None, averaged)
+    expected = rank_pool.run(runs.moved, 2, policy("skip"), None, bad, averaged)
+    for found, twin in zip(skipped, expected, strict=True):
+        assert twin["bias"].abs().sum() > 0
+        assert_equal(found, twin)
+
+
+def test_an_average_is_that_of_its_own_training(rank_pool):
+    """Lightning's callback remembers the last step of the one before."""
+    for first, second in rank_pool.run(runs.moved_twice, 2, CASE):
+        assert_equal(second, first)
+
+
 def test_the_first_step_can_be_skipped(rank_pool):
     case = policy("skip")
     skipped = rank_pool.run(runs.fit, 2, case, 0)
