@@ -74,7 +74,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuses Trainer options that can't work correctly here.
 
     Raises:
-        ConfigError: for gradient clipping by value or by hand, and fp16 on the CPU.
+        ConfigError: for gradient clipping by value or by hand, fp16 on the CPU, and a DeepSpeed
+            config of another precision.
         ForeignObjectError: for callbacks, loggers and data modules of the ``lightning`` package.
     """
     parts: Any = trainer  # its attributes are set by connectors, which mypy does not see
@@ -97,6 +98,21 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"precision={plugin.precision!r} is not supported on the CPU. Use '32-true',"
             " 'bf16-mixed' or 'bf16-true'."
         )
+    if isinstance(plugin, DeepSpeedPrecision):
+        _check_precision(plugin.precision, trainer.strategy.config)  # type: ignore[attr-defined]
+
+
+def _check_precision(precision: str, config: Mapping[str, Any]) -> None:
+    """Refuses a DeepSpeed config that would train in another precision than the Trainer's."""
+    for key, prefix in (("bf16", "bf16"), ("fp16", "16")):
+        enabled = (config.get(key) or {}).get("enabled")
+        if isinstance(enabled, bool) and enabled != precision.startswith(prefix):
+            raise ConfigError(
+                f"The DeepSpeed config sets {key}.enabled to {enabled}, and the Trainer"
+                f" precision={precision!r}. Drop it from the config: the Trainer's decides. (A"
+                " strategy that has been used keeps the precision of its first Trainer: make a new"
+                " one.)"
+            )
 
 
 def check_links(trainer: pl.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -34,8 +35,12 @@ from lightning_fastmoe.zero.trained_experts import merge_trained
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
-
 _NOT_STATE = ("state_dict", "optimizer_states")
+_EVALUATED = (
+    "This checkpoint has weights alone, in the precision that they were evaluated in: after"
+    " Trainer.validate, test or predict there is no optimizer any more, and no fp32 weights where"
+    " training was in mixed precision. Save it before, or use a checkpoint of the training."
+)
 
 
 def take_snapshot(
@@ -116,6 +121,8 @@ def take_snapshot(
             }
             snapshot.small |= pack_state(state)
             warn_of_objects(snapshot.small)
+            if client_state.get("optimizer_states") and not zero.trains:
+                warnings.warn(_EVALUATED, stacklevel=2)
             snapshot.manifest = Manifest(
                 written_by=f"lightning_fastmoe {_version()}",
                 contents=("weights", "optimizer") if with_optimizer else ("weights",),

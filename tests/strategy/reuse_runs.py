@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,25 @@ def save_after_validating(case: Case, folder: str) -> tuple[float, float]:
     other = Validating(case)
     make_trainer(case).validate(other, ckpt_path=Path(folder) / "checkpoint", verbose=False)
     return before, sum(other.batch_losses)
+
+
+def warnings_of_saving(case: Case, folder: str) -> list[list[str]]:
+    """What saving says: after a fit, after an evaluation that follows it, and after one alone."""
+    trained, evaluated = Validating(case), Validating(case)
+    trainer, other = make_trainer(case), make_trainer(case)
+    uses = [
+        lambda: (trainer, trainer.fit(trained)),
+        lambda: (trainer, trainer.validate(trained, verbose=False)),
+        lambda: (other, other.validate(evaluated, verbose=False)),
+    ]
+    found = []
+    for number, use in enumerate(uses):
+        saver, _ = use()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            saver.save_checkpoint(Path(folder) / str(number))
+        found.append([str(one.message) for one in said if "weights alone" in str(one.message)])
+    return found
 
 
 class Swapped(Net):

@@ -1,14 +1,17 @@
-"""What the strategy says about an optimizer that it accepts."""
+"""What the strategy says about an optimizer that it accepts, and a config that it doesn't."""
 
 from __future__ import annotations
 
 import logging
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn, optim
 
-from lightning_fastmoe.strategy.checks import advise_fused
+from lightning_fastmoe import FastMoEStrategy
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.strategy.checks import advise_fused, check_trainer
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -41,3 +44,29 @@ def test_a_fused_optimizer_is_advised_where_there_is_one(optimizer, device, advi
         advise_fused(made, device)
     said = [record.getMessage() for record in caplog.records]
     assert [f"{type(made).__name__}(fused=True)" in text for text in said] == [True] * advised
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "refused"),
+    [
+        ({"bf16": {"enabled": True}}, "32-true", "bf16.enabled to True"),
+        ({"bf16": {"enabled": False}}, "bf16-mixed", "bf16.enabled to False"),
+        ({"fp16": {"enabled": True}}, "bf16-true", "fp16.enabled to True"),
+        ({"bf16": {"enabled": True}}, "bf16-mixed", None),
+        ({"bf16": {"enabled": True, "check_grad_overflow": True}}, "bf16-true", None),
+        ({"bf16": {}, "fp16": {"enabled": False}}, "32-true", None),
+        ({}, "bf16-mixed", None),
+    ],
+)
+def test_a_config_of_another_precision_is_refused(config, precision, refused):
+    """DeepSpeed would train in the config's."""
+    strategy = FastMoEStrategy(config={"zero_optimization": {"stage": 2}, **config})
+    options = {"logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, strategy=strategy, precision=precision, **options
+    )
+    if refused is None:
+        check_trainer(trainer, pl.LightningModule())
+        return
+    with pytest.raises(ConfigError, match=f"{refused}.*precision='{precision}'"):
+        check_trainer(trainer, pl.LightningModule())

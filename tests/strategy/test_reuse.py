@@ -15,6 +15,7 @@ from strategy.reuse_runs import (
     one_rank_reference,
     resume_with_another_order,
     save_after_validating,
+    warnings_of_saving,
 )
 
 from lightning_fastmoe.checkpoint import CheckpointReader
@@ -64,6 +65,15 @@ def test_saving_after_validating(stage: int, tmp_path: Path, rank_pool) -> None:
     for before, after in rank_pool.run(save_after_validating, 2, case, str(tmp_path)):
         assert before > 0
         assert after == before
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_training_that_was_evaluated_is_not_saved_unnoticed(stage, tmp_path, rank_pool) -> None:
+    """Its optimizer is gone, and in mixed precision its fp32 weights."""
+    case = replace(CASE, stage=stage, precision="bf16-mixed")
+    first, second = rank_pool.run(warnings_of_saving, 2, case, str(tmp_path))
+    assert list(map(len, first)) == [0, 1, 0]
+    assert second == [[], [], []], "rank 0 says it for all"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
