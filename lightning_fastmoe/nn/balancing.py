@@ -24,7 +24,7 @@ _REENTRANT = (
 _COMPILED = (
     "ran inside the graph of torch.compile(..., fullgraph=True), so its terms can't be added by"
     " hand. Leave them out of the loss: they are added automatically. Or compile without"
-    " fullgraph=True and trace_layers()."
+    " fullgraph=True and trace_layers(), which MoECausalLM and the demos call if they compile."
 )
 
 

@@ -179,6 +179,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         state = self.expert_state
         self._awaits_step = self.mid_accumulation = False
+        clip, self.next_clip = self.next_clip, None  # of this step, also if it isn't taken
         if state.user_groups is not None:
             state.user_groups.call_hooks(after=False)
         zero = self.optimizer
@@ -215,7 +216,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if verdict.samples_differ:
             self.take_over_edits()
         self._collect_gradients()
-        with self._overflowing_step() if verdict.bad else nullcontext(), self._clipping():
+        with self._overflowing_step() if verdict.bad else nullcontext(), self._clipping(clip):
             super()._take_model_step(lr_kwargs)
         self._drop_gradients()
         if state.user_groups is not None:
@@ -226,9 +227,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             state.user_groups.call_hooks(after=True)
 
     @contextmanager
-    def _clipping(self) -> Iterator[None]:
-        """Inside, the ZeRO optimizer clips by :attr:`next_clip`."""
-        clip, self.next_clip = self.next_clip, None
+    def _clipping(self, clip: float | None) -> Iterator[None]:
+        """Inside, the ZeRO optimizer clips by this norm; None leaves the config's."""
         optimizer = self.optimizer
         configured = optimizer.clip_grad
         if clip is not None:
