@@ -7,8 +7,7 @@ padding nor packing runs as if it had none of the keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,28 +36,30 @@ class Layout:
             padding.
         crossing: whether a row has tokens before a sequence that the sequence must not see, so
             that causal attention alone is not enough.
+        attention_mask: (batch, 1, seq_len, seq_len) bool, True where a query sees a key; None if
+            ``crossing`` is False: attention is causal, and only padding sees padding on the right.
+        real_sequence_ids: (N,) int64, the sequences of the non-padding tokens.
     """
 
     sequence_ids: Tensor
     positions: Tensor
     real: Tensor | None
     crossing: bool
+    # Computed here rather than when first read: dynamo breaks the graph of a layer that computes
+    # a cached property, and every layer reads both.
+    attention_mask: Tensor | None = field(init=False)
+    real_sequence_ids: Tensor = field(init=False)
+    _parts: dict[tuple[int, int], Layout] = field(init=False, default_factory=dict, repr=False)
 
-    @cached_property
-    def attention_mask(self) -> Tensor | None:
-        """(batch, 1, seq_len, seq_len) bool, True where a query sees a key; None if causal."""
-        if not self.crossing:
-            # Only padding sees padding on the right.
-            return None
-        ids = self.sequence_ids
-        # Padding sees padding, because a softmax over no keys would be NaN.
-        return (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
-
-    @cached_property
-    def real_sequence_ids(self) -> Tensor:
-        """(N,) ids of the sequences of the non-padding tokens."""
-        ids = self.sequence_ids.flatten()
-        return ids if self.real is None else ids.index_select(0, self.real)
+    def __post_init__(self) -> None:
+        ids, mask = self.sequence_ids, None
+        if self.crossing:
+            # Padding sees padding, because a softmax over no keys would be NaN.
+            mask = (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
+        object.__setattr__(self, "attention_mask", mask)
+        ids = ids.flatten()
+        present = ids if self.real is None else ids.index_select(0, self.real)
+        object.__setattr__(self, "real_sequence_ids", present)
 
     def rows(self, start: int, stop: int) -> Layout:
         """The sequences of rows ``start`` to ``stop``; all layers of a pass share it."""
@@ -69,10 +70,6 @@ class Layout:
             found = Layout(ids, self.positions[start:stop], real, self.crossing)
             self._parts[start, stop] = found
         return found
-
-    @cached_property
-    def _parts(self) -> dict[tuple[int, int], Layout]:
-        return {}
 
 
 @dataclass(frozen=True)

@@ -418,5 +418,6 @@ def test_compiled_blocks_are_traced_once_for_packed_windows(
         model.configure_model()
         batches = [read_batch(batch) for batch in islice(data.train_dataloader(), 3)]
         losses.append([float(model._loss(batch).detach()) for batch in batches])
-        assert (0 < len(graphs) <= 4) is compiled, len(graphs)
+        # One graph of a whole block, for both.
+        assert len(graphs) == compiled
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
