@@ -179,10 +179,11 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         state = self.expert_state
         self._awaits_step = self.mid_accumulation = False
-        clip, self.next_clip = self.next_clip, None  # of this step, also if it isn't taken
+        zero = self.optimizer
+        clip = zero.clip_grad if self.next_clip is None else self.next_clip
+        self.next_clip = None  # also if this step isn't taken
         if state.user_groups is not None:
             state.user_groups.call_hooks(after=False)
-        zero = self.optimizer
         reads_once = isinstance(zero, ZeroOptimizer) and zero.updates_at_once
         refusal: FastMoEError | None = None
         try:
@@ -191,11 +192,11 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         except FastMoEError as error:
             refusal = error
         norm = zero.gradient_norm() if reads_once else None
-        verdict = self._judge(refusal is not None, norm)
+        verdict = self._judge(refusal is not None, norm, clip)
         is_refused = verdict.is_refused
         if verdict.options_differ and not is_refused:
             assert self._shared_options is not None
-            refusal = self._shared_options.complaint()
+            refusal = self._shared_options.complaint(clip)
             is_refused = refusal is not None
         if norm is not None and (is_refused or (verdict.bad and state.nonfinite == "raise")):
             zero.forget_norm()
@@ -227,12 +228,10 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             state.user_groups.call_hooks(after=True)
 
     @contextmanager
-    def _clipping(self, clip: float | None) -> Iterator[None]:
-        """Inside, the ZeRO optimizer clips by this norm; None leaves the config's."""
+    def _clipping(self, clip: float) -> Iterator[None]:
+        """Inside, the ZeRO optimizer clips by this norm."""
         optimizer = self.optimizer
-        configured = optimizer.clip_grad
-        if clip is not None:
-            optimizer.clip_grad = clip
+        configured, optimizer.clip_grad = optimizer.clip_grad, clip
         try:
             yield
         finally:
@@ -274,12 +273,13 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.edits is not None:
             _refuse(self.edits.settle(samples))
 
-    def _judge(self, refused: bool, norm: Tensor | None) -> _Verdict:
+    def _judge(self, refused: bool, norm: Tensor | None, clip: float) -> _Verdict:
         """What the device and the other ranks know about the next step; waits for the device once.
 
         Args:
             refused: whether this rank refuses the step.
             norm: of the gradients; None where the optimizer finds out by itself.
+            clip: the norm that the step clips by.
         """
         state = self.expert_state
         shared = self._shared_options
@@ -293,7 +293,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         flags = [~torch.stack(values).isfinite()] if values else []
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
-        digest = 0 if shared is None or refused or not meets else shared.digest()
+        digest = 0 if shared is None or refused or not meets else shared.digest(clip)
         own = [int(refused), digest, -digest]
         flags.extend(torch.full((1,), x, dtype=torch.int32, device=self.device) for x in own)
         everyone = torch.cat(flags)
@@ -349,7 +349,8 @@ class _Verdict:
         is_refused: whether a rank refuses the step.
         is_norm_finite: whether the norm of the gradients is finite; identical on all ranks.
         samples_differ: whether weights were edited without a trace on the host, on any rank.
-        options_differ: whether the optimizer has different options on some rank; identical on all.
+        options_differ: whether some rank has other options of the optimizer, or clips by another
+            norm; identical on all.
     """
 
     bad: list[str]

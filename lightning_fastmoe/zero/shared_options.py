@@ -1,4 +1,4 @@
-"""The optimizer's options that must be identical on all ranks: learning rate, weight decay, ...
+"""What a step must do identically on all ranks: learning rate, weight decay, norm to clip by, ...
 
 ZeRO has each rank update its part of the weights with its own optimizer. With other options on one
 rank, such as the learning rate of a scheduler that follows a metric of its own, training goes on,
@@ -38,12 +38,15 @@ class SharedOptions:
             not all(map(is_tagged, group["params"])) for group in optimizer.param_groups
         ]
 
-    def digest(self) -> int:
+    def digest(self, clip: float) -> int:
         """A number of 31 bits that differs where plain options of dense parameters' groups do.
 
         Tensors on other devices than the CPU are left out: to read them would wait for the device.
+
+        Args:
+            clip: the norm that this rank clips by, 0 for none.
         """
-        text = "\n".join(
+        text = f"{_rounded(float(clip))}\n" + "\n".join(
             f"{key} {_rounded(value)}"
             for group, is_dense in zip(self._optimizer.param_groups, self._is_dense, strict=True)
             if is_dense
@@ -52,7 +55,7 @@ class SharedOptions:
         )
         return zlib.crc32(text.encode()) >> 1
 
-    def complaint(self) -> ParameterGroupError | None:
+    def complaint(self, clip: float = 0.0) -> ParameterGroupError | None:
         """What differs between ranks, if anything does; collective, the same on every rank."""
         groups = self._optimizer.param_groups
         both = (
@@ -60,9 +63,16 @@ class SharedOptions:
             [_plain(g) for g, is_dense in zip(groups, self._is_dense, strict=True) if not is_dense],
         )
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self._ep_rank, *both))
+        dist.all_gather_object(everyone, (self._ep_rank, *both, float(clip)))
         first_with: dict[int, int] = {}
-        for rank, (ep_rank, dense, experts) in enumerate(everyone):
+        for rank, (ep_rank, dense, experts, norm) in enumerate(everyone):
+            if not _same(everyone[0][3], norm):
+                return ParameterGroupError(
+                    f"Gradients are to be clipped by {everyone[0][3]:g} on rank 0 and by {norm:g}"
+                    f" on rank {rank} (0 is not at all). The norm is that of all ranks' gradients,"
+                    " and each rank clips its part, so set gradient_clip_val, or call"
+                    " clip_gradients(), identically on every rank."
+                )
             replica = first_with.setdefault(ep_rank, rank)
             message = _difference("", everyone[0][1], 0, dense, rank) or _difference(
                 " of experts", everyone[replica][2], replica, experts, rank

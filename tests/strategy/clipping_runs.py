@@ -10,6 +10,7 @@ from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor
 
 from lightning_fastmoe import FastMoEStrategy
+from lightning_fastmoe.errors import ParameterGroupError
 
 NORM = 0.05
 
@@ -71,3 +72,22 @@ def configured(case: Case, norm: float, of_trainer: float | None) -> dict[str, T
     strategy = FastMoEStrategy(expert_parallel_size=case.ep, config=config)
     make_trainer(case, gradient_clip_val=of_trainer, strategy=strategy).fit(module)
     return module.weights
+
+
+class Differing(Asking):
+    """Rank 1 asks for another norm at its third step."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_step == 2 and self.trainer.global_rank == 1:
+            self.trainer.gradient_clip_val = 2 * NORM
+
+
+def differing(case: Case) -> tuple[str, int]:
+    """The error of ranks that clip differently, and the steps that were taken before."""
+    pl.seed_everything(7, verbose=False)
+    trainer = make_trainer(case, gradient_clip_val=NORM)
+    try:
+        trainer.fit(Differing(case, ""))
+    except ParameterGroupError as error:
+        return str(error), trainer.global_step
+    return "", trainer.global_step

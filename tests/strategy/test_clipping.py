@@ -36,3 +36,10 @@ def test_the_config_decides_where_nothing_is_asked_for(rank_pool, stage):
 def test_a_config_that_contradicts_the_trainer_is_refused(rank_pool, norm):
     with pytest.raises(RankError, match=r"gradient_clipping to .*gradient_clip_val=0\.05"):
         rank_pool.run(runs.configured, 2, Case(2, 2, 2, 1), norm, runs.NORM)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_that_clip_differently_take_no_step(rank_pool, stage):
+    for message, steps in rank_pool.run(runs.differing, 2, Case(2, 2, stage, 1)):
+        assert "are to be clipped by 0.05 on rank 0 and by 0.1 on rank 1" in message
+        assert steps == 2
