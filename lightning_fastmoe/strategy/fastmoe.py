@@ -56,7 +56,7 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         stage: ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         nonfinite: what happens when NaN or Inf reaches a router on any rank in a training step:
             "raise" stops all ranks before the weights change, "skip" drops the step on all ranks,
-            "ignore" does not check (in fp32 and fp16, ZeRO itself drops a step of infinite norm).
+            "ignore" does not check (ZeRO itself drops a step whose gradient norm is not finite).
         verify_checkpoints: compare every file of a checkpoint with its hash before loading from it.
         trust_checkpoints: also unpickle objects that aren't plain data, which can run any code.
         async_checkpoint: copy the state to host memory and write it while training goes on.
