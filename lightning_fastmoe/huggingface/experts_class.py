@@ -176,27 +176,21 @@ def _gates_by_default(experts: Any) -> bool:
     return not own and type(experts)._apply_gate is _default_apply_gate
 
 
-@functools.cache
-def _modules() -> dict[type[nn.Module], str]:
-    """The modules that compute a plain activation of ours, whatever their attributes."""
-    from transformers.activations import SiLUActivation
-
-    return {nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu"}
-
-
 def plain_activation(function: Any) -> str | None:
     """The name of the plain activation that ``function`` is, None if that is not certain."""
     if not isinstance(function, nn.Module):
         return _FUNCTIONS.get(function) if callable(function) else None
     if "forward" in vars(function) or any(getattr(function, name) for name in _HOOKS):
         return None  # its own forward, or a hook, would not be called
-    from transformers.activations import GELUActivation
+    from transformers.activations import GELUActivation, SiLUActivation
 
     if type(function) is GELUActivation:
         return "gelu" if function.act is F.gelu else None
     if type(function) is nn.GELU:
         return "gelu" if function.approximate == "none" else None
-    return _modules().get(type(function))
+    # These compute it whatever their attributes. Not in a cached function: dynamo warns of those.
+    plain = {nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu"}
+    return plain.get(type(function))
 
 
 def _own_activation(experts: Any) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fastmoe.ops import traced_linear
 from lightning_fastmoe.ops.frozen_weight import FrozenWeight, frozen_linear
 from lightning_fastmoe.ops.layer_call import LayerCall, index_of
 from lightning_fastmoe.ops.products.torch import (
@@ -48,6 +49,9 @@ def grouped_linear(x: Tensor, weight: Tensor | FrozenWeight, tokens_per_expert: 
     """
     if isinstance(weight, FrozenWeight):
         return frozen_linear(x, weight, tokens_per_expert, grouped_linear)
+    if torch.compiler.is_dynamo_compiling():
+        found: Tensor = traced_linear.grouped_linear(x, weight, tokens_per_expert)
+        return found
     if x.shape[0] and grouped_mm_applies(x, weight):
         offsets = torch.cumsum(tokens_per_expert, 0).to(torch.int32)
         weight = weight if is_aligned(weight) else weight.clone()

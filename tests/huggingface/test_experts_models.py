@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_fastmoe.huggingface import experts_class
+from lightning_fastmoe.huggingface import add_lora, experts_class
 
 SIZES = {
     "vocab_size": 61,
@@ -132,6 +132,22 @@ def test_gradient_checkpointing(name: str, calls: list[str]) -> None:
     found = step(model, "fastmoe")
     assert len(calls) == 4  # each layer twice
     assert furthest(found, wanted) < 1e-10
+
+
+@each_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_compiled_layers(name: str, dtype: torch.dtype, adapted: bool) -> None:
+    """Also grouped GEMMs: with adapters, or around an activation of the class's own."""
+    torch._dynamo.reset()
+    model = make_model(name).to(dtype)
+    if adapted:
+        for adapter in add_lora(model, rank=2, alpha=4):
+            torch.nn.init.normal_(model.get_parameter(adapter), std=0.1)
+    wanted = step(model, "fastmoe")
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert furthest(step(model, "fastmoe"), wanted) < 64 * torch.finfo(dtype).eps
 
 
 @each_model
