@@ -86,7 +86,9 @@ def experts_forward(
     if layer is not None and layer.is_sharded:
         exchanged: Tensor = layer.run(hidden_states, top_k_index, top_k_weights)
         return exchanged
-    if layer is not None and not torch.compiler.is_compiling():
+    if layer is not None and torch.compiler.is_compiling():
+        top_k_weights = layer.see_in_graph(top_k_index, top_k_weights)
+    elif layer is not None:
         layer.see(top_k_index, top_k_weights)
     up = stacked_weights(self)[0]
     check_inputs(self, up, hidden_states, top_k_index, top_k_weights)

@@ -8,7 +8,7 @@ everything around it stay transformers'.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +34,8 @@ from lightning_fastmoe.nn.experts.trained import TRAINED
 from lightning_fastmoe.nn.global_batch import GlobalBatch
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
+from lightning_fastmoe.nn.observers import RoutingObserver, add_observer, show_observers
+from lightning_fastmoe.nn.opaque import Reference, observe
 from lightning_fastmoe.nn.router import Routing
 from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule, UnmanagedSchedule
 from lightning_fastmoe.ops.kernels import accumulation_dtype
@@ -62,7 +64,8 @@ class TransformersLayer:
         self.dispatcher_name, self.exact = "auto", False
         self.nonfinite = NonFiniteGuard()
         self.schedule: Schedule = LocalSchedule(self.num_experts)
-        self._observers: OrderedDict[int, Callable[[Any, Routing], None]] = OrderedDict()
+        self._observers: OrderedDict[int, RoutingObserver] = OrderedDict()
+        self.reference: Reference | None = None
         self.disconnect()
 
     @property
@@ -93,7 +96,7 @@ class TransformersLayer:
 
     def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule) -> None:
         """See :class:`~lightning_fastmoe.nn.expert_layers.ExpertLayer`."""
-        self.layer_name, self.schedule = name, schedule
+        self.layer_name, self.schedule, self.reference = name, schedule, Reference(self)
 
     def disconnect(self) -> None:
         """Disconnects from the other ranks. A layer that holds only some experts then can't run."""
@@ -117,12 +120,33 @@ class TransformersLayer:
         """
         self.nonfinite.look(top_k_weights, self.layer_name, training=self.training)
         if self._observers and not is_recomputing():
-            with torch.no_grad():
-                ids = top_k_index.to(torch.int64)
-                active = ids < self.num_experts
-                routing = self._chosen(ids.masked_fill(~active, 0), top_k_weights, active)
-                for observer in list(self._observers.values()):
-                    observer(self, routing)
+            self._show(top_k_index, top_k_weights)
+
+    def see_in_graph(self, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """:meth:`see` as a compiler traces it; returns the weights to go on with."""
+        look = self.nonfinite.look_in_graph
+        weights = look(top_k_weights, top_k_weights, training=self.training)
+        if len(self._observers) > 0:  # dynamo guards a dict's length, but not its truth
+            if self.reference is None:  # no strategy has connected it
+                self._show(top_k_index, top_k_weights)
+            else:
+                seen = self._seen(top_k_index, top_k_weights.detach())
+                observe(
+                    *(self.reference.observed, self.reference.handle),
+                    *(seen.logits, seen.scores, seen.weights, seen.expert_ids, seen.active),
+                    *(None, None),
+                )
+        return weights
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _show(self, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        show_observers(self, self._seen(top_k_index, top_k_weights))
+
+    def _seen(self, top_k_index: Tensor, top_k_weights: Tensor) -> Routing:
+        ids = top_k_index.to(torch.int64)
+        active = ids < self.num_experts
+        return self._chosen(ids.masked_fill(~active, 0), top_k_weights, active)
 
     # Opaque to torch.compile: the exchange between ranks reads counts on the host.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -154,17 +178,12 @@ class TransformersLayer:
         unknown = weights.new_full((), torch.nan).expand(ids.shape[0], self.num_experts)
         return Routing(unknown, unknown, weights, ids, active)
 
-    def register_routing_observer(
-        self, observer: Callable[[Any, Routing], None]
-    ) -> RemovableHandle:
+    def register_routing_observer(self, observer: RoutingObserver) -> RemovableHandle:
         """Calls ``observer(layer, routing)`` at each forward pass in this implementation.
 
-        ``routing`` has the chosen experts and their weights; its logits and scores are NaN. Not
-        called under ``torch.compile``, unless the experts are sharded.
+        ``routing`` has the chosen experts and their weights; its logits and scores are NaN.
         """
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+        return add_observer(self._observers, observer)
 
     def take_forward(self) -> None:
         """Makes the module refuse other implementations, which take its weights for all experts."""

@@ -371,12 +371,18 @@ def outcome_of_unnamed(run: Run) -> str:
 class Poison(pl.Callback):
     """Makes the router of the second layer give NaN on rank 1, in the second batch."""
 
+    def __init__(self) -> None:
+        self.factor = torch.ones(())
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Before the first compiled pass, or its graph would not have it.
+        pl_module.net.model.layers[1].mlp.gate.register_forward_hook(
+            lambda module, args, out: (out[0] * self.factor, out[1] * self.factor, out[2])
+        )
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         if index == 1 and trainer.global_rank == 1:
-            handle = pl_module.net.model.layers[1].mlp.gate.register_forward_hook(
-                lambda module, args, out: (out[0] * torch.nan, out[1] * torch.nan, out[2])
-            )
-            pl_module.handles = [handle]
+            self.factor.fill_(torch.nan)
 
 
 def poisoned(run: Run) -> str:

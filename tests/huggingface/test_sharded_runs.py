@@ -183,8 +183,9 @@ def test_parameters_are_counted_as_experts() -> None:
     assert size.active == size.total - experts * 5 // 8  # 3 of 8
 
 
-def test_routers_that_give_nan_stop_all_ranks(rank_pool) -> None:
-    for said in rank_pool.run(poisoned, 2, Run()):
+@pytest.mark.parametrize(("ep", "compiled"), [(2, False), (1, True)])
+def test_routers_that_give_nan_stop_all_ranks(ep: int, compiled: bool, rank_pool) -> None:
+    for said in rank_pool.run(poisoned, 2, Run(ep=ep, compiled=compiled)):
         assert said.startswith("NonFiniteError: NaN or Inf reached the router of")
         assert "net.model.layers.1.mlp on" in said
         assert "step 1 was not taken" in said
@@ -266,10 +267,15 @@ def test_the_sharded_module_checks_shapes_and_ids() -> None:
         model["mlp"]["experts"](x, ids + 6, torch.rand(3, 2))
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_monitors_count_what_the_router_chose(ep: int, rank_pool, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("ep", "compiled", "checkpointing"),
+    [(1, False, True), (2, False, True), (1, True, False), (1, True, True), (2, True, False)],
+)
+def test_monitors_count_what_the_router_chose(
+    ep: int, compiled: bool, checkpointing: bool, rank_pool, tmp_path
+) -> None:
     """Once, though gradient checkpointing runs each layer twice; scores are not known."""
-    run = Run(ep=ep, steps=1, checkpointing=True)
+    run = Run(ep=ep, steps=1, compiled=compiled, checkpointing=checkpointing)
     logged = rank_pool.run(monitored, 2, run, tmp_path)[0]
     log = expert_load.read(tmp_path / expert_load.FILE_NAME)
     shared = co_activation.read(tmp_path / co_activation.FILE_NAME).layers
