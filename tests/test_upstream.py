@@ -41,6 +41,7 @@ NAMES = [
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
     "_lazy_init_hp_params_optimizer_state",
     "deepspeed.runtime.utils:all_gather_dp_groups",
+    "torch.nn.parallel.distributed:DistributedDataParallel._active_ddp_module",
     "torch.optim.optimizer:_global_optimizer_pre_hooks",
     "torch.optim.optimizer:_global_optimizer_post_hooks",
     "torch:_foreach_norm",

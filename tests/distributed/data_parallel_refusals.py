@@ -110,6 +110,36 @@ def clipped_between(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
         model.zero_grad()
 
 
+def clipped_by_torch(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    """Found one step later: until then nothing is exchanged."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):
+        parallel.backward((1 + dist.get_rank()) * loss_of(model))
+        parallel.reduce_gradients()
+        assert step == 0
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights = [torch.empty_like(model["dense"].weight) for _ in range(2)]
+        dist.all_gather(weights, model["dense"].weight.detach())
+        assert not torch.equal(*weights)
+
+
+def inside_ddp(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net["moe"](self.net["dense"](x))
+
+    inner = Model()
+    wrapper = ExpertDataParallel(inner, 2)
+    nn.parallel.DistributedDataParallel(inner)(torch.ones(3, D))
+    wrapper.reduce_gradients()
+
+
 def unknown_scale(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
     (loss_of(model) / 2).backward()
 
@@ -172,6 +202,8 @@ DURING = (
     unfrozen_and_stepped,
     clipped_first,
     clipped_between,
+    clipped_by_torch,
+    inside_ddp,
     unknown_scale,
     frozen_on_one_rank,
     sparse_gradient,
@@ -193,6 +225,32 @@ def fails_in_training(name: str) -> tuple[str, str]:
     except (FastMoEError, RuntimeError) as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def changes_alike(how: str) -> None:
+    """Steps by gradients that are changed, identically on all ranks, after they were reduced."""
+    join("cpu")
+    model = net()
+    parallel = ExpertDataParallel(model, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        parallel.backward(loss_of(model))
+        parallel.reduce_gradients()
+        weight = model["dense"].weight
+        assert weight.grad is not None
+        if how == "scaled":
+            weight.grad.mul_(0.5)
+        elif how == "clipped":
+            parallel.clip_grad_norm_(1e-3)
+            assert parallel._unreduced.take_changes() is None
+        elif how == "replaced":
+            weight.grad = weight.grad.sign()
+        else:
+            nn.utils.clip_grad_norm_(model["dense"].parameters(), 1e-3)
+        optimizer.step()
+        if how == "clipped":
+            assert not parallel._unreduced._changes
+        optimizer.zero_grad()
 
 
 def waits_for_nobody(dispatcher: str) -> str:

@@ -30,6 +30,8 @@ MESSAGES = {
     "unfrozen_and_stepped": ("ConfigError", r"SGD.step\(\): the gradient of dense.weight is this"),
     "clipped_first": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "clipped_between": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
+    "clipped_by_torch": ("ConfigError", "changed differently .* clip_grad_norm_ of ExpertData"),
+    "inside_ddp": ("ConfigError", "inside DistributedDataParallel"),
     "unknown_scale": ("ConfigError", r"parallel.backward\(loss, divisor=...\)"),
     "frozen_on_one_rank": ("ConfigError", "dense.weight is frozen .* on some ranks only"),
     "sparse_gradient": ("ConfigError", "dense.weight is sparse"),
@@ -72,6 +74,11 @@ def test_refused_on_every_rank_in_training(rank_pool, name):
     for error, text in rank_pool.run(runs.fails_in_training, 2, name):
         assert error == kind, text
         assert re.search(message, text), text
+
+
+@pytest.mark.parametrize("how", ["scaled", "clipped", "replaced", "by torch without experts"])
+def test_gradients_may_be_changed_in_the_same_way(rank_pool, how):
+    rank_pool.run(runs.changes_alike, 2, how)
 
 
 @pytest.mark.parametrize("name", SET_UP)

@@ -13,7 +13,13 @@ from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
 from lightning_fastmoe.distributed.mesh import ExpertMesh
 from lightning_fastmoe.errors import ConfigError, NonFiniteError
 
-_PROBLEM, _NONFINITE, _FLAGS = 0, 1, 2
+_PROBLEM, _NONFINITE, _LARGEST, _SMALLEST, _FLAGS = 0, 1, 2, 3, 4
+_DRIFTED = (
+    "Before the latest step gradients were changed differently on the ranks, after"
+    " reduce_gradients(), so the weights that all ranks hold differ now: go on from a checkpoint."
+    " torch.nn.utils.clip_grad_norm_ does it, as ranks hold different experts: call clip_grad_norm_"
+    " of ExpertDataParallel in its place."
+)
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,13 @@ class Report:
     Attributes:
         problem: why it can't go on, or None.
         finite: bool scalar, whether its routers' logits were finite; None without routers.
+        changes: fp32 scalar, not negative, that is identical on all ranks if dense gradients were
+            changed identically before the latest step; None if none was.
     """
 
     problem: str | None
     finite: Tensor | None
+    changes: Tensor | None = None
 
 
 def agree(
@@ -48,7 +57,8 @@ def agree(
         device: the device of the exchange.
 
     Raises:
-        ConfigError: on all ranks, with the problem of the first that has one.
+        ConfigError: on all ranks, with the problem of the first that has one, or if they have
+            changed gradients differently.
         NonFiniteError: on all ranks, if a router's logits weren't finite on one.
     """
     parameters = [item for item in contents.parameters if not item.is_expert]
@@ -70,6 +80,9 @@ def agree(
     flags = flags.to(device)
     if report.finite is not None:
         flags[_NONFINITE] = ~report.finite
+    if report.changes is not None:
+        bits = report.changes.view(torch.int32)
+        flags[_LARGEST], flags[_SMALLEST] = bits, -bits
     if mesh is not None:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     found = flags.tolist()
@@ -87,6 +100,8 @@ def agree(
         )
     if found[_PROBLEM] or differing is not None:
         raise ConfigError(_first_problem(problem, mesh))
+    if found[_LARGEST] != -found[_SMALLEST]:
+        raise ConfigError(_DRIFTED)
     if found[_NONFINITE]:
         raise NonFiniteError(
             "A router's logits contained NaN or Inf on some rank since the last step, so its input"

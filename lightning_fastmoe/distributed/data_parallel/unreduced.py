@@ -1,8 +1,12 @@
-"""Notices an optimizer step by gradients that are still each rank's own.
+"""Notices an optimizer step by gradients that are each rank's own, still or again.
 
 Such a step moves the replicas of a weight apart, without any error ever after: losses only get a
 little worse. So parameters note when a backward pass adds to their gradient, one call for each, and
 optimizers ask before and after each step.
+
+Gradients that were changed after they had been averaged, such as by torch's ``clip_grad_norm_``,
+may be identical on all ranks or not. So there each rank remembers their norm, which goes with what
+the ranks exchange before the next step.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -44,6 +49,8 @@ class UnreducedGradients:
         self._items = {id(item.tensor): item for item in items}
         self._noting: set[int] = set()
         self._pending: set[int] = set()
+        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._changes: list[Tensor] = []
         self._handles: list[Any] = []
         self._end = weakref.finalize(self, _remove, self._handles)
         if not items:
@@ -57,9 +64,16 @@ class UnreducedGradients:
             if (watch := this()) is not None:
                 watch.check(optimizer)
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def begin(optimizer: Optimizer, *_: Any) -> None:
+            if (watch := this()) is not None:
+                watch.check(optimizer)
+                watch.note_changes(optimizer)
+
         self._handles += [
-            register_optimizer_step_pre_hook(ask),
+            register_optimizer_step_pre_hook(begin),
             register_optimizer_step_post_hook(ask),  # a closure may have run backward passes
+            model.register_forward_pre_hook(_refuse_ddp),
         ]
         _watches[model] = this
 
@@ -93,14 +107,56 @@ class UnreducedGradients:
                         " once for each step, after all of its backward passes."
                     )
 
+    @torch.no_grad()
+    def note_changes(self, optimizer: Optimizer) -> None:
+        """Remembers the norm of the optimizer's dense gradients that are not as they were reduced.
+
+        Without a wait for the device.
+        """
+        changed = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                item, grad = self._items.get(id(parameter)), parameter.grad
+                if item is None or item.is_expert or not isinstance(grad, Tensor):
+                    continue
+                known = self._versions.get(id(parameter))
+                if known is None or known[0]() is not grad or known[1] != grad._version:
+                    changed.append(grad)
+        if changed:
+            norms = [torch.linalg.vector_norm(grad.float()) for grad in changed]
+            self._changes.append(torch.stack(norms).sum())
+
+    def take_changes(self) -> Tensor | None:
+        """What :meth:`note_changes` has remembered since the last call; None if nothing."""
+        changes, self._changes = self._changes, []
+        return torch.stack(changes).sum() if changes else None
+
     def reduced(self) -> None:
         """All gradients are those of all ranks now."""
         self._note_trained()
         self._pending.clear()
+        self.changed_alike()
+
+    def changed_alike(self) -> None:
+        """All gradients are as they are on each rank that has them, now."""
+        self._versions = {
+            key: (weakref.ref(grad), grad._version)
+            for key, item in self._items.items()
+            if (grad := item.tensor.grad) is not None
+        }
 
     def end(self) -> None:
         """Stops watching."""
         self._end()
+
+
+def _refuse_ddp(*_: Any) -> None:
+    if DistributedDataParallel._active_ddp_module is not None:
+        raise ConfigError(
+            "The model of ExpertDataParallel runs inside DistributedDataParallel, which has given"
+            " all ranks rank 0's experts and would average the gradients of different ones. Use"
+            " the model itself: reduce_gradients() averages what ranks share."
+        )
 
 
 def _remove(handles: list[Any]) -> None:

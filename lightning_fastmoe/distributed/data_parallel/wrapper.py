@@ -165,8 +165,9 @@ class ExpertDataParallel:
         on no rank keeps None. Frozen parameters are left out.
 
         Raises:
-            ConfigError: on all ranks, if gradients have been reduced already, are sparse, or belong
-                to parameters that are new or that are frozen on some ranks only.
+            ConfigError: on all ranks, if gradients have been reduced already, are sparse, belong to
+                parameters that are new or frozen on some ranks only, or were changed differently on
+                the ranks before the latest step.
             NonFiniteError: on all ranks, if NaN or Inf reached a router since the last call.
         """
         self._end_pass()
@@ -232,6 +233,7 @@ class ExpertDataParallel:
                 " clipped. Skip the step, or pass error_if_nonfinite=False."
             )
         nn.utils.clip_grads_with_norm_([item.tensor for item in trained], max_norm, norm)
+        self._unreduced.changed_alike()
         return norm
 
     def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
@@ -362,7 +364,7 @@ class ExpertDataParallel:
         """What this rank can't go on with, and what it has found in its routers."""
         largest = [layer.nonfinite.take(self._device) for layer in self._layers.values()]
         finite = torch.stack(largest).isfinite().all() if largest else None
-        return Report(self._problem(), finite)
+        return Report(self._problem(), finite, self._unreduced.take_changes())
 
     def _problem(self) -> str | None:
         if (name := next(self._contents.new_parameters(), None)) is not None:
