@@ -211,11 +211,13 @@ def by_hand(results, layer: str, experts: int, first: int, last: int) -> dict[st
     }
 
 
-def balance(result, layer: str, experts: int, last: int) -> float:
-    """The load-balancing loss of a rank's latest forward pass."""
-    _, ids, scores = [r for r in result.routings if r[0] == layer][last - 1]
-    share = torch.bincount(ids.flatten(), minlength=experts) / ids.numel()
-    return float(experts * (share * scores.mean(dim=0)).sum())
+def balance(results, layer: str, experts: int, first: int, last: int) -> float:
+    """The mean load-balancing loss of all ranks' forward passes ``first .. last - 1``."""
+    values = []
+    for _, ids, scores in routings(results, layer, first, last):
+        share = torch.bincount(ids.flatten(), minlength=experts) / ids.numel()
+        values.append(float(experts * (share * scores.mean(dim=0)).sum()))
+    return sum(values) / len(values)
 
 
 @pytest.mark.parametrize(("world", "stage", "accumulate"), [(2, 2, 1), (2, 3, 2), (4, 2, 2)])
@@ -242,7 +244,7 @@ def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, tmp_path, world, st
                 for name, value in values.items():
                     found = logged[f"moe/{layer}/{name}"]
                     assert found == pytest.approx(value, rel=1e-5, abs=1e-6), (layer, name)
-                term = balance(result, layer, number, (i + 1) * window)
+                term = balance(results, layer, number, i * window, (i + 1) * window)
                 found = logged[f"moe/{layer}/load_balancing_loss"]
                 assert found == pytest.approx(term, rel=1e-5)
                 largest = max(largest, values["max_load"])
@@ -255,8 +257,9 @@ def test_the_monitor_logs_what_a_hand_count_gives(rank_pool, tmp_path, world, st
     for i, record in enumerate(log.records):
         for layer, number, found in zip(log.layers, experts, record.routed, strict=True):
             assert found == counts(results, layer.name, number, i * window, (i + 1) * window)
-    shared = [k for k in results[0].called_back if not k.endswith("_loss")]
-    assert len(shared) == 14
+    shared = results[0].called_back
+    assert len(shared) == 18
+    assert {k.rsplit("/", 1)[1] for k in shared} >= {"load_balancing_loss", "z_loss"}
     for result in results:
         assert {k: result.called_back[k] for k in shared} == {
             k: results[0].called_back[k] for k in shared

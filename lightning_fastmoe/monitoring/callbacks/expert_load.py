@@ -20,6 +20,7 @@ from lightning_fastmoe.monitoring.callbacks.load_figures import (
     draw_loads,
     publish,
 )
+from lightning_fastmoe.monitoring.callbacks.loss_means import LossMeans
 from lightning_fastmoe.monitoring.logs import expert_load as load_log
 from lightning_fastmoe.monitoring.metrics import ExpertLoad
 from lightning_fastmoe.monitoring.metrics.expert_load import LayerLoad
@@ -34,10 +35,11 @@ class ExpertLoadMonitor(pl.Callback):
     expert's load over the mean load: 1 is balanced, 0 is dead), ``load_cv`` (coefficient of
     variation), ``dead_experts``, ``drop_rate``, the router's ``entropy`` (nats per token) and
     ``confidence`` (a token's best score); see :mod:`lightning_fastmoe.metrics` for the formulas.
-    Also logs the values of the balancing losses on this rank. The progress bar shows the largest
-    load ratio and the number of dead experts over all layers. One all-reduce per logging step, for
-    any number of layers. Of transformers' models under ``experts_implementation="fastmoe"``, whose
-    routers keep their scores to themselves, the loads and counts are logged.
+    Also logs the means of the balancing losses, before their coefficients. The progress bar shows
+    the largest load ratio and the number of dead experts over all layers. One all-reduce per
+    logging step, for any number of layers. Of transformers' models under
+    ``experts_implementation="fastmoe"``, whose routers keep their scores to themselves, the loads
+    and counts are logged.
 
     The counts of every expert go to ``expert_load.jsonl`` in the run's folder, which
     ``lightning-fastmoe report`` turns into a page;
@@ -76,6 +78,7 @@ class ExpertLoadMonitor(pl.Callback):
         self.figures_every_n_steps = figures_every_n_steps
         self.folder = folder
         self._metric: ExpertLoad | None = None
+        self._losses: LossMeans | None = None
         self._handles: list[RemovableHandle] = []
         self._layers: list[tuple[str, ExpertLayer]] = []
         self._logged_step = 0
@@ -91,6 +94,8 @@ class ExpertLoadMonitor(pl.Callback):
         names = [name for name, _ in self._layers]
         self._metric = ExpertLoad([layer.num_experts for _, layer in self._layers], names)
         self._metric.to(trainer.strategy.root_device)
+        ours = [(name, layer) for name, layer in self._layers if isinstance(layer, MoE)]
+        self._losses = LossMeans(ours, trainer.strategy.root_device)
         index = {id(layer): i for i, (_, layer) in enumerate(self._layers)}
 
         def observe(layer: ExpertLayer, routing: Routing) -> None:
@@ -131,35 +136,42 @@ class ExpertLoadMonitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        if self._losses is not None:
+            self._losses.add()
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
         if not (self._layers and every) or step == self._logged_step or step % every:
             return
         self._logged_step = step
-        packed = self._collect()
-        self._log(trainer, self._values(packed))
+        packed, losses = self._collect()
+        self._log(trainer, self._values(packed, losses))
         if trainer.is_global_zero:
             self._record(trainer, packed)
 
-    def _collect(self) -> Tensor:
-        """The metric's state since the last call, over all ranks, by one all-reduce; on the CPU."""
+    def _collect(self) -> tuple[Tensor, Tensor]:
+        """Loads and losses since the last call, over all ranks, by one all-reduce; on the CPU."""
         assert self._metric is not None
-        packed = self._metric.packed.clone()
+        assert self._losses is not None
+        loads = self._metric.packed
+        both = torch.cat([loads.flatten(), self._losses.packed])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(packed)
+            dist.all_reduce(both)
+        shape, size = loads.shape, loads.numel()
         self._metric.reset()
-        return packed.cpu()
+        self._losses.reset()
+        both = both.cpu()
+        return both[:size].view(shape), both[size:]
 
-    def _values(self, packed: Tensor) -> dict[str, Tensor]:
+    def _values(self, packed: Tensor, losses: Tensor) -> dict[str, Tensor]:
         assert self._metric is not None
+        assert self._losses is not None
         values = self._metric.summarize(packed)
         for name, layer in self._layers:
-            if isinstance(layer, MoE):
-                for key, value in layer.last_losses.items():
-                    values[f"{name}/{key}_loss"] = value
-            else:  # its scores are unknown
+            if not isinstance(layer, MoE):  # its scores are unknown
                 for key in ("entropy", "confidence"):
                     values.pop(f"{name}/{key}", None)
+        for name, loss, mean in self._losses.means(losses):
+            values[f"{name}/{loss.removesuffix('_loss')}_loss"] = mean
         return values
 
     def _log(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
