@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
@@ -293,36 +294,34 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         """
         return self._steps.editing(parameters)
 
-    def on_rank_zero(self, function: Callable[..., _Result], *args: Any) -> _Result | None:
-        """Runs ``function(*args)`` on rank 0 only, for example to sample text in a callback.
+    def on_rank_zero(
+        self, function: Callable[..., _Result], *args: Any, **kwargs: Any
+    ) -> _Result | None:
+        """Runs ``function`` on rank 0 only, for example to sample text in a callback.
 
         Every rank calls this at the same point: while rank 0 runs the model, the others take part
         in its MoE layers without tokens. The model is in evaluation mode, without gradients.
 
         Args:
             function: may run the LightningModule any number of times.
-            args: its arguments.
+            args, kwargs: its arguments.
 
         Returns:
             What ``function`` returned on rank 0; None on the others.
 
         Raises:
-            ConfigError: on all ranks, at stage 3, where rank 0 can't gather a dense layer's
-                parameters by itself; on rank 0, if ``function`` trains.
+            ConfigError: at stage 3, where rank 0 can't gather dense layers; if ``function`` trains.
             ExchangeError: on the other ranks, if ``function`` raised on rank 0.
         """
-        return self._steps.on_rank_zero(function, *args)
+        return self._steps.on_rank_zero(partial(function, *args, **kwargs))
 
-    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        """Runs ``function(*args)`` on every rank, for example to generate from prompts of its own.
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Runs ``function`` on every rank, for example to generate from prompts of its own.
 
-        As :meth:`on_rank_zero`, but ranks may run the model differently often, or never.
-
-        Raises:
-            ConfigError: on all ranks, at stage 3; where ``function`` trains.
-            ExchangeError: on the other ranks, if ``function`` raised on one.
+        As :meth:`on_rank_zero`, but ranks may run the model differently often, or never. Raises
+        the same errors.
         """
-        return self._steps.on_each_rank(function, *args)
+        return self._steps.on_each_rank(partial(function, *args, **kwargs))
 
     # ------------------------------------------------------------------------------- checkpoints
 

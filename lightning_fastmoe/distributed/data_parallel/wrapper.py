@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -236,14 +237,13 @@ class ExpertDataParallel:
         self._unreduced.changed_alike()
         return norm
 
-    def on_each_rank(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        """Runs ``function(*args)`` on every rank, for example to generate from prompts of its own.
+    def on_each_rank(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Runs ``function`` on every rank, for example to generate from prompts of its own.
 
         See :func:`~lightning_fastmoe.distributed.each_rank.run_on_each_rank`.
         """
-        return run_on_each_rank(
-            self.model, self._layers, lambda: None, self._device, function, *args
-        )
+        call = partial(function, *args, **kwargs)
+        return run_on_each_rank(self.model, self._layers, lambda: None, self._device, call)
 
     def full_state_dict(self) -> dict[str, Any]:
         """The state dict of the whole model, on the CPU of rank 0; every rank calls this.
