@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
@@ -62,7 +63,9 @@ def save_pretrained(
 
     def write() -> None:
         try:
-            model.config.save_pretrained(config)
+            about = copy.deepcopy(model.config)
+            about.architectures = [type(model).__name__]  # as transformers' own does
+            about.save_pretrained(config)
             if model.can_generate():
                 model.generation_config.save_pretrained(config)
             with CheckpointReader(files) as reader:

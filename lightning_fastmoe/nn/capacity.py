@@ -24,6 +24,11 @@ class Capacity:
 
     Attributes may be changed between passes, identically on all ranks.
 
+    Attributes:
+        in_graphs: the factors of training and of evaluation, each (1,) fp64 on the CPU: one that is
+            a number would be compiled into a graph, and a schedule would ask for a graph per step.
+        is_limited: whether each is a number at all.
+
     Args:
         traits: the traits of the layer's router, whose factors are used for "router".
         factors: the capacity factor, see :func:`expert_capacity`: a number, a pair (training,
@@ -46,6 +51,8 @@ class Capacity:
         self._training, self._evaluation = _pair(factors, traits)
         for factor in (self._training, self._evaluation):
             check_factor("capacity_factor", factor, traits)
+        self.in_graphs = [torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(2)]
+        self._fill()
         self.over = traits.capacity_over if over is None else over
         self.drop_by = drop_by
 
@@ -85,6 +92,13 @@ class Capacity:
             self._training = value
         else:
             self._evaluation = value
+        self._fill()
+
+    def _fill(self) -> None:
+        factors = self._training, self._evaluation
+        self.is_limited = [factor is not None for factor in factors]
+        for tensor, factor in zip(self.in_graphs, factors, strict=True):
+            tensor.fill_(0.0 if factor is None else factor)
 
     @property
     def uses_batch(self) -> bool:

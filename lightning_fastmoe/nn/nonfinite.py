@@ -23,7 +23,9 @@ class NonFiniteGuard:
 
     def __init__(self) -> None:
         self.policy: NonFinitePolicy = "raise"
-        self._largest: Tensor | None = None
+        # Never None: graphs would differ between the first pass after a step and the next, and so
+        # between a pass and its replay by activation checkpointing.
+        self._largest = _nothing(torch.device("cpu"))
 
     def look(self, logits: Tensor, layer: str, *, training: bool) -> None:
         """Checks ``logits`` and acts according to :attr:`policy`; no host synchronisation on CUDA.
@@ -45,8 +47,7 @@ class NonFiniteGuard:
         # One kernel, where isfinite() takes four: the largest of a NaN and anything is NaN.
         largest = torch.linalg.vector_norm(logits.detach(), torch.inf)
         if collects:
-            before = self._largest
-            self._largest = largest if before is None else torch.maximum(before, largest)
+            self._collect(largest)
         elif not largest.isfinite():
             raise NonFiniteError(
                 f"{layer}: the router's logits contain NaN or Inf, so its input or its weights"
@@ -68,15 +69,17 @@ class NonFiniteGuard:
         if self.policy == "raise" and not logits.is_cuda:
             return checked(weights, logits.detach())  # type: ignore[no-any-return]
         if self.policy == "collect" and training and logits.numel():
-            largest = torch.linalg.vector_norm(logits.detach(), torch.inf)
-            before = self._largest
-            self._largest = largest if before is None else torch.maximum(before, largest)
+            self._collect(torch.linalg.vector_norm(logits.detach(), torch.inf))
         return weights
+
+    def _collect(self, largest: Tensor) -> None:
+        before = self._largest.to(largest.device)
+        self._largest = torch.maximum(before, largest.to(before.dtype))
 
     @property
     def found(self) -> bool:
         """Whether any was collected since the last :meth:`take`; reads it from the device."""
-        return self._largest is not None and not bool(self._largest.isfinite())
+        return not bool(self._largest.isfinite())
 
     def put(self) -> None:
         """Restores what a checkpoint found that was saved in the middle of a step."""
@@ -88,7 +91,9 @@ class NonFiniteGuard:
         Returns:
             A scalar in fp32 on ``device``: NaN or Inf if any was collected, 0 if there was none.
         """
-        largest, self._largest = self._largest, None
-        if largest is None:
-            return torch.zeros((), dtype=torch.float32, device=device)
-        return largest.to(device=device, dtype=torch.float32)
+        largest, self._largest = self._largest, _nothing(device)
+        return largest.to(device)
+
+
+def _nothing(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=device)

@@ -83,16 +83,18 @@ differentiate(checked, _pass_on)
 
 @operator(f"{NAMESPACE}::within_capacity")
 def within_capacity(
-    expert_ids: Tensor, active: Tensor | None, scores: Tensor, factor: float, over: str, by: str
+    expert_ids: Tensor, active: Tensor | None, scores: Tensor, factor: Tensor, over: str, by: str
 ) -> Tensor:
     """(T, K) bool: the pairs for which their experts, all on this rank, have room.
 
     At run time, because the capacity is a product of floats rounded up: a compiler that multiplies
     a symbolic T in another order may get another integer. For the arguments see
-    :func:`~lightning_fastmoe.nn.capacity.limit_by_capacity`.
+    :func:`~lightning_fastmoe.nn.capacity.limit_by_capacity`; ``factor`` is (1,) on the CPU.
     """
     routing = Routing(scores, scores, scores, expert_ids, active)
-    limited = limit_by_capacity(routing, factor, over=over, by=by, batch=LocalBatch(), layer="MoE")
+    limited = limit_by_capacity(
+        routing, float(factor), over=over, by=by, batch=LocalBatch(), layer="MoE"
+    )
     assert limited.kept is not None
     return limited.kept.contiguous()
 

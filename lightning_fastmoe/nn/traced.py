@@ -89,14 +89,14 @@ def forward(
         grid=inputs.grid,
         sequence_ids=inputs.sequence_ids,
         token_ids=inputs.token_ids,
-        capacity_factor=layer.capacity.factor(training=training),
         batch=_BATCH,
         layer=_NAME,
     )
     routing = router(inputs.tokens, context)
     weights = layer.nonfinite.look_in_graph(routing.weights, routing.logits, training=training)
     routing = routing._replace(weights=weights)
-    if (factor := context.capacity_factor) is not None:
+    if layer.capacity.is_limited[not training]:
+        factor = layer.capacity.in_graphs[not training]
         rule = (factor, layer.capacity.over, layer.capacity.drop_by)
         kept = within_capacity(routing.expert_ids, routing.active, routing.scores.detach(), *rule)
         routing = routing._replace(kept=kept)

@@ -8,11 +8,12 @@ likewise: the LightningModule is unwrapped, and its steps are compiled while the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.compile import to_uncompiled
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -20,6 +21,7 @@ from torch._dynamo import OptimizedModule
 from lightning_fastmoe.errors import ConfigError
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_LOGS = ("log", "log_dict")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -91,9 +93,14 @@ class CompiledSteps:
         """Compiles the steps, if the module was compiled."""
         if self._compile is None:
             return
-        for name in _STEPS:
+        # Lightning's log() inspects hooks in ways that dynamo fails at.
+        self._replace(_LOGS, torch.compiler.disable)
+        self._replace(_STEPS, self._compile)
+
+    def _replace(self, names: Iterable[str], make: Callable[..., Any]) -> None:
+        for name in names:
             self._replaced[name] = vars(self.module).get(name)
-            vars(self.module)[name] = self._compile(getattr(self.module, name))
+            vars(self.module)[name] = make(getattr(self.module, name))
 
     def undo(self) -> None:
         """Restores the module."""

@@ -53,6 +53,7 @@ from lightning_fastmoe.zero.leaf_modules import guard_leaf_modules
 from lightning_fastmoe.zero.param_groups import release, split_expert_groups
 from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
 from lightning_fastmoe.zero.shared_options import SharedOptions
+from lightning_fastmoe.zero.whole_saving import guard_partitioned
 
 _ENGINE = "_fastmoe_engine"
 
@@ -128,6 +129,7 @@ class Engines:
             meet_before_gathering(self._strategy.deepspeed_engine, self._groups.sharder.meet)
             layers = self.state.layers.values()
             guard_leaf_modules(module, (p for one in layers for p in one.experts.parameters()))
+            guard_partitioned(module)
         for layer in self.state.layers.values():  # the engine has moved them
             if isinstance(layer, MoE):
                 self.state.loss_scale.follow(layer)

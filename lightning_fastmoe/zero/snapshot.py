@@ -80,7 +80,8 @@ def take_snapshot(
         weights, buffers = shard, model.buffers
         training, training_buffers = weights, buffers
         if averages is not None:
-            beside = (averages.beside(shard), averages.buffers)
+            kept = {name: averages.buffers[name] for name in model.buffers}  # the persistent ones
+            beside = (averages.beside(shard), kept)
             if averages.swapped:
                 training, training_buffers = beside
             else:

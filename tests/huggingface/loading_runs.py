@@ -109,6 +109,34 @@ def saves_what_was_read(run: Run, folder: Path, to: Path) -> Any:
     return weights, {name: b.clone() for name, b in module.net.named_buffers()}, str(error.value)
 
 
+class Classifier(FromFiles):
+    """Trains another head than the files have."""
+
+    def __init__(self, run: Run, folder: Path, head: str) -> None:
+        super().__init__(run, folder, own=True)
+        self.head = head
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            torch.manual_seed(3)
+            auto = getattr(transformers, self.head)
+            self.net = auto.from_pretrained(self.folder, experts_implementation="fastmoe")
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(input_ids=batch["input_ids"])[0].square().mean()
+
+    validation_step = training_step
+
+
+def saves_another_class(run: Run, folder: Path, head: str, to: Path) -> dict[str, torch.Tensor]:
+    """Trains a model that is not of the class in the files' config, and writes it; its weights."""
+    module, tracer = Classifier(run, folder, head), Tracer()
+    trainer = make_trainer(run, callbacks=[tracer])
+    trainer.fit(module)
+    save_pretrained(trainer, to)
+    return {name.removeprefix("net."): w for name, w in tracer.trace.weights[-1].items()}
+
+
 def _full_disk(*args: Any, **options: Any) -> None:
     raise OSError("no space left")
 

@@ -340,6 +340,17 @@ def refuses_save_pretrained(run: Run, folder: Path) -> list[str]:
     return said
 
 
+def saved_partitioned(run: Run, folder: Path) -> str:
+    """What a model of which ZeRO 3 has partitioned weights says to ``save_pretrained``."""
+    _, _, module = train(run)
+    assert any(p.numel() == 0 for p in module.net.parameters())
+    try:
+        module.net.save_pretrained(folder)
+    except FastMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def validated(run: Run) -> float:
     """The mean loss in evaluation, of weights that were not trained."""
     (logged,) = make_trainer(run).validate(Tuned(run), verbose=False)

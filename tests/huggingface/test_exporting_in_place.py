@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface.loading_runs import saves, saves_what_was_read
+import transformers
+from huggingface.loading_runs import saves, saves_another_class, saves_what_was_read
 from huggingface.sharding_runs import MORE_MODELS, Run, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -55,6 +56,23 @@ def test_what_was_trained_is_written_and_read(run: Run, tmp_path: Path, rank_poo
             changed += not torch.equal(value, before[name])
     assert changed > 5
     assert model.config.to_dict().keys() == make_model(run).config.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("head", "stage"), [("AutoModelForSequenceClassification", 2), ("AutoModel", 3)]
+)
+def test_another_class_than_the_one_in_the_config(head, stage, tmp_path, rank_pool) -> None:
+    run = Run("qwen3_moe", stage=stage, steps=1)
+    make_model(run).save_pretrained(tmp_path / "start")
+    given = (run, tmp_path / "start", head, tmp_path / "model")
+    weights = rank_pool.run(saves_another_class, 2, *given)[0]
+    auto = getattr(transformers, head)
+    model, info = auto.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.architectures == [type(model).__name__]
+    assert {name for name, _ in model.named_parameters()} == weights.keys()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, weights[name]), name
 
 
 def test_the_command_writes_the_same_and_other_dtypes(tmp_path: Path, rank_pool, capsys) -> None:

@@ -26,6 +26,7 @@ from huggingface.sharding_runs import (
     poisoned,
     reference,
     run_case,
+    saved_partitioned,
     validated,
 )
 from torch import nn
@@ -181,6 +182,15 @@ def test_parameters_are_counted_as_experts() -> None:
     assert [layer.num_experts for layer in size.layers.values()] == [8, 8]
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert size.active == size.total - experts * 5 // 8  # 3 of 8
+
+
+def test_partitioned_weights_are_not_written(rank_pool, tmp_path) -> None:
+    """With all experts on every rank, too; small weights stay whole and hide it."""
+    run = Run(ep=1, stage=3, steps=1, sizes={"hidden_size": 384})
+    for said in rank_pool.run(saved_partitioned, 2, run, tmp_path / "model"):
+        assert said.startswith("ConfigError: save_pretrained of Qwen3MoeForCausalLM would write")
+        assert "lightning_fastmoe.huggingface.save_pretrained(trainer, path)" in said
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(("ep", "compiled"), [(2, False), (1, True)])

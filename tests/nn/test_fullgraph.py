@@ -249,6 +249,41 @@ def test_settings_may_change_between_passes():
     assert len(norms) == len(CHANGES)
 
 
+def test_a_schedule_of_capacities_needs_no_new_graphs():
+    eager, compiled = pair("eager", capacity_factor=2.0)
+    norms, found = set(), []
+    for factor in (2.0, 1.0, 0.8, 0.6):
+        for model in (eager, compiled):
+            for block in model:
+                block.moe.capacity_factor = factor
+        for x in batches(6):
+            assert_same(eager, compiled, run(compiled, x), run(eager, x), 1e-12)
+        norms.add(float(eager[0].moe.router.weight.grad.norm()))
+        found.append(graphs())
+    assert found == [1] * 4
+    assert len(norms) > 2
+
+
+def test_a_replay_runs_the_graph_of_its_pass():
+    """Though the pass has left something for the strategy, which takes it after each step."""
+    eager, compiled = pair()
+
+    def step(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False)
+
+    found = []
+    for top_k in (2, 1, 3):
+        for model in (eager, compiled):
+            for block in model:
+                block.moe.top_k, block.moe.nonfinite_policy = top_k, "collect"
+        for x in batches(5, 5):
+            assert_same(eager, compiled, run(compiled, x, step), run(eager, x, step), 1e-12)
+            for block in (*eager, *compiled):
+                assert float(block.moe.nonfinite.take(x.device)) > 0
+        found.append(graphs())
+    assert found == [1, 2, 3]
+
+
 def test_nonfinite_logits_are_found_as_without_compiling():
     """Also where no loss reads the logits, so that nothing else in the graph does."""
     _, compiled = pair(load_balancing=0.0, z_loss=0.0)
@@ -373,15 +408,16 @@ def test_hooks_that_come_and_go_are_called(part, kind):
 
 def test_operators_are_what_they_declare():
     ops = getattr(torch.ops, runtime_ops.NAMESPACE)
-    grad, factor = torch.randn(5, 8), torch.tensor([3.0], dtype=torch.float64)
+    grad = torch.randn(5, 8)
+    factor, room = (torch.tensor([x], dtype=torch.float64) for x in (3.0, 0.7))
     weights, logits = torch.rand(5, 2, requires_grad=True), torch.randn(5, 4)
     ids = torch.rand(5, 4).argsort(dim=1)[:, :2]
     for operator, arguments in (
         (ops.scale_for, (grad, factor, torch.tensor(1.0))),
         (ops.add_load, (torch.zeros(4, dtype=torch.int64), torch.arange(4))),
         (ops.checked, (weights, logits)),
-        (ops.within_capacity, (ids, None, logits.softmax(dim=1), 0.7, "rank", "position")),
-        (ops.within_capacity, (ids, ids > 0, logits.softmax(dim=1), 0.7, "rank", "score")),
+        (ops.within_capacity, (ids, None, logits.softmax(dim=1), room, "rank", "position")),
+        (ops.within_capacity, (ids, ids > 0, logits.softmax(dim=1), room, "rank", "score")),
     ):
         torch.library.opcheck(operator.default, arguments)
 

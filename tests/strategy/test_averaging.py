@@ -28,6 +28,7 @@ class Counting(Resumed):
     def __init__(self, case: Case) -> None:
         super().__init__(case, "lambda")
         self.register_buffer("progress", torch.zeros(2))
+        self.register_buffer("cache", torch.ones(2), persistent=False)  # not in checkpoints
         self.loose = nn.Parameter(torch.zeros(3), requires_grad=False)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -84,7 +84,9 @@ class Model(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         target = torch.sin(3 * batch.sum(-1, keepdim=True))
-        return (self.net(batch) - target).square().mean()
+        loss = (self.net(batch) - target).square().mean()
+        self.log("train_loss", loss)
+        return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         self.batch_losses.append(float(outputs["loss"]))
