@@ -184,6 +184,18 @@ def advise_fused(optimizer: Any, device: torch.device) -> None:
         )
 
 
+def warn_of_idle_checkpointing(module: torch.nn.Module) -> None:
+    """Says that transformers' models in evaluation mode don't checkpoint activations."""
+    for name, part in module.named_modules():
+        if getattr(part, "is_gradient_checkpointing", False) and not part.training:
+            rank_zero_warn(
+                f"{name or type(module).__name__} is in evaluation mode, in which it neither"
+                " checkpoints activations, as gradient_checkpointing_enable() asks, nor drops out:"
+                " from_pretrained() returns it so, and Lightning leaves it so. Call .train()."
+            )
+            return
+
+
 def check_directories(trainer: pl.Trainer) -> None:
     """Refuses unwritable checkpoint directories before training starts, not hours later.
 

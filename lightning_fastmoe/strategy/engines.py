@@ -25,12 +25,14 @@ from lightning_fastmoe.distributed.expert_checks import (
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.collect import warn_about_causality
 from lightning_fastmoe.nn.expert_layers import KINDS, expert_layers
+from lightning_fastmoe.nn.experts.lora import check_trained
 from lightning_fastmoe.nn.hooks import watch_replaced_hooks
 from lightning_fastmoe.strategy.checks import (
     advise_fused,
     check_can_be_saved,
     check_optimizer,
     check_single,
+    warn_of_idle_checkpointing,
 )
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
 from lightning_fastmoe.strategy.same_settings import check_same_layers, check_same_optimizer
@@ -171,6 +173,8 @@ class Engines:
         """
         check_same_tensors(Contents(model, self.state.layers).parameters, self._groups.mesh)
         check_same_layers(self.state.layers)
+        check_trained(model)
+        warn_of_idle_checkpointing(model)
         names = {id(p): name for name, p in model.named_parameters()}
         user = split_expert_groups(optimizer, names, group_name(self._groups.mesh))
         check_same_groups(user.twin, self.state.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -338,6 +339,16 @@ def refuses_save_pretrained(run: Run, folder: Path) -> list[str]:
             said.append(f"{type(error).__name__}: {error}")
     assert not folder.exists()
     return said
+
+
+def warnings_in_evaluation_mode(run: Run) -> list[str]:
+    """What training warns of if the model is in evaluation mode, as from_pretrained() leaves it."""
+    module = Tuned(run)
+    module.net.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(run).fit(module)
+    return [str(warning.message) for warning in caught]
 
 
 def saved_partitioned(run: Run, folder: Path) -> str:

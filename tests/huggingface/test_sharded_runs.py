@@ -28,6 +28,7 @@ from huggingface.sharding_runs import (
     run_case,
     saved_partitioned,
     validated,
+    warnings_in_evaluation_mode,
 )
 from torch import nn
 
@@ -182,6 +183,14 @@ def test_parameters_are_counted_as_experts() -> None:
     assert [layer.num_experts for layer in size.layers.values()] == [8, 8]
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert size.active == size.total - experts * 5 // 8  # 3 of 8
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_in_evaluation_mode_is_said_to_do_nothing(checkpointing, rank_pool) -> None:
+    run = Run(world=1, ep=1, steps=1, checkpointing=checkpointing)
+    (said,) = rank_pool.run(warnings_in_evaluation_mode, 1, run)
+    found = [text for text in said if "is in evaluation mode" in text]
+    assert [text.split()[0] for text in found] == (["net"] if checkpointing else [])
 
 
 def test_partitioned_weights_are_not_written(rank_pool, tmp_path) -> None:

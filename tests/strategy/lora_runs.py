@@ -82,3 +82,16 @@ def error_of(case: Case, path: str, alpha: float) -> str:
     except FastMoEError as error:
         return str(error)
     return "none"
+
+
+def error_of_frozen_adapters(case: Case) -> str:
+    """The error of a model whose adapters something has frozen, and trained something else."""
+    module = Adapted(case)
+    adapt(module.net)
+    for name, parameter in module.net.named_parameters():
+        parameter.requires_grad_("_lora_" not in name)
+    try:
+        make_trainer(case).fit(module)
+    except FastMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

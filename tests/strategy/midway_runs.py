@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from strategy.expert_modules import build_modules
 from strategy.models import D_IN, Case, build_net, make_optimizer, make_scheduler
+from strategy.reuse_runs import Validating
 from strategy.tracing import make_trainer, whole_weights
 from torch import Tensor, nn
 
@@ -150,4 +151,12 @@ def warnings_of(case: Case, path: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(case, 0.0, 8, {}, path)
+    return [str(warning.message) for warning in caught]
+
+
+def warnings_of_validating(case: Case, path: str) -> list[str]:
+    """What validating a checkpoint warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(case).validate(Validating(case), ckpt_path=path, verbose=False)
     return [str(warning.message) for warning in caught]

@@ -66,6 +66,12 @@ def test_resumes_on_other_ranks_with_its_alpha_alone(rank_pool, tmp_path) -> Non
         assert "multiplied by alpha / rank = 1.5, and here by 2.0: give the same alpha" in said
 
 
+def test_frozen_adapters_are_refused(rank_pool) -> None:
+    for said in rank_pool.run(runs.error_of_frozen_adapters, 2, Case(2, 2, 2, 1)):
+        assert said.startswith("ConfigError: net.moes.0.experts.")
+        assert "call it before add_lora()" in said
+
+
 def test_merged_weights_load_into_a_model_without_adapters() -> None:
     case = Case()
     net = runs.adapted(case)

@@ -93,3 +93,5 @@ def test_other_ranks_count_batches_otherwise(rank_pool, tmp_path):
     assert not any("in the middle of an epoch" in w for w in said[7][0])
     same = rank_pool.run(runs.warnings_of, 2, case_of(), paths[5])
     assert not any("in the middle of an epoch" in w for w in same[0])
+    validating = rank_pool.run(runs.warnings_of_validating, 1, case_of(1, 1), paths[5])[0]
+    assert not any("in the middle of an epoch" in w for w in validating)

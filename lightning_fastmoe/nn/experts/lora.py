@@ -93,6 +93,28 @@ def freeze(model: nn.Module, also_train: Iterable[str], kept: Iterable[str] = ()
         parameter.requires_grad_(name in trained)
 
 
+def check_trained(model: nn.Module) -> None:
+    """Refuses to train a model whose adapters are all frozen, as PEFT leaves them.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    holders = (part for part in model.modules() if SCALE in vars(part))
+    adapters = {
+        id(parameter)
+        for part in holders
+        for name, parameter in part.named_parameters(recurse=False)
+        if name.endswith((LORA_A, LORA_B))
+    }
+    named = [(n, p) for n, p in model.named_parameters() if id(p) in adapters]
+    if named and not any(p.requires_grad for _, p in named):
+        raise ConfigError(
+            f"{named[0][0]} is frozen, and so are all adapters of experts: get_peft_model() freezes"
+            " what it finds, so call it before add_lora(). Adapters that are to stay as they are"
+            " belong into the weights: merge_lora(model)."
+        )
+
+
 @torch.no_grad()
 def add_adapters(
     holder: nn.Module,

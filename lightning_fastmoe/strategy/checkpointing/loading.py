@@ -191,6 +191,10 @@ class Loading:
             if local["loaders"] is not None:
                 set_loaders(loaded.lightning, local["loaders"])
             return
+        module = self._strategy.lightning_module
+        assert module is not None
+        if not module.trainer.training:  # nothing resumes
+            return
         if (batches := batches_of_epoch(loaded.lightning)) and loaded.topology is not None:
             rank_zero_warn(
                 f"The checkpoint was saved in the middle of an epoch, after {batches} batches on"
