@@ -169,6 +169,11 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " gradient. Use Trainer(accumulate_grad_batches=...) with automatic optimization,"
                 " or add the losses and call backward once."
             )
+        if not loss.requires_grad:
+            raise ConfigError(
+                "The loss doesn't depend on anything that is trained: it was computed without"
+                " gradients, detached, or made anew from its value."
+            )
         self._awaits_step = bool(self.is_gradient_accumulation_boundary())
         self.mid_accumulation = not self._awaits_step
         self.has_accumulated |= self.mid_accumulation

@@ -282,8 +282,11 @@ def split_expert_groups(
             groups.append({**options, "params": experts, "name": expert_group, "moe": True})
             sources.append(i)
     if not groups:
+        kind = type(optimizer).__name__
+        if kind == "_MockOptimizer":  # Lightning's
+            raise ParameterGroupError("configure_optimizers() returned None: return an optimizer.")
         raise ParameterGroupError(
-            f"The {type(optimizer).__name__} holds no trainable parameter: it is empty,"
+            f"The {kind} holds no trainable parameter: it is empty,"
             " or all are frozen. Return an optimizer of self.parameters() from"
             " configure_optimizers(), and set requires_grad=True on what should be trained."
         )

@@ -27,12 +27,8 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.errors import ParameterEditError
 from lightning_fastmoe.zero.data_access import DataAccess, refusal
-from lightning_fastmoe.zero.state import (
-    FlatFragment,
-    FlatPartition,
-    ZeroState,
-    partition_of,
-)
+from lightning_fastmoe.zero.module_tree import ModuleTree
+from lightning_fastmoe.zero.state import FlatFragment, FlatPartition, ZeroState, partition_of
 from lightning_fastmoe.zero.weight_samples import Sampler, differ, sample_each
 
 
@@ -67,7 +63,7 @@ class WeightEdits:
 
     def __init__(self, engine: Any, optimized: Iterable[nn.Parameter]) -> None:
         names = {id(p): name for name, p in engine.module.named_parameters()}
-        self._state = ZeroState(engine, names)
+        self._state, self._tree = ZeroState(engine, names), ModuleTree(engine.module)
         self._zero = engine.optimizer
         self._partitioned = self._state.partitions_parameters
         self._watched = self._find(engine.module, names, {id(p) for p in optimized})
@@ -174,7 +170,7 @@ class WeightEdits:
             For each edit that can't be applied, a message with the reason and the alternative.
         """
         self.look()
-        standing = [*self._replaced(), *self._frozen_or_unfrozen()]
+        standing = [*self._replaced(), *self._tree.replaced(), *self._frozen_or_unfrozen()]
         written, partition_written = self._edited(samples)
         self._take_over(written, partition_written)
         if written or partition_written:

@@ -84,6 +84,11 @@ class TwoSchedulers(Net):
         return [optimizer], schedulers
 
 
+class Detached(Net):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx).detach()
+
+
 class NoOptimizer(Net):
     """Forgot it."""
 
@@ -312,6 +317,7 @@ SCENES: dict[str, Callable[[], Any]] = {
     "adafactor": lambda: fit(Adafactor(CASE)),
     "two schedulers": lambda: fit(TwoSchedulers(CASE)),
     "no optimizer": lambda: fit(NoOptimizer(CASE)),
+    "detached": lambda: fit(Detached(CASE)),
     "clip by value": lambda: fit(gradient_clip_algorithm="value"),
     "sync_batchnorm": lambda: fit(sync_batchnorm=True),
     "sync_batchnorm in an expert": lambda: fit(Normed(CASE)),
@@ -453,7 +459,8 @@ REFUSED = [
     ("two schedulers", 2, "ConfigError", ["2 scheduler(s)", "SequentialLR"]),
     ("adagrad", 2, "ConfigError", ["Adagrad", "one group", "RMSprop"]),
     ("adafactor", 2, "ConfigError", ["Adafactor", "depends on whole parameters", "AdamW"]),
-    ("no optimizer", 2, "ParameterGroupError", ["is empty", "configure_optimizers()"]),
+    ("no optimizer", 2, "ParameterGroupError", ["configure_optimizers() returned None"]),
+    ("detached", 2, "ConfigError", ["loss doesn't depend on anything that is trained"]),
     ("clip by value", 2, "ConfigError", ["'value'", "gradient_clip_algorithm='norm'"]),
     ("sync_batchnorm", 2, "ConfigError", ["sync_batchnorm=True", "convert_sync_batchnorm"]),
     (

@@ -282,6 +282,11 @@ def unfreeze(module: Edited) -> None:
     module.net["norm"].bias.requires_grad_(True)
 
 
+def replace_module(module: Edited) -> None:
+    head = module.net["head"]
+    module.net["head"] = nn.Linear(*reversed(head.weight.shape), device=head.weight.device)
+
+
 def replace_parameter(module: Edited) -> None:
     module.net["head"].bias = nn.Parameter(torch.zeros(1))
 
@@ -328,6 +333,7 @@ REFUSED = {
         freeze,
         unfreeze,
         replace_parameter,
+        replace_module,
         assign_state,
         other_shape,
         write_partitioned,
@@ -628,6 +634,7 @@ STAGES = (replace(CASE, stage=1), CASE, replace(CASE, stage=3))
         (STAGES, "on_train_start", "freeze", 0, ["'net.head.bias'", "configure_model"]),
         (STAGES, "on_train_batch_end", "unfreeze", 3, ["'net.norm.bias'", "lr is 0"]),
         (STAGES, "on_train_batch_end", "replace_parameter", 3, ["'net.head.bias'", "copy_("]),
+        (STAGES[:2], "on_train_batch_end", "replace_module", 3, ["'net.head'", "another fit"]),
         (STAGES, "on_train_batch_start", "assign_state", 2, ["'net.norm.weight'", "assign=True"]),
         (STAGES[:2], "on_before_optimizer_step", "other_shape", 2, ["[3]", "[1]"]),
         (
