@@ -20,9 +20,12 @@ from lightning_fastmoe.errors import CheckpointError
 _OF_NFS = ".nfs"
 """Prefix that NFS gives to files that were deleted while open; it removes them on its own."""
 
+_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+"""Of files with weights: what other strategies have saved may be replaced."""
+
 
 def check_replaceable(path: Path) -> None:
-    """Refuses to replace a directory that is not a checkpoint.
+    """Refuses to replace a directory or a file that is not a checkpoint.
 
     Extra files in a checkpoint's directory are allowed: :func:`discard` keeps them.
 
@@ -30,6 +33,11 @@ def check_replaceable(path: Path) -> None:
         CheckpointError: naming a file that is in the way, or if the directory is read-only.
     """
     if path.is_symlink() or not path.is_dir():
+        if path.is_file() and not _may_be_checkpoint(path):
+            raise CheckpointError(
+                f"{path} is a file that doesn't look like a checkpoint, and saving would delete it."
+                " Choose another path, or move it elsewhere."
+            )
         return
     found = sorted(os.listdir(path))
     if found and MANIFEST not in _own_files(path):
@@ -42,6 +50,17 @@ def check_replaceable(path: Path) -> None:
             f"{path} is read-only, so it can't be replaced by a newer checkpoint. Choose another"
             " path, or make it writable."
         )
+
+
+def _may_be_checkpoint(file: Path) -> bool:
+    """By its name, or as torch.save() begins: a zip archive or a pickle."""
+    if file.suffix in _SUFFIXES:
+        return True
+    try:
+        with file.open("rb") as opened:
+            return opened.read(2) in (b"", b"PK", b"\x80\x02")
+    except OSError:
+        return False
 
 
 def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: bool = False) -> None:

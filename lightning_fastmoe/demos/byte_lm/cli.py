@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.strategies import StrategyRegistry
 from typing_extensions import override
 
+from lightning_fastmoe.argument_types import suggestion
 from lightning_fastmoe.demos.byte_lm.classes import names_a_class
 from lightning_fastmoe.demos.byte_lm.data import ByteCorpus
 from lightning_fastmoe.demos.byte_lm.model import MoELanguageModel
@@ -83,6 +86,7 @@ class FastMoECLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        check_strategy(self.config[self.subcommand].trainer.strategy)
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
@@ -90,6 +94,21 @@ class FastMoECLI(LightningCLI):
             if (reason := own_error(error)) is None:
                 raise
             raise reason from error
+
+
+def check_strategy(given: Any) -> None:
+    """Refuses a name of a strategy that doesn't exist.
+
+    Raises:
+        ConfigError: with the names of this package's.
+    """
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(given, str) and given.lower() not in known:
+        own = [name for name in known if name.startswith("fastmoe")]
+        raise ConfigError(
+            f"trainer.strategy: there is no {given!r}.{suggestion(given, known)} This package's"
+            f" are {', '.join(own)}, and the class lightning_fastmoe.FastMoEStrategy."
+        )
 
 
 def keep_imports() -> None:
@@ -165,7 +184,7 @@ def run(args: Sequence[str] | None = None) -> None:
         args: the arguments; the process's own by default.
 
     Raises:
-        FastMoEError: for errors that the user can fix.
+        FastMoEError: for errors that the user can fix, Lightning's own among them.
     """
     silence_upstream()
     try:
@@ -192,6 +211,8 @@ def run(args: Sequence[str] | None = None) -> None:
             parser_class=OneLineParser,
             args=None if args is None else words,
         )
+    except MisconfigurationException as error:  # Lightning's, of what the user has asked for
+        raise ConfigError(str(error)) from error
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # otherwise NCCL warns at exit

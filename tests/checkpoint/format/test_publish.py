@@ -76,6 +76,24 @@ def test_replaces_a_file_or_a_link(tmp_path, replacing, kind):
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("how", ["torch", "legacy", "empty", "text"])
+def test_a_file_of_another_kind_is_not_replaced(tmp_path, how):
+    """A name without a suffix says nothing, but torch's files begin as zip archives or pickles."""
+    path = tmp_path / "train.py"
+    if how in ("torch", "legacy"):
+        torch.save({"a": 1}, path, _use_new_zipfile_serialization=how == "torch")
+    else:
+        path.write_text("import torch" if how == "text" else "")
+    if how == "text":
+        with pytest.raises(CheckpointError, match=r"train.py is a file that doesn't look like"):
+            write_sample(path, make_tensors(1))
+        assert path.read_text() == "import torch"
+    else:
+        write_sample(path, make_tensors(1))
+        assert seed_of(path) == 1
+    assert hidden(tmp_path) == []
+
+
 NOT_A_CHECKPOINT = [
     ["thesis.txt"],
     ["manifest.json"],

@@ -77,6 +77,37 @@ def test_errors_of_named_classes_are_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.strategy=fastmo"], "there is no 'fastmo'. Did you mean fastmoe?"),
+        (["--trainer.strategy=a.FastMoE"], "there is no 'a.FastMoE'. This package's are fastmoe,"),
+        (["--trainer.devices=0"], "Trainer(devices='0')"),
+        (["--trainer.accelerator=gpu"], "No supported gpu backend found"),
+        (["--trainer.max_steps=-5"], "`max_steps` must be a non-negative integer"),
+    ],
+    ids=lambda case: "" if isinstance(case, str) else case[0],
+)
+def test_what_lightning_refuses_is_one_line(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-fastmoe"])
+    if "gpu" in words[0]:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "text").write_text("abc" * 1000)
+    given = [f"--config={EXAMPLES / 'tiny_lm.yaml'}", f"--data.path={tmp_path / 'text'}"]
+    assert cli.main(["fit", *given, *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
 def test_a_wrong_value_of_the_strategy_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
