@@ -83,6 +83,9 @@ class Together:
         return f"{self.path} could not be {self.doing}: {who} failed. Rank {rank}: {text}"
 
 
+_MEET, _GIVE_UP = b"meet", b"give up"
+
+
 def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60.0) -> None:
     """Waits for all ranks through the store, since other ranks may be inside a collective.
 
@@ -96,18 +99,35 @@ def meet_after_error(path: Path, step: int, number: int = 0, seconds: float = 60
         seconds: how long to wait.
 
     Raises:
-        CheckpointError: if some rank does not arrive in time.
+        CheckpointError: if some rank does not arrive in time; on all that do, at any time.
     """
     store = dist.distributed_c10d._get_default_store()
     key = f"fastmoe-after-error/{step}/{number}/{path.parent}"
-    here, world_size = store.add(key, 1), dist.get_world_size()
-    deadline = time.monotonic() + seconds
-    while here < world_size:
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"{path} was not saved after the error: {world_size - here} of {world_size} ranks"
-                f" did not arrive within {seconds:g} seconds, because they did not fail. Resume"
-                " from the previous checkpoint."
-            )
-        time.sleep(0.02)
-        here = store.add(key, 0)
+    world_size, decision = dist.get_world_size(), f"{key}/decision"
+    here, deadline = 0, time.monotonic() + seconds
+
+    def decide(wanted: bytes) -> bytes:
+        """The first rank's decision counts: nobody saves alone with those who have given up."""
+        found: bytes = store.compare_set(decision, "", wanted.decode())
+        return found
+
+    try:
+        here = store.add(key, 1)
+        while here < world_size and time.monotonic() <= deadline:
+            time.sleep(0.02)
+            here = store.add(key, 0)
+        if decide(_MEET if here >= world_size else _GIVE_UP) == _MEET:
+            return
+    except RuntimeError as error:  # the store is gone, with the rank that held it
+        raise CheckpointError(
+            f"{path} was not saved after the error: the connection to the other ranks is lost."
+        ) from error
+    missing = (
+        f"{world_size - here} of {world_size} ranks did not arrive within {seconds:g} seconds,"
+        " because they did not fail"
+        if here < world_size
+        else "another rank has given up waiting for this one"
+    )
+    raise CheckpointError(
+        f"{path} was not saved after the error: {missing}. Resume from the previous checkpoint."
+    )

@@ -35,8 +35,9 @@ def save_pretrained(
     The ranks write a checkpoint next to ``path``, which rank 0 then converts one stack of experts
     at a time, and deletes. So no rank holds the model, and both need space on the disk, which all
     ranks must share. Adapters of experts, and PEFT's of linear layers, are merged into the weights;
-    experts in 4 bits are written in bf16, or ``dtype``. Save the tokenizer yourself, and what is
-    trained beside the model, such as a value head: a warning names it.
+    experts in 4 bits are written in bf16, or ``dtype``. While ``WeightAveraging`` averages, the
+    averages are written. Save the tokenizer yourself, and what is trained beside the model, such as
+    a value head: a warning names it.
 
     Args:
         trainer: a Trainer with FastMoEStrategy, during or after ``fit``.

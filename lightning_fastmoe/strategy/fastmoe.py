@@ -117,7 +117,8 @@ class FastMoEStrategy(DeviceAgnosticDeepSpeedStrategy):
         self._engines = Engines(self, self._groups, nonfinite, own["exact"])
         state = self._engines.state
         self._steps = Steps(self, state, self._groups, self._watch, self._uneven, self._waits)
-        self._saving = Saving(self, state, self._groups, self._watch, self._averaging)
+        leave = self._waits.leave
+        self._saving = Saving(self, state, self._groups, self._watch, self._averaging, leave)
         self._loading = Loading(self, state, self._watch, self._averaging)
         self._at_teardown = ExitStack()
 

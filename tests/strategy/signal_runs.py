@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import warnings
@@ -24,6 +25,7 @@ from strategy.tracing import make_trainer
 from torch import Tensor
 
 from lightning_fastmoe.checkpoint.lockstep import meet_after_error
+from lightning_fastmoe.strategy.checkpointing import saving
 
 RANK = 1
 
@@ -336,11 +338,40 @@ def saved_after_error(case: Case, directory: str) -> tuple[list[str], int, int]:
     return [str(w.message) for w in caught], len(module.batch_losses), len(rest.losses)
 
 
+class FailingAlone(Failing):
+    """Raises on rank 1 alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_rank == 0:
+            return WithDropout.training_step(self, batch, batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+def fails_alone(case: Case, directory: str) -> tuple[list[str], list[str]]:
+    """The errors of this rank, the last one first, and what is in the directory."""
+    module = FailingAlone(case, 0.0)
+    keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
+    trainer = make_trainer(
+        case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
+    )
+    meet = functools.partial(meet_after_error, seconds=2)
+    said: list[str] = []
+    with mock.patch.object(saving, "meet_after_error", meet):
+        try:
+            trainer.fit(module)
+        except Exception as error:  # noqa: BLE001
+            one: BaseException | None = error
+            while one is not None:
+                said.append(f"{type(one).__name__}: {one}")
+                one = one.__cause__ or one.__context__
+    return said, os.listdir(directory)
+
+
 def one_comes_to_save(path: str) -> list[tuple[str, str]]:
-    """What each rank gets when only rank 1 comes, and then when both do."""
+    """What ranks get when only rank 1 comes, then both, then rank 0 after rank 1 has given up."""
     dist.init_process_group("gloo")
     errors = []
-    for step, ranks in ((1, [1]), (2, [0, 1])):
+    for step, ranks in ((1, [1]), (2, [0, 1]), (1, [0])):
         if dist.get_rank() in ranks:
             errors.append(error_of(meet_after_error, Path(path), step, seconds=0.5))
         dist.barrier()

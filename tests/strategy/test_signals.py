@@ -145,9 +145,24 @@ def test_an_error_leaves_a_checkpoint_and_a_warning_that_it_is_of_half_a_batch(r
 def test_a_rank_that_fails_alone_does_not_wait_for_ever(rank_pool, tmp_path):
     path = str(tmp_path / "last.ckpt")
     first, second = rank_pool.run(runs.one_comes_to_save, 2, path)
-    assert first == [("nothing", "")]
+    both, (kind, message) = first
+    assert both == ("nothing", "")
+    assert kind == "CheckpointError"
+    assert "another rank has given up waiting for this one" in message
     (kind, message), both = second
     assert kind == "CheckpointError"
     assert "1 of 2 ranks did not arrive within" in message
     assert path in message
     assert both == ("nothing", "")
+
+
+def test_the_others_hear_why_a_rank_fails_that_wanted_to_save(rank_pool, tmp_path):
+    """And don't save with nobody on the other end."""
+    (one, left), (other, _) = rank_pool.run(runs.fails_alone, 2, case_of(2, 2), str(tmp_path))
+    assert left == []
+    assert "ZeroDivisionError: a bug" in other
+    assert other[0].startswith("CheckpointError: ")
+    assert "1 of 2 ranks did not arrive" in other[0]
+    assert one[0].startswith("CheckpointError: ")
+    assert "another rank has given up" in one[0]
+    assert any("rank 1 has left the run with ZeroDivisionError: a bug" in text for text in one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,7 @@ class Saving:
         groups: the expert parallel groups.
         watch: records progress.
         averaging: adapter of the WeightAveraging callback.
+        leave: tells the other ranks of an error here.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class Saving:
         groups: ExpertGroups,
         watch: Watch,
         averaging: Averaging,
+        leave: Callable[[BaseException], None],
     ) -> None:
         self._strategy, self._state, self._groups = strategy, state, groups
-        self._watch, self._averaging = watch, averaging
+        self._watch, self._averaging, self._leave = watch, averaging, leave
         self._in_background = False
         self._made_writer: BackgroundWriter | ForegroundWriter | None = None
         self._weight_names: WeightNames | None = None
@@ -123,8 +126,7 @@ class Saving:
         module = attached_module(strategy, "save_checkpoint")
         trainer = module.trainer
         if trainer.interrupted:
-            meet_after_error(local_path(filepath), trainer.global_step, self._saves_after_error)
-            self._saves_after_error += 1
+            self._meet_after_error(local_path(filepath), trainer.global_step)
         warn_within_batch(trainer, filepath)
         unwrap_compiled(module)
         path = local_path(strategy.broadcast(filepath))
@@ -159,6 +161,18 @@ class Saving:
         """Raises any error from the background writer."""
         if self._made_writer is not None:
             self._made_writer.poll()
+
+    def _meet_after_error(self, path: Path, step: int) -> None:
+        cause = sys.exception()
+        try:
+            meet_after_error(path, step, self._saves_after_error)
+        except CheckpointError:
+            if cause is not None:
+                # Lightning calls the strategy's on_exception() after the callbacks', and not if one
+                # of these raises: the others would never hear why this rank has left.
+                self._leave(cause)
+            raise
+        self._saves_after_error += 1
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written."""
