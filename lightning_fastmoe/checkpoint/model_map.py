@@ -22,6 +22,7 @@ from lightning_fastmoe.nn import ModuleExperts
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.nn.experts.base import describe_ids, is_interval
 from lightning_fastmoe.nn.experts.trained import TrainedExperts, trained_of
+from lightning_fastmoe.nn.partial_state import expected_partial_state
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class ModelMap:
     def extra(self) -> dict[str, Any]:
         """What the module's state dict holds beyond parameters and buffers."""
         known = self.parameters.keys() | self.buffers.keys() | self.tied.keys()
-        return {k: v for k, v in self.module.state_dict().items() if k not in known}
+        with expected_partial_state():
+            return {k: v for k, v in self.module.state_dict().items() if k not in known}
 
     def in_stack(self, name: str, part: Fragment) -> Iterator[tuple[str, int, Fragment]]:
         """Where a checkpoint's stacks hold what this rank has of trained experts.

@@ -17,6 +17,7 @@ from lightning_fastmoe.distributed.world_batch import WorldBatch
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.dispatch import check_exact
 from lightning_fastmoe.nn.expert_layers import KINDS, ExpertLayer, expert_layers
+from lightning_fastmoe.nn.partial_state import warn_of_partial_state
 from lightning_fastmoe.nn.placement import Placement
 from lightning_fastmoe.nn.schedule import LocalSchedule, Schedule
 
@@ -103,6 +104,8 @@ class ExpertSharder:
             if layer.experts.local_ids != held:
                 raise self._sharded_otherwise(name, layer)
             layer.connect(name, self.batch, schedule)
+            if layer.is_sharded:
+                warn_of_partial_state(layer.experts, name)
         for kind in KINDS:
             kind.guard(module)
 

@@ -20,6 +20,7 @@ from lightning_fastmoe.distributed.mesh import ExpertMesh
 from lightning_fastmoe.errors import CheckpointError
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.nn.experts.trained import TRAINED, TrainedExperts, trained_of
+from lightning_fastmoe.nn.partial_state import expected_partial_state
 
 Values = dict[tuple[str, ...], Any]
 """Path in a nested dictionary -> a tensor, or anything that pickle can copy."""
@@ -35,7 +36,8 @@ class _Tensor:
 
 def gather_model(contents: Contents, mesh: ExpertMesh | None) -> dict[str, Any]:
     """See :meth:`ExpertDataParallel.full_state_dict`."""
-    state = contents.model.state_dict()
+    with expected_partial_state():
+        state = contents.model.state_dict()
     owners = {name: contents.expert_layer(name) for name in state}
     experts: Values = {(name,): state[name] for name, layer in owners.items() if layer is not None}
     _check_rows({path: (owners[path[0]], value) for path, value in experts.items()})
