@@ -27,6 +27,15 @@ class NonFiniteGuard:
         # between a pass and its replay by activation checkpointing.
         self._largest = _nothing(torch.device("cpu"))
 
+    def begin(self, device: torch.device, *, collects: bool) -> None:
+        """Begins a run.
+
+        Args:
+            device: of the logits: graphs that found it out would be compiled again.
+            collects: whether the policy is "collect"; else it is "ignore".
+        """
+        self.policy, self._largest = "collect" if collects else "ignore", _nothing(device)
+
     def look(self, logits: Tensor, layer: str, *, training: bool) -> None:
         """Checks ``logits`` and acts according to :attr:`policy`; no host synchronisation on CUDA.
 
@@ -73,7 +82,7 @@ class NonFiniteGuard:
         return weights
 
     def _collect(self, largest: Tensor) -> None:
-        before = self._largest.to(largest.device)
+        before = self._largest.to(largest.device, non_blocking=True)
         self._largest = torch.maximum(before, largest.to(before.dtype))
 
     @property
@@ -83,7 +92,7 @@ class NonFiniteGuard:
 
     def put(self) -> None:
         """Restores what a checkpoint found that was saved in the middle of a step."""
-        self._largest = torch.tensor(torch.inf)
+        self._largest = torch.full_like(self._largest, torch.inf)
 
     def take(self, device: torch.device) -> Tensor:
         """The largest absolute logit that was collected since the last call.

@@ -117,7 +117,8 @@ class Engines:
         for layer in state.layers.values():
             if isinstance(layer, MoE):
                 layer.balancing.scale = state.loss_scale
-            layer.nonfinite.policy = "ignore" if self._nonfinite == "ignore" else "collect"
+            collects = self._nonfinite != "ignore"
+            layer.nonfinite.begin(self._strategy.root_device, collects=collects)
         check_can_be_saved(trainer, module, state.layers)
         check_batch_norms(state.layers)
         if self._strategy.zero_stage_3:

@@ -119,7 +119,7 @@ class ExpertDataParallel:
         self._scale = KnownLossScale()
         for name, layer in self._layers.items():
             layer.layer_name = name or type(layer).__name__
-            layer.nonfinite.policy = "ignore" if id(layer) in ignoring else "collect"
+            layer.nonfinite.begin(self._device, collects=id(layer) not in ignoring)
         for moe in ours:
             moe.balancing.scale = self._scale
         self._scale.follow(model)
