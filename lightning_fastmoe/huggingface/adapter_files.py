@@ -67,16 +67,17 @@ def save_adapters(trainer: Any, path: Any, *, base_model: str | None = None) -> 
         base_model: name or path of the model that they belong to, for ``adapter_config.json``.
 
     Raises:
-        ConfigError: on all ranks, if the experts have no adapters, parameters that are no adapters
+        ConfigError: on all ranks, if the model has no adapters, parameters that are no adapters
             were trained too, linear layers have other adapters of PEFT than plain ones or their
             initialisation has changed the layers' weights, or ``path`` exists.
     """
     prefix, model = the_model(trainer)
-    scale = lora_scale(model)
-    if scale is None:
-        raise ConfigError("save_adapters: the model's experts have no adapters; see add_lora.")
+    scale, linear = lora_scale(model), linear_adapters(model)
+    if scale is None and not linear:
+        raise ConfigError(
+            "save_adapters: the model has no adapters; see add_lora, and PEFT's get_peft_model."
+        )
     check_base_weights(model)
-    linear = linear_adapters(model)
     theirs = file_keys(linear)
     others = [
         name
@@ -107,7 +108,7 @@ def _write(
     reader: CheckpointReader,
     model: Any,
     prefix: str,
-    scale: float,
+    scale: float | None,
     linear: Mapping[str, LinearAdapter],
     path: Path,
     base_model: str | None,
@@ -117,7 +118,7 @@ def _write(
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
     rank = 0
-    for layer, adapted in kind.layers(model):
+    for layer, adapted in kind.layers(model) if scale is not None else ():
         for number, name in enumerate(projections(adapted.module)):
             a, b = (
                 _read(reader, f"{prefix}{layer}.experts.{name}{part}") for part in (LORA_A, LORA_B)
@@ -132,7 +133,11 @@ def _write(
     for name, key in file_keys(linear).items():
         tensors[f"{_PREFIX}{key}"] = _read(reader, f"{prefix}{name}")
     modules = target_modules(model, linear)
-    alpha = scale * rank
+    if scale is None:
+        first = next(iter(modules.values()))
+        rank, alpha = first.rank, first.alpha
+    else:
+        alpha = scale * rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -143,7 +148,7 @@ def _write(
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": [*modules],
-        "target_parameters": targets,
+        "target_parameters": targets or None,
         "rank_pattern": {n: one.rank for n, one in modules.items() if one.rank != rank},
         "alpha_pattern": {n: one.alpha for n, one in modules.items() if one.alpha != alpha},
         "inference_mode": True,

@@ -287,8 +287,9 @@ class _Refusal:
         raise UnmanagedExpertsError(
             f"save_pretrained would write experts {describe_ids(layer.experts.local_ids)} of"
             f" {layer.layer_name} as all {layer.num_experts}. On every rank call"
-            " lightning_fastmoe.huggingface.save_pretrained(trainer, path), or save a checkpoint"
-            " and use `lightning-fastmoe checkpoint export`."
+            " lightning_fastmoe.huggingface.save_pretrained(trainer, path), save_adapters(trainer,"
+            " path) for adapters alone, or save a checkpoint and use `lightning-fastmoe checkpoint"
+            " export`."
         )
 
 

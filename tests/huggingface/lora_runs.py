@@ -20,7 +20,7 @@ from huggingface.sharding_runs import (
 from strategy.tracing import make_trainer
 from torch import Tensor, nn
 
-from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.errors import ConfigError, FastMoEError
 from lightning_fastmoe.huggingface import add_lora, save_adapters, save_pretrained
 
 RANK, ALPHA = 4, 6.0
@@ -162,6 +162,41 @@ class AdaptedAs(Adapted):
         self.net = get_peft_model(make_model(run), LoraConfig(r=RANK, lora_alpha=ALPHA, **options))
         torch.manual_seed(11)
         add_lora(self.net, RANK, ALPHA)
+
+
+class AdaptedByPeftAlone(Adapted):
+    """Fine-tunes adapters of attention; the experts, sharded, have none."""
+
+    def __init__(self, run: Run) -> None:
+        EpochPerStep.__init__(self, run)
+        self.net = adapted_by_peft_alone(self.run)
+
+
+def adapted_by_peft_alone(run: Run) -> Any:
+    """Two of PEFT's adapters per layer, of two ranks, with values."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "o_proj"]
+    options = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, rank_pattern={"o_proj": 1}
+    )
+    model = get_peft_model(make_model(run), options)
+    torch.manual_seed(11)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def saves_adapters_of_attention(run: Run, folder: Path) -> dict[str, Tensor]:
+    """Trains, writes the adapters, and returns the weights."""
+    module, weights = AdaptedByPeftAlone(run), WeightsByEpoch()
+    trainer = make_trainer(run, callbacks=[weights], max_steps=-1, max_epochs=1)
+    trainer.fit(module)
+    save_adapters(trainer, folder / "adapters")
+    with pytest.raises(FastMoEError, match=r"save_adapters\(trainer,"):
+        module.net.save_pretrained(folder / "theirs")
+    return weights.weights[0]
 
 
 def saves_by_configuration(

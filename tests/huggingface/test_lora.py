@@ -15,10 +15,12 @@ from huggingface.lora_runs import (
     ALPHA,
     RANK,
     adapted,
+    adapted_by_peft_alone,
     adapted_by_peft_too,
     fits,
     reference,
     saves_adapters,
+    saves_adapters_of_attention,
     saves_adapters_of_both,
     saves_beside_heads,
 )
@@ -360,6 +362,18 @@ def test_other_adapters_of_peft_are_not_saved(options: dict[str, Any], reason: s
     model = get_peft_model(make_model(Run("mixtral")), LoraConfig(**plain | options))
     with pytest.raises(ConfigError, match=reason):
         linear_adapters(model)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_of_attention_alone(stage: int, rank_pool, tmp_path: Path) -> None:
+    run, ids = Run("qwen3_moe", stage=stage), torch.arange(3, 27).view(2, 12)
+    weights = rank_pool.run(saves_adapters_of_attention, 2, run, tmp_path)[0]
+    trained = adapted_by_peft_alone(run)
+    trained.load_state_dict(weights, strict=False)
+    want = trained(ids, use_cache=False).logits
+    assert not torch.allclose(adapted_by_peft_alone(run)(ids, use_cache=False).logits, want)
+    theirs = PeftModel.from_pretrained(make_model(run, "eager"), tmp_path / "adapters")
+    assert_close(theirs(ids, use_cache=False).logits, want, "PEFT")
 
 
 def test_other_adapters_are_refused(tmp_path: Path) -> None:
