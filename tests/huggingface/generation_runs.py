@@ -68,9 +68,16 @@ def generates(name: str, ep: int) -> list[Any]:
     rank = dist.get_rank()
     model = make(name)
     parallel = ExpertDataParallel(model, ep)
-    found = [parallel.on_each_rank(generate, model, rank, how) for how in OPTIONS]
-    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+    before = hooks(model)
+    found = [parallel.on_each_rank(generate, model, rank, how=how) for how in OPTIONS]
+    assert hooks(model) == before
     return found
+
+
+def hooks(model: Any) -> list[Any]:
+    """All that run around the forward passes of its parts."""
+    parts = [(part._forward_pre_hooks, part._forward_hooks) for part in model.modules()]
+    return [hook for both in parts for kind in both for hook in kind.values()]
 
 
 def fails(ep: int, how: str) -> str:
