@@ -58,9 +58,10 @@ def _may_be_checkpoint(file: Path) -> bool:
         return True
     try:
         with file.open("rb") as opened:
-            return opened.read(2) in (b"", b"PK", b"\x80\x02")
+            head = opened.read(2)
     except OSError:
         return False
+    return head in (b"", b"PK") or head.startswith(b"\x80")
 
 
 def discard(directory: Path, path: Path, *, strict: bool = True, unfinished: bool = False) -> None:

@@ -123,7 +123,11 @@ class UnreducedGradients:
                 if known is None or known[0]() is not grad or known[1] != grad._version:
                     changed.append(grad)
         if changed:
-            norms = [torch.linalg.vector_norm(grad.float()) for grad in changed]
+            kinds = [torch.promote_types(grad.dtype, torch.float32) for grad in changed]
+            norms = [
+                torch.linalg.vector_norm(grad, dtype=kind).float()
+                for grad, kind in zip(changed, kinds, strict=True)
+            ]
             self._changes.append(torch.stack(norms).sum())
 
     def take_changes(self) -> Tensor | None:

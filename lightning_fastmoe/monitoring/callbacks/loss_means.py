@@ -30,7 +30,7 @@ class LossMeans:
                 (layer, loss) for layer, _ in self._layers for loss in LOSSES
             )
         }
-        self._seen: dict[str, dict[str, Tensor]] = {}
+        self._seen = {name: layer.last_losses for name, layer in self._layers}  # of earlier runs
         self._added: dict[tuple[int, ...], Tensor] = {}
         self.packed = torch.zeros(2 * len(self._places), dtype=torch.float64, device=device)
 
