@@ -36,8 +36,6 @@ class Layout:
             padding.
         crossing: whether a row has tokens before a sequence that the sequence must not see, so
             that causal attention alone is not enough.
-        attention_mask: (batch, 1, seq_len, seq_len) bool, True where a query sees a key; None if
-            ``crossing`` is False: attention is causal, and only padding sees padding on the right.
         real_sequence_ids: (N,) int64, the sequences of the non-padding tokens.
     """
 
@@ -46,20 +44,32 @@ class Layout:
     real: Tensor | None
     crossing: bool
     # Computed here rather than when first read: dynamo breaks the graph of a layer that computes
-    # a cached property, and every layer reads both.
-    attention_mask: Tensor | None = field(init=False)
+    # a cached property.
     real_sequence_ids: Tensor = field(init=False)
+    _mask: list[Tensor | None] = field(init=False, default_factory=list, repr=False)
     _parts: dict[tuple[int, int], Layout] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        ids, mask = self.sequence_ids, None
-        if self.crossing:
-            # Padding sees padding, because a softmax over no keys would be NaN.
-            mask = (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
-        object.__setattr__(self, "attention_mask", mask)
-        ids = ids.flatten()
+        ids = self.sequence_ids.flatten()
         present = ids if self.real is None else ids.index_select(0, self.real)
         object.__setattr__(self, "real_sequence_ids", present)
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(batch, 1, seq_len, seq_len) bool, True where a query sees a key; None if causal."""
+        if self._mask:
+            return self._mask[0]
+        if not self.crossing:
+            # Only padding sees padding on the right.
+            return None
+        ids = self.sequence_ids
+        # Padding sees padding, because a softmax over no keys would be NaN.
+        return (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
+
+    def keep_mask(self) -> None:
+        """Keeps :attr:`attention_mask`, which is computed at each use otherwise."""
+        if not self._mask:
+            self._mask.append(self.attention_mask)
 
     def rows(self, start: int, stop: int) -> Layout:
         """The sequences of rows ``start`` to ``stop``; all layers of a pass share it."""
@@ -68,6 +78,7 @@ class Layout:
             ids = self.sequence_ids[start:stop]
             real = None if self.real is None else (ids.flatten() >= 0).nonzero().flatten()
             found = Layout(ids, self.positions[start:stop], real, self.crossing)
+            found.keep_mask()
             self._parts[start, stop] = found
         return found
 

@@ -204,6 +204,11 @@ class MoEDecoder(nn.Module):
         if layout is not None:
             # The id of padding may lie outside the embedding table.
             tokens = tokens.masked_fill(layout.sequence_ids < 0, 0)
+            # Before the layers, as their graphs read it. Not if something has replaced their
+            # forward to compute chunks of sequences: those have masks of their own, and that of
+            # all sequences might not fit into memory.
+            if "forward" not in self.model.layers[0].__dict__:
+                layout.keep_mask()
         x = self.model.embed_tokens(tokens.long())
         for layer in self.model.layers:
             x = layer(x, table, layout)

@@ -248,7 +248,8 @@ def check_all_are_here(experts: Experts, layer: str) -> None:
     if experts.num_local_experts != experts.num_experts:
         raise UnmanagedExpertsError(
             f"{layer} holds {experts.num_local_experts} of {experts.num_experts} experts,"
-            " and no FastMoEStrategy runs it, which reaches the others. After a run, use the"
-            " Trainer's predict() or strategy.on_each_rank(function), or load the checkpoint into a"
-            " new model. To train all experts on each rank, rebuild the model."
+            " and only FastMoEStrategy reaches the others, or ExpertDataParallel in a plain loop."
+            " After a run, use the Trainer's predict(), strategy.on_each_rank(function), or a new"
+            " model with the weights of a checkpoint. Rebuild the model to train all experts on"
+            " each rank."
         )

@@ -15,7 +15,8 @@ class ModuleTree:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._known = {id(parameter) for parameter in root.parameters()}
+        # With the parameters themselves: the number of one that is gone may be another's later.
+        self._known = {id(parameter): parameter for parameter in root.parameters()}
         self._places: list[tuple[dict[str, Any], str, Any, str]] = [
             (module._modules, key, child, f"{name}.{key}" if name else key)
             for name, module in root.named_modules()
@@ -23,17 +24,17 @@ class ModuleTree:
         ]
 
     def replaced(self) -> list[str]:
-        """Complaints about modules with parameters of their own in the place of others.
+        """Complaints about modules in the place of others with new parameters to train.
 
-        A wrapper around the former module, such as ``torch.compile``'s, is none.
+        A wrapper around the former module, such as ``torch.compile``'s, has none.
         """
         found = []
         for i, (children, key, child, name) in enumerate(self._places):
             now = children.get(key)
             if now is child:
                 continue
-            new = [] if now is None else [p for p in now.parameters() if id(p) not in self._known]
-            if new:
+            new = [] if now is None else now.parameters()
+            if any(p.requires_grad and id(p) not in self._known for p in new):
                 found.append(
                     f"Module {name!r} was replaced by another one after training was set up, whose"
                     " parameters no optimizer trains. Write into the parameters of the former one,"

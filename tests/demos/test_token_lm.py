@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from lightning_fastmoe.demos.token_lm.windows import TokenWindows
 from lightning_fastmoe.errors import ConfigError, DataError
 from lightning_fastmoe.huggingface import MoECausalLM
 from lightning_fastmoe.huggingface.batch import read_batch
+from lightning_fastmoe.inference.chunks import ChunkedBlocks
 
 EOS = 0
 VOCAB = 50
@@ -127,6 +129,26 @@ def test_packed_documents_equal_separate_ones(tmp_path: Path) -> None:
     torch.testing.assert_close(model(batch)[0], alone)
     merged = model(batch["input_ids"])[0]
     assert (merged[5:] - alone[5:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_chunks_need_no_mask_of_all_sequences(tmp_path: Path, chunked: bool) -> None:
+    """It would be larger than what chunks save."""
+    data = TokenFiles(str(write(tmp_path / "t", stream(400))), seq_len=15, batch_size=6)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    model = tiny(vocab_size=VOCAB)
+    model.configure_model()
+    model.eval()
+    expected = float(model._loss(read_batch(batch)).detach())
+    if chunked:
+        ChunkedBlocks(model, 2, nullcontext)
+    read = read_batch(batch)
+    assert read.layout is not None
+    assert read.layout.crossing
+    assert float(model._loss(read).detach()) == pytest.approx(expected, rel=1e-6)
+    assert len(read.layout._mask) == (not chunked)
+    assert [len(part._mask) for part in read.layout._parts.values()] == [1, 1, 1] * chunked
 
 
 def loader(folder: Path, world: int, rank: int, **options: Any) -> Any:

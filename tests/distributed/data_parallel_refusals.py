@@ -227,7 +227,7 @@ def fails_in_training(name: str) -> tuple[str, str]:
     return "", ""
 
 
-def changes_alike(how: str) -> None:
+def changes_identically(how: str) -> None:
     """Steps by gradients that are changed, identically on all ranks, after they were reduced."""
     join("cpu")
     model = net()

@@ -78,7 +78,7 @@ def test_refused_on_every_rank_in_training(rank_pool, name):
 
 @pytest.mark.parametrize("how", ["scaled", "clipped", "replaced", "by torch without experts"])
 def test_gradients_may_be_changed_in_the_same_way(rank_pool, how):
-    rank_pool.run(runs.changes_alike, 2, how)
+    rank_pool.run(runs.changes_identically, 2, how)
 
 
 @pytest.mark.parametrize("name", SET_UP)

@@ -16,6 +16,8 @@ from strategy.tracing import make_trainer, over_expert_ranks, whole_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_fastmoe.zero.module_tree import ModuleTree
+
 EDITED = ("head.bias", "embed.weight", "moes.0.experts.up_proj", "moes.1.router.weight")
 AT = 2
 """The step in whose hooks weights are written."""
@@ -657,6 +659,17 @@ def test_what_would_be_lost_raises(rank_pool, cases, hook, edit, steps, named):
             assert done == steps
             for part in named:
                 assert part in message
+
+
+def test_frozen_modules_and_wrappers_may_take_a_place():
+    root = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Identity())
+    tree = ModuleTree(root)
+    root[0] = nn.Sequential(root[0])
+    root[1] = nn.Linear(2, 2).requires_grad_(False)
+    assert tree.replaced() == []
+    root[2] = nn.Linear(2, 2)
+    (said,) = tree.replaced()
+    assert said.startswith("Module '2' was replaced")
 
 
 def test_a_rank_that_refuses_stops_all(rank_pool):

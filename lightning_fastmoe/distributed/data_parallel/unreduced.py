@@ -139,10 +139,10 @@ class UnreducedGradients:
         """All gradients are those of all ranks now."""
         self._note_trained()
         self._pending.clear()
-        self.changed_alike()
+        self.remember_versions()
 
-    def changed_alike(self) -> None:
-        """All gradients are as they are on each rank that has them, now."""
+    def remember_versions(self) -> None:
+        """Gradients are identical on all ranks that have them: what differs later was changed."""
         self._versions = {
             key: (weakref.ref(grad), grad._version)
             for key, item in self._items.items()

@@ -234,7 +234,7 @@ class ExpertDataParallel:
                 " clipped. Skip the step, or pass error_if_nonfinite=False."
             )
         nn.utils.clip_grads_with_norm_([item.tensor for item in trained], max_norm, norm)
-        self._unreduced.changed_alike()
+        self._unreduced.remember_versions()
         return norm
 
     def on_each_rank(self, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
