@@ -95,8 +95,9 @@ def forward(
     routing = router(inputs.tokens, context)
     weights = layer.nonfinite.look_in_graph(routing.weights, routing.logits, training=training)
     routing = routing._replace(weights=weights)
-    if layer.capacity.is_limited[not training]:
-        factor = layer.capacity.in_graphs[not training]
+    phase = 0 if training else 1  # dynamo of torch 2.11 takes no bool as an index
+    if layer.capacity.is_limited[phase]:
+        factor = layer.capacity.in_graphs[phase]
         rule = (factor, layer.capacity.over, layer.capacity.drop_by)
         kept = within_capacity(routing.expert_ids, routing.active, routing.scores.detach(), *rule)
         routing = routing._replace(kept=kept)

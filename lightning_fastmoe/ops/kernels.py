@@ -19,6 +19,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``, for results of autograd functions.
+
+    ``x.to(dtype)`` that changes nothing gives ``x`` again, which dynamo of torch 2.11 takes for
+    another tensor: where it traces the function, the result's gradient goes to the one that nobody
+    uses, and all that the function returns is zeros.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def permute_rows(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """Each token once per chosen expert, in expert-major order.
 
@@ -77,14 +87,14 @@ def sum_rows(
     else:
         picked = rows.index_select(0, inverse)
     if weights is None and top_k == 1:
-        return picked.to(dtype)
+        return rounded(picked, dtype)
     picked = picked.view(-1, top_k, rows.shape[1]).to(acc)
     if weights is not None:
         picked.mul_(weights.to(acc).unsqueeze(-1))  # in place, as it is a copy already
     total = picked[:, 0]
     for slot in range(1, top_k):  # from 16 on, Tensor.sum() has another order
         total = total + picked[:, slot]
-    return total.to(dtype)
+    return rounded(total, dtype)
 
 
 def sum_placed_rows(rows: Tensor, places: Tensor, ranks: int) -> Tensor:

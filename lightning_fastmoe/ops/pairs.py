@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fastmoe.ops.kernels import accumulation_dtype
+from lightning_fastmoe.ops.kernels import accumulation_dtype, rounded
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _sum_by_token(rows: Tensor, pairs: PairOrder, dtype: torch.dtype) -> Tensor:
     total: Tensor = torch.segment_reduce(
         picked, "sum", lengths=pairs.lengths, axis=0, unsafe=True, initial=0
     )
-    return total.to(dtype)
+    return rounded(total, dtype)
 
 
 class _GatherRows(torch.autograd.Function):

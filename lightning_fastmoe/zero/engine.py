@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import parameter_offload, partition_parameters
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -31,6 +30,7 @@ from lightning_fastmoe.nn.expert_layers import ExpertLayer
 from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer, use_fewer_passes
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 from lightning_fastmoe.zero.shared_options import SharedOptions
+from lightning_fastmoe.zero.untraced import leave_to_python, restore_linear
 from lightning_fastmoe.zero.weight_edits import WeightEdits
 
 _KNOWN_OPTIMIZERS = (
@@ -109,6 +109,8 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
                 " super_offload, ...)."
             )
         use_fewer_passes(self.optimizer, self.module)
+        if self.zero_optimization_partition_weights():
+            leave_to_python(getattr(self.optimizer, "parameter_offload", self.optimizer))
         user = self.expert_state.user_groups
         if user is not None:
             optimized = [p for group in user.optimizer.param_groups for p in group["params"]]
@@ -154,8 +156,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         stack = parameter_offload.FWD_MODULE_STACK
         own = set(map(id, self.modules())) if "_modules" in vars(self) else set()
         stack[:] = [module for module in stack if id(module) not in own]
-        if F.linear is partition_parameters.zero3_linear_wrap:
-            F.linear = partition_parameters.InsertPostInitMethodToModuleSubClasses.linear_bk
+        restore_linear()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs backward without dividing the loss by the accumulation steps again.

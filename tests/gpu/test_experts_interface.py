@@ -8,6 +8,8 @@ import pytest
 import torch
 from gpu.closeness import host_never_waits
 
+import lightning_fastmoe.huggingface  # noqa: F401  registers them
+
 experts_classes = pytest.importorskip("huggingface.experts_classes")
 
 NAMES = ["Qwen3MoeExperts", "Gemma4TextExperts", "GptOssExperts", "NemotronHExperts"]
@@ -65,3 +67,18 @@ def test_the_host_never_waits(name: str, with_dropped: bool) -> None:
         error = (grads[key].double() - parameter.grad.double()).norm()
         assert error <= 1e-2 * parameter.grad.double().norm(), key
     assert not with_dropped or not out[::3].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-2), (torch.float32, 2e-5)])
+def test_compiled(name: str, dtype: torch.dtype, bound: float) -> None:
+    """As one graph: what runs there in place of kernels has their results and gradients."""
+    torch._dynamo.reset()
+    experts, inputs = make(name, dtype)
+    wanted = experts_classes.results(experts, "fastmoe", inputs)
+    experts.compile(fullgraph=True)
+    found = experts_classes.results(experts, "fastmoe", inputs)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        error = float((found[key].double() - value.double()).norm() / value.double().norm())
+        assert error < bound, (key, error)

@@ -386,7 +386,7 @@ def test_hooks_that_come_and_go_are_called(part, kind):
     trace_layers(compiled)
     for block in compiled:
         block.compile(backend="eager")
-    first, second, third, fourth = batches(5, 6, 7, 8)
+    first, second, third, fourth = batches(5, 6, 5, 8)
     run(compiled, first)
     calls: list[nn.Module] = []
     moe = compiled[1].moe

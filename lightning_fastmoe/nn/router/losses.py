@@ -224,7 +224,7 @@ def loss_values_in_graph(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """:func:`loss_values` as a compiler traces it."""
     logits = routing.logits
-    is_fused = bool(coefficients) and _FUSED.issuperset(coefficients) and logits.is_cuda
+    is_fused = len(coefficients) > 0 and _FUSED.issuperset(coefficients) and logits.is_cuda
     if is_fused and are_supported(routing.scores, logits):
         pair = (coefficients.get("load_balancing", 0.0), coefficients.get("z_loss", 0.0))
         counts = routing.balanced_counts()
