@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -18,13 +19,14 @@ class NonFiniteGuard:
 
     Attributes:
         policy: "raise" an error, on the CPU; "collect" them in training, for whoever calls
-            :meth:`take` after the step; or "ignore" them.
+            :func:`take_largest` after the step; or "ignore" them.
     """
 
     def __init__(self) -> None:
         self.policy: NonFinitePolicy = "raise"
         # Never None: graphs would differ between the first pass after a step and the next, and so
-        # between a pass and its replay by activation checkpointing.
+        # between a pass and its replay by activation checkpointing. And always in the same memory:
+        # CUDA graphs would be recorded again in each step.
         self._largest = _nothing(torch.device("cpu"))
 
     def begin(self, device: torch.device, *, collects: bool) -> None:
@@ -82,26 +84,36 @@ class NonFiniteGuard:
         return weights
 
     def _collect(self, largest: Tensor) -> None:
-        before = self._largest.to(largest.device, non_blocking=True)
-        self._largest = torch.maximum(before, largest.to(before.dtype))
+        if self._largest.device != largest.device:  # the model was moved
+            self._largest = self._largest.to(largest.device, non_blocking=True)
+        self._largest.copy_(torch.maximum(self._largest, largest.to(self._largest.dtype)))
 
     @property
     def found(self) -> bool:
-        """Whether any was collected since the last :meth:`take`; reads it from the device."""
+        """Whether any was collected since the last :func:`take_largest`; waits for the device."""
         return not bool(self._largest.isfinite())
 
     def put(self) -> None:
         """Restores what a checkpoint found that was saved in the middle of a step."""
-        self._largest = torch.full_like(self._largest, torch.inf)
+        self._largest.fill_(torch.inf)
 
-    def take(self, device: torch.device) -> Tensor:
-        """The largest absolute logit that was collected since the last call.
 
-        Returns:
-            A scalar in fp32 on ``device``: NaN or Inf if any was collected, 0 if there was none.
-        """
-        largest, self._largest = self._largest, _nothing(device)
-        return largest.to(device)
+def take_largest(guards: Iterable[NonFiniteGuard], device: torch.device) -> Tensor:
+    """The largest absolute logit that each guard has collected since the last call.
+
+    Args:
+        guards: n of them.
+        device: of the result.
+
+    Returns:
+        (n,) fp32: NaN or Inf where any was collected, 0 where there was none.
+    """
+    collected = [guard._largest for guard in guards]
+    if not collected:
+        return torch.empty(0, device=device)
+    found = torch.stack([largest.to(device) for largest in collected])
+    torch._foreach_zero_(collected)
+    return found
 
 
 def _nothing(device: torch.device) -> Tensor:

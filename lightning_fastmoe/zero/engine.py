@@ -27,6 +27,7 @@ from lightning_fastmoe.errors import (
 )
 from lightning_fastmoe.nn.attached_loss import LossScale
 from lightning_fastmoe.nn.expert_layers import ExpertLayer
+from lightning_fastmoe.nn.nonfinite import take_largest
 from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer, use_fewer_passes
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 from lightning_fastmoe.zero.shared_options import SharedOptions
@@ -291,12 +292,12 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         shared = self._shared_options
         meets = state.nonfinite != "ignore" and (bool(state.layers) or shared is not None)
         names = list(state.layers) if meets else []
-        values = [state.layers[name].nonfinite.take(self.device) for name in names]
+        values = take_largest((state.layers[name].nonfinite for name in names), self.device)
         if norm is not None:
-            values.append(norm)
-        if not values and not meets:
+            values = torch.cat([values, norm.reshape(1)])
+        if not len(values) and not meets:
             return _Verdict([], refused)
-        flags = [~torch.stack(values).isfinite()] if values else []
+        flags = [~values.isfinite()]
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
         digest = 0 if shared is None or refused or not meets else shared.digest(clip)

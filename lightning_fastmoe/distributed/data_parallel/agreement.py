@@ -28,13 +28,13 @@ class Report:
 
     Attributes:
         problem: why it can't go on, or None.
-        finite: bool scalar, whether its routers' logits were finite; None without routers.
+        finite: bool scalar, whether its routers' logits were finite.
         changes: fp32 scalar, not negative, that is identical on all ranks if dense gradients were
             changed identically before the latest step; None if none was.
     """
 
     problem: str | None
-    finite: Tensor | None
+    finite: Tensor
     changes: Tensor | None = None
 
 
@@ -78,8 +78,7 @@ def agree(
         has[number] = trained and item.tensor.grad is not None
         frozen[number] = not trained
     flags = flags.to(device)
-    if report.finite is not None:
-        flags[_NONFINITE] = ~report.finite
+    flags[_NONFINITE] = ~report.finite
     if report.changes is not None:
         bits = report.changes.view(torch.int32)
         flags[_LARGEST], flags[_SMALLEST] = bits, -bits

@@ -37,6 +37,7 @@ from lightning_fastmoe.distributed.shard import ExpertSharder
 from lightning_fastmoe.errors import ConfigError, FastMoEError, TopologyError
 from lightning_fastmoe.nn import MoE
 from lightning_fastmoe.nn.expert_layers import expert_layers
+from lightning_fastmoe.nn.nonfinite import take_largest
 
 _Result = TypeVar("_Result")
 
@@ -362,9 +363,8 @@ class ExpertDataParallel:
 
     def _report(self) -> Report:
         """What this rank can't go on with, and what it has found in its routers."""
-        largest = [layer.nonfinite.take(self._device) for layer in self._layers.values()]
-        finite = torch.stack(largest).isfinite().all() if largest else None
-        return Report(self._problem(), finite, self._unreduced.take_changes())
+        found = take_largest((layer.nonfinite for layer in self._layers.values()), self._device)
+        return Report(self._problem(), found.isfinite().all(), self._unreduced.take_changes())
 
     def _problem(self) -> str | None:
         if (name := next(self._contents.new_parameters(), None)) is not None:
