@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 CONFIG ?= examples/tiny_lm.yaml
 # pytest's processes. Tests with several ranks have processes of their own, so two keep two cores busy.
 WORKERS ?= 2
@@ -15,12 +16,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c const
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test quick nightly lint types unit docs figures format clean distclean
+.PHONY: help setup train test quick oldest nightly lint types unit docs figures format clean distclean
 
 help:
 	@echo 'make train      train the tiny language model of examples/ (CONFIG=$(CONFIG))'
 	@echo 'make test       lint, types and unit'
 	@echo 'make quick      one minute: operators, layers, the file format, one topology per ZeRO stage'
+	@echo 'make oldest     pytest with the oldest torch of pyproject.toml, in $(OLDEST): 3 GB, a CUDA build'
 	@echo 'make nightly    make test, and resuming from every topology to every other: half an hour more'
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
@@ -28,7 +30,7 @@ help:
 	@echo 'make docs       build the site into build/docs/html; warnings are errors'
 	@echo 'make figures    draw the pictures of README.md and docs/ again'
 	@echo 'make format     let ruff mend what it can'
-	@echo 'make clean      remove caches and build products; distclean also removes $(VENV)'
+	@echo 'make clean      remove caches and build products; distclean also removes what was set up'
 	@echo 'PYTHON=python3.12 picks the interpreter of a new $(VENV).'
 
 setup: $(STAMP)
@@ -74,6 +76,16 @@ QUICK = tests/ops tests/nn tests/distributed tests/checkpoint/format/test_round_
 quick: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(QUICK)
 
+# Compilers change most from one torch to the next: 2.11 lost gradients that 2.13 doesn't.
+oldest:
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@version=$$(sed -n 's/^    "torch>=\(.*\)",$$/\1.0/p' pyproject.toml) && \
+	    sed "s/^torch==.*/torch==$$version/" constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install -qq -c $(OLDEST)/constraints.txt torch setuptools wheel
+	@$(OLDEST)/bin/python -m pip install -qq -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[test]'
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pytest -q \
+	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
 nightly: override PYTEST_ARGS += --all-pairs
 nightly: test
 
@@ -93,4 +105,4 @@ clean:
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

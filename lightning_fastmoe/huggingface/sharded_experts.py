@@ -323,6 +323,13 @@ def _why_not_implemented(experts: Any) -> str | None:
 
 def _why_not_sharded(path: str, experts: Any, paths: dict[int, list[str]]) -> str | None:
     """Why a module's parameters are not a row per expert of parameters of its own."""
+    if path.endswith(".base_layer"):
+        return (
+            "PEFT's target_parameters adapts them, which computes with W + BA as a whole in each"
+            " pass. Leave it out, and call lightning_fastmoe.huggingface.add_lora(model, rank,"
+            " alpha) after get_peft_model: its adapters are sharded with the experts, and files"
+            " are PEFT's"
+        )
     stacked_weights(experts)  # raises what this package can't compute
     own = dict(experts.named_parameters(recurse=False))
     inside = [

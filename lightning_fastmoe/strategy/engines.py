@@ -53,6 +53,7 @@ from lightning_fastmoe.zero.groups import (
 )
 from lightning_fastmoe.zero.leaf_modules import guard_leaf_modules
 from lightning_fastmoe.zero.param_groups import release, split_expert_groups
+from lightning_fastmoe.zero.replaced_parameters import refuse_replaced_parameters
 from lightning_fastmoe.zero.same_on_ranks import check_same_groups, check_same_structure
 from lightning_fastmoe.zero.shared_options import SharedOptions
 from lightning_fastmoe.zero.whole_saving import guard_partitioned
@@ -123,6 +124,7 @@ class Engines:
         check_batch_norms(state.layers)
         if self._strategy.zero_stage_3:
             check_same_structure(state.layers)
+            refuse_replaced_parameters(module)
         return sharder
 
     def begin(self, module: pl.LightningModule) -> None:

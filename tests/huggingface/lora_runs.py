@@ -241,3 +241,33 @@ def saves_beside_heads(run: Run, folder: Path) -> list[str]:
         save_adapters(trainer, folder / "adapters")
         save_pretrained(trainer, folder / "whole")
     return [str(one.message) for one in caught if "also trained" in str(one.message)]
+
+
+def parameters_adapted_by_peft(run: Run, implementation: str = "fastmoe") -> Any:
+    """PEFT's adapters of the stacked parameters themselves, with values."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=targets)
+    torch.manual_seed(11)
+    model = get_peft_model(make_model(run, implementation), options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+class ParametersAdaptedByPeft(Adapted):
+    """Fine-tunes them."""
+
+    def __init__(self, run: Run) -> None:
+        EpochPerStep.__init__(self, run)
+        self.net = parameters_adapted_by_peft(self.run)
+
+
+def fits_parameters(run: Run, save_to: Path) -> list[dict[str, Tensor]] | str:
+    """The weights after each step, or the error."""
+    try:
+        return fits(run, run.steps, save_to, make=ParametersAdaptedByPeft)
+    except ConfigError as error:
+        return str(error)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface.lora_runs import ALPHA, RANK, AdaptedAs, saves_by_configuration
+from huggingface.lora_runs import (
+    ALPHA,
+    RANK,
+    AdaptedAs,
+    fits_parameters,
+    parameters_adapted_by_peft,
+    reference,
+    saves_by_configuration,
+)
 from huggingface.sharding_runs import Run, assert_close, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -157,3 +166,33 @@ def test_models_that_peft_has_changed_in_place(tmp_path: Path) -> None:
     for model in (changed, peft_model(ONE, target_modules=["q_proj"]).get_base_model()):
         with pytest.raises(ConfigError, match="has nothing for .*q_proj"):
             load_adapters(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ep", "stage", "match"),
+    [
+        (2, 2, r"layers\.0\.mlp\.experts.* can't be sharded over ranks: PEFT's target_parameters"),
+        (2, 3, r"layers\.0\.mlp\.experts.* can't be sharded over ranks: PEFT's target_parameters"),
+        (1, 3, r"layers\.0\.mlp\.experts.* adapts its parameter down_proj .* ZeRO stage 3"),
+    ],
+)
+def test_parameters_that_peft_replaces_are_refused(
+    ep: int, stage: int, match: str, tmp_path: Path, rank_pool: Any
+) -> None:
+    run = Run(world=2, ep=ep, stage=stage, steps=1)
+    for found in rank_pool.run(fits_parameters, 2, run, tmp_path / "a.ckpt"):
+        assert re.search(match, found), found
+        assert "add_lora" in found
+
+
+def test_parameters_that_peft_replaces_train_on_one_rank_each(
+    tmp_path: Path, rank_pool: Any
+) -> None:
+    """As with transformers' own experts, whose weights PEFT makes as a whole, too."""
+    run = Run(world=2, ep=1, stage=2, steps=2)
+    expected = reference(run, parameters_adapted_by_peft(run, "eager"))
+    assert any("lora_A" in name for name in expected[0])
+    for weights in rank_pool.run(fits_parameters, 2, run, tmp_path / "a.ckpt"):
+        for own, twin in zip(weights, expected, strict=True):
+            for name, weight in twin.items():
+                assert_close(own[name], weight, name)
