@@ -46,6 +46,7 @@ NAMES = [
     "torch.optim.optimizer:_global_optimizer_post_hooks",
     "torch:_foreach_norm",
     "torch:_foreach_copy_",
+    "torch:_foreach_zero_",
     "torch.nn.modules.batchnorm:_BatchNorm",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."
@@ -151,7 +152,7 @@ NAMES = [
 SOURCES = {
     # What ends the collectives that other ranks never join.
     "torch.distributed.distributed_c10d:_abort_process_group": [
-        'pg._get_backend(torch.device("cuda"))',
+        "pg._get_backend(",
         "_world.pg_names",
         "pg_to_abort.abort()",
     ],

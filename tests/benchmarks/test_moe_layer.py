@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from importlib.metadata import version
 
 import moe_layer
 import pytest
@@ -54,7 +55,7 @@ def test_what_is_written(tmp_path):
     _, report, text = run(tmp_path, "--configs", "sonic-7b", "--peers", "ours,torch,sonicmoe")
     assert report["schema"] == moe_layer.SCHEMA
     assert report["machine"]["torch"] == torch.__version__
-    assert report["peers"]["torch"]["version"] == torch.__version__
+    assert report["peers"]["torch"]["version"] == version("torch")
     assert report["peers"]["ours"]["reason"] is None
     assert report["sizes"]["sonic-7b"]["d_model"] == CONFIGS["sonic-7b"].tiny().d_model
     ours, plain, sonic = report["rows"]
@@ -190,7 +191,7 @@ def test_summary_by_hand():
 def test_a_worker_is_a_process_that_can_be_stopped():
     worker = Subprocess("torch", "cpu", torch.bfloat16)
     try:
-        assert worker.call("start", limit=60)["version"] == torch.__version__
+        assert worker.call("start", limit=60)["version"] == version("torch")
         # As if the peer hung: a stopped process answers nothing.
         os.kill(worker.process.pid, signal.SIGSTOP)
         with pytest.raises(Failed, match="stopped after 0 s"):
