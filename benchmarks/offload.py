@@ -59,8 +59,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral-8x7b": ("mixtral", {"num_hidden_layers": 32}),  # transformers' defaults
+    "tiny": (
+        "qwen3_moe",
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),  # for trials
 }
 """transformers' family, and what its config says."""
+
+
+def device() -> torch.device:
+    """The GPU; the CPU for a trial."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def config_of(name: str, layers: int | None = None) -> Any:
@@ -83,7 +103,7 @@ def build(name: str, layers: int | None = None) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", experts_implementation="fastmoe"
         )
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device()).manual_seed(0)
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
@@ -91,7 +111,7 @@ def build(name: str, layers: int | None = None) -> nn.Module:
                 if old.dim() == 1:
                     host.fill_(1.0)
                 else:
-                    drawn = torch.randn(old.shape, generator=generator, device="cuda")
+                    drawn = torch.randn(old.shape, generator=generator, device=device())
                     host.copy_((0.02 * drawn).bfloat16())
                 module._parameters[name] = nn.Parameter(host, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # type: ignore[union-attr, operator]

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from offload import MODELS, build, score
+from offload import MODELS, build, config_of, device, score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -46,7 +46,8 @@ class Scorer(pl.LightningModule):
         if self.model is None:
             with torch.device("cpu"):
                 self.model = build(self.name, self.layers)
-            torch.cuda.empty_cache()  # where weights were drawn
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # where weights were drawn
 
     def predict_step(self, ids: Tensor, batch_idx: int) -> Tensor:
         return score(self.model, ids)
@@ -63,24 +64,25 @@ def main() -> int:
     args = parser.parse_args()
     world, first = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
     module = Scorer(args.model, args.layers)
+    words = config_of(args.model).vocab_size
     rows: list[Any] = []
     losses: dict[tuple[bool, int], Any] = {}
     for gather in (False, True):
         strategy = OffloadDDPStrategy(gpu_memory=args.gpu_memory, gather=gather)
+        trainer = pl.Trainer(
+            devices=world,
+            accelerator=device().type,
+            strategy=strategy,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
         for tokens in args.tokens:
-            trainer = pl.Trainer(
-                devices=world,
-                accelerator="cuda",
-                strategy=strategy,
-                logger=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=False,
-            )
             sequences = tokens // args.seq_len
             generator = torch.Generator().manual_seed(tokens)
             shape = (args.passes * world * sequences, args.seq_len)
-            ids: Any = torch.randint(32000, shape, generator=generator)
+            ids: Any = torch.randint(words, shape, generator=generator)
             found = trainer.predict(module, DataLoader(ids, batch_size=sequences))
             report = strategy.last_report
             if found is None or report is None:
