@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "poisoned(wanted=True): torch.empty and its kin give NaN instead of old memory"
     )
+    # A shell starts what runs in the background with SIGINT ignored, and so would be all processes
+    # that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Without it, Lightning's launchers set the threads of a test's process to the number of cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

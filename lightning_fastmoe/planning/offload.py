@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.planning.few_tokens import are_few, expected_experts
 from lightning_fastmoe.planning.offload_sizes import GIGABYTE, OffloadSizes
-from lightning_fastmoe.planning.offload_sizes import gigabytes as _gb
+from lightning_fastmoe.planning.units import bytes_text as _gb
 
 _MORE = 8 * GIGABYTE
 _BOTH_WAYS = 0.72

@@ -109,8 +109,3 @@ def parse_bytes(size: str | int) -> int:
     if found is None or unit is None or float(found[1]) <= 0:
         raise ConfigError(f"{size!r} is not a number of bytes: use one such as '24GB' or '24GiB'.")
     return int(float(found[1]) * unit)
-
-
-def gigabytes(size: float) -> str:
-    """Bytes for people, as ``"24.0 GB"``."""
-    return f"{size / GIGABYTE:.1f} GB"

@@ -18,9 +18,10 @@ from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.planning.exchange import ExchangePlan, layer_shapes
 from lightning_fastmoe.planning.memory import MemoryPlan, plan
-from lightning_fastmoe.planning.offload_sizes import GIGABYTE
 from lightning_fastmoe.planning.parallel_size import ADAM, groups_at
 from lightning_fastmoe.planning.sizes import ModelSize, model_size
+from lightning_fastmoe.planning.units import bytes_text as _gb
+from lightning_fastmoe.planning.units import count_text
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class TrainingPlan:
         """The plan for people."""
         experts = self.model.total - self.model.dense
         lines = [
-            f"{self.run}; {self.model.total / 1e9:.1f} B parameters, {experts / 1e9:.1f} B of them"
+            f"{self.run}; {count_text(self.model.total)} parameters, {count_text(experts)} of them"
             " in experts",
             "expert parallel   weights  gradients  optimizer   buffers  exchange  activations"
             "      sum  checkpointed      sum",
@@ -225,7 +226,3 @@ def training_plan(
             kept = (activations.kept(exchange), activations.checkpointed(exchange))
         plans.append(SizePlan(size, memory, exchange, kept))
     return TrainingPlan(model_size(model), tuple(plans), gpu_memory, run)
-
-
-def _gb(size: float) -> str:
-    return f"{size / GIGABYTE:.1f} GB"

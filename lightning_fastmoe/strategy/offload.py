@@ -23,6 +23,7 @@ from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.ring import ExpertRing
 from lightning_fastmoe.planning.observed import OffloadReport, observed
 from lightning_fastmoe.planning.offload_sizes import OffloadSizes, parse_bytes
+from lightning_fastmoe.planning.units import bytes_text
 
 
 class OffloadStrategy(SingleDeviceStrategy):
@@ -175,10 +176,10 @@ class OffloadStrategy(SingleDeviceStrategy):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
         rank_zero_info(
-            f"OffloadStrategy: {self.offloaded.host_bytes / 1e9:.1f} GB of experts in host memory"
+            f"OffloadStrategy: {bytes_text(self.offloaded.host_bytes)} of experts in host memory"
             f"{'' if self.compression is None else f' as {self.compression}'};"
-            f" {self.offloaded.slot_bytes / 1e9:.1f} GB of slots and"
-            f" {self.offloaded.resident_bytes / 1e9:.1f} GB of resident experts on {device}."
+            f" {bytes_text(self.offloaded.slot_bytes)} of slots and"
+            f" {bytes_text(self.offloaded.resident_bytes)} of resident experts on {device}."
         )
 
     @override
@@ -266,9 +267,9 @@ class OffloadStrategy(SingleDeviceStrategy):
         needed += self.expert_cache or 0
         if needed > limit:
             raise ConfigError(
-                f"The model needs {needed / 1e9:.1f} GB of GPU memory before any activation"
+                f"The model needs {bytes_text(needed)} of GPU memory before any activation"
                 f" (slots={self.slots}, resident_layers={self.resident_layers}), and there are"
-                f" {limit / 1e9:.1f} GB: {(needed - limit) / 1e9:.1f} GB are missing. Use fewer"
+                f" {bytes_text(limit)}: {bytes_text(needed - limit)} are missing. Use fewer"
                 " slots or resident layers, a smaller expert_cache, or more groups."
             )
         if self.gpu_memory is not None:

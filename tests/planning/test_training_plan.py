@@ -83,7 +83,7 @@ def test_groups_stay_in_a_node() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     least = needed(4) + KEPT.checkpointed(exchange(4))
     planned(least).check()
-    with pytest.raises(ConfigError, match=r"Each GPU lacks 0.0 GB: expert_parallel_size=4 needs"):
+    with pytest.raises(ConfigError, match=r"Each GPU lacks 1 B: expert_parallel_size=4 needs"):
         planned(least - 1).check()
     with pytest.raises(ConfigError, match="8 GPUs can't be on nodes of 3"):
         planned(1, gpus=8, gpus_per_node=3)
@@ -103,10 +103,10 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_text() -> None:
     text = planned(needed(2) + KEPT.kept(exchange(2))).text()
-    assert text.startswith("A run; 0.0 B parameters, 0.0 B of them in experts\n")
+    assert text.startswith("A run; 6.30 M parameters, 6.29 M of them in experts\n")
     assert "without checkpointing, expert_parallel_size=2 is the smallest that fits" in text
     assert (
-        'dispatcher "symmetric", which adds to the activations 0.0 GB at 2, 0.0 GB at 4\n' in text
+        'dispatcher "symmetric", which adds to the activations 0.2 MB at 2, 0.3 MB at 4\n' in text
     )
     unknown = planned(needed(2), None).text()
     assert "Activations are unknown" in unknown

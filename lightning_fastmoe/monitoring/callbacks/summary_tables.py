@@ -10,7 +10,6 @@ from rich.text import Text
 from lightning_fastmoe.monitoring.callbacks.summary_text import (
     HEADER,
     Summary,
-    count_text,
     kinds_of_layers,
     memory_notes,
     memory_rows,
@@ -18,6 +17,7 @@ from lightning_fastmoe.monitoring.callbacks.summary_text import (
 )
 from lightning_fastmoe.planning.memory import MemoryPlan
 from lightning_fastmoe.planning.sizes import LayerSize, ModelSize
+from lightning_fastmoe.planning.units import count_text
 
 
 def print_tables(summary: Summary, console: Console | None = None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_fastmoe.planning.memory import MemoryPlan
 from lightning_fastmoe.planning.sizes import LayerSize, ModelSize
+from lightning_fastmoe.planning.units import count_text
 
 HELD = {
     "weights": "weights",
@@ -102,14 +103,6 @@ def memory_notes(memory: MemoryPlan) -> list[str]:
     if memory.state_bytes is None:
         notes.append("The optimizer's own states are unknown and not included.")
     return notes
-
-
-def count_text(number: int) -> str:
-    """A number of parameters."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:,.2f} {unit}"
-    return str(number)
 
 
 def size_text(number: int) -> str:
