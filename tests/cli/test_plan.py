@@ -175,7 +175,7 @@ def test_a_plan_of_training(config: str, capsys: pytest.CaptureFixture[str]) -> 
     command = ["plan", "--config", config, "--train", "--tokens", "1x4096"]
     assert main([*command, "--gpus", "8", "--gpu-memory", "80GB"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("8 GPUs, ZeRO stage 2, bf16-mixed, Adam, 4,096 tokens per GPU; 30.5 B")
+    assert out.startswith("8 GPUs, ZeRO stage 2, bf16-mixed, Adam, 4,096 tokens per GPU; 30.53 B")
     rows = {row.split()[0]: row.split()[1::2] for row in out.split("\n")[2:6]}
     assert rows["1"][0] == "61.1"
     assert rows["8"][:3] == ["10.3", "8.0", "45.8"]  # 3.1 GB and an eighth of 58.0 GB
