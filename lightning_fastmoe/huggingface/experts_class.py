@@ -23,7 +23,7 @@ from lightning_fastmoe.huggingface.packed_experts import names_in_module, packed
 from lightning_fastmoe.nn.experts import lora
 from lightning_fastmoe.nn.experts.grouped import groups_of
 from lightning_fastmoe.nn.experts.lora import FLOATING, LORA_A, LORA_B, SCALE
-from lightning_fastmoe.nn.experts.trained import TrainedExperts, check_frozen, trained_of
+from lightning_fastmoe.nn.experts.trained import TRAINED, TrainedExperts, check_frozen, trained_of
 from lightning_fastmoe.ops.activation import GATED
 
 NAME = "fastmoe"
@@ -32,9 +32,14 @@ NAME = "fastmoe"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes by which a class describes itself."""
 
+unknown_flags: dict[str, Any] = {}
+"""Others that the decorator of the installed transformers sets, as later versions may -> what they
+are by default."""
+
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 GATED_OF = {plain: gated for gated, plain in GATED.items()}
 """Plain activations -> the gated ones that apply them to the gate."""
+_CHILDREN = {"act_fn", TRAINED}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -214,6 +219,9 @@ def stacked_weights(experts: Any) -> Any:
     missing = [name for name in FLAGS if not isinstance(getattr(experts, name, None), bool)]
     if missing:
         raise refused(experts, f"it doesn't say {', '.join(missing)}")
+    for flag, default in unknown_flags.items():
+        if (value := getattr(experts, flag, default)) != default:
+            raise refused(experts, f"it has {flag}={value}, which this package doesn't know")
     if experts.has_gate and not experts.is_concatenated and _gates_by_default(experts):
         raise refused(
             experts,
@@ -223,6 +231,7 @@ def stacked_weights(experts: Any) -> Any:
     names = parameter_names(experts)
     packed = {n for w in projections(experts) for n in names_in_module(experts, w) if n != w}
     others = {name for name, _ in experts.named_parameters(recurse=False)} - {*names}
+    others |= {name for name, _ in experts.named_children()} - _CHILDREN
     if others:
         raise refused(experts, f"{', '.join(sorted(others))} would be ignored")
     for name in names:

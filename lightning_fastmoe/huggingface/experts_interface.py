@@ -7,6 +7,8 @@ layer's schedule exchanges the tokens.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from types import ModuleType
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import MissingPackageError, ShapeError
 from lightning_fastmoe.huggingface.experts_class import (
+    FLAGS,
     NAME,
     check_ids,
     check_inputs,
@@ -22,9 +25,13 @@ from lightning_fastmoe.huggingface.experts_class import (
     compute_dtype,
     only_in_range,
     stacked_weights,
+    unknown_flags,
 )
 from lightning_fastmoe.huggingface.sharded_experts import layer_of
 from lightning_fastmoe.ops.kernels import accumulation_dtype
+
+_KNOWN_OPTIONS = {"experts_class", "experts_interface", *FLAGS}
+"""Of transformers' decorator of classes of experts."""
 
 
 def register_in(module: ModuleType) -> None:
@@ -34,8 +41,14 @@ def register_in(module: ModuleType) -> None:
         module: ``transformers.integrations.moe``, just imported.
     """
     interface = getattr(module, "ExpertsInterface", None)
-    if interface is not None:  # transformers before 5 calls an unknown name unknown
-        interface.register(NAME, experts_forward)
+    if interface is None:  # transformers before 5 calls an unknown name unknown
+        return
+    interface.register(NAME, experts_forward)
+    options = inspect.signature(module.use_experts_implementation).parameters.values()
+    unknown_flags.clear()
+    unknown_flags.update(
+        (option.name, option.default) for option in options if option.name not in _KNOWN_OPTIONS
+    )
 
 
 def register_experts() -> str:
@@ -54,7 +67,7 @@ def register_experts() -> str:
             f'experts_implementation="{NAME}" needs transformers 5.17 or newer ({error}):'
             " pip install 'transformers>=5.17,<6'."
         ) from error
-    ExpertsInterface.register(NAME, experts_forward)
+    register_in(sys.modules[ExpertsInterface.__module__])
     return NAME
 
 

@@ -71,10 +71,14 @@ def make_experts(
     """A module of class ``kind`` with random weights, biases too."""
     activation = activation or usual_activation(kind)
     config = SimpleNamespace(
-        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+        **dict.fromkeys(
+            ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS
+        ),
         **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), activation),
         **dict.fromkeys(("moe_intermediate_size", "intermediate_size"), d_ffn),
-        hidden_size=d_model,
+        **dict.fromkeys(("hidden_size", "moe_hidden_size"), d_model),
+        **dict.fromkeys(("mlp_gate_softcap", "mlp_up_softcap"), 0.9),
+        post_norm_eps=1e-6,
         moe_latent_size=None,
         swiglu_limit=0.7,  # clamps some
         swiglu_alpha=1.3,
