@@ -24,7 +24,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     ``x.to(dtype)`` that changes nothing gives ``x`` again, which dynamo of torch 2.11 takes for
     another tensor: where it traces the function, the result's gradient goes to the one that nobody
-    uses, and all that the function returns is zeros.
+    uses, and the gradients of the function's arguments are zeros.
     """
     return x if x.dtype == dtype else x.to(dtype)
 
