@@ -179,6 +179,7 @@ def test_what_is_known_before_memory_is_mapped(change, gpus, reason, monkeypatch
     monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", change.get("no_multicast", "1"))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", now["connections"])
     monkeypatch.setattr(memory.native, "load", lambda: now["kernels"])
+    monkeypatch.setattr(memory.native, "unavailable_reason", lambda: "no driver")
     monkeypatch.setattr(memory, "_gpu", lambda index: "ab"[index])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _, __: now["access"])
