@@ -46,7 +46,6 @@ NAMES = [
     "torch.optim.optimizer:_global_optimizer_post_hooks",
     "torch:_foreach_norm",
     "torch:_foreach_copy_",
-    "torch:_foreach_zero_",
     "torch.nn.modules.batchnorm:_BatchNorm",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3."

@@ -39,7 +39,7 @@ are by default."""
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 GATED_OF = {plain: gated for gated, plain in GATED.items()}
 """Plain activations -> the gated ones that apply them to the gate."""
-_CHILDREN = {"act_fn", TRAINED}
+_CHILDREN = {"act_fn", TRAINED, "parametrizations"}  # torch's, by which PEFT replaces parameters
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -25,9 +25,10 @@ class NonFiniteGuard:
     def __init__(self) -> None:
         self.policy: NonFinitePolicy = "raise"
         # Never None: graphs would differ between the first pass after a step and the next, and so
-        # between a pass and its replay by activation checkpointing. And always in the same memory:
-        # CUDA graphs would be recorded again in each step.
-        self._largest = _nothing(torch.device("cpu"))
+        # between a pass and its replay by activation checkpointing. A step begins with the same
+        # tensor each time, or CUDA graphs would be recorded again; nothing is written to it, since
+        # a checkpointed pass that a graph contains may save it.
+        self._nothing = self._largest = _zero(torch.device("cpu"))
 
     def begin(self, device: torch.device, *, collects: bool) -> None:
         """Begins a run.
@@ -36,7 +37,8 @@ class NonFiniteGuard:
             device: of the logits: graphs that found it out would be compiled again.
             collects: whether the policy is "collect"; else it is "ignore".
         """
-        self.policy, self._largest = "collect" if collects else "ignore", _nothing(device)
+        self.policy = "collect" if collects else "ignore"
+        self._nothing = self._largest = _zero(device)
 
     def look(self, logits: Tensor, layer: str, *, training: bool) -> None:
         """Checks ``logits`` and acts according to :attr:`policy`; no host synchronisation on CUDA.
@@ -84,9 +86,8 @@ class NonFiniteGuard:
         return weights
 
     def _collect(self, largest: Tensor) -> None:
-        if self._largest.device != largest.device:  # the model was moved
-            self._largest = self._largest.to(largest.device, non_blocking=True)
-        self._largest.copy_(torch.maximum(self._largest, largest.to(self._largest.dtype)))
+        before = self._largest.to(largest.device, non_blocking=True)
+        self._largest = torch.maximum(before, largest.to(before.dtype))
 
     @property
     def found(self) -> bool:
@@ -95,7 +96,7 @@ class NonFiniteGuard:
 
     def put(self) -> None:
         """Restores what a checkpoint found that was saved in the middle of a step."""
-        self._largest.fill_(torch.inf)
+        self._largest = torch.full_like(self._largest, torch.inf)
 
 
 def take_largest(guards: Iterable[NonFiniteGuard], device: torch.device) -> Tensor:
@@ -108,13 +109,12 @@ def take_largest(guards: Iterable[NonFiniteGuard], device: torch.device) -> Tens
     Returns:
         (n,) fp32: NaN or Inf where any was collected, 0 where there was none.
     """
-    collected = [guard._largest for guard in guards]
-    if not collected:
-        return torch.empty(0, device=device)
-    found = torch.stack([largest.to(device) for largest in collected])
-    torch._foreach_zero_(collected)
-    return found
+    found = []
+    for guard in guards:
+        found.append(guard._largest.to(device))
+        guard._largest = guard._nothing
+    return torch.stack(found) if found else torch.empty(0, device=device)
 
 
-def _nothing(device: torch.device) -> Tensor:
+def _zero(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=device)
