@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,16 +32,21 @@ def test_two_nodes_train_like_one_process(tmp_path: Path, per_node: int, schedul
     environment["PYTHONFAULTHANDLER"] = "1"
     nodes = [
         subprocess.Popen(
-            [*launch, str(program), str(target), str(per_node)],
+            # Both are on this host: left to themselves, both try to be the one that others find.
+            [*launch, "--rdzv-conf", f"is_host={hosts}", str(program), str(target), str(per_node)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(2)
+        for hosts in (1, 0)
     ]
     try:
         outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    except subprocess.TimeoutExpired:
+        for node in nodes:
+            node.send_signal(signal.SIGABRT)  # prints its stacks
+        pytest.fail("\n".join(_short(node.communicate(timeout=60)[0]) for node in nodes))
     finally:
         for node in nodes:
             node.kill()
