@@ -14,6 +14,8 @@ from strategy.models import Case  # noqa: E402  found by the line above
 from strategy.node_runs import ByDedup, Notes  # noqa: E402
 from strategy.tracing import Tracer, global_losses, make_trainer  # noqa: E402
 
+STARTED = "a rank has started"
+
 
 def main(target: str, per_node: int) -> None:
     world = 2 * per_node
@@ -35,4 +37,5 @@ def main(target: str, per_node: int) -> None:
 
 
 if __name__ == "__main__":
+    print(STARTED, flush=True)
     main(sys.argv[1], int(sys.argv[2]))
