@@ -11,7 +11,7 @@ _WRAPPER = "ParamWrapper"
 
 
 def refuse_replaced_parameters(model: nn.Module) -> None:
-    """Refuses PEFT's adapters of parameters, as it does those of stacked experts.
+    """Refuses PEFT's adapters of parameters, which stacked experts get by ``target_parameters``.
 
     PEFT (0.21) puts ``W + BA`` in the place of W while the owner runs, where ZeRO 3 looks for the
     parameter that it has partitioned.

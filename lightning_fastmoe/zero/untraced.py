@@ -19,8 +19,8 @@ def leave_to_python(offload: DeepSpeedZeRoOffload) -> None:
 
     DeepSpeed (0.19) replaces ``F.linear`` by an autograd function that adds the bias in place.
     Where torch 2.11 traces it, all of its gradients are zeros (see
-    :func:`~lightning_fastmoe.ops.kernels.rounded`). The hooks that run after a module are left to
-    be traced, too, which takes seconds.
+    :func:`~lightning_fastmoe.ops.kernels.rounded`). It also leaves the hooks that run after a
+    module to be traced, which takes seconds.
 
     Args:
         offload: what has registered the hooks.

@@ -77,6 +77,7 @@ def _launch(folder: Path, per_node: int, target: Path) -> str | None:
                 process.kill()
     outputs = "\n".join(_short(file.read_text()) for file in files)
     if stands_still and STARTED not in outputs:
+        print(outputs)
         return None
     assert not stands_still, outputs
     assert [one.wait(10) for one in nodes] == [0, 0], outputs
