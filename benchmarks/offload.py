@@ -2,7 +2,7 @@
 
     python benchmarks/offload.py
     python benchmarks/offload.py --model mixtral-8x7b
-    python benchmarks/offload.py --layers 8 --tokens 8192 65536 --peers
+    python benchmarks/offload.py --rows resident offloaded accelerate zero-inference
 
 A model of the sizes of --model, bf16, with random weights, scores sequences of --seq-len tokens: a
 pass is the hidden states of --tokens tokens and their loss, whose logits are computed in chunks.
@@ -11,12 +11,14 @@ CUDA events from the end of one pass to the end of the next, medians of --passes
 must have the same bits; with --groups they must be within 1e-4. With --chunk rows compute blocks
 in chunks of so many sequences. --generate adds steps of greedy generation for each number of
 --sequences, by transformers' generate, with the bytes that a step copies, and once more with
---expert-cache; texts are not compared: torch's attention with a cache gives other bits each time,
-also with the resident model. With random weights, how often a step chooses the experts of the one
-before says little of a trained model. --host-cache keeps keys and values of the offloaded rows in
-host memory. --compression adds a row for experts in int8 or int4, whose losses differ by what is
-printed; with random weights that says nothing about a trained model. --peers adds Accelerate's
-cpu_offload around transformers' own experts.
+--expert-cache; --prefill splits the prompts. Texts are not compared: torch's attention with a cache
+gives other bits each time, also with the resident model. With random weights, how often a step
+chooses the experts of the one before says little of a trained model. --host-cache keeps keys and
+values of the offloaded rows in host memory. --compression adds a row for experts in int8 or int4,
+whose losses differ by what is printed; with random weights that says nothing about a trained model.
+Two of --rows are peers, around transformers' own experts: "accelerate" is its cpu_offload, and
+"zero-inference" DeepSpeed's. They get passes of --peer-tokens, and the second generates for
+--peer-sequences, until --gpu-memory doesn't suffice, after which DeepSpeed can't go on.
 
 Prints a line of JSON for each measurement, then a table.
 """
@@ -30,92 +32,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from offloading.models import MODELS, build, device
+from offloading.peers import Scorer, accelerate_offload, zero_inference
+from torch import Tensor
 
 from lightning_fastmoe.huggingface import HostCache
 from lightning_fastmoe.huggingface.scoring import chunked_loss
 from lightning_fastmoe.inference import offload_experts
 from lightning_fastmoe.inference.chunks import ChunkedBlocks
 from lightning_fastmoe.planning.offload_sizes import parse_bytes
-
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3-30b-a3b": (
-        "qwen3_moe",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "mixtral-8x7b": ("mixtral", {"num_hidden_layers": 32}),  # transformers' defaults
-    "tiny": (
-        "qwen3_moe",
-        {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "moe_intermediate_size": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-    ),  # for trials
-}
-"""transformers' family, and what its config says."""
-
-
-def device() -> torch.device:
-    """The GPU; the CPU for a trial."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def config_of(name: str, layers: int | None = None) -> Any:
-    """The config of one of :data:`MODELS`, with fewer layers if asked."""
-    from transformers import AutoConfig
-
-    family, sizes = MODELS[name]
-    options = {"max_position_embeddings": 4096, "use_cache": False, "tie_word_embeddings": False}
-    if layers is not None:
-        options["num_hidden_layers"] = layers
-    return AutoConfig.for_model(family, **{**sizes, **options})
-
-
-def build(name: str, layers: int | None = None) -> nn.Module:
-    """The model on the CPU, its weights drawn on the GPU, which takes a minute for 60 GB."""
-    from transformers import AutoModelForCausalLM
-
-    config = config_of(name, layers)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", experts_implementation="fastmoe"
-        )
-    generator = torch.Generator(device()).manual_seed(0)
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                host = torch.empty(old.shape, dtype=torch.bfloat16)
-                if old.dim() == 1:
-                    host.fill_(1.0)
-                else:
-                    drawn = torch.randn(old.shape, generator=generator, device=device())
-                    host.copy_((0.02 * drawn).bfloat16())
-                module._parameters[name] = nn.Parameter(host, requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # type: ignore[union-attr, operator]
-    return model.eval()
 
 
 def score(model: Any, ids: Tensor) -> Tensor:
@@ -124,18 +53,23 @@ def score(model: Any, ids: Tensor) -> Tensor:
     return chunked_loss(model, hidden, ids)
 
 
-def measure(name: str, model: Any, args: argparse.Namespace, most: int) -> list[Any]:
-    """Rows of one way, with growing passes up to ``most`` tokens."""
+def measure(
+    name: str,
+    model: Any,
+    args: argparse.Namespace,
+    sizes: list[int],
+    scorer: Callable[[Tensor], Tensor] | None = None,
+) -> list[Any]:
+    """Rows of one way, with passes of ``sizes`` tokens, which grow."""
     rows = []
-    for tokens in args.tokens:
-        if tokens > most:
-            continue
+    for tokens in sizes:
         generator = torch.Generator().manual_seed(tokens)
         shape = (tokens // args.seq_len, args.seq_len)
         ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
+        work = partial(score, model, ids) if scorer is None else partial(scorer, ids)
         torch.cuda.reset_peak_memory_stats()
         try:
-            times, loss = timed(lambda ids=ids: score(model, ids), args.passes)  # type: ignore[misc]
+            times, loss = timed(work, args.passes)
         except torch.OutOfMemoryError:
             print(f"{name}, {tokens} tokens: out of memory", file=sys.stderr)
             break
@@ -158,70 +92,94 @@ def timed(work: Callable[[], Tensor], passes: int) -> tuple[list[float], float]:
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)], result.item()
 
 
-def compressed(compression: str, model: Any, args: Any, copied: dict[str, int]) -> list[Any]:
-    """Rows of experts in int8 or int4, which rounds the model's; adds what a pass copies."""
-    start = time.monotonic()
-    offloaded = offload_experts(
-        model, "cuda", slots=args.slots, compression=compression, chunk_sequences=args.chunk
-    )
-    held = offloaded.host_bytes / 1e9
-    print(
-        f"{compression} in {time.monotonic() - start:.1f} s, {held:.1f} GB on the host", flush=True
-    )
-    copied[compression] = offloaded.host_bytes
-    rows = measure(compression, model, args, max(args.tokens))
-    if args.generate:
-        generate(compression, model, args, offloaded, on_host=args.host_cache)
-    return rows  # without restoring the weights, which would take their memory of before
-
-
 def generate(
     name: str,
     model: Any,
     args: argparse.Namespace,
+    batches: list[int],
     offloaded: Any = None,
     *,
     on_host: bool = False,
-) -> None:
-    """Prints milliseconds of a greedy step, the mean of --generate, and what it copies."""
-    for sequences in args.sequences:
-        generator = torch.Generator().manual_seed(1)
-        shape = (sequences, args.seq_len)
-        ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
-        seconds, copied = [], []
-        cache = HostCache(model.config, args.seq_len + 1 + args.generate) if on_host else None
-        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        torch.cuda.reset_peak_memory_stats()
-        for new in (1, 1, 1 + args.generate):
-            before = 0 if offloaded is None else offloaded.statistics.copied
-            torch.cuda.synchronize()
-            if cache is not None:
-                cache.reset()
-            start = time.monotonic()
-            model.generate(
-                ids,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                use_cache=True,
-                **options,
-            )
-            torch.cuda.synchronize()
-            seconds.append(time.monotonic() - start)
-            copied.append(0 if offloaded is None else offloaded.statistics.copied - before)
-        ms = 1000 * (seconds[2] - seconds[1]) / args.generate
-        row: dict[str, Any] = {
-            "row": f"{name}, generates",
-            "sequences": sequences,
-            "ms_per_step": round(ms, 1),
-            "tokens_per_s": round(1000 * sequences / ms, 1),
-            "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-        }
-        if offloaded is not None:
-            row["GB_per_step"] = round((copied[2] - copied[1]) / args.generate / 1e9, 2)
-            found, missed = offloaded.statistics.expert_hits, offloaded.statistics.expert_misses
-            row["hits_so_far"] = round(found / max(1, found + missed), 3)
-        print(json.dumps(row), flush=True)
+) -> bool:
+    """Prints milliseconds of a greedy step, the mean of --generate, and what it copies.
+
+    Returns:
+        Whether memory sufficed for all of ``batches``.
+    """
+    for sequences in batches:
+        try:
+            row = generated(model, args, sequences, offloaded, on_host)
+        except torch.OutOfMemoryError:
+            print(f"{name}, generates {sequences}: out of memory", file=sys.stderr)
+            return False
+        print(json.dumps({"row": f"{name}, generates", "sequences": sequences, **row}), flush=True)
+    return True
+
+
+def generated(
+    model: Any, args: argparse.Namespace, sequences: int, offloaded: Any, on_host: bool
+) -> dict[str, float]:
+    """What :func:`generate` prints of one batch."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (sequences, args.seq_len)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).cuda()
+    seconds, copied = [], []
+    cache = HostCache(model.config, args.seq_len + 1 + args.generate) if on_host else None
+    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    torch.cuda.reset_peak_memory_stats()
+    for new in (1, 1, 1 + args.generate):
+        before = 0 if offloaded is None else offloaded.statistics.copied
+        torch.cuda.synchronize()
+        if cache is not None:
+            cache.reset()
+        start = time.monotonic()
+        model.generate(
+            ids,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            use_cache=True,
+            prefill_chunk_size=args.prefill,
+            **options,
+        )
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - start)
+        copied.append(0 if offloaded is None else offloaded.statistics.copied - before)
+    ms = 1000 * (seconds[2] - seconds[1]) / args.generate
+    row = {
+        "ms_of_prompt": round(1000 * seconds[1], 1),
+        "ms_per_step": round(ms, 1),
+        "tokens_per_s": round(1000 * sequences / ms, 1),
+        "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+    }
+    if offloaded is not None:
+        row["GB_per_step"] = round((copied[2] - copied[1]) / args.generate / 1e9, 2)
+        found, missed = offloaded.statistics.expert_hits, offloaded.statistics.expert_misses
+        row["hits_so_far"] = round(found / max(1, found + missed), 3)
+    return row
+
+
+def accelerate(model: Any, args: argparse.Namespace) -> list[Any]:
+    """Rows of Accelerate."""
+    model.set_experts_implementation("grouped_mm")
+    scorer = Scorer(model).eval()
+    with accelerate_offload(scorer, device()):
+        return measure("Accelerate", model, args, args.peer_tokens, scorer)
+
+
+def zero(model: Any, args: argparse.Namespace) -> list[Any]:
+    """Rows of ZeRO-Inference; ``model`` is of no use afterwards."""
+    model.set_experts_implementation("grouped_mm")
+    start = time.monotonic()
+    if args.generate:
+        with zero_inference(model, device()):
+            fits = generate("ZeRO-Inference", model, args, args.peer_sequences)
+        if not fits:
+            return []
+    scorer = Scorer(model).eval()
+    with zero_inference(scorer, device()):
+        print(f"ZeRO-Inference after {time.monotonic() - start:.1f} s", flush=True)
+        return measure("ZeRO-Inference", model, args, args.peer_tokens, scorer)
 
 
 def link_rate() -> float:
@@ -232,6 +190,46 @@ def link_rate() -> float:
     return host.numel() / statistics.median(times) / 1e6
 
 
+def offloaded(
+    model: Any, args: argparse.Namespace, copied: dict[str, int], compression: str | None = None
+) -> list[Any]:
+    """Rows of experts in host memory, exact or in int8 or int4; adds what a pass copies."""
+    name = compression or "offloaded"
+    start = time.monotonic()
+    options = {"slots": args.slots, "groups": args.groups, "chunk_sequences": args.chunk}
+    made = offload_experts(model, "cuda", compression=compression, **options)
+    held = made.host_bytes / 1e9
+    print(f"{name} in {time.monotonic() - start:.1f} s, {held:.1f} GB on the host", flush=True)
+    copied[name] = made.host_bytes
+    rows = measure(name, model, args, args.tokens)
+    if args.generate:
+        generate(name, model, args, args.sequences, made, on_host=args.host_cache)
+    if compression is not None:
+        return rows  # without restoring the weights, which would take their memory of before
+    made.close()
+    if args.generate and args.expert_cache:
+        name = f"offloaded, {args.expert_cache} of cache"
+        made = offload_experts(model, "cuda", expert_cache=args.expert_cache, **options)
+        generate(name, model, args, args.sequences, made, on_host=args.host_cache)
+        made.close()
+    return rows
+
+
+def resident(model: Any, args: argparse.Namespace) -> list[Any]:
+    """Rows of the model on the GPU; leaves it there."""
+    model.cuda()
+    chunks = None if args.chunk is None else ChunkedBlocks(model, args.chunk, nullcontext)
+    rows = measure("resident", model, args, args.tokens)
+    if args.generate:
+        generate("resident", model, args, args.sequences)
+    if chunks is not None:
+        chunks.close()
+    return rows
+
+
+ROWS = ("resident", "offloaded", "accelerate", "zero-inference")
+
+
 def main() -> int:
     """Measures all ways, one after the other."""
     parser = argparse.ArgumentParser(
@@ -239,7 +237,8 @@ def main() -> int:
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS[:2]))
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 32768, 65536, 131072])
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--gpu-memory", default="24GB")
@@ -248,66 +247,48 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, help="sequences that blocks compute at a time")
     parser.add_argument("--host-cache", action="store_true", help="keys and values on the host")
     parser.add_argument("--generate", type=int, default=0, help="steps of generation to time")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 64])
-    parser.add_argument("--expert-cache", default="4GB", help="of a second run of --generate")
+    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 4, 64])
+    parser.add_argument("--prefill", type=int, help="tokens of a prompt that blocks get at a time")
+    parser.add_argument("--expert-cache", help="of a second run of --generate: 4GB")
     parser.add_argument("--compression", choices=["int8", "int4"], help="a row of it, too")
-    parser.add_argument("--peers", action="store_true", help="Accelerate, too")
-    parser.add_argument("--peer-tokens", type=int, default=32768, help="its largest pass")
+    parser.add_argument("--peer-tokens", type=int, nargs="*", default=[32768, 65536, 131072])
+    parser.add_argument("--peer-sequences", type=int, nargs="*", default=[64, 128, 192])
     args = parser.parse_args()
-    if args.compression and args.peers:
-        parser.error("--compression leaves rounded weights: measure --peers in a run of its own")
+    if args.compression and {"accelerate", "zero-inference"} & {*args.rows}:
+        parser.error("--compression leaves rounded weights: measure peers in a run of their own")
     torch.set_grad_enabled(False)
     rate = link_rate()
     start = time.monotonic()
     model = build(args.model, args.layers)
     print(f"built in {time.monotonic() - start:.1f} s; link {rate:.1f} GB/s", flush=True)
 
+    rows: list[Any] = []
+    copied: dict[str, int] = {}
     host = {name: parameter.data for name, parameter in model.named_parameters()}
-    model.cuda()
-    chunks = None if args.chunk is None else ChunkedBlocks(model, args.chunk, nullcontext)
-    rows = measure("resident", model, args, max(args.tokens))
-    if args.generate:
-        try:
-            generate("resident", model, args)
-        except torch.OutOfMemoryError:
-            print("resident, generates: out of memory", file=sys.stderr)
-    if chunks is not None:
-        chunks.close()
-    for name, parameter in model.named_parameters():
-        parameter.data = host[name]
-    torch.cuda.empty_cache()
 
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(parse_bytes(args.gpu_memory) / total)
-    start = time.monotonic()
-    offloaded = offload_experts(
-        model, "cuda", slots=args.slots, groups=args.groups, chunk_sequences=args.chunk
-    )
-    print(f"offloaded in {time.monotonic() - start:.1f} s", flush=True)
-    rows += measure("offloaded", model, args, max(args.tokens))
-    if args.generate:
-        generate("offloaded", model, args, offloaded, on_host=args.host_cache)
-    copied = {"offloaded": offloaded.host_bytes}
-    offloaded.close()
-    if args.generate:
-        cache = args.expert_cache
-        options = {"slots": args.slots, "groups": args.groups, "expert_cache": cache}
-        options["chunk_sequences"] = args.chunk
-        offloaded = offload_experts(model, "cuda", **options)
-        generate(f"offloaded, {cache} of cache", model, args, offloaded, on_host=args.host_cache)
-        offloaded.close()
-    if args.compression:
-        host.clear()  # the exact weights must not stay beside the compressed ones
-        rows += compressed(args.compression, model, args, copied)
-
-    if args.peers:
-        from accelerate import cpu_offload
-
+    def restore() -> None:
         for name, parameter in model.named_parameters():
             parameter.data = host[name]
-        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
-        cpu_offload(model, torch.device("cuda"))
-        rows += measure("Accelerate", model, args, args.peer_tokens)
+        torch.cuda.empty_cache()
+
+    if "resident" in args.rows:
+        rows += resident(model, args)
+        restore()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(parse_bytes(args.gpu_memory) / total)
+    if "offloaded" in args.rows:
+        rows += offloaded(model, args, copied)
+    if args.compression:
+        host.clear()  # the exact weights must not stay beside the compressed ones
+        rows += offloaded(model, args, copied, args.compression)
+    else:
+        restore()
+    if "accelerate" in args.rows:
+        rows += accelerate(model, args)
+        torch.cuda.empty_cache()
+    host.clear()  # ZeRO moves the weights to pinned memory
+    if "zero-inference" in args.rows:
+        rows += zero(model, args)
 
     right = {row["tokens"]: row for row in rows if row["row"] == "resident"}
     print("| | tokens | ms | tokens/s | of resident | of the link's rate | peak GB |")

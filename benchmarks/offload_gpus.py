@@ -22,7 +22,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from offload import MODELS, build, config_of, device, score
+from offload import score
+from offloading.models import MODELS, build, config_of, device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/offload.py and benchmarks/offload_gpus.py."""
