@@ -10,7 +10,7 @@ tokens the experts that they chose; what it leaves out it joins at its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.inference.pinned import copy_async
 from lightning_fastmoe.inference.ring import ExpertRing, Stack
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 
@@ -38,6 +39,7 @@ class GatheringRing(ExpertRing):
         device: where they are computed.
         slots: K.
         cache_bytes: memory of this process's device to keep single experts in.
+        copy: copies from a host tensor, the second, in the current stream.
         regions: host memory of each layer, ``(PARTS * N * S,)`` uint8 for N processes, laid out as
             a slot.
         group: the processes, with a communicator of its own; None if each copies whole layers.
@@ -49,6 +51,7 @@ class GatheringRing(ExpertRing):
         device: torch.device,
         slots: int,
         cache_bytes: int = 0,
+        copy: Callable[[Tensor, Tensor], None] = copy_async,
         *,
         regions: Sequence[Tensor],
         group: Any,
@@ -57,7 +60,7 @@ class GatheringRing(ExpertRing):
         self._joined = 0  # exchanges so far; the next one fills slot _joined % K
         self._granted = 0  # exchanges that all processes have promised to join
         self._versions = [stack.version() for stack in stacks]
-        super().__init__(stacks, device, slots, cache_bytes)
+        super().__init__(stacks, device, slots, cache_bytes, copy)
 
     def _room(self) -> int:
         return max(super()._room(), max(region.numel() for region in self._regions))
@@ -124,7 +127,7 @@ class GatheringRing(ExpertRing):
             strict=True,
         ):
             own = part[begin : begin + share]
-            own.copy_(host[begin : begin + share], non_blocking=True)
+            self._copy_host(own, host[begin : begin + share])
             exchanges.append(_all_gather(part, own, group=self._group, async_op=True))
         for exchange in exchanges:
             exchange.wait()  # in the stream, with NCCL

@@ -19,7 +19,7 @@ from lightning_fastmoe.inference.layer import OffloadedLayer
 from lightning_fastmoe.inference.offloadable import OFFLOADED, offloadable_layers
 from lightning_fastmoe.inference.options import check_groups, check_slots, check_together
 from lightning_fastmoe.inference.pass_timer import PassTimer
-from lightning_fastmoe.inference.pinned import PinnedMemory
+from lightning_fastmoe.inference.pinned import PinnedMemory, copy_async
 from lightning_fastmoe.inference.ring import ExpertRing, RingStatistics
 from lightning_fastmoe.nn.experts.grouped import ExpertGroups
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
@@ -76,7 +76,8 @@ class OffloadedExperts:
             layer.put([tensor.to(device) for tensor in layer.host])
         if self._layers:
             stacks = [part for layer in self._layers for part in layer.stacks(self._groups)]
-            self._ring = self._make_ring(stacks, device, slots, expert_cache)
+            copy = copy_async if self._pinned is None else self._pinned.copy
+            self._ring = self._make_ring(stacks, device, slots, expert_cache, copy)
             self.slot_bytes, self.cache_bytes = self._ring.slot_bytes, self._ring.cache_bytes
             if self._compressed is not None:
                 self.slot_bytes += self._compressed.workspace_bytes

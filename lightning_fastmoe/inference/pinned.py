@@ -9,6 +9,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.inference.bounce import BounceBuffers
+
 _SMALLEST = 1 << 20
 """Bytes below which a tensor may share its pages with others."""
 
@@ -17,43 +19,65 @@ class PinnedMemory:
     """Registers tensors where they are, for as long as this object is open.
 
     Registering takes no second copy. Torch's ``pin_memory`` would, and rounds up to powers of two
-    (pytorch#95823), which nearly doubles the host memory of some models.
+    (pytorch#95823), which nearly doubles the host memory of some models. What can't be registered,
+    such as files mapped for reading, goes through :class:`BounceBuffers`, and a warning says so.
 
     Args:
         tensors: on the CPU, contiguous.
         what: they are, for the warning.
 
     Attributes:
-        refused: how many bytes could not be registered. They are copied at a fraction of the rate,
-            and the host waits for them.
+        refused: how many bytes could not be registered.
     """
 
     def __init__(self, tensors: Iterable[Tensor], what: str = "experts") -> None:
         self.refused = 0
         self._what = what
         self._registered: list[int] = []
+        self._refused: list[tuple[int, int]] = []
+        self._bounce: BounceBuffers | None = None
         try:
             self._register(tensors)
         except BaseException:
             self.close()
             raise
 
+    def copy(self, into: Tensor, host: Tensor) -> None:
+        """Copies in the current stream, without waiting where ``host`` is registered.
+
+        Args:
+            into: on the GPU, contiguous.
+            host: of its shape and dtype: one of the tensors, a part, or what contains some.
+        """
+        if self._bounce is not None:
+            begin = host.data_ptr()
+            end = begin + host.numel() * host.element_size()
+            if any(begin < stop and start < end for start, stop in self._refused):
+                self._bounce.copy(into, host)
+                return
+        copy_async(into, host)
+
     def _register(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             if tensor.is_pinned() or size < _SMALLEST:
                 continue
-            if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)) == 0:
-                self._registered.append(tensor.data_ptr())
+            start = tensor.data_ptr()
+            if int(torch.cuda.cudart().cudaHostRegister(start, size, 0)) == 0:
+                self._registered.append(start)
             else:
                 self.refused += size
+                self._refused.append((start, start + size))
         if self.refused:
             with suppress(RuntimeError):  # CUDA reports a failed call again at the next launch
                 torch.zeros(1, device="cuda")
+            with suppress(RuntimeError):
+                self._bounce = BounceBuffers(torch.device("cuda"))
+            how = "through pinned buffers, by the host's cores"
             warnings.warn(
                 f"{self.refused / 1e9:.1f} GB of {self._what} can't be registered with CUDA"
-                " (containers may limit locked memory: ulimit -l). They are copied at a fraction of"
-                " the rate.",
+                " (containers may limit locked memory: ulimit -l; files may be mapped for reading)."
+                f" They are copied {how if self._bounce else 'at a fraction of the rate'}.",
                 stacklevel=3,
             )
 
@@ -62,3 +86,10 @@ class PinnedMemory:
         for pointer in self._registered:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
+        self._refused.clear()
+        self._bounce = None
+
+
+def copy_async(into: Tensor, host: Tensor) -> None:
+    """Copies in the current stream, from pinned memory without waiting."""
+    into.copy_(host, non_blocking=True)

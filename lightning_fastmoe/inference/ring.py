@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.inference.expert_cache import ExpertCache, runs
 from lightning_fastmoe.inference.pass_timer import PassTimer
+from lightning_fastmoe.inference.pinned import copy_async
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
 from lightning_fastmoe.planning.few_tokens import are_few
 
@@ -105,6 +106,7 @@ class ExpertRing:
         device: where they are computed.
         slots: K, at least 2 to overlap copies; 1 uses the least memory.
         cache_bytes: GPU memory to keep single experts in.
+        copy: copies from a host tensor, the second, in the current stream.
 
     Attributes:
         statistics: what has been copied.
@@ -114,9 +116,14 @@ class ExpertRing:
     timer: PassTimer | None = None
 
     def __init__(
-        self, stacks: Sequence[Stack], device: torch.device, slots: int, cache_bytes: int = 0
+        self,
+        stacks: Sequence[Stack],
+        device: torch.device,
+        slots: int,
+        cache_bytes: int = 0,
+        copy: Callable[[Tensor, Tensor], None] = copy_async,
     ) -> None:
-        self._stacks, self._device = stacks, device
+        self._stacks, self._device, self._copy_host = stacks, device, copy
         self._slots = [
             _Slot(torch.empty(self._room(), dtype=torch.uint8, device=device))
             for _ in range(min(slots, len(stacks)))
@@ -275,7 +282,7 @@ class ExpertRing:
     def _transfer(self, stack: Stack, slot: _Slot) -> None:
         """Copies in the current stream."""
         for own, host in zip(stack.views(slot.memory), stack.tensors, strict=True):
-            own.copy_(host, non_blocking=True)
+            self._copy_host(own, host)
 
     def _copy_experts(self, layer: int, slot: _Slot, experts: Sequence[int]) -> None:
         """Starts to copy those of some experts, ascending, that are not in their places."""
@@ -306,7 +313,7 @@ class ExpertRing:
         with self._timed(size):
             for run in runs(experts):
                 for own, host in zip(into, stack.tensors, strict=True):
-                    own[run].copy_(host[run], non_blocking=True)
+                    self._copy_host(own[run], host[run])
         self.statistics.copied += size
         return experts
 

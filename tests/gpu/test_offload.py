@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 from lightning_fastmoe import OffloadStrategy
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.inference import offload_experts
+from lightning_fastmoe.inference import offload_experts, pinned
+from lightning_fastmoe.inference.bounce import BounceBuffers
 from lightning_fastmoe.inference.pass_timer import PassTimer
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.planning.observed import observed
@@ -50,16 +52,38 @@ def test_the_same_bits(kind: str, slots: int, cycles: int) -> None:
 
 def test_memory_is_pinned_where_it_is_and_let_go() -> None:
     large = torch.randn(1 << 20)
-    pinned = PinnedMemory([large, torch.zeros(4)])
-    assert pinned.refused == 0
+    memory = PinnedMemory([large, torch.zeros(4)])
+    assert memory.refused == 0
     assert large.is_pinned()
     with pytest.warns(UserWarning, match=r"0.0 GB of experts can't be registered"):
         other = PinnedMemory([_Refused(large)])
     assert other.refused == 4 << 20
     assert torch.ones(3, device="cuda").sum() == 3  # the error is not reported a second time
     other.close()
-    pinned.close()
+    memory.close()
     assert not large.is_pinned()
+
+
+@pytest.mark.filterwarnings("ignore:.*can't be registered")
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_cannot_be_registered(
+    kind: str, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches, right = on_gpu(kind)
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(pinned, "_SMALLEST", 0)
+    monkeypatch.setattr(pinned, "BounceBuffers", lambda device: BounceBuffers(device, 1000))
+    with torch.inference_mode():
+        offloaded = offload_experts(model, "cuda", slots=slots)
+        assert offloaded._pinned is not None
+        assert offloaded._pinned.refused > 4 << 10
+        disturbed(offloaded, 0)
+        for _ in range(3):
+            for batch, expected in zip(batches, right, strict=True):
+                assert torch.equal(model(batch), expected)
+    offloaded.close()
 
 
 class _Refused:
