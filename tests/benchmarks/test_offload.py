@@ -12,9 +12,9 @@ def test_peers_compute_the_same(rank_pool: RankPool) -> None:
     (found,) = rank_pool.run(losses_and_texts, 1)
     assert found.pop("held") < 100 * 20  # ZeRO keeps only what is small
     loss, text = found.pop("ours")
-    assert 3 < loss < 5
+    assert 4 < loss < 9
     for name, (other, continuation) in found.items():
-        assert abs(other - loss) < 5e-3, name  # bf16
+        assert abs(other - loss) < 1e-2, name  # bf16
         assert torch.equal(continuation[:, :32], text[:, :32]), name
     for name, (other, continuation) in found.items():
         assert torch.equal(other, found["Accelerate"][0]), name
