@@ -246,8 +246,6 @@ def by_trainer(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
                     compile_blocks(row, self.network)
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            if row.graphs:
-                torch.compiler.cudagraph_mark_step_begin()
             return loss_of(self.network, batch)
 
         def configure_optimizers(self) -> Any:

@@ -17,7 +17,7 @@ from lightning_fastmoe.huggingface.architecture import Architecture, read_config
 from lightning_fastmoe.huggingface.batch import IGNORED, TokenBatch, read_batch
 from lightning_fastmoe.huggingface.decoder import MoEDecoder
 from lightning_fastmoe.huggingface.exporting import kept_config
-from lightning_fastmoe.nn import trace_layers
+from lightning_fastmoe.nn import compile_blocks
 from lightning_fastmoe.nn.experts.lora import check_options
 from lightning_fastmoe.nn.lora import add_lora
 
@@ -56,6 +56,8 @@ class MoECausalLM(LightningModule):
         z_loss: coefficient of the router z-loss.
         compile: whether ``torch.compile`` compiles each block, which takes some ten seconds in the
             first step, and again when the shape of batches changes.
+        cuda_graphs: whether compiled blocks are launched as CUDA graphs, which takes the host less
+            time, for batches of one shape; see :func:`~lightning_fastmoe.nn.compile_blocks`.
         lora_rank: rank of adapters of the experts, which alone are trained; None trains the model.
             ``checkpoint export`` merges them.
         lora_alpha: adapters are multiplied by ``lora_alpha / lora_rank``; None is twice the rank.
@@ -76,13 +78,14 @@ class MoECausalLM(LightningModule):
         compile: bool = False,  # noqa: A002  named in config files
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         if lora_rank is not None:
             check_options(lora_rank, lora_alpha, ())
         elif lora_alpha is not None:
             raise ConfigError(f"lora_alpha={lora_alpha!r} has no effect without lora_rank.")
-        self._weights, self._compiles = weights, compile
+        self._weights, self._compiles, self._cuda_graphs = weights, compile, cuda_graphs
         self._lora = (lora_rank, lora_alpha)
         self.config = _content(config, weights)
         self.architecture = Architecture.from_config(self.config)
@@ -90,8 +93,8 @@ class MoECausalLM(LightningModule):
         # The content, not the path, because exporting needs it on any machine. The initial weights
         # are not a hyperparameter: a checkpoint has its own. By value also what subclasses may not
         # have as an argument.
-        lora = {"lora_rank": lora_rank, "lora_alpha": lora_alpha}
-        self.save_hyperparameters({"config": self.config, **lora})
+        own = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "cuda_graphs": cuda_graphs}
+        self.save_hyperparameters({"config": self.config, **own})
         self.lr, self.weight_decay = lr, weight_decay
         self._coefficients = {"load_balancing": load_balancing, "z_loss": z_loss}
         self.network: MoEDecoder | None = None
@@ -107,9 +110,7 @@ class MoECausalLM(LightningModule):
             if rank is not None:
                 add_lora(self.network, rank, alpha)
             if self._compiles:
-                trace_layers(self.network)
-                for block in self.network.model.layers:
-                    block.compile()
+                compile_blocks(self.network.model.layers, cuda_graphs=self._cuda_graphs)
 
     @override
     def forward(self, batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """The MoE layer and its parts as ``torch.nn`` modules; needs neither Lightning nor DeepSpeed."""
 
 from lightning_fastmoe.nn.collect import moe_layers, moe_losses
-from lightning_fastmoe.nn.compilation import trace_layers
+from lightning_fastmoe.nn.compilation import compile_blocks, trace_layers
 from lightning_fastmoe.nn.conversion import convert
 from lightning_fastmoe.nn.dispatch import Dispatcher, LocalDispatcher
 from lightning_fastmoe.nn.experts import Experts, ModuleExperts, StackedExperts
@@ -27,6 +27,7 @@ __all__ = [
     "SoftmaxTopKRouter",
     "StackedExperts",
     "add_lora",
+    "compile_blocks",
     "convert",
     "merge_lora",
     "moe_layers",

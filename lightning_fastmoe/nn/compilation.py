@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from lightning_fastmoe.nn.collect import moe_layers
@@ -23,3 +25,23 @@ def trace_layers(model: nn.Module) -> None:
     """
     for _, layer in moe_layers(model):
         layer.is_traced = True
+
+
+def compile_blocks(blocks: Iterable[nn.Module], *, cuda_graphs: bool = False) -> None:
+    """Compiles each block of a model, and takes its MoE layers into the graph where it can.
+
+    Blocks that differ in their weights alone are compiled once.
+
+    Args:
+        blocks: before their first pass.
+        cuda_graphs: whether what is compiled is launched as CUDA graphs, which takes the host less
+            time. All batches should have one shape, since each is recorded by itself, and no tensor
+            of a pass may be kept beyond its step. ``FastMoEStrategy`` says where steps begin; a
+            loop of your own calls :func:`torch.compiler.cudagraph_mark_step_begin` there.
+    """
+    for block in blocks:
+        trace_layers(block)
+        if cuda_graphs:
+            block.compile(mode="reduce-overhead")
+        else:
+            block.compile()

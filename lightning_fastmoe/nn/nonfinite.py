@@ -25,10 +25,11 @@ class NonFiniteGuard:
     def __init__(self) -> None:
         self.policy: NonFinitePolicy = "raise"
         # Never None: graphs would differ between the first pass after a step and the next, and so
-        # between a pass and its replay by activation checkpointing. A step begins with the same
-        # tensor each time, or CUDA graphs would be recorded again; nothing is written to it, since
-        # a checkpointed pass that a graph contains may save it.
+        # between a pass and its replay by activation checkpointing. A micro-batch begins with the
+        # same tensor each time, or CUDA graphs would be recorded again; nothing is written to it,
+        # since a checkpointed pass that a graph contains may save it.
         self._nothing = self._largest = _zero(torch.device("cpu"))
+        self._before: Tensor | None = None  # of earlier micro-batches
 
     def begin(self, device: torch.device, *, collects: bool) -> None:
         """Begins a run.
@@ -39,6 +40,7 @@ class NonFiniteGuard:
         """
         self.policy = "collect" if collects else "ignore"
         self._nothing = self._largest = _zero(device)
+        self._before = None
 
     def look(self, logits: Tensor, layer: str, *, training: bool) -> None:
         """Checks ``logits`` and acts according to :attr:`policy`; no host synchronisation on CUDA.
@@ -92,11 +94,35 @@ class NonFiniteGuard:
     @property
     def found(self) -> bool:
         """Whether any was collected since the last :func:`take_largest`; waits for the device."""
-        return not bool(self._largest.isfinite())
+        return not bool(self._all.isfinite())
+
+    @property
+    def _all(self) -> Tensor:
+        """The largest of all micro-batches."""
+        return self._largest if self._before is None else torch.maximum(self._before, self._largest)
 
     def put(self) -> None:
         """Restores what a checkpoint found that was saved in the middle of a step."""
-        self._largest = torch.full_like(self._largest, torch.inf)
+        self._before = torch.full_like(self._nothing, torch.inf)
+
+
+def begin_micro_batch(guards: Iterable[NonFiniteGuard]) -> None:
+    """Keeps what earlier micro-batches of a step have collected where no CUDA graph writes to it.
+
+    Args:
+        guards: of a model's layers.
+    """
+    filled = [guard for guard in guards if guard._largest is not guard._nothing]
+    if not filled:
+        return
+    devices = {guard._largest.device for guard in filled}
+    found: Iterable[Tensor] = (
+        torch.stack([guard._all for guard in filled]).unbind()
+        if len(devices) == 1
+        else [guard._all.clone() for guard in filled]
+    )
+    for guard, largest in zip(filled, found, strict=True):
+        guard._before, guard._largest = largest, guard._nothing
 
 
 def take_largest(guards: Iterable[NonFiniteGuard], device: torch.device) -> Tensor:
@@ -111,8 +137,8 @@ def take_largest(guards: Iterable[NonFiniteGuard], device: torch.device) -> Tens
     """
     found = []
     for guard in guards:
-        found.append(guard._largest.to(device))
-        guard._largest = guard._nothing
+        found.append(guard._all.to(device))
+        guard._largest, guard._before = guard._nothing, None
     return torch.stack(found) if found else torch.empty(0, device=device)
 
 

@@ -30,6 +30,7 @@ from lightning_fastmoe.nn.hooks import has_hooks
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.observers import show_observers
 from lightning_fastmoe.nn.router import Routing
+from lightning_fastmoe.nn.runtime_ops import ON_HOST
 from lightning_fastmoe.nn.schedule import Back
 from lightning_fastmoe.ops.operator import differentiate, fake_of, operator
 
@@ -37,12 +38,8 @@ NAMESPACE = "lightning_fastmoe_opaque"
 
 _AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 
-_TAGS = (
-    # Not to be run again in the backward pass where a compiler finds that cheap.
-    torch.Tag.nondeterministic_seeded,
-    # A replayed CUDA graph runs no Python.
-    torch.Tag.cudagraph_unsafe,
-)
+# Not to be run again in the backward pass where a compiler finds that cheap.
+_TAGS = (torch.Tag.nondeterministic_seeded, *ON_HOST)
 
 
 class Reference:
@@ -326,7 +323,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 differentiate(routed_experts, _backward, setup_context=_save)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::observe", mutates_args=("observed",))
+@torch.library.custom_op(f"{NAMESPACE}::observe", mutates_args=("observed",), tags=ON_HOST)
 def observe(
     observed: Tensor,
     handle: Tensor,

@@ -21,6 +21,9 @@ from lightning_fastmoe.ops.operator import differentiate, fake_of, operator
 
 NAMESPACE = "lightning_fastmoe_runtime"
 
+ON_HOST = (torch.Tag.cudagraph_unsafe,)
+"""Of operators that read on the host what differs between runs: a replayed CUDA graph would not."""
+
 
 @operator(f"{NAMESPACE}::scale_for")
 def scale_for(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def _(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::add_load", mutates_args=("load",))
+@torch.library.custom_op(f"{NAMESPACE}::add_load", mutates_args=("load",), tags=ON_HOST)
 def add_load(load: Tensor, counts: Tensor) -> None:
     """Adds ``counts (E,)`` to ``load (E,)``, unless a backward pass is replaying a forward pass."""
     if not is_recomputing():
@@ -52,7 +55,7 @@ def _(load: Tensor, counts: Tensor) -> None:
     pass
 
 
-@operator(f"{NAMESPACE}::checked")
+@operator(f"{NAMESPACE}::checked", tags=ON_HOST)
 def checked(weights: Tensor, logits: Tensor) -> Tensor:
     """A copy of ``weights (T, K)``; the experts use it, so a compiler can't drop the check.
 
@@ -81,7 +84,7 @@ def _pass_on(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 differentiate(checked, _pass_on)
 
 
-@operator(f"{NAMESPACE}::within_capacity")
+@operator(f"{NAMESPACE}::within_capacity", tags=ON_HOST)
 def within_capacity(
     expert_ids: Tensor, active: Tensor | None, scores: Tensor, factor: Tensor, over: str, by: str
 ) -> Tensor:

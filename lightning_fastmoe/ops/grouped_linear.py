@@ -17,6 +17,7 @@ from lightning_fastmoe.ops.frozen_weight import FrozenWeight, frozen_linear
 from lightning_fastmoe.ops.layer_call import LayerCall, index_of
 from lightning_fastmoe.ops.products.torch import (
     TorchProducts,
+    counts_on_host,
     grouped_mm_applies,
     grouped_product,
     is_aligned,
@@ -62,7 +63,7 @@ def grouped_linear(x: Tensor, weight: Tensor | FrozenWeight, tokens_per_expert: 
 
 def grouped_linear_loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """:func:`grouped_linear` as one GEMM per expert; reads the counts on the host."""
-    chunks = x.split(tokens_per_expert.tolist())
+    chunks = x.split(counts_on_host(tokens_per_expert))
     # unbind's gradient stacks one slice per expert, zeros for the empty ones.
     return torch.cat([c @ w.T for c, w in zip(chunks, weight.unbind(0), strict=True)])
 

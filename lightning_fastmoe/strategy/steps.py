@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe.distributed.each_rank import run_on_each_rank
 from lightning_fastmoe.errors import ConfigError, ParameterEditError
+from lightning_fastmoe.nn.nonfinite import begin_micro_batch
 from lightning_fastmoe.strategy.clipping import Clipping
 from lightning_fastmoe.strategy.compiled import unwrap_compiled
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
@@ -20,6 +21,7 @@ from lightning_fastmoe.strategy.watchdog.exchange_waits import ExchangeWaits
 from lightning_fastmoe.strategy.watchdog.signals import DeferredSignals
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 from lightning_fastmoe.zero.engine import ExpertState
+from lightning_fastmoe.zero.graph_memory import begin_graphs
 
 _Result = TypeVar("_Result")
 _EVALUATION_STEPS = {
@@ -59,6 +61,7 @@ class Steps:
         """Runs a training step; returns its output."""
         assert self._strategy.lightning_module is not None
         self._look_at_parameters()
+        self._begin_graphs()
         loop = self._strategy.lightning_module.trainer.fit_loop
         engine = self._strategy.deepspeed_engine
         engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
@@ -77,6 +80,7 @@ class Steps:
         """Runs a step of validation, testing or prediction; returns its output."""
         if activity is Activity.VALIDATING:
             self._look_at_parameters()
+        self._begin_graphs()
         output = step(*args, **kwargs)
         self._groups.end_pass(self._state.layers.values())
         self._watch.batch(activity)
@@ -122,6 +126,13 @@ class Steps:
             )
         with edits.editing(parameters):
             yield
+
+    def _begin_graphs(self) -> None:
+        """What earlier micro-batches have left is moved out of the memory of CUDA graphs."""
+        engine = self._strategy.deepspeed_engine
+        begin_micro_batch(layer.nonfinite for layer in self._state.layers.values())
+        has_gradients = bool(getattr(engine, "has_accumulated", False))
+        begin_graphs(engine.optimizer, engine.module.parameters(), has_gradients=has_gradients)
 
     def _look_at_parameters(self) -> None:
         edits = self._strategy.deepspeed_engine.edits

@@ -398,22 +398,26 @@ def test_transformers_reads_the_config() -> None:
     assert (config.head_dim, config.num_key_value_heads, config.norm_topk_prob) == (8, 1, True)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("wanted", [None, True, False])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_blocks_are_compiled_on_cuda_or_as_asked(
-    device: str, wanted: bool | None, monkeypatch: pytest.MonkeyPatch
+    device: str, wanted: bool | None, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    compiled: list[dict[str, str]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **mode: compiled.append(mode))
     strategy = SimpleNamespace(root_device=torch.device(device))
     for model in (
-        TokenLM(8, 2, 2, num_experts=2, d_ffn=4, vocab_size=VOCAB, compile=wanted),
-        MoELanguageModel(8, 2, 2, 4, num_experts=2, compile=wanted),
+        TokenLM(
+            8, 2, 2, num_experts=2, d_ffn=4, vocab_size=VOCAB, compile=wanted, cuda_graphs=graphs
+        ),
+        MoELanguageModel(8, 2, 2, 4, num_experts=2, compile=wanted, cuda_graphs=graphs),
     ):
         compiled.clear()
         model._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
         model.configure_model()
-        assert len(compiled) == (2 if wanted or (wanted is None and device == "cuda") else 0)
+        mode = {"mode": "reduce-overhead"} if graphs else {}
+        assert compiled == [mode] * (2 if wanted or (wanted is None and device == "cuda") else 0)
         model._trainer = None
 
 

@@ -17,6 +17,8 @@ from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import FastMoEStrategy, MoE
+from lightning_fastmoe.errors import ConfigError
+from lightning_fastmoe.nn import compile_blocks
 from lightning_fastmoe.nn.nonfinite import take_largest
 
 D = 64
@@ -118,36 +120,65 @@ def test_the_host_never_waits_and_memory_is_one_h_more() -> None:
 
 
 class Model(pl.LightningModule):
-    def __init__(self, compiles: Callable[[nn.Module], object]) -> None:
+    def __init__(self, compiles: Callable[[nn.Module], object], recorded: list[Any]) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block() for _ in range(2)))
         self.losses: list[float] = []
+        self.graphs: list[int] = []  # recorded until then
+        self.recorded = recorded
         for block in self.blocks:
             compiles(block)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = (self.blocks(batch) - batch.sin()).square().mean()
         self.losses.append(float(loss.detach()))
+        self.graphs.append(len(self.recorded))
         return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=2e-3, fused=True)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("32-true", 2e-5), ("bf16-mixed", 2e-2)])
-def test_under_the_strategy(precision: Any, bound: float) -> None:
-    """With accumulation and clipping, ten steps as without compiling."""
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one for each CUDA graph that is recorded."""
+    found: list[Any] = []
+    record = CUDAGraphTreeManager.record_function
+
+    def recording(manager: Any, inputs: Any, function: Any) -> Any:
+        found.append(function)  # not the inputs, whose memory graphs use again
+        return record(manager, inputs, function)
+
+    monkeypatch.setattr(CUDAGraphTreeManager, "record_function", recording)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound", "stage"),
+    [("32-true", 2e-5, 2), ("bf16-mixed", 2e-2, 1), ("bf16-mixed", 2e-2, 2)],
+)
+def test_under_the_strategy(precision: Any, bound: float, stage: int, recorded: list[Any]) -> None:
+    """With accumulation and clipping, ten steps as without compiling; graphs are recorded once.
+
+    Gradients of a micro-batch stay while the next one's graphs run.
+    """
     torch._dynamo.reset()
-    found = []
+    found, graphs = [], []
     torch.manual_seed(1)
     batches = torch.randn(2, 40, D).repeat(10, 1, 1)
-    for compiles in (lambda block: None, lambda block: block.compile(fullgraph=True)):
+    ways: list[Callable[[nn.Module], object]] = [
+        lambda block: None,
+        lambda block: block.compile(fullgraph=True),
+    ]
+    if precision == "bf16-mixed":
+        ways.append(lambda block: compile_blocks([block], cuda_graphs=True))
+    for compiles in ways:
         pl.seed_everything(3, verbose=False)
-        model = Model(compiles)
+        model = Model(compiles, recorded)
         trainer = pl.Trainer(
             accelerator="cuda",
             devices=1,
-            strategy=FastMoEStrategy(stage=2),
+            strategy=FastMoEStrategy(stage=stage),
             precision=precision,
             max_epochs=1,
             accumulate_grad_batches=2,
@@ -159,22 +190,33 @@ def test_under_the_strategy(precision: Any, bound: float) -> None:
         )
         trainer.fit(model, DataLoader(list(batches), batch_size=None))
         found.append(model.losses)
-    plain, compiled = found
+        graphs.append(model.graphs)
+    plain, *others = found
     assert len(plain) == 20
     assert plain[-1] < 0.7 * plain[0]
-    assert compiled == pytest.approx(plain, rel=bound)
+    for compiled in others:
+        assert compiled == pytest.approx(plain, rel=bound)
+    assert graphs[0][-1] == graphs[1][-1] == 0
+    if precision == "bf16-mixed":
+        assert 0 < graphs[2][9] == graphs[2][-1], graphs[2]
 
 
-def test_cuda_graphs_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_the_host_counts_are_refused_in_cuda_graphs() -> None:
+    _, compiled = pair(torch.float32)
+    compile_blocks(compiled, cuda_graphs=True)
+    x = torch.randn(3, 20, D, device="cuda")
+
+    def record() -> None:
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            run(compiled, x)
+
+    with pytest.raises(ConfigError, match=r"experts in bf16 .* cuda_graphs=False"):
+        record()
+
+
+def test_cuda_graphs_are_recorded_once(recorded: list[Any]) -> None:
     """What a step takes from the layers and resets leaves the memory that graphs know."""
-    recorded = []
-    record = CUDAGraphTreeManager.record_function
-
-    def recording(manager: Any, inputs: Any, function: Any) -> Any:
-        recorded.append(function)  # not the inputs, whose memory graphs use again
-        return record(manager, inputs, function)
-
-    monkeypatch.setattr(CUDAGraphTreeManager, "record_function", recording)
     eager, compiled = pair(torch.bfloat16)
     guards = [block.moe.nonfinite for block in compiled]
     for block in compiled:

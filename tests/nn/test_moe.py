@@ -15,7 +15,7 @@ from lightning_fastmoe.errors import (
     UnmanagedExpertsError,
 )
 from lightning_fastmoe.nn import MoE, SoftmaxTopKRouter, dispatch, moe_layers, moe_losses
-from lightning_fastmoe.nn.nonfinite import take_largest
+from lightning_fastmoe.nn.nonfinite import begin_micro_batch, take_largest
 from lightning_fastmoe.ops import ACTIVATIONS, reference
 from lightning_fastmoe.ops.activation import COMPOSED
 
@@ -264,6 +264,32 @@ def test_non_finite_input_can_be_collected():
     assert not math.isfinite(float(take_largest([layer.nonfinite], x.device)))
     layer.eval()(x)
     assert float(take_largest([layer.nonfinite], x.device)) == 0
+
+
+def test_what_micro_batches_collect_is_kept_until_the_step() -> None:
+    """And each begins with the same tensor, whose memory CUDA graphs know."""
+    layers = [make(), make()]
+    x = torch.randn(7, 5)
+    bad = x.index_fill(0, torch.tensor([2]), float("nan"))
+    guards = [layer.nonfinite for layer in layers]
+    for guard in guards:
+        guard.begin(x.device, collects=True)
+    begins = [guard._largest for guard in guards]
+    for inputs in ((x, x), (x, bad), (x, x)):
+        begin_micro_batch(guards)
+        assert all(guard._largest is begin for guard, begin in zip(guards, begins, strict=True))
+        for layer, own in zip(layers, inputs, strict=True):
+            layer(own)
+    assert [guard.found for guard in guards] == [False, True]
+    largest = take_largest(guards, x.device)
+    torch.testing.assert_close(largest[0], (x @ layers[0].router.weight.T).abs().max())
+    assert largest[1].isnan()
+    begin_micro_batch(guards)
+    assert (take_largest(guards, x.device) == 0).all()
+    guards[0].put()
+    layers[0](x)
+    begin_micro_batch(guards)
+    assert take_largest(guards, x.device).tolist() == [float("inf"), 0]
 
 
 def test_experts_elsewhere_need_a_strategy():

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_fastmoe.demos.compilation import is_compiled
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.nn import MoE, trace_layers
+from lightning_fastmoe.nn import MoE, compile_blocks
 from lightning_fastmoe.nn.transformer import (
     Embedding,
     Linear,
@@ -179,6 +179,8 @@ class MoELanguageModel(LightningModule):
         init_std: Standard deviation of the initial weights.
         compile: Whether `torch.compile` compiles each block, which takes some ten seconds in the
             first step; null compiles them on CUDA.
+        cuda_graphs: Whether compiled blocks are launched as CUDA graphs, which takes the host less
+            time: worth it with sharded experts. All batches should have one shape.
 
     Raises:
         ConfigError: if `d_model` isn't an even multiple of `num_heads`.
@@ -203,6 +205,7 @@ class MoELanguageModel(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         init_std: float = 0.02,
         compile: bool | None = None,  # noqa: A002  named in config files
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         if d_model % (2 * num_heads):
@@ -217,7 +220,7 @@ class MoELanguageModel(LightningModule):
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.betas = betas
-        self._compiles = compile
+        self._compiles, self._cuda_graphs = compile, cuda_graphs
         self._arguments: dict[str, Any] = {
             "d_model": d_model,
             "num_layers": num_layers,
@@ -241,9 +244,7 @@ class MoELanguageModel(LightningModule):
             self.network = MoETransformer(**self._arguments)
             rank_zero_info(_describe(self.network))
             if is_compiled(self, self._compiles):
-                trace_layers(self.network)
-                for block in self.network.blocks:
-                    block.compile()
+                compile_blocks(self.network.blocks, cuda_graphs=self._cuda_graphs)
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class TokenLM(MoECausalLM):
         init_std: Standard deviation of the initial weights.
         compile: Whether `torch.compile` compiles each block, which takes some ten seconds in the
             first step; null compiles them on CUDA.
+        cuda_graphs: Whether compiled blocks are launched as CUDA graphs, which takes the host less
+            time: worth it with sharded experts. All batches should have one shape.
 
     Raises:
         ConfigError: if the sizes don't fit together, or neither `vocab_size` nor the data says
@@ -70,6 +72,7 @@ class TokenLM(MoECausalLM):
         betas: tuple[float, float] = (0.9, 0.95),
         init_std: float = 0.02,
         compile: bool | None = None,  # noqa: A002  named in config files
+        cuda_graphs: bool = False,
     ) -> None:
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(d_model, num_heads, kv_heads)
@@ -98,6 +101,7 @@ class TokenLM(MoECausalLM):
             weight_decay=weight_decay,
             load_balancing=load_balancing,
             z_loss=z_loss,
+            cuda_graphs=cuda_graphs,
         )
         self.save_hyperparameters()
         self._wants_compiled = compile

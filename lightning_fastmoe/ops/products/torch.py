@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.ops import kernels
 from lightning_fastmoe.ops.layer_call import LayerCall, PreActivation
 
@@ -125,7 +126,7 @@ def grouped_product(
         return x.new_empty(0, weight.shape[2])
     if grouped_mm_applies(x, weight):
         return F.grouped_mm(x, weight if is_aligned(weight) else weight.clone(), offs=offsets)
-    chunks = x.split(tokens_per_expert.tolist())
+    chunks = x.split(counts_on_host(tokens_per_expert))
     return torch.cat([c @ w for c, w in zip(chunks, weight.unbind(0), strict=True)])
 
 
@@ -152,7 +153,7 @@ def grouped_outer_product(
         return kernels.zero_empty_experts_(out, tokens_per_expert)
     out = a.new_empty(shape)
     start = 0
-    for e, count in enumerate(tokens_per_expert.tolist()):
+    for e, count in enumerate(counts_on_host(tokens_per_expert)):
         torch.mm(a[start : start + count].T, b[start : start + count], out=out[e])
         start += count
     return out
@@ -162,7 +163,7 @@ def _some_outer_products(
     a: Tensor, b: Tensor, tokens_per_expert: Tensor, experts: tuple[int, ...]
 ) -> Tensor:
     """:func:`grouped_outer_product` of some experts, one by one: (experts, M, P)."""
-    counts = tokens_per_expert.tolist()
+    counts = counts_on_host(tokens_per_expert)
     out = a.new_empty(len(experts), a.shape[1], b.shape[1])
     rows, columns = a.split(counts), b.split(counts)
     for place, e in enumerate(experts):
@@ -211,3 +212,20 @@ def weight_columns(weights: Tensor | None, rows: Tensor) -> Tensor:
 def is_aligned(weight: Tensor) -> bool:
     """Whether grouped_mm accepts the address: a view into ZeRO's flat buffers may be unaligned."""
     return weight.storage_offset() * weight.element_size() % _ALIGNMENT_BYTES == 0
+
+
+def counts_on_host(tokens_per_expert: Tensor) -> list[int]:
+    """``tokens_per_expert (E,)`` as numbers, for products that are computed expert by expert.
+
+    Raises:
+        ConfigError: while a CUDA graph is recorded, which would go on with the same counts.
+    """
+    if tokens_per_expert.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "A MoE layer in a CUDA graph: these experts are computed one by one, for which the host"
+            " must know how many tokens each has. CUDA graphs need experts in bf16 (fp16 from"
+            " compute capability 9.0 on): set the Trainer's precision, or compile without"
+            " mode='reduce-overhead' (cuda_graphs=False)."
+        )
+    counts: list[int] = tokens_per_expert.tolist()
+    return counts
