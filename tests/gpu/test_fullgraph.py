@@ -211,7 +211,7 @@ def test_experts_that_the_host_counts_are_refused_in_cuda_graphs() -> None:
             torch.compiler.cudagraph_mark_step_begin()
             run(compiled, x)
 
-    with pytest.raises(ConfigError, match=r"experts in bf16 .* cuda_graphs=False"):
+    with pytest.raises(ConfigError, match=r"experts in bf16 .*cuda_graphs=False"):
         record()
 
 
