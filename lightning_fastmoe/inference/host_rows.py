@@ -225,7 +225,7 @@ class HostRows:
             for part, shape in zip(memory.split(sizes), shapes, strict=True)
         ]
         on_gpu = keys.device.type == "cuda"
-        pinned = PinnedMemory([memory], "keys and values") if on_gpu else None
+        pinned = PinnedMemory([memory], "keys and values", bounces=False) if on_gpu else None
         return _Held(tensors[0], tensors[1], pinned)
 
     def _buffer(self) -> Tensor:

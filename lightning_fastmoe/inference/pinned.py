@@ -25,14 +25,18 @@ class PinnedMemory:
     Args:
         tensors: on the CPU, contiguous.
         what: they are, for the warning.
+        bounces: whether buffers are made for what can't be registered, two of 32 MiB; only for
+            memory that no GPU writes to, since the host reads it when :meth:`copy` is called.
 
     Attributes:
         refused: how many bytes could not be registered.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], what: str = "experts") -> None:
+    def __init__(
+        self, tensors: Iterable[Tensor], what: str = "experts", *, bounces: bool = True
+    ) -> None:
         self.refused = 0
-        self._what = what
+        self._what, self._bounces = what, bounces
         self._registered: list[int] = []
         self._refused: list[tuple[int, int]] = []
         self._bounce: BounceBuffers | None = None
@@ -71,8 +75,9 @@ class PinnedMemory:
         if self.refused:
             with suppress(RuntimeError):  # CUDA reports a failed call again at the next launch
                 torch.zeros(1, device="cuda")
-            with suppress(RuntimeError):
-                self._bounce = BounceBuffers(torch.device("cuda"))
+            if self._bounces:
+                with suppress(RuntimeError):
+                    self._bounce = BounceBuffers(torch.device("cuda"))
             how = "through pinned buffers, by the host's cores"
             warnings.warn(
                 f"{self.refused / 1e9:.1f} GB of {self._what} can't be registered with CUDA"

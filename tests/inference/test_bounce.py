@@ -77,16 +77,21 @@ def test_what_is_not_registered_takes_the_buffers(monkeypatch: pytest.MonkeyPatc
     held.close()
 
 
-def test_without_buffers_the_driver_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bounces", [True, False])
+def test_without_buffers_the_driver_copies(bounces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no pinned memory either, and where the host must not read by itself."""
     refuse(monkeypatch, [0])
+    asked: list[torch.device] = []
 
     def fail(device: torch.device) -> None:
+        asked.append(device)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(pinned, "BounceBuffers", fail)
     memory = torch.randn(1 << 19)
     with pytest.warns(UserWarning, match="They are copied at a fraction of the rate"):
-        held = pinned.PinnedMemory([memory])
+        held = pinned.PinnedMemory([memory], bounces=bounces)
+    assert len(asked) == bounces
     into = torch.zeros_like(memory)
     held.copy(into, memory)
     assert torch.equal(into, memory)
