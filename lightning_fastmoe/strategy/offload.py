@@ -24,9 +24,10 @@ from lightning_fastmoe.inference.ring import ExpertRing
 from lightning_fastmoe.planning.observed import OffloadReport, observed
 from lightning_fastmoe.planning.offload_sizes import OffloadSizes, parse_bytes
 from lightning_fastmoe.planning.units import bytes_text
+from lightning_fastmoe.strategy.checkpointing.whole_model import LoadsDirectories
 
 
-class OffloadStrategy(SingleDeviceStrategy):
+class OffloadStrategy(LoadsDirectories, SingleDeviceStrategy):
     """Evaluates and predicts on one GPU, with experts in host memory.
 
     For ``Trainer.validate``, ``test`` and ``predict``, not for ``fit``. The experts of a layer are

@@ -22,12 +22,13 @@ from lightning_fastmoe.inference.options import check_several_gpus
 from lightning_fastmoe.inference.pinned import PinnedMemory
 from lightning_fastmoe.inference.shared import Shared, SharedExperts
 from lightning_fastmoe.planning.observed import OffloadReport
+from lightning_fastmoe.strategy.checkpointing.whole_model import LoadsDirectories
 from lightning_fastmoe.strategy.loaders.uneven import UnevenData
 from lightning_fastmoe.strategy.offload import OffloadStrategy
 from lightning_fastmoe.strategy.quiet import quiet_warnings
 
 
-class OffloadDDPStrategy(DDPStrategy):
+class OffloadDDPStrategy(LoadsDirectories, DDPStrategy):
     """Evaluates and predicts on several GPUs of one host, whose memory holds the experts once.
 
     As :class:`OffloadStrategy`, but each process has its own GPU and its share of the batches. The

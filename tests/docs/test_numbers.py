@@ -148,3 +148,12 @@ def test_kernels_page_has_the_floors_of_the_benchmarks() -> None:
     measured = [[times[line][size].split(",")[1].strip(" x") for size in sizes] for line in lines]
     shown = [[row[size] for size in sizes] for row in table(DOCS / "kernels.md", *sizes)]
     assert shown == measured
+
+
+def test_offload_page_has_the_ratios_of_the_benchmarks() -> None:
+    shown = {row["measured"] for row in table(DOCS / "offload.md", "measured")}
+    scoring, generating = CLAIMS[-2:]
+    assert {f"{ratio}x" for ratio in (*scoring, *generating)} <= shown
+    by_size = {row["tokens per pass"]: row for row in SCORING}
+    few = [by_size[n]["of the link's rate"] for n in ("8,192", "32,768")]
+    assert {by_size["65,536"]["of resident"], ", ".join(few)} <= shown
