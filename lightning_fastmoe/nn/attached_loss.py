@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from lightning_fastmoe.errors import ConfigError
+
 
 class LossScale:
     """The factor between the loss that the user returned and the loss that is differentiated.
@@ -89,9 +91,12 @@ class AttachedLoss:
         total: the sum of the losses with their coefficients; None computes it.
         scale: the factor by which the training loop multiplies the loss.
         router: the router whose losses these are.
+        unknown: what is wrong if the loop multiplies it and doesn't tell ``scale``; None if it
+            doesn't.
 
     Attributes:
         total: the same.
+        unknown: the same.
         taken: True once the user has taken the terms, which are then no longer added here.
         spent: True once a backward pass has used them.
     """
@@ -103,8 +108,9 @@ class AttachedLoss:
         total: Tensor | None,
         scale: LossScale,
         router: nn.Module,
+        unknown: str | None = None,
     ) -> None:
-        self._router = router
+        self._router, self.unknown = router, unknown
         self._values, self._coefficients = values, coefficients
         if total is None:
             terms = list(self.terms.values())
@@ -156,6 +162,8 @@ class _Attach(torch.autograd.Function):
         attached.spent = True
         dtype, device = ctx.total_like
         if attached.scale.value is None:
+            if attached.unknown is not None:
+                raise ConfigError(attached.unknown)
             return grad, torch.ones((), dtype=dtype, device=device), None
         return grad, attached.scale.value.to(device=device, dtype=dtype).reshape(()), None
 

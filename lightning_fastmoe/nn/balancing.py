@@ -15,6 +15,7 @@ from lightning_fastmoe.nn.router import Routing, RoutingContext
 from lightning_fastmoe.nn.router.losses import LOSSES, loss_values, loss_values_in_graph
 from lightning_fastmoe.nn.router.traits import RouterTraits
 from lightning_fastmoe.nn.runtime_ops import attach_total
+from lightning_fastmoe.nn.scaled_loss import hidden_scale
 
 _REENTRANT = (
     "ran without gradients, as re-entrant activation checkpointing does, so its terms can't be"
@@ -25,6 +26,13 @@ _COMPILED = (
     "ran inside the graph of torch.compile(..., fullgraph=True), so its terms can't be added by"
     " hand. Leave them out of the loss: they are added automatically. Or compile without"
     " fullgraph=True and trace_layers(), which MoECausalLM and the demos call if they compile."
+)
+
+_UNKNOWN = (
+    "{layer}: the Trainer {how} after training_step has returned it, and doing so to the balancing"
+    " losses, which join the backward pass by themselves, is left to the strategy. Use"
+    " FastMoEStrategy, on one device too; or add them by hand, in training_step:"
+    " loss + sum(moe_losses(self).values())."
 )
 
 
@@ -57,6 +65,7 @@ class BalancingLosses:
         self.scale = LossScale()
         self._attached = AttachedLosses()
         self._out_of_reach = ""  # why the terms of the latest pass can't be taken
+        self._unknown: str | None = None  # what is wrong if nobody tells the scale
 
     @property
     def use_batch(self) -> bool:
@@ -94,9 +103,11 @@ class BalancingLosses:
             self.latest = {name: value.detach() for name, value in values.items()}
             without_graph = values and not torch.is_grad_enabled()
             self._out_of_reach = _REENTRANT if without_graph else ""
+            how = hidden_scale() if values else None
+            self._unknown = None if how is None else _UNKNOWN.format(layer=context.layer, how=how)
         if not any(value.requires_grad for value in values.values()):
             return y
-        attached = AttachedLoss(values, active, total, self.scale, router)
+        attached = AttachedLoss(values, active, total, self.scale, router, self._unknown)
         if not replay:
             self._attached.append(attached)
         if isinstance(y, Tensor):
