@@ -80,7 +80,7 @@ def _own(experts: nn.Module, *rest: Any) -> Tensor:
     if packed_of(experts) is not None:
         packed: Tensor = _packed(experts, *rest)
         return packed
-    return _compute(experts, stacked_weights(experts), *rest)
+    return compute_with(experts, stacked_weights(experts), *rest)
 
 
 # Opaque to torch.compile, which would keep the weights that are made here until the backward pass.
@@ -90,10 +90,10 @@ def _packed(experts: nn.Module, x: Tensor, *rest: Any) -> Tensor:
     stacks = stacked_weights(experts)
     if not torch.is_grad_enabled() and not adapters_of(experts, x.dtype):
         stacks = tuple(w.make(x.dtype) if isinstance(w, ops.FrozenWeight) else w for w in stacks)
-    return _compute(experts, stacks, x, *rest)
+    return compute_with(experts, stacks, x, *rest)
 
 
-def _compute(
+def compute_with(
     experts: nn.Module,
     stacks: Any,
     x: Tensor,
@@ -101,6 +101,16 @@ def _compute(
     weights: Tensor | None,
     order: ops.ExpertOrder | None,
 ) -> Tensor:
+    """:func:`compute` with these stacks, whatever the module holds.
+
+    Args:
+        experts: says what else is computed: the activation and the adapters.
+        stacks: of e experts, in the layout of :func:`stacked_weights`.
+        x: see :func:`compute`, and so for the others.
+        tokens_per_expert: see there.
+        weights: see there.
+        order: see there.
+    """
     up, down, up_bias, down_bias = _cast(stacks, x.dtype)
     name = fused_activation(experts)
     adapters = adapters_of(experts, x.dtype)
@@ -116,8 +126,16 @@ def _compute(
     return ops.unfused_layer(x, weights, order, *unfused)
 
 
-def fused_stacks(experts: nn.Module, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
-    """See :meth:`~lightning_fastmoe.nn.experts.Experts.fused_stacks`."""
+def fused_stacks(
+    experts: nn.Module, dtype: torch.dtype, stacks: Any = None
+) -> tuple[ops.Stacks, str] | None:
+    """See :meth:`~lightning_fastmoe.nn.experts.Experts.fused_stacks`.
+
+    Args:
+        experts: the module.
+        dtype: of the tokens.
+        stacks: in the layout of :func:`stacked_weights`; None for the module's.
+    """
     if (
         trained_of(experts)
         or groups_of(experts)
@@ -126,7 +144,7 @@ def fused_stacks(experts: nn.Module, dtype: torch.dtype) -> tuple[ops.Stacks, st
     ):
         return None  # and weights in 4 bits, which must not be whole until the backward pass
     name = fused_activation(experts)
-    return None if name is None else (_cast(stacked_weights(experts), dtype), name)
+    return None if name is None else (_cast(stacks or stacked_weights(experts), dtype), name)
 
 
 def _sparse(
@@ -142,7 +160,7 @@ def _sparse(
     if adapters_of(experts, x.dtype):
         raise refused(experts, "it has adapters, and single experts are trained")
     stacks = _cast(stacked_weights(experts), x.dtype)
-    rows = ops.TrainedRows(trained.rows, _cast(_views(experts, trained.slices), x.dtype))
+    rows = ops.TrainedRows(trained.rows, _cast(views(experts, trained.slices), x.dtype))
     activation = fused_activation(experts) or _own_activation(experts)
     return ops.sparse_layer(x, tokens_per_expert, weights, order, stacks, rows, activation)
 
@@ -242,10 +260,10 @@ def stacked_weights(experts: Any) -> Any:
             raise refused(experts, f"{name} is {tensor.dtype}")
         if hasattr(tensor, "device_mesh"):
             raise refused(experts, f"{name} is sharded by transformers (a DTensor)")
-    return _views(experts, functools.partial(weight_of, experts))
+    return views(experts, functools.partial(weight_of, experts))
 
 
-def _views(experts: Any, get: Callable[[str], Any]) -> Any:
+def views(experts: Any, get: Callable[[str], Any]) -> Any:
     """The weights and biases, by name, in the layout of :func:`stacked_weights`."""
     names = stack_names(experts)
     up, down = get(names[0]), get(names[1])

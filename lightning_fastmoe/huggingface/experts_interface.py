@@ -7,6 +7,7 @@ layer's schedule exchanges the tokens.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from types import ModuleType
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_fastmoe import ops
 from lightning_fastmoe.errors import MissingPackageError, ShapeError
+from lightning_fastmoe.huggingface import traced_experts
 from lightning_fastmoe.huggingface.experts_class import (
     FLAGS,
     NAME,
@@ -97,7 +99,9 @@ def experts_forward(
     """
     layer = layer_of(self)
     if layer is not None and layer.is_sharded:
-        exchanged: Tensor = layer.run(hidden_states, top_k_index, top_k_weights)
+        is_traced = torch.compiler.is_compiling() and traced_experts.applies(layer, hidden_states)
+        run = functools.partial(traced_experts.forward, layer) if is_traced else layer.run
+        exchanged: Tensor = run(hidden_states, top_k_index, top_k_weights)
         return exchanged
     if layer is not None and torch.compiler.is_compiling():
         top_k_weights = layer.see_in_graph(top_k_index, top_k_weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from lightning_fastmoe.huggingface.experts_class import (
     NAME,
     compute,
     compute_dtype,
+    compute_with,
+    fused_activation,
     fused_stacks,
     parameter_names,
+    stack_names,
     stacked_weights,
+    views,
 )
 from lightning_fastmoe.huggingface.packed_experts import stack_dtype, weight_of
 from lightning_fastmoe.nn.experts import Experts
@@ -36,6 +40,7 @@ class TransformersExperts(Experts):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module.num_experts, None)  # type: ignore[arg-type]
         self._module = (module,)  # in a tuple, so that it isn't registered as a part
+        self._given: Mapping[str, Tensor] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -66,6 +71,24 @@ class TransformersExperts(Experts):
         return parameter_names(self.module)
 
     @property
+    def activation(self) -> str | None:
+        """See :func:`~lightning_fastmoe.huggingface.experts_class.fused_activation`."""
+        return fused_activation(self.module)
+
+    def stacks(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Both weights in a dtype, in the layout of their class, and both biases or None."""
+        stacked_weights(self.module)  # raises what this package can't compute
+        found = [getattr(self.module, name).to(dtype) for name in stack_names(self.module)]
+        return (*found, None, None)[:4]
+
+    def with_stacks(self, stacks: Sequence[Tensor]) -> TransformersExperts:
+        """These experts with tensors in place of their parameters, without biases they lack."""
+        other = TransformersExperts.__new__(TransformersExperts)
+        names = stack_names(self.module)
+        vars(other).update({**vars(self), "_given": dict(zip(names, stacks, strict=True))})
+        return other
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """See :class:`~lightning_fastmoe.nn.experts.Experts`."""
         up, down = stacked_weights(self.module)[:2]
@@ -73,7 +96,7 @@ class TransformersExperts(Experts):
 
     def fused_stacks(self, dtype: torch.dtype) -> tuple[ops.Stacks, str] | None:
         """See :class:`~lightning_fastmoe.nn.experts.Experts`."""
-        return fused_stacks(self.module, dtype)
+        return fused_stacks(self.module, dtype, self._replaced())
 
     def forward(
         self,
@@ -83,7 +106,15 @@ class TransformersExperts(Experts):
         order: ops.ExpertOrder | None = None,
     ) -> Tensor:
         """See :func:`~lightning_fastmoe.huggingface.experts_class.compute`."""
-        return compute(self.module, x, tokens_per_expert, weights, order)
+        rest = (x, tokens_per_expert, weights, order)
+        replaced = self._replaced()
+        if replaced is None:
+            return compute(self.module, *rest)
+        return compute_with(self.module, replaced, *rest)
+
+    def _replaced(self) -> Any:
+        """What :meth:`with_stacks` was given, in the layout that is computed with; else None."""
+        return None if self._given is None else views(self.module, self._given.__getitem__)
 
     def routed_call(self, arguments: tuple[Any, ...]) -> RoutedCall | None:
         """See :class:`~lightning_fastmoe.nn.Experts`; other implementations may read all experts.

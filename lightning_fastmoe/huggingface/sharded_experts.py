@@ -32,6 +32,7 @@ from lightning_fastmoe.nn.experts import Experts
 from lightning_fastmoe.nn.experts.base import describe_ids
 from lightning_fastmoe.nn.experts.trained import TRAINED
 from lightning_fastmoe.nn.global_batch import GlobalBatch
+from lightning_fastmoe.nn.hooks import watch_hooks
 from lightning_fastmoe.nn.inputs import TokenInputs
 from lightning_fastmoe.nn.nonfinite import NonFiniteGuard
 from lightning_fastmoe.nn.observers import RoutingObserver, add_observer, show_observers
@@ -97,6 +98,7 @@ class TransformersLayer:
     def connect(self, name: str, batch: GlobalBatch | None, schedule: Schedule) -> None:
         """See :class:`~lightning_fastmoe.nn.expert_layers.ExpertLayer`."""
         self.layer_name, self.schedule, self.reference = name, schedule, Reference(self)
+        watch_hooks(self.module)
 
     def disconnect(self) -> None:
         """Disconnects from the other ranks. A layer that holds only some experts then can't run."""
@@ -148,7 +150,8 @@ class TransformersLayer:
         active = ids < self.num_experts
         return self._chosen(ids.masked_fill(~active, 0), top_k_weights, active)
 
-    # Opaque to torch.compile: the exchange between ranks reads counts on the host.
+    # Opaque to torch.compile: the exchange between ranks reads counts on the host. Where it can,
+    # it takes traced_experts.forward in place of this.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """:func:`~lightning_fastmoe.huggingface.experts_interface.experts_forward`, sharded."""
@@ -157,17 +160,21 @@ class TransformersLayer:
         self.see(top_k_index, top_k_weights)
         dtype = self._experts.compute_dtype(hidden_states)
         x = hidden_states.to(dtype)
-        on_host = x.device.type == "cpu"
-        routing = self._routing(top_k_index, top_k_weights.to(accumulation_dtype(dtype)), on_host)
+        routing = self._routing(top_k_index, top_k_weights.to(accumulation_dtype(dtype)))
         inputs = TokenInputs([x], None, (x.shape[0],))
         out: Tensor
         out, _ = self.schedule.run(inputs, routing, self._experts, None, self.layer_name)
         return out.to(hidden_states.dtype)
 
-    def _routing(self, ids: Tensor, weights: Tensor, on_host: bool) -> Routing:
-        """The pairs to send; dropped ones are left out where looking for them costs no wait."""
+    @staticmethod
+    def leaves_out_dropped(x: Tensor) -> bool:
+        """Whether dropped pairs of tokens are not sent: where looking for them costs no wait."""
+        return x.device.type == "cpu"
+
+    def _routing(self, ids: Tensor, weights: Tensor) -> Routing:
+        """The pairs to send."""
         ids = check_ids(ids, self.num_experts)
-        active = ids < self.num_experts if on_host else None
+        active = ids < self.num_experts if self.leaves_out_dropped(ids) else None
         if active is not None and bool(active.all()):
             active = None
         ids, weights = only_in_range(ids, weights, self.num_experts)

@@ -221,15 +221,16 @@ def _run_by_hand(
     dispatched: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Back | None] | None:
-    """The pass without autograd; None if the schedule has none, or the experts' hooks want one."""
-    if has_hooks(layer.experts):
+    """The pass without autograd; None if the schedule has none, or the experts want one."""
+    activation = layer.experts.activation
+    if activation is None or has_hooks(layer.experts):
         return None
     with torch.no_grad():
         own, *rest = (None if t is None else t.detach() for t in tensors)
         assert own is not None
         given = own.contiguous(), *rest
         return layer.schedule.run_by_hand(  # type: ignore[no-any-return]
-            given, expert_ids, dispatched, layer.experts.activation, layer.layer_name, wanted
+            given, expert_ids, dispatched, activation, layer.layer_name, wanted
         )
 
 

@@ -29,7 +29,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def trained(rank_pool: RankPool, name: str, **options: Any) -> tuple[list[Any], Any]:
     """The traces of two ranks, and the twin's. With one GPU both share it, over gloo."""
-    own = {} if TWO_GPUS else {"nodes": 2, "shared_gpu": True}
+    own: dict[str, Any] = {} if TWO_GPUS else {"nodes": 2, "shared_gpu": True}
     run = runs.Run(name, accelerator="cuda", **own, **options)
     found = rank_pool.run(runs.run_case, 2, run, ranks_per_node=None if TWO_GPUS else 1)
     return found, runs.reference(runs.Run(name))
@@ -38,7 +38,17 @@ def trained(rank_pool: RankPool, name: str, **options: Any) -> tuple[list[Any], 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", runs.MODELS)
 def test_fp32(name: str, stage: int, rank_pool: RankPool) -> None:
-    found, expected = trained(rank_pool, name, stage=stage)
+    assert_near(*trained(rank_pool, name, stage=stage))
+
+
+@pytest.mark.parametrize("dispatcher", ["dedup", "symmetric"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_fp32_in_compiled_graphs(name: str, dispatcher: str, rank_pool: RankPool) -> None:
+    options = {"compiled": True, "fullgraph": True, "dispatcher": dispatcher}
+    assert_near(*trained(rank_pool, name, **options))
+
+
+def assert_near(found: list[Any], expected: Any) -> None:
     for trace in found:
         assert trace.losses == pytest.approx(expected.losses, rel=1e-4)
         assert trace.norms == pytest.approx(expected.norms, rel=1e-4)

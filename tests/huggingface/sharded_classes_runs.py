@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,21 +27,25 @@ def inputs_of(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, ids, weights
 
 
-def errors_of_all(names: list[str], dispatcher: str, on_host: bool) -> dict[str, dict[str, float]]:
+def errors_of_all(
+    names: list[str], dispatcher: str, on_host: bool, compiled: bool = False
+) -> dict[str, dict[str, float]]:
     """Class -> output or gradient -> error of the sharded module, relative to its own forward."""
     before, classes.EXPERTS = classes.EXPERTS, EXPERTS
-    routing = TransformersLayer._routing
-    TransformersLayer._routing = lambda *args: routing(*args[:3], on_host)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+    leaves_out = patch.object(TransformersLayer, "leaves_out_dropped", lambda *_: on_host)
     try:
         sharder = ExpertSharder(make_expert_mesh(dist.get_world_size(), "cpu"))
-        return {name: errors_of(name, dispatcher, sharder) for name in names}
+        with leaves_out:
+            return {name: errors_of(name, dispatcher, sharder, compiled) for name in names}
     finally:
-        classes.EXPERTS, TransformersLayer._routing = before, routing
+        classes.EXPERTS = before
 
 
-def errors_of(name: str, dispatcher: str, sharder: ExpertSharder) -> dict[str, float]:
+def errors_of(
+    name: str, dispatcher: str, sharder: ExpertSharder, compiled: bool
+) -> dict[str, float]:
     kind = classes.experts_classes()[name]
     torch.manual_seed(3)
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": classes.make_experts(kind)})})
@@ -60,6 +65,9 @@ def errors_of(name: str, dispatcher: str, sharder: ExpertSharder) -> dict[str, f
     assert layer is not None
     ids = list(layer.experts.local_ids)
     assert len(ids) == EXPERTS // dist.get_world_size()
+    if compiled:
+        torch._dynamo.reset()
+        experts.compile(backend="eager", fullgraph=True)
     found = classes.results(experts, "fastmoe", inputs_of(dist.get_rank()))
     errors = {}
     for key, value in wanted.items():

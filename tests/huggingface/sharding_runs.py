@@ -15,6 +15,7 @@ from huggingface.experts_classes import experts_classes, make_experts
 from strategy.models import Trace
 from strategy.tracing import Tracer, make_trainer, whole_weights
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import CoActivationMonitor, ExpertLoadMonitor
@@ -112,6 +113,7 @@ class Run:
     auxiliary: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    fullgraph: bool = False
     in_configure_model: bool = False
     steps: int = 3
     clip: float = 0.05
@@ -207,14 +209,16 @@ class Tuned(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.run.compiled and not self.graphs:
-            self.net.compile(backend=self._count)
+            whole = self.run.fullgraph
+            for part in self.net.model.layers if whole else [self.net]:
+                part.compile(backend=self._count, fullgraph=whole)
         loss: Tensor = self.net(**batch, use_cache=False).loss
         self.losses.append(loss.item())
         return loss
 
     def _count(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
-        return graph.forward
+        return aot_eager(graph, inputs) if self.run.fullgraph else graph.forward
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         loss = self.net(**batch, use_cache=False).loss
@@ -252,6 +256,7 @@ def train(run: Run, *callbacks: pl.Callback) -> tuple[Trace, pl.Trainer, Tuned]:
 
 
 def run_case(run: Run) -> Trace:
+    torch._dynamo.reset()
     trace, trainer, module = train(run)
     layers = dict(expert_layers(module))
     moe = [name for name, _ in module.named_modules() if name.endswith(".experts")]
@@ -267,6 +272,13 @@ def run_case(run: Run) -> Trace:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             assert shape[0] == layer.num_experts // mesh.ep_size
     return trace
+
+
+def run_case_and_count(run: Run) -> tuple[Trace, int]:
+    """The trace, and the number of graphs that were compiled: for steps, and for validation."""
+    torch._dynamo.reset()
+    trace, _, module = train(run)
+    return trace, module.graphs
 
 
 def run_case_by(dispatcher: str, run: Run) -> Trace:

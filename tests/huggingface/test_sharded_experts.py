@@ -12,6 +12,7 @@ from huggingface.sharding_runs import (
     assert_same,
     reference,
     run_case,
+    run_case_and_count,
     run_case_by,
 )
 
@@ -48,8 +49,31 @@ def test_gradient_checkpointing(name: str, stage: int, rank_pool) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_compiled_model(stage: int, rank_pool) -> None:
-    """The exchange stays outside of compiled graphs."""
+    """At stage 3 graphs break at the experts."""
     check(Run("olmoe", stage=stage, compiled=True), rank_pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "checkpointing"),
+    [*((name, 2, False) for name in MODELS), ("olmoe", 1, True), ("gpt_oss", 2, True)],
+)
+def test_compiled_layers_without_a_break(
+    name: str, stage: int, checkpointing: bool, rank_pool
+) -> None:
+    """Sharded experts are an operator in the graph, replayed by checkpointing or not."""
+    check(
+        Run(name, stage=stage, compiled=True, fullgraph=True, checkpointing=checkpointing),
+        rank_pool,
+    )
+
+
+@pytest.mark.parametrize("dispatcher", [name for name in ACROSS_RANKS if name != AUTO])
+def test_compiled_layers_share_a_graph(dispatcher: str, rank_pool) -> None:
+    run = Run("olmoe", compiled=True, fullgraph=True, dispatcher=dispatcher)
+    expected = reference(run)
+    for trace, graphs in rank_pool.run(run_case_and_count, run.world, run):
+        assert_same(trace, expected)
+        assert graphs == 2  # of steps, and of validation
 
 
 @pytest.mark.parametrize("name", WITH_AUXILIARY_LOSS)
@@ -71,15 +95,22 @@ def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, 
         assert_same(trace, expected)
 
 
-@pytest.mark.parametrize("dispatcher", ACROSS_RANKS)
-@pytest.mark.parametrize(("world", "on_host"), [(2, True), (3, True), (2, False)])
-def test_every_class(world: int, on_host: bool, dispatcher: str, rank_pool) -> None:
+@pytest.mark.parametrize(
+    ("dispatcher", "world", "on_host", "compiled"),
+    [
+        *((one, *how, False) for how in ((2, True), (3, True), (2, False)) for one in ACROSS_RANKS),
+        (AUTO, 2, True, True),
+        (AUTO, 2, False, True),
+    ],
+)
+def test_every_class(dispatcher: str, world: int, on_host: bool, compiled: bool, rank_pool) -> None:
     """Outputs and gradients in fp64, with dropped slots, against each class's own forward.
 
     Dropped slots are left out, or, as on a GPU, computed with weight zero.
     """
-    names = sorted(experts_classes())
-    for errors in rank_pool.run(errors_of_all, world, names, dispatcher, on_host, timeout=300):
+    names = sorted(experts_classes())[:: 6 if compiled and on_host else 1]
+    arguments = (names, dispatcher, on_host, compiled)
+    for errors in rank_pool.run(errors_of_all, world, *arguments, timeout=300):
         assert list(errors) == names
         for name, of_class in errors.items():
             # This class's own forward computes in fp32 whatever the dtype.

@@ -202,7 +202,7 @@ def test_partitioned_weights_are_not_written(rank_pool, tmp_path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize(("ep", "compiled"), [(2, False), (1, True)])
+@pytest.mark.parametrize(("ep", "compiled"), [(2, False), (1, True), (2, True)])
 def test_routers_that_give_nan_stop_all_ranks(ep: int, compiled: bool, rank_pool) -> None:
     for said in rank_pool.run(poisoned, 2, Run(ep=ep, compiled=compiled)):
         assert said.startswith("NonFiniteError: NaN or Inf reached the router of")
@@ -288,7 +288,14 @@ def test_the_sharded_module_checks_shapes_and_ids() -> None:
 
 @pytest.mark.parametrize(
     ("ep", "compiled", "checkpointing"),
-    [(1, False, True), (2, False, True), (1, True, False), (1, True, True), (2, True, False)],
+    [
+        (1, False, True),
+        (2, False, True),
+        (1, True, False),
+        (1, True, True),
+        (2, True, False),
+        (2, True, True),
+    ],
 )
 def test_monitors_count_what_the_router_chose(
     ep: int, compiled: bool, checkpointing: bool, rank_pool, tmp_path
