@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_fastmoe.checkpoint.extra_states import load_extra_states
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.records import TensorRecord
@@ -23,6 +25,11 @@ from lightning_fastmoe.nn.expert_layers import expert_layers
 from lightning_fastmoe.nn.experts.lora import SCALES, adapter_scales, check_same_scales
 from lightning_fastmoe.nn.placement import settle_placement
 
+_ADVICE = (
+    "If you trust the checkpoint's origin, load_weights(path, module, trusted=True) loads the extra"
+    " states of its modules, which may be any objects."
+)
+
 
 def load_weights(
     path: Path | str,
@@ -31,11 +38,13 @@ def load_weights(
     prefix: str = "",
     strict: bool = True,
     verify: bool = True,
+    trusted: bool = False,
 ) -> None:
     """Loads a checkpoint's weights into a module, to train from there.
 
     Call it at the end of ``configure_model``, on all ranks if there are several. Each rank reads
-    the dense weights and the experts that it has created, converted to the dtype of its parameters.
+    the dense weights and the experts that it has created, converted to the dtype of its parameters,
+    and what its modules' ``get_extra_state()`` returned.
     Optimizer states, counters and random number generators are left alone; to resume a run, pass
     its checkpoint to ``Trainer.fit(ckpt_path=...)`` instead.
 
@@ -45,6 +54,7 @@ def load_weights(
         prefix: the prefix of the module's names in the checkpoint, such as "network.".
         strict: names must match exactly; otherwise, missing weights keep their values.
         verify: compare the files with their hashes first; each is read by one rank.
+        trusted: also unpickle arbitrary objects, which can run any code; for extra states alone.
 
     Raises:
         ConfigError: if ZeRO stage 3 has partitioned the parameters already.
@@ -58,13 +68,13 @@ def load_weights(
             " configure_model, or pass the checkpoint to validate, test or predict."
         )
     if not (dist.is_available() and dist.is_initialized()):
-        _load(path, model, prefix, strict, (0, 1) if verify else None, thread_count(1))
+        _load(path, model, prefix, strict, (0, 1) if verify else None, thread_count(1), trusted)
         return
     together = Together(Path(path), "loaded")
     threads = thread_count(together.ranks_on_host())
     verifier = (together.rank, together.world_size) if verify else None
     with together.stage():
-        _load(path, model, prefix, strict, verifier, threads)
+        _load(path, model, prefix, strict, verifier, threads, trusted)
 
 
 def _load(
@@ -74,9 +84,10 @@ def _load(
     strict: bool,
     verifier: tuple[int, int] | None,
     threads: int,
+    trusted: bool,
 ) -> None:
     with CheckpointReader(path) as reader:
-        reader.threads = threads
+        reader.advice, reader.threads = _ADVICE, threads
         source = _Inside(reader, prefix)
         check_experts(source, model)
         check_names(source, model, strict)
@@ -95,6 +106,8 @@ def _load(
                         source.read_into(weight_name(stack), start, part.within(flat))
             for name, buffer in model.buffers.items():
                 _fill(source, name, 0, buffer)
+            stored = source.read_state(trusted=trusted)["extra_state"] if model.extra() else {}
+            load_extra_states(source, model, stored, strict=strict)
 
 
 def _check_scales(reader: CheckpointReader, model: ModelMap, prefix: str) -> None:
@@ -144,6 +157,13 @@ class _Inside(DirectorySource):
     @property
     def moe_layers(self) -> Mapping[str, int]:
         return {n.removeprefix(self._prefix): e for n, e in super().moe_layers.items()}
+
+    def read_state(self, *, trusted: bool = False) -> dict[str, Any]:
+        state = super().read_state(trusted=trusted)
+        named = state["extra_state"].items()
+        start = self._prefix
+        extra = {n.removeprefix(start): value for n, value in named if n.startswith(start)}
+        return {**state, "extra_state": extra}
 
     def read_into(self, tensor: str, start: int, out: Tensor) -> None:
         super().read_into(weight_name(self._prefix + tensor[len(WEIGHTS) + 1 :]), start, out)

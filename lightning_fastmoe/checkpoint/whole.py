@@ -12,11 +12,11 @@ from lightning_fastmoe.checkpoint.format.reader import CheckpointReader
 from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, split_name
 from lightning_fastmoe.checkpoint.format.threads import thread_count
 
-_EXTRA = "_extra_state"
-_ADVICE = (
+WEIGHTS_ONLY = (
     "If you trust the checkpoint's origin, pass weights_only=False, or allow their classes with"
     " torch.serialization.add_safe_globals([...]) before loading."
 )
+"""Advice for objects in checkpoints that are read where Lightning's ``weights_only`` decides."""
 
 
 def read_whole(
@@ -39,7 +39,7 @@ def read_whole(
         CheckpointError: if it is damaged, or not trusted and holds more than plain data.
     """
     with CheckpointReader(path) as reader:
-        reader.advice, reader.threads = _ADVICE, thread_count(1)
+        reader.advice, reader.threads = WEIGHTS_ONLY, thread_count(1)
         # Only a resuming run needs these.
         skipped = ("optimizer_", "rank_")
         reader.verify(name for name in reader.manifest.files if not name.startswith(skipped))
@@ -52,18 +52,4 @@ def read_whole(
         for name, first in reader.manifest.tied.items():
             if first in weights:  # a frozen one may have been left out
                 weights[name] = weights[first]
-    return {**state["lightning"], "state_dict": weights | extra_state(state)}
-
-
-def extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """What the modules' ``get_extra_state()`` returned, under the names of a state dict.
-
-    Runs write these names; names of modules without the suffix are accepted too.
-    """
-    return {_extra_name(name): value for name, value in state["extra_state"].items()}
-
-
-def _extra_name(name: str) -> str:
-    if name.rpartition(".")[2] == _EXTRA:
-        return name
-    return f"{name}.{_EXTRA}" if name else _EXTRA
+    return {**state["lightning"], "state_dict": weights | state["extra_state"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -101,6 +101,14 @@ class OffloadDDPStrategy(LoadsDirectories, DDPStrategy):
         """What this process's passes took in the last call; None with ``report=False``."""
         return self._own.last_report
 
+    @property
+    @override
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """The experts."""
+        if self._shared is None or self.world_size == 1:
+            return ()
+        return (p for layer in self._shared.layers for p in layer)
+
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -135,8 +143,8 @@ class OffloadDDPStrategy(LoadsDirectories, DDPStrategy):
             with self._sharing_in_turn():
                 pass
         assert self._shared is not None
-        if device.type == "cuda":
-            self._pinned = PinnedMemory([self._shared.memory])
+        if device.type == "cuda":  # as one; what can't be, OffloadedExperts tries and copies
+            self._pinned = PinnedMemory([self._shared.memory], None, bounces=False)
         if self.gather and self.world_size > 1:
             self._gathering = dist.new_group()
         self._own.model, self._own.parallel_devices = model, [device]

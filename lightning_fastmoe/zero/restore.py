@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fastmoe.checkpoint.extra_states import load_extra_states
 from lightning_fastmoe.checkpoint.format.dtypes import DTYPES
 from lightning_fastmoe.checkpoint.format.fragment import Fragment
 from lightning_fastmoe.checkpoint.format.manifest import Topology
@@ -110,7 +111,8 @@ def load(
     with together.stage(), torch.no_grad():
         shard = zero.shard()
         _load_weights(source, model, shard, from_stacks=not training)
-        _load_others(source, model, state, strict)
+        _load_buffers(source, model, weight_name)
+        load_extra_states(source, model, state["extra_state"], strict=strict)
         if averages is not None:
             averages.take(shard, model.buffers)
             _load_weights(source, model, shard, training_name)
@@ -179,24 +181,6 @@ def _load_buffers(source: Source, model: ModelMap, named: Callable[[str], str]) 
             values = torch.empty(buffer.shape, dtype=buffer.dtype)
             source.read_into(named(name), 0, values.view(-1))
             buffer.copy_(values)
-
-
-def _load_others(source: Source, model: ModelMap, state: Mapping[str, Any], strict: bool) -> None:
-    _load_buffers(source, model, weight_name)
-    extra = dict(state["extra_state"])
-    for name, value in model.extra().items():
-        record = source.tensors.get(weight_name(name))
-        if isinstance(value, Tensor) and record is not None:
-            values = torch.empty(record.shape, dtype=DTYPES[record.dtype])
-            source.read_into(weight_name(name), 0, values.view(-1))
-            extra[name] = values.to(value.device)
-    if extra:
-        unknown = model.module.load_state_dict(extra, strict=False).unexpected_keys
-        if unknown and strict:
-            raise CheckpointError(
-                f"{source.path} holds extra state of {unknown[0]!r}, which the model does not"
-                " have. Set strict_loading=False on the LightningModule to leave it out."
-            )
 
 
 class _OptimizerLoader:

@@ -16,7 +16,6 @@ from lightning_fastmoe.checkpoint.format.safetensors_stream import StreamedTenso
 from lightning_fastmoe.checkpoint.format.tensor_names import repeats_rows, split_name
 from lightning_fastmoe.checkpoint.tools.copying import stored_tensor
 from lightning_fastmoe.checkpoint.tools.torch_file import write_torch
-from lightning_fastmoe.checkpoint.whole import extra_state
 from lightning_fastmoe.errors import ConfigError
 
 SAFETENSORS, TORCH = "safetensors", "torch"
@@ -121,7 +120,7 @@ def consolidate(
 
 
 def _extra_state(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    named = extra_state(state)
+    named = state["extra_state"]
     return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
 
 

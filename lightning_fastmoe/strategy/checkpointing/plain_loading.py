@@ -32,7 +32,7 @@ def refuse(path: Path, map_location: Any = None, weights_only: bool | None = Non
         CheckpointError: always, naming the ways that work.
     """
     raise CheckpointError(
-        f"{path} is a checkpoint of FastMoEStrategy, which other strategies can't read. Pass"
+        f"{path} is a checkpoint of FastMoEStrategy, which this strategy can't read. Pass"
         " Trainer(strategy=FastMoEStrategy()), which also works on one device; or write its weights"
         f" to a single file with `lightning-fastmoe checkpoint consolidate {path} model.ckpt`; or"
         " load it into a module with load_from_checkpoint."

@@ -124,7 +124,8 @@ def test_tied_weights_and_extra_state(path, tmp_path):
     content["tied"] = {"net.twin": "head.weight"}
     write_manifest_again(path, content)
     state = json.loads((path / "state.json").read_text())
-    state["extra_state"] = {"": 5, "moe": {"$tensor": ["I64", [2], [3, 4]]}}
+    array = {"$tensor": ["I64", [2], [3, 4]]}
+    state["extra_state"] = {"_extra_state": 5, "moe._extra_state": array, "moe.of_a_hook": "h"}
     state["lightning"]["hyper_parameters"] = {"lr": 0.1}
     forge_file(path, "state.json", json.dumps(state).encode())
     with CheckpointReader(path) as reader:
@@ -134,6 +135,7 @@ def test_tied_weights_and_extra_state(path, tmp_path):
     assert loaded["hyper_parameters"] == {"lr": 0.1}
     state = loaded["state_dict"]
     assert state.pop("_extra_state") == 5
+    assert state.pop("moe.of_a_hook") == "h"
     assert state.pop("moe._extra_state").tolist() == [3, 4]
     twin = state.pop("net.twin")
     assert twin.data_ptr() == state["head.weight"].data_ptr()
