@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterable
 from contextlib import suppress
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class PinnedMemory:
 
     Args:
         tensors: on the CPU, contiguous.
-        what: they are, for the warning.
+        what: they are, for the warning; None for no warning.
         bounces: whether buffers are made for what can't be registered, two of 32 MiB; only for
             memory that no GPU writes to, since the host reads it when :meth:`copy` is called.
 
@@ -33,12 +35,12 @@ class PinnedMemory:
     """
 
     def __init__(
-        self, tensors: Iterable[Tensor], what: str = "experts", *, bounces: bool = True
+        self, tensors: Iterable[Tensor], what: str | None = "experts", *, bounces: bool = True
     ) -> None:
         self.refused = 0
         self._what, self._bounces = what, bounces
         self._registered: list[int] = []
-        self._refused: list[tuple[int, int]] = []
+        self._refused: list[tuple[int, int]] = []  # ascending and apart
         self._bounce: BounceBuffers | None = None
         try:
             self._register(tensors)
@@ -56,7 +58,8 @@ class PinnedMemory:
         if self._bounce is not None:
             begin = host.data_ptr()
             end = begin + host.numel() * host.element_size()
-            if any(begin < stop and start < end for start, stop in self._refused):
+            after = bisect_left(self._refused, end, key=itemgetter(0))
+            if after and self._refused[after - 1][1] > begin:
                 self._bounce.copy(into, host)
                 return
         copy_async(into, host)
@@ -72,12 +75,15 @@ class PinnedMemory:
             else:
                 self.refused += size
                 self._refused.append((start, start + size))
+        self._refused.sort()
         if self.refused:
             with suppress(RuntimeError):  # CUDA reports a failed call again at the next launch
                 torch.zeros(1, device="cuda")
             if self._bounces:
                 with suppress(RuntimeError):
                     self._bounce = BounceBuffers(torch.device("cuda"))
+            if self._what is None:
+                return
             how = "through pinned buffers, by the host's cores"
             warnings.warn(
                 f"{self.refused / 1e9:.1f} GB of {self._what} can't be registered with CUDA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,11 +56,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, which: list[int]) -> None:
 
 
 def test_what_is_not_registered_takes_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch, [1])
-    memory = torch.randn(3, 1 << 19)
+    refuse(monkeypatch, [1, 3])
+    memory = torch.randn(5, 1 << 19)
     with pytest.warns(UserWarning, match=r"0.0 GB of experts .* through pinned buffers"):
-        held = pinned.PinnedMemory(memory)
-    assert held.refused == 2 << 20
+        held = pinned.PinnedMemory(list(memory)[::-1])
+    assert held.refused == 4 << 20
     bounced: list[int] = []
     copy = BounceBuffers.copy
 
@@ -68,12 +69,13 @@ def test_what_is_not_registered_takes_the_buffers(monkeypatch: pytest.MonkeyPatc
         copy(self, into, host)
 
     monkeypatch.setattr(BounceBuffers, "copy", counted)
-    rows = [memory[0], memory[2], memory[1], memory[1][-7:], memory[:2], memory[1:], memory]
+    rows = [memory[0], memory[2], memory[4], memory[1], memory[1][-7:], memory[3][:7]]
+    rows += [memory[:2], memory[2:], memory[3:], memory]
     for host in rows:
         into = torch.zeros_like(host)
         held.copy(into, host)
         assert torch.equal(into, host)
-    assert bounced == [host.numel() for host in rows[2:]]
+    assert bounced == [host.numel() for host in rows[3:]]
     held.close()
 
 
@@ -91,6 +93,10 @@ def test_without_buffers_the_driver_copies(bounces: bool, monkeypatch: pytest.Mo
     memory = torch.randn(1 << 19)
     with pytest.warns(UserWarning, match="They are copied at a fraction of the rate"):
         held = pinned.PinnedMemory([memory], bounces=bounces)
+    with warnings.catch_warnings(action="error"):
+        refuse(monkeypatch, [0])
+        pinned.PinnedMemory([memory], None, bounces=False).close()
+    monkeypatch.setattr(pinned, "BounceBuffers", fail)
     assert len(asked) == bounces
     into = torch.zeros_like(memory)
     held.copy(into, memory)
