@@ -22,9 +22,12 @@ def hidden_scale() -> str | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "training_step" and frame.f_code.co_argcount:
-            module: Any = frame.f_locals.get(frame.f_code.co_varnames[0])
-            if isinstance(module, lightning.LightningModule):
-                return _scale_of(module)
+            # The strategy's, which calls the module's, whatever that is called where it is defined.
+            owner: Any = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(owner, lightning.strategies.Strategy):
+                owner = owner.lightning_module
+            if isinstance(owner, lightning.LightningModule):
+                return _scale_of(owner)
         frame = frame.f_back
     return None
 

@@ -46,8 +46,18 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.02)
 
 
+class Renamed(Model):
+    """Its step is defined by another name."""
+
+    def shared_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        y: Tensor = self.moe(self.first(batch))
+        return (y - batch.sin()).square().mean()
+
+    training_step = shared_step
+
+
 def fit(way: str, accumulate: int, strategy: Any = "auto") -> Tensor:
-    model = Model(way)
+    model = Renamed(way) if way == "renamed" else Model(way)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -64,7 +74,7 @@ def fit(way: str, accumulate: int, strategy: Any = "auto") -> Tensor:
     return model.moe.router.weight.detach().clone()  # type: ignore[union-attr, operator]
 
 
-@pytest.mark.parametrize("way", ["plain", "reentrant", "checkpoint"])
+@pytest.mark.parametrize("way", ["plain", "renamed", "reentrant", "checkpoint"])
 def test_accumulation_is_noticed(way: str) -> None:
     with pytest.raises(ConfigError, match=r"by accumulate_grad_batches=4 .*moe_losses"):
         fit(way, 4)
