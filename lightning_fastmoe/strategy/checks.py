@@ -196,6 +196,17 @@ def warn_of_idle_checkpointing(module: torch.nn.Module) -> None:
             return
 
 
+def warn_of_float64(module: torch.nn.Module, precision: str) -> None:
+    """Says that DeepSpeed has no 64-bit weights, before it casts them."""
+    for name, parameter in module.named_parameters():
+        if parameter.dtype == torch.float64:
+            rank_zero_warn(
+                f"{name} is float64. DeepSpeed has no 64-bit precision, so precision={precision!r}"
+                " casts the model. For float64, wrap it in ExpertDataParallel in a plain loop."
+            )
+            return
+
+
 def check_directories(trainer: pl.Trainer) -> None:
     """Refuses unwritable checkpoint directories before training starts, not hours later.
 

@@ -32,6 +32,7 @@ from lightning_fastmoe.strategy.checks import (
     check_can_be_saved,
     check_optimizer,
     check_single,
+    warn_of_float64,
     warn_of_idle_checkpointing,
 )
 from lightning_fastmoe.strategy.expert_groups import ExpertGroups
@@ -113,6 +114,8 @@ class Engines:
             rank_zero_info(sharder.automatic)
         if self._strategy.is_global_zero:
             warn_about_causality(module)
+        plugin: Any = self._strategy.precision_plugin
+        warn_of_float64(module, plugin.precision)
         tag_experts(state.layers.values(), sharder.mesh)
         check_tags(module, state.layers.values())
         for layer in state.layers.values():

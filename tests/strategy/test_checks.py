@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import nn, optim
 
 from lightning_fastmoe import FastMoEStrategy
 from lightning_fastmoe.errors import ConfigError
-from lightning_fastmoe.strategy.checks import advise_fused, check_trainer
+from lightning_fastmoe.strategy.checks import advise_fused, check_trainer, warn_of_float64
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -70,3 +72,22 @@ def test_a_config_of_another_precision_is_refused(config, precision, refused):
         return
     with pytest.raises(ConfigError, match=f"{refused}.*precision='{precision}'"):
         check_trainer(trainer, pl.LightningModule())
+
+
+def test_float64_is_cast_aloud():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with warnings.catch_warnings(action="error"):
+        warn_of_float64(model, "32-true")
+        model[1].double()
+        with pytest.raises(UserWarning, match=r"^1.weight is float64. .*precision='32-true' casts"):
+            warn_of_float64(model, "32-true")
+
+
+def test_a_run_says_that_it_casts_float64():
+    module = BoringModel().double()
+    trainer = pl.Trainer(
+        accelerator="cpu", strategy=FastMoEStrategy(), fast_dev_run=1, logger=False
+    )
+    with pytest.warns(UserWarning, match="layer.weight is float64"):
+        trainer.validate(module, verbose=False)
+    assert module.layer.weight.dtype == torch.float32
