@@ -18,6 +18,7 @@ from lightning_fastmoe.huggingface.batch import IGNORED, TokenBatch, read_batch
 from lightning_fastmoe.huggingface.decoder import MoEDecoder
 from lightning_fastmoe.huggingface.exporting import kept_config
 from lightning_fastmoe.nn import compile_blocks
+from lightning_fastmoe.nn.compilation import check_cuda_graphs
 from lightning_fastmoe.nn.experts.lora import check_options
 from lightning_fastmoe.nn.lora import add_lora
 
@@ -63,8 +64,8 @@ class MoECausalLM(LightningModule):
         lora_alpha: adapters are multiplied by ``lora_alpha / lora_rank``; None is twice the rank.
 
     Raises:
-        ConfigError: if the model's family is not supported, or ``weights`` and ``config`` are both
-            missing.
+        ConfigError: if the model's family is not supported, ``weights`` and ``config`` are both
+            missing, or an argument has no effect.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class MoECausalLM(LightningModule):
             check_options(lora_rank, lora_alpha, ())
         elif lora_alpha is not None:
             raise ConfigError(f"lora_alpha={lora_alpha!r} has no effect without lora_rank.")
+        check_cuda_graphs(cuda_graphs, compile)
         self._weights, self._compiles, self._cuda_graphs = weights, compile, cuda_graphs
         self._lora = (lora_rank, lora_alpha)
         self.config = _content(config, weights)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn.collect import moe_layers
 
 
@@ -45,3 +46,13 @@ def compile_blocks(blocks: Iterable[nn.Module], *, cuda_graphs: bool = False) ->
             block.compile(mode="reduce-overhead")
         else:
             block.compile()
+
+
+def check_cuda_graphs(cuda_graphs: bool, compiles: bool | None) -> None:
+    """Checks two arguments of models.
+
+    Raises:
+        ConfigError: for CUDA graphs of blocks that are not to be compiled.
+    """
+    if cuda_graphs and compiles is False:
+        raise ConfigError("cuda_graphs=True has no effect without compile=True.")

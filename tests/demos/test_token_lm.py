@@ -398,8 +398,9 @@ def test_transformers_reads_the_config() -> None:
     assert (config.head_dim, config.num_key_value_heads, config.norm_topk_prob) == (8, 1, True)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("wanted", [None, True, False])
+@pytest.mark.parametrize(
+    ("wanted", "graphs"), [(None, False), (None, True), (True, False), (True, True), (False, False)]
+)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_blocks_are_compiled_on_cuda_or_as_asked(
     device: str, wanted: bool | None, graphs: bool, monkeypatch: pytest.MonkeyPatch
@@ -419,6 +420,18 @@ def test_blocks_are_compiled_on_cuda_or_as_asked(
         mode = {"mode": "reduce-overhead"} if graphs else {}
         assert compiled == [mode] * (2 if wanted or (wanted is None and device == "cuda") else 0)
         model._trainer = None
+
+
+def test_cuda_graphs_of_blocks_that_are_not_compiled_are_refused() -> None:
+    sizes = {"num_experts": 2, "d_ffn": 4}
+    for make in (
+        lambda **options: TokenLM(8, 2, 2, **sizes, vocab_size=VOCAB, compile=False, **options),
+        lambda **options: MoELanguageModel(8, 2, 2, **sizes, compile=False, **options),
+        lambda **options: MoECausalLM(config=tiny(vocab_size=VOCAB).config, **options),
+    ):
+        make()
+        with pytest.raises(ConfigError, match="cuda_graphs=True has no effect without compile"):
+            make(cuda_graphs=True)
 
 
 def test_compiled_blocks_are_traced_once_for_packed_windows(

@@ -17,6 +17,7 @@ from lightning_fastmoe.demos.compilation import is_compiled
 from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.nn import MoE, compile_blocks
+from lightning_fastmoe.nn.compilation import check_cuda_graphs
 from lightning_fastmoe.nn.transformer import (
     Embedding,
     Linear,
@@ -183,7 +184,8 @@ class MoELanguageModel(LightningModule):
             time: worth it with sharded experts. All batches should have one shape.
 
     Raises:
-        ConfigError: if `d_model` isn't an even multiple of `num_heads`.
+        ConfigError: if `d_model` isn't an even multiple of `num_heads`, or `cuda_graphs` has no
+            effect.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class MoELanguageModel(LightningModule):
                 "multiple of 2 * num_heads, because rotary positions rotate pairs of each head's "
                 "dimensions. Change either."
             )
+        check_cuda_graphs(cuda_graphs, compile)
         self.save_hyperparameters()
         self.lr = lr
         self.min_lr_ratio = min_lr_ratio

@@ -11,6 +11,7 @@ from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.architecture import Architecture
 from lightning_fastmoe.huggingface.causal_lm import MoECausalLM
+from lightning_fastmoe.nn.compilation import check_cuda_graphs
 from lightning_fastmoe.planning.sizes import model_size
 
 VOCABULARY_MULTIPLE = 64
@@ -101,10 +102,10 @@ class TokenLM(MoECausalLM):
             weight_decay=weight_decay,
             load_balancing=load_balancing,
             z_loss=z_loss,
-            cuda_graphs=cuda_graphs,
         )
         self.save_hyperparameters()
-        self._wants_compiled = compile
+        check_cuda_graphs(cuda_graphs, compile)
+        self._wants_compiled, self._cuda_graphs = compile, cuda_graphs
         self.vocab_size = vocab_size
         self.min_lr_ratio, self.warmup_steps, self.betas = min_lr_ratio, warmup_steps, betas
 
