@@ -187,7 +187,10 @@ def advise_fused(optimizer: Any, device: torch.device) -> None:
 def warn_of_idle_checkpointing(module: torch.nn.Module) -> None:
     """Says that transformers' models in evaluation mode don't checkpoint activations."""
     for name, part in module.named_modules():
-        if getattr(part, "is_gradient_checkpointing", False) and not part.training:
+        # The first name is that of transformers 5.24, which warns of the other.
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+        known = next((name for name in names if hasattr(type(part), name)), None)
+        if known is not None and getattr(part, known) and not part.training:
             rank_zero_warn(
                 f"{name or type(module).__name__} is in evaluation mode, in which it neither"
                 " checkpoints activations, as gradient_checkpointing_enable() asks, nor drops out:"

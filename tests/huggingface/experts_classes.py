@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 EXPERTS, TOP_K, D_MODEL, D_FFN = 5, 2, 16, 24
 
+REFUSED_CLASSES = {"MuseSparkExperts": "has_post_expert_norm=True"}
+"""Of later versions of transformers, and why."""
+GATED_IN_FP32 = {"BeamExperts", "Inkling2Experts", "Inkling2LoopExperts"}
+"""Classes, of later versions, whose activation computes in fp32 whatever the dtype."""
+IN_FP32 = {"OpenAIPrivacyFilterExperts", *GATED_IN_FP32}
+"""Classes whose own forward computes in fp32 whatever the dtype."""
+
 
 @functools.cache
 def experts_classes() -> dict[str, type[nn.Module]]:
@@ -30,6 +37,11 @@ def experts_classes() -> dict[str, type[nn.Module]]:
                 assert name not in found, f"two classes are called {name}"
                 found[name] = kind
     return found
+
+
+def computed_classes() -> list[str]:
+    """The names of those that are not refused."""
+    return sorted(experts_classes().keys() - REFUSED_CLASSES)
 
 
 @functools.cache

@@ -209,8 +209,11 @@ class Tuned(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.run.compiled and not self.graphs:
-            whole = self.run.fullgraph
-            for part in self.net.model.layers if whole else [self.net]:
+            run = self.run
+            # Later versions of transformers than 5.17 checkpoint inside of what is compiled here,
+            # and a graph breaks at a checkpoint with a layer in it.
+            whole = run.fullgraph and not run.checkpointing
+            for part in self.net.model.layers if run.fullgraph else [self.net]:
                 part.compile(backend=self._count, fullgraph=whole)
         loss: Tensor = self.net(**batch, use_cache=False).loss
         self.losses.append(loss.item())

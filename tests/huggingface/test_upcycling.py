@@ -43,7 +43,7 @@ GATED = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "phi3": Phi3Config(**SIZES),
-    "gemma with exact gelu": GemmaConfig(**SIZES, head_dim=8, hidden_act="gelu"),
+    "llama with exact gelu": LlamaConfig(**SIZES, hidden_act="gelu"),
 }
 PLAIN = {
     "gpt2 with exact gelu": GPT2Config(
