@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fastmoe.ops import choice, kernels, traced_layer
+from lightning_fastmoe.ops.double_backward import differentiable_gradients
 from lightning_fastmoe.ops.grouped_mlp import LowRank, StackedWeight, grouped_mlp
 from lightning_fastmoe.ops.layer_call import LayerCall, Wanted, restore, save
 from lightning_fastmoe.ops.pair_rows import PairRows, pair_rows, weights_later
@@ -57,18 +58,17 @@ def _differentiable_backward(
     call: LayerCall, grad: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
     """The backward for create_graph=True, through the differentiable, unfused operations."""
-    mlp = (call.up, call.down, call.activation)
-    biases = (call.up_bias, call.down_bias)
-    if call.order is None or call.inverse is None:
-        out = grouped_mlp(call.x, call.tokens_per_expert, *mlp, *biases)
-    else:
-        assert call.weights is not None
+
+    def compute(x: Tensor, weights: Tensor | None, *mlp: Any) -> Tensor:
+        up, down, *biases = mlp
+        if call.order is None or call.inverse is None:
+            return grouped_mlp(x, call.tokens_per_expert, up, down, call.activation, *biases)
+        assert weights is not None
         order = ExpertOrder(call.order, call.inverse, call.tokens_per_expert, call.offsets)
-        out = unfused_layer(call.x, call.weights, order, *mlp, *biases)
-    inputs = (call.x, call.weights, call.up, call.down, *biases)
-    leaves = [t for t, needed in zip(inputs, wanted[:6], strict=True) if needed and t is not None]
-    found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wanted[:6])
+        return unfused_layer(x, weights, order, up, down, call.activation, *biases)
+
+    inputs = (call.x, call.weights, call.up, call.down, call.up_bias, call.down_bias)
+    return differentiable_gradients(compute, inputs, grad, wanted[:6])
 
 
 def expert_layer(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fastmoe.ops import traced_linear
+from lightning_fastmoe.ops.double_backward import differentiable_gradients
 from lightning_fastmoe.ops.frozen_weight import FrozenWeight, frozen_linear
 from lightning_fastmoe.ops.layer_call import LayerCall, index_of
 from lightning_fastmoe.ops.products.torch import (
@@ -153,11 +154,14 @@ def _weight_gradient(
 
 def _differentiable_backward(
     x: Tensor, own: Tensor, stack: Tensor, counts: Tensor, rows: tuple[int, ...], grad: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """The backward for create_graph=True, through a copy of the stack."""
-    x, own = (t if t.requires_grad else t.detach().requires_grad_() for t in (x, own))
-    out = grouped_linear(x, PartlyTrained(stack, own, rows).whole(), counts)
-    return torch.autograd.grad(out, (x, own), grad, create_graph=True)
+    inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, own)]
+
+    def compute(x: Tensor, own: Tensor) -> Tensor:
+        return grouped_linear(x, PartlyTrained(stack, own, rows).whole(), counts)
+
+    return differentiable_gradients(compute, inputs, grad, (True, True))
 
 
 def partly_trained_linear(x: Tensor, weight: PartlyTrained, tokens_per_expert: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_fastmoe.ops import choice
 from lightning_fastmoe.ops.activation import ACTIVATIONS
+from lightning_fastmoe.ops.double_backward import differentiable_gradients
 from lightning_fastmoe.ops.expert_layer import expert_layer, expert_mlp, unfused_layer
 from lightning_fastmoe.ops.grouped_linear import PartlyTrained, put_in_place
 from lightning_fastmoe.ops.grouped_mlp import grouped_mlp
@@ -99,14 +100,13 @@ def _differentiable_backward(
     if call.order is not None and call.inverse is not None:
         order = ExpertOrder(call.order, call.inverse, call.tokens_per_expert, call.offsets)
     stacks = (call.up, call.down, call.up_bias, call.down_bias)
-    out = _unfused(
-        call.x, call.tokens_per_expert, call.weights, order, stacks, trained, call.activation
-    )
-    needed = wanted[:6]
+
+    def compute(x: Tensor, weights: Tensor | None, *own: Any) -> Tensor:
+        rows = TrainedRows(trained.rows, own)
+        return _unfused(x, call.tokens_per_expert, weights, order, stacks, rows, call.activation)
+
     inputs = (call.x, call.weights, *trained.stacks)
-    leaves = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed and t is not None]
-    found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
-    return tuple(next(found) if is_needed else None for is_needed in needed)
+    return differentiable_gradients(compute, inputs, grad, wanted[:6])
 
 
 def _unfused(

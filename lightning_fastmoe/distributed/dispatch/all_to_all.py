@@ -30,7 +30,10 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.route.back().run(grads[0]), None
+        back = ctx.route.back()
+        if torch.is_grad_enabled():  # it will be differentiated, too
+            return _Exchange.apply(grads[0], back), None
+        return back.run(grads[0]), None
 
 
 @dataclass(frozen=True)
