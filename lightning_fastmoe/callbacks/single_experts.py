@@ -156,5 +156,9 @@ def apply_selection(module: nn.Module, selected: Mapping[str, list[int]]) -> Non
             dissolve(experts.holder)
             before = None
         if wanted is not None and before is None:
+            guards = experts.refuse_others(
+                "single experts that are trained", "call SparseUpdate.release(model)"
+            )
             with gathered(experts.parameters()):
-                train_rows(experts.holder, experts.stack_names, experts.local_ids, wanted)
+                held = experts.stack_names, experts.local_ids
+                train_rows(experts.holder, *held, wanted, guards)

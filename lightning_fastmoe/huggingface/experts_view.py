@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe import ops
+from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import (
     NAME,
     compute,
@@ -138,3 +141,23 @@ class TransformersExperts(Experts):
             return sorted(e for e in read if 0 <= e < number)  # the layer refuses others
 
         return RoutedCall(ids.shape[0], ids.shape[1], experts)
+
+    def refuse_others(self, what: str, mend: str) -> list[RemovableHandle]:
+        """See :class:`~lightning_fastmoe.nn.Experts`: other implementations of transformers."""
+        return [self.module.register_forward_pre_hook(partial(_refuse, what, mend))]
+
+
+def allow_others(module: nn.Module) -> None:
+    """Undoes :meth:`TransformersExperts.refuse_others`, in a copy of the module, too."""
+    hooks = module._forward_pre_hooks
+    for key in [k for k, hook in hooks.items() if getattr(hook, "func", None) is _refuse]:
+        del hooks[key]
+
+
+def _refuse(what: str, mend: str, experts: Any, args: Any) -> None:
+    chosen = experts.config._experts_implementation
+    if chosen != NAME:
+        raise ConfigError(
+            f"{type(experts).__name__} has {what}, which experts_implementation={chosen!r} would"
+            f' ignore. Keep "{NAME}", or {mend}.'
+        )

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.huggingface.experts_class import NAME, projections
+from lightning_fastmoe.huggingface.experts_view import allow_others
 from lightning_fastmoe.huggingface.packed_experts import (
     dequantised,
     packed_of,
@@ -119,17 +120,8 @@ def _add_to(layer: TransformersLayer, rank: int, scale: float) -> list[str]:
         expert_ids=layer.experts.local_ids,
         transposed=experts.is_transposed,
     )
-    experts.register_forward_pre_hook(_refuse_other_implementations)
+    layer.experts.refuse_others("adapters", "merge them with merge_lora(model)")
     return names
-
-
-def _refuse_other_implementations(experts: Any, args: Any) -> None:
-    chosen = experts.config._experts_implementation
-    if chosen != NAME:
-        raise ConfigError(
-            f"{type(experts).__name__} has adapters, which experts_implementation={chosen!r} would"
-            f' ignore. Keep "{NAME}", or merge them with merge_lora(model).'
-        )
 
 
 @torch.no_grad()
@@ -150,9 +142,7 @@ def merge_lora(model: nn.Module) -> int:
         if SCALE not in vars(experts):
             continue
         _merge(experts)
-        hooks = experts._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if hook is _refuse_other_implementations]:
-            del hooks[key]
+        allow_others(experts)
         merged += 1
     unguard_saving(model, _refuse_to_save)
     forget(model)

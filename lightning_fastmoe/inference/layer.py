@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -103,7 +104,9 @@ class OffloadedLayer:
             tensors: in the order of the parameters.
             holds_all: whether every expert is in them.
         """
-        if not all(map(_is, self.parameters, self.host)):
+        own = list(self.module.parameters())
+        kept = len(own) == len(self.parameters) and all(map(is_, own, self.parameters))
+        if not kept or not all(map(_is, self.parameters, self.host)):
             raise ConfigError(
                 f"The parameters of {type(self.module).__name__} have been moved, converted or"
                 " replaced since they were offloaded: do that before, or close what"

@@ -130,3 +130,15 @@ def test_adapters_are_refused():
     SparseUpdate(experts=[0]).apply(model)
     with pytest.raises(ConfigError, match="single experts"):
         add_lora(model, 2)
+
+
+def test_other_implementations_would_train_nothing_and_are_refused():
+    model, ids = make_model(Run()), torch.arange(3, 10)[None]
+    SparseUpdate(experts=[0]).apply(model)
+    model.set_experts_implementation("eager")
+    with pytest.raises(ConfigError, match=r"has single experts that are trained, which .*'eager'"):
+        model(ids)
+    SparseUpdate.release(model)
+    released = model(ids).logits
+    model.set_experts_implementation("fastmoe")
+    torch.testing.assert_close(model(ids).logits, released)

@@ -160,3 +160,17 @@ def test_what_is_refused() -> None:
         offload_experts(Blocks({}), "cpu", groups=5)
     with pytest.raises(ConfigError, match="groups=2 divides stacks .* ModuleExperts are modules"):
         offload_experts(Blocks(KINDS["modules"]), "cpu", groups=2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_replaced_parameters_are_refused(groups: int) -> None:
+    model, other = Blocks(SIZES).eval(), Blocks(SIZES).eval()
+    x = torch.randn(9, D_MODEL)
+    offloaded = offload_experts(model, "cpu", groups=groups)
+    model.load_state_dict(other.state_dict(), assign=True)
+    with torch.no_grad():
+        with pytest.raises(ConfigError, match="moved, converted or replaced since"):
+            model(x)
+        offloaded.close()
+        expected = other(x)
+        assert torch.equal(model(x), expected)

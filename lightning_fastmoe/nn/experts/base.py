@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.experts.routed_call import RoutedCall
@@ -133,6 +134,18 @@ class Experts(nn.Module):
             None if that isn't known: it may read every expert.
         """
         return None
+
+    def refuse_others(self, what: str, mend: str) -> list[RemovableHandle]:
+        """Refuses calls of :attr:`holder` that compute with its parameters by other code than ours.
+
+        Args:
+            what: the module has that such code would ignore.
+            mend: what to do about it.
+
+        Returns:
+            What undoes it.
+        """
+        return []
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""

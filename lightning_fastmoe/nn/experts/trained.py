@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.ops import put_in_place
@@ -110,7 +111,11 @@ def trained_of(module: nn.Module) -> TrainedExperts | None:
 
 
 def train_rows(
-    module: nn.Module, names: Iterable[str], held: Sequence[int], expert_ids: Iterable[int]
+    module: nn.Module,
+    names: Iterable[str],
+    held: Sequence[int],
+    expert_ids: Iterable[int],
+    guards: Iterable[RemovableHandle] = (),
 ) -> None:
     """Freezes the stacks of a module and makes parameters of some experts' slices.
 
@@ -119,6 +124,7 @@ def train_rows(
         names: their names, each (len(held), ...).
         held: global ids of the experts whose rows they are.
         expert_ids: global ids of those to train, ascending; of the whole layer.
+        guards: what :func:`dissolve` removes, too.
     """
     stacks = {name: module.get_parameter(name) for name in names}
     module.add_module(TRAINED, TrainedExperts(stacks, held, expert_ids))
@@ -129,6 +135,7 @@ def train_rows(
         module.register_state_dict_pre_hook(_before_saving),
         module.register_state_dict_post_hook(_after_saving),
         module.register_load_state_dict_pre_hook(_before_loading),
+        *guards,
     ]
     vars(module)[_HOOKS] = hooks
 
