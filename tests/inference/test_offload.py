@@ -137,7 +137,7 @@ def test_weights_that_are_loaded_while_offloaded_are_used_and_kept(resident: int
 def test_what_changes_resident_experts_in_place_is_kept() -> None:
     """As on a GPU, where their parameters are not those on the host."""
     parameter = nn.Parameter(torch.zeros(2))
-    layer = OffloadedLayer(nn.Module(), [parameter])
+    layer = OffloadedLayer(nn.ParameterList([parameter]), [parameter])
     layer.put([torch.ones(2)])
     with torch.no_grad():
         parameter += 1
