@@ -125,6 +125,18 @@ def clipped_by_torch(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None
         assert not torch.equal(*weights)
 
 
+def skipped_step(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
+    """As GradScaler does with a rank's own Inf; the step before it is taken by all."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        parallel.backward(loss_of(model))
+        parallel.reduce_gradients()
+        assert step < 2
+        if step == 0 or dist.get_rank() == 0:
+            optimizer.step()
+        optimizer.zero_grad()
+
+
 def inside_ddp(model: nn.ModuleDict, parallel: ExpertDataParallel) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -203,6 +215,7 @@ DURING = (
     clipped_first,
     clipped_between,
     clipped_by_torch,
+    skipped_step,
     inside_ddp,
     unknown_scale,
     frozen_on_one_rank,
@@ -242,7 +255,7 @@ def changes_identically(how: str) -> None:
             weight.grad.mul_(0.5)
         elif how == "clipped":
             parallel.clip_grad_norm_(1e-3)
-            assert parallel._unreduced.take_changes() is None
+            assert parallel._unreduced.take_found()[0] is None
         elif how == "replaced":
             weight.grad = weight.grad.sign()
         else:

@@ -31,6 +31,7 @@ MESSAGES = {
     "clipped_first": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "clipped_between": ("ConfigError", "dense.weight is this rank's own.*reduce_gradients"),
     "clipped_by_torch": ("ConfigError", "changed differently .* clip_grad_norm_ of ExpertData"),
+    "skipped_step": ("ConfigError", "different numbers of optimizer steps.*GradScaler"),
     "inside_ddp": ("ConfigError", "inside DistributedDataParallel"),
     "unknown_scale": ("ConfigError", r"parallel.backward\(loss, divisor=...\)"),
     "frozen_on_one_rank": ("ConfigError", "dense.weight is frozen .* on some ranks only"),

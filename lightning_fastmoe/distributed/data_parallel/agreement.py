@@ -13,12 +13,18 @@ from lightning_fastmoe.distributed.data_parallel.contents import Contents, Item
 from lightning_fastmoe.distributed.mesh import ExpertMesh
 from lightning_fastmoe.errors import ConfigError, NonFiniteError
 
-_PROBLEM, _NONFINITE, _LARGEST, _SMALLEST, _FLAGS = 0, 1, 2, 3, 4
+_PROBLEM, _NONFINITE, _LARGEST, _SMALLEST, _MOST, _FEWEST, _FLAGS = range(7)
 _DRIFTED = (
     "Before the latest step gradients were changed differently on the ranks, after"
     " reduce_gradients(), so the weights that all ranks hold differ now: go on from a checkpoint."
     " torch.nn.utils.clip_grad_norm_ does it, as ranks hold different experts: call clip_grad_norm_"
     " of ExpertDataParallel in its place."
+)
+_SKIPPED = (
+    "Since the last reduce_gradients() the ranks have taken different numbers of optimizer steps,"
+    " so the weights that all ranks hold differ now: go on from a checkpoint. torch.amp.GradScaler"
+    " skips steps on single ranks, as checks for NaN of your own do: use bf16, and let all ranks"
+    " decide together."
 )
 
 
@@ -31,11 +37,13 @@ class Report:
         finite: bool scalar, whether its routers' logits were finite.
         changes: fp32 scalar, not negative, that is identical on all ranks if dense gradients were
             changed identically before the latest step; None if none was.
+        steps: how many its optimizers have taken since the last report.
     """
 
     problem: str | None
     finite: Tensor
     changes: Tensor | None = None
+    steps: int = 0
 
 
 def agree(
@@ -58,7 +66,7 @@ def agree(
 
     Raises:
         ConfigError: on all ranks, with the problem of the first that has one, or if they have
-            changed gradients differently.
+            changed gradients differently, or taken different numbers of steps.
         NonFiniteError: on all ranks, if a router's logits weren't finite on one.
     """
     parameters = [item for item in contents.parameters if not item.is_expert]
@@ -72,6 +80,7 @@ def agree(
     size = len(parameters) + sum(counts)
     flags = torch.zeros(_FLAGS + 2 * size, dtype=torch.int32)
     flags[_PROBLEM] = report.problem is not None
+    flags[_MOST], flags[_FEWEST] = report.steps, -report.steps
     has, frozen = flags[_FLAGS : _FLAGS + size], flags[_FLAGS + size :]
     for item in contents.parameters:
         number, trained = numbers[id(item)], item.tensor.requires_grad
@@ -101,6 +110,8 @@ def agree(
         raise ConfigError(_first_problem(problem, mesh))
     if found[_LARGEST] != -found[_SMALLEST]:
         raise ConfigError(_DRIFTED)
+    if found[_MOST] != -found[_FEWEST]:
+        raise ConfigError(_SKIPPED)
     if found[_NONFINITE]:
         raise NonFiniteError(
             "A router's logits contained NaN or Inf on some rank since the last step, so its input"

@@ -6,7 +6,7 @@ optimizers ask before and after each step.
 
 Gradients that were changed after they had been averaged, such as by torch's ``clip_grad_norm_``,
 may be identical on all ranks or not. So there each rank remembers their norm, which goes with what
-the ranks exchange before the next step.
+the ranks exchange before the next step; and so does the number of steps, which a rank may skip.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class UnreducedGradients:
         self._pending: set[int] = set()
         self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._changes: list[Tensor] = []
+        self._steps = 0
         self._handles: list[Any] = []
         self._end = weakref.finalize(self, _remove, self._handles)
         if not items:
@@ -69,6 +70,7 @@ class UnreducedGradients:
             if (watch := this()) is not None:
                 watch.check(optimizer)
                 watch.note_changes(optimizer)
+                watch.note_step(optimizer)
 
         self._handles += [
             register_optimizer_step_pre_hook(begin),
@@ -130,10 +132,16 @@ class UnreducedGradients:
             ]
             self._changes.append(torch.stack(norms).sum())
 
-    def take_changes(self) -> Tensor | None:
-        """What :meth:`note_changes` has remembered since the last call; None if nothing."""
-        changes, self._changes = self._changes, []
-        return torch.stack(changes).sum() if changes else None
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Counts a step of the parameters that are watched."""
+        groups = optimizer.param_groups
+        self._steps += any(id(p) in self._items for group in groups for p in group["params"])
+
+    def take_found(self) -> tuple[Tensor | None, int]:
+        """Since the last call: what :meth:`note_changes` remembers, if anything; and the steps."""
+        changes, steps = self._changes, self._steps
+        self._changes, self._steps = [], 0
+        return torch.stack(changes).sum() if changes else None, steps
 
     def reduced(self) -> None:
         """All gradients are those of all ranks now."""

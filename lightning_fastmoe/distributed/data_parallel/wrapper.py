@@ -168,8 +168,8 @@ class ExpertDataParallel:
 
         Raises:
             ConfigError: on all ranks, if gradients have been reduced already, are sparse, belong to
-                parameters that are new or frozen on some ranks only, or were changed differently on
-                the ranks before the latest step.
+                parameters that are new or frozen on some ranks only, or were changed differently
+                before the latest step, or if a rank has skipped it.
             NonFiniteError: on all ranks, if NaN or Inf reached a router since the last call.
         """
         self._end_pass()
@@ -362,9 +362,9 @@ class ExpertDataParallel:
             self._sharder.end_pass(self._layers.values(), self._device)
 
     def _report(self) -> Report:
-        """What this rank can't go on with, and what it has found in its routers."""
+        """What this rank has to say."""
         found = take_largest((layer.nonfinite for layer in self._layers.values()), self._device)
-        return Report(self._problem(), found.isfinite().all(), self._unreduced.take_changes())
+        return Report(self._problem(), found.isfinite().all(), *self._unreduced.take_found())
 
     def _problem(self) -> str | None:
         if (name := next(self._contents.new_parameters(), None)) is not None:
