@@ -92,6 +92,9 @@ def zero_inference(root: nn.Module, device: torch.device) -> Iterator[None]:
     """
     import deepspeed
 
+    from lightning_fastmoe.zero.config import select_accelerator
+
+    select_accelerator(device)  # on the CPU DeepSpeed would compile an extension that nothing calls
     cuda = device.type == "cuda"
     if not torch.distributed.is_initialized():
         if "RANK" not in os.environ:  # not started by a launcher
