@@ -1,7 +1,7 @@
 """What modules' ``get_extra_state()`` returned, in checkpoints and back in a module.
 
-Tensors are stored with the weights, everything else beside Lightning's own dictionary. Whatever
-else a module's state dict holds, by hooks for example, is treated alike.
+Tensors are stored with the weights, everything else beside Lightning's own dictionary. Other
+entries of a state dict, such as those that hooks add, are handled the same way.
 """
 
 from __future__ import annotations

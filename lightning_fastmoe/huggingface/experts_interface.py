@@ -7,7 +7,6 @@ layer's schedule exchanges the tokens.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from types import ModuleType
@@ -99,9 +98,9 @@ def experts_forward(
     """
     layer = layer_of(self)
     if layer is not None and layer.is_sharded:
-        is_traced = torch.compiler.is_compiling() and traced_experts.applies(layer, hidden_states)
-        run = functools.partial(traced_experts.forward, layer) if is_traced else layer.run
-        exchanged: Tensor = run(hidden_states, top_k_index, top_k_weights)
+        if torch.compiler.is_compiling() and traced_experts.applies(layer, hidden_states):
+            return traced_experts.forward(layer, hidden_states, top_k_index, top_k_weights)
+        exchanged: Tensor = layer.run(hidden_states, top_k_index, top_k_weights)
         return exchanged
     if layer is not None and torch.compiler.is_compiling():
         top_k_weights = layer.see_in_graph(top_k_index, top_k_weights)

@@ -86,10 +86,8 @@ class LoadsDirectories(Strategy):
             )
         module = self.lightning_module
         assert module is not None
-        own = {
-            *dict(module.named_parameters(remove_duplicate=False)),
-            *dict(module.named_buffers()),
-        }
+        every = (module.named_parameters, module.named_buffers)
+        own = {name for named in every for name, _ in named(remove_duplicate=False)}
         # What is neither may be a copy, which a hook has edited in its place.
         edits = {n: v for n, v in weights.items() if n not in own or loaded.get(n) is not v}
         for name, value in loaded.items():
