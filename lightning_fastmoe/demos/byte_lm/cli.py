@@ -24,6 +24,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import StrategyRegistry
+from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_fastmoe.argument_types import suggestion
@@ -94,6 +95,17 @@ class FastMoECLI(LightningCLI):
             if (reason := own_error(error)) is None:
                 raise
             raise reason from error
+
+    def before_validate(self) -> None:
+        """Says that weights are untrained; LightningCLI calls this before it validates."""
+        given = self.config[self.subcommand].ckpt_path
+        if given is None and getattr(self.model, "_weights", None) is None:
+            rank_zero_warn(
+                f"{self.subcommand} without --ckpt_path: the model has its initial weights, unless"
+                " it loads others itself. --ckpt_path last takes the latest checkpoint's."
+            )
+
+    before_test = before_predict = before_validate
 
 
 def check_strategy(given: Any) -> None:

@@ -119,6 +119,25 @@ def test_a_wrong_value_of_the_strategy_is_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("path", "weights", "warned"), [(None, None, 1), ("last", None, 0), (None, "a.ckpt", 0)]
+)
+def test_untrained_weights_are_mentioned(
+    verb: str, path: str | None, weights: str | None, warned: int
+) -> None:
+    cli = SimpleNamespace(
+        subcommand=verb,
+        config={verb: SimpleNamespace(ckpt_path=path)},
+        model=SimpleNamespace(_weights=weights),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(lm_cli.FastMoECLI, f"before_{verb}")(cli)
+    said = [str(one.message).startswith(f"{verb} without --ckpt_path") for one in caught]
+    assert said == [True] * warned
+
+
 def test_own_errors_are_found_behind_others() -> None:
     own, parsers = DataError("own"), ValueError("does not validate")
     parsers.__cause__ = TypeError()
