@@ -25,6 +25,7 @@ struct AdamParams {
   W* weights;
   const float* step;   // this step's number, from 1
   const float* scale;  // divides the gradients; may be null
+  const int64_t* blocked;  // unless zero, nothing is updated; may be null
   double lr;
   double beta1;
   double beta2;
@@ -108,6 +109,7 @@ __device__ __forceinline__ void update(const AdamParams<G, W>& params, const Ada
 template <typename G, typename W>
 __global__ void __launch_bounds__(kBlock)
     adam_step_kernel(const __grid_constant__ AdamParams<G, W> params) {
+  if (params.blocked != nullptr && *params.blocked != 0) return;
   __shared__ AdamFactors shared;
   if (threadIdx.x == 0) {
     const double step = static_cast<double>(*params.step);
@@ -186,24 +188,30 @@ float* flat(const Tensor& tensor, const char* op, const char* name, const Tensor
   return static_cast<float*>(tensor.data_ptr());
 }
 
-const float* scalar(const Tensor& tensor, const char* op, const char* name, const Tensor& like) {
+template <typename T>
+const T* scalar(const Tensor& tensor, const char* op, const char* name, const Tensor& like,
+                ScalarType dtype) {
   check_tensor(tensor, op, name, 0, like);
-  check_dtype(tensor, op, name, ScalarType::Float);
-  return static_cast<const float*>(tensor.data_ptr());
+  check_dtype(tensor, op, name, dtype);
+  return static_cast<const T*>(tensor.data_ptr());
 }
 
 }  // namespace
 
 void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tensor& mean,
                 const Tensor& mean_square, const Tensor& weights, const Tensor& step,
-                const std::optional<Tensor>& scale, double lr, double beta1, double beta2,
-                double eps, double weight_decay, bool decoupled) {
+                const std::optional<Tensor>& scale, const std::optional<Tensor>& blocked,
+                double lr, double beta1, double beta2, double eps, double weight_decay,
+                bool decoupled) {
   const char* op = "adam_step_";
   float* const master_data = flat(master, op, "master", master);
   float* const mean_data = flat(mean, op, "mean", master);
   float* const mean_square_data = flat(mean_square, op, "mean_square", master);
-  const float* const step_data = scalar(step, op, "step", master);
-  const float* const scale_data = scale ? scalar(*scale, op, "scale", master) : nullptr;
+  const auto* const step_data = scalar<float>(step, op, "step", master, ScalarType::Float);
+  const auto* const scale_data =
+      scale ? scalar<float>(*scale, op, "scale", master, ScalarType::Float) : nullptr;
+  const auto* const blocked_data =
+      blocked ? scalar<int64_t>(*blocked, op, "blocked", master, ScalarType::Long) : nullptr;
   check_tensor(weights, op, "weights", 1, master);
   check_size(weights, op, "weights", 0, master.size(0));
   int64_t length = 0;
@@ -228,6 +236,7 @@ void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tenso
                             params.weights = static_cast<W*>(weights.data_ptr());
                             params.step = step_data;
                             params.scale = scale_data;
+                            params.blocked = blocked_data;
                             params.lr = lr;
                             params.beta1 = beta1;
                             params.beta2 = beta2;

@@ -55,8 +55,9 @@ void zero_empty_experts_(const Tensor& grad, const Tensor& tokens_per_expert);
 // adam_step.cu
 void adam_step_(std::vector<Tensor> gradients, const Tensor& master, const Tensor& mean,
                 const Tensor& mean_square, const Tensor& weights, const Tensor& step,
-                const std::optional<Tensor>& scale, double lr, double beta1, double beta2,
-                double eps, double weight_decay, bool decoupled);
+                const std::optional<Tensor>& scale, const std::optional<Tensor>& blocked,
+                double lr, double beta1, double beta2, double eps, double weight_decay,
+                bool decoupled);
 
 // dequantize.cu
 void dequantize_groups_(const Tensor& codes, const Tensor& scales, const Tensor& out, int64_t bits);

@@ -80,8 +80,8 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // step's number, from 1. The decay is AdamW's if decoupled, else it is added to the gradient.
   library.def(
       "adam_step_(Tensor[] gradients, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) mean_square,"
-      " Tensor(d!) weights, Tensor step, Tensor? scale, float lr, float beta1, float beta2,"
-      " float eps, float weight_decay, bool decoupled) -> ()");
+      " Tensor(d!) weights, Tensor step, Tensor? scale, Tensor? blocked, float lr, float beta1,"
+      " float beta2, float eps, float weight_decay, bool decoupled) -> ()");
 
   // out (..., D), D a multiple of 64, is the integers of codes, int8 (..., D) or with 4 bits
   // (..., D / 2), times the scales (..., D / 64) of groups, bf16 if out is, else fp32. With 4 bits,

@@ -43,6 +43,7 @@ def adam_step(
     step: Tensor,
     options: AdamOptions,
     scale: Tensor | None = None,
+    blocked: Tensor | None = None,
 ) -> None:
     """Updates a partition of N parameters (Kingma and Ba 2015).
 
@@ -59,6 +60,7 @@ def adam_step(
         step: scalar in fp32, this step's number, from 1.
         options: the optimizer's.
         scale: scalar in fp32 that divides the gradients; None is one.
+        blocked: scalar in int64: unless zero, nothing is updated; None is zero.
     """
     beta1, beta2 = options.betas
     parts = [g.contiguous() for g in gradients]
@@ -71,6 +73,7 @@ def adam_step(
             weights,
             step,
             scale,
+            blocked,
             options.lr,
             beta1,
             beta2,
@@ -78,6 +81,8 @@ def adam_step(
             options.weight_decay,
             options.decoupled,
         )
+        return
+    if blocked is not None and blocked.item():
         return
     joined = torch.empty_like(master)
     pieces = joined.split([g.numel() for g in parts])

@@ -32,6 +32,7 @@ from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer, use_fewer_passe
 from lightning_fastmoe.zero.param_groups import UserParamGroups
 from lightning_fastmoe.zero.shared_options import SharedOptions
 from lightning_fastmoe.zero.untraced import leave_to_python, restore_linear
+from lightning_fastmoe.zero.verdict import PendingVerdict
 from lightning_fastmoe.zero.weight_edits import WeightEdits
 
 _KNOWN_OPTIMIZERS = (
@@ -86,9 +87,11 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         mid_accumulation: whether gradients of an unfinished accumulation are pending.
         has_accumulated: whether earlier micro-batches of the step have left gradients.
         next_clip: the norm that the next step clips by, 0 for none; None leaves the config's.
+        is_updating: set before weights change; whoever has counted the step clears it.
     """
 
     next_clip: float | None = None
+    is_updating = False
 
     def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
         self.expert_state = expert_state
@@ -199,7 +202,14 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         except FastMoEError as error:
             refusal = error
         norm = zero.gradient_norm() if reads_once else None
-        verdict = self._judge(refusal is not None, norm, clip)
+        self.is_updating = True
+        pending = self._judge(refusal is not None, norm, clip)
+        if norm is not None and self._ranks_meet:
+            with self._clipping(clip):
+                zero.update_unless(pending.blocked)
+        verdict = pending.read()
+        if norm is not None and not verdict.is_clear:
+            zero.forget_update()
         is_refused = verdict.is_refused
         if verdict.options_differ and not is_refused:
             assert self._shared_options is not None
@@ -280,40 +290,39 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.edits is not None:
             _refuse(self.edits.settle(samples))
 
-    def _judge(self, refused: bool, norm: Tensor | None, clip: float) -> _Verdict:
-        """What the device and the other ranks know about the next step; waits for the device once.
+    @property
+    def _ranks_meet(self) -> bool:
+        """Whether ranks tell each other what they know before each step."""
+        state = self.expert_state
+        has_something = bool(state.layers) or self._shared_options is not None
+        return state.nonfinite != "ignore" and has_something
+
+    def _judge(self, refused: bool, norm: Tensor | None, clip: float) -> PendingVerdict:
+        """Has the device find out what it and the other ranks know about the next step.
 
         Args:
             refused: whether this rank refuses the step.
             norm: of the gradients; None where the optimizer finds out by itself.
             clip: the norm that the step clips by.
         """
-        state = self.expert_state
-        shared = self._shared_options
-        meets = state.nonfinite != "ignore" and (bool(state.layers) or shared is not None)
-        names = list(state.layers) if meets else []
-        values = take_largest((state.layers[name].nonfinite for name in names), self.device)
+        layers, shared = self.expert_state.layers, self._shared_options
+        names = list(layers) if self._ranks_meet else []
+        asks_device = norm is not None or self._ranks_meet
+        device = self.device if asks_device else torch.device("cpu")
+        values = take_largest((layers[name].nonfinite for name in names), device)
         if norm is not None:
             values = torch.cat([values, norm.reshape(1)])
-        if not len(values) and not meets:
-            return _Verdict([], refused)
         flags = [~values.isfinite()]
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
-        digest = 0 if shared is None or refused or not meets else shared.digest(clip)
+        has_digest = shared is not None and not refused and self._ranks_meet
+        digest = shared.digest(clip) if shared is not None and has_digest else 0
         own = [int(refused), digest, -digest]
-        flags.extend(torch.full((1,), x, dtype=torch.int32, device=self.device) for x in own)
+        flags.extend(torch.full((1,), x, dtype=torch.int32, device=device) for x in own)
         everyone = torch.cat(flags)
-        if meets:
+        if self._ranks_meet:
             dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
-        *found, is_refused, largest, smallest = everyone.tolist()
-        return _Verdict(
-            bad=[name for name, flag in zip(names, found, strict=False) if flag],
-            is_refused=bool(is_refused),
-            options_differ=largest != -smallest,
-            is_norm_finite=norm is None or not found[len(names)],
-            samples_differ=any(found[len(names) + 1 :]),
-        )
+        return PendingVerdict(everyone, names, norm is not None)
 
     @property
     def _shared_options(self) -> SharedOptions | None:
@@ -342,29 +351,6 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         finally:
             delattr(optimizer, name)
             optimizer.check_grad_overflow = checked
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """Whether to take a step.
-
-    The first two are identical on all ranks, except with nonfinite="ignore", where ranks don't
-    communicate.
-
-    Attributes:
-        bad: layers that saw NaN or Inf since the last step.
-        is_refused: whether a rank refuses the step.
-        is_norm_finite: whether the norm of the gradients is finite; identical on all ranks.
-        samples_differ: whether weights were edited without a trace on the host, on any rank.
-        options_differ: whether some rank has other options of the optimizer, or clips by another
-            norm; identical on all.
-    """
-
-    bad: list[str]
-    is_refused: bool
-    is_norm_finite: bool = True
-    samples_differ: bool = False
-    options_differ: bool = False
 
 
 def _refuse(complaints: list[str]) -> None:

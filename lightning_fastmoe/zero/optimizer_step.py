@@ -8,7 +8,8 @@ converts the weights, and gathers them from all ranks. Here:
   is.
 * With ``Adam(fused=True)`` and ``AdamW(fused=True)``, one kernel does the rest
   (:mod:`lightning_fastmoe.ops.adam_step`), and what it has updated is gathered while it updates the
-  rest (:mod:`lightning_fastmoe.zero.weight_gather`).
+  rest (:mod:`lightning_fastmoe.zero.weight_gather`). All of that is queued before the host knows
+  whether the step is to be taken (:mod:`lightning_fastmoe.zero.verdict`).
 * With other optimizers, one kernel joins and converts the gradients. A fused optimizer gets the
   clip factor for its own kernel, as :class:`torch.amp.GradScaler` passes the loss scale.
 """
@@ -53,6 +54,7 @@ class ZeroOptimizer(ZeroGradients):
     _clip_scale: Tensor | None = None
     _norm: Tensor | None = None
     _norm_is_finite: bool | None = None
+    _is_updated = False
 
     # -------------------------------------------------------------------------- one update for all
 
@@ -100,6 +102,27 @@ class ZeroOptimizer(ZeroGradients):
         """Drops the norm of gradients that are no longer those of the next step."""
         self._norm = self._norm_is_finite = None
 
+    def update_unless(self, blocked: Tensor) -> None:
+        """Queues the next step's update, before it is known whether there will be a step.
+
+        If there is one, :meth:`step` takes this for its update.
+
+        Args:
+            blocked: scalar in int64, identical on all ranks: unless zero, nothing is updated.
+        """
+        self._is_updated = True
+        self._begun = [
+            p for p in self.single_partition_of_fp32_groups if not self.optimizer.state.get(p)
+        ]
+        self._update_all(self.loss_scale, blocked)
+
+    def forget_update(self) -> None:
+        """Called once the host knows that :meth:`update_unless` has updated nothing."""
+        if self._is_updated:
+            for master in self._begun:  # a checkpoint tells a state of zeros from none
+                self.optimizer.state.pop(master, None)
+        self._is_updated = False
+
     def step(self, closure: Any = None) -> None:
         """Takes a step, or skips it if a gradient is NaN or Inf."""
         try:
@@ -108,6 +131,7 @@ class ZeroOptimizer(ZeroGradients):
             else:
                 super().step(closure)
         finally:
+            self._is_updated = False
             self.forget_norm()
 
     def _step_at_once(self) -> None:
@@ -124,11 +148,11 @@ class ZeroOptimizer(ZeroGradients):
         if self.overflow:
             self._drop_step()
             return
-        norm = self.gradient_norm()
-        self._global_grad_norm = norm / scale
-        divisor = self._divisor_of_gradients(norm, scale)
+        self._global_grad_norm = self.gradient_norm() / scale
+        if not self._is_updated:
+            self._update_all(scale)
         for i in range(len(self.bit16_groups)):
-            self._update(i, divisor)
+            self._free_gradients(i)
         self._lazy_init_hp_params_optimizer_state()
 
     def _drop_step(self) -> None:
@@ -147,14 +171,19 @@ class ZeroOptimizer(ZeroGradients):
             return None
         return torch.tensor(scale, dtype=torch.float32, device=norm.device)
 
-    def _update(self, i: int, divisor: Tensor | None) -> None:
+    def _update_all(self, scale: float, blocked: Tensor | None = None) -> None:
+        divisor = self._divisor_of_gradients(self.gradient_norm(), scale)
+        for i in range(len(self.bit16_groups)):
+            self._update(i, divisor, blocked)
+
+    def _update(self, i: int, divisor: Tensor | None, blocked: Tensor | None) -> None:
         """Updates a group: this rank's partition, then the others' from their ranks."""
         group, master = self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i]
         state = self.optimizer.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(master) for _ in range(2))
-        state["step"] += 1
+        state["step"] += 1 if blocked is None else blocked == 0
         ranks = self.real_dp_process_group[i]
         weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(ranks)].data
         options = AdamOptions(
@@ -176,9 +205,13 @@ class ZeroOptimizer(ZeroGradients):
                 state["step"],
                 options,
                 divisor,
+                blocked,
             )
             gather.start(part)
         gather.finish()
+
+    def _free_gradients(self, i: int) -> None:
+        """Drops a group's gradients, which have been applied."""
         self.free_grad_in_param_list(self.params_not_in_partition[i])
         self.free_grad_in_param_list(self.params_in_partition[i])
         self._release_preflattened_grad_buffers(i)

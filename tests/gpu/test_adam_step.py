@@ -89,6 +89,23 @@ def test_equals_the_formula(
     assert math.isfinite(float(master.sum()))
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("sizes", ["odd", "many"])
+def test_updates_nothing_where_it_is_blocked(sizes: str, device: str) -> None:
+    """Whatever the gradients are, and although the weights are not the rounded master weights."""
+    gradients = [torch.full((n,), math.nan, device=device) for n in SIZES[sizes]]
+    gradients[0][:] = 1.0
+    count = sum(SIZES[sizes])
+    before = [torch.randn(count, device=device) for _ in range(3)]
+    before.append(torch.randn(count, device=device).bfloat16())
+    step, blocked = (torch.full((), n, device=device) for n in (3.0, 2**40))
+    now = [t.clone() for t in before]
+    adam_step(gradients, *now, step, options(True), blocked=blocked.long())
+    assert all(map(torch.equal, now, before))
+    adam_step(gradients, *now, step, options(True), blocked=torch.zeros_like(blocked).long())
+    assert not any(map(torch.equal, now, before))
+
+
 def test_twin_computes_the_same() -> None:
     torch.manual_seed(0)
     start = [torch.randn(5000), torch.randn(5000), torch.rand(5000)]
@@ -116,6 +133,7 @@ def arguments(**changes: Any) -> list[Any]:
         "weights": flat().bfloat16(),
         "step": torch.ones((), device="cuda"),
         "scale": None,
+        "blocked": None,
     }
     found.update(changes)
     return [*found.values(), 1e-3, 0.9, 0.99, 1e-8, 0.1, True]
@@ -134,8 +152,9 @@ def test_passes_opcheck() -> None:
         ("mean", lambda: torch.ones(15, device="cuda"), "mean must have size 16"),
         ("master", lambda: torch.ones(16, device="cuda").bfloat16(), "master must be"),
         ("step", lambda: torch.ones(1, device="cuda"), "step must have 0 dimensions"),
+        ("blocked", lambda: torch.ones((), device="cuda"), "blocked must be"),
     ],
-    ids=["device", "length", "dtype", "mean", "master", "step"],
+    ids=["device", "length", "dtype", "mean", "master", "step", "blocked"],
 )
 def test_refuses(name: str, bad: Callable[[], Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):

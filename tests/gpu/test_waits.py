@@ -1,7 +1,7 @@
-"""A training step waits for the device once: just before weights change, for all there is to know.
+"""A training step waits for the device once, to read whether the step is taken.
 
-The optimizer's kernels are queued right after it, so the device doesn't run dry. (In fp32 each
-layer waits as well: its experts run one by one, and the host must know how many rows each has.)
+The update of the weights is queued by then, so the device doesn't run dry. (In fp32 each layer
+waits as well: its experts run one by one, and the host must know how many rows each has.)
 """
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ def test_a_step_waits_once(stage: int, precision: str, rank_pool: RankPool) -> N
     (steps,) = rank_pool.run(waits, 1, stage, precision)
     for step in steps[2:]:
         assert len(step) == 1, "\n".join(step)
-        assert "_judge" in step[0]
+        assert "read" in step[0]

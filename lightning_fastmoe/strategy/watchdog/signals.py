@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_fastmoe.strategy.watchdog.validations import Validations
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
+from lightning_fastmoe.zero.engine import FastMoEEngine
 
 _BROADCAST = "_broadcast_sigterm_tensor"
 """Lightning's method that asks rank 0 before each batch."""
@@ -38,15 +39,26 @@ class DeferredSignals(pl.Callback):
     each epoch, after its validation and the callbacks that save, they wait for each other, since no
     further batch may follow. If neither comes, the watch ends the process.
 
+    SIGINT (Ctrl-C) acts at once, and on this rank alone, except from when weights begin to change
+    until the step is counted: what is saved then would count a step less than the weights have
+    taken. It waits for the end of that batch; a second one doesn't.
+
     Created by the strategy on all ranks together when training starts.
 
     Args:
         trainer: the Trainer with the handlers to defer.
+        engine: knows whether weights are changing.
         watch: notified when SIGTERM is handled.
         wait: waits for a collective, and raises if another rank gave up; takes it and what it is.
     """
 
-    def __init__(self, trainer: pl.Trainer, watch: Watch, wait: Callable[[Any, str], None]) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        engine: FastMoEEngine,
+        watch: Watch,
+        wait: Callable[[Any, str], None],
+    ) -> None:
         self._trainer, self._watch, self._wait = trainer, watch, wait
         self._callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._callbacks.append(self)
@@ -56,12 +68,13 @@ class DeferredSignals(pl.Callback):
         self._under_way: tuple[Any, torch.Tensor] | None = None  # without work on a single rank
         # Before each batch Lightning broadcasts whether rank 0 got SIGTERM, and the host waits for
         # the device to find out. Here all ranks know it already, at the same batch.
-        self._loop = trainer.fit_loop
+        self._loop, self._engine = trainer.fit_loop, engine
         self._validations = Validations(trainer)
         self._loop.epoch_loop.__dict__[_BROADCAST] = _do_nothing
         self._loop.__dict__[_END_OF_EPOCH] = self._end_epoch
         # The same on all ranks, with or without a handler here.
         self._numbers = [signal.SIGTERM, signal.SIGUSR1]
+        self._interrupt: Any = None  # the handler of SIGINT
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
@@ -79,6 +92,9 @@ class DeferredSignals(pl.Callback):
             if callable(handler):
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
+        if callable(interrupt := signal.getsignal(signal.SIGINT)):
+            self._interrupt = interrupt
+            signal.signal(signal.SIGINT, self._note_interrupt)
 
     def detach(self) -> None:
         """Removes itself from the Trainer, which restores the handlers."""
@@ -87,6 +103,8 @@ class DeferredSignals(pl.Callback):
         self._loop.epoch_loop.__dict__.pop(_BROADCAST, None)
         self._loop.__dict__.pop(_END_OF_EPOCH, None)
         self._validations.detach()
+        if self._interrupt is not None and signal.getsignal(signal.SIGINT) == self._note_interrupt:
+            signal.signal(signal.SIGINT, self._interrupt)
         if self._group is not None and self._under_way is None:
             # Otherwise an error came in between, and the other ranks may never join the all-reduce.
             dist.destroy_process_group(self._group)
@@ -95,8 +113,17 @@ class DeferredSignals(pl.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted.add(number)
 
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._engine.is_updating and number not in self._noted:
+            self._noted.add(number)
+        else:
+            self._interrupt(number, frame)
+
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._engine.is_updating = False
+        if signal.SIGINT in self._noted:
+            self._interrupt(signal.SIGINT, None)
         self._obey(self._known())
         if trainer.received_sigterm:
             return  # no batch follows, in which all could learn more
