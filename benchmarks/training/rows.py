@@ -144,6 +144,14 @@ def liger(shape: Shape) -> nn.Module:
     return model
 
 
+def with_liger(model: nn.Module) -> nn.Module:
+    """Replaces all but a model's experts by Liger's kernels: norms, RoPE and loss."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+    apply_liger_kernel_to_qwen3_moe(model=model, swiglu=False)
+    return model
+
+
 def sonicmoe(shape: Shape) -> nn.Module:
     """The model of transformers with SonicMoE's experts, with QuACK's default tiles."""
     from layer.libraries import use_default_tiles
@@ -315,6 +323,27 @@ ROWS = {
     "transformers-liger": Row(liger, in_a_loop, bf16=True, own_loss=True, needs="liger_kernel"),
     "transformers-liger-compiled": Row(
         liger, in_a_loop, bf16=True, compiled=True, own_loss=True, needs="liger_kernel"
+    ),
+    "transformers-liger-loss": Row(
+        lambda shape: with_liger(transformers_model(shape)),
+        in_a_loop,
+        bf16=True,
+        own_loss=True,
+        needs="liger_kernel",
+    ),
+    "in-place-liger-loss": Row(
+        lambda shape: with_liger(in_place(shape)),
+        in_a_loop,
+        bf16=True,
+        own_loss=True,
+        needs="liger_kernel",
+    ),
+    "sonicmoe-liger-loss": Row(
+        lambda shape: with_liger(sonicmoe(shape)),
+        in_a_loop,
+        bf16=True,
+        own_loss=True,
+        needs="sonicmoe",
     ),
     "transformers-sonicmoe": Row(sonicmoe, in_a_loop, bf16=True, needs="sonicmoe"),
     "transformers-sonicmoe-compiled": Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -77,10 +78,8 @@ def interrupted(case: Case, step: int, twice: bool, folder: str) -> tuple[int, i
     )
     before = signal.getsignal(signal.SIGINT)
     with mock.patch.object(PendingVerdict, "read", signalled):
-        try:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
             trainer.fit(WithDropout(case, 0.3))
-        except (KeyboardInterrupt, SystemExit):
-            pass
     assert signal.getsignal(signal.SIGINT) == before
     counts = trainer.global_step, trainer.strategy.deepspeed_engine.global_steps
     last = str(Path(folder) / "last.ckpt")
