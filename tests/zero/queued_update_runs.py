@@ -77,9 +77,11 @@ def interrupted(case: Case, step: int, twice: bool, folder: str) -> tuple[int, i
         case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
     )
     before = signal.getsignal(signal.SIGINT)
-    with mock.patch.object(PendingVerdict, "read", signalled):
-        with contextlib.suppress(KeyboardInterrupt, SystemExit):
-            trainer.fit(WithDropout(case, 0.3))
+    with (
+        mock.patch.object(PendingVerdict, "read", signalled),
+        contextlib.suppress(KeyboardInterrupt, SystemExit),
+    ):
+        trainer.fit(WithDropout(case, 0.3))
     assert signal.getsignal(signal.SIGINT) == before
     counts = trainer.global_step, trainer.strategy.deepspeed_engine.global_steps
     last = str(Path(folder) / "last.ckpt")
