@@ -33,6 +33,17 @@ def draw() -> Canvas:
         "forward pass of one layer; not to scale; the host's boxes are what it launches",
         "small quiet",
     )
+    # Before the bars, which some of them pass behind.
+    # The host goes on when everybody's counts are there; the experts when everybody's rows are.
+    x = LEFT + 272
+    canvas.line([(x, LANES["link in"]), (x, LANES["host"] + BAR)])
+    canvas.tip(x, LANES["host"] + BAR, "up")
+    x = LEFT + 346
+    canvas.line([(x, LANES["link in"]), (x, LANES["GPU"] + BAR)])
+    canvas.tip(x, LANES["GPU"] + BAR, "up")
+    x = LEFT + 664
+    canvas.line([(x, LANES["link in"] + 10), (x, LANES["GPU"] + BAR)])
+    canvas.tip(x, LANES["GPU"] + BAR, "up")
     bar("host", 0, 150, "router, plan, push", "box")
     bar("host", 156, 104, "experts", "box")
     bar("host", 266, 112, "reads counts", "c")
@@ -51,14 +62,4 @@ def draw() -> Canvas:
     bar("link in", 214, 56, "counts", "e")
     bar("link in", 274, 72, "rows", "b")
     bar("link in", 568, 92, "sums", "b")
-    # The host goes on when everybody's counts are there; the experts when everybody's rows are.
-    x = LEFT + 272
-    canvas.line([(x, LANES["link in"]), (x, LANES["host"] + BAR)])
-    canvas.tip(x, LANES["host"] + BAR, "up")
-    x = LEFT + 346
-    canvas.line([(x, LANES["link in"]), (x, LANES["GPU"] + BAR)])
-    canvas.tip(x, LANES["GPU"] + BAR, "up")
-    x = LEFT + 664
-    canvas.line([(x, LANES["link in"] + 10), (x, LANES["GPU"] + BAR)])
-    canvas.tip(x, LANES["GPU"] + BAR, "up")
     return canvas

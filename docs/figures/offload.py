@@ -55,7 +55,7 @@ def draw() -> Canvas:
     limit = [2 ** (quarter / 4) for quarter in range(48, 64)]  # up to 54 thousand tokens
     points = [(across(n), up(n * LINK / EXPERTS_GB)) for n in limit]
     canvas.line(points, "line")
-    canvas.text(points[-1][0] + 10, points[-1][1] + 30, "limit of the link", "small quiet")
+    canvas.text(points[-1][0], points[-1][1] - 8, "limit of the link", "mid small quiet")
     for column, _, fill, line in SERIES:
         drawn = []
         for row in table(PAGE, COLUMN):

@@ -112,6 +112,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _config(path: Path) -> Any:
+    # Before transformers, which asks the Hub for whatever it doesn't find here.
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{path} is not a model's config.json; --config takes that file, its directory or the"
+            " model's name on the Hub."
+        )
+    if not path.exists() and len(path.parts) != 2:
+        raise ConfigError(
+            f"{path} does not exist, and models on the Hub have names like Qwen/Qwen3-30B-A3B."
+        )
     from transformers import AutoConfig
 
     try:

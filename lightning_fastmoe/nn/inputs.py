@@ -97,11 +97,15 @@ def read_inputs(
         ShapeError: if a shape or dtype is invalid.
     """
     if isinstance(x, Tensor):
-        if x.shape[-1:] != (d_model,) or not x.is_floating_point():
+        if not x.is_floating_point():
             raise ShapeError(
-                f"{layer} got an input of shape {tuple(x.shape)} and dtype {x.dtype}; it"
-                f" takes (..., {d_model}) in a floating dtype. The last dimension must be"
-                f" d_model={d_model}."
+                f"{layer} got an input of dtype {x.dtype}; it takes vectors in a floating dtype,"
+                f" (..., {d_model}). Token ids go through an embedding first."
+            )
+        if x.shape[-1:] != (d_model,):
+            raise ShapeError(
+                f"{layer} got an input of shape {tuple(x.shape)}; it takes (..., {d_model}): the"
+                f" last dimension must be d_model={d_model}."
             )
         inputs = TokenInputs([x.reshape(-1, d_model)], None, tuple(x.shape[:-1]))
     else:

@@ -123,6 +123,19 @@ def test_measuring_needs_a_gpu(config: str, capsys) -> None:
     assert "--measure needs a GPU" in capsys.readouterr().err
 
 
+def test_what_is_no_models_config_is_not_asked_for(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    training = tmp_path / "run.yaml"
+    training.write_text("model: {}")
+    for path, reason in (
+        (training, "run.yaml is not a model's config.json"),
+        (tmp_path / "nowhere", "nowhere does not exist, and models on the Hub have names like"),
+        ("typo", "typo does not exist"),
+    ):
+        assert main(["plan", "--config", str(path), "--tokens", "8x512"]) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_other_models(tmp_path: Path, capsys) -> None:
     assert main(["plan", "--config", str(tmp_path), "--tokens", "8x512"]) == 2
     assert "has no config.json" in capsys.readouterr().err

@@ -220,10 +220,13 @@ def test_refused_coefficients(name, value):
     ids=lambda x: f"{tuple(x.shape)}-{x.dtype}",
 )
 def test_refused_inputs(x):
-    with pytest.raises(ShapeError, match=r"d_model=5") as error:
+    if x.is_floating_point():
+        named = [str(tuple(x.shape)), "d_model=5"]
+    else:  # of which the shape is right
+        named = [str(x.dtype), "through an embedding"]
+    with pytest.raises(ShapeError) as error:
         make()(x)
-    assert str(x.dtype) in str(error.value)
-    assert str(tuple(x.shape)) in str(error.value)
+    assert [what for what in named if what not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -31,8 +31,8 @@ def open_directory(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} does not exist. Choose another checkpoint, and check that all ranks see the"
-            " same file system."
+            f"{path} does not exist. Choose another checkpoint; in a run on several machines, check"
+            " that all of them see the same file system."
         ) from None
     except OSError as error:
         raise CheckpointError(

@@ -110,6 +110,12 @@ class CheckpointReader:
 
     def _read_manifest(self) -> tuple[Manifest, str]:
         if not is_checkpoint(self.path):
+            if inside := sorted(p.name for p in self.path.iterdir() if is_checkpoint(p)):
+                names = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
+                raise CheckpointError(
+                    f"{self.path} is no checkpoint but a directory of {len(inside)}: {names}."
+                    " Choose one of them."
+                )
             raise CheckpointError(
                 f"{self.path} has no {MANIFEST}, so it is not a complete checkpoint of"
                 " FastMoEStrategy: saving writes that file last. Choose another checkpoint."

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities import rank_zero_warn
@@ -105,7 +106,17 @@ class FastMoECLI(LightningCLI):
                 " it loads others itself. --ckpt_path last takes the latest checkpoint's."
             )
 
-    before_test = before_predict = before_validate
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        """Says that nothing keeps the predictions, too."""
+        FastMoECLI.before_validate(self)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            rank_zero_warn(
+                "predict writes nothing by itself. Unless the model does, add a subclass of"
+                " pytorch_lightning.callbacks.BasePredictionWriter to trainer.callbacks."
+            )
 
 
 def check_strategy(given: Any) -> None:
@@ -189,6 +200,21 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
     return not message.startswith(_CHATTER)
 
 
+def _is_of_what_was_asked_for(error: BaseException) -> bool:
+    """Whether Lightning refuses what the user has asked for, or a path of the user's is in use.
+
+    Lightning raises a ValueError for some of that, which may also come from anywhere else.
+    """
+    if isinstance(error, ValueError):
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+        return where.partition(".")[0] in ("pytorch_lightning", "lightning_fabric")
+    paths = (MisconfigurationException, FileExistsError, NotADirectoryError, PermissionError)
+    return isinstance(error, paths)
+
+
 def run(args: Sequence[str] | None = None) -> None:
     """Runs fit, validate, test or predict.
 
@@ -223,7 +249,9 @@ def run(args: Sequence[str] | None = None) -> None:
             parser_class=OneLineParser,
             args=None if args is None else words,
         )
-    except MisconfigurationException as error:  # Lightning's, of what the user has asked for
+    except (MisconfigurationException, ValueError, OSError) as error:
+        if not _is_of_what_was_asked_for(error):
+            raise
         raise ConfigError(str(error)) from error
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -26,6 +26,7 @@ from lightning_fastmoe.nn.transformer import (
     rows_of_table,
 )
 from lightning_fastmoe.planning.sizes import model_size
+from lightning_fastmoe.planning.units import count_text
 
 VOCAB_SIZE = 256
 """One token per byte value."""
@@ -152,7 +153,7 @@ def _describe(network: MoETransformer) -> str:
     size = model_size(network)
     first = next(iter(size.layers.values()))
     return (
-        f"Model: {size.total / 1e6:,.1f} M parameters, {size.active / 1e6:,.1f} M used per byte; "
+        f"Model: {count_text(size.total)} parameters, {count_text(size.active)} used per byte; "
         f"{len(size.layers)} layers of {first.num_experts} experts, "
         f"{first.num_local_experts} of them on each rank."
     )

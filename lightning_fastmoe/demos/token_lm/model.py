@@ -13,6 +13,7 @@ from lightning_fastmoe.huggingface.architecture import Architecture
 from lightning_fastmoe.huggingface.causal_lm import MoECausalLM
 from lightning_fastmoe.nn.compilation import check_cuda_graphs
 from lightning_fastmoe.planning.sizes import model_size
+from lightning_fastmoe.planning.units import count_text
 
 VOCABULARY_MULTIPLE = 64
 """The data's vocabulary is rounded up to it, for the GEMM of the output layer."""
@@ -140,7 +141,7 @@ class TokenLM(MoECausalLM):
             assert self.network is not None
             size = model_size(self.network)  # all ranks, as it counts the experts of all
             rank_zero_info(
-                f"Model: {size.total / 1e6:,.1f} M parameters, {size.active / 1e6:,.1f} M used per"
+                f"Model: {count_text(size.total)} parameters, {count_text(size.active)} used per"
                 f" token; a vocabulary of {self.vocab_size:,}."
             )
 

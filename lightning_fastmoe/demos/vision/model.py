@@ -17,6 +17,7 @@ from lightning_fastmoe.demos.optimization import adamw_with_cosine
 from lightning_fastmoe.demos.vision.network import SwinMoE, check_sizes
 from lightning_fastmoe.errors import ConfigError
 from lightning_fastmoe.planning.sizes import model_size
+from lightning_fastmoe.planning.units import count_text
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W) and their classes (B,)."""
@@ -106,7 +107,7 @@ class ImageClassifier(LightningModule):
             self.network = SwinMoE(**self._arguments)
             size = model_size(self.network)
             rank_zero_info(
-                f"Model: {size.total / 1e6:,.2f} M parameters, {size.active / 1e6:,.2f} M used per"
+                f"Model: {count_text(size.total)} parameters, {count_text(size.active)} used per"
                 f" token; {len(size.layers)} MoE layers."
             )
 

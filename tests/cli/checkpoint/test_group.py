@@ -96,6 +96,14 @@ def test_inspect_of_what_is_no_checkpoint(tmp_path, capsys):
     assert "has no manifest.json" in json.loads(capsys.readouterr().out)["error"]
 
 
+def test_inspect_of_a_directory_of_checkpoints(path, capsys):
+    (path.parent / "unfinished").mkdir()
+    assert main(["checkpoint", "inspect", str(path.parent)]) == 3
+    err = capsys.readouterr().err
+    assert f"a directory of 1: {path.name}. Choose one of them." in err
+    assert "has no manifest" not in err
+
+
 START = """
 import sys
 sys.argv[0] = "lightning-fastmoe"

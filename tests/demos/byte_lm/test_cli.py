@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from pytorch_lightning.callbacks import BasePredictionWriter
 
 from lightning_fastmoe import cli
 from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
@@ -85,6 +87,9 @@ def test_errors_of_named_classes_are_one_line(
         (["--trainer.devices=0"], "Trainer(devices='0')"),
         (["--trainer.accelerator=gpu"], "No supported gpu backend found"),
         (["--trainer.max_steps=-5"], "`max_steps` must be a non-negative integer"),
+        (["--ckpt_path=best"], "`ModelCheckpoint` is not configured to save the best model"),
+        (["--trainer.precision=64-true"], "precision='64-true')` is not supported"),
+        (["--trainer.default_root_dir=text", "--trainer.logger=true"], "Not a directory: '"),
     ],
     ids=lambda case: "" if isinstance(case, str) else case[0],
 )
@@ -101,6 +106,7 @@ def test_what_lightning_refuses_is_one_line(
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "text").write_text("abc" * 1000)
     given = [f"--config={EXAMPLES / 'tiny_lm.yaml'}", f"--data.path={tmp_path / 'text'}"]
+    given.append("--trainer.devices=1")  # what is refused later must not start another pytest
     assert cli.main(["fit", *given, *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
@@ -130,12 +136,38 @@ def test_untrained_weights_are_mentioned(
         subcommand=verb,
         config={verb: SimpleNamespace(ckpt_path=path)},
         model=SimpleNamespace(_weights=weights),
+        trainer=SimpleNamespace(callbacks=[]),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         getattr(lm_cli.FastMoECLI, f"before_{verb}")(cli)
     said = [str(one.message).startswith(f"{verb} without --ckpt_path") for one in caught]
-    assert said == [True] * warned
+    assert sum(said) == warned
+
+
+class Writer(BasePredictionWriter):
+    """Writes what is predicted."""
+
+
+@pytest.mark.parametrize(("callbacks", "warned"), [([], 1), ([Writer("batch")], 0)])
+def test_predictions_that_nothing_keeps_are_mentioned(callbacks: list[Any], warned: int) -> None:
+    cli = SimpleNamespace(
+        subcommand="predict",
+        config={"predict": SimpleNamespace(ckpt_path="last")},
+        trainer=SimpleNamespace(callbacks=callbacks),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lm_cli.FastMoECLI.before_predict(cli)  # type: ignore[arg-type]
+    assert ["BasePredictionWriter" in str(one.message) for one in caught] == [True] * warned
+
+
+def test_errors_in_the_model_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a class that Lightning uses for what it refuses."""
+    monkeypatch.setattr(sys, "argv", ["lightning-fastmoe"])
+    monkeypatch.setattr(lm_cli, "resolve_auto", lambda *_: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["fit", f"--config={EXAMPLES / 'tiny_lm.yaml'}"])
 
 
 def test_own_errors_are_found_behind_others() -> None:

@@ -168,9 +168,9 @@ def test_generate_refuses_what_it_cannot_do(prompt: bytes, temperature: float, m
 @pytest.mark.parametrize(
     ("router", "arguments", "used"),
     [
-        ("softmax", {}, "2.8 M"),
-        ("expert_choice", {"top_k": None, "moe": {"capacity_factor": 1.5}}, "2.4 M"),
-        ("soft", {"top_k": None}, "7.5 M"),  # its slots mix every byte into every expert
+        ("softmax", {}, "2.76 M"),
+        ("expert_choice", {"top_k": None, "moe": {"capacity_factor": 1.5}}, "2.37 M"),
+        ("soft", {"top_k": None}, "7.48 M"),  # its slots mix every byte into every expert
     ],
 )
 @pytest.mark.filterwarnings("ignore::lightning_fastmoe.nn.CausalityWarning")
@@ -179,7 +179,7 @@ def test_the_line_about_its_size(router: str, arguments: dict[str, Any], used: s
     model.configure_model()
     assert model.network is not None
     assert _describe(model.network) == (
-        f"Model: 7.5 M parameters, {used} used per byte; "
+        f"Model: 7.48 M parameters, {used} used per byte; "
         "4 layers of 8 experts, 8 of them on each rank."
     )
 
