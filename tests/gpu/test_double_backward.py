@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn.test_double_backward import SETTINGS, Twice, gradients
+from nn.twice import SETTINGS, Twice, gradients
 from torch import Tensor
 
 from lightning_fastmoe import MoE
