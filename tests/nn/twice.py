@@ -1,4 +1,4 @@
-"""Layers whose inputs depend on one another, and gradients of them that are differentiated again."""
+"""Layers that run twice, and gradients of them that are differentiated again."""
 
 from __future__ import annotations
 
