@@ -23,8 +23,8 @@ struct AdamParams {
   float* mean;
   float* mean_square;
   W* weights;
-  const float* step;   // this step's number, from 1
-  const float* scale;  // divides the gradients; may be null
+  const float* step;       // this step's number, from 1
+  const float* scale;      // divides the gradients; may be null
   const int64_t* blocked;  // unless zero, nothing is updated; may be null
   double lr;
   double beta1;

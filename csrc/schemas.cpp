@@ -78,6 +78,7 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
   // The gradients of a flat partition (N,), in its order, are divided by scale and applied to the
   // fp32 master weights and moments by Adam; the weights become the master weights. step is this
   // step's number, from 1. The decay is AdamW's if decoupled, else it is added to the gradient.
+  // Unless blocked, int64 (), is zero, nothing is updated.
   library.def(
       "adam_step_(Tensor[] gradients, Tensor(a!) master, Tensor(b!) mean, Tensor(c!) mean_square,"
       " Tensor(d!) weights, Tensor step, Tensor? scale, Tensor? blocked, float lr, float beta1,"

@@ -126,7 +126,7 @@ class ZeroOptimizer(ZeroGradients):
     def step(self, closure: Any = None) -> None:
         """Takes a step, or skips it if a gradient is NaN or Inf."""
         try:
-            if self.updates_at_once:
+            if self._is_updated or self.updates_at_once:
                 self._step_at_once()
             else:
                 super().step(closure)
