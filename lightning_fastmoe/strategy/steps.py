@@ -94,9 +94,7 @@ class Steps:
         assert module is not None
         unwrap_compiled(module)  # a user's hook may have compiled modules since set-up
         end_clipping = self._clipping.begin()
-        self._signals = DeferredSignals(
-            module.trainer, self._strategy.deepspeed_engine, self._watch, self._waits.for_work
-        )
+        self._signals = DeferredSignals(module.trainer, self._watch, self._waits.for_work)
 
         def end() -> None:
             end_clipping()

@@ -87,11 +87,9 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         mid_accumulation: whether gradients of an unfinished accumulation are pending.
         has_accumulated: whether earlier micro-batches of the step have left gradients.
         next_clip: the norm that the next step clips by, 0 for none; None leaves the config's.
-        is_updating: set before weights change; whoever has counted the step clears it.
     """
 
     next_clip: float | None = None
-    is_updating = False
 
     def __init__(self, *, expert_state: ExpertState, **kwargs: Any) -> None:
         self.expert_state = expert_state
@@ -202,7 +200,6 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         except FastMoEError as error:
             refusal = error
         norm = zero.gradient_norm() if reads_once else None
-        self.is_updating = True
         pending = self._judge(refusal is not None, norm, clip)
         if norm is not None and self._ranks_meet:
             with self._clipping(clip):

@@ -48,18 +48,20 @@ class Signalled(WithDropout):
         return super().training_step(batch, batch_idx)
 
 
-def terminated(case: Case, batch: int, directory: str) -> tuple[str, int, Run, Run]:
+def terminated(
+    case: Case, batch: int, directory: str, number: int = signal.SIGTERM
+) -> tuple[str, int, Run, Run]:
     """(what ended it, batches done, the run without a signal, what comes of resuming)."""
     straight = fit(case, 0.3, 7, {})
     pl.seed_everything(7, verbose=False)
-    module = Signalled(case, signal.SIGTERM, batch)
+    module = Signalled(case, number, batch)
     keep = ModelCheckpoint(directory, save_last=True, save_on_exception=True, every_n_epochs=100)
     trainer = make_trainer(
         case, max_epochs=EPOCHS, max_steps=-1, callbacks=[keep], enable_checkpointing=True
     )
-    before, callbacks = signal.getsignal(signal.SIGTERM), len(trainer.callbacks)
+    before, callbacks = signal.getsignal(number), len(trainer.callbacks)
     ended = how_it_ends(trainer, module)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert len(trainer.callbacks) == callbacks
     last = str(Path(directory) / "last.ckpt")
     return ended, len(module.batch_losses), straight, fit(case, 0.3, 9, {}, last)

@@ -1,4 +1,4 @@
-"""What ends a run in the middle of a batch: SIGTERM, SLURM's signal to requeue, an error."""
+"""What ends a run in the middle of a batch: SIGTERM, Ctrl-C, SLURM's signal, an error."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ def case_of(world: int, stage: int) -> Case:
     return Case(world, world, stage, midway_runs.ACCUMULATE, epochs=midway_runs.EPOCHS)
 
 
+@pytest.mark.parametrize(
+    ("number", "exception"),
+    [(signal.SIGTERM, "SIGTERMException"), (signal.SIGINT, "SystemExit")],
+    ids=["SIGTERM", "SIGINT"],
+)
 @pytest.mark.parametrize(("world", "stage"), [(1, 2), (2, 3)])
-def test_all_ranks_stop_after_the_batch_and_save(rank_pool, tmp_path, world, stage):
-    results = rank_pool.run(runs.terminated, world, case_of(world, stage), BATCH, str(tmp_path))
+def test_all_ranks_stop_after_the_batch_and_save(
+    rank_pool, tmp_path, world, stage, number, exception
+):
+    """Although it comes to one of them alone."""
+    arguments = case_of(world, stage), BATCH, str(tmp_path), number
+    results = rank_pool.run(runs.terminated, world, *arguments)
     for ended, done, straight, rest in results:
-        assert ended == "SIGTERMException"
+        assert ended == exception
         assert done == BATCH + (world > 1)  # ranks know of each other a batch later
         assert_goes_on(straight, rest, done)
 

@@ -33,7 +33,9 @@ STEP = 2
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
-def test_ctrl_c_waits_until_the_step_is_counted(rank_pool, tmp_path, twice):
+def test_ctrl_c_while_the_verdict_is_read_waits_until_the_step_is_counted(
+    rank_pool, tmp_path, twice
+):
     """Else what is saved would count a step less than its weights have taken."""
     case = Case(1, 1, 2, ACCUMULATE, fused=True)
     arguments = case, STEP, twice, str(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from typing_extensions import override
 
 from lightning_fastmoe.strategy.watchdog.validations import Validations
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
-from lightning_fastmoe.zero.engine import FastMoEEngine
 
 _BROADCAST = "_broadcast_sigterm_tensor"
 """Lightning's method that asks rank 0 before each batch."""
 _END_OF_EPOCH = "on_advance_end"
 """The method of Lightning's loop over epochs that ends one."""
+_LATER = b"\nCtrl-C: training ends after this batch. A second one ends it at once.\n"
 _LAST = 0
 """Told with the signals: the validation that is under way is not to be left."""
 
@@ -39,26 +40,19 @@ class DeferredSignals(pl.Callback):
     each epoch, after its validation and the callbacks that save, they wait for each other, since no
     further batch may follow. If neither comes, the watch ends the process.
 
-    SIGINT (Ctrl-C) acts at once, and on this rank alone, except from when weights begin to change
-    until the step is counted: what is saved then would count a step less than the weights have
-    taken. It waits for the end of that batch; a second one doesn't.
+    SIGINT (Ctrl-C) in a batch is deferred, too: what is saved in the middle of one has half of its
+    gradients, or weights of a step that isn't counted. A second one acts at once, as the first does
+    between batches and in validations.
 
     Created by the strategy on all ranks together when training starts.
 
     Args:
         trainer: the Trainer with the handlers to defer.
-        engine: knows whether weights are changing.
         watch: notified when SIGTERM is handled.
         wait: waits for a collective, and raises if another rank gave up; takes it and what it is.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        engine: FastMoEEngine,
-        watch: Watch,
-        wait: Callable[[Any, str], None],
-    ) -> None:
+    def __init__(self, trainer: pl.Trainer, watch: Watch, wait: Callable[[Any, str], None]) -> None:
         self._trainer, self._watch, self._wait = trainer, watch, wait
         self._callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._callbacks.append(self)
@@ -68,13 +62,14 @@ class DeferredSignals(pl.Callback):
         self._under_way: tuple[Any, torch.Tensor] | None = None  # without work on a single rank
         # Before each batch Lightning broadcasts whether rank 0 got SIGTERM, and the host waits for
         # the device to find out. Here all ranks know it already, at the same batch.
-        self._loop, self._engine = trainer.fit_loop, engine
+        self._loop = trainer.fit_loop
         self._validations = Validations(trainer)
         self._loop.epoch_loop.__dict__[_BROADCAST] = _do_nothing
         self._loop.__dict__[_END_OF_EPOCH] = self._end_epoch
         # The same on all ranks, with or without a handler here.
-        self._numbers = [signal.SIGTERM, signal.SIGUSR1]
-        self._interrupt: Any = None  # the handler of SIGINT
+        self._numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
+        self._in_batch = False
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
@@ -86,13 +81,14 @@ class DeferredSignals(pl.Callback):
         handled = [signal.SIGTERM]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._numbers[1] = environment.requeue_signal or signal.SIGUSR1
-            handled = self._numbers
+            handled = self._numbers[:2]
         for number in handled:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
-        if callable(interrupt := signal.getsignal(signal.SIGINT)):
+        interrupt = signal.getsignal(signal.SIGINT)
+        if callable(interrupt):
             self._interrupt = interrupt
             signal.signal(signal.SIGINT, self._note_interrupt)
 
@@ -103,7 +99,7 @@ class DeferredSignals(pl.Callback):
         self._loop.epoch_loop.__dict__.pop(_BROADCAST, None)
         self._loop.__dict__.pop(_END_OF_EPOCH, None)
         self._validations.detach()
-        if self._interrupt is not None and signal.getsignal(signal.SIGINT) == self._note_interrupt:
+        if signal.getsignal(signal.SIGINT) == self._note_interrupt:
             signal.signal(signal.SIGINT, self._interrupt)
         if self._group is not None and self._under_way is None:
             # Otherwise an error came in between, and the other ranks may never join the all-reduce.
@@ -114,16 +110,20 @@ class DeferredSignals(pl.Callback):
         self._noted.add(number)
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._engine.is_updating and number not in self._noted:
-            self._noted.add(number)
-        else:
+        if not self._in_batch or number in self._noted:
             self._interrupt(number, frame)
+            return
+        self._noted.add(number)
+        if self._trainer.is_global_zero:
+            os.write(2, _LATER)  # not print(), which the signal may have come in
+
+    @override
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._in_batch = True
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._engine.is_updating = False
-        if signal.SIGINT in self._noted:
-            self._interrupt(signal.SIGINT, None)
+        self._in_batch = False
         self._obey(self._known())
         if trainer.received_sigterm:
             return  # no batch follows, in which all could learn more
@@ -134,6 +134,7 @@ class DeferredSignals(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begins none: Lightning leaves it after a batch, but not on a rank that has only one."""
+        self._in_batch = False  # a batch that a hook skips has no end
         if trainer.received_sigterm:
             if self._validations.can_be_left:
                 self._validations.leave()
@@ -151,6 +152,8 @@ class DeferredSignals(pl.Callback):
             self._leave_validation(self._known())
 
     def _leave_validation(self, known: list[int]) -> None:
+        if signal.SIGINT in known:
+            self._obey([signal.SIGINT])
         if signal.SIGTERM in known and _LAST not in known:
             self._validations.leave()
             self._obey(known)  # a checkpoint for SLURM as well, now that it says what is to be done
@@ -158,6 +161,7 @@ class DeferredSignals(pl.Callback):
 
     def _end_epoch(self) -> None:
         """Ends the epoch as Lightning does, which then looks whether SIGTERM has come."""
+        self._in_batch = False
         type(self._loop).on_advance_end(self._loop)
         self._obey(self._known())
         self._tell()
@@ -188,7 +192,9 @@ class DeferredSignals(pl.Callback):
     def _obey(self, known: list[int]) -> None:
         """Runs the handlers of signals."""
         for number in known:
-            if number in self._handlers:
+            if number == signal.SIGINT:  # of whatever rank
+                self._interrupt(number, None)
+            elif number in self._handlers:
                 handler = self._handlers.pop(number)
                 if number == signal.SIGTERM:
                     self._watch.beat(Activity.ENDING)
