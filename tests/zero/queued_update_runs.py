@@ -17,6 +17,7 @@ from strategy.nonfinite_runs import Bad
 from strategy.tracing import make_trainer
 
 from lightning_fastmoe.errors import NonFiniteError
+from lightning_fastmoe.strategy.watchdog import signals
 from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer
 from lightning_fastmoe.zero.verdict import PendingVerdict, Verdict
 
@@ -53,8 +54,17 @@ def state_after_refusal(case: Case) -> tuple[str, int, list[float]]:
     return error, len(state), [float(one["step"]) for one in state.values()]
 
 
-def interrupted(case: Case, step: int, twice: bool, folder: str) -> tuple[int, int, Run, Run]:
+def interrupted(
+    case: Case, step: int, times: int, later: bool, folder: str
+) -> tuple[int, int, Run, Run]:
     """Ctrl-C while the host waits to read whether to take a step.
+
+    Args:
+        case: the run.
+        step: in which it comes.
+        times: how often.
+        later: whether the second one counts as if it came later.
+        folder: for checkpoints.
 
     Returns:
         Steps that the Trainer has counted and the engine has taken; the run without Ctrl-C, and
@@ -67,7 +77,7 @@ def interrupted(case: Case, step: int, twice: bool, folder: str) -> tuple[int, i
         nonlocal reads
         reads += 1
         if reads == step:
-            for _ in range(1 + twice):
+            for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
         return read(self)
 
@@ -79,6 +89,7 @@ def interrupted(case: Case, step: int, twice: bool, folder: str) -> tuple[int, i
     before = signal.getsignal(signal.SIGINT)
     with (
         mock.patch.object(PendingVerdict, "read", signalled),
+        mock.patch.object(signals, "SAME_REQUEST", -1.0 if later else 2.0),
         contextlib.suppress(KeyboardInterrupt, SystemExit),
     ):
         trainer.fit(WithDropout(case, 0.3))

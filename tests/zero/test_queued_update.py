@@ -32,15 +32,19 @@ def test_a_refused_step_leaves_the_optimizers_state(rank_pool, steps):
 STEP = 2
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    ("times", "later"),
+    [(1, False), (2, False), (2, True)],
+    ids=["once", "twice, by a launcher", "again later"],
+)
 def test_ctrl_c_while_the_verdict_is_read_waits_until_the_step_is_counted(
-    rank_pool, tmp_path, twice
+    rank_pool, tmp_path, times, later
 ):
     """Else what is saved would count a step less than its weights have taken."""
     case = Case(1, 1, 2, ACCUMULATE, fused=True)
-    arguments = case, STEP, twice, str(tmp_path)
+    arguments = case, STEP, times, later, str(tmp_path)
     [(counted, taken, straight, rest)] = rank_pool.run(runs.interrupted, 1, *arguments)
-    if twice:  # doesn't wait
+    if later:  # doesn't wait
         assert (counted, taken) == (STEP - 1, STEP - 1)
     else:
         assert (counted, taken) == (STEP, STEP)

@@ -40,7 +40,7 @@ PROGRESS = struct.Struct("<dqqB")
 """Time of the last progress (``time.monotonic``), optimizer steps, batches, activity."""
 SPOKEN_AT, OVER_AT, EXCHANGE_AT, MEMORY_BYTES = 64, 65, 128, 4096
 
-_SAME_REQUEST = 2.0
+SAME_REQUEST = 2.0
 """Seconds within which signals count as one: the process group's, and torchrun's copy of it."""
 _ANSWER = 3.0
 _CREDENTIALS = struct.Struct("3i")
@@ -166,7 +166,7 @@ class Sentry:
                 if number == signal.SIGINT and PROGRESS.unpack_from(self.memory)[0] > first:
                     # The first KeyboardInterrupt was caught, and the run continues.
                     first = self.requests[number] = now
-                if now - first > _SAME_REQUEST:
+                if now - first > SAME_REQUEST:
                     self.again = number
                 elif first == now and number == signal.SIGTERM:
                     self._send_launched(signal.SIGTERM)

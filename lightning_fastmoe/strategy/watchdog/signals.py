@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_fastmoe.strategy.watchdog.sentry import SAME_REQUEST
 from lightning_fastmoe.strategy.watchdog.validations import Validations
 from lightning_fastmoe.strategy.watchdog.watch import Activity, Watch
 
@@ -23,7 +25,7 @@ _BROADCAST = "_broadcast_sigterm_tensor"
 """Lightning's method that asks rank 0 before each batch."""
 _END_OF_EPOCH = "on_advance_end"
 """The method of Lightning's loop over epochs that ends one."""
-_LATER = b"\nCtrl-C: training ends after this batch. A second one ends it at once.\n"
+_LATER = b"\nCtrl-C: training ends after this batch. Another one two seconds later: at once.\n"
 _LAST = 0
 """Told with the signals: the validation that is under way is not to be left."""
 
@@ -41,8 +43,8 @@ class DeferredSignals(pl.Callback):
     further batch may follow. If neither comes, the watch ends the process.
 
     SIGINT (Ctrl-C) in a batch is deferred, too: what is saved in the middle of one has half of its
-    gradients, or weights of a step that isn't counted. A second one acts at once, as the first does
-    between batches and in validations.
+    gradients, or weights of a step that isn't counted. Another one two seconds later acts at once,
+    as the first does between batches and in validations.
 
     Created by the strategy on all ranks together when training starts.
 
@@ -69,7 +71,7 @@ class DeferredSignals(pl.Callback):
         # The same on all ranks, with or without a handler here.
         self._numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
-        self._in_batch = False
+        self._in_batch, self._interrupted = False, 0.0
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
@@ -110,12 +112,17 @@ class DeferredSignals(pl.Callback):
         self._noted.add(number)
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self._in_batch or number in self._noted:
+        now = time.monotonic()
+        if number in self._noted:
+            if now - self._interrupted > SAME_REQUEST:  # launchers send it once more
+                self._interrupt(number, frame)
+        elif self._in_batch:
+            self._noted.add(number)
+            self._interrupted = now
+            if self._trainer.is_global_zero:
+                os.write(2, _LATER)  # not print(), which the signal may have come in
+        else:
             self._interrupt(number, frame)
-            return
-        self._noted.add(number)
-        if self._trainer.is_global_zero:
-            os.write(2, _LATER)  # not print(), which the signal may have come in
 
     @override
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
