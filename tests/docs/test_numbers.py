@@ -60,6 +60,14 @@ WHOLE = {
 }
 WIDE = {row["OLMoE-like"]: numbers(row["ms per step"])[0] for row in table(PAGE, "OLMoE-like")}
 OLMOE = {peer: f"{ms / WIDE['`FastMoEStrategy`, compiled']:.2f}" for peer, ms in WIDE.items()}
+BESIDE = {
+    row[name]: float(row["tokens/s"].replace(",", ""))
+    for name in ("gpu_lm, beside SonicMoE and Liger", "Qwen3-30B-A3B's sizes cut to 8 layers")
+    for row in table(PAGE, name, "tokens/s")
+}
+IN_PLACE, *OTHER_EXPERTS = (
+    f'`"{name}"`, Liger\'s loss' for name in ("fastmoe", "grouped_mm", "sonicmoe")
+)
 OURS = {name: joules for name, joules in JOULES.items() if name.endswith("ours")}
 SHARDED = table(PAGE, "T per rank", "one GPU", '`"dedup"`', '`"symmetric"`')
 IN_GRAPH = {
@@ -108,7 +116,12 @@ CLAIMS = [
         f"{BEST / IN_GRAPH[peer]:.2f}"
         for peer in ("transformers, compiled", "plain loop, compiled with breaks")
     ],
+    [
+        f"{BESIDE['`FastMoEStrategy`, compiled'] / BESIDE[peer]:.2f}"
+        for peer in ("transformers, `sonicmoe`", "transformers, `sonicmoe`, compiled")
+    ],
     [OLMOE["transformers"], OLMOE["transformers, compiled"]],
+    [f"{BESIDE[IN_PLACE] / BESIDE[peer]:.2f}" for peer in OTHER_EXPERTS],
     [*span(beside("durable, s", "this package", "DeepSpeed"))],
     [*span(beside("load, s", "this package", "DeepSpeed"))],
     [*span(ratios(SHARDED, "one GPU", '`"symmetric"`', part=0))],
