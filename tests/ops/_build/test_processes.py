@@ -110,6 +110,7 @@ def test_a_killed_builder_is_in_nobodys_way(
     # write to the log while the next builder's calls are counted.
     machine.install('case "$*" in *sort.cu*) sleep 60;; esac')
     monkeypatch.setenv("MAX_JOBS", "2")
+    monkeypatch.setenv("TMPDIR", str(machine.folder))  # where it leaves a folder
     processes.start(1)
     wait_for(lambda: compilations(machine.calls(forget=False)) == sorted(units()))
     (builder,) = processes.running
