@@ -236,6 +236,17 @@ STABLE_TORCH_LIBRARY(lightning_fastmoe, library) {
       "hopper_weight_gradient(Tensor gathered, Tensor order, int top_k, Tensor rows, Tensor "
       "offsets,"
       " bool transposed) -> Tensor");
+  // x (R, C) fp32 as sums of bf16 numbers -> (R, parts, C'), C' the next multiple of 8, with zeros
+  // from C on. Three parts are x, the smallest first; two are the larger ones of these; four are
+  // the three and the largest once more.
+  library.def("hopper_bf16_parts(Tensor x, int parts) -> Tensor");
+  // x (T, D), weight (E, parts, D), 1 part or 3 -> x weight^T (T, E) fp32.
+  library.def("hopper_router_logits(Tensor x, Tensor weight) -> Tensor");
+  // x (T, D), gradient (T, P, E') of hopper_bf16_parts, of whose parts the first 2 or 3 and of whose
+  // columns the first `experts` count -> gradient^T x (experts, D), fp32 or bf16.
+  library.def(
+      "hopper_router_weight_gradient(Tensor x, Tensor gradient, int parts, int experts,"
+      " bool in_bf16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
@@ -275,6 +286,10 @@ STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CUDA, library) {
   library.impl("hopper_backward_activation_", TORCH_BOX(&hopper::backward_activation_));
   library.impl("hopper_rows_product", TORCH_BOX(&hopper::rows_product));
   library.impl("hopper_weight_gradient", TORCH_BOX(&hopper::weight_gradient));
+  library.impl("hopper_bf16_parts", TORCH_BOX(&lightning_fastmoe::hopper::bf16_parts));
+  library.impl("hopper_router_logits", TORCH_BOX(&lightning_fastmoe::hopper::router_logits));
+  library.impl("hopper_router_weight_gradient",
+               TORCH_BOX(&lightning_fastmoe::hopper::router_weight_gradient));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lightning_fastmoe, CompositeExplicitAutograd, library) {

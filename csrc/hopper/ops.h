@@ -43,4 +43,10 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
 Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_k,
                        const Tensor& rows, const Tensor& offsets, bool transposed);
 
+// router_product.cu
+Tensor bf16_parts(const Tensor& x, int64_t parts);
+Tensor router_logits(const Tensor& x, const Tensor& weight);
+Tensor router_weight_gradient(const Tensor& x, const Tensor& gradient, int64_t parts,
+                              int64_t experts, bool in_bf16);
+
 }  // namespace lightning_fastmoe::hopper

@@ -150,6 +150,15 @@ def register_fakes() -> None:
             rows.shape[0], weight.shape[1 if transposed else 2]
         ),
         "hopper_weight_gradient": _weight_gradient,
+        "hopper_bf16_parts": lambda x, parts: x.new_empty(
+            x.shape[0], parts, -(-x.shape[1] // 8) * 8, dtype=torch.bfloat16
+        ),
+        "hopper_router_logits": lambda x, weight: x.new_empty(
+            x.shape[0], weight.shape[0], dtype=torch.float32
+        ),
+        "hopper_router_weight_gradient": lambda x, gradient, parts, experts, in_bf16: x.new_empty(
+            experts, x.shape[1], dtype=torch.bfloat16 if in_bf16 else torch.float32
+        ),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)

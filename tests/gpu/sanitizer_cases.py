@@ -17,6 +17,7 @@ from lightning_fastmoe.ops import (
     kernels,
     native,
     order_by_expert,
+    router_logits,
     sigmoid_top_k,
     softmax_top_k,
 )
@@ -144,6 +145,16 @@ def losses() -> None:
         found[2].backward()
 
 
+def routers() -> None:
+    """Logits of tokens in bf16, whose products end within tiles, and of no tokens."""
+    for tokens, width, experts in ((1, 8, 1), (300, 72, 33), (130, 200, 131), (0, 64, 4)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(tokens, width, device="cuda").bfloat16().requires_grad_()
+            weight = torch.randn(experts, width, device="cuda").to(dtype).requires_grad_()
+            logits = router_logits(x, weight)
+            torch.autograd.grad(logits, (x, weight), torch.randn_like(logits))
+
+
 def main() -> None:
     """Runs all cases, or those that use shared memory and no library."""
     torch.manual_seed(0)
@@ -162,6 +173,7 @@ def main() -> None:
         plans()
         counts_for_ranks()
         losses()
+        routers()
     torch.cuda.synchronize()
     print("all cases ran")
 

@@ -1,6 +1,6 @@
 """What test_stall.py runs in a process of its own, since a kernel that gives up ends its process.
 
-python stall_cases.py layers    every product of a layer, forward and backward, many times
+python stall_cases.py layers    every product of a layer and its router, both ways, many times
 python stall_cases.py sort      the sort alone
 """
 
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from lightning_fastmoe.ops import expert_layer, order_by_expert
+from lightning_fastmoe.ops import expert_layer, order_by_expert, router_logits
 from lightning_fastmoe.ops.stall import stall_report
 
 SIZES = [
@@ -41,10 +41,15 @@ def layers() -> str:
         logits = draw(tokens, experts) * 3
         weights, ids = torch.softmax(logits, dim=-1).topk(k)
         grad = draw(tokens, width).bfloat16()
+        router, of_logits = draw(experts, width).requires_grad_(), draw(tokens, experts)
         for _ in range(REPEATS):
             order = order_by_expert(ids, experts)
             out = expert_layer(x, weights, order, up, down, name)
-            for tensor in (out, *torch.autograd.grad(out, (x, up, down), grad)):
+            found = [out, *torch.autograd.grad(out, (x, up, down), grad)]
+            for weight in (router, router.bfloat16()):
+                own = router_logits(x, weight)
+                found += [own, *torch.autograd.grad(own, (x, router), of_logits)]
+            for tensor in found:
                 digest.update(tensor.detach().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -361,6 +361,15 @@ def test_every_operator_passes_opcheck(library: Any) -> None:
         (library.hopper_weight_gradient, (x, g.order, 2, h, g.offsets, True)),
         (library.hopper_weight_gradient, (x, g.order, 2, a, g.offsets, False)),
     ]
+    fp32, weight = torch.randn(40, 5, device="cuda"), torch.randn(5, 64, device="cuda")
+    gradient = library.hopper_bf16_parts(fp32, 4)
+    calls += [
+        *((library.hopper_bf16_parts, (fp32, count)) for count in (2, 3, 4)),
+        (library.hopper_router_logits, (x, up[:, :1].contiguous())),
+        (library.hopper_router_logits, (x, library.hopper_bf16_parts(weight, 3))),
+        (library.hopper_router_weight_gradient, (x, gradient, 3, 5, False)),
+        (library.hopper_router_weight_gradient, (x, gradient, 2, 5, True)),
+    ]
     for op, args in calls:
         torch.library.opcheck(op.default, args)
 

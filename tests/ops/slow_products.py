@@ -51,6 +51,26 @@ class SlowProducts:
         return out.transpose(1, 2).contiguous() if transposed else out
 
 
+class SlowRouterProducts:
+    """What csrc/hopper/router_product.cu computes."""
+
+    def hopper_bf16_parts(self, x, parts):
+        found, rest = [], x
+        for _ in range(3):
+            found.insert(0, rest.bfloat16())
+            rest = rest - found[0].to(x.dtype)
+        chosen = {2: found[1:], 3: found, 4: [*found, found[2]]}[parts]
+        return torch.nn.functional.pad(torch.stack(chosen, 1), (0, -x.shape[1] % 8))
+
+    def hopper_router_logits(self, x, weight):
+        return (x.double() @ weight.double().sum(1).T).float()
+
+    def hopper_router_weight_gradient(self, x, gradient, parts, experts, in_bf16):
+        whole = gradient[:, :parts, :experts].double().sum(1)
+        found = (whole.T @ x.double()).float()
+        return found.bfloat16() if in_bf16 else found
+
+
 class SlowOperators(SlowProducts):
     """What csrc/layer.cpp computes."""
 
