@@ -104,6 +104,22 @@ __device__ __forceinline__ Vector<T, N> load(const T* pointer) {
   return vector;
 }
 
+// What nobody reads again, so that it takes no place in the L1 cache.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> load_once(const T* pointer) {
+  if constexpr (N == 1) {
+    return load<T, N>(pointer);
+  } else {
+    uint4 raw;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(pointer));
+    Vector<T, N> vector;
+    memcpy(&vector, &raw, sizeof(raw));
+    return vector;
+  }
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void store(T* pointer, const Vector<T, N>& vector) {
   if constexpr (N == 1) {

@@ -9,6 +9,7 @@
 //
 // There are no atomics: every element is written by one thread, and sums are in slot order.
 #include "common.cuh"
+#include "hopper/ops.h"
 #include "ops.h"
 
 namespace lightning_fastmoe {
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kBlock)
         const T* row = rows + from[j] * width + i;
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          if (i + c * stride < width) loaded[j][c] = load<T, N>(row + c * stride);
+          if (i + c * stride < width) loaded[j][c] = load_once<T, N>(row + c * stride);
         }
       }
 #pragma unroll
@@ -200,9 +201,10 @@ Tensor sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<T
 
   const DeviceGuard guard(rows.get_device_index());
   Tensor out = torch::stable::new_empty(rows, {tokens, width});
+  if (tokens == 0 || width == 0) return out;
+  if (!bias && hopper::bulk_sum_rows(rows, inverse, weights, top_k, out)) return out;
   for_floating(rows.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (tokens == 0 || width == 0) return;
     const auto launch_rows = [&](auto size, auto at_once) {
       constexpr int N = decltype(size)::value, kRows = decltype(at_once)::value;
       const dim3 block = row_block(ceil_div(width / N, kLoadsInFlight / kRows));

@@ -43,6 +43,12 @@ Tensor rows_product(const Tensor& rows, const Tensor& offsets, const Tensor& wei
 Tensor weight_gradient(const Tensor& gathered, const Tensor& order, int64_t top_k,
                        const Tensor& rows, const Tensor& offsets, bool transposed);
 
+// sum_rows.cu
+// Computes ../ops.h's sum_rows without a bias into out (T, D), whose arguments have been checked,
+// or returns false where it is not the faster way.
+bool bulk_sum_rows(const Tensor& rows, const Tensor& inverse, const std::optional<Tensor>& weights,
+                   int64_t top_k, const Tensor& out);
+
 // router_product.cu
 Tensor bf16_parts(const Tensor& x, int64_t parts);
 Tensor router_logits(const Tensor& x, const Tensor& weight);

@@ -155,6 +155,15 @@ def routers() -> None:
             torch.autograd.grad(logits, (x, weight), torch.randn_like(logits))
 
 
+def sums() -> None:
+    """Sums of enough tokens' rows for bulk copies: of whole rows, and of parts, some shorter."""
+    for tokens, width, k in ((1200, 520, 3), (700, 2056, 10)):
+        rows = torch.randn(tokens * k, width, device="cuda").bfloat16()
+        inverse = torch.randperm(tokens * k, device="cuda")
+        inverse[::5] = -1
+        kernels.sum_rows(rows, inverse, torch.rand(tokens, k, device="cuda"), k)
+
+
 def main() -> None:
     """Runs all cases, or those that use shared memory and no library."""
     torch.manual_seed(0)
@@ -174,6 +183,7 @@ def main() -> None:
         counts_for_ranks()
         losses()
         routers()
+        sums()
     torch.cuda.synchronize()
     print("all cases ran")
 
