@@ -16,12 +16,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import StrategyRegistry
@@ -97,6 +98,13 @@ class FastMoECLI(LightningCLI):
                 raise
             raise reason from error
 
+    def after_fit(self) -> None:
+        """Says where checkpoints are; LightningCLI calls this at the end of training."""
+        trainer: Trainer = self.trainer
+        for callback in trainer.checkpoint_callbacks:
+            if trainer.is_global_zero and (path := saved_checkpoint(callback)):
+                print(f"Checkpoint: {path}")
+
     def before_validate(self) -> None:
         """Says that weights are untrained; LightningCLI calls this before it validates."""
         given = self.config[self.subcommand].ckpt_path
@@ -132,6 +140,14 @@ def check_strategy(given: Any) -> None:
             f"trainer.strategy: there is no {given!r}.{suggestion(given, known)} This package's"
             f" are {', '.join(own)}, and the class lightning_fastmoe.FastMoEStrategy."
         )
+
+
+def saved_checkpoint(callback: Any) -> Path | None:
+    """The last checkpoint of a callback, else its best, below the current folder where it is."""
+    paths = (getattr(callback, name, "") for name in ("last_model_path", "best_model_path"))
+    if (found := next((Path(path) for path in paths if path), None)) is None:
+        return None
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 
 def keep_imports() -> None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
+from pytorch_lightning.demos.boring_classes import BoringModel
 
 from lightning_fastmoe import cli
 from lightning_fastmoe.cli.table import TRACEBACK_VARIABLE
@@ -160,6 +162,40 @@ def test_predictions_that_nothing_keeps_are_mentioned(callbacks: list[Any], warn
         warnings.simplefilter("always")
         lm_cli.FastMoECLI.before_predict(cli)  # type: ignore[arg-type]
     assert ["BasePredictionWriter" in str(one.message) for one in caught] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"save_last": True, "save_top_k": 0, "every_n_train_steps": 1}, "last.ckpt"),
+        ({"every_n_train_steps": 1, "filename": "at-{step}"}, "at-step=2.ckpt"),
+        ({"save_top_k": 0}, None),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_end_of_training_says_where_checkpoints_are(
+    inside: bool,
+    kept: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if inside:
+        monkeypatch.chdir(tmp_path)
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(tmp_path / "kept", **kept)],
+    )
+    trainer.fit(BoringModel())
+    capsys.readouterr()
+    lm_cli.FastMoECLI.after_fit(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
+    where = "kept" if inside else tmp_path / "kept"
+    assert capsys.readouterr().out == (f"Checkpoint: {where}/{said}\n" if said else "")
 
 
 def test_errors_in_the_model_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
