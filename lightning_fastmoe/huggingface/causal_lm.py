@@ -113,6 +113,7 @@ class MoECausalLM(LightningModule):
                 add_lora(self.network, rank, alpha)
             if self._compiles:
                 compile_blocks(self.network.model.layers, cuda_graphs=self._cuda_graphs)
+                self.network.compile_loss()
 
     @override
     def forward(self, batch: Batch) -> Tensor:

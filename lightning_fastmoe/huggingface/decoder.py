@@ -181,6 +181,11 @@ class MoEDecoder(nn.Module):
         self.model = _Backbone(about, load_balancing, z_loss)
         self.lm_head = Head(about.d_model, about.vocab_size, about.init_std)
 
+    def compile_loss(self) -> None:
+        """Has the loss of large logits computed by a compiled kernel, on CUDA."""
+        if isinstance(self.lm_head, Head):
+            self.lm_head.compiles_loss = True
+
     def forward(
         self, tokens: Tensor, layout: Layout | None = None, targets: Tensor | None = None
     ) -> Tensor:
@@ -213,7 +218,11 @@ class MoEDecoder(nn.Module):
         for layer in self.model.layers:
             x = layer(x, table, layout)
         x = self.model.norm(x)
-        if targets is not None and isinstance(self.lm_head, Head) and self.lm_head.is_large_for(x):
+        if (
+            targets is not None
+            and isinstance(self.lm_head, Head)
+            and self.lm_head.computes_loss_of(x)
+        ):
             total: Tensor = self.lm_head(x[:, :-1].flatten(0, 1), targets.flatten())
             return total
         logits: Tensor = self.lm_head(x)

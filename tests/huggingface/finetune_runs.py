@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fastmoe import FastMoEStrategy
-from lightning_fastmoe.huggingface import MoECausalLM, head
+from lightning_fastmoe.huggingface import MoECausalLM, chunked_loss, head
 from lightning_fastmoe.nn import MoE, Routing, moe_layers
 
 VOCAB, LENGTH = 61, 9
@@ -131,15 +131,20 @@ def train_on(
 
 @contextmanager
 def count_chunks() -> Iterator[list[int]]:
-    """Lists the positions in each chunk of the loss, in forward and again in backward."""
+    """Lists the positions in each chunk of the loss."""
     chunks: list[int] = []
-    original = head.Head._sum
 
-    def counted(self: head.Head, x: Tensor, targets: Tensor) -> Tensor:
-        chunks.append(len(x))
-        return original(self, x, targets)
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(logits: Tensor, *others: Any) -> Any:
+            chunks.append(len(logits))
+            return original(logits, *others)
 
-    with patch.object(head.Head, "_sum", counted):
+        return compute
+
+    with (
+        patch.object(chunked_loss, "_loss_and_gradient", counted(chunked_loss._loss_and_gradient)),
+        patch.object(chunked_loss, "_losses", counted(chunked_loss._losses)),
+    ):
         yield chunks
 
 
