@@ -228,7 +228,7 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
             )
         if norm is not None:
             zero.tell_if_finite(verdict.is_norm_finite)
-        if verdict.samples_differ:
+        if verdict.has_late_edits:
             self.take_over_edits()
         self._collect_gradients()
         with self._overflowing_step() if verdict.bad else nullcontext(), self._clipping(clip):
@@ -312,6 +312,10 @@ class FastMoEEngine(DeepSpeedEngine):  # type: ignore[misc]
         flags = [~values.isfinite()]
         if norm is not None and self.edits is not None:
             flags.append(self.edits.samples_differ().reshape(1))
+        if isinstance(zero := self.optimizer, ZeroOptimizer) and norm is not None:
+            # The user's options have been taken over since it was decided to update at once.
+            is_late = int(not zero.updates_at_once)
+            flags.append(torch.full((1,), is_late, dtype=torch.int32, device=device))
         has_digest = shared is not None and not refused and self._ranks_meet
         digest = shared.digest(clip) if shared is not None and has_digest else 0
         own = [int(refused), digest, -digest]

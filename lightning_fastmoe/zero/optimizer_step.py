@@ -187,10 +187,10 @@ class ZeroOptimizer(ZeroGradients):
         ranks = self.real_dp_process_group[i]
         weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(ranks)].data
         options = AdamOptions(
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            lr=_number(group["lr"]),
+            betas=(_number(group["betas"][0]), _number(group["betas"][1])),
+            eps=_number(group["eps"]),
+            weight_decay=_number(group["weight_decay"]),
             decoupled=bool(group.get("decoupled_weight_decay")) or type(self.optimizer) is AdamW,
         )
         gather = WeightGather(self.bit16_groups_flat[i], ranks, self.reduction_stream)
@@ -317,10 +317,24 @@ def _fragments(gradients: list[Tensor], part: slice) -> Iterator[Tensor]:
         begin = end
 
 
+def _number(option: Any) -> float:
+    """An option; 0 for what is none, with which nothing is updated: see :func:`_is_plain`."""
+    return float(option) if isinstance(option, float | int | Tensor) else 0.0
+
+
 def _is_plain(group: dict[str, Any]) -> bool:
-    """Whether a group has the options that :func:`adam_step` knows."""
+    """Whether a group has the options that :func:`adam_step` knows.
+
+    A learning rate that is a tensor on the CPU is a number: another rank may have it as one.
+    """
+    rate = group["lr"]
+    if isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1:
+        rate = rate.item()
     return (
         bool(group["fused"])
         and not (group["amsgrad"] or group["maximize"] or group["differentiable"])
-        and not any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"]))
+        and all(
+            isinstance(x, float | int)
+            for x in (rate, *group["betas"], group["eps"], group["weight_decay"])
+        )
     )

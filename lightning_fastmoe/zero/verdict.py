@@ -24,7 +24,8 @@ class Verdict:
         bad: layers that saw NaN or Inf since the last step.
         is_refused: whether a rank refuses the step.
         is_norm_finite: whether the norm of the gradients is finite.
-        samples_differ: whether weights were edited without a trace on the host, on any rank.
+        has_late_edits: whether, on any rank, weights were edited without a trace on the host, or
+            the optimizer has got options that the queued update doesn't know.
         options_differ: whether some rank has other options of the optimizer, or clips by another
             norm.
     """
@@ -32,7 +33,7 @@ class Verdict:
     bad: Sequence[str] = ()
     is_refused: bool = False
     is_norm_finite: bool = True
-    samples_differ: bool = False
+    has_late_edits: bool = False
     options_differ: bool = False
 
     @property
@@ -46,7 +47,7 @@ class PendingVerdict:
 
     Args:
         flags: int32: for each name, whether that layer saw NaN or Inf; with ``has_norm``, whether
-            the gradients' norm is not finite and then any number of flags for edited weights;
+            the gradients' norm is not finite and then any number of flags for late edits;
             whether a rank refuses; the largest digest of options and the largest negative digest.
         names: of the layers.
         has_norm: whether the flags say something about the norm.
@@ -74,6 +75,6 @@ class PendingVerdict:
             bad=tuple(name for name, flag in zip(self._names, found, strict=False) if flag),
             is_refused=bool(is_refused),
             is_norm_finite=not (self._has_norm and found[count]),
-            samples_differ=any(found[count + self._has_norm :]),
+            has_late_edits=any(found[count + self._has_norm :]),
             options_differ=largest != -smallest,
         )

@@ -10,13 +10,15 @@ from typing import Any
 from unittest import mock
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from strategy.midway_runs import EPOCHS, Run, WithDropout, fit
-from strategy.models import Case
+from strategy.models import Case, Net
 from strategy.nonfinite_runs import Bad
-from strategy.tracing import make_trainer
+from strategy.tracing import make_trainer, whole_weights
+from torch import Tensor
 
-from lightning_fastmoe.errors import NonFiniteError
+from lightning_fastmoe.errors import NonFiniteError, ParameterGroupError
 from lightning_fastmoe.strategy.watchdog import signals
 from lightning_fastmoe.zero.optimizer_step import ZeroOptimizer
 from lightning_fastmoe.zero.verdict import PendingVerdict, Verdict
@@ -97,3 +99,39 @@ def interrupted(
     counts = trainer.global_step, trainer.strategy.deepspeed_engine.global_steps
     last = str(Path(folder) / "last.ckpt")
     return *counts, straight, fit(case, 0.3, 9, {}, last)
+
+
+class WithOptions(Net):
+    """Sets an option of the optimizer's first group before each batch.
+
+    Args:
+        case: its sizes.
+        option: its name.
+        values: before each batch in turn; "as a tensor" makes one of what there is.
+        rank: the only rank that sets it; None for all.
+    """
+
+    def __init__(self, case: Case, option: str, values: list[Any], rank: int | None) -> None:
+        super().__init__(case)
+        self.option, self.values, self.rank = option, values, rank
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.rank in (None, self.trainer.global_rank):
+            group = self.trainer.optimizers[0].param_groups[0]
+            value = self.values[batch_idx % len(self.values)]
+            if value == "as a tensor":
+                value = torch.as_tensor(group[self.option]).clone()
+            group[self.option] = value
+
+
+def with_options(
+    case: Case, option: str, values: list[Any], rank: int | None = None
+) -> tuple[str, dict[str, Tensor]]:
+    """The error that ends it, and the weights on rank 0."""
+    pl.seed_everything(7, verbose=False)
+    module = WithOptions(case, option, values, rank)
+    try:
+        make_trainer(case).fit(module)
+    except ParameterGroupError as error:
+        return str(error), {}
+    return "", whole_weights(module.net)

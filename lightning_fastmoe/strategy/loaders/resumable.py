@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_fastmoe.checkpoint.random_state import random_state, set_random_state
 from lightning_fastmoe.errors import CheckpointError
+from lightning_fastmoe.strategy.loaders.interrupts import leave_interrupts_to_ranks
 
 _CPU = torch.device("cpu")
 _BATCHES, _BEGUN, _SAMPLED = "batches_of_epoch", "begun", "sampled"
@@ -19,6 +20,8 @@ _BATCHES, _BEGUN, _SAMPLED = "batches_of_epoch", "begun", "sampled"
 
 def resumable(loader: Any, trainer: Any) -> Any:
     """Returns the loader if it has a state, else a wrapper with one, and sets the sampler's epoch.
+
+    Its workers leave Ctrl-C to their rank.
 
     Lightning makes the iterator of a run's first epoch before it tells the sampler which epoch that
     is. Workers begin at once, and would take the order of epoch 0.
@@ -28,6 +31,7 @@ def resumable(loader: Any, trainer: Any) -> Any:
         trainer: if it does not train, the loader stays as it is. If its fit loop restarts, that
             loop's progress is the checkpoint's.
     """
+    loader = leave_interrupts_to_ranks(loader)
     if not trainer.training:
         return loader
     _set_sampler_epoch(loader, _epoch(trainer.fit_loop))

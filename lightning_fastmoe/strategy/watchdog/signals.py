@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,8 @@ _BROADCAST = "_broadcast_sigterm_tensor"
 """Lightning's method that asks rank 0 before each batch."""
 _END_OF_EPOCH = "on_advance_end"
 """The method of Lightning's loop over epochs that ends one."""
+_END_OF_BATCH = "on_advance_end"
+"""That of its loop over batches, which validates where it is due."""
 _LATER = b"\nCtrl-C: training ends after this batch. Another one two seconds later: at once.\n"
 _LAST = 0
 """Told with the signals: the validation that is under way is not to be left."""
@@ -43,8 +46,10 @@ class DeferredSignals(pl.Callback):
     further batch may follow. If neither comes, the watch ends the process.
 
     SIGINT (Ctrl-C) in a batch is deferred, too: what is saved in the middle of one has half of its
-    gradients, or weights of a step that isn't counted. Another one two seconds later acts at once,
-    as the first does between batches and in validations.
+    gradients, or weights of a step that isn't counted. So it is on several ranks wherever they are
+    before the last batch: one may wait for its next while another is in it. It ends the run where
+    SIGTERM does, after all hooks of the batch. Another one two seconds later acts at once, as the
+    first does on a single rank between batches and in validations.
 
     Created by the strategy on all ranks together when training starts.
 
@@ -72,6 +77,9 @@ class DeferredSignals(pl.Callback):
         self._numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
         self._interrupt: Callable[[int, FrameType | None], Any] = signal.default_int_handler
         self._in_batch, self._interrupted = False, 0.0
+        self._interrupts = False  # SIGINT's handler is to run when the batch is over
+        self._is_over = False
+        self._loop.epoch_loop.__dict__[_END_OF_BATCH] = self._end_batch
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no handlers here, so Lightning has none either
         environment = trainer._accelerator_connector.cluster_environment
@@ -99,6 +107,7 @@ class DeferredSignals(pl.Callback):
         if self in self._callbacks:
             self._callbacks.remove(self)
         self._loop.epoch_loop.__dict__.pop(_BROADCAST, None)
+        self._loop.epoch_loop.__dict__.pop(_END_OF_BATCH, None)
         self._loop.__dict__.pop(_END_OF_EPOCH, None)
         self._validations.detach()
         if signal.getsignal(signal.SIGINT) == self._note_interrupt:
@@ -113,14 +122,15 @@ class DeferredSignals(pl.Callback):
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number in self._noted:
+        if number in self._noted or self._interrupts:
             if now - self._interrupted > SAME_REQUEST:  # launchers send it once more
                 self._interrupt(number, frame)
-        elif self._in_batch:
+        elif self._in_batch or (self._group is not None and not self._is_over):
             self._noted.add(number)
             self._interrupted = now
             if self._trainer.is_global_zero:
-                os.write(2, _LATER)  # not print(), which the signal may have come in
+                with suppress(OSError):  # tee, say, which has got the signal as well
+                    os.write(2, _LATER)  # not print(), which the signal may have come in
         else:
             self._interrupt(number, frame)
 
@@ -142,6 +152,9 @@ class DeferredSignals(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begins none: Lightning leaves it after a batch, but not on a rank that has only one."""
         self._in_batch = False  # a batch that a hook skips has no end
+        if self._interrupts and self._validations.can_be_left:
+            self._validations.leave()
+            self._interrupt_now()
         if trainer.received_sigterm:
             if self._validations.can_be_left:
                 self._validations.leave()
@@ -159,12 +172,23 @@ class DeferredSignals(pl.Callback):
             self._leave_validation(self._known())
 
     def _leave_validation(self, known: list[int]) -> None:
+        if _LAST in known:
+            return
         if signal.SIGINT in known:
+            self._validations.leave()
             self._obey([signal.SIGINT])
-        if signal.SIGTERM in known and _LAST not in known:
+            self._interrupt_now()
+        if signal.SIGTERM in known:
             self._validations.leave()
             self._obey(known)  # a checkpoint for SLURM as well, now that it says what is to be done
             raise SIGTERMException
+
+    def _end_batch(self, fetcher: Any) -> None:
+        """Ends the batch as Lightning does: the run ends here, unless the epoch does."""
+        batches = self._loop.epoch_loop
+        type(batches).on_advance_end(batches, fetcher)
+        if not batches.done:
+            self._interrupt_now()
 
     def _end_epoch(self) -> None:
         """Ends the epoch as Lightning does, which then looks whether SIGTERM has come."""
@@ -173,8 +197,27 @@ class DeferredSignals(pl.Callback):
         self._obey(self._known())
         self._tell()
         self._obey(self._known())
+        self._is_over = self._was_last_epoch()
+        self._interrupt_now()
         if self._trainer.received_sigterm:
             raise SIGTERMException
+
+    def _was_last_epoch(self) -> bool:
+        """What Lightning's ``done`` says, without the message that it logs each time."""
+        loop = self._loop
+        progress: Any = loop.epoch_progress.current
+        ends = (
+            (progress.processed, loop.max_epochs),
+            (loop.epoch_loop.global_step, loop.max_steps),
+        )
+        reached = any(end not in (None, -1) and count >= end for count, end in ends)
+        return reached or self._trainer.should_stop
+
+    def _interrupt_now(self) -> None:
+        """Runs SIGINT's handler, which need not raise, if it is due."""
+        if self._interrupts:
+            self._interrupts = False
+            self._interrupt(signal.SIGINT, None)
 
     def _tell(self) -> None:
         """Tells all ranks which signals this one has recorded."""
@@ -197,10 +240,11 @@ class DeferredSignals(pl.Callback):
         return [n for n, is_noted in zip(numbers, flags.tolist(), strict=True) if is_noted]
 
     def _obey(self, known: list[int]) -> None:
-        """Runs the handlers of signals."""
+        """Runs the handlers of signals; that of SIGINT once the batch is over."""
         for number in known:
             if number == signal.SIGINT:  # of whatever rank
-                self._interrupt(number, None)
+                self._interrupts = True
+                self._noted.discard(number)
             elif number in self._handlers:
                 handler = self._handlers.pop(number)
                 if number == signal.SIGTERM:
