@@ -171,6 +171,34 @@ def with_a_handler_that_returns(case: Case, folder: str) -> tuple[str, int, int]
     return how, module.count, len(calls)
 
 
+def after_an_error_in_an_errors_handling(case: Case, folder: str) -> tuple[str, str]:
+    """The error, after which Lightning tears nothing down; and what Ctrl-C does afterwards."""
+
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ValueError("first")
+
+        def on_exception(self, *args: Any) -> None:
+            raise ValueError("second")
+
+    found = "nothing"
+    trainer = make_trainer(case, max_steps=2, callbacks=[Failing()])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(Interrupted(case))
+    except ValueError as error:
+        found = str(error)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        ends = "nothing"
+    except KeyboardInterrupt:
+        ends = "KeyboardInterrupt"
+    trainer.strategy.teardown()
+    assert signal.getsignal(signal.SIGINT) == before
+    return found, ends
+
+
 def without_a_screen(case: Case, folder: str) -> tuple[str, int]:
     """What ends it, and batches, where nothing can be said: ``| tee`` has got the signal, too."""
     module = Interrupted(case, 2)

@@ -53,6 +53,13 @@ def test_a_handler_that_returns_is_called_once(rank_pool, tmp_path, world):
     assert results == [("nothing", runs.BATCHES * runs.EPOCHS, 1)] * world
 
 
+def test_it_works_after_an_error_in_an_errors_handling(rank_pool, tmp_path):
+    """Lightning tears nothing down then, so that the run's handlers are still there."""
+    arguments = case_of(1), str(tmp_path)
+    results = rank_pool.run(runs.after_an_error_in_an_errors_handling, 1, *arguments)
+    assert results == [("second", "KeyboardInterrupt")]
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_it_need_not_be_said(rank_pool, tmp_path, world):
     results = rank_pool.run(runs.without_a_screen, world, case_of(world), str(tmp_path))

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -122,10 +123,12 @@ class DeferredSignals(pl.Callback):
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        # After an error in an error's handling, this is still here, and nothing ends any more.
+        is_running = self._trainer.state.status == TrainerStatus.RUNNING
         if number in self._noted or self._interrupts:
             if now - self._interrupted > SAME_REQUEST:  # launchers send it once more
                 self._interrupt(number, frame)
-        elif self._in_batch or (self._group is not None and not self._is_over):
+        elif is_running and (self._in_batch or (self._group is not None and not self._is_over)):
             self._noted.add(number)
             self._interrupted = now
             if self._trainer.is_global_zero:
