@@ -23,7 +23,7 @@ help:
 	@echo 'make test       lint, types and unit'
 	@echo 'make quick      one minute: operators, layers, the file format, one topology per ZeRO stage'
 	@echo 'make oldest     pytest with the oldest torch of pyproject.toml, in $(OLDEST): 3 GB, a CUDA build'
-	@echo 'make nightly    make test, and resuming from every topology to every other: half an hour more'
+	@echo 'make nightly    make test with all combinations of parameters: an hour more'
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
 	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests, WORKERS=0 is one process)'
@@ -86,7 +86,7 @@ oldest:
 	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pytest -q \
 	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-nightly: override PYTEST_ARGS += --all-pairs
+nightly: override PYTEST_ARGS += --all-combinations
 nightly: test
 
 docs: $(DOCS_STAMP)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pairwise
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,10 +23,14 @@ POISONED = ("ops", "nn")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-pairs",
+        pairwise.OPTION,
         action="store_true",
-        help="resume from and to every topology (324 pairs, half an hour), not from a few",
+        help="run all combinations of parameters, not only as many as have all pairs of values",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    pairwise.parametrize(metafunc)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "poisoned(wanted=True): torch.empty and its kin give NaN instead of old memory"
     )
+    config.addinivalue_line("markers", f"{pairwise.MARK}(...): parameters; see tests/pairwise.py")
     # A shell starts what runs in the background with SIGINT ignored, and so would be all processes
     # that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

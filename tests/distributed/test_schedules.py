@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import schedule_runs as runs
+from pairwise import combinations
 
 from lightning_fastmoe.distributed import AllToAllDispatcher
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
@@ -12,9 +13,7 @@ from lightning_fastmoe.errors import TopologyError
 from lightning_fastmoe.nn.dispatch import DISPATCHERS, ONE_RANK
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("placement", runs.PLACEMENTS)
-@pytest.mark.parametrize("schedule", ACROSS_RANKS)
+@combinations(schedule=list(ACROSS_RANKS), placement=list(runs.PLACEMENTS), world=[1, 2, 4])
 def test_equals_all_experts_on_one_rank(rank_pool, schedule, placement, world):
     arguments = (schedule, placement, "cpu", torch.float64)
     for rank, cases in enumerate(rank_pool.run(runs.compared, world, *arguments)):

@@ -13,16 +13,16 @@ from huggingface.leaf_module_runs import (
 )
 from huggingface.lora_runs import reference
 from huggingface.sharding_runs import Run, assert_close
+from pairwise import combinations
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2)])
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@combinations(name=["qwen3_moe", "mixtral"], topology=[(1, 1), (2, 1), (2, 2)], accumulate=[1, 2])
 def test_adapters_of_the_first_layer(
-    name: str, world: int, ep: int, accumulate: int, rank_pool
+    name: str, topology: tuple[int, int], accumulate: int, rank_pool
 ) -> None:
     """Nothing before them is trained. The bucket is reduced whenever it has an adapter."""
     small = {"reduce_bucket_size": 64}
+    world, ep = topology
     run = Run(name, world, ep, stage=3, accumulate=accumulate, steps=2, extra=small)
     expected = reference(run)
     for weights in rank_pool.run(adapters_after_training, world, run):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from huggingface.experts_classes import IN_FP32, computed_classes
 from huggingface.sharded_classes_runs import errors_of_all
@@ -15,6 +17,7 @@ from huggingface.sharding_runs import (
     run_case_and_count,
     run_case_by,
 )
+from pairwise import OPTION, combinations
 
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
 
@@ -32,9 +35,7 @@ def test_training_equals_one_process(name: str, stage: int, rank_pool) -> None:
     check(Run(name, stage=stage, in_configure_model=stage == 2), rank_pool)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("ep", [2, 4, "auto"])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@combinations(name=["qwen3_moe", "gpt_oss"], ep=["auto", 2, 4], stage=[1, 3])
 def test_four_ranks(name: str, ep: int | str, stage: int, rank_pool) -> None:
     """With replicas of each expert, and without."""
     run = Run(name, world=4, ep=ep, stage=stage, accumulate=2, in_configure_model=stage == 3)
@@ -85,9 +86,11 @@ def test_the_models_own_balancing_loss(name: str, rank_pool) -> None:
     check(run, rank_pool)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("dispatcher", [name for name in ACROSS_RANKS if name != AUTO])
-@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "nemotron_h"])
+@combinations(
+    name=["olmoe", "nemotron_h", "gpt_oss"],
+    dispatcher=[name for name in ACROSS_RANKS if name != AUTO],
+    stage=[1, 3],
+)
 def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, rank_pool) -> None:
     run = Run(name, stage=stage, dispatcher=dispatcher)
     expected = reference(run)
@@ -95,20 +98,38 @@ def test_every_way_of_exchanging_tokens(name: str, dispatcher: str, stage: int, 
         assert_same(trace, expected)
 
 
-@pytest.mark.parametrize(
-    ("dispatcher", "world", "on_host", "compiled"),
-    [
-        *((one, *how, False) for how in ((2, True), (3, True), (2, False)) for one in ACROSS_RANKS),
-        (AUTO, 2, True, True),
-        (AUTO, 2, False, True),
-    ],
-)
-def test_every_class(dispatcher: str, world: int, on_host: bool, compiled: bool, rank_pool) -> None:
+WAYS = [
+    *((one, *how, False) for how in ((2, True), (3, True), (2, False)) for one in ACROSS_RANKS),
+    (AUTO, 2, True, True),
+    (AUTO, 2, False, True),
+]
+SHARE = 4
+"""Of the classes, one in so many is run in each of WAYS by default; each class is in several."""
+
+
+def classes_of(place: int, share: int) -> list[str]:
+    """Another part of the classes for each way, and for ways with the same dispatcher."""
+    return computed_classes()[(place + place // len(ACROSS_RANKS)) % share :: share]
+
+
+def test_every_class_is_run_in_several_ways():
+    seen = Counter(name for place in range(len(WAYS)) for name in classes_of(place, SHARE))
+    assert set(seen) == set(computed_classes())
+    assert min(seen.values()) >= 3
+
+
+@pytest.mark.parametrize(("dispatcher", "world", "on_host", "compiled"), WAYS)
+def test_every_class(
+    dispatcher: str, world: int, on_host: bool, compiled: bool, rank_pool, request
+) -> None:
     """Outputs and gradients in fp64, with dropped slots, against each class's own forward.
 
     Dropped slots are left out, or, as on a GPU, computed with weight zero.
     """
-    names = computed_classes()[:: 6 if compiled and on_host else 1]
+    share = 1 if request.config.getoption(OPTION) else SHARE
+    names = classes_of(WAYS.index((dispatcher, world, on_host, compiled)), share)
+    if share == 1 and compiled and on_host:
+        names = names[::6]
     arguments = (names, dispatcher, on_host, compiled)
     for errors in rank_pool.run(errors_of_all, world, *arguments, timeout=300):
         assert list(errors) == names

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairwise import combinations
 from planning import exchange_runs as runs
 
 from lightning_fastmoe import MoE
@@ -122,15 +123,14 @@ BY_PAIR = [
 ]
 
 
-@pytest.mark.parametrize("layer", BY_PAIR)
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(
-    ("dispatcher", "ahead"), [("dedup", False), ("symmetric", False), ("symmetric", True)]
+@combinations(
+    way=[("dedup", False), ("symmetric", False), ("symmetric", True)],
+    layer=BY_PAIR,
+    ranks=[2, 4],
 )
-def test_an_exact_layer_keeps_what_autograd_and_its_nodes_hold(
-    dispatcher, ahead, ranks, layer, rank_pool
-):
+def test_an_exact_layer_keeps_what_autograd_and_its_nodes_hold(way, layer, ranks, rank_pool):
     """It never launches ahead of the counts, except with one slot."""
+    dispatcher, ahead = way
     check_kept(replace(layer, dispatcher=dispatcher), ranks, ahead, rank_pool)
 
 

@@ -50,6 +50,11 @@ def assert_same(actual: Trace, expected: Trace) -> None:
             assert_close(own[name], weight, f"{name} after step {i}")
 
 
+def axes(case: Case) -> tuple[int | bool, ...]:
+    """What cases differ in, of which every two values are to meet."""
+    return case.world, case.ep, case.stage, case.accumulate, case.in_configure_model
+
+
 def ident(case: Case) -> str:
     built = "configure_model" if case.in_configure_model else "init"
     return f"world{case.world}-ep{case.ep}-zero{case.stage}-acc{case.accumulate}-{built}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from strategy.exactness import assert_same, cases, ident
+from pairwise import covering
+from strategy.exactness import assert_same, axes, cases, ident
 from strategy.models import Case, reference
 from strategy.tracing import EarlyOptimizer, run_case, run_case_by
 
 from lightning_fastmoe.distributed.schedule import ACROSS_RANKS, AUTO
 
 
-@pytest.mark.parametrize("case", cases(), ids=ident)
+@covering("case", cases(), by=axes, ids=ident)
 def test_training_equals_one_process(case: Case, rank_pool) -> None:
     expected = reference(case)
     assert max(expected.norms) > case.clip, "the case must really clip"

@@ -1,6 +1,6 @@
 """A checkpoint of any topology resumes on any other, to the same numbers.
 
-``pytest tests/strategy/test_reshard.py --all-pairs`` goes from every topology to every other.
+``pytest tests/strategy/test_reshard.py --all-combinations`` goes from each topology to each other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def module_pairs(every: bool) -> list[tuple[Layout, Layout]]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--all-pairs")
+        every = metafunc.config.getoption("--all-combinations")
         pairs = [(a, b) for a in LAYOUTS for b in LAYOUTS] if every else some_pairs()
         pairs += module_pairs(every)
         metafunc.parametrize("pair", pairs, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
