@@ -57,7 +57,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wanted = [wants_gradients and wants for wants in ctx.needs_input_grad[:3]]
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         of_x, of_weight, of_bias = (
             torch.zeros_like(t, memory_format=torch.contiguous_format)

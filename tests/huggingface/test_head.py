@@ -84,6 +84,13 @@ def test_half_precision_sums_in_fp32(monkeypatch, how):
         assert (mine - exact).norm() <= 1e-2 * exact.norm()
 
 
+def test_autocast_leaves_fp64_alone(monkeypatch):
+    head, x, targets = problem()
+    allow(monkeypatch, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head(x, targets), by_hand(head, x, targets), rtol=1e-13, atol=0)
+
+
 def test_gradients_nobody_asks_for(monkeypatch):
     head, x, targets = problem(bias=True)
     allow(monkeypatch, 3)
