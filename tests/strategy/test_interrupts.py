@@ -39,12 +39,10 @@ def test_nothing_is_left_out_and_nothing_done_twice(rank_pool, tmp_path, world, 
 def test_a_rank_that_waits_for_its_next_batch_ends_with_those_that_are_in_it(rank_pool, tmp_path):
     """It would end at once, and the others would wait for it for a minute."""
     results = rank_pool.run(runs.while_a_rank_waits, 2, case_of(2), str(tmp_path), timeout=50)
-    orders = [order for _, order, _ in results]
-    assert orders[0] == orders[1]
-    for how, order, seconds in results:
+    assert results[0] == results[1]
+    for how, order in results:
         assert how == "SystemExit"
         assert order.count("hook") == 4  # the batch that it comes before, and one to tell the other
-        assert seconds < 30
 
 
 @pytest.mark.parametrize("world", [1, 2])
