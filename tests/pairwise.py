@@ -23,7 +23,7 @@ Key = tuple[Hashable, ...]
 Parts = tuple[tuple[int, Hashable], ...]
 
 
-def cover(keys: Sequence[Key], together: int = 2) -> list[int]:
+def cover(keys: Sequence[Key]) -> list[int]:
     """The places of a few of ``keys``, in order, that have all pairs of values that any has.
 
     The last one is always among them: axes are to name their most demanding value last. Then
@@ -32,9 +32,8 @@ def cover(keys: Sequence[Key], together: int = 2) -> list[int]:
 
     Args:
         keys: what each row stands for, a value on each axis.
-        together: how many values at a time; 1 is each value once.
     """
-    parts = [set(_parts(key, together)) for key in keys]
+    parts = [set(_parts(key)) for key in keys]
     order = list(range(len(keys)))
     found = [_greedy(parts, order)]
     for seed in range(TRIES):
@@ -52,17 +51,17 @@ def _greedy(parts: Sequence[set[Parts]], order: Sequence[int]) -> list[int]:
     return sorted(chosen)
 
 
-def _parts(key: Key, together: int) -> Iterator[Parts]:
-    return choices(enumerate(key), together)
+def _parts(key: Key) -> Iterator[Parts]:
+    return choices(enumerate(key), 2)
 
 
-def combinations(together: int = 2, **axes: Sequence[Any]) -> pytest.MarkDecorator:
+def combinations(**axes: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrises a test with the product of ``axes``, or with some of it: see the module."""
     indices = list(product(*(range(len(values)) for values in axes.values())))
     rows = [
         tuple(values[i] for values, i in zip(axes.values(), row, strict=True)) for row in indices
     ]
-    return pytest.mark.combinations(",".join(axes), rows, cover(indices, together), None)
+    return pytest.mark.combinations(",".join(axes), rows, cover(indices), None)
 
 
 def covering(
@@ -70,7 +69,6 @@ def covering(
     rows: Sequence[Any],
     by: Callable[[Any], Key] = tuple,
     ids: Callable[[Any], str] | None = None,
-    together: int = 2,
 ) -> pytest.MarkDecorator:
     """Parametrises a test with ``rows``, or with some that have the pairs of values of all.
 
@@ -78,7 +76,7 @@ def covering(
         names: as of pytest.mark.parametrize, and so are ``rows`` and ``ids``.
         by: the values of a row, one for each axis.
     """
-    return pytest.mark.combinations(names, rows, cover([by(row) for row in rows], together), ids)
+    return pytest.mark.combinations(names, rows, cover([by(row) for row in rows]), ids)
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:

@@ -23,12 +23,6 @@ def test_every_pair_and_the_last_are_there():
     assert len(some) <= 20  # of 180; no set has less than 3 * 5
 
 
-def test_each_value_once():
-    some = cover(KEYS, together=1)
-    assert len(some) == 5
-    assert [{KEYS[i][axis] for i in some} for axis in range(5)] == [set(axis) for axis in AXES]
-
-
 def test_two_axes_are_kept_whole():
     assert cover(list(product(range(3), range(4)))) == list(range(12))
 

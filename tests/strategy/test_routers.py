@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pairwise import combinations
 from strategy.exactness import assert_same
 from strategy.models import (
     D_FFN,
@@ -383,7 +382,8 @@ def test_every_router_and_loss_is_covered():
     assert set().union(*map(acting, cases)) == set(LOSSES)
 
 
-@combinations(together=1, name=[*WHOLE, *BY_RANK], world=[2, 4])
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", [*WHOLE, *BY_RANK])
 def test_expert_parallel_equals_one_process(rank_pool, name, world):
     # A node must hold top_k experts.
     experts = (8, 8) if name == "topology" else (4, 8)
