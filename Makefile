@@ -23,7 +23,7 @@ help:
 	@echo 'make test       lint, types and unit'
 	@echo 'make quick      one minute: operators, layers, the file format, one topology per ZeRO stage'
 	@echo 'make oldest     pytest with the oldest torch of pyproject.toml, in $(OLDEST): 3 GB, a CUDA build'
-	@echo 'make nightly    make test with all combinations of parameters: an hour more'
+	@echo 'make nightly    make test with all combinations of parameters: half an hour more'
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make types      mypy'
 	@echo 'make unit       pytest (PYTEST_ARGS="-k router" picks tests, WORKERS=0 is one process)'

@@ -17,15 +17,6 @@ struct BulkPush {
 
 #if __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 // A group of its own.
 __device__ __forceinline__ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
   asm volatile(
@@ -101,8 +92,8 @@ __global__ void __launch_bounds__(kBlock)
     const uint32_t bytes = loaded.bytes(sending);
     const uint32_t barrier = hopper::shared_address(&barriers[in_block][stage]);
     hopper::mbarrier_arrive_expect_tx(barrier, bytes);
-    bulk_load(ring + stage * BulkPush::kChunkBytes, loaded.transfer.from + loaded.offset, bytes,
-              barrier);
+    hopper::bulk_load(ring + stage * BulkPush::kChunkBytes,
+                      loaded.transfer.from + loaded.offset, static_cast<int>(bytes), barrier);
     loaded.advance(ranks, sending, warps, total);
   };
 #pragma unroll
